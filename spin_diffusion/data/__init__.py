@@ -1,1 +1,25 @@
-"""Rows of a data set -> Example. One file per layout; `read_examples` picks the layout by looking at the columns."""
+"""Rows of a data set -> Example: a prompt and one good image.
+
+A data set goes through two kinds of file, and neither is chosen by guessing from a path string:
+
+    sources   what lies on the disk or the hub -> Rows   parquet_files, image_folder, webdataset, hub (by sources)
+    layouts   what the columns mean -> Candidate         pickapic, table
+
+To add a layout, put one file here that defines
+
+    recognises(columns: Sequence[str]) -> bool
+        Whether these columns are this layout's. At most one layout may say yes; when none does, `table` reads the rows.
+    plan(source: Source, settings: DataSettings, with_losers: bool) -> Plan
+        Which columns to read, and the function from a Row to a Candidate. The function raises `LeftOut` with one of
+        report's reasons for a row that is not to be used; `plan` raises InputError for a column that does not exist
+        (`rows.require_column` says it well).
+
+Everything else is common and lives in `reading`: filter, caption, the check that the image decodes, repeats, counts.
+To add a source, put one file here with `open_...(...) -> Source` and call it where `sources` looks at what is there.
+"""
+
+from spin_diffusion.data.reading import Example, read_examples
+from spin_diffusion.data.report import LeftOutRow, ReadReport
+from spin_diffusion.data.settings import DataSettings
+
+__all__ = ["DataSettings", "Example", "LeftOutRow", "ReadReport", "read_examples"]

@@ -1,0 +1,182 @@
+"""A folder of images with a metadata file, or with a .txt of the same name beside each image, as a Source.
+
+A metadata file has a column file_name, relative to its own folder, and any others (the caption, a score to filter by).
+Several subfolders may each have one. The columns are the metadata's plus "image", which is the file.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_diffusion.data.report import EMPTY_CAPTION, NOT_IN_METADATA, LeftOut
+from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line
+from spin_diffusion.input_error import InputError
+
+FILE_NAME = "file_name"
+METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
+SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")
+"""Files that somebody meant as an image: those of a format that cannot be used are counted, not passed over."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A metadata file of any of the three kinds."""
+
+    path: Path
+    columns: tuple[str, ...]
+    records: Callable[[], Iterator[tuple[int, dict[str, object]]]]
+    """(Number of the line or row, its values), in the order of the file."""
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether this is a metadata file by its name."""
+    return path.stem == "metadata" and path.suffix in METADATA_SUFFIXES
+
+
+def is_image(path: Path) -> bool:
+    """Whether somebody meant this file as an image, by its name."""
+    return path.suffix.lower() in SEEN_SUFFIXES
+
+
+def open_image_folder(folder: Path, files: Sequence[Path]) -> Source:
+    """The images of a folder with their captions.
+
+    Args:
+        files: every file in the folder and its subfolders, sorted.
+    Raises: InputError if there are no images, no captions, or a metadata file that cannot be read.
+    """
+    metadata = [read_metadata(path) for path in files if is_metadata(path)]
+    images = [path for path in files if is_image(path)]
+    if metadata:
+        return _metadata_source(folder, metadata, images)
+    if not images:
+        raise InputError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+    if not any(path.with_suffix(".txt").is_file() for path in images):
+        line = json.dumps({FILE_NAME: images[0].relative_to(folder).as_posix(), "text": "what this image shows"})
+        raise InputError(
+            f"{folder} has {len(images)} images but no captions: put a metadata.jsonl into it with a line per image, "
+            f"like {line}, or a .txt of the same name beside each image"
+        )
+    return Source(str(folder), ("image", "text"), lambda wanted: _sidecar_rows(folder, images))
+
+
+def _metadata_source(folder: Path, metadata: list[Metadata], images: list[Path]) -> Source:
+    by_folder: dict[Path, Metadata] = {}
+    for file in metadata:
+        other = by_folder.setdefault(file.path.parent, file)
+        if other is not file:
+            raise InputError(f"{file.path.parent} has both {other.path.name} and {file.path.name}: keep one of them")
+        if FILE_NAME not in file.columns:
+            raise InputError(f"{file.path} has no column {FILE_NAME!r}; {describe_columns(file.columns, [FILE_NAME])}")
+    # The file itself is the image, whatever the metadata means by a column of that name.
+    columns = ("image", *dict.fromkeys(column for file in metadata for column in file.columns if column != "image"))
+    return Source(str(folder), columns, lambda wanted: _metadata_rows(folder, metadata, images))
+
+
+def _metadata_rows(folder: Path, metadata: list[Metadata], images: list[Path]) -> Iterator[Row]:
+    named: set[Path] = set()
+    for file in metadata:
+        base = file.path.parent
+        read_file = file_reader(base)
+        for number, values in file.records():
+            name = values.get(FILE_NAME)
+            if not isinstance(name, str) or not name:
+                where = f"{file.path.relative_to(folder).as_posix()} line {number}"
+                yield Row(where, {**values, "image": None}, read_file)
+                continue
+            named.add(base / name)
+            where = (base.relative_to(folder) / name).as_posix()
+            yield Row(where, {**values, "image": name}, read_file)
+    for path in images:
+        if path not in named:
+            where = path.relative_to(folder).as_posix()
+            yield Row(where, {}, file_reader(folder), LeftOut(NOT_IN_METADATA, "no metadata file names this image"))
+
+
+def _sidecar_rows(folder: Path, images: list[Path]) -> Iterator[Row]:
+    read_file = file_reader(folder)
+    for path in images:
+        name = path.relative_to(folder).as_posix()
+        sidecar = path.with_suffix(".txt")
+        caption, left_out = None, None
+        try:
+            caption = sidecar.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            left_out = LeftOut(EMPTY_CAPTION, f"there is no {sidecar.name} beside it")
+        except (OSError, UnicodeDecodeError) as error:
+            left_out = LeftOut(EMPTY_CAPTION, f"{sidecar.name} cannot be read as UTF-8 text: {one_line(error)}")
+        yield Row(name, {"image": name, "text": caption}, read_file, left_out)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Open a metadata file and find its columns. Raises InputError if it is not what its name says."""
+    if path.suffix == ".parquet":
+        try:
+            columns = tuple(pq.read_schema(path).names)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} is not a readable parquet file: {one_line(error)}") from error
+        return Metadata(path, columns, lambda: _parquet_records(path))
+    if path.suffix == ".csv":
+        return Metadata(path, _csv_columns(path), lambda: _csv_records(path))
+    # A key may be absent from some lines, so all of them are read: a line is small beside its image.
+    names: dict[str, None] = {}
+    for _, values in _jsonl_records(path):
+        names.update(dict.fromkeys(values))
+    return Metadata(path, tuple(names), lambda: _jsonl_records(path))
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                for values in batch.to_pylist():
+                    yield number, values
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged after row {number}: {one_line(error)}") from error
+
+
+def _csv_columns(path: Path) -> tuple[str, ...]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            columns = tuple(next(csv.reader(file), ()))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not a UTF-8 csv file: {one_line(error)}") from error
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{path} names a column twice: {', '.join(columns)}")
+    return columns
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for values in reader:
+                if None in values:
+                    raise InputError(
+                        f"{path} line {reader.line_num} has more than {len(reader.fieldnames or ())} fields: "
+                        "put quotes around a caption with commas"
+                    )
+                yield reader.line_num, dict(values)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path} line {reader.line_num} is not UTF-8 csv: {one_line(error)}") from error
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path} line {number} is not JSON: {one_line(error)}") from error
+            if not isinstance(values, dict):
+                raise InputError(f'{path} line {number} is not an object like {{"file_name": "0.png", "text": "..."}}')
+            yield number, values

@@ -1,0 +1,158 @@
+"""The loop that turns a data set into examples, and what all layouts share: filter, caption, image check, repeats."""
+
+import hashlib
+import importlib
+import math
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from spin_diffusion.data import table
+from spin_diffusion.data.images import check_image
+from spin_diffusion.data.report import FILTERED, REPEATED_EXAMPLE, REPEATED_PROMPT, LeftOut, ReadReport
+from spin_diffusion.data.rows import Plan, Row, Source, image_bytes, require_column
+from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.sources import open_source
+from spin_diffusion.input_error import InputError
+
+HOPELESS_BAD_ROWS = 100
+HOPELESS_BAD_SHARE = 0.5
+"""Above both, reading on is a waste of time: it stops at once."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the real image for it."""
+
+    prompt: str
+    """The caption without white space around it; never empty."""
+    image: bytes
+    """The real image, encoded as found (JPEG, PNG, WebP); it was decoded once to check that it is whole."""
+    loser: bytes | None
+    """The worse image of a human pair, only if losers were asked for."""
+    where: str
+    """For messages: "train-00001.parquet row 17", "photos/cat.png"."""
+
+
+def read_examples(
+    settings: DataSettings, *, with_losers: bool = False, report: ReadReport | None = None
+) -> Iterator[Example]:
+    """The usable examples of a data set, in its own order, one in memory at a time.
+
+    Args:
+        with_losers: keep the worse image of each pair too; only for data with Pick-a-Pic's columns.
+        report: a fresh one, filled while the examples are taken.
+    Raises:
+        InputError: at once if the data set, a column or a setting is wrong; while reading if a file is damaged, or over
+            100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row was usable.
+    """
+    report = ReadReport() if report is None else report
+    assert report.read == 0, "a report counts one reading"
+    source = open_source(settings)
+    plan = find_layout(source.columns, settings).plan(source, settings, with_losers)
+    if settings.filter_column is not None:
+        require_column(source, settings.filter_column, "--filter_column")
+    return _examples(source, plan, settings, with_losers, report)
+
+
+def find_layout(columns: Sequence[str], settings: DataSettings) -> ModuleType:
+    """The module of this folder that recognises the columns, else `table`."""
+    if settings.image_column is not None:
+        return table
+    folder = Path(__file__).parent
+    names = [
+        module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != __name__.rsplit(".", 1)[-1]
+    ]
+    modules = [importlib.import_module(f"spin_diffusion.data.{name}") for name in names]
+    layouts = [module for module in modules if hasattr(module, "recognises") and module.recognises(columns)]
+    assert len(layouts) <= 1, f"several layouts claim the columns {columns}: {layouts}"
+    return layouts[0] if layouts else table
+
+
+def _examples(
+    source: Source, plan: Plan, settings: DataSettings, with_losers: bool, report: ReadReport
+) -> Iterator[Example]:
+    wanted = dict.fromkeys(plan.columns)
+    if settings.filter_column is not None:
+        wanted[settings.filter_column] = None
+    seen: set[bytes] = set()
+    for row in source.rows(tuple(wanted)):
+        report.read += 1
+        try:
+            example = _example(row, plan, settings, with_losers, seen)
+        except LeftOut as left_out:
+            report.leave_out(row.where, left_out.reason, left_out.detail)
+            if report.bad > HOPELESS_BAD_ROWS and report.bad_share > max(HOPELESS_BAD_SHARE, settings.max_bad_share):
+                raise InputError(f"reading stopped early: {_bad_rows(source, report)}") from None
+            continue
+        report.used += 1
+        yield example
+        if report.used == settings.max_train_samples:
+            break
+    if report.bad and report.bad_share > settings.max_bad_share:
+        raise InputError(
+            f"{_bad_rows(source, report)}; repair the data, or allow the share with --max_bad_share "
+            f"(now {settings.max_bad_share:g})"
+        )
+    if not report.used:
+        reasons = report.reasons()
+        raise InputError(
+            f"{source.name}: read {report.read} rows and none can be used" + (f": {reasons}" if reasons else "")
+        )
+
+
+def _bad_rows(source: Source, report: ReadReport) -> str:
+    return (
+        f"{source.name}: {report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad: {report.reasons()}; "
+        f"the first bad row is {report.first_bad}"
+    )
+
+
+def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: set[bytes]) -> Example:
+    """Check one row, the cheap checks first. Raises LeftOut if it is not to be used; otherwise `seen` knows it."""
+    if row.left_out is not None:
+        raise row.left_out
+    if settings.filter_column is not None:
+        _check_filter(row.values.get(settings.filter_column), settings)
+    candidate = plan.candidate(row)
+    prompt = table.caption_text(candidate.caption)
+    prompt_hash = _hash(b"prompt", prompt.encode("utf-8", "surrogatepass"))
+    if settings.one_image_per_prompt and prompt_hash in seen:
+        raise LeftOut(REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
+    image = image_bytes(row, candidate.image)
+    example_hash = _hash(prompt_hash, image)
+    if example_hash in seen:
+        raise LeftOut(REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
+    check_image(image)
+    loser = None
+    if with_losers:
+        loser = image_bytes(row, candidate.loser)
+        check_image(loser)
+    # Only what is used counts as seen: the next row of this prompt may take the place of a corrupt one.
+    seen.add(example_hash)
+    if settings.one_image_per_prompt:
+        seen.add(prompt_hash)
+    return Example(prompt, image, loser, row.where)
+
+
+def _check_filter(value: object, settings: DataSettings) -> None:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise LeftOut(FILTERED, f"{settings.filter_column} is {value!r}, not a number")
+    if settings.filter_max is not None and number > settings.filter_max:
+        raise LeftOut(FILTERED, f"{settings.filter_column} is {number:g}, above {settings.filter_max:g}")
+    if settings.filter_min is not None and number < settings.filter_min:
+        raise LeftOut(FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
+
+
+def _hash(*parts: bytes) -> bytes:
+    """16 bytes; all that is kept of an example to recognise it again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()

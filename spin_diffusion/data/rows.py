@@ -1,0 +1,139 @@
+"""What sources hand to layouts, and layouts to `reading`: Source -> Row -> Candidate. What columns and paths hold."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from spin_diffusion.data.report import CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
+from spin_diffusion.input_error import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""Files of the formats that can be used."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source."""
+
+    where: str
+    """For messages: "train-00001.parquet row 17" (rows count from 0), "photos/cat.png"."""
+    values: Mapping[str, object]
+    """Column -> value, at least for the columns that were asked for and that the row has."""
+    read_file: Callable[[str], bytes]
+    """Bytes of an image given by path. Raises LeftOut if it is not there, InputError if it may not be read."""
+    left_out: LeftOut | None = None
+    """Set when the source itself found that the row cannot be used."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as rows, in its own order."""
+
+    name: str
+    """For messages: what the user typed."""
+    columns: tuple[str, ...]
+    """Every column that can be asked for."""
+    rows: Callable[[Sequence[str]], Iterator[Row]]
+    """The rows with the values of these columns; images of other columns are not read."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a layout finds in a row, as it is in the data: nothing of it is checked yet."""
+
+    caption: object
+    image: object
+    """The real image: bytes, {"bytes", "path"}, or a path that the row's `read_file` understands."""
+    loser: object = None
+    """The worse image of a human pair, in the same forms."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layout reads a source."""
+
+    columns: tuple[str, ...]
+    candidate: Callable[[Row], Candidate]
+    """Raises LeftOut for a row that is not to be used."""
+
+
+def require_column(source: Source, column: str, flag: str) -> str:
+    """Return `column` if the source has it. Raises InputError that names the columns there are and the nearest."""
+    if column not in source.columns:
+        raise InputError(
+            f"{source.name} has no column {column!r} ({flag}); {describe_columns(source.columns, [column])}"
+        )
+    return column
+
+
+def describe_columns(columns: Sequence[str], wanted: Sequence[str]) -> str:
+    """The columns that exist and the one most like any of `wanted`, for an error."""
+    if not columns:
+        return "it has no columns"
+    likeness = {
+        column: max(difflib.SequenceMatcher(None, column.lower(), name.lower()).ratio() for name in wanted)
+        for column in columns
+    }
+    nearest = max(columns, key=lambda column: likeness[column])
+    return f"its columns are {', '.join(columns)}; the nearest is {nearest!r}"
+
+
+def image_bytes(row: Row, value: object) -> bytes:
+    """Encoded bytes of an image in a column. Raises LeftOut if there are none, InputError for another kind of value."""
+    if isinstance(value, Mapping):
+        # The path beside bytes is only where they once came from.
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        value = bytes(value)
+        if value:
+            return value
+        raise LeftOut(CORRUPT_IMAGE, "the image has 0 bytes")
+    if value is None or value == "":
+        raise LeftOut(MISSING_IMAGE_FILE, "the row has no image")
+    if isinstance(value, str):
+        return row.read_file(value)
+    raise InputError(
+        f"{row.where}: the image column holds {type(value).__name__}; "
+        "encoded bytes, {'bytes', 'path'} or a path would be right"
+    )
+
+
+def file_reader(folder: Path) -> Callable[[str], bytes]:
+    """Reader of files in `folder` by relative name. The names are not trusted: none may lead out of the folder."""
+
+    def read_file(name: str) -> bytes:
+        if "://" in name:
+            raise InputError(
+                f"{folder}: the image {name!r} is an address: download the images and give their file names"
+            )
+        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        # By the name alone: links inside the folder are the owner's, and the hub's cache is made of them.
+        if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+            raise InputError(
+                f"{folder}: the file name {name!r} leads out of the folder; give it relative to the folder"
+            )
+        path = folder / name
+        if not path.is_file():
+            raise LeftOut(MISSING_IMAGE_FILE, f"{name} does not exist in {folder.name}")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise LeftOut(MISSING_IMAGE_FILE, f"{name} cannot be read: {error.strerror}") from error
+
+    return read_file
+
+
+def no_files(name: str) -> Callable[[str], bytes]:
+    """Reader for sources that hold their images themselves: a path in them points nowhere."""
+
+    def read_file(path: str) -> bytes:
+        raise LeftOut(MISSING_IMAGE_FILE, f"{name} names the file {path!r} but does not hold it")
+
+    return read_file
+
+
+def one_line(error: BaseException) -> str:
+    """The message of another library's error on one line, at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,288 @@
+"""DiffusionGame: the rounds' contract (`selfplay.game.Game`) for text-to-image diffusion models with a UNet."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spin_diffusion.data import Example
+from spin_diffusion.diffusion import errors, images
+from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.noising import draw, read_noising
+from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.run_dir import commit, part_of
+
+
+@dataclass(frozen=True)
+class DenoiserSettings:
+    """How the denoiser is scored and run."""
+
+    proportion_empty_prompts: float = 0.0
+    """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
+    winner_preserving_mu: float | None = None
+    """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
+    channels_last: bool = True
+    """Memory layout of the UNet; faster convolutions on most hardware."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
+        if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
+            raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
+
+
+class DiffusionGame:
+    """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
+
+    def __init__(
+        self,
+        family: ModuleType,
+        pipeline: Any,
+        base: str,
+        *,
+        images: ImageSettings,
+        sampling: SamplingSettings,
+        denoiser: DenoiserSettings,
+        accelerator: Accelerator,
+        gradient_checkpointing: bool = False,
+        base_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Args: base, base_options: path or hub id that `pipeline` was loaded from, and how."""
+        self.family, self.pipeline, self.base = family, pipeline, base
+        self.images, self.sampling, self.denoiser = images, sampling, denoiser
+        self.accelerator = accelerator
+        self.base_options = base_options or {}
+        self.noising = read_noising(dict(pipeline.scheduler.config), base)
+        self.resolution = images.resolution or family.RESOLUTION
+        self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        if self.resolution % (self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)):
+            raise InputError(
+                f"--resolution {self.resolution}: {base} needs a multiple of "
+                f"{self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)}"
+            )
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval().to(accelerator.device)
+        self.player: UNet2DConditionModel = pipeline.unet
+        if denoiser.channels_last:
+            self.player.to(memory_format=torch.channels_last)
+        if gradient_checkpointing:
+            self.player.enable_gradient_checkpointing()
+        if denoiser.enable_xformers_memory_efficient_attention:
+            _enable_xformers(self.player)
+        # Never in training mode: dropout would make the two models' scores differ at step 0
+        self.player.requires_grad_(True).eval()
+        self.opponent: UNet2DConditionModel = _opponent_of(self.player, accelerator.mixed_precision)
+
+    # Real samples
+
+    def real_rows(self, examples: Iterable[Example]) -> Iterator[Row]:
+        """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
+        for example in examples:
+            digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image)
+            row: Row = {"id": digest.hexdigest()[:16], "prompt": example.prompt, "drawn": False}
+            row |= self._stored(example.image, row["id"], "")
+            if example.loser is not None:
+                row |= self._stored(example.loser, row["id"], "loser_")
+            yield row
+
+    def _stored(self, data: bytes, id_: str, prefix: str) -> Row:
+        place = 0.5 if self.images.center_crop else int(id_[:8], 16) / 0xFFFFFFFF
+        image, frame = images.crop(images.open_image(data), self.resolution, place, self.images)
+        return {f"{prefix}image": images.to_bytes(image, self.images), f"{prefix}frame": frame}
+
+    # The contract
+
+    def generate(self, rows: list[Row], seeds: list[int]) -> list[Row]:
+        """One image by the opponent per row, stored in the codec of the real ones."""
+        settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
+        drawn = self.draw(self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale)
+        return [
+            {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                "drawn": True,
+                "seed": seed,
+                "image": images.to_bytes(image, self.images),
+                "frame": [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution],
+                "sampler": settings,
+            }
+            for row, seed, image in zip(rows, seeds, drawn, strict=True)
+        ]
+
+    def encode(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Latents (fp16: a thousandth of their spread is far below the noise they get) and frames of stored images."""
+        encoded = {}
+        for prefix in ("", "loser_") if "loser_image" in rows[0] else ("",):
+            encoded[f"{prefix}latents"] = self._latents(rows, prefix).half()
+            encoded[f"{prefix}frame"] = torch.tensor([row[f"{prefix}frame"] for row in rows], dtype=torch.int32)
+        return encoded
+
+    def _latents(self, rows: list[Row], prefix: str) -> Tensor:
+        vae, size = self.pipeline.vae, self.images.vae_encode_batch_size
+        encoded = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            names = [row["id"] for row in part]
+            pixels = images.to_pixels([images.open_image(row[f"{prefix}image"]) for row in part])
+            latents = images.encode_pixels(vae, pixels, names)
+            if self.images.vae_round_trip and not part[0]["drawn"]:
+                decoded = images.to_images(images.decode_latents(vae, latents, names))
+                stored = [images.open_image(images.to_bytes(image, self.images)) for image in decoded]
+                latents = images.encode_pixels(vae, images.to_pixels(stored), names)
+            encoded.append(latents.cpu())
+        return torch.cat(encoded)
+
+    def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
+        """Scores at one (t, eps) per pair, shared by both images and both models; both images in one batch."""
+        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
+        device = self.accelerator.device
+        x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
+        frames = torch.cat([side["frame"] for side in sides])
+        draws = draw(
+            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
+        )
+        t = draws.t.to(device).repeat(len(sides))
+        eps = draws.eps.to(device).repeat(len(sides), 1, 1, 1)
+        x_t, target = self.noising.noised_and_target(x_0, eps, t)
+        # One path for both models: the same inputs under the same autocast, compared in fp32
+        with self.accelerator.autocast():
+            conditioning = self.family.encode_prompts(self.pipeline, batch.prompts, draws.dropped, frames)
+            inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+            if conditioning.added:
+                inputs["added_cond_kwargs"] = conditioning.added
+            if self.denoiser.channels_last:
+                x_t = x_t.contiguous(memory_format=torch.channels_last)
+            eps_theta = player(x_t, t, **inputs)[0]
+            with torch.no_grad():
+                eps_opponent = self.opponent(x_t, t, **inputs)[0]
+        pairs = len(batch.ids)
+        player_scores = errors.score(eps_theta, target)
+        opponent_scores = errors.score(eps_opponent, target)
+        level = draws.t.to(device) / self.noising.num_timesteps
+        if not batch.generated:
+            nothing = torch.zeros_like(opponent_scores)
+            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), level)
+        player_real, player_generated = player_scores.split(pairs)
+        if self.denoiser.winner_preserving_mu is not None:
+            scale = errors.winner_preserving_scale(
+                eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
+            )
+            player_generated = errors.scale_gradient(player_generated, scale)
+        opponent_real, opponent_generated = opponent_scores.split(pairs)
+        return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), level)
+
+    def promote(self) -> None:
+        """The opponent becomes a frozen copy of the player."""
+        self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+
+    def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
+        """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it."""
+        target = directory / "unet"
+        if self.accelerator.is_main_process:
+            part = part_of(target)
+            part.mkdir(parents=True, exist_ok=True)
+            self.player.save_config(part)
+            # Written here rather than by save_pretrained, which refuses channels_last and splits SDXL in two files
+            weights = {name: tensor.detach().contiguous() for name, tensor in self.player.state_dict().items()}
+            save_file(weights, part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            commit(target)
+            if prove:
+                self._prove(target)
+        return [target]
+
+    def restore(self, directory: Path | None) -> None:
+        """Load `unet/` below `directory`, or the base checkpoint's, into the player's parameters in place."""
+        if directory is None:
+            unet = UNet2DConditionModel.from_pretrained(
+                self.base, subfolder="unet", dtype=torch.float32, use_safetensors=True, **self.base_options
+            )
+        else:
+            unet = UNet2DConditionModel.from_pretrained(directory / "unet", dtype=torch.float32)
+        self.player.load_state_dict(unet.state_dict())
+
+    # Pictures
+
+    def draw(
+        self,
+        unet: UNet2DConditionModel,
+        prompts: list[str],
+        seeds: list[int],
+        guidance_scale: float,
+        num_inference_steps: int | None = None,
+    ) -> list[Image.Image]:
+        """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
+        return draw_images(
+            sampling_pipeline(self.pipeline, unet, self.sampling.sampler),
+            prompts,
+            seeds,
+            resolution=self.resolution,
+            num_inference_steps=num_inference_steps or self.sampling.num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=self.sampling.generation_batch_size,
+            autocast=self.accelerator.autocast,
+        )
+
+    def _prove(self, path: Path) -> None:
+        """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
+        fresh = UNet2DConditionModel.from_pretrained(path, dtype=torch.float32).to(self.accelerator.device).eval()
+        if self.denoiser.channels_last:
+            fresh.to(memory_format=torch.channels_last)
+        size = self.resolution // self.latent_px
+        generator = torch.Generator().manual_seed(0)
+        x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
+        frames = torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]])
+        with torch.no_grad():
+            conditioning = self.family.encode_prompts(self.pipeline, ["a proof"], [False], frames)
+            inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+            if conditioning.added:
+                inputs["added_cond_kwargs"] = conditioning.added
+            t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
+            with self.accelerator.autocast():
+                difference = (fresh(x_t, t, **inputs)[0] - self.player(x_t, t, **inputs)[0]).abs().max().item()
+        assert difference <= 1e-5, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
+        self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
+
+
+def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:
+    """A frozen copy. Under autocast, linear and convolution weights are kept in the dtype to which autocast would cast
+    the player's at every call: the same numbers in half the memory. Norms stay fp32, as autocast computes them."""
+    opponent = copy.deepcopy(player).requires_grad_(False).eval()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    if dtype is not None:
+        for module in opponent.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+    return opponent
+
+
+def _enable_xformers(unet: UNet2DConditionModel) -> None:
+    """Switch to xformers' attention, where its kernels load.
+
+    Raises:
+        InputError: not installed, or not able to run here.
+    """
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # ModuleNotFoundError, ValueError and kernel errors alike
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({reason}); leave the flag out to "
+            "use torch's own attention, or pip install 'spin-diffusion[xformers]' on a CUDA machine"
+        ) from error

@@ -1,0 +1,140 @@
+"""Images on their way to latents: crop, codec, VAE. Both sides of a pair take the same way.
+
+A codec's or a decoder's fingerprint that only one side carries would let the player win without learning anything about
+content. So a real image is cropped to the training resolution and stored in the very format in which the opponent's
+images are stored, and on request (`vae_round_trip`) also passes the decoder that drew the opponent's.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from spin_diffusion.input_error import InputError
+
+Pixels = Float[Tensor, "batch 3 height width"]
+"""RGB in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images are cropped and stored before they are encoded."""
+
+    resolution: int | None = None
+    """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
+    center_crop: bool = True
+    """Crop the middle; otherwise a place that is drawn from the image's hash."""
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
+    """How images are resized."""
+    image_format: Literal["jpeg", "png"] = "jpeg"
+    """Codec of both sides of a pair. png is larger and leaves no trace."""
+    jpeg_quality: int = 95
+    """Quality of the jpeg codec, 1 to 100 (4:4:4, no chroma subsampling)."""
+    vae_round_trip: bool = False
+    """Pass the real images through the VAE's encoder and decoder once, as the opponent's images passed its decoder."""
+    vae_encode_batch_size: int = 8
+    """Images encoded at a time."""
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise InputError(f"--jpeg_quality {self.jpeg_quality} must be between 1 and 100")
+
+
+def crop(image: Image.Image, size: int, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
+    """The image as RGB, its short side resized to `size` px, cropped to a square; and its frame.
+
+    Args:
+        place: where along the longer side the crop lies, in [0, 1]; 0.5 is the middle.
+
+    Returns:
+        The square, and [original height, original width, top, left, size, size] in px (SDXL's micro-conditioning; top
+        and left are counted in the resized image, as SDXL was trained).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "P"):
+        # Transparency would otherwise show whatever colour lies under it
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    image = image.convert("RGB")
+    width, height = image.size
+    scale = size / min(width, height)
+    resized = image.resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))),
+        Image.Resampling[settings.image_interpolation_mode.upper()],
+    ) if scale != 1 else image  # fmt: skip
+    left = round((resized.width - size) * place)
+    top = round((resized.height - size) * place)
+    return resized.crop((left, top, left + size, top + size)), [height, width, top, left, size, size]
+
+
+def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:
+    """The image in the codec that both sides of a pair share."""
+    buffer = io.BytesIO()
+    if settings.image_format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image in these bytes, decoded when it is used."""
+    return Image.open(io.BytesIO(data))
+
+
+def to_pixels(images: list[Image.Image]) -> Pixels:
+    """Images of one size as RGB in [-1, 1]."""
+    stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
+
+
+def to_images(pixels: Pixels) -> list[Image.Image]:
+    """A tensor in [-1, 1] as RGB images; values outside are clipped."""
+    array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(values) for values in array]
+
+
+@torch.no_grad()
+def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float[Tensor, "batch channels h w"]:
+    """Scaled latents: the mean of the VAE's posterior, fp32.
+
+    The mean, not a sample: the posterior's spread is far below the noise of any timestep that is trained on, and a
+    fixed value can be stored.
+
+    Raises:
+        FloatingPointError: a latent that is not finite (a half-precision VAE overflows, say), naming the images.
+    """
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return _finite(((latents - shift) * vae.config.scaling_factor).contiguous(), names, "encoded")
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h w"], names: list[str]) -> Pixels:
+    """Scaled latents back to pixels in [-1, 1], fp32.
+
+    Raises:
+        FloatingPointError: a pixel that is not finite, naming the images.
+    """
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    return _finite(vae.decode(unscaled).sample.float(), names, "decoded")
+
+
+def _finite(values: Tensor, names: list[str], what: str) -> Tensor:
+    bad = [name for name, ok in zip(names, values.flatten(1).isfinite().all(dim=1).tolist(), strict=True) if not ok]
+    if bad:
+        raise FloatingPointError(
+            f"the VAE {what} {', '.join(bad[:5])} to values that are not finite: use a VAE that is stable in this "
+            "precision (--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix)"
+        )
+    return values

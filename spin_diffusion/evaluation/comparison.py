@@ -1,0 +1,230 @@
+"""Models side by side: each score with its interval, and its difference to a baseline on the same prompts and seeds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from spin_diffusion.evaluation.statistics import (
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    sign_test_p,
+    win_tie_loss,
+)
+from spin_diffusion.input_error import InputError
+
+_T = TypeVar("_T")
+_CAPTION = "Bold: the interval of the difference excludes 0."
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Scores of one model at one guidance scale by one scorer."""
+
+    model: str
+    guidance_scale: float
+    scorer: str
+    scores: np.ndarray
+    """(prompts, images): the same prompts and seeds in the same order for every model."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model at one guidance scale by one scorer, against the baseline at the same guidance scale."""
+
+    model: str
+    guidance_scale: float
+    scorer: str
+    num_prompts: int
+    num_images: int
+    """Images per prompt."""
+    mean: Interval
+    difference: Interval | None
+    """Model minus baseline, paired by prompt. None for the baseline, and so are the fields below."""
+    wins: int | None
+    """Prompts where the model scores higher than the baseline."""
+    ties: int | None
+    losses: int | None
+    p: float | None
+    """Two-sided sign test of wins against losses, adjusted by Holm for all comparisons made together."""
+
+
+def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
+    """One Comparison per row, in the order of the rows.
+
+    Raises:
+        InputError: no row of the baseline at some guidance scale and scorer, a row twice, shapes that differ, scores
+            that are not finite, or fewer than 2 prompts.
+    """
+    by_key: dict[tuple[str, float, str], Row] = {}
+    for row in rows:
+        key = (row.model, row.guidance_scale, row.scorer)
+        if key in by_key:
+            raise InputError(f"{_describe(row)} is there twice")
+        if row.scores.ndim != 2:
+            raise InputError(f"{_describe(row)}: scores must have shape (prompts, images), got {row.scores.shape}")
+        by_key[key] = row
+
+    comparisons = []
+    for row in rows:
+        base = by_key.get((baseline, row.guidance_scale, row.scorer))
+        if base is None:
+            models = ", ".join(dict.fromkeys(row.model for row in rows))
+            raise InputError(f"{_describe(row)}: the baseline {baseline!r} has no such scores; there are {models}")
+        try:
+            comparisons.append(_compare_row(row, base))
+        except ValueError as error:
+            raise InputError(f"{_describe(row)} against {baseline!r}: {error}") from error
+    return _adjusted(comparisons)
+
+
+def _compare_row(row: Row, base: Row) -> Comparison:
+    num_prompts, num_images = row.scores.shape
+    mean = mean_interval(row.scores)
+    difference = wins = ties = losses = p = None
+    if row is not base:
+        difference = paired_difference(row.scores, base.scores)
+        wins, ties, losses = win_tie_loss(row.scores, base.scores)
+        p = sign_test_p(wins, losses)
+    return Comparison(
+        row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p
+    )
+
+
+def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
+    p_values = iter(holm([comparison.p for comparison in comparisons if comparison.p is not None]).tolist())
+    return [c if c.p is None else replace(c, p=next(p_values)) for c in comparisons]
+
+
+def _describe(row: Row) -> str:
+    return f"model {row.model!r} at guidance {row.guidance_scale:g} by {row.scorer}"
+
+
+def print_table(comparisons: Sequence[Comparison], console: Console | None = None) -> None:
+    """One table per scorer: a line per model, for each guidance scale its mean and its difference to the baseline.
+
+    Bold and green is a difference whose interval is above 0, bold and red one whose interval is below. A console too
+    narrow for that gets the intervals on lines of their own, then one table per guidance scale.
+    """
+    console = console or Console()
+    for scorer in _distinct(c.scorer for c in comparisons):
+        of_scorer = [c for c in comparisons if c.scorer == scorer]
+        by_scale = [
+            [c for c in of_scorer if c.guidance_scale == s] for s in _distinct(c.guidance_scale for c in of_scorer)
+        ]
+        layouts = (
+            [_rich_table(of_scorer, separator=" ")],
+            [_rich_table(of_scorer, separator="\n")],
+            [_rich_table(of_scale, separator=" ") for of_scale in by_scale],
+            [_rich_table(of_scale, separator="\n") for of_scale in by_scale],
+        )
+        tables = next((tables for tables in layouts if all(_fits(table, console) for table in tables)), layouts[-1])
+        for table in tables:
+            console.print(table)
+
+
+def _fits(table: Table, console: Console) -> bool:
+    unlimited = console.options.update(max_width=10_000)
+    return Measurement.get(console, unlimited, table).maximum <= console.width
+
+
+def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
+    """`separator` stands between a number and its interval: a line break makes columns half as wide."""
+    # Text and not str: rich would read the square brackets of a model's name as markup.
+    table = Table(title=Text(_title(comparisons)), caption=Text(_CAPTION), title_justify="left", caption_justify="left")
+    table.add_column("model")
+    guidance_scales = _distinct(c.guidance_scale for c in comparisons)
+    for scale in guidance_scales:
+        table.add_column(f"guidance {scale:g}", justify="right", no_wrap=True)
+        table.add_column("to baseline", justify="right", no_wrap=True)
+    decimals = _decimals(comparisons)
+    by_cell = {(c.model, c.guidance_scale): c for c in comparisons}
+    for model in _distinct(c.model for c in comparisons):
+        cells = [Text(model)]
+        for scale in guidance_scales:
+            comparison = by_cell.get((model, scale))
+            if comparison is None:
+                cells += [Text(), Text()]
+                continue
+            mean = Text(_mean(comparison.mean, decimals, separator))
+            difference = Text(_difference(comparison.difference, decimals, separator))
+            difference.stylize({1: "bold green", 0: "", -1: "bold red"}[_direction(comparison.difference)])
+            cells += [mean, difference]
+        table.add_row(*cells)
+    return table
+
+
+def as_markdown(comparisons: Sequence[Comparison]) -> str:
+    """One table per scorer with everything `print_table` shows, and wins, ties, losses and the sign test."""
+    parts = []
+    for scorer in _distinct(c.scorer for c in comparisons):
+        of_scorer = [c for c in comparisons if c.scorer == scorer]
+        decimals = _decimals(of_scorer)
+        parts += [
+            f"**{_escaped(_title(of_scorer))}**",
+            "",
+            "| model | guidance | mean | to baseline | win / tie / loss | p |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for c in of_scorer:
+            difference = _difference(c.difference, decimals, " ")
+            if _direction(c.difference):
+                difference = f"**{difference}**"
+            counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
+            p = "" if c.p is None else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
+            mean = _mean(c.mean, decimals, " ")
+            parts.append(f"| {_escaped(c.model)} | {c.guidance_scale:g} | {mean} | {difference} | {counts} | {p} |")
+        parts += ["", f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm.", ""]
+    return "\n".join(parts)
+
+
+def _title(comparisons: list[Comparison]) -> str:
+    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} images" for c in comparisons)
+    return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % bootstrap over prompts, seeds shared"
+
+
+def _mean(interval: Interval, decimals: int, separator: str) -> str:
+    return f"{interval.mean:.{decimals}f}{separator}[{interval.low:.{decimals}f}, {interval.high:.{decimals}f}]"
+
+
+def _difference(interval: Interval | None, decimals: int, separator: str) -> str:
+    if interval is None:
+        return "baseline"
+    # Adding 0 makes a difference that rounds to nothing +0.00 and never -0.00.
+    rounded = [round(value, decimals) + 0.0 for value in (interval.mean, interval.low, interval.high)]
+    mean, low, high = (f"{value:+.{decimals}f}" for value in rounded)
+    return f"{mean}{separator}[{low}, {high}]"
+
+
+def _direction(interval: Interval | None) -> int:
+    """1 if the interval is above 0, -1 if it is below, 0 if 0 is in it or there is none."""
+    if interval is None:
+        return 0
+    return int(interval.low > 0) - int(interval.high < 0)
+
+
+def _decimals(comparisons: list[Comparison]) -> int:
+    """Decimals that show two digits of the narrowest interval, the same for all numbers of a scorer; 6 at most."""
+    intervals = [interval for c in comparisons for interval in (c.mean, c.difference) if interval is not None]
+    half_widths = [(interval.high - interval.low) / 2 for interval in intervals if interval.high > interval.low]
+    if not half_widths:
+        return 3
+    return min(6, max(0, 1 - math.floor(math.log10(min(half_widths)))))
+
+
+def _escaped(text: str) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _distinct(values: Iterable[_T]) -> list[_T]:
+    """In the order of their first appearance."""
+    return list(dict.fromkeys(values))

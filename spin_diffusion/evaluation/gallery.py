@@ -1,0 +1,132 @@
+"""A contact sheet: one column per model, one row per prompt, the same seed along a row."""
+
+import math
+import os
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+_MIN_CELL_PX = 160  # smaller images are enlarged by a whole factor to at least this
+_MAX_CELL_PX = 512
+_MAX_SHEET_PX = 64_000_000  # area of all cells; many rows get smaller cells
+_CAPTION_WIDTH_PX = 250
+_MAX_CAPTION_LINES = 6
+_GAP_PX = 8
+_MARGIN_PX = 24
+_FONT_PX = 16
+_LINE_PX = 22
+_INK, _FAINT, _PAPER = (34, 34, 38), (120, 120, 128), (255, 255, 255)
+
+
+def draw_gallery(columns: list[str], rows: list[tuple[str, list[Image.Image]]], path: Path) -> None:
+    """Write the sheet as a PNG file; it appears whole or not at all.
+
+    Tiny images are enlarged by nearest neighbour, so that their pixels can be seen; large ones are reduced.
+
+    Args:
+        columns: name of each model, such as "base", "round 1".
+        rows: prompt and its images, one per column. Long prompts are wrapped and shortened.
+
+    Raises:
+        ValueError: no column, no row, or a row without exactly one image per column.
+    """
+    if not columns or not rows:
+        raise ValueError(f"a gallery needs columns and rows, got {len(columns)} and {len(rows)}")
+    for prompt, images in rows:
+        if len(images) != len(columns):
+            raise ValueError(f"{len(images)} images do not match {len(columns)} columns, prompt {prompt[:80]!r}")
+
+    limit = max(16, min(_MAX_CELL_PX, math.isqrt(_MAX_SHEET_PX // (len(rows) * len(columns)))))
+    fitted = [(prompt, [_fitted(image, limit) for image in images]) for prompt, images in rows]
+    cell_width = max(image.width for _, images in fitted for image in images)
+    heights = [max(image.height for image in images) for _, images in fitted]
+    regular, bold = _font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")
+
+    headings = [_wrapped(column, bold, cell_width, 2) for column in columns]
+    header_height = max(len(lines) for lines in headings) * _LINE_PX + _GAP_PX
+    left = _MARGIN_PX + _CAPTION_WIDTH_PX + 2 * _GAP_PX
+    width = left + len(columns) * (cell_width + _GAP_PX) - _GAP_PX + _MARGIN_PX
+    height = _MARGIN_PX + header_height + sum(heights) + (len(rows) - 1) * _GAP_PX + _MARGIN_PX
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+
+    for number, lines in enumerate(headings):
+        centre = left + number * (cell_width + _GAP_PX) + cell_width // 2
+        top = _MARGIN_PX + header_height - _GAP_PX - len(lines) * _LINE_PX
+        _write(pen, lines, (centre, top), bold, _INK, anchor="ma")
+
+    top = _MARGIN_PX + header_height
+    for (prompt, images), row_height in zip(fitted, heights, strict=True):
+        num_lines = max(1, min(_MAX_CAPTION_LINES, row_height // _LINE_PX))
+        lines = _wrapped(prompt, regular, _CAPTION_WIDTH_PX, num_lines) or ["(empty prompt)"]
+        caption_top = top + (row_height - len(lines) * _LINE_PX) // 2
+        _write(pen, lines, (_MARGIN_PX, caption_top), regular, _INK if prompt.strip() else _FAINT, anchor="la")
+        for number, image in enumerate(images):
+            x = left + number * (cell_width + _GAP_PX) + (cell_width - image.width) // 2
+            sheet.paste(image, (x, top + (row_height - image.height) // 2))
+        top += row_height + _GAP_PX
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    sheet.save(part, format="PNG")
+    os.replace(part, path)
+
+
+def _fitted(image: Image.Image, limit: int) -> Image.Image:
+    """RGB, its longer side at most `limit` px and, where whole factors allow, at least _MIN_CELL_PX."""
+    image = image.convert("RGB")
+    longer = max(image.size)
+    if longer > limit:
+        size = tuple(max(1, round(side * limit / longer)) for side in image.size)
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, min(math.ceil(_MIN_CELL_PX / longer), limit // longer))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _font(name: str) -> ImageFont.FreeTypeFont:
+    # matplotlib ships this font, so that the sheet does not depend on what the system has.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), _FONT_PX)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    lines: list[str],
+    position: tuple[int, int],
+    font: ImageFont.FreeTypeFont,
+    ink: tuple[int, int, int],
+    anchor: str,
+) -> None:
+    for number, line in enumerate(lines):
+        pen.text((position[0], position[1] + number * _LINE_PX), line, fill=ink, font=font, anchor=anchor)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+    """Lines of at most `width` px; what does not fit into `max_lines` is cut and marked. Unprintable characters go."""
+    # No more characters than could ever fit are measured: a prompt may be a megabyte.
+    text = text[: 4 * width * max_lines]
+    words = "".join(character if character.isprintable() else " " for character in text).split()
+    lines: list[str] = []
+    line = ""
+    while words and len(lines) <= max_lines:
+        word = words.pop(0)
+        candidate = f"{line} {word}" if line else word
+        if font.getlength(candidate) <= width:
+            line = candidate
+        elif line:
+            lines.append(line)
+            line = ""
+            words.insert(0, word)
+        else:  # a word wider than a line is broken where it must be
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fits])
+            if word[fits:]:
+                words.insert(0, word[fits:])
+    if line:
+        lines.append(line)
+    if len(lines) <= max_lines and not words:
+        return lines
+    last = lines[max_lines - 1]
+    while last and font.getlength(last + "\u2026") > width:
+        last = last[:-1]
+    return [*lines[: max_lines - 1], last.rstrip() + "\u2026"]

@@ -1,0 +1,30 @@
+"""Sharpness: how much neighbouring pixels differ. An alarm for drift, not a measure of quality.
+
+Self-play can win its game by a texture (grids, stippling) or by blur. Both move this number long before they hurt a
+learned scorer, so compare it with the real images and with the base model: neither up nor down is good in itself.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from spin_diffusion.evaluation.scorers import Scorer
+
+
+def load(device: str) -> Scorer:
+    """The scorer; it has no weights and runs on the CPU whatever `device` says."""
+    return sharpness
+
+
+def sharpness(images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
+    """Mean absolute Laplacian of the luma, in units of white (0 to 4). It depends on the size of the image in px."""
+    return torch.tensor([_mean_absolute_laplacian(image) for image in images], dtype=torch.float32)
+
+
+def _mean_absolute_laplacian(image: Image.Image) -> float:
+    luma = np.asarray(image.convert("L"), dtype=np.float64) / 255
+    padded = np.pad(luma, 1, mode="edge")
+    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+    return float(np.abs(neighbours - 4 * luma).mean())

@@ -1,0 +1,56 @@
+"""Parts that are found by the name of their file: a scorer, a family, a data layout. To add one, add a file."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from spin_diffusion.input_error import InputError
+
+
+def load_named(package: str, name: str, attribute: str) -> Any:
+    """The `attribute` of module `name` in `package`, or of the file `name` if that ends in ".py" (which is executed).
+
+    Raises:
+        InputError: no such module or file, or it does not define `attribute`.
+    """
+    module = _load_file(Path(name)) if name.endswith(".py") else _load_module(package, name)
+    if not hasattr(module, attribute):
+        raise InputError(f"{module.__file__} must define `{attribute}`, see the docstring of {package}")
+    return getattr(module, attribute)
+
+
+def _load_module(package: str, name: str) -> ModuleType:
+    folder = importlib.import_module(package).__path__
+    existing = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+    if name not in existing:
+        nearest = difflib.get_close_matches(name, existing, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise InputError(
+            f"there is no {name!r} in {package}: {hint}It has {', '.join(existing)}; the path of a .py file works too"
+        )
+    return importlib.import_module(f"{package}.{name}")
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    # The path is part of the module's name: two files of one name, or one named like a library, can coexist.
+    unique_name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if unique_name in sys.modules:
+        return sys.modules[unique_name]
+    spec = importlib.util.spec_from_file_location(unique_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique_name] = module  # dataclasses and pickling look their module up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique_name]
+        raise
+    return module

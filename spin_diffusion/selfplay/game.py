@@ -1,0 +1,92 @@
+"""The contract between the rounds and a modality.
+
+A game holds two models of one shape, the player and the opponent, and knows how to draw samples with the opponent, how
+to turn stored rows into tensors, and how to score pairs under both models. Rounds, training loop and run folder see
+nothing else of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spin_diffusion.selfplay.objectives import PairScores
+
+Row = dict[str, Any]
+"""One stored sample: always with `id` and `prompt`, the rest is the game's."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs as the training loop hands them to `Game.scores`.
+
+    Attributes:
+        ids: prompt ids, for messages.
+        prompts: the prompts.
+        real, generated: tensors of both sides by name, first axis = pair; `generated` is empty for an objective that
+            has no generated side.
+        seeds: one per pair. All randomness of a pair's scores (noise, level, dropout) comes from it, so that it does
+            not depend on the process that happens to compute the pair.
+    """
+
+    ids: list[str]
+    prompts: list[str]
+    real: dict[str, Tensor]
+    generated: dict[str, Tensor]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Scores of a batch, and for each pair where on the modality's scale of difficulty it was taken.
+
+    Attributes:
+        level: in [0, 1): the timestep over the number of timesteps for images, the place in the answer for text.
+    """
+
+    scores: PairScores
+    level: Float[Tensor, " batch"]
+
+
+@runtime_checkable
+class Game(Protocol):
+    """Two models and what can be done with them. Implementations: `spin_diffusion.diffusion.game.DiffusionGame`."""
+
+    player: nn.Module
+    opponent: nn.Module
+
+    def generate(self, rows: list[Row], seeds: list[int]) -> list[Row]:
+        """Draw one sample with the opponent for each prompt. One call is one fixed batch: the same rows and seeds
+        give the same bytes, wherever and whenever it is made."""
+        ...
+
+    def encode(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Stored samples -> the tensors that `scores` needs of them, first axis = row."""
+        ...
+
+    def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
+        """Score both sides under both models.
+
+        Args:
+            player: `self.player` as prepared for training (wrapped for several processes, say).
+        """
+        ...
+
+    def promote(self) -> None:
+        """The player becomes the opponent: an independent, frozen copy of its present weights."""
+        ...
+
+    def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
+        """Write the player below `directory` as users load it and return the paths written.
+
+        Called on every process; the main one writes. With `prove` the files are loaded afresh, the way a user would,
+        and must predict what the player predicts.
+        """
+        ...
+
+    def restore(self, directory: Path | None) -> None:
+        """Put the weights that `save` wrote below `directory` into the player; None = the base checkpoint."""
+        ...

@@ -1,0 +1,46 @@
+"""How far a phase of a round is, with the time it will still take."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm.auto import tqdm
+
+
+class Progress:
+    """Says how far a phase is. This one says nothing."""
+
+    def phase(self, name: str, total: int) -> Callable[[int, str], None]:
+        """A function (done, text) for a phase of `total` steps."""
+        return lambda done, text="": None
+
+
+class Bars(Progress):
+    """One bar per phase on a terminal; a line every `every_s` seconds where the output is a file."""
+
+    def __init__(self, every_s: float = 15.0) -> None:
+        self.every_s = every_s
+
+    def phase(self, name: str, total: int) -> Callable[[int, str], None]:
+        """A bar of `total` steps (0 = unknown), closed when its last step is done."""
+        terminal = sys.stderr.isatty()
+        bar = tqdm(
+            total=total or None,
+            desc=name,
+            unit="",
+            mininterval=0.1 if terminal else self.every_s,
+            ascii=not terminal,
+            dynamic_ncols=terminal,
+            leave=True,
+        )
+        started = time.monotonic()
+
+        def update(done: int, text: str = "") -> None:
+            if text:
+                bar.set_postfix_str(text, refresh=False)
+            bar.update(min(done, total or done) - bar.n)
+            if total and done >= total:
+                bar.set_postfix_str(text or f"{total / max(time.monotonic() - started, 1e-9):.1f}/s")
+                bar.close()
+
+        return update

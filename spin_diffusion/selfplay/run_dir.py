@@ -1,0 +1,168 @@
+"""The run folder: names, seeds, hashes, and the one way in which a file or a folder appears, whole.
+
+Everything is written under a name that ends in `.part` and takes its real name by one atomic rename after its bytes are
+on the disk. A name without `.part` is therefore always complete, whenever the process was killed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spin_diffusion.input_error import InputError
+
+
+def seed_from(*parts: str | int | float) -> int:
+    """A seed in [0, 2**63): the SHA-256 of the parts. The same parts give the same seed on every machine."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def shard_name(index: int, count: int) -> str:
+    """The name of shard `index` of `count`, without a suffix: 00000-of-00008."""
+    return f"{index:05d}-of-{count:05d}"
+
+
+def part_of(path: Path) -> Path:
+    """The name under which `path` is written before it is complete."""
+    return path.with_name(path.name + ".part")
+
+
+def commit(path: Path) -> None:
+    """Give the finished `path`.part its real name. A folder that stands there already is replaced."""
+    part = part_of(path)
+    for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+        if file.is_file():
+            _sync(file)
+    if path.is_dir():
+        # A folder cannot be replaced in one step: the old one steps aside first, and `settle` puts things right after
+        # a kill between the two renames.
+        aside = path.with_name(path.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        os.replace(part, path)
+        shutil.rmtree(aside)
+    else:
+        os.replace(part, path)
+    _sync(path.parent)
+
+
+def settle(directory: Path) -> None:
+    """Remove what a killed process left half-done below `directory`; a replaced folder gets its old state back."""
+    for aside in sorted(directory.rglob("*.old")):
+        whole = aside.with_suffix("")
+        if whole.exists():
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, whole)
+    for part in sorted(directory.rglob("*.part")):
+        if part.is_dir():
+            shutil.rmtree(part)
+        elif part.exists():
+            part.unlink()
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file through `write(part path)` and commit it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(part_of(path))
+    commit(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, atomically."""
+    write_file(path, lambda part: part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or start in another --output_dir") from None
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str]) -> None:
+    """Write rows as one parquet shard with page checksums, `metadata` in its schema, atomically."""
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    write_file(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a parquet shard, its checksums verified; InputError when it is damaged."""
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
+
+
+def rows_metadata(path: Path) -> dict[str, str]:
+    """The metadata that `write_rows` put beside the rows, and "rows": their number."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
+    metadata = file.schema_arrow.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()} | {"rows": str(file.metadata.num_rows)}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as one safetensors file, atomically."""
+    write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def file_hashes(paths: Iterable[Path], below: Path) -> dict[str, str]:
+    """SHA-256 of every file, and of every file in every folder, by its path relative to `below`."""
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {file.relative_to(below).as_posix(): file_hash(file) for file in files if file.is_file()}
+
+
+def verify_hashes(hashes: dict[str, str], below: Path) -> None:
+    """Check every file against its recorded hash; InputError names the first that is missing or damaged."""
+    for name, expected in hashes.items():
+        path = below / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing though its round is recorded as finished: restore it, or start in "
+                             "another --output_dir")  # fmt: skip
+        if file_hash(path) != expected:
+            raise InputError(f"{path} is damaged (its SHA-256 is not the recorded {expected[:12]}...): restore it, or "
+                             "start in another --output_dir")  # fmt: skip
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

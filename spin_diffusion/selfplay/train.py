@@ -1,0 +1,466 @@
+"""The training loop of a round: the same for every game and every objective. Accelerate lives here.
+
+A run's randomness is a function of (seed, round, position of the pair in the stream), never of a process, so a resumed
+run, or one on another number of processes with the same global batch, sees the same pairs with the same noise.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay import health
+from spin_diffusion.selfplay.game import Batch, Game
+from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.run_dir import (
+    commit,
+    file_hashes,
+    part_of,
+    read_json,
+    seed_from,
+    verify_hashes,
+    write_file,
+)
+
+CHECKPOINT = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
+
+    max_train_steps: int | list[int] = 500
+    """Optimizer steps in each round."""
+    train_batch_size: int = 1
+    """Pairs per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float | list[float] = 2e-5
+    """Initial learning rate (after warm-up)."""
+    scale_lr: bool = False
+    """Multiply the learning rate by accumulation steps x batch size x processes."""
+    lr_scheduler: str = "constant_with_warmup"
+    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
+    lr_warmup_steps: int | list[int] = 0
+    """Optimizer steps of warm-up in each round."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw_8bit needs the extra `8bit` and a CUDA device."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
+    use_ema: bool = False
+    """Promote an exponential moving average of the player's weights over the round instead of its last weights."""
+    ema_decay: float = 0.9999
+    """Largest decay of that average."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    allow_tf32: bool = False
+    """TF32 matrix products on Ampere and later GPUs."""
+    stop_at_saturation: float | None = None
+    """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints within a round."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept of a round in training; the oldest go first."""
+    keep_checkpoints: bool = False
+    """Keep a round's checkpoints after it has been promoted."""
+    resume_from_checkpoint: str = "latest"
+    """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What the loop needs to know of one round: the settings' values for it, and the objective bound to its beta."""
+
+    round_: int
+    seed: int
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    beta: float
+    loss: Callable[[PairScores], Tensor]
+    anchored_at_player: bool
+    """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
+
+
+@dataclass
+class Pairs:
+    """All pairs of a round: ids and prompts in memory, tensors read on demand by `fetch`."""
+
+    ids: list[str]
+    prompts: list[str]
+    fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    epochs: dict[int, list[int]] = field(default_factory=dict)
+
+    def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
+        """The pairs at these positions of the round's endless stream: one permutation of all pairs after another."""
+        indices = [self._index(position, seed, round_) for position in positions]
+        real, generated = self.fetch(indices)
+        seeds = [seed_from(seed, "pair", round_, position) for position in positions]
+        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
+
+    def _index(self, position: int, seed: int, round_: int) -> int:
+        epoch, place = divmod(position, len(self.ids))
+        if epoch not in self.epochs:
+            generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
+            self.epochs = {epoch - 1: self.epochs.get(epoch - 1, [])}  # one epoch back is enough for a batch across two
+            self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
+        return self.epochs[epoch][place]
+
+
+def train(
+    game: Game,
+    pairs: Pairs,
+    plan: RoundPlan,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    directory: Path,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Train the player for one round, from the newest checkpoint in `directory` on, and return what it came to.
+
+    Raises:
+        InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
+        FloatingPointError: a loss or gradient that is not finite.
+    """
+    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    if len(pairs.ids) < per_step:
+        raise InputError(
+            f"{len(pairs.ids)} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
+            f"{settings.gradient_accumulation_steps} accumulation steps x {accelerator.num_processes} processes): "
+            "lower --train_batch_size or --gradient_accumulation_steps, or give more examples"
+        )
+
+    # The optimizer and the schedule of this round
+    player = game.player
+    trained = [parameter for parameter in player.parameters() if parameter.requires_grad]
+    optimizer = _optimizer(trained, plan.learning_rate * (per_step if settings.scale_lr else 1), settings)
+    schedule = get_scheduler(
+        settings.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=plan.warmup_steps,
+        num_training_steps=plan.steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+    ema = EMAModel(trained, decay=settings.ema_decay) if settings.use_ema else None
+    wrapped, optimizer = accelerator.prepare(player, optimizer)
+    if ema is not None:
+        ema.to(accelerator.device)
+
+    # Go on where a killed run stopped
+    watch = health.Watch(settings.stop_at_saturation)
+    history: list[dict[str, Any]] = []
+    with _player_in_checkpoints(accelerator, game):
+        checkpoint = _newest_checkpoint(directory, settings.resume_from_checkpoint)
+        first_step = 0
+        if checkpoint is not None:
+            first_step, watch, history = _load_checkpoint(checkpoint, accelerator, ema, settings)
+            schedule.last_epoch = first_step  # the optimizer's state already holds this step's rate
+
+        stopped_early = False
+        for step in range(first_step, plan.steps):
+            started = time.perf_counter()
+            records, ids = [], []
+            for micro in range(settings.gradient_accumulation_steps):
+                batch = pairs.batch(
+                    _positions(step, micro, settings, accelerator.process_index, accelerator.num_processes),
+                    plan.seed,
+                    plan.round_,
+                )
+                with accelerator.accumulate(wrapped):
+                    scored = game.scores(wrapped, batch)
+                    losses = plan.loss(scored.scores)
+                    if step == 0 and plan.anchored_at_player:
+                        _check_start(scored.scores, losses, plan, accelerator.mixed_precision)
+                    accelerator.backward(losses.mean())
+                    if accelerator.sync_gradients:
+                        # clip_grad_norm_ returns the norm before clipping
+                        limit = settings.max_grad_norm or float("inf")
+                        gradient_norm = accelerator.clip_grad_norm_(trained, limit)
+                    else:
+                        gradient_norm = None
+                    records.append(_record(scored.scores, losses, scored.level, plan.beta))
+                    ids += _ids_everywhere(pairs, step, micro, plan, settings, accelerator.num_processes)
+                    if accelerator.sync_gradients:
+                        # The one wait for the device in a step: metrics of all processes
+                        metrics = accelerator.gather(torch.cat(records)).cpu()
+                        # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
+                        norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
+                        health.check_finite(
+                            metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, 6], ids=ids,
+                            round_=plan.round_,
+                        )  # fmt: skip
+                        lr = optimizer.param_groups[0]["lr"]
+                    optimizer.step()
+                    optimizer.zero_grad()
+            schedule.step()
+            if ema is not None:
+                ema.step(trained)
+
+            # What the step said
+            entry = _summary(metrics, plan.beta) | {
+                "grad_norm": float(gradient_norm),
+                "lr": lr,
+                "pairs_per_second": per_step / (time.perf_counter() - started),
+            }
+            history.append({"step": step + 1} | entry)
+            accelerator.log(_flat(entry, f"round-{plan.round_}"), step=step + 1)
+            watch.update(entry["r_real"], entry["saturation"])
+            alarm = watch.alarm(plan.beta)
+            if alarm:
+                history[-1]["alarm"] = alarm
+                accelerator.print(f"Alarm in round {plan.round_}, step {step + 1}: {alarm}")
+            progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
+
+            stopped_early = watch.should_stop()
+            done = stopped_early or step + 1 == plan.steps
+            if not done and (step + 1) % settings.checkpointing_steps == 0:
+                _save_checkpoint(directory, step + 1, accelerator, ema, settings, watch, history)
+            if done:
+                break
+
+    if ema is not None:
+        ema.copy_to(trained)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
+    last = history[-watch.window_steps :]
+    return {
+        "steps": history[-1]["step"],
+        "stopped_early": stopped_early,
+        "alarms": [f"step {entry['step']}: {entry['alarm']}" for entry in history if "alarm" in entry],
+        **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:5]},
+    }
+
+
+def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:
+    """This process's places in the stream of pairs. A step's set of places depends on the global batch alone."""
+    start = ((step * settings.gradient_accumulation_steps + micro) * world + rank) * settings.train_batch_size
+    return list(range(start, start + settings.train_batch_size))
+
+
+def _ids_everywhere(
+    pairs: Pairs, step: int, micro: int, plan: RoundPlan, settings: TrainSettings, world: int
+) -> list[str]:
+    return [
+        pairs.ids[pairs._index(position, plan.seed, plan.round_)]
+        for rank in range(world)
+        for position in _positions(step, micro, settings, rank, world)
+    ]
+
+
+def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, mixed_precision: str) -> None:
+    at_zero = PairScores(
+        scores.player_real.detach(), scores.player_generated.detach(),
+        scores.player_real.detach(), scores.player_generated.detach(),
+    )  # fmt: skip
+    health.check_start(
+        scores.r_real.detach(), scores.r_generated.detach(), losses.detach(), plan.loss(at_zero), mixed_precision,
+        plan.beta,
+    )  # fmt: skip
+
+
+_COLUMNS = ("loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "level")
+
+
+def _record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Tensor:
+    """(pairs, columns) fp32, on the device: what is logged of each pair."""
+    margin = scores.margin.detach()
+    # A margin of exactly 0 is half right: at step 0 the accuracy is 0.5, not 0
+    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return torch.stack(
+        [
+            losses.detach(), scores.r_real.detach(), scores.r_generated.detach(), margin, accuracy,
+            health.saturated(margin, beta), level,
+        ],
+        dim=1,
+    )  # fmt: skip
+
+
+def _summary(metrics: Tensor, beta: float) -> dict[str, Any]:
+    entry: dict[str, Any] = {name: metrics[:, column].mean().item() for column, name in enumerate(_COLUMNS[:6])}
+    for column, name in enumerate(_COLUMNS[:6]):
+        if name != "loss":
+            entry[f"{name}_by_quarter"] = health.by_quarter(metrics[:, column], metrics[:, 6])
+    return entry
+
+
+def _flat(entry: dict[str, Any], prefix: str) -> dict[str, float]:
+    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the timesteps."""
+    names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
+             "implicit_accuracy": "rewards/accuracies", "loss": "train_loss"}  # fmt: skip
+    flat = {}
+    for key, value in entry.items():
+        if key.endswith("_by_quarter"):
+            name = key.removesuffix("_by_quarter")
+            flat |= {
+                f"{prefix}/{names.get(name, name)}/quarter_{q + 1}": mean
+                for q, mean in enumerate(value)
+                if mean is not None
+            }
+        else:
+            flat[f"{prefix}/{names.get(key, key)}"] = value
+    return flat
+
+
+def _optimizer(parameters: list[nn.Parameter], learning_rate: float, settings: TrainSettings) -> torch.optim.Optimizer:
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    if settings.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay, scale_parameter=False,
+            relative_step=False, warmup_init=False,
+        )  # fmt: skip
+    if settings.optimizer == "adamw_8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise InputError(
+                "--optimizer adamw_8bit needs bitsandbytes: pip install 'spin-diffusion[8bit]', or use adafactor"
+            ) from None
+        cls = bitsandbytes.optim.AdamW8bit
+    else:
+        cls = torch.optim.AdamW
+    return cls(
+        parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon
+    )
+
+
+@contextmanager
+def _player_in_checkpoints(accelerator: Accelerator, game: Game) -> Iterator[None]:
+    """Checkpoints hold the player as `game.save` writes it, so that each loads in a pipeline like a finished round."""
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], directory: str) -> None:
+        game.save(Path(directory), prove=False)
+        weights.clear()
+
+    def load(models: list[nn.Module], directory: str) -> None:
+        game.restore(Path(directory))
+        models.clear()
+
+    hooks = [accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _save_checkpoint(
+    directory: Path,
+    step: int,
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    settings: TrainSettings,
+    watch: health.Watch,
+    history: list[dict[str, Any]],
+) -> None:
+    path = directory / f"{CHECKPOINT}{step}"
+    part = part_of(path)
+    if accelerator.is_main_process:
+        if settings.checkpoints_total_limit is not None:
+            for old in _checkpoints(directory)[: -settings.checkpoints_total_limit + 1 or None]:
+                shutil.rmtree(old)
+        part.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(part))  # every rank: each has a random state of its own
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            save_file({f"{i:05d}": tensor.contiguous() for i, tensor in enumerate(ema.shadow_params)},
+                      part / "ema.safetensors")  # fmt: skip
+        (part / "trainer.json").write_text(
+            json.dumps(
+                {
+                    "step": step,
+                    "global_batch": _global_batch(settings, accelerator.num_processes),
+                    "ema_steps": ema.optimization_step if ema is not None else 0,
+                    "watch": vars(watch),
+                    "history": history,
+                }
+            )
+        )
+        (part / "hashes.json").write_text(json.dumps(file_hashes([part], part), indent=2))
+        commit(path)
+    accelerator.wait_for_everyone()
+
+
+def _load_checkpoint(
+    path: Path, accelerator: Accelerator, ema: EMAModel | None, settings: TrainSettings
+) -> tuple[int, health.Watch, list[dict[str, Any]]]:
+    hashes = path / "hashes.json"
+    if not hashes.is_file():
+        raise InputError(f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again")
+    verify_hashes(read_json(hashes), path)
+    state = read_json(path / "trainer.json")
+    batch = _global_batch(settings, accelerator.num_processes)
+    if state["global_batch"] != batch:
+        raise InputError(
+            f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has {batch}: change "
+            "--train_batch_size, --gradient_accumulation_steps or the number of processes to keep their product"
+        )
+    accelerator.load_state(str(path))
+    if ema is not None:
+        shadows = load_file(path / "ema.safetensors")
+        ema.shadow_params = [shadows[name].to(accelerator.device) for name in sorted(shadows)]
+        ema.optimization_step = state["ema_steps"]
+    accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
+    return state["step"], health.Watch(**state["watch"]), state["history"]
+
+
+def _global_batch(settings: TrainSettings, world: int) -> int:
+    return settings.train_batch_size * settings.gradient_accumulation_steps * world
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in directory.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+
+
+def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
+    found = _checkpoints(directory)
+    if wanted == "latest":
+        return found[-1] if found else None
+    named = [path for path in found if path.name == Path(wanted).name]
+    if found and not named:
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
+            "give one of these, or latest"
+        )
+    return named[0] if named else None
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Delete a round's checkpoints, which are of no use once its player is saved."""
+    for path in _checkpoints(directory):
+        shutil.rmtree(path)

@@ -1,0 +1,84 @@
+"""Fixtures for every room: tiny pipelines and data, one thread, no network."""
+
+import os
+
+# Before torch, transformers and datasets are imported: they read these once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+
+torch.set_num_threads(1)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Fail the test that connects to anything but this machine. It does not reach into subprocesses."""
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, method, _guarded(getattr(socket.socket, method)))
+        yield
+
+
+def _guarded(connect):
+    def guarded_connect(self: socket.socket, address):
+        if not _is_local(self.family, address):
+            # pytest's failure is no Exception, so a library that swallows connection errors cannot hide it.
+            pytest.fail(f"a test tried to reach the network: {address!r}")
+        return connect(self, address)
+
+    return guarded_connect
+
+
+def _is_local(family: socket.AddressFamily, address) -> bool:
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return family == socket.AF_UNIX
+    host = address[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(scope="session")
+def sd1_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny pipeline like SD 1.5; shared by the session, do not write into it."""
+    return tiny.build_sd1(tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="session")
+def sd2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny pipeline like SD 2.1 (v prediction, zero terminal SNR); shared by the session, do not write into it."""
+    return tiny.build_sd2(tmp_path_factory.mktemp("sd2"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny SDXL pipeline; shared by the session, do not write into it."""
+    return tiny.build_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet file with Pick-a-Pic's columns, 24 rows; the winner is coloured, the loser grey."""
+    return tiny.write_parquet(tmp_path_factory.mktemp("data") / "train.parquet")
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """jsonl file of four prompts."""
+    return tiny.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")

@@ -1,0 +1,150 @@
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table
+from spin_diffusion.evaluation.statistics import Interval, holm, mean_interval, paired_difference, sign_test_p
+from spin_diffusion.input_error import InputError
+
+EFFECTS = {"base": 0.0, "round 1": 0.5, "round 2": -0.5, "sft": 0.0}
+
+
+def make_rows(scorers: tuple[str, ...] = ("pickscore",), scales: tuple[float, ...] = (1.0, 7.5)) -> list[Row]:
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(20, 2, (40, 1))
+    noise = {"base": rng.normal(0, 0.3, (40, 2))}
+    # "sft" is the baseline with its prompts' noise negated in pairs: its mean difference is exactly 0.
+    noise["sft"] = noise["base"] + np.tile([[0.1], [-0.1]], (20, 1))
+    return [
+        Row(model, scale, scorer, difficulty + effect + noise.get(model, noise["base"] * 0.5))
+        for scorer in scorers
+        for model, effect in EFFECTS.items()
+        for scale in scales
+    ]
+
+
+def printed(comparisons: list[Comparison], width: int, **options: bool) -> str:
+    console = Console(file=io.StringIO(), width=width, **options)
+    print_table(comparisons, console)
+    return console.file.getvalue()
+
+
+def test_every_row_is_compared_with_the_baseline_at_its_own_guidance_scale() -> None:
+    rows = make_rows()
+    rows[0] = Row("base", 1.0, "pickscore", rows[0].scores + 3)  # only the baseline at guidance 1 moves
+    comparisons = compare(rows, "base")
+    assert [(c.model, c.guidance_scale) for c in comparisons] == [(r.model, r.guidance_scale) for r in rows]
+    round_1 = {c.guidance_scale: c for c in comparisons if c.model == "round 1"}
+    assert round_1[1.0].difference.mean == pytest.approx(round_1[7.5].difference.mean - 3)
+    assert round_1[1.0].mean == round_1[7.5].mean
+
+
+def test_the_numbers_are_those_of_statistics() -> None:
+    rows = make_rows(scales=(7.5,))
+    comparisons = compare(rows, "base")
+    base, round_1 = rows[0], rows[1]
+    assert comparisons[1].mean == mean_interval(round_1.scores)
+    assert comparisons[1].difference == paired_difference(round_1.scores, base.scores)
+    assert comparisons[1].wins + comparisons[1].ties + comparisons[1].losses == comparisons[1].num_prompts == 40
+    assert comparisons[1].num_images == 2
+    raw = [sign_test_p(c.wins, c.losses) for c in comparisons[1:]]
+    assert [c.p for c in comparisons[1:]] == holm(raw).tolist()
+
+
+def test_better_is_positive_worse_is_negative() -> None:
+    comparisons = {c.model: c for c in compare(make_rows(scales=(7.5,)), "base")}
+    assert comparisons["round 1"].difference.low > 0 and comparisons["round 1"].wins > 35
+    assert comparisons["round 2"].difference.high < 0 and comparisons["round 2"].losses > 35
+    assert comparisons["sft"].difference.low < 0 < comparisons["sft"].difference.high
+
+
+def test_the_baseline_has_no_difference_to_itself() -> None:
+    base = compare(make_rows(), "base")[0]
+    assert (base.difference, base.wins, base.ties, base.losses, base.p) == (None, None, None, None, None)
+
+
+def test_a_model_that_equals_the_baseline_ties_everywhere() -> None:
+    scores = np.random.default_rng(1).normal(size=(5, 1))
+    twin = compare([Row("base", 1.0, "s", scores), Row("twin", 1.0, "s", scores.copy())], "base")[1]
+    assert twin.difference == Interval(0.0, 0.0, 0.0) and (twin.wins, twin.ties, twin.losses, twin.p) == (0, 5, 0, 1.0)
+    assert "+0.0" in as_markdown([twin]) and "-0.0" not in as_markdown([twin]) and "**+" not in as_markdown([twin])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("b", 2.0, "s", np.zeros((3, 1))), "model 'b' at guidance 2 by s: the baseline 'a' has no such scores"),
+        (Row("b", 1.0, "t", np.zeros((3, 1))), "by t: the baseline 'a' has no such scores"),
+        (Row("a", 1.0, "s", np.zeros((3, 1))), "there twice"),
+        (Row("b", 1.0, "s", np.zeros((4, 1))), r"model 'b'.*\(4, 1\) and \(3, 1\)"),
+        (Row("b", 1.0, "s", np.zeros((3, 2))), r"model 'b'.*\(3, 2\) and \(3, 1\)"),
+        (Row("b", 1.0, "s", np.zeros(3)), r"model 'b'.*shape \(prompts, images\)"),
+        (Row("b", 1.0, "s", np.full((3, 1), np.nan)), "model 'b'.*finite"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused_by_name(row: Row, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        compare([Row("a", 1.0, "s", np.zeros((3, 1))), row], "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_prompt_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 2 prompts"):
+        compare([Row("a", 1.0, "s", np.zeros((1, 4)))], "a")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_every_model_and_number_is_printed_at_any_width(width: int) -> None:
+    text = printed(compare(make_rows(("pickscore", "sharpness")), "base"), width)
+    assert all(len(line.rstrip()) <= width for line in text.splitlines())
+    words = " ".join(text.split())
+    for wanted in (*EFFECTS, "pickscore: 40 prompts x 2 images", "sharpness:", "guidance 1", "guidance 7.5", "seeds"):
+        assert wanted in words
+    assert "\u2026" not in text, "nothing may be cut"
+    assert text.count("[+") >= 4 and text.count("[-") >= 4
+
+
+def test_a_wide_console_shows_one_line_per_model() -> None:
+    text = printed(compare(make_rows(), "base"), 200)
+    line = next(line for line in text.splitlines() if "round 1" in line)
+    assert line.count("[") == 4
+
+
+def test_colours_follow_the_interval() -> None:
+    text = printed(compare(make_rows(scales=(7.5,)), "base"), 200, force_terminal=True)
+    green, red = "\x1b[1;32m", "\x1b[1;31m"
+    lines = {name: next(line for line in text.splitlines() if name in line) for name in EFFECTS}
+    assert green + "+" in lines["round 1"] and red not in lines["round 1"]
+    assert red + "-" in lines["round 2"] and green not in lines["round 2"]
+    assert not any(colour in lines[name] for name in ("sft", "base") for colour in (green, red))
+
+
+def test_brackets_and_bars_in_names_stay_what_they_are() -> None:
+    scores = np.random.default_rng(2).normal(size=(4, 1))
+    comparisons = compare([Row("base", 1.0, "s", scores), Row("a [bold] | b\n", 1.0, "s", scores + 1)], "base")
+    assert "a [bold] | b" in printed(comparisons, 200)
+    assert r"| a [bold] \| b | 1 |" in as_markdown(comparisons)
+
+
+def test_markdown_tables_have_as_many_cells_as_columns() -> None:
+    text = as_markdown(compare(make_rows(("pickscore", "sharpness")), "base"))
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 * (2 + len(EFFECTS) * 2)
+    assert {line.count("|") for line in table} == {7}
+    assert "**+0." in text and "**-0." in text and "< 0.001" in text
+
+
+def test_no_comparison_prints_nothing() -> None:
+    assert compare([], "base") == [] and as_markdown([]) == "" and printed([], 80) == ""
+
+
+def test_decimals_follow_the_width_of_the_intervals() -> None:
+    def row(mean: float, half_width: float) -> Comparison:
+        interval = Interval(mean, mean - half_width, mean + half_width)
+        return Comparison("m", 1.0, "s", 9, 1, interval, None, None, None, None, None)
+
+    assert "20.95 [20.63, 21.27]" in as_markdown([row(20.95, 0.32)])
+    assert "0.27512 [0.27481, 0.27543]" in as_markdown([row(0.27512, 0.00031)])
+    assert "5200 [4900, 5500]" in as_markdown([row(5200, 300)])

@@ -1,0 +1,149 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spin_diffusion.evaluation.scorers import Scorer, load_scorer
+from spin_diffusion.evaluation.scorers.sharpness import sharpness
+from spin_diffusion.input_error import InputError
+from spin_diffusion.named import load_named
+
+SCORERS = "spin_diffusion.evaluation.scorers"
+
+
+def write_scorer(folder: Path, returned: str, name: str = "mine") -> str:
+    path = folder / f"{name}.py"
+    path.write_text(f"import torch\ndef load(device):\n    return lambda images, prompts: {returned}\n")
+    return str(path)
+
+
+def pictures(number: int) -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8)) for _ in range(number)]
+
+
+def test_a_scorer_is_found_by_the_name_of_its_file() -> None:
+    name, scorer = load_scorer("sharpness", "cpu")
+    assert name == "sharpness" and isinstance(scorer, Scorer)
+    assert scorer(pictures(3), ["a", "b", "c"]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_scorer_is_found_by_the_path_of_its_file(tmp_path: Path) -> None:
+    spec = write_scorer(tmp_path, "torch.tensor([float(len(p)) for p in prompts])")
+    name, scorer = load_scorer(spec, "cpu")
+    assert name == "mine" and scorer(pictures(2), ["a", "abc"]).tolist() == [1.0, 3.0]
+
+
+def test_two_files_of_one_name_do_not_shadow_each_other_nor_a_library(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = load_scorer(write_scorer(tmp_path / "a", "torch.ones(len(images))", "torch"), "cpu")[1]
+    second = load_scorer(write_scorer(tmp_path / "b", "torch.zeros(len(images))", "torch"), "cpu")[1]
+    assert first(pictures(1), ["p"]).item() == 1 and second(pictures(1), ["p"]).item() == 0
+    assert sys.modules["torch"] is torch
+
+
+def test_the_device_reaches_load(tmp_path: Path) -> None:
+    path = tmp_path / "where.py"
+    path.write_text("def load(device):\n    raise RuntimeError('on ' + device)\n")
+    with pytest.raises(RuntimeError, match="on cuda:3"):
+        load_scorer(str(path), "cuda:3")
+
+
+def test_scores_come_back_as_fp32_on_the_cpu_without_gradient(tmp_path: Path) -> None:
+    spec = write_scorer(tmp_path, "torch.ones(len(images), dtype=torch.bfloat16, requires_grad=True) * 2")
+    scores = load_scorer(spec, "cpu")[1](pictures(2), ["a", "b"])
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+
+
+def test_no_image_gives_no_score() -> None:
+    assert load_scorer("sharpness", "cpu")[1]([], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("torch.zeros(len(images), 1)", r"scorer mine must return a tensor of shape \(2,\), got \(2, 1\).*'a red fox'"),
+        ("torch.zeros(())", r"got \(\)"),
+        ("torch.zeros(5)", r"got \(5,\)"),
+        ("[0.0, 0.0]", "got list"),
+        ("None", "got NoneType"),
+        ("torch.tensor([0.0, float('nan')])", "scorer mine returned nan for the prompt 'a blue boat'"),
+        ("torch.tensor([float('inf'), 0.0])", "scorer mine returned inf for the prompt 'a red fox'"),
+    ],
+)
+def test_what_a_scorer_returns_is_checked(returned: str, message: str, tmp_path: Path) -> None:
+    scorer = load_scorer(write_scorer(tmp_path, returned), "cpu")[1]
+    with pytest.raises(InputError, match=message):
+        scorer(pictures(2), ["a red fox", "a blue boat"])
+
+
+def test_a_long_prompt_is_shortened_in_the_error(tmp_path: Path) -> None:
+    scorer = load_scorer(write_scorer(tmp_path, "torch.tensor([float('nan')])"), "cpu")[1]
+    with pytest.raises(InputError) as caught:
+        scorer(pictures(1), ["word\n" * 1000])
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_as_many_prompts_as_images_are_needed() -> None:
+    with pytest.raises(ValueError, match="2 images do not match 1 prompts"):
+        load_scorer("sharpness", "cpu")[1](pictures(2), ["a"])
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest_and_all() -> None:
+    with pytest.raises(InputError, match="no 'sharpnes'.*did you mean sharpness.*It has .*sharpness") as caught:
+        load_scorer("sharpnes", "cpu")
+    assert "\n" not in str(caught.value)
+    for name in ("zzz", "", "sharpness.sharpness", "../named", "__init__"):
+        with pytest.raises(InputError, match="It has .*sharpness"):
+            load_named(SCORERS, name, "load")
+
+
+def test_a_missing_file_and_a_missing_load_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone.py does not exist"):
+        load_scorer(str(tmp_path / "gone.py"), "cpu")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match=f"empty.py must define `load`, see the docstring of {SCORERS}"):
+        load_scorer(str(tmp_path / "empty.py"), "cpu")
+    (tmp_path / "nothing.py").write_text("def load(device): return 3")
+    with pytest.raises(InputError, match="scorer nothing: load.* must return a function, got int"):
+        load_scorer(str(tmp_path / "nothing.py"), "cpu")
+
+
+def test_a_file_that_fails_says_why_and_can_be_mended(tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("import no_such_package")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+            load_scorer(str(path), "cpu")
+    write_scorer(tmp_path, "torch.zeros(len(images))", "broken")
+    assert load_scorer(str(path), "cpu")[0] == "broken"
+
+
+def test_naming_scorers_imports_no_heavy_package() -> None:
+    code = f"import {SCORERS}, sys; assert not {{'transformers', 'diffusers', 'open_clip'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_flat_image_has_no_sharpness_and_a_checkerboard_the_most() -> None:
+    board = np.indices((8, 8)).sum(axis=0) % 2 * 255
+    flat, sharp = Image.new("RGB", (8, 8), (90, 90, 90)), Image.fromarray(board.astype(np.uint8))
+    scores = sharpness([flat, sharp], ["", ""])
+    assert scores[0] == 0
+    # 36 inner pixels differ from 4 neighbours, 24 of an edge from 3, 4 of a corner from 2; the border repeats itself.
+    assert scores[1].item() == pytest.approx((36 * 4 + 24 * 3 + 4 * 2) / 64)
+
+
+def test_sharpness_agrees_with_scipy_and_falls_with_blur() -> None:
+    from PIL import ImageFilter
+    from scipy import ndimage
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    expected = np.abs(ndimage.laplace(pixels / 255, mode="nearest")).mean()
+    blurred = sharpness([image, image.filter(ImageFilter.GaussianBlur(1)), image.resize((1, 1))], [""] * 3)
+    assert blurred[0].item() == pytest.approx(expected)
+    assert blurred[1] < 0.5 * blurred[0] and blurred[2] == 0

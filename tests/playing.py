@@ -1,0 +1,67 @@
+"""A whole game on a tiny pipeline, small enough to be played many times in a test."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from spin_diffusion.data import Example
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
+from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.selfplay.rounds import RoundSettings, play
+from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.train import TrainSettings
+
+ROUNDS = RoundSettings(rounds=2, beta=2000.0, samples_per_shard=4, seed=1)
+TRAINING = TrainSettings(max_train_steps=4, train_batch_size=2, learning_rate=1e-4, checkpointing_steps=2)
+
+
+def examples(count: int = 10, losers: bool = False) -> Iterator[Example]:
+    """Coloured noise with a caption each."""
+    rng = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (40, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    for number in range(count):
+        yield Example(f"picture {number}", picture(), picture() if losers else None, f"row {number}")
+
+
+def make_game(base: Path, precision: str = "no", accumulation: int = 1, **denoiser: Any) -> DiffusionGame:
+    """A game of a tiny pipeline at 32 px."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # one test may ask for another precision than the last
+    family, pipeline = load_checkpoint(str(base))
+    return DiffusionGame(
+        family,
+        pipeline,
+        str(base),
+        images=ImageSettings(resolution=32),
+        sampling=SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generation_batch_size=2),
+        denoiser=DenoiserSettings(**denoiser),
+        accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),
+    )
+
+
+def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: bool = False) -> None:
+    """The examples as prepared data."""
+    prepare(directory, lambda: game.real_rows(examples(count, losers)), {}, 4, game, game.accelerator)
+
+
+def play_all(
+    base: Path, output_dir: Path, training: TrainSettings = TRAINING, game: DiffusionGame | None = None, **rounds: Any
+) -> list[dict[str, Any]]:
+    """Prepare and play as a fresh process would, and return the rounds' records."""
+    game = game or make_game(base, accumulation=training.gradient_accumulation_steps)
+    losers = rounds.get("objective") == "dpo"
+    prepare_data(game, output_dir / "data", losers=losers)
+    return play(game, output_dir / "data", output_dir, replace(ROUNDS, **rounds), training, game.accelerator)

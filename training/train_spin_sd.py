@@ -1,0 +1,23 @@
+"""Fine-tune Stable Diffusion 1.x or 2.x by self-play, all rounds in one command.
+
+    accelerate launch training/train_spin_sd.py --config training/configs/sd15_pickapic_card.yaml
+
+Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_spin_sd.py ...
+Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_spin_sd.py ...
+Running the same command again goes on where it stopped.
+"""
+
+import sys
+
+from spin_diffusion.command import run_command
+from spin_diffusion.config import parse_config
+from spin_diffusion.diffusion.run import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, play, and return the exit code."""
+    return run_command(lambda arguments: run(parse_config(arguments), family_name="sd"), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

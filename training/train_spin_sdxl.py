@@ -1,0 +1,23 @@
+"""Fine-tune SDXL by self-play, all rounds in one command.
+
+    accelerate launch training/train_spin_sdxl.py --config training/configs/sdxl_pickapic.yaml
+
+Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_spin_sdxl.py ...
+Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_spin_sdxl.py ...
+Running the same command again goes on where it stopped.
+"""
+
+import sys
+
+from spin_diffusion.command import run_command
+from spin_diffusion.config import parse_config
+from spin_diffusion.diffusion.run import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, play, and return the exit code."""
+    return run_command(lambda arguments: run(parse_config(arguments), family_name="sdxl"), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
