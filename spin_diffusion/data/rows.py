@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 from spin_diffusion.data.report import CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.input_error import InputError
@@ -107,9 +107,9 @@ def file_reader(folder: Path) -> Callable[[str], bytes]:
             raise InputError(
                 f"{folder}: the image {name!r} is an address: download the images and give their file names"
             )
-        posix, windows = PurePosixPath(name), PureWindowsPath(name)
+        as_windows = PureWindowsPath(name)  # splits at both kinds of slash
         # By the name alone: links inside the folder are the owner's, and the hub's cache is made of them.
-        if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+        if as_windows.anchor or ".." in as_windows.parts or "\0" in name:
             raise InputError(
                 f"{folder}: the file name {name!r} leads out of the folder; give it relative to the folder"
             )

@@ -2,6 +2,7 @@
 
 import math
 import os
+from bisect import bisect_right
 from pathlib import Path
 
 import matplotlib
@@ -9,13 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MIN_CELL_PX = 160  # smaller images are enlarged by a whole factor to at least this
 _MAX_CELL_PX = 512
-_MAX_SHEET_PX = 64_000_000  # area of all cells; many rows get smaller cells
+_MAX_SHEET_PX = 25_000_000  # area of all cells; many rows get smaller cells
 _CAPTION_WIDTH_PX = 250
 _MAX_CAPTION_LINES = 6
 _GAP_PX = 8
 _MARGIN_PX = 24
 _FONT_PX = 16
 _LINE_PX = 22
+_MIN_CHARACTER_PX = 3
+_ELLIPSIS = "\u2026"
 _INK, _FAINT, _PAPER = (34, 34, 38), (120, 120, 128), (255, 255, 255)
 
 
@@ -103,30 +106,29 @@ def _write(
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
     """Lines of at most `width` px; what does not fit into `max_lines` is cut and marked. Unprintable characters go."""
-    # No more characters than could ever fit are measured: a prompt may be a megabyte.
-    text = text[: 4 * width * max_lines]
-    words = "".join(character if character.isprintable() else " " for character in text).split()
-    lines: list[str] = []
-    line = ""
+    # A prompt may be a megabyte: no more is looked at, and no more is measured, than could ever be shown.
+    printable = "".join(character if character.isprintable() else " " for character in text[:20_000])
+    words = " ".join(printable.split())[: max_lines * width // _MIN_CHARACTER_PX].split()
+    lines = [""]
     while words and len(lines) <= max_lines:
         word = words.pop(0)
-        candidate = f"{line} {word}" if line else word
+        candidate = f"{lines[-1]} {word}".lstrip()
         if font.getlength(candidate) <= width:
-            line = candidate
-        elif line:
-            lines.append(line)
-            line = ""
+            lines[-1] = candidate
+        elif lines[-1]:
+            lines.append("")
             words.insert(0, word)
         else:  # a word wider than a line is broken where it must be
-            fits = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            lines.append(word[:fits])
-            if word[fits:]:
-                words.insert(0, word[fits:])
-    if line:
-        lines.append(line)
-    if len(lines) <= max_lines and not words:
-        return lines
+            fits = _num_fitting(word, font, width)
+            lines[-1] = word[:fits]
+            words.insert(0, word[fits:])
+    if len(lines) <= max_lines:
+        return lines if lines[0] else []
     last = lines[max_lines - 1]
-    while last and font.getlength(last + "\u2026") > width:
-        last = last[:-1]
-    return [*lines[: max_lines - 1], last.rstrip() + "\u2026"]
+    fits = _num_fitting(last, font, width - math.ceil(font.getlength(_ELLIPSIS)))
+    return [*lines[: max_lines - 1], last[:fits].rstrip() + _ELLIPSIS]
+
+
+def _num_fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
+    """How many of the first characters are at most `width` px wide together; at least one."""
+    return max(1, bisect_right(range(1, len(text) + 1), width, key=lambda number: font.getlength(text[:number])))

@@ -92,6 +92,12 @@ def test_samples_with_missing_parts_are_bad(tmp_path: Path) -> None:
     assert report.kept_rows["empty caption"][1].detail.startswith("4.json cannot be read")
 
 
+def test_a_key_that_comes_twice_is_two_samples(tmp_path: Path) -> None:
+    members = sample("0", RED, "first") + sample("0", RED, "second")
+    examples, _ = read(settings(write_tar(tmp_path / "0.tar", members)))
+    assert [example.prompt for example in examples] == ["first", "second"]
+
+
 def test_a_member_that_would_not_fit_in_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webdataset, "MAX_MEMBER_BYTES", 1000)
     members = sample("0") + sample("1", RED + bytes(1000))

@@ -147,4 +147,4 @@ def test_decimals_follow_the_width_of_the_intervals() -> None:
 
     assert "20.95 [20.63, 21.27]" in as_markdown([row(20.95, 0.32)])
     assert "0.27512 [0.27481, 0.27543]" in as_markdown([row(0.27512, 0.00031)])
-    assert "5200 [4900, 5500]" in as_markdown([row(5200, 300)])
+    assert "5200 [4900, 5500]" in as_markdown([row(5200.0, 300.0)])

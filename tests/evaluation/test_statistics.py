@@ -184,6 +184,6 @@ def test_other_unusable_arguments_are_refused() -> None:
 
 def test_10000_resamples_of_200_prompts_take_well_under_a_second() -> None:
     values = np.random.default_rng(8).normal(size=(200, 5))
-    start = time.perf_counter()
+    start = time.process_time()
     mean_interval(values)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -1,8 +1,8 @@
 """What judges an image: put one file here with `load(device: str) -> Scorer`; its name is the scorer's name.
 
 A scorer takes `images: list[PIL.Image.Image]` and as many `prompts: list[str]` and returns `Float[Tensor, " batch"]`,
-one score per image; higher is better. Import heavy packages inside `load`, so that scorers nobody asks for cost nothing.
-A file outside of this folder works as well: name it by a path that ends in ".py".
+one score per image; higher is better. Import heavy packages inside `load`: scorers nobody asks for cost nothing. A file
+outside of this folder works as well: name it by a path that ends in ".py".
 """
 
 import math
