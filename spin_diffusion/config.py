@@ -157,16 +157,15 @@ def _one_line(message: str) -> str:
     """jsonargparse's message in one line: the nearest flag for one that does not exist, the type for a wrong value."""
     sections = {field.name: field for section in SECTIONS.values() for field in fields(section)}
     known = [*sections, "config"]
-    unknown = re.search(r"nrecognized arguments: --([\w.]+)|[Kk]ey ['\"]([\w.]+)['\"] is not expected", message)
+    unknown = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
     if unknown:
         name = unknown.group(1) or unknown.group(2)
         return f"unknown setting {name!r}{_nearest(name, known)}"
     key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
-    value = re.search(r"[Gg]iven value: (.*)|, got (.*)$|: '(.*)'", message)
+    value = re.search(r"(?:[Gg]iven|Got) value: (.*)", message)
     if key and key.group(1) in sections:
         expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(sections[key.group(1)].type))
-        given = next((group for group in value.groups() if group), "") if value else ""
-        return f"--{key.group(1)} {given}: expected {expected}"
+        return f"--{key.group(1)} {value.group(1) if value else ''}: expected {expected}"
     return re.sub(r"\s+", " ", message).strip()
 
 

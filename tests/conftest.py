@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 from tests import tiny
 
@@ -52,6 +53,12 @@ def _is_local(family: socket.AddressFamily, address) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Let each test ask for its own precision: accelerate keeps its state for the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from spin_diffusion.data import Example
@@ -39,7 +38,6 @@ def examples(count: int = 10, losers: bool = False) -> Iterator[Example]:
 
 def make_game(base: Path, precision: str = "no", accumulation: int = 1, **denoiser: Any) -> DiffusionGame:
     """A game of a tiny pipeline at 32 px."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one test may ask for another precision than the last
     family, pipeline = load_checkpoint(str(base))
     return DiffusionGame(
         family,

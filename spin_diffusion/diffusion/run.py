@@ -1,7 +1,6 @@
 """The whole main job: load the base, prepare the data, play the rounds, compare, and say what came out."""
 
 import dataclasses
-import logging
 import platform
 import warnings
 from datetime import timedelta
@@ -9,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
@@ -38,7 +39,9 @@ def run(config: Config, family_name: str) -> None:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     output_dir = Path(config.run.output_dir)
     _check_inputs(config, output_dir)
     accelerator = _accelerator(config, output_dir)

@@ -76,9 +76,9 @@ def read_prompts(path: str, limit: int | None) -> list[str]:
                     f'{path} line {number}: expected an object such as {{"prompt": "a red fox"}}'
                 ) from None
         prompts[prompt] = None
-    if not prompts:
-        raise InputError(f"{path} has no prompts")
-    return list(prompts)[:limit]
+    if len(kept := list(prompts)[:limit]) < 2:
+        raise InputError(f"{path}: {len(kept)} prompts are too few to compare models, give 2 or more (200 say more)")
+    return kept
 
 
 def write_prompts(directory: Path, prompts: list[str], settings: EvaluationSettings, per_shard: int, seed: int) -> None:

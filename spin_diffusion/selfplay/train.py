@@ -59,8 +59,8 @@ class TrainSettings:
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Power of the polynomial schedule."""
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    """adamw_8bit needs the extra `8bit` and a CUDA device."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
+    """adamw_8bit needs the extra `8bit` and a CUDA device; sgd has no momentum."""
     adam_beta1: float = 0.9
     """First moment's decay."""
     adam_beta2: float = 0.999
@@ -340,6 +340,8 @@ def _optimizer(parameters: list[nn.Parameter], learning_rate: float, settings: T
             parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay, scale_parameter=False,
             relative_step=False, warmup_init=False,
         )  # fmt: skip
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay)
     if settings.optimizer == "adamw_8bit":
         try:
             import bitsandbytes

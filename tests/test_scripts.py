@@ -1,0 +1,220 @@
+"""The scripts as a user runs them: the whole path, and one clear line with exit code 2 for everything that is wrong."""
+
+import errno
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from spin_diffusion.selfplay import run_dir
+from spin_diffusion.selfplay.run_dir import file_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *argv: str) -> int:
+    return runpy.run_path(str(ROOT / "training" / script))["main"](list(argv))
+
+
+@pytest.fixture
+def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
+    return {
+        "pretrained_model_name_or_path": str(sdxl_dir),
+        "dataset_name": str(tiny_parquet),
+        "resolution": 32,
+        "rounds": 1,
+        "max_train_steps": 2,
+        "train_batch_size": 4,
+        "learning_rate": [1e-4, 5e-5],
+        "beta": 2000,
+        "num_inference_steps": 2,
+        "guidance_scale": 3,
+        "validation_prompts": str(tiny_prompts),
+        "validation_guidance_scales": [1, 3],
+        "scorers": ["sharpness"],
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def play(tmp_path: Path, settings: dict, *argv: str, script: str = "train_spin_sdxl.py") -> int:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return run(script, "--config", str(config), *argv)
+
+
+def refused(capsys, code: int, *parts: str) -> None:
+    """Exit code 2, and one line on stderr that holds every part."""
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and len(error) == 1, error
+    for part in parts:
+        assert part in error[0]
+
+
+def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
+    settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard"}
+    assert play(tmp_path, settings) == 0
+    out = tmp_path / "out"
+    names = {"config.yaml", "manifest.json", "samples.png", "table.md", "unet", "logs", "round-1", "round-2", "base"}
+    assert names <= {path.name for path in out.iterdir()}
+    printed = capsys.readouterr().out
+    for part in ("4 pairs a step", "round 2: 2 steps at lr 5e-05", "spin round 2", "sft, same steps", "samples.png"):
+        assert part in printed
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    pipeline = DiffusionPipeline.from_pretrained(
+        settings["pretrained_model_name_or_path"], unet=UNet2DConditionModel.from_pretrained(out / "unet")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a fox", height=32, width=32, num_inference_steps=1).images
+    # Once more: nothing to do, the same table
+    assert play(tmp_path, settings) == 0
+    assert "spin round 2" in capsys.readouterr().out
+
+
+def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
+    settings |= {"pretrained_model_name_or_path": str(sd2_dir)}
+    assert play(tmp_path, settings, script="train_spin_sd.py") == 0
+
+
+def test_the_command_line_wins_over_the_file(settings, tmp_path):
+    assert play(tmp_path, settings, "--max_train_steps", "1", "--beta", "[100, 200]") == 0
+    saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (saved["max_train_steps"], saved["beta"], saved["learning_rate"]) == (1, [100.0, 200.0], [1e-4, 5e-5])
+
+
+def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
+    assert play(tmp_path, settings) == 0
+    before = file_hash(tmp_path / "out" / "round-1" / "round.json")
+    assert play(tmp_path, settings, "--rounds", "2") == 0
+    assert file_hash(tmp_path / "out" / "round-1" / "round.json") == before
+    assert (tmp_path / "out" / "round-2" / "unet").is_dir()
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--learing_rate", "1e-5"], ["'learing_rate'", "did you mean 'learning_rate'"]),
+        (["--learning_rate", "fast"], ["--learning_rate fast", "float"]),
+        (["--rounds", "1.5"], ["--rounds 1.5", "int"]),
+        (["--rounds", "0"], ["--rounds 0", "at least 1"]),
+        (["--objective", "spinn"], ["--objective spinn", "space"]),
+        (["--max_train_steps", "[5, 0]"], ["--max_train_steps 0", "at least 1"]),
+        (["--beta", "[1, -2]"], ["--beta -2", "above 0"]),
+        (["--resolution", "30"], ["--resolution 30", "multiple of 8"]),
+        (["--jpeg_quality", "101"], ["--jpeg_quality 101", "1 and 100"]),
+        (["--winner_preserving_mu", "1"], ["--winner_preserving_mu 1", "below 1"]),
+        (["--stop_at_saturation", "2"], ["--stop_at_saturation 2", "at most 1"]),
+        (["--compare_with", "['sftt']"], ["sftt", "did you mean 'sft'"]),
+        (["--scorers", "['sharp']"], ["sharp", "sharpness"]),
+        (["--validation_prompts", "nowhere.txt"], ["nowhere.txt", "no such file"]),
+        (["--pretrained_model_name_or_path", "./nowhere"], ["./nowhere", "does not exist"]),
+        (["--pretrained_model_name_or_path", "someone/some-model"], ["someone/some-model", "neither a local folder"]),
+        (["--dataset_name", "nowhere/train.parquet"], ["nowhere/train.parquet"]),
+        (["--dataset_name", "someone/some-data"], ["someone/some-data"]),
+        (["--caption_column", "captoin"], ["captoin", "caption"]),
+        (["--train_batch_size", "64"], ["24 pairs are fewer than one batch of 64"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--enable_xformers_memory_efficient_attention", "true"], ["xformers"]),
+        (["--report_to", "carrier_pigeon"], ["carrier_pigeon"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
+    refused(capsys, play(tmp_path, settings, *argv), *parts)
+
+
+def test_an_unknown_key_in_the_file_names_the_nearest(settings, tmp_path, capsys):
+    refused(capsys, play(tmp_path, settings | {"num_inference_step": 3}), "did you mean 'num_inference_steps'")
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(settings, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(settings | {"learning_rate": None}).replace("learning_rate: null", "learning_rate: 1e-6")
+    )
+    assert run("train_spin_sdxl.py", "--config", str(config)) == 0
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["learning_rate"] == 1e-6
+
+
+def test_neither_or_both_kinds_of_data_are_refused(settings, tmp_path, capsys):
+    refused(capsys, play(tmp_path, settings | {"dataset_name": None}), "--dataset_name", "--train_data_dir")
+    refused(capsys, play(tmp_path, settings | {"train_data_dir": str(tmp_path)}), "--dataset_name", "--train_data_dir")
+
+
+def test_a_checkpoint_of_another_family_names_the_right_script(settings, sd1_dir, tmp_path, capsys):
+    settings |= {"pretrained_model_name_or_path": str(sd1_dir)}
+    refused(capsys, play(tmp_path, settings), "StableDiffusionPipeline", "train_spin_sd.py")
+
+
+def test_an_unsupported_pipeline_names_what_is_supported(settings, tmp_path, capsys):
+    other = tmp_path / "flux"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    settings |= {"pretrained_model_name_or_path": str(other)}
+    refused(capsys, play(tmp_path, settings), "FluxPipeline", "StableDiffusionXLPipeline")
+
+
+def test_a_folder_without_captions_shows_what_a_caption_file_looks_like(settings, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    refused(capsys, play(tmp_path, settings | {"dataset_name": None, "train_data_dir": str(folder)}), "metadata.jsonl")
+
+
+def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, capsys):
+    assert play(tmp_path, settings) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    refused(capsys, play(tmp_path, settings, "--beta", "100"), "beta: 2000.0 -> 100.0", "another --output_dir")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    refused(capsys, play(tmp_path, settings), "not a run's folder")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on_later(settings, tmp_path, capsys, monkeypatch):
+    plain, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir.os, "fsync", full)
+        refused(capsys, play(tmp_path, settings), "No space left on device", "make room")
+    assert play(tmp_path, settings) == 0
+
+
+def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_path, capsys):
+    settings |= {"max_train_steps": 4}
+    refused(capsys, play(tmp_path, settings, "--learning_rate", "1e30"), "round 1, step", "samples")
+
+
+def test_debug_shows_the_traceback(settings, tmp_path, capsys):
+    assert play(tmp_path, settings, "--dataset_name", "nowhere.parquet", "--debug", "true") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    from spin_diffusion.command import run_command
+
+    def defect(argv: list[str]) -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run_command(defect, [])
+
+
+def test_every_script_is_thin():
+    for script in (ROOT / "training").glob("*.py"):
+        assert len(script.read_text().splitlines()) <= 50
