@@ -38,7 +38,7 @@ def both(request, sdxl_dir, tiny_parquet, tmp_path_factory):
         "rounds": 1, "max_train_steps": 4, "beta": 2000, "num_inference_steps": 2, "guidance_scale": 3,
         "samples_per_shard": 8, "proportion_empty_prompts": 0.3, "report_to": "none", "checkpointing_steps": 2,
         "keep_checkpoints": True, "optimizer": request.param,
-        "learning_rate": 1e-4 if request.param == "adamw" else 1e-2,
+        "learning_rate": 1e-4 if request.param == "adamw" else 1e-3,
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("processes")
     said = [

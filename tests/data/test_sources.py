@@ -92,6 +92,7 @@ def test_a_configuration_of_a_folder_is_its_subfolder(tmp_path: Path) -> None:
         ("train/0000.parquet", "train"),
         ("my_val_set.parquet", "validation"),
         ("trainer.parquet", None),
+        ("mine-00000-of-00002.parquet", None),
         ("shards/0000.tar", None),
     ],
 )
