@@ -235,6 +235,7 @@ class _Round:
     def _train(self) -> dict[str, Any]:
         before = weights_hash(self.game.opponent)
         plan = RoundPlan(
+            name=f"{self.rounds.objective}/round-{self.k}",
             round_=self.k,
             seed=self.rounds.seed,
             steps=of_round(self.training.max_train_steps, self.k),
@@ -256,6 +257,11 @@ class _Round:
         )
         assert weights_hash(self.game.opponent) == before == self.record["opponent"]["hash"], (
             f"round {self.k}: the opponent changed while the player was trained"
+        )
+        how = ", stopped early: its pairs are told apart" if training["stopped_early"] else ""
+        self.accelerator.print(
+            f"round {self.k}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
+            f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
         )
         saved = self.game.save(self.directory)
         self.accelerator.wait_for_everyone()

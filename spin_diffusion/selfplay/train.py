@@ -97,6 +97,8 @@ class TrainSettings:
 class RoundPlan:
     """What the loop needs to know of one round: the settings' values for it, and the objective bound to its beta."""
 
+    name: str
+    """For trackers: the objective and the round."""
     round_: int
     seed: int
     steps: int
@@ -170,6 +172,8 @@ def train(
     )
     ema = EMAModel(trained, decay=settings.ema_decay) if settings.use_ema else None
     wrapped, optimizer = accelerator.prepare(player, optimizer)
+    if accelerator.scaler is not None and (fresh := type(accelerator.scaler)().state_dict()):
+        accelerator.scaler.load_state_dict(fresh)  # the last round's scale must not depend on whether it was resumed
     if ema is not None:
         ema.to(accelerator.device)
 
@@ -230,7 +234,7 @@ def train(
                 "pairs_per_second": per_step / (time.perf_counter() - started),
             }
             history.append({"step": step + 1} | entry)
-            accelerator.log(_flat(entry, f"round-{plan.round_}"), step=step + 1)
+            accelerator.log(_flat(entry, plan.name), step=step + 1)
             watch.update(entry["r_real"], entry["saturation"])
             alarm = watch.alarm(plan.beta)
             if alarm:
@@ -248,6 +252,7 @@ def train(
     if ema is not None:
         ema.copy_to(trained)
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the player its own forward back
     accelerator.free_memory()
     if accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)

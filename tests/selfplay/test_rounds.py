@@ -175,6 +175,11 @@ def test_every_objective_plays_its_rounds(objective, sdxl_dir, tmp_path):
     assert (tmp_path / "round-1" / "samples").exists() == (objective == "space")
 
 
+def test_two_rounds_in_bf16_move_the_player_away_from_each_opponent(sdxl_dir, tmp_path):
+    records = play_all(sdxl_dir, tmp_path, game=make_game(sdxl_dir, "bf16"))
+    assert all(record["training"]["r_real"] != 0 for record in records)
+
+
 def test_the_base_as_opponent_stays_the_opponent(sdxl_dir, tmp_path):
     records = play_all(sdxl_dir, tmp_path, opponent="base")
     assert records[0]["opponent"]["hash"] == records[1]["opponent"]["hash"]
