@@ -122,13 +122,12 @@ def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, se
     if settings.one_image_per_prompt and prompt_hash in seen:
         raise LeftOut(REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
     image = image_bytes(row, candidate.image)
-    example_hash = _hash(prompt_hash, image)
+    loser = image_bytes(row, candidate.loser) if with_losers else None
+    example_hash = _hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
     if example_hash in seen:
         raise LeftOut(REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
     check_image(image)
-    loser = None
-    if with_losers:
-        loser = image_bytes(row, candidate.loser)
+    if loser is not None:
         check_image(loser)
     # Only what is used counts as seen: the next row of this prompt may take the place of a corrupt one.
     seen.add(example_hash)

@@ -95,7 +95,7 @@ class DiffusionGame:
     def real_rows(self, examples: Iterable[Example]) -> Iterator[Row]:
         """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
         for example in examples:
-            digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image)
+            digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image + (example.loser or b""))
             row: Row = {"id": digest.hexdigest()[:16], "prompt": example.prompt, "drawn": False}
             row |= self._stored(example.image, row["id"], "")
             if example.loser is not None:
