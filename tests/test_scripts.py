@@ -74,6 +74,18 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert "spin round 2" in capsys.readouterr().out
 
 
+def test_runs_that_differ_in_their_seed_make_one_table(settings, tmp_path, capsys):
+    runs = [str(tmp_path / f"seed-{seed}") for seed in range(2)]
+    for seed, folder in enumerate(runs):
+        assert play(tmp_path, settings | {"seed": seed, "output_dir": folder}) == 0
+    capsys.readouterr()
+    main = runpy.run_path(str(ROOT / "evaluation" / "table.py"))["main"]
+    assert main([*runs, "--markdown"]) == 0
+    printed = capsys.readouterr().out
+    assert "spin round 1" in printed and "4 prompts x 2 images" in printed
+    refused(capsys, main([str(tmp_path / "nowhere")]), "not a run's folder")
+
+
 def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
     settings |= {"pretrained_model_name_or_path": str(sd2_dir)}
     assert play(tmp_path, settings, script="train_spin_sd.py") == 0
@@ -216,5 +228,5 @@ def test_a_defect_of_the_program_keeps_its_traceback():
 
 
 def test_every_script_is_thin():
-    for script in (ROOT / "training").glob("*.py"):
+    for script in [*(ROOT / "training").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
         assert len(script.read_text().splitlines()) <= 50

@@ -22,7 +22,7 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.comparison import as_markdown, compare, print_table
 from spin_diffusion.evaluation.gallery import draw_gallery
-from spin_diffusion.evaluation.in_rounds import evaluate, read_prompts, score_rows, write_prompts
+from spin_diffusion.evaluation.in_rounds import evaluate, models_of_run, read_prompts, rows_of_runs, write_prompts
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import OBJECTIVES
@@ -172,18 +172,8 @@ class _Evaluation:
         """Print and write the table, and draw the gallery: the same prompts and seeds, base to last round."""
         if not self.settings.validation_prompts:
             return
-        folders = {"base": self.output_dir / "base"}
-        for directory in sorted(self.output_dir.glob("round-*"), key=lambda path: int(path.name.split("-")[1])):
-            folders[f"{self.config.rounds.objective} {directory.name.replace('-', ' ')}"] = directory / "evaluation"
-        for rival in _rivals(self.config):
-            last = self.output_dir / f"compare-{rival}" / f"round-{self.config.rounds.rounds}"
-            folders[f"{rival}, same steps"] = last / "evaluation"
         if self.settings.scorers:
-            rows = [
-                row
-                for name, folder in folders.items()
-                for row in score_rows(name, folder, self.settings.num_validation_images)
-            ]
+            rows = rows_of_runs([self.output_dir])
             comparisons = compare(rows, "base")
             print_table(comparisons)
             markdown = as_markdown(comparisons)
@@ -194,7 +184,7 @@ class _Evaluation:
                     self.settings.num_validation_images
                 )
             ]
-            for name, folder in folders.items()
+            for name, folder in models_of_run(self.output_dir).items()
         }
         gallery = [
             (cells[0]["prompt"], [images.open_image(cell["image"]).convert("RGB") for cell in cells])

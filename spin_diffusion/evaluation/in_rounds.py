@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from accelerate import Accelerator
 from PIL import Image
 
@@ -160,6 +161,44 @@ def _score(
                     for row, score in zip(rows, scores.tolist(), strict=True)
                 ]  # fmt: skip
     return table
+
+
+def models_of_run(output_dir: Path) -> dict[str, Path]:
+    """The evaluated models of a run and their folders: base, every round, and the last round of each rival."""
+    config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    folders = {"base": output_dir / "base"}
+    for k in range(1, config["rounds"] + 1):
+        folders[f"{config['objective']} round {k}"] = output_dir / f"round-{k}" / "evaluation"
+    for rival in config["compare_with"] or []:
+        if rival != config["objective"]:
+            last = output_dir / f"compare-{rival}" / f"round-{config['rounds']}"
+            folders[f"{rival}, same steps"] = last / "evaluation"
+    return folders
+
+
+def rows_of_runs(output_dirs: list[Path]) -> list[ScoreRow]:
+    """The scores of all models of runs that differ in their seed alone, their images side by side.
+
+    Raises:
+        InputError: a folder that is not a finished run, or runs that are not of the same settings and prompts.
+    """
+    merged: dict[tuple[str, float, str], list[ScoreRow]] = {}
+    for directory in output_dirs:
+        if not (directory / "config.yaml").is_file():
+            raise InputError(f"{directory} is not a run's folder: it has no config.yaml")
+        images = yaml.safe_load((directory / "config.yaml").read_text())["num_validation_images"]
+        for model, folder in models_of_run(directory).items():
+            if not (folder / "scores.parquet").is_file():
+                raise InputError(f"{directory} is not finished: {folder} has no scores; run its command again")
+            for row in score_rows(model, folder, images):
+                merged.setdefault((model, row.guidance_scale, row.scorer), []).append(row)
+    for (model, *_), rows in merged.items():
+        if len(rows) != len(output_dirs) or len({len(row.scores) for row in rows}) > 1:
+            raise InputError(f"the runs differ in more than their seed: {model!r} is not alike in all of them")
+    return [
+        ScoreRow(model, scale, scorer, np.concatenate([row.scores for row in rows], axis=1))
+        for (model, scale, scorer), rows in merged.items()
+    ]
 
 
 def score_rows(model: str, directory: Path, images_per_prompt: int) -> list[ScoreRow]:
