@@ -6,6 +6,7 @@ To add a setting, add a field with a docstring to the dataclass of the room that
 
 import difflib
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -100,7 +101,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for section in SECTIONS.values():
         parser.add_class_arguments(section, as_group=True)
     try:
-        parsed = parser.parse_args(argv)
+        parsed = parser.parse_args(_bare_flags(sys.argv[1:] if argv is None else argv))
     except InputError:
         raise
     except jsonargparse.ArgumentError as error:
@@ -151,6 +152,17 @@ def _check(config: Config) -> None:
     for name in config.run.compare_with or []:
         if name not in OBJECTIVES:
             raise InputError(f"--compare_with {name}: no such objective{_nearest(name, list(OBJECTIVES))}")
+
+
+def _bare_flags(argv: list[str]) -> list[str]:
+    """`--use_ema` alone means `--use_ema true`, as in diffusers' scripts."""
+    switches = {f"--{field.name}" for section in SECTIONS.values() for field in fields(section) if field.type is bool}
+    full = []
+    for place, word in enumerate(argv):
+        full.append(word)
+        if word in switches and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
+            full.append("true")
+    return full
 
 
 def _one_line(message: str) -> str:

@@ -92,9 +92,10 @@ def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
 
 
 def test_the_command_line_wins_over_the_file(settings, tmp_path):
-    assert play(tmp_path, settings, "--max_train_steps", "1", "--beta", "[100, 200]") == 0
+    assert play(tmp_path, settings, "--use_ema", "--max_train_steps", "1", "--beta", "[100, 200]") == 0
     saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (saved["max_train_steps"], saved["beta"], saved["learning_rate"]) == (1, [100.0, 200.0], [1e-4, 5e-5])
+    assert saved["use_ema"] is True
 
 
 def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
@@ -213,7 +214,7 @@ def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_p
 
 
 def test_debug_shows_the_traceback(settings, tmp_path, capsys):
-    assert play(tmp_path, settings, "--dataset_name", "nowhere.parquet", "--debug", "true") == 2
+    assert play(tmp_path, settings, "--dataset_name", "nowhere.parquet", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 
 

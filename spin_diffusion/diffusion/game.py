@@ -109,10 +109,14 @@ class DiffusionGame:
 
     # The contract
 
-    def generate(self, rows: list[Row], seeds: list[int]) -> list[Row]:
+    def generate(
+        self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = lambda samples: None
+    ) -> list[Row]:
         """One image by the opponent per row, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        drawn = self.draw(self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale)
+        drawn = self.draw(
+            self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, done=done
+        )
         return [
             {
                 "id": row["id"],
@@ -226,6 +230,7 @@ class DiffusionGame:
         seeds: list[int],
         guidance_scale: float,
         num_inference_steps: int | None = None,
+        done: Callable[[int], None] = lambda images: None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
         return draw_images(
@@ -237,6 +242,7 @@ class DiffusionGame:
             guidance_scale=guidance_scale,
             batch_size=self.sampling.generation_batch_size,
             autocast=self.accelerator.autocast,
+            done=done,
         )
 
     def _prove(self, path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -155,8 +156,8 @@ class _Evaluation:
 
     def _evaluate(self, directory: Path, title: str) -> dict[str, Any]:
         steps = self.settings.validation_num_inference_steps
-        return evaluate(
-            lambda prompts, seeds, scale: self.game.draw(self.game.player, prompts, seeds, scale, steps),
+        results = evaluate(
+            lambda prompts, seeds, scale, done: self.game.draw(self.game.player, prompts, seeds, scale, steps, done),
             lambda image: images.to_bytes(image, dataclasses.replace(self.config.images, image_format="png")),
             images.open_image,
             self.prompts,
@@ -167,6 +168,32 @@ class _Evaluation:
             self.progress,
             title,
         )
+        self._log(directory, title, results)
+        return results
+
+    def _log(self, directory: Path, title: str, results: dict[str, Any]) -> None:
+        """Scores and the gallery's pictures to the trackers."""
+        name = title.replace(" ", "/")
+        self.accelerator.log({f"{name}/{key}": value for key, value in results.items()})
+        if not self.accelerator.is_main_process:
+            return
+        rows = self._gallery_rows(directory)
+        pictures = [images.open_image(row["image"]).convert("RGB") for row in rows]
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.writer.add_images(f"validation/{name}", stacked, 0, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                captioned = [wandb.Image(p, caption=row["prompt"]) for p, row in zip(pictures, rows, strict=True)]
+                tracker.log({f"validation/{name}": captioned})
+
+    def _gallery_rows(self, directory: Path) -> list[dict[str, Any]]:
+        """The first image of each of the gallery's prompts, at the last guidance scale."""
+        rows = read_rows(shards(directory / f"images-guidance-{self.scales[-1]:g}", ".parquet")[0])
+        step = self.settings.num_validation_images
+        return rows[: self.settings.num_gallery_prompts * step : step]
 
     def tell(self) -> None:
         """Print and write the table, and draw the gallery: the same prompts and seeds, base to last round."""
@@ -178,14 +205,7 @@ class _Evaluation:
             print_table(comparisons)
             markdown = as_markdown(comparisons)
             write_file(self.output_dir / "table.md", lambda part: part.write_text(markdown))
-        shown = {
-            name: read_rows(shards(folder / f"images-guidance-{self.scales[-1]:g}", ".parquet")[0])[
-                : self.settings.num_gallery_prompts * self.settings.num_validation_images : (
-                    self.settings.num_validation_images
-                )
-            ]
-            for name, folder in models_of_run(self.output_dir).items()
-        }
+        shown = {name: self._gallery_rows(folder) for name, folder in models_of_run(self.output_dir).items()}
         gallery = [
             (cells[0]["prompt"], [images.open_image(cell["image"]).convert("RGB") for cell in cells])
             for cells in zip(*shown.values(), strict=True)

@@ -31,8 +31,8 @@ from spin_diffusion.selfplay.run_dir import (
 )
 from spin_diffusion.selfplay.samples import draw_shards, shards
 
-Draw = Callable[[list[str], list[int], float], list[Image.Image]]
-"""(prompts, seeds, guidance scale) -> images by the player."""
+Draw = Callable[[list[str], list[int], float, Callable[[int], None]], list[Image.Image]]
+"""(prompts, seeds, guidance scale, told the number drawn so far) -> images by the player."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def evaluate(
         draw_shards(
             prompts,
             directory / f"images-guidance-{scale:g}",
-            lambda rows, scale=scale: [
+            lambda rows, done, scale=scale: [
                 row | {"image": encode_image(image)}
                 for row, image in zip(
-                    rows, draw([r["prompt"] for r in rows], [r["seed"] for r in rows], scale), strict=True
+                    rows, draw([r["prompt"] for r in rows], [r["seed"] for r in rows], scale, done), strict=True
                 )
             ],
             {"guidance_scale": f"{scale:g}"},

@@ -58,9 +58,14 @@ class Game(Protocol):
     player: nn.Module
     opponent: nn.Module
 
-    def generate(self, rows: list[Row], seeds: list[int]) -> list[Row]:
-        """Draw one sample with the opponent for each prompt. One call is one fixed batch: the same rows and seeds
-        give the same bytes, wherever and whenever it is made."""
+    def generate(self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = ...) -> list[Row]:
+        """Draw one sample with the opponent for each prompt.
+
+        One call is one fixed batch: the same rows and seeds give the same bytes, wherever and whenever it is made.
+
+        Args:
+            done: told the number of samples drawn so far, now and then.
+        """
         ...
 
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:

@@ -213,7 +213,9 @@ class _Round:
         draw_shards(
             self.data,
             self.directory / "samples",
-            lambda rows: self.game.generate(rows, [seed_from(self.rounds.seed, self.k, row["id"], 0) for row in rows]),
+            lambda rows, done: self.game.generate(
+                rows, [seed_from(self.rounds.seed, self.k, row["id"], 0) for row in rows], done
+            ),
             {"opponent": opponent, "data": self.record["data_hash"], "round": str(self.k)},
             self.accelerator,
             self.progress.phase(f"round {self.k}: generate", data_manifest(self.data)["rows"]),

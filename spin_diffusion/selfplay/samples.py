@@ -137,7 +137,7 @@ def shards(directory: Path, suffix: str) -> list[Path]:
 def draw_shards(
     source: Path,
     target: Path,
-    draw: Callable[[list[Row]], list[Row]],
+    draw: Callable[[list[Row], Callable[[int], None]], list[Row]],
     metadata: dict[str, str],
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
@@ -153,7 +153,9 @@ def draw_shards(
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
             rows = read_rows(path, columns=list(columns))
-            write_rows(out, draw(rows), metadata)
+            here = done
+            drawn = draw(rows, lambda samples, here=here: progress((here + samples) * accelerator.num_processes, ""))
+            write_rows(out, drawn, metadata)
         done += int(rows_metadata(out)["rows"])
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
