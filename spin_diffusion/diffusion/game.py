@@ -262,7 +262,8 @@ class DiffusionGame:
             t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
             with self.accelerator.autocast():
                 difference = (fresh(x_t, t, **inputs)[0] - self.player(x_t, t, **inputs)[0]).abs().max().item()
-        assert difference <= 1e-5, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
+        tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
+        assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
 
 

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-START_TOLERANCE = {"no": 1e-5, "bf16": 1e-5, "fp16": 1e-5}
-"""Largest |r| that is rounding at step 0, by mixed precision: both models run the same kernels on the same values."""
+START_TOLERANCE = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
+"""Largest |r| that is rounding at step 0, by mixed precision. Both models run on the same values, but a device may choose
+another kernel where no gradient is wanted."""
 
 
 def check_start(
