@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 START_TOLERANCE = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
-"""Largest |r| that is rounding at step 0, by mixed precision. Both models run on the same values, but a device may choose
-another kernel where no gradient is wanted."""
+"""Largest |r| that is rounding at step 0, by mixed precision. Both models run on the same values, but a device may
+choose another kernel where no gradient is wanted."""
 
 
 def check_start(

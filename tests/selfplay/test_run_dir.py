@@ -1,0 +1,82 @@
+"""The run folder: seeds, hashes, atomic writes."""
+
+import pytest
+import torch
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay import run_dir
+
+
+def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
+    seeds = {run_dir.seed_from(*parts) for parts in [(0, 1, "a"), (0, 1, "b"), (0, 2, "a"), (1, 1, "a"), ("0", 1, "a")]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    run_dir.write_json(path, {"old": 1})
+
+    def failing(part):
+        part.write_text("half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        run_dir.write_file(path, failing)
+    assert run_dir.read_json(path) == {"old": 1}
+
+
+def test_settling_removes_parts_and_gives_a_replaced_folder_back(tmp_path):
+    (tmp_path / "deep" / "a.parquet.part").parent.mkdir()
+    (tmp_path / "deep" / "a.parquet.part").write_text("half")
+    (tmp_path / "unet.part").mkdir()
+    (tmp_path / "unet.old").mkdir()  # killed between the two renames of a replacement
+    (tmp_path / "unet.old" / "weights").write_text("good")
+    run_dir.settle(tmp_path)
+    assert (tmp_path / "unet" / "weights").read_text() == "good"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "unet", "weights"]
+
+
+def test_a_folder_replaces_a_folder_whole(tmp_path):
+    for content in ("one", "two"):
+        part = run_dir.part_of(tmp_path / "unet")
+        part.mkdir()
+        (part / content).write_text(content)
+        run_dir.commit(tmp_path / "unet")
+    assert [path.name for path in (tmp_path / "unet").iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def test_rows_come_back_with_their_metadata_and_damage_is_found(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = [{"id": str(i), "image": bytes([i] * 500)} for i in range(4)]
+    run_dir.write_rows(path, rows, {"opponent": "abc"})
+    assert run_dir.read_rows(path) == rows
+    assert run_dir.rows_metadata(path) == {"opponent": "abc", "rows": "4"}
+    damaged = bytearray(path.read_bytes())
+    damaged[60] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="rows.parquet is damaged"):
+        run_dir.read_rows(path)
+
+
+def test_a_hash_that_differs_names_the_file(tmp_path):
+    (tmp_path / "a").write_text("content")
+    hashes = run_dir.file_hashes([tmp_path / "a"], tmp_path)
+    run_dir.verify_hashes(hashes, tmp_path)
+    (tmp_path / "a").write_text("content.")
+    with pytest.raises(InputError, match="a is damaged"):
+        run_dir.verify_hashes(hashes, tmp_path)
+    (tmp_path / "a").unlink()
+    with pytest.raises(InputError, match="a is missing"):
+        run_dir.verify_hashes(hashes, tmp_path)
+
+
+def test_the_weights_hash_sees_one_bit_of_one_weight_and_no_memory_layout():
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(4, 4, 3)
+    before = run_dir.weights_hash(module)
+    module.to(memory_format=torch.channels_last)
+    assert run_dir.weights_hash(module) == before
+    with torch.no_grad():
+        module.bias[0] = torch.nextafter(module.bias[0], torch.tensor(1e9))
+    assert run_dir.weights_hash(module) != before

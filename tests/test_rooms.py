@@ -1,0 +1,51 @@
+"""The rooms: imports point one way, and nothing in selfplay knows which modality it serves."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "spin_diffusion"
+FORBIDDEN = {
+    "selfplay": {"diffusion", "llm", "data", "evaluation", "config"},
+    "data": {"diffusion", "llm", "selfplay", "evaluation", "config"},
+    "evaluation": {"diffusion", "llm", "config"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("spin_diffusion.")}
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_point_one_way(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert not imported_rooms(path) & FORBIDDEN[room], path
+
+
+def test_no_line_of_selfplay_names_a_modality():
+    for path in (PACKAGE / "selfplay").rglob("*.py"):
+        code = ast.parse(path.read_text())
+        names = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(code) if isinstance(node, ast.Attribute)}
+        for word in ("unet", "vae", "image", "tokenizer", "pixel"):
+            assert not [name for name in names if word in name.lower()], (path, word)
+
+
+def test_no_family_is_named_outside_its_room():
+    for path in PACKAGE.rglob("*.py"):
+        if "families" not in path.parts:
+            code = ast.parse(path.read_text())
+            names = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+            assert not {name for name in names if "StableDiffusion" in name}, path
+
+
+def test_the_library_does_not_know_the_toy_world():
+    for path in PACKAGE.rglob("*.py"):
+        assert "toy" not in path.read_text().lower(), path
