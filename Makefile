@@ -3,12 +3,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo install lint test test-slow
+.PHONY: demo install lint test test-slow toy-table
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
 	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 		--config training/configs/toy_sdxl.yaml
+
+## Both bases, two objectives and SFT, three seeds, on the toy world: hours; running it again goes on
+toy-table: install
+	set -e; for base in sloppy plateau; do for objective in spin space; do for seed in 0 1 2; do \
+		$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
+			--config training/configs/toy_sdxl.yaml --pretrained_model_name_or_path assets/toy_world/$$base \
+			--objective $$objective --seed $$seed --validation_guidance_scales "[1, 2, 3, 5]" \
+			--output_dir runs/table/$$base-$$objective-$$seed; \
+	done; $(BIN)/python evaluation/table.py --markdown runs/table/$$base-$$objective-0 \
+		runs/table/$$base-$$objective-1 runs/table/$$base-$$objective-2; done; done
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint

@@ -111,7 +111,7 @@ def run(config: Config, family_name: str) -> None:
         play(
             game, output_dir / "data", output_dir / f"compare-{rival}",
             dataclasses.replace(config.rounds, objective=rival), config.training, accelerator,
-            evaluation.of(f"{rival} "), progress,
+            evaluation.of(f"{rival} ", last_round_only=True), progress,
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -148,11 +148,18 @@ class _Evaluation:
             self.game.restore(None)
             self._evaluate(self.output_dir / "base", "base")
 
-    def of(self, title: str) -> Evaluate | None:
+    def of(self, title: str, last_round_only: bool = False) -> Evaluate | None:
         """The rounds' evaluation: the present player into a folder."""
         if not self.settings.validation_prompts:
             return None
-        return lambda directory: self._evaluate(directory, title + directory.parent.name)
+        last = f"round-{self.config.rounds.rounds}"
+
+        def evaluate_round(directory: Path) -> dict[str, Any]:
+            if last_round_only and directory.parent.name != last:
+                return {}
+            return self._evaluate(directory, title + directory.parent.name)
+
+        return evaluate_round
 
     def _evaluate(self, directory: Path, title: str) -> dict[str, Any]:
         steps = self.settings.validation_num_inference_steps
