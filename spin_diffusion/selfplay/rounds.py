@@ -8,7 +8,7 @@ state that is not committed, so the same command starts, resumes and finishes a 
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,7 +252,8 @@ class _Round:
             self.game,
             self._pairs(),
             plan,
-            self.training,
+            # Without a generated side there is nothing to tell apart
+            replace(self.training, stop_at_saturation=None) if self.record["generated"] == "none" else self.training,
             self.accelerator,
             self.directory,
             lambda done, total, text: bar(done, text),

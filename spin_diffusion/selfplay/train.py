@@ -129,8 +129,9 @@ class Pairs:
     def _index(self, position: int, seed: int, round_: int) -> int:
         epoch, place = divmod(position, len(self.ids))
         if epoch not in self.epochs:
+            # Two epochs are enough for a batch that lies across them
+            self.epochs = {known: order for known, order in self.epochs.items() if abs(known - epoch) == 1}
             generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
-            self.epochs = {epoch - 1: self.epochs.get(epoch - 1, [])}  # one epoch back is enough for a batch across two
             self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
         return self.epochs[epoch][place]
 
@@ -190,46 +191,15 @@ def train(
         stopped_early = False
         for step in range(first_step, plan.steps):
             started = time.perf_counter()
-            records, ids = [], []
-            for micro in range(settings.gradient_accumulation_steps):
-                batch = pairs.batch(
-                    _positions(step, micro, settings, accelerator.process_index, accelerator.num_processes),
-                    plan.seed,
-                    plan.round_,
-                )
-                with accelerator.accumulate(wrapped):
-                    scored = game.scores(wrapped, batch)
-                    losses = plan.loss(scored.scores)
-                    if step == 0 and plan.anchored_at_player:
-                        _check_start(scored.scores, losses, plan, accelerator.mixed_precision)
-                    accelerator.backward(losses.mean())
-                    if accelerator.sync_gradients:
-                        # clip_grad_norm_ returns the norm before clipping
-                        limit = settings.max_grad_norm or float("inf")
-                        gradient_norm = accelerator.clip_grad_norm_(trained, limit)
-                    else:
-                        gradient_norm = None
-                    records.append(_record(scored.scores, losses, scored.level, plan.beta))
-                    ids += _ids_everywhere(pairs, step, micro, plan, settings, accelerator.num_processes)
-                    if accelerator.sync_gradients:
-                        # The one wait for the device in a step: metrics of all processes
-                        metrics = accelerator.gather(torch.cat(records)).cpu()
-                        # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
-                        norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
-                        health.check_finite(
-                            metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, 6], ids=ids,
-                            round_=plan.round_,
-                        )  # fmt: skip
-                        lr = optimizer.param_groups[0]["lr"]
-                    optimizer.step()
-                    optimizer.zero_grad()
+            lr = optimizer.param_groups[0]["lr"]
+            metrics, gradient_norm = _take_step(step, game, wrapped, optimizer, pairs, plan, settings, accelerator)
             schedule.step()
             if ema is not None:
                 ema.step(trained)
 
             # What the step said
             entry = _summary(metrics, plan.beta) | {
-                "grad_norm": float(gradient_norm),
+                "grad_norm": gradient_norm,
                 "lr": lr,
                 "pairs_per_second": per_step / (time.perf_counter() - started),
             }
@@ -264,6 +234,49 @@ def train(
         "alarms": [f"step {entry['step']}: {entry['alarm']}" for entry in history if "alarm" in entry],
         **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:5]},
     }
+
+
+def _take_step(
+    step: int,
+    game: Game,
+    player: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Pairs,
+    plan: RoundPlan,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+) -> tuple[Tensor, float]:
+    """One optimizer step on one global batch.
+
+    Returns:
+        What is logged of the pairs of all processes, (pairs, columns) on the CPU, and the gradient's norm before
+        clipping.
+    """
+    records, ids, rank, world = [], [], accelerator.process_index, accelerator.num_processes
+    gradient_norm = torch.zeros(())
+    for micro in range(settings.gradient_accumulation_steps):
+        batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
+        with accelerator.accumulate(player):
+            scored = game.scores(player, batch)
+            losses = plan.loss(scored.scores)
+            if step == 0 and plan.anchored_at_player:
+                _check_start(scored.scores, losses, plan, accelerator.mixed_precision)
+            accelerator.backward(losses.mean())
+            records.append(_record(scored.scores, losses, scored.level, plan.beta))
+            ids += _ids_everywhere(pairs, step, micro, plan, settings, world)
+            if accelerator.sync_gradients:
+                limit = settings.max_grad_norm or float("inf")
+                gradient_norm = accelerator.clip_grad_norm_(player.parameters(), limit)
+                # The one wait for the device in a step
+                metrics = accelerator.gather(torch.cat(records)).cpu()
+                # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
+                norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
+                health.check_finite(
+                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, 6], ids=ids, round_=plan.round_
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+    return metrics, float(gradient_norm)
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:
