@@ -186,6 +186,12 @@ def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, ca
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("wrong", [{"dataset_name": "nowhere.parquet"}, {"max_train_samples": 2}])
+def test_a_command_that_was_refused_can_be_corrected_in_the_same_folder(wrong, settings, tmp_path):
+    assert play(tmp_path, settings | wrong) == 2
+    assert play(tmp_path, settings) == 0
+
+
 def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")

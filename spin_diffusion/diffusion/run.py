@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import shutil
 import warnings
 from datetime import timedelta
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.rounds import Evaluate, of_round, play
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, weights_hash, write_file, write_json
 from spin_diffusion.selfplay.samples import prepare, shards
+from spin_diffusion.selfplay.train import check_batch
 
 
 def run(config: Config, family_name: str) -> None:
@@ -48,6 +50,7 @@ def run(config: Config, family_name: str) -> None:
     accelerator = _accelerator(config, output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        _forget_false_start(config, output_dir)
         write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
     accelerator.wait_for_everyone()
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
@@ -92,6 +95,7 @@ def run(config: Config, family_name: str) -> None:
     )
     for line in report.lines() if report.read else []:
         accelerator.print(line)
+    check_batch(manifest["rows"], config.training, accelerator.num_processes)  # now, not after a night of drawing
     _write_manifest(config, game, manifest, output_dir, accelerator)
     _print_header(config, game, manifest, accelerator)
 
@@ -226,7 +230,7 @@ def _check_inputs(config: Config, output_dir: Path) -> None:
     saved = output_dir / "config.yaml"
     if saved.is_file():
         changed = changes(yaml.safe_load(saved.read_text()) or {}, config.flat())
-        if changed:
+        if changed and _has_begun(output_dir):
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
             )
@@ -240,6 +244,19 @@ def _check_inputs(config: Config, output_dir: Path) -> None:
             load_scorer(spec, "cpu")
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir")
+
+
+def _has_begun(output_dir: Path) -> bool:
+    """Whether base and data were found good once; until then settings may be corrected in the same folder."""
+    return (output_dir / "manifest.json").is_file()
+
+
+def _forget_false_start(config: Config, output_dir: Path) -> None:
+    """Remove what a command with other settings prepared before it was refused."""
+    saved = output_dir / "config.yaml"
+    if saved.is_file() and not _has_begun(output_dir) and changes(yaml.safe_load(saved.read_text()), config.flat()):
+        for name in ("data", "validation"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
 def _accelerator(config: Config, output_dir: Path) -> Accelerator:

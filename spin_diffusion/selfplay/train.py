@@ -136,6 +136,18 @@ class Pairs:
         return self.epochs[epoch][place]
 
 
+def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
+    """Pairs in each optimizer step of `world` processes; InputError when there are fewer pairs than that."""
+    per_step = _global_batch(settings, world)
+    if pairs < per_step:
+        raise InputError(
+            f"{pairs} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
+            f"{settings.gradient_accumulation_steps} accumulation steps x {world} processes): lower --train_batch_size "
+            "or --gradient_accumulation_steps, or give more examples"
+        )
+    return per_step
+
+
 def train(
     game: Game,
     pairs: Pairs,
@@ -151,13 +163,7 @@ def train(
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
         FloatingPointError: a loss or gradient that is not finite.
     """
-    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    if len(pairs.ids) < per_step:
-        raise InputError(
-            f"{len(pairs.ids)} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
-            f"{settings.gradient_accumulation_steps} accumulation steps x {accelerator.num_processes} processes): "
-            "lower --train_batch_size or --gradient_accumulation_steps, or give more examples"
-        )
+    per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
 
     # The optimizer and the schedule of this round
     player = game.player
