@@ -33,9 +33,10 @@ def play(config: dict, folder: Path, processes: int) -> str:
 @pytest.fixture(scope="module", params=["adamw", "sgd"])
 def both(request, sdxl_dir, tiny_parquet, tmp_path_factory):
     """The same run on one process and on two, with the same global batch."""
+    # An untrained network's scores are near -0.5, where fp32 rounds by 3e-8: a beta of 2000 would make 3e-5 of that
     config = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
-        "rounds": 1, "max_train_steps": 4, "beta": 2000, "num_inference_steps": 2, "guidance_scale": 3,
+        "rounds": 1, "max_train_steps": 4, "beta": 100, "num_inference_steps": 2, "guidance_scale": 3,
         "samples_per_shard": 8, "proportion_empty_prompts": 0.3, "report_to": "none", "checkpointing_steps": 2,
         "keep_checkpoints": True, "optimizer": request.param,
         "learning_rate": 1e-4 if request.param == "adamw" else 1e-3,

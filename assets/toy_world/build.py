@@ -10,7 +10,9 @@ In order: `data/train.parquet` and `prompts.jsonl`; a VAE; a base, text encoders
 of both styles; from the base `sloppy/`, trained on nine tenths sloppy drawings, and `plateau/`, trained on careful ones
 only, at the end with the loss of plain fine-tuning; `hashes.json`. Every stage leaves
 its state in --work_dir and is skipped or continued when the command is run again. Held-out captions are never drawn for
-training. Weights are reproducible on one machine only; data and prompts are the same everywhere.
+training. Data and prompts come out the same as the recorded ones, weights do not: the recorded VAE was trained in two
+runs (900 and 700 steps) and the recorded base saw nine tenths sloppy drawings and the plain loss for its first 2,000
+steps. A build therefore ends with new hashes, and its scores are printed.
 """
 
 import argparse
@@ -380,7 +382,7 @@ def train_pipeline(
 ) -> StableDiffusionXLPipeline:
     """Train text encoders and UNet on (caption, latent) pairs; returns a pipeline with the EMA weights.
 
-    The loss is the plain mean squared error in eps, after `focused_steps` steps weighted towards high noise.
+    The loss is the plain mean squared error in eps, after `focused_steps` steps of it weighted towards high noise.
 
     Continues from the state in --work_dir if there is one. Every --save_every steps the state is kept and the EMA
     pipeline is written to `folder`, so that an interrupted build leaves a usable one.
@@ -516,11 +518,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1600, help="rows of train.parquet")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     parser.add_argument("--drawings", type=int, default=15000, help="drawings that each training stage sees")
-    parser.add_argument("--vae_steps", type=int, default=1200)
-    parser.add_argument("--base_steps", type=int, default=3000)
+    parser.add_argument("--vae_steps", type=int, default=1600)
+    parser.add_argument("--base_steps", type=int, default=4200)
     parser.add_argument("--sloppy_steps", type=int, default=500)
     parser.add_argument("--plateau_steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=16, help="per worker")
+    parser.add_argument("--batch_size", type=int, default=32, help="over all workers together")
     parser.add_argument("--save_every", type=int, default=300)
     args = parser.parse_args(argv)
     if WORKERS > 1 and not dist.is_initialized():
@@ -529,6 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)  # the same initial weights in every worker
     drawings = args.drawings // WORKERS  # every worker draws its own
+    args.batch_size //= WORKERS
 
     if RANK == 0 and not (args.output_dir / "prompts.jsonl").exists():
         write_pairs(args.output_dir / "data" / "train.parquet", args.rows, args.seed)
