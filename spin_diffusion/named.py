@@ -19,13 +19,20 @@ def load_named(package: str, name: str, attribute: str) -> Any:
     Raises:
         InputError: no such module or file, or it does not define `attribute`.
     """
-    module = _load_file(Path(name)) if name.endswith(".py") else _load_module(package, name)
+    module = load_module(package, name)
     if not hasattr(module, attribute):
         raise InputError(f"{module.__file__} must define `{attribute}`, see the docstring of {package}")
     return getattr(module, attribute)
 
 
-def _load_module(package: str, name: str) -> ModuleType:
+def load_module(package: str, name: str) -> ModuleType:
+    """Module `name` of `package`, or the file `name` if that ends in ".py" (which is executed).
+
+    Raises:
+        InputError: no such module or file.
+    """
+    if name.endswith(".py"):
+        return _load_file(Path(name))
     folder = importlib.import_module(package).__path__
     existing = sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
     if name not in existing:

@@ -150,14 +150,14 @@ def _score(
     directory: Path, guidance_scales: list[float], scorers: list[str], decode_image: Callable[[bytes], Image.Image]
 ) -> list[dict[str, Any]]:
     table = []
-    for name, scorer in [load_scorer(spec, "cpu") for spec in scorers]:
+    for scorer in [load_scorer(spec, "cpu") for spec in scorers]:
         for scale in guidance_scales:
             for path in shards(directory / f"images-guidance-{scale:g}", ".parquet"):
                 rows = read_rows(path)
                 scores = scorer([decode_image(row["image"]) for row in rows], [row["prompt"] for row in rows])
                 table += [
                     {"id": row["id"], "prompt": row["prompt"], "seed": row["seed"], "guidance_scale": scale,
-                     "scorer": name, "score": score}
+                     "scorer": scorer.name, "score": score}
                     for row, score in zip(rows, scores.tolist(), strict=True)
                 ]  # fmt: skip
     return table

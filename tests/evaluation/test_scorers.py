@@ -26,22 +26,22 @@ def pictures(number: int) -> list[Image.Image]:
 
 
 def test_a_scorer_is_found_by_the_name_of_its_file() -> None:
-    name, scorer = load_scorer("sharpness", "cpu")
-    assert name == "sharpness" and isinstance(scorer, Scorer)
+    scorer = load_scorer("sharpness", "cpu")
+    assert scorer.name == "sharpness" and isinstance(scorer, Scorer)
     assert scorer(pictures(3), ["a", "b", "c"]).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_scorer_is_found_by_the_path_of_its_file(tmp_path: Path) -> None:
     spec = write_scorer(tmp_path, "torch.tensor([float(len(p)) for p in prompts])")
-    name, scorer = load_scorer(spec, "cpu")
-    assert name == "mine" and scorer(pictures(2), ["a", "abc"]).tolist() == [1.0, 3.0]
+    scorer = load_scorer(spec, "cpu")
+    assert scorer.name == "mine" and scorer(pictures(2), ["a", "abc"]).tolist() == [1.0, 3.0]
 
 
 def test_two_files_of_one_name_do_not_shadow_each_other_nor_a_library(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first = load_scorer(write_scorer(tmp_path / "a", "torch.ones(len(images))", "torch"), "cpu")[1]
-    second = load_scorer(write_scorer(tmp_path / "b", "torch.zeros(len(images))", "torch"), "cpu")[1]
+    first = load_scorer(write_scorer(tmp_path / "a", "torch.ones(len(images))", "torch"), "cpu")
+    second = load_scorer(write_scorer(tmp_path / "b", "torch.zeros(len(images))", "torch"), "cpu")
     assert first(pictures(1), ["p"]).item() == 1 and second(pictures(1), ["p"]).item() == 0
     assert sys.modules["torch"] is torch
 
@@ -55,12 +55,12 @@ def test_the_device_reaches_load(tmp_path: Path) -> None:
 
 def test_scores_come_back_as_fp32_on_the_cpu_without_gradient(tmp_path: Path) -> None:
     spec = write_scorer(tmp_path, "torch.ones(len(images), dtype=torch.bfloat16, requires_grad=True) * 2")
-    scores = load_scorer(spec, "cpu")[1](pictures(2), ["a", "b"])
+    scores = load_scorer(spec, "cpu")(pictures(2), ["a", "b"])
     assert scores.dtype == torch.float32 and not scores.requires_grad
 
 
 def test_no_image_gives_no_score() -> None:
-    assert load_scorer("sharpness", "cpu")[1]([], []).shape == (0,)
+    assert load_scorer("sharpness", "cpu")([], []).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +76,13 @@ def test_no_image_gives_no_score() -> None:
     ],
 )
 def test_what_a_scorer_returns_is_checked(returned: str, message: str, tmp_path: Path) -> None:
-    scorer = load_scorer(write_scorer(tmp_path, returned), "cpu")[1]
+    scorer = load_scorer(write_scorer(tmp_path, returned), "cpu")
     with pytest.raises(InputError, match=message):
         scorer(pictures(2), ["a red fox", "a blue boat"])
 
 
 def test_a_long_prompt_is_shortened_in_the_error(tmp_path: Path) -> None:
-    scorer = load_scorer(write_scorer(tmp_path, "torch.tensor([float('nan')])"), "cpu")[1]
+    scorer = load_scorer(write_scorer(tmp_path, "torch.tensor([float('nan')])"), "cpu")
     with pytest.raises(InputError) as caught:
         scorer(pictures(1), ["word\n" * 1000])
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_a_long_prompt_is_shortened_in_the_error(tmp_path: Path) -> None:
 
 def test_as_many_prompts_as_images_are_needed() -> None:
     with pytest.raises(ValueError, match="2 images do not match 1 prompts"):
-        load_scorer("sharpness", "cpu")[1](pictures(2), ["a"])
+        load_scorer("sharpness", "cpu")(pictures(2), ["a"])
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest_and_all() -> None:
@@ -120,7 +120,7 @@ def test_a_file_that_fails_says_why_and_can_be_mended(tmp_path: Path) -> None:
         with pytest.raises(ModuleNotFoundError, match="no_such_package"):
             load_scorer(str(path), "cpu")
     write_scorer(tmp_path, "torch.zeros(len(images))", "broken")
-    assert load_scorer(str(path), "cpu")[0] == "broken"
+    assert load_scorer(str(path), "cpu").name == "broken"
 
 
 def test_naming_scorers_imports_no_heavy_package() -> None:

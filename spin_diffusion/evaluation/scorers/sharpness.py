@@ -10,10 +10,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from spin_diffusion.evaluation.scorers import Scorer
+from spin_diffusion.evaluation.scorers import About, Scorer
+
+ABOUT = About(title="Sharpness", scale="mean absolute Laplacian of the luma, 0 to 4", role="drift")
 
 
-def load(device: str) -> Scorer:
+def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; it has no weights and runs on the CPU whatever `device` says."""
     return sharpness
 
