@@ -1,30 +1,23 @@
-"""Settings: frozen dataclasses, one per topic, read from YAML and the command line by jsonargparse.
+"""Settings of a training run: frozen dataclasses, one per topic, read from YAML and the command line.
 
-The flags are flat (`--learning_rate`), a YAML file given by `--config` holds the same names, and the command line wins.
 To add a setting, add a field with a docstring to the dataclass of the room that uses it.
 """
 
-import difflib
-import re
-import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import jsonargparse
 import yaml
-from jsonargparse import ArgumentParser
 
 from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
-from spin_diffusion.evaluation.in_rounds import EvaluationSettings
+from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import nearest, parse_sections
 from spin_diffusion.selfplay.objectives import OBJECTIVES
 from spin_diffusion.selfplay.rounds import RoundSettings
 from spin_diffusion.selfplay.train import TrainSettings
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,12 @@ class RunSettings:
     """tensorboard, wandb, trackio, all or none. The last two of the names need their extra."""
     tracker_project_name: str = "spin-diffusion"
     """The trackers' project."""
+    push_to_hub: bool = False
+    """Upload the UNet, the model card and the report at the end."""
+    hub_model_id: str | None = None
+    """Repository to upload to; default: the output folder's name."""
+    hub_token: str | None = None
+    """Token for the hub; default: the one that is logged in."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -78,7 +77,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flag."""
-        return {key: value for section in asdict(self).values() for key, value in section.items()}
+        return {key: value for section in asdict(self).values() for key, value in section.items() if key != "hub_token"}
 
 
 SECTIONS = {field.name: field.type for field in fields(Config)}
@@ -87,6 +86,7 @@ SECTIONS = {field.name: field.type for field in fields(Config)}
 HARMLESS = {
     "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
+    "push_to_hub", "hub_model_id", "hub_token",
 }  # fmt: skip
 
 
@@ -96,20 +96,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    parser = ArgumentParser(exit_on_error=False, usage="%(prog)s --config CONFIG.yaml [--SETTING VALUE ...]")
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    for section in SECTIONS.values():
-        parser.add_class_arguments(section, as_group=True)
-    try:
-        parsed = parser.parse_args(_bare_flags(sys.argv[1:] if argv is None else argv))
-    except InputError:
-        raise
-    except jsonargparse.ArgumentError as error:
-        raise InputError(_one_line(str(error))) from error
-    sections = {}
-    for name, section in SECTIONS.items():
-        sections[name] = section(**{field.name: parsed[field.name] for field in fields(section)})
-    return Config(**sections)
+    return Config(**parse_sections(SECTIONS, argv, listed=("scorers",)))
 
 
 def write_config(config: Config, path: Any) -> None:
@@ -151,36 +138,4 @@ def _check(config: Config) -> None:
         raise InputError(f"--stop_at_saturation {saturation} must be above 0 and at most 1")
     for name in config.run.compare_with or []:
         if name not in OBJECTIVES:
-            raise InputError(f"--compare_with {name}: no such objective{_nearest(name, list(OBJECTIVES))}")
-
-
-def _bare_flags(argv: list[str]) -> list[str]:
-    """`--use_ema` alone means `--use_ema true`, as in diffusers' scripts."""
-    switches = {f"--{field.name}" for section in SECTIONS.values() for field in fields(section) if field.type is bool}
-    full = []
-    for place, word in enumerate(argv):
-        full.append(word)
-        if word in switches and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
-            full.append("true")
-    return full
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's message in one line: the nearest flag for one that does not exist, the type for a wrong value."""
-    sections = {field.name: field for section in SECTIONS.values() for field in fields(section)}
-    known = [*sections, "config"]
-    unknown = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
-    if unknown:
-        name = unknown.group(1) or unknown.group(2)
-        return f"unknown setting {name!r}{_nearest(name, known)}"
-    key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
-    value = re.search(r"(?:[Gg]iven|Got) value: (.*)", message)
-    if key and key.group(1) in sections:
-        expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(sections[key.group(1)].type))
-        return f"--{key.group(1)} {value.group(1) if value else ''}: expected {expected}"
-    return re.sub(r"\s+", " ", message).strip()
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+            raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")

@@ -25,6 +25,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spin_diffusion.evaluation.scorers import About
+
+ABOUT = About(
+    title="Oracle",
+    scale="0 to 1: how much of the caption the picture shows, times how cleanly it is drawn",
+    role="truth",
+    preprocessing="64 x 64 pixels, RGB",
+    text="captions of the toy world's grammar",
+    licence="Apache-2.0",
+)
+
 
 def _load_world() -> ModuleType:
     """world.py beside this file, also when this file is itself loaded by its path."""

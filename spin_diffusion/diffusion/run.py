@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 import yaml
@@ -19,19 +18,18 @@ from accelerate.utils import set_seed
 
 from spin_diffusion.config import Config, changes, write_config
 from spin_diffusion.data import ReadReport, read_examples
-from spin_diffusion.diffusion import images
+from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.evaluation.comparison import as_markdown, compare, print_table
-from spin_diffusion.evaluation.gallery import draw_gallery
-from spin_diffusion.evaluation.in_rounds import evaluate, models_of_run, read_prompts, rows_of_runs, write_prompts
-from spin_diffusion.evaluation.scorers import load_scorer
+from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
+from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
+from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import OBJECTIVES
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.rounds import Evaluate, of_round, play
-from spin_diffusion.selfplay.run_dir import read_json, read_rows, weights_hash, write_file, write_json
-from spin_diffusion.selfplay.samples import prepare, shards
+from spin_diffusion.selfplay.rounds import of_round, play
+from spin_diffusion.selfplay.run_dir import read_json, weights_hash, write_file, write_json
+from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import check_batch
 
 
@@ -46,7 +44,7 @@ def run(config: Config, family_name: str) -> None:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     output_dir = Path(config.run.output_dir)
-    _check_inputs(config, output_dir)
+    prompts = _check_inputs(config, output_dir)
     accelerator = _accelerator(config, output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -104,129 +102,41 @@ def run(config: Config, family_name: str) -> None:
         config.run.tracker_project_name,
         config={key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)},
     )
-    evaluation = _Evaluation(config, game, output_dir, accelerator, progress)
-    evaluation.base()
-    play(
-        game, output_dir / "data", output_dir, config.rounds, config.training, accelerator,
-        evaluation.of(f"{config.rounds.objective} "), progress,
+    evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
+    evaluator.base()
+    records = play(
+        game, output_dir / "data", output_dir, config.rounds, config.training, accelerator, evaluator.of_rounds(),
+        progress,
     )  # fmt: skip
     for rival in _rivals(config):
         accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
         play(
             game, output_dir / "data", output_dir / f"compare-{rival}",
             dataclasses.replace(config.rounds, objective=rival), config.training, accelerator,
-            evaluation.of(f"{rival} ", last_round_only=True), progress,
+            evaluator.of_rival(rival), progress,
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:
-        evaluation.tell()
-        print(f"The player of the last round is in {output_dir / 'unet'}; load it with\n"
-              f"  {family.PIPELINE.__name__}.from_pretrained({base!r}, "
-              f"unet=UNet2DConditionModel.from_pretrained({str(output_dir / 'unet')!r}))")  # fmt: skip
+        comparisons = evaluator.tell()
+        write_model_card(output_dir, config, family.PIPELINE.__name__, manifest["rows"], comparisons)
+        _tell_where(records, output_dir, base, family.PIPELINE.__name__)
+        if config.run.push_to_hub:
+            print(f"Uploaded to {push_to_hub(output_dir, config)}")
 
 
-class _Evaluation:
-    """The same evaluation for base, rounds and rivals, and the table of all of them."""
-
-    def __init__(
-        self, config: Config, game: DiffusionGame, output_dir: Path, accelerator: Accelerator, progress: Progress
-    ) -> None:
-        self.config, self.game, self.output_dir = config, game, output_dir
-        self.accelerator, self.progress = accelerator, progress
-        self.settings = config.evaluation
-        self.scales = self.settings.validation_guidance_scales or [config.sampling.guidance_scale]
-        self.prompts = output_dir / "validation"
-        if self.settings.validation_prompts and accelerator.is_main_process:
-            write_prompts(
-                self.prompts,
-                read_prompts(self.settings.validation_prompts, self.settings.max_validation_prompts),
-                self.settings,
-                config.rounds.samples_per_shard,
-                config.rounds.seed,
-            )
-        accelerator.wait_for_everyone()
-
-    def base(self) -> None:
-        """Evaluate the base, once."""
-        if self.settings.validation_prompts and not (self.output_dir / "base" / "results.json").is_file():
-            self.game.restore(None)
-            self._evaluate(self.output_dir / "base", "base")
-
-    def of(self, title: str, last_round_only: bool = False) -> Evaluate | None:
-        """The rounds' evaluation: the present player into a folder."""
-        if not self.settings.validation_prompts:
-            return None
-        last = f"round-{self.config.rounds.rounds}"
-
-        def evaluate_round(directory: Path) -> dict[str, Any]:
-            if last_round_only and directory.parent.name != last:
-                return {}
-            return self._evaluate(directory, title + directory.parent.name)
-
-        return evaluate_round
-
-    def _evaluate(self, directory: Path, title: str) -> dict[str, Any]:
-        steps = self.settings.validation_num_inference_steps
-        results = evaluate(
-            lambda prompts, seeds, scale, done: self.game.draw(self.game.player, prompts, seeds, scale, steps, done),
-            lambda image: images.to_bytes(image, dataclasses.replace(self.config.images, image_format="png")),
-            images.open_image,
-            self.prompts,
-            directory,
-            self.scales,
-            self.settings.scorers or [],
-            self.accelerator,
-            self.progress,
-            title,
-        )
-        self._log(directory, title, results)
-        return results
-
-    def _log(self, directory: Path, title: str, results: dict[str, Any]) -> None:
-        """Scores and the gallery's pictures to the trackers."""
-        name = title.replace(" ", "/")
-        self.accelerator.log({f"{name}/{key}": value for key, value in results.items()})
-        if not self.accelerator.is_main_process:
-            return
-        rows = self._gallery_rows(directory)
-        pictures = [images.open_image(row["image"]).convert("RGB") for row in rows]
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(picture) for picture in pictures])
-                tracker.writer.add_images(f"validation/{name}", stacked, 0, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                import wandb
-
-                captioned = [wandb.Image(p, caption=row["prompt"]) for p, row in zip(pictures, rows, strict=True)]
-                tracker.log({f"validation/{name}": captioned})
-
-    def _gallery_rows(self, directory: Path) -> list[dict[str, Any]]:
-        """The first image of each of the gallery's prompts, at the last guidance scale."""
-        rows = read_rows(shards(directory / f"images-guidance-{self.scales[-1]:g}", ".parquet")[0])
-        step = self.settings.num_validation_images
-        return rows[: self.settings.num_gallery_prompts * step : step]
-
-    def tell(self) -> None:
-        """Print and write the table, and draw the gallery: the same prompts and seeds, base to last round."""
-        if not self.settings.validation_prompts:
-            return
-        if self.settings.scorers:
-            rows = rows_of_runs([self.output_dir])
-            comparisons = compare(rows, "base")
-            print_table(comparisons)
-            markdown = as_markdown(comparisons)
-            write_file(self.output_dir / "table.md", lambda part: part.write_text(markdown))
-        shown = {name: self._gallery_rows(folder) for name, folder in models_of_run(self.output_dir).items()}
-        gallery = [
-            (cells[0]["prompt"], [images.open_image(cell["image"]).convert("RGB") for cell in cells])
-            for cells in zip(*shown.values(), strict=True)
-        ]
-        draw_gallery(list(shown), gallery, self.output_dir / "samples.png")
-        print(f"Pictures, the same prompts and seeds for every model: {self.output_dir / 'samples.png'}")
+def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:
+    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
+    if not promoted:
+        print("No round was promoted: the base stands, and there is no unet/ to load")
+        return
+    print(f"The player of round {promoted[-1]} is in {output_dir / 'unet'}; load it with\n"
+          f"  {pipeline}.from_pretrained({base!r}, "
+          f"unet=UNet2DConditionModel.from_pretrained({str(output_dir / 'unet')!r}))")  # fmt: skip
 
 
-def _check_inputs(config: Config, output_dir: Path) -> None:
-    """Refuse early, before a model is loaded: another run's folder, changed settings, prompts or scorers that fail."""
+def _check_inputs(config: Config, output_dir: Path) -> PromptSet | None:
+    """The prompts to evaluate with. Refuses before a model is loaded: another run's folder, changed settings, prompts
+    that cannot be read, scorers that do not exist, no data."""
     saved = output_dir / "config.yaml"
     if saved.is_file():
         changed = changes(yaml.safe_load(saved.read_text()) or {}, config.flat())
@@ -238,12 +148,12 @@ def _check_inputs(config: Config, output_dir: Path) -> None:
         raise InputError(f"{output_dir} is not empty and not a run's folder (it has no config.yaml): give another")
     elif output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: give a folder")
-    if config.evaluation.validation_prompts:
-        read_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
-        for spec in config.evaluation.scorers or []:
-            load_scorer(spec, "cpu")
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir")
+    if not config.evaluation.validation_prompts:
+        return None
+    check_specs(config.evaluation.scorers or [])
+    return load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
 
 
 def _has_begun(output_dir: Path) -> bool:
@@ -255,7 +165,7 @@ def _forget_false_start(config: Config, output_dir: Path) -> None:
     """Remove what a command with other settings prepared before it was refused."""
     saved = output_dir / "config.yaml"
     if saved.is_file() and not _has_begun(output_dir) and changes(yaml.safe_load(saved.read_text()), config.flat()):
-        for name in ("data", "validation"):
+        for name in ("data", "base"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from spin_diffusion.evaluation.scorers import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
     holm,
@@ -22,6 +23,7 @@ from spin_diffusion.evaluation.statistics import (
 from spin_diffusion.input_error import InputError
 
 _T = TypeVar("_T")
+_STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
 _CAPTION = "Bold: the interval of the difference excludes 0."
 
 
@@ -30,10 +32,13 @@ class Row:
     """Scores of one model at one guidance scale by one scorer."""
 
     model: str
-    guidance_scale: float
+    guidance_scale: float | None
+    """None = pictures that were given, at whatever guidance."""
     scorer: str
     scores: np.ndarray
     """(prompts, images): the same prompts and seeds in the same order for every model."""
+    role: Role = "held-out"
+    """What the scorer can say; a difference of a "drift" score is never good news."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Comparison:
     """One model at one guidance scale by one scorer, against the baseline at the same guidance scale."""
 
     model: str
-    guidance_scale: float
+    guidance_scale: float | None
+    """None = pictures that were given, at whatever guidance."""
     scorer: str
     num_prompts: int
     num_images: int
@@ -54,7 +60,11 @@ class Comparison:
     ties: int | None
     losses: int | None
     p: float | None
-    """Two-sided sign test of wins against losses, adjusted by Holm for all comparisons made together."""
+    """Two-sided sign test of wins against losses."""
+    p_holm: float | None = None
+    """The same, adjusted by Holm over the scorers of one model and guidance scale."""
+    role: Role = "held-out"
+    """Of the scorer."""
 
 
 def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
@@ -64,7 +74,7 @@ def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
         InputError: no row of the baseline at some guidance scale and scorer, a row twice, shapes that differ, scores
             that are not finite, or fewer than 2 prompts.
     """
-    by_key: dict[tuple[str, float, str], Row] = {}
+    by_key: dict[tuple[str, float | None, str], Row] = {}
     for row in rows:
         key = (row.model, row.guidance_scale, row.scorer)
         if key in by_key:
@@ -95,23 +105,37 @@ def _compare_row(row: Row, base: Row) -> Comparison:
         wins, ties, losses = win_tie_loss(row.scores, base.scores)
         p = sign_test_p(wins, losses)
     return Comparison(
-        row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p
-    )
+        row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
+        role=row.role,
+    )  # fmt: skip
 
 
 def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
-    p_values = iter(holm([comparison.p for comparison in comparisons if comparison.p is not None]).tolist())
-    return [c if c.p is None else replace(c, p=next(p_values)) for c in comparisons]
+    """With p_holm: a family of tests is what one model at one guidance scale is judged by."""
+    families: dict[tuple[str, float | None], list[int]] = {}
+    for place, comparison in enumerate(comparisons):
+        if comparison.p is not None:
+            families.setdefault((comparison.model, comparison.guidance_scale), []).append(place)
+    adjusted = list(comparisons)
+    for places in families.values():
+        for place, p in zip(places, holm([comparisons[place].p for place in places]).tolist(), strict=True):
+            adjusted[place] = replace(comparisons[place], p_holm=p)
+    return adjusted
 
 
 def _describe(row: Row) -> str:
-    return f"model {row.model!r} at guidance {row.guidance_scale:g} by {row.scorer}"
+    return f"model {row.model!r} at {_scale(row.guidance_scale)} by {row.scorer}"
+
+
+def _scale(guidance_scale: float | None) -> str:
+    return "pictures as given" if guidance_scale is None else f"guidance {guidance_scale:g}"
 
 
 def print_table(comparisons: Sequence[Comparison], console: Console | None = None) -> None:
     """One table per scorer: a line per model, for each guidance scale its mean and its difference to the baseline.
 
-    Bold and green is a difference whose interval is above 0, bold and red one whose interval is below. A console too
+    Bold and green is a difference whose interval is above 0, bold and red one whose interval is below; bold alone
+    where neither is good (a drift score). A console too
     narrow for that gets the intervals on lines of their own, then one table per guidance scale.
     """
     console = console or Console()
@@ -143,7 +167,7 @@ def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
     table.add_column("model")
     guidance_scales = _distinct(c.guidance_scale for c in comparisons)
     for scale in guidance_scales:
-        table.add_column(f"guidance {scale:g}", justify="right", no_wrap=True)
+        table.add_column(_scale(scale), justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
     decimals = _decimals(comparisons)
     by_cell = {(c.model, c.guidance_scale): c for c in comparisons}
@@ -156,7 +180,7 @@ def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
                 continue
             mean = Text(_mean(comparison.mean, decimals, separator))
             difference = Text(_difference(comparison.difference, decimals, separator))
-            difference.stylize({1: "bold green", 0: "", -1: "bold red"}[_direction(comparison.difference)])
+            difference.stylize(_STYLES[comparison.role == "drift"][_direction(comparison.difference)])
             cells += [mean, difference]
         table.add_row(*cells)
     return table
@@ -179,10 +203,15 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             if _direction(c.difference):
                 difference = f"**{difference}**"
             counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
-            p = "" if c.p is None else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
+            p = "" if c.p_holm is None else "< 0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
             mean = _mean(c.mean, decimals, " ")
-            parts.append(f"| {_escaped(c.model)} | {c.guidance_scale:g} | {mean} | {difference} | {counts} | {p} |")
-        parts += ["", f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm.", ""]
+            row = [_escaped(c.model), _scale(c.guidance_scale).removeprefix("guidance "), mean, difference, counts, p]
+            parts.append(f"| {' | '.join(row)} |")
+        parts += [
+            "",
+            f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm over the scorers.",
+            "",
+        ]
     return "\n".join(parts)
 
 

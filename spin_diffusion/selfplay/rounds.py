@@ -36,8 +36,22 @@ from spin_diffusion.selfplay.train import Pairs, RoundPlan, TrainSettings, remov
 
 STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
 
-Evaluate = Callable[[Path], dict[str, Any]]
-"""Evaluates the player into a folder (resumable there) and returns the round's metrics."""
+FINAL = ("PROMOTED", "REJECTED")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the evaluation of a round says of its player."""
+
+    metrics: dict[str, Any]
+    promote: bool = True
+    """False = the player is set aside, and its opponent plays the next round."""
+    reason: str = ""
+    """Why it is not promoted, in one line."""
+
+
+Evaluate = Callable[[int, Path, int], Judgement]
+"""(round, folder, the round of its opponent or 0) -> what the player is worth. Resumable in the folder."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,7 @@ class _Round:
 
     def __post_init__(self) -> None:
         self.directory = self.output_dir / f"round-{self.k}"
+        self.title = f"{self.rounds.objective} round {self.k}"
         self.parent = self.promoted[-1] if self.promoted else 0
         self.anchor = OPPONENTS[self.rounds.opponent](self.k, self.promoted)
         self.record = self._read()
@@ -144,13 +159,13 @@ class _Round:
                 results = step()
                 seconds = self.record["seconds"] | {state.lower(): round(time.perf_counter() - started, 3)}
                 files = self.record["files"] | results.pop("files", {})
-                self._commit(state, seconds=seconds, files=files, **results)
+                self._commit(results.pop("state", state), seconds=seconds, files=files, **results)
         self._clean()
         return self.record
 
     @property
     def finished(self) -> bool:
-        return bool(self.record) and self.record["state"] in ("PROMOTED", "REJECTED")
+        return bool(self.record) and self.record["state"] in FINAL
 
     # The record
 
@@ -159,7 +174,7 @@ class _Round:
         return read_json(path) if path.is_file() else {}
 
     def _reached(self, state: str) -> bool:
-        return bool(self.record) and STATES.index(state) <= STATES.index(self.record["state"])
+        return self.finished or bool(self.record) and STATES.index(state) <= STATES.index(self.record["state"])
 
     def _commit(self, state: str, **fields: Any) -> None:
         self.record = self.record | fields | {"state": state}
@@ -218,7 +233,7 @@ class _Round:
             ),
             {"opponent": opponent, "data": self.record["data_hash"], "round": str(self.k)},
             self.accelerator,
-            self.progress.phase(f"round {self.k}: generate", data_manifest(self.data)["rows"]),
+            self.progress.phase(f"{self.title}: generate", data_manifest(self.data)["rows"]),
         )
         return {"generated": source, "files": self._hashes(self.directory / "samples")}
 
@@ -230,7 +245,7 @@ class _Round:
             self.directory / "latents",
             self.game,
             self.accelerator,
-            self.progress.phase(f"round {self.k}: encode", data_manifest(self.data)["rows"]),
+            self.progress.phase(f"{self.title}: encode", data_manifest(self.data)["rows"]),
         )
         return {"files": self._hashes(self.directory / "latents")}
 
@@ -247,7 +262,7 @@ class _Round:
             loss=bind(self.rounds.objective, beta=of_round(self.rounds.beta, self.k), mu=self.rounds.mu),
             anchored_at_player=self.anchor == self.parent,
         )
-        bar = self.progress.phase(f"round {self.k}: train", plan.steps)
+        bar = self.progress.phase(f"{self.title}: train", plan.steps)
         training = train(
             self.game,
             self._pairs(),
@@ -263,7 +278,7 @@ class _Round:
         )
         how = ", stopped early: its pairs are told apart" if training["stopped_early"] else ""
         self.accelerator.print(
-            f"round {self.k}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
+            f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
             f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
         )
         saved = self.game.save(self.directory)
@@ -293,13 +308,29 @@ class _Round:
 
     def _evaluate(self) -> dict[str, Any]:
         if self.evaluate is None:
-            return {"metrics": {}}
+            return {"metrics": {}, "rejected_because": None}
+        judged = self.evaluate(self.k, self.directory / "evaluation", self.parent)
+        self.accelerator.wait_for_everyone()
+        # Media are not hashed here: the evaluation's own records hold their hashes
+        records = [
+            path
+            for path in sorted((self.directory / "evaluation").rglob("*"))
+            if path.suffix in (".json", ".jsonl", ".parquet")
+        ]
         return {
-            "metrics": self.evaluate(self.directory / "evaluation"),
-            "files": self._hashes(self.directory / "evaluation"),
+            "metrics": judged.metrics,
+            "rejected_because": None if judged.promote else judged.reason,
+            "files": file_hashes(records, self.output_dir),
         }
 
     def _promote(self) -> dict[str, Any]:
+        reason = self.record["rejected_because"]
+        if reason is not None:
+            self.accelerator.print(
+                f"round {self.k} is rejected ({reason}): the player of "
+                f"{f'round {self.parent}' if self.parent else 'the base'} plays on"
+            )
+            return {"state": "REJECTED", "decision": "rejected"}
         if self.accelerator.is_main_process:
             for path in (self.directory / name for name in self._saved_names()):
                 target = self.output_dir / path.name

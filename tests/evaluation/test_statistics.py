@@ -5,12 +5,20 @@ import warnings
 import numpy as np
 import pytest
 
+from spin_diffusion.evaluation.scorers import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
+    best_by_average,
+    best_of_k,
+    expected_best_of,
     holm,
     mean_interval,
+    overall_verdict,
     paired_difference,
+    required_prompts,
     sign_test_p,
+    verdict,
+    win_rate,
     win_tie_loss,
 )
 
@@ -38,13 +46,22 @@ def test_the_bootstrap_agrees_with_enumeration_of_every_resample() -> None:
     assert interval.high == pytest.approx(np.quantile(means, 0.95), abs=0.21)
 
 
-@pytest.mark.parametrize("draw", ["normal", "exponential"])
-def test_95_percent_intervals_cover_the_truth_in_93_to_97_percent_of_simulated_sets(draw: str) -> None:
-    rng = np.random.default_rng(1)
-    truth = {"normal": 0.0, "exponential": 1.0}[draw]
-    # 1500 sets: the standard error of the coverage is 0.6 %, so that the limits are some 3 of them away.
-    sets = getattr(rng, draw)(size=(1500, 200))
-    intervals = [mean_interval(values, resamples=500, seed=i) for i, values in enumerate(sets)]
+_DISTRIBUTIONS = {
+    # name -> (draws of a shape, their true mean)
+    "normal": (lambda rng, shape: rng.normal(size=shape), 0.0),
+    "exponential": (lambda rng, shape: rng.exponential(size=shape), 1.0),
+    "heavy-tailed": (lambda rng, shape: rng.standard_t(4, size=shape), 0.0),
+    "two clusters": (lambda rng, shape: rng.normal(size=shape) + 6 * (rng.uniform(size=shape) < 0.3), 1.8),
+    "mostly ties": (lambda rng, shape: np.round(rng.normal(size=shape) * 0.6), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", _DISTRIBUTIONS)
+def test_95_percent_intervals_cover_the_truth_in_93_to_97_percent_of_simulated_sets(name: str) -> None:
+    draw, truth = _DISTRIBUTIONS[name]
+    # 1000 sets: the standard error of the coverage is 0.7 %, so that the limits are some 3 of them away.
+    sets = draw(np.random.default_rng(1), (1000, 200))
+    intervals = [mean_interval(values, resamples=400, seed=i) for i, values in enumerate(sets)]
     assert 0.93 <= np.mean([interval.low <= truth <= interval.high for interval in intervals]) <= 0.97
 
 
@@ -187,3 +204,209 @@ def test_10000_resamples_of_200_prompts_take_well_under_a_second() -> None:
     start = time.process_time()
     mean_interval(values)
     assert time.process_time() - start < 1
+
+
+def test_a_win_rate_counts_a_tie_half() -> None:
+    assert win_rate(3, 2, 5) == pytest.approx(0.4)
+    assert win_rate(0, 7, 0) == 0.5, "all ties"
+    assert win_rate(1, 0, 0) == 1.0 and win_rate(0, 0, 1) == 0.0
+    for counts in ((0, 0, 0), (-1, 1, 1)):
+        with pytest.raises(ValueError, match="counts of at least one prompt"):
+            win_rate(*counts)
+
+
+def test_the_expected_best_of_m_is_the_mean_over_all_subsets() -> None:
+    values = np.random.default_rng(9).normal(size=(7, 6))
+    values[0] = 1.5  # equal images
+    for m in range(1, 7):
+        brute = np.mean([values[:, subset].max(axis=1) for subset in itertools.combinations(range(6), m)], axis=0)
+        np.testing.assert_allclose(expected_best_of(values, m), brute)
+    np.testing.assert_allclose(expected_best_of(values, 1), values.mean(axis=1))
+    np.testing.assert_allclose(expected_best_of(values, 6), best_of_k(values))
+
+
+def test_the_expected_best_of_m_is_unbiased_and_the_best_of_k_grows_with_k() -> None:
+    values = np.random.default_rng(10).normal(size=(20_000, 6))
+    # The expected maximum of 3 normal numbers is 3 / (2 sqrt(pi)).
+    assert expected_best_of(values, 3).mean() == pytest.approx(3 / (2 * np.pi**0.5), abs=0.02)
+    assert best_of_k(values).mean() > best_of_k(values[:, :3]).mean() > best_of_k(values[:, :1]).mean()
+
+
+def test_the_expected_best_stays_exact_for_hundreds_of_images() -> None:
+    values = np.arange(600.0)[None]
+    # Of m numbers out of 1 to n the largest is m (n + 1) / (m + 1) on average.
+    assert expected_best_of(values, 300)[0] == pytest.approx(300 * 601 / 301 - 1)
+
+
+def test_with_one_image_per_prompt_the_best_is_that_image() -> None:
+    values = np.array([[1.0], [2.0]])
+    np.testing.assert_array_equal(best_of_k(values), [1.0, 2.0])
+    np.testing.assert_array_equal(expected_best_of(values, 1), [1.0, 2.0])
+    np.testing.assert_array_equal(best_by_average({"a": values})["a"], [1.0, 2.0])
+
+
+def test_the_best_by_average_is_one_image_for_all_scorers() -> None:
+    a = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    b = np.array([[9.0, 2.0, 3.0], [1.0, 5.0, 5.0]])
+    best = best_by_average({"a": a, "b": b})
+    np.testing.assert_array_equal(best["a"], [1.0, 0.0])
+    np.testing.assert_array_equal(best["b"], [9.0, 5.0])  # of two equal images the first
+    wide = best_by_average({"a": a, "b": b / 100})
+    np.testing.assert_array_equal(wide["a"], [3.0, 0.0])  # raw scores: the wider scale decides
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[1.0, np.nan]]), "finite.*prompt number 0"),
+        (np.array([1.0, 2.0]), "shape"),
+        (np.zeros((2, 0)), "shape"),
+        (np.zeros((0, 2)), "shape"),
+    ],
+)
+def test_unusable_images_are_refused_in_one_line(values: np.ndarray, message: str) -> None:
+    for call in (best_of_k, lambda v: expected_best_of(v, 1), lambda v: best_by_average({"a": v})):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(values)
+        assert "\n" not in str(caught.value)
+
+
+def test_other_unusable_images_are_refused() -> None:
+    values = np.zeros((2, 3))
+    for m in (0, 4):
+        with pytest.raises(ValueError, match="from 1 to the 3 images"):
+            expected_best_of(values, m)
+    with pytest.raises(ValueError, match="same prompts and images"):
+        best_by_average({"a": values, "b": np.zeros((2, 2))})
+    with pytest.raises(ValueError, match="same prompts and images"):
+        best_by_average({})
+
+
+UP, DOWN, AROUND = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
+
+
+def test_a_scorer_needs_the_interval_and_the_sign_test() -> None:
+    assert verdict(UP, 0.01, False) == "improved"
+    assert verdict(DOWN, 0.01, False) == "regressed"
+    assert verdict(AROUND, 0.01, False) == "inconclusive"
+    assert verdict(UP, 0.05, False) == verdict(DOWN, 0.05, False) == "inconclusive"
+    assert verdict(Interval(0.1, 0.0, 0.2), 0.01, False) == "inconclusive"
+    assert verdict(Interval(0.0, 0.0, 0.0), 1.0, False) == "inconclusive", "all ties"
+    assert verdict(UP, 0.01, True) == verdict(DOWN, 0.5, True) == "drift"
+    for interval, p in ((Interval(np.nan, 0.0, 1.0), 0.5), (UP, 1.5), (UP, float("nan"))):
+        with pytest.raises(ValueError, match="finite numbers"):
+            verdict(interval, p, False)
+
+
+ROLES: dict[str, Role] = {
+    "oracle": "truth",
+    "pickscore": "in-domain",
+    "hps": "held-out",
+    "imagereward": "held-out",
+    "clip": "alignment",
+    "beauty": "aesthetics",
+    "sharpness": "drift",
+}
+
+
+@pytest.mark.parametrize(
+    ("moved", "expected", "words"),
+    [
+        # Without a scorer that knows the truth
+        ({"hps": 1}, "improved", ["hps"]),
+        ({"hps": 1, "imagereward": 1, "pickscore": 1}, "improved", ["hps and imagereward"]),
+        ({"hps": 1, "beauty": -1}, "improved", ["hps"]),
+        ({"pickscore": 1}, "inconclusive", ["pickscore alone", "no held-out scorer confirms"]),
+        ({"beauty": 1, "pickscore": 1}, "inconclusive", ["pickscore and beauty alone", "not enough"]),
+        ({"clip": 1}, "inconclusive", ["clip alone"]),
+        ({"pickscore": -1}, "inconclusive", ["pickscore alone", "not enough to call it regressed"]),
+        ({"hps": -1}, "regressed", ["hps"]),
+        ({"clip": -1, "hps": 1}, "regressed", ["worse", "clip", "although hps improved"]),
+        ({"hps": 1, "imagereward": -1}, "regressed", ["imagereward"]),
+        ({}, "inconclusive", ["No scorer sees a difference"]),
+        # With one
+        ({"oracle": 1}, "improved", ["oracle", "truth"]),
+        ({"oracle": 1, "clip": -1}, "regressed", ["clip", "although oracle improved"]),
+        ({"oracle": -1, "hps": 1}, "regressed", ["oracle"]),
+        ({"oracle": 0, "hps": 1}, "inconclusive", ["hps alone", "truth does not confirm"]),
+        ({"oracle": 0}, "inconclusive", ["No scorer sees a difference"]),
+    ],
+)
+def test_the_rule_of_the_overall_verdict(moved: dict[str, int], expected: str, words: list[str]) -> None:
+    said = {1: "improved", 0: "inconclusive", -1: "regressed"}
+    verdicts = {name: said[moved.get(name, 0)] for name in ROLES if name != "oracle" or "oracle" in moved}
+    verdicts["sharpness"] = "drift"
+    found, reason = overall_verdict(verdicts, ROLES, {"goodhart": "ok", "stagnation": "warn", "broken": "not run"})
+    assert found == expected
+    assert all(word in reason for word in words), reason
+    assert "\n" not in reason and reason.endswith(".")
+
+
+def test_an_alarm_makes_any_result_suspect() -> None:
+    for verdicts in ({"hps": "improved"}, {"hps": "regressed"}, {}):
+        found, reason = overall_verdict(verdicts, ROLES, {"goodhart": "alarm", "photometry": "warn", "x": "alarm"})
+        assert found == "suspect" and "alarms goodhart and x" in reason and "photometry" not in reason
+
+
+def test_without_a_scorer_of_quality_nothing_is_concluded() -> None:
+    for verdicts in ({}, {"sharpness": "drift"}):
+        found, reason = overall_verdict(verdicts, ROLES, {})
+        assert found == "inconclusive" and "No scorer that can tell" in reason
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7])
+def test_the_same_model_with_other_seeds_is_inconclusive_in_93_of_100_evaluations(shared: float) -> None:
+    names = ["pickscore", "hps", "imagereward", "clip", "beauty"]
+
+    def evaluate(rng: np.random.Generator) -> str:
+        common = rng.normal(size=(2, 200, 4))  # what scorers agree on about an image
+        difficulty = rng.normal(size=(5, 200, 1))
+        noise = rng.normal(size=(2, 5, 200, 4))
+        models = difficulty + shared * common[:, None] + (1 - shared) * noise  # (model, scorer, prompts, images)
+        p_values, intervals = [], []
+        for base, other in zip(*models, strict=True):
+            wins, _, losses = win_tie_loss(other, base)
+            p_values.append(sign_test_p(wins, losses))
+            intervals.append(paired_difference(other, base, resamples=250))
+        verdicts = {
+            name: verdict(interval, float(p), False)
+            for name, interval, p in zip(names, intervals, holm(p_values), strict=True)
+        }
+        return overall_verdict(verdicts, ROLES, {})[0]
+
+    found = [evaluate(np.random.default_rng(seed)) for seed in range(100)]
+    assert found.count("inconclusive") >= 93
+
+
+def test_a_true_gain_of_a_held_out_scorer_is_seen() -> None:
+    rng = np.random.default_rng(11)
+    base = rng.normal(20, 2, (200, 1)) + rng.normal(size=(200, 4))
+    better = base + 0.3 + rng.normal(0, 0.5, size=(200, 4))
+    wins, _, losses = win_tie_loss(better, base)
+    p = holm([sign_test_p(wins, losses), 0.6, 0.9])
+    said = verdict(paired_difference(better, base), float(p[0]), False)
+    assert overall_verdict({"hps": said, "clip": "inconclusive"}, ROLES, {})[0] == "improved"
+
+
+@pytest.mark.parametrize(("sd", "difference", "power"), [(0.5, -0.1, 0.8), (2.0, 0.5, 0.9)])
+def test_the_required_prompts_show_the_difference_as_often_as_promised(
+    sd: float, difference: float, power: float
+) -> None:
+    n = required_prompts(sd, difference, power)
+    rng = np.random.default_rng(12)
+    intervals = [mean_interval(rng.normal(difference, sd, n), resamples=250, seed=i) for i in range(500)]
+    seen = np.mean([interval.low > 0 or interval.high < 0 for interval in intervals])
+    # The standard error is 1.8 %.
+    assert power - 0.04 <= seen <= power + 0.04
+
+
+def test_required_prompts_grow_with_the_square_and_refuse_what_has_no_answer() -> None:
+    assert required_prompts(1.0, 0.1) == 785
+    assert required_prompts(1.0, 0.05) == pytest.approx(4 * 785, abs=4)
+    assert required_prompts(1.0, 100.0) == 2
+    for sd, difference in ((0.0, 1.0), (1.0, 0.0), (1.0, float("nan")), (float("inf"), 1.0)):
+        with pytest.raises(ValueError, match="above 0 and finite"):
+            required_prompts(sd, difference)
+    for power in (0.05, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="power"):
+            required_prompts(1.0, 0.1, power)

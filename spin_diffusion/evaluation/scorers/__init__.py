@@ -29,8 +29,9 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.named import load_module, load_named
 
 Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
-"""What a score can say: the truth (a toy world's oracle); a preference model trained on the data that the player learns
-from; one trained on others; agreement with the prompt; beauty, whatever the prompt; drift, good neither up nor down."""
+"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
+data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
+prompt; drift, which is good neither up nor down."""
 
 
 @runtime_checkable

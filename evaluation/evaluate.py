@@ -1,0 +1,27 @@
+"""Compare models: the same prompts and seeds for all, scores with intervals, a report to look at.
+
+python evaluation/evaluate.py --config evaluation/configs/toy.yaml \
+    --models base=assets/toy_world/sloppy round1=runs/toy/round-1 round3=runs/toy/round-3 --output_dir runs/evaluation
+
+With several GPUs: accelerate launch evaluation/evaluate.py ... The same command again resumes.
+"""
+
+import sys
+
+from spin_diffusion.command import run_command
+
+
+def evaluate(argv: list[str]) -> None:
+    """Read the settings, then draw, score and report."""
+    from spin_diffusion.diffusion.evaluate import evaluate_models, parse_settings
+
+    evaluate_models(parse_settings(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate and return the exit code."""
+    return run_command(evaluate, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

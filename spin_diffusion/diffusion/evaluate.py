@@ -1,0 +1,352 @@
+"""evaluation/evaluate.py: draw the same prompts with the same seeds by every model, score them, conclude, report."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
+from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.evaluation.comparison import as_markdown, print_table
+from spin_diffusion.evaluation.drawing import (
+    Draw,
+    claim,
+    draw_pictures,
+    folder_of,
+    protocol_of,
+    requests,
+    save_bytes,
+    write_index,
+)
+from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
+from spin_diffusion.evaluation.report import write_report
+from spin_diffusion.evaluation.results import EvaluatedModel, conclude
+from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
+from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import parse_sections
+from spin_diffusion.selfplay.progress import Bars, Progress
+from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is compared, on which prompts, by which scorers."""
+
+    models: list[str] | None = None
+    """NAME=PATH_OR_ID of each model: a pipeline (folder or hub id), a round's folder, or a folder of pictures."""
+    baseline: str | None = None
+    """Name of the model that the others are compared with; default: the first."""
+    prompts: str | None = None
+    """File of prompts or name of a set; default: those of the pictures, when all models are folders of pictures."""
+    max_prompts: int | None = None
+    """Only the first ones."""
+    images_per_prompt: int = 4
+    """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity."""
+    scorers: list[str] | None = None
+    """NAME[=PATH] of scorers, joined by commas."""
+    num_inference_steps: int = 50
+    """Denoising steps per image."""
+    guidance_scale: float | list[float] = 7.5
+    """Guidance scale, or several to compare at each; the last is the headline's."""
+    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
+    """checkpoint = the scheduler that each model names."""
+    resolution: int | None = None
+    """Image size, px; default: the family's."""
+    generation_batch_size: int = 8
+    """Images drawn at a time; guidance doubles the UNet's batch."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the UNet while it draws; scores are always computed in fp32."""
+    training_captions: str | None = None
+    """File of the training set's captions, to find evaluation prompts that were trained on."""
+    allow_unequal_protocol: bool = False
+    """Compare pictures although they were drawn by another protocol, or nobody knows by which."""
+    seed: int = 0
+    """Seed of the pictures."""
+    output_dir: str = "runs/evaluation"
+    """Everything is written here; the same command again resumes."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "num_inference_steps", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if min(self.guidance_scales) < 0 or len(set(self.guidance_scales)) < len(self.guidance_scales):
+            raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed} must be at least 0")
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """As a list."""
+        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
+
+
+_HARMLESS = {"models", "baseline", "scorers", "output_dir", "debug", "generation_batch_size", "training_captions",
+             "allow_unequal_protocol"}  # fmt: skip
+
+
+def parse_settings(argv: Sequence[str]) -> EvaluateSettings:
+    """The settings on the command line over those of `--config` over the defaults."""
+    return parse_sections({"evaluate": EvaluateSettings}, argv, listed=("models", "scorers"))["evaluate"]
+
+
+def evaluate_models(settings: EvaluateSettings) -> None:
+    """Draw, score, conclude and report; what an earlier run of the command finished stays.
+
+    Raises:
+        InputError: anything the user gave that cannot be used; nothing that exists is touched.
+    """
+    sources = _sources(settings)
+    check_specs(settings.scorers or [])
+    output_dir = Path(settings.output_dir)
+    _check_output_dir(settings, output_dir)
+    for source in sources:
+        _check_known(source, None, output_dir)
+    prompts = _prompts(settings, sources)
+    captions = None
+    if settings.training_captions:
+        captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    progress = Bars() if accelerator.is_main_process else Progress()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        settle(output_dir)
+        saved = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
+        write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
+    accelerator.wait_for_everyone()
+
+    # The pictures of every model
+    drawn = [source for source in sources if source.kind != "images"]
+    scales: list[Any] = settings.guidance_scales if drawn else [None]
+    drawer = _Drawer(settings, accelerator)
+    resolution = settings.resolution or (drawer.resolution(drawn[0]) if drawn else None)
+    protocol = protocol_of(
+        prompts,
+        images_per_prompt=settings.images_per_prompt,
+        seed=settings.seed,
+        sampler=settings.sampler if drawn else "as given",
+        num_inference_steps=settings.num_inference_steps if drawn else None,
+        guidance_scales=scales,
+        resolution=resolution,
+    )
+    wanted = requests(prompts, settings.images_per_prompt, settings.seed)
+    accelerator.print(
+        f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
+        + (f", guidance {', '.join(f'{scale:g}' for scale in scales)}" if drawn else "")
+        + (f"; {prompts.duplicates} repeated prompts left out" if prompts.duplicates else "")
+        + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
+    )
+    models = []
+    for source in sources:
+        folder = ScoredFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
+        if source.kind == "images":
+            _take_pictures(source, wanted, folder.pictures, protocol, settings, accelerator)
+            weights = None
+            if accelerator.is_main_process:
+                write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": None})
+        else:
+            draw, weights = drawer.open(source, resolution)
+            _check_known(source, weights, output_dir)
+            if accelerator.is_main_process:
+                write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
+            draw_pictures(
+                wanted, folder.pictures, protocol, draw, accelerator,
+                lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
+            )  # fmt: skip
+        role = "baseline" if source is sources[0] else "candidate"
+        models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, source.base, weights))
+    drawer.close()
+
+    # Scores, and what they say
+    score_pictures(
+        {model.name: model.folder for model in models}, scales, settings.scorers or [], accelerator,
+        lambda scorer, total: progress.phase(f"score by {scorer}", total),
+    )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
+    results, comparisons = conclude(
+        output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
+        headline_scale=scales[-1], training_captions=captions,
+    )  # fmt: skip
+    if comparisons:
+        print_table(comparisons)
+        write_file(output_dir / "table.md", lambda part: part.write_text(as_markdown(comparisons), encoding="utf-8"))
+    for said in results["verdicts"]:
+        at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
+        print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
+    if results["failures"]:
+        print(f"{len(results['failures'])} pictures failed; the report lists them")
+    print(f"Report: {write_report(output_dir)}")
+    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
+        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+
+
+def _sources(settings: EvaluateSettings) -> list[ModelSource]:
+    """The models, the baseline first."""
+    if not settings.models:
+        raise InputError("--models is missing: give NAME=PATH_OR_ID for each model")
+    if not settings.scorers:
+        raise InputError("--scorers is missing: give NAME[=PATH],..., such as pickscore,hps_v2_1,imagereward,clip_h14")
+    sources = [read_source(spec) for spec in settings.models]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--models has {name!r} twice: give every model a name of its own")
+    baseline = settings.baseline or names[0]
+    if baseline not in names:
+        raise InputError(f"--baseline {baseline}: there is no such model (there are {', '.join(names)})")
+    return sorted(sources, key=lambda source: source.name != baseline)
+
+
+def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
+    saved = output_dir / "config.yaml"
+    if saved.is_file():
+        old, new = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, dataclasses.asdict(settings)
+        changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
+                   if key not in _HARMLESS and old.get(key) != new[key]]  # fmt: skip
+        if changed:
+            raise InputError(
+                f"{output_dir} holds an evaluation of another protocol ({'; '.join(changed)}): start in another "
+                "--output_dir"
+            )
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise InputError(f"{output_dir} is not empty and not an evaluation's folder (no config.yaml): give another")
+    elif output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: give a folder")
+
+
+def _check_known(source: ModelSource, weights: str | None, output_dir: Path) -> None:
+    """A name that stood for another model, or other weights, would take over its pictures."""
+    path = output_dir / "images" / source.name / "model.json"
+    if not path.is_file():
+        return
+    known = read_json(path)
+    if known["path"] != source.path:
+        raise InputError(f"{path.parent} has pictures of {known['path']}, not {source.path}: give it another name")
+    if weights is not None and known["weights_sha256"] != weights:
+        raise InputError(f"{path.parent} was drawn with other weights of {source.path}: give it another name")
+
+
+def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSet:
+    if settings.prompts:
+        return load_prompts(settings.prompts, settings.max_prompts)
+    if any(source.kind != "images" for source in sources):
+        raise InputError("--prompts is missing: give a file or the name of a set (parti, hpdv2, geneval, ...)")
+    rows = read_given_pictures(Path(sources[0].path))
+    categories = {row["prompt"]: row["category"] for row in rows}
+    texts = list(categories)[: settings.max_prompts]
+    if len(texts) < 2:
+        raise InputError(f"{sources[0].path} has {len(texts)} prompts: too few to compare models, 2 or more are needed")
+    kept = tuple(PromptRow(f"{n:05d}", text, categories[text] or None) for n, text in enumerate(texts))
+    return PromptSet(
+        Path(sources[0].path).name, kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
+    )
+
+
+class _Drawer:
+    """Draws with any of the models; rounds of one base share its pipeline, and one base is held at a time."""
+
+    def __init__(self, settings: EvaluateSettings, accelerator: Accelerator) -> None:
+        self.settings, self.accelerator = settings, accelerator
+        self.base: str | None = None
+        self.family: Any = None
+        self.pipeline: Any = None
+
+    def resolution(self, source: ModelSource) -> int:
+        """The usual image size of a model's family."""
+        self._load(source)
+        return self.family.RESOLUTION
+
+    def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str]:
+        """The function that draws, and the hash of the UNet's weights."""
+        self._load(source)
+        unet = self.pipeline.unet
+        if source.unet is not None:
+            try:
+                unet = UNet2DConditionModel.from_pretrained(source.unet, dtype=torch.float32, use_safetensors=True)
+            except Exception as error:  # diffusers and safetensors raise dozens of kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise InputError(f"cannot load the UNet {source.unet}: {reason}") from error
+        digest = weights_hash(unet)
+        unet.to(self.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        pipeline = sampling_pipeline(self.pipeline, unet, self.settings.sampler)
+
+        def draw(prompts, seeds, scale, done):
+            return draw_images(
+                pipeline, prompts, seeds, resolution=resolution, guidance_scale=scale, done=done,
+                num_inference_steps=self.settings.num_inference_steps, autocast=self.accelerator.autocast,
+                batch_size=self.settings.generation_batch_size,
+            )  # fmt: skip
+
+        return draw, digest
+
+    def close(self) -> None:
+        """Free the memory for the scorers."""
+        self.base = self.pipeline = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, source: ModelSource) -> None:
+        if self.base != source.base:
+            self.close()
+            self.family, self.pipeline = load_checkpoint(str(source.base))
+            for module in self.pipeline.components.values():
+                if isinstance(module, torch.nn.Module):
+                    module.requires_grad_(False).eval().to(self.accelerator.device)
+            self.base = source.base
+
+
+def _take_pictures(
+    source: ModelSource,
+    wanted: list[dict[str, Any]],
+    directory: Path,
+    protocol: dict[str, Any],
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Copy pictures that were given, as they are, beside those that are drawn. A missing one is a failure."""
+    theirs = Path(source.path) / "protocol.json"
+    theirs = theirs if theirs.is_file() else Path(source.path).parent / "protocol.json"
+    known = read_json(theirs) if theirs.is_file() else None
+    drawn_alike = known is not None and known["id"] == protocol["id"]
+    if protocol["guidance_scales"] != [None] and not drawn_alike and not settings.allow_unequal_protocol:
+        said = "by another protocol" if known else "by a protocol that nobody recorded"
+        raise InputError(
+            f"--models {source.name}={source.path}: its pictures were drawn {said}, so a difference would say nothing "
+            "of the models; --allow_unequal_protocol true compares them all the same"
+        )
+    claim(directory, protocol, accelerator)
+    if accelerator.is_main_process:
+        by_prompt: dict[str, list[Path]] = {}
+        for row in read_given_pictures(Path(source.path)):
+            by_prompt.setdefault(row["prompt"], []).append(row["path"])
+        for scale in protocol["guidance_scales"]:
+            folder = directory / folder_of(scale)
+            index = folder / f"{shard_name(0, 1)}.jsonl"
+            if not index.is_file():
+                write_index(index, [_take(row, by_prompt, folder) for row in wanted])
+    accelerator.wait_for_everyone()
+
+
+def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
+    given = by_prompt.get(row["prompt"], [])
+    if row["k"] >= len(given):
+        return row | {"file": None, "sha256": None, "state": "there is no such picture", "saturation": None,
+                      "clipped": None, "sharpness": None}  # fmt: skip
+    path = given[row["k"]]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return row | {"file": None, "sha256": None, "state": f"cannot be read: {error.strerror}", "saturation": None,
+                      "clipped": None, "sharpness": None}  # fmt: skip
+    return save_bytes(row, data, folder / f"{row['id']}-{row['k']}{path.suffix.lower()}")

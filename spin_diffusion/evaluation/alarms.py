@@ -1,0 +1,563 @@
+"""Alarms: signs that a model won its scores without drawing better images. Each compares it with the base, paired.
+
+A preference score can be raised by a texture, by colours that shout, by one style for every prompt, or by drawing the
+same picture for every seed. Each of these leaves a trace that costs nothing to measure once the images are scored.
+Every alarm is a function of arrays to an `Alarm`; `check_alarms` runs all of them for one model.
+
+An alarm goes off only when the effect is both larger than its threshold and beyond chance (95 % bootstrap interval over
+prompts). How often a model that is the same as the base sets one off stands in `check_alarms`. Thresholds are set by
+judgement: no images of released models have been measured for them.
+
+To add an alarm, write one function here and call it in `check_alarms`.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from scipy import stats
+
+from spin_diffusion.evaluation.scorers import Role
+from spin_diffusion.evaluation.scorers._pixels import to_rgb
+from spin_diffusion.evaluation.scorers.sharpness import sharpness
+from spin_diffusion.evaluation.statistics import AlarmState, Interval, mean_interval, paired_difference
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When alarms go off. An effect of half the size, beyond chance as well, is a warning."""
+
+    diversity_drop: float = 0.10
+    """Share of the base's diversity over seeds that is lost, 0 to 1."""
+    style_similarity_rise: float = 0.05
+    """Rise of the mean cosine between images of different prompts, -2 to 2."""
+    near_duplicate_cosine: float = 0.97
+    """Cosine above which two images of one prompt count as the same picture."""
+    near_duplicate_rise: float = 0.05
+    """Rise of the share of such pairs, 0 to 1."""
+    photometry_mads: float = 3.0
+    """Shift of the mean, in median absolute deviations of the base over prompts."""
+    photometry_smallest_mad: float = 0.005
+    """A base that hardly varies counts as varying this much, in the measure's own unit."""
+    broken_rise: float = 0.01
+    """Rise of the share of broken images, 0 to 1."""
+    leaked_share: float = 0.05
+    """Share of the evaluation's prompts that are training captions too, 0 to 1; a single one is a warning."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What one alarm found."""
+
+    id: str
+    state: AlarmState
+    value: float | None
+    """What was compared with the threshold; None = not run."""
+    threshold: float | None
+    explanation: str
+    """In plain words, with numbers and with what to do; why it was not run."""
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """What can be said of an image without a model."""
+
+    saturation: float | None
+    """Mean over pixels of (max - min) / max of R, G and B, 0 to 1. None, like the others, when not finite."""
+    clipped: float | None
+    """Share of pixels whose luma is at most 1 or at least 254 of 255, 0 to 1."""
+    sharpness: float | None
+    """Mean absolute Laplacian of the luma, 0 to 4; the score of the scorer `sharpness`."""
+    state: Literal["ok", "constant", "not finite"]
+    """"constant" = no channel varies by more than 2 of 255, as in the black image of a safety filter."""
+
+
+def measure_image(image: Image.Image) -> Photometry:
+    """Saturation, clipped luma, sharpness and state of an image of any mode, as most scorers see it.
+
+    Raises:
+        InputError: an image of finite 32-bit floats, which has no defined white.
+    """
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        return Photometry(None, None, None, "not finite")
+    rgb = to_rgb(image)
+    pixels = np.asarray(rgb)  # (height, width, 3) of 0..255
+    brightest, darkest = pixels.max(axis=2).astype(np.float64), pixels.min(axis=2).astype(np.float64)
+    saturation = (brightest - darkest) / np.maximum(brightest, 1)  # black has none
+    luma = np.asarray(rgb.convert("L"))
+    constant = all(high - low <= 2 for low, high in rgb.getextrema())
+    return Photometry(
+        saturation=float(saturation.mean()),
+        clipped=float(((luma <= 1) | (luma >= 254)).mean()),
+        sharpness=float(sharpness([rgb], [""])[0]),
+        state="constant" if constant else "ok",
+    )
+
+
+def count_leaked(captions: Iterable[str], prompts: Sequence[str]) -> int:
+    """How many of the evaluation's prompts are training captions: equal but for case, punctuation and white space."""
+    wanted: dict[str, int] = {}
+    for prompt in prompts:
+        key = _normalised(prompt)
+        wanted[key] = wanted.get(key, 0) + 1
+    return sum(wanted[key] for key in {_normalised(caption) for caption in captions} & wanted.keys())
+
+
+def _normalised(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = " ".join(re.sub(r"[^\w\s]", " ", folded).split())
+    return words or " ".join(folded.split())  # a prompt of emoji alone is compared as it is
+
+
+def check_alarms(
+    baseline_scores: Mapping[str, np.ndarray],
+    candidate_scores: Mapping[str, np.ndarray],
+    *,
+    roles: Mapping[str, Role],
+    baseline_features: np.ndarray | None = None,
+    candidate_features: np.ndarray | None = None,
+    baseline_photometry: Mapping[str, np.ndarray] | None = None,
+    candidate_photometry: Mapping[str, np.ndarray] | None = None,
+    baseline_broken: tuple[int, int] | None = None,
+    candidate_broken: tuple[int, int] | None = None,
+    previous: Mapping[str, np.ndarray] | None = None,
+    prompts: Sequence[str] = (),
+    training_captions: Iterable[str] | None = None,
+    thresholds: Thresholds | None = None,
+    resamples: int = 10_000,
+) -> list[Alarm]:
+    """All alarms for one model at one guidance scale against the base, always the same ones in the same order.
+
+    Image k of prompt i is at [i, k] of every array, for both models and the round before.
+
+    False alarms: of 1000 simulated evaluations of a model that is the same as the base (200 prompts, 4 images, 6
+    scorers, features of 32 numbers, 1 % broken images), 2 had an alarm and 12 a warning other than stagnation, which
+    rightly warned in 938. The simulation is kind: real images of one prompt are broken together, for example.
+
+    Args:
+        baseline_scores: scorer -> (prompts, images), finite.
+        candidate_scores: the same of the model.
+        roles: scorer -> its role; at least the scorers that both have.
+        baseline_features: (prompts, images, width) image embeddings of one backbone; they are scaled to length 1 here.
+        candidate_features: the same shape.
+        baseline_photometry: name of the measure (saturation, clipped, sharpness) -> (prompts, images), finite.
+        candidate_photometry: the same shapes.
+        baseline_broken: (broken images, all images that were asked for).
+        candidate_broken: likewise.
+        previous: the scores of the round before. None = there is none.
+        prompts: of the evaluation.
+        training_captions: what the model was trained with. None = not known.
+        thresholds: default: `Thresholds()`.
+        resamples: of each bootstrap.
+
+    Raises:
+        ValueError: arrays whose shapes do not match, numbers that are not finite, or fewer than 2 prompts.
+    """
+    limits = thresholds or Thresholds()
+    differences = _differences(candidate_scores, baseline_scores)
+    num_leaked = None if training_captions is None else count_leaked(training_captions, prompts)
+    return [
+        goodhart(differences, roles, resamples),
+        aesthetics_up_alignment_down(differences, roles, resamples),
+        diversity_over_seeds(baseline_features, candidate_features, limits, resamples),
+        style_collapse(baseline_features, candidate_features, limits, resamples),
+        near_duplicates(baseline_features, candidate_features, limits, resamples),
+        photometry(baseline_photometry or {}, candidate_photometry or {}, limits, resamples),
+        broken_images(baseline_broken, candidate_broken, limits),
+        training_leak(num_leaked, len(prompts), limits),
+        stagnation(candidate_scores, previous, roles, resamples),
+    ]
+
+
+def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role], resamples: int = 10_000) -> Alarm:
+    """The scorer that training pleases goes up while one that it does not know goes down.
+
+    Args:
+        differences: scorer -> (prompts,) model minus base.
+        roles: scorer -> its role. Judged against "in-domain" are "truth", "held-out" and "alignment".
+    """
+    return _opposed(
+        "goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"), resamples,
+        "The model pleases {up} more, which was trained on the same preferences, but is worse by {down}: it is "
+        "learning the scorer and not what people like. Use an earlier round, a smaller learning rate or fewer steps, "
+        "and look at the prompts that lose most by {names}.",
+    )  # fmt: skip
+
+
+def aesthetics_up_alignment_down(
+    differences: Mapping[str, np.ndarray], roles: Mapping[str, Role], resamples: int = 10_000
+) -> Alarm:
+    """Images get more beautiful and show less of what the prompt asks for.
+
+    Args:
+        differences: scorer -> (prompts,) model minus base.
+        roles: scorer -> its role.
+    """
+    return _opposed(
+        "aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",), resamples,
+        "Images are more beautiful by {up} and match their prompts less by {down}: the model paints what it likes. "
+        "Look at the prompts that lose most by {names}, and use an earlier round or captions that say what the "
+        "training images show.",
+    )  # fmt: skip
+
+
+def _opposed(
+    alarm: str,
+    differences: Mapping[str, np.ndarray],
+    roles: Mapping[str, Role],
+    up_role: Role,
+    down_roles: tuple[Role, ...],
+    resamples: int,
+    explanation: str,
+) -> Alarm:
+    """The alarm of a scorer that rises while another falls; the value is the upper end of the fall's interval.
+
+    The more scorers could fall by chance, the wider their intervals (Bonferroni): otherwise a model that truly gains
+    would set the alarm off the more often, the more scorers watch it.
+    """
+    ups = [name for name in differences if roles[name] == up_role]
+    downs = [name for name in differences if roles[name] in down_roles]
+    if not ups or not downs:
+        missing = up_role if not ups else " or ".join(down_roles)
+        return _not_run(alarm, f"no {missing} scorer was run for both models")
+    risen = {name: mean_interval(differences[name], 1 - 0.05 / len(ups), resamples) for name in ups}
+    risen = {name: interval for name, interval in risen.items() if interval.low > 0}
+    wide = {name: mean_interval(differences[name], 1 - 0.05 / len(downs), resamples) for name in downs}
+    # Scorers have different units: in units of its own half-width, the fall that is clearest comes first
+    clearest = min(wide, key=lambda name: wide[name].high / max(wide[name].high - wide[name].low, 1e-300))
+    value = wide[clearest].high
+    if risen:
+        plain = {name: mean_interval(differences[name], 0.95, resamples) for name in downs}
+        surely = [name for name in downs if wide[name].high < 0]
+        perhaps = [name for name in downs if plain[name].high < 0]
+        if surely or perhaps:
+            up = ", ".join(f"{name} ({_signed(interval)})" for name, interval in risen.items())
+            down = ", ".join(f"{name} ({_signed(wide[name])})" for name in surely or perhaps)
+            text = explanation.format(up=up, down=down, names=" and ".join(surely or perhaps))
+            if not surely:
+                text += " With this many scorers it may still be chance: use more prompts to be sure."
+            return Alarm(alarm, "alarm" if surely else "warn", value, 0.0, text)
+    if not risen:
+        text = f"No {up_role} scorer rises, so nothing is bought with another score."
+    else:
+        text = f"{', '.join(risen)} rises, and none of {', '.join(downs)} falls."
+    return Alarm(alarm, "ok", value, 0.0, text)
+
+
+def diversity_over_seeds(
+    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
+) -> Alarm:
+    """The images of one prompt become alike: their mean pairwise 1 - cosine falls.
+
+    Args:
+        baseline: (prompts, images, width).
+        candidate: the same shape.
+    """
+    alarm = "diversity_over_seeds"
+    if (problem := _no_pairs(baseline, candidate)) is not None:
+        return _not_run(alarm, problem)
+    assert baseline is not None and candidate is not None
+    base, cand = _unit(baseline), _unit(candidate)
+    before, after = 1 - _pair_cosines(base).mean(axis=1), 1 - _pair_cosines(cand).mean(axis=1)
+    difference = paired_difference(after, before, resamples=resamples)
+    level = float(before.mean())
+    if level <= 1e-6:
+        return _not_run(alarm, "the base draws the same image for every seed, so there is no diversity to lose")
+    drop = -difference.mean / level
+    state = _state(drop, thresholds.diversity_drop, difference.high < 0)
+    numbers = (
+        f"Diversity over seeds (mean 1 - cosine) goes from {level:.3f} to {after.mean():.3f}, {_signed(difference)}; "
+        f"different pictures per prompt (Vendi score of {base.shape[1]} images) from {_vendi(base).mean():.2f} to "
+        f"{_vendi(cand).mean():.2f}."
+    )
+    advice = " The model draws ever the same picture of a prompt: stop earlier, or train for fewer steps per round."
+    return Alarm(alarm, state, drop, thresholds.diversity_drop, numbers + (advice if state != "ok" else ""))
+
+
+def style_collapse(
+    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
+) -> Alarm:
+    """The images of different prompts become alike: their mean cosine rises.
+
+    Args:
+        baseline: (prompts, images, width).
+        candidate: the same shape.
+    """
+    alarm = "style_collapse"
+    if (problem := _no_features(baseline, candidate)) is not None:
+        return _not_run(alarm, problem)
+    assert baseline is not None and candidate is not None
+    if len(baseline) < 3:
+        return _not_run(alarm, "it takes 3 prompts or more")
+    before, after = _cosine_between_prompts(_unit(baseline)), _cosine_between_prompts(_unit(candidate))
+    difference = paired_difference(after, before, resamples=resamples)
+    state = _state(difference.mean, thresholds.style_similarity_rise, difference.low > 0)
+    numbers = (
+        f"The mean cosine between images of different prompts goes from {before.mean():.3f} to {after.mean():.3f}, "
+        f"{_signed(difference)}."
+    )
+    advice = (
+        " Everything begins to look the same: look at the gallery for a style, a frame or a background that no prompt "
+        "asked for, and use an earlier round or training images of more kinds."
+    )
+    return Alarm(
+        alarm, state, difference.mean, thresholds.style_similarity_rise, numbers + (advice if state != "ok" else "")
+    )
+
+
+def near_duplicates(
+    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
+) -> Alarm:
+    """More pairs of seeds give the same picture.
+
+    Args:
+        baseline: (prompts, images, width).
+        candidate: the same shape.
+    """
+    alarm = "near_duplicates"
+    if (problem := _no_pairs(baseline, candidate)) is not None:
+        return _not_run(alarm, problem)
+    assert baseline is not None and candidate is not None
+    cosine = thresholds.near_duplicate_cosine
+    before = (_pair_cosines(_unit(baseline)) > cosine).mean(axis=1)
+    after = (_pair_cosines(_unit(candidate)) > cosine).mean(axis=1)
+    difference = paired_difference(after, before, resamples=resamples)
+    state = _state(difference.mean, thresholds.near_duplicate_rise, difference.low > 0)
+    numbers = (
+        f"Pairs of seeds that give the same picture (cosine above {cosine:g}): {before.mean():.1%} of the base's, "
+        f"{after.mean():.1%} of the model's."
+    )
+    advice = " The seed matters less and less: look at the most similar pairs, and stop earlier."
+    return Alarm(
+        alarm, state, difference.mean, thresholds.near_duplicate_rise, numbers + (advice if state != "ok" else "")
+    )
+
+
+def photometry(
+    baseline: Mapping[str, np.ndarray],
+    candidate: Mapping[str, np.ndarray],
+    thresholds: Thresholds,
+    resamples: int = 10_000,
+) -> Alarm:
+    """Saturation, clipped luma or sharpness move far from where the base's images lie.
+
+    The shift of the mean is measured in median absolute deviations of the base over prompts; the value is the largest.
+
+    Args:
+        baseline: name of the measure -> (prompts, images).
+        candidate: the same shapes.
+    """
+    names = [name for name in candidate if name in baseline]
+    if not names:
+        return _not_run("photometry", "no colours and edges were measured for both models")
+    found: list[tuple[float, AlarmState, str]] = []
+    for name in names:
+        before = np.asarray(baseline[name], dtype=np.float64)
+        difference = paired_difference(np.asarray(candidate[name]), before, resamples=resamples)
+        by_prompt = before if before.ndim == 1 else before.mean(axis=1)
+        mad = float(np.median(np.abs(by_prompt - np.median(by_prompt))))
+        shift = difference.mean / max(mad, thresholds.photometry_smallest_mad)
+        state = _state(abs(shift), thresholds.photometry_mads, difference.low > 0 or difference.high < 0)
+        found.append((shift, state, f"{name} from {by_prompt.mean():.3f} by {_signed(difference)}"))
+    shift, state, _ = max(found, key=lambda entry: (_STATES.index(entry[1]), abs(entry[0])))
+    numbers = f"In units of the base's spread over prompts the largest shift is {shift:+.1f}: "
+    numbers += "; ".join(text for *_, text in found) + "."
+    advice = (
+        " Colours, exposure or edges have moved as a whole, which scorers tend to reward before people notice: look "
+        "for neon colours, blown-out skies, stippling or blur, and use an earlier round."
+    )
+    return Alarm(
+        "photometry", state, abs(shift), thresholds.photometry_mads, numbers + (advice if state != "ok" else "")
+    )
+
+
+def broken_images(baseline: tuple[int, int] | None, candidate: tuple[int, int] | None, thresholds: Thresholds) -> Alarm:
+    """More images are black, of one colour, not finite or missing.
+
+    Only counts are compared, so the test is not paired: Fisher's exact one, one-sided. A rise above the threshold that
+    chance would give in more than 1 of 200 cases is a warning only; so rare, because images of one prompt tend to be
+    broken together, which the test does not know.
+
+    Args:
+        baseline: (broken images, all images).
+        candidate: likewise.
+    """
+    if baseline is None or candidate is None or 0 in (baseline[1], candidate[1]):
+        return _not_run("broken_images", "broken images were not counted for both models")
+    for broken, total in (baseline, candidate):
+        if not 0 <= broken <= total:
+            raise ValueError(f"broken images must be (broken, all), got {(broken, total)}")
+    before, after = baseline[0] / baseline[1], candidate[0] / candidate[1]
+    rise = after - before
+    state: AlarmState = "ok"
+    if rise > thresholds.broken_rise:
+        table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
+        state = "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"
+    text = (
+        f"Broken images (one colour, not finite, missing): {baseline[0]} of {baseline[1]} of the base's, "
+        f"{candidate[0]} of {candidate[1]} of the model's."
+    )
+    if state != "ok":
+        text += (
+            " Scores leave them out and so look better than the model is: see the failures, and check the precision."
+        )
+    if state == "warn":
+        text += " It may still be chance: use more prompts to be sure."
+    return Alarm("broken_images", state, rise, thresholds.broken_rise, text)
+
+
+def training_leak(num_leaked: int | None, num_prompts: int, thresholds: Thresholds) -> Alarm:
+    """The model was trained on the captions it is examined with.
+
+    Args:
+        num_leaked: prompts that are training captions too, from `count_leaked`.
+        num_prompts: all prompts.
+    """
+    if num_leaked is None or not num_prompts:
+        return _not_run("training_leak", "the training captions are not known")
+    if not 0 <= num_leaked <= num_prompts:
+        raise ValueError(f"num_leaked must be from 0 to the {num_prompts} prompts, got {num_leaked}")
+    share = num_leaked / num_prompts
+    state: AlarmState = "alarm" if share > thresholds.leaked_share else "warn" if num_leaked else "ok"
+    text = f"{num_leaked} of {num_prompts} prompts are training captions too."
+    if state != "ok":
+        text += " The model has seen the answers to these: leave them out, or take another prompt set."
+    return Alarm("training_leak", state, share, thresholds.leaked_share, text)
+
+
+def stagnation(
+    candidate: Mapping[str, np.ndarray],
+    previous: Mapping[str, np.ndarray] | None,
+    roles: Mapping[str, Role],
+    resamples: int = 10_000,
+) -> Alarm:
+    """No scorer tells this round from the one before. A reason to stop, not to distrust: "warn" at most.
+
+    The value is the number of scorers that see a difference, by intervals that hold together at 95 % (Bonferroni).
+
+    Args:
+        candidate: scorer -> (prompts, images).
+        previous: the same of the round before.
+        roles: scorer -> its role; "drift" is left out.
+    """
+    if previous is None:
+        return _not_run("stagnation", "there is no round before this one to compare with")
+    differences = {
+        name: array for name, array in _differences(candidate, previous).items() if roles[name] != "drift"
+    }  # fmt: skip
+    if not differences:
+        return _not_run("stagnation", "no scorer was run for both rounds")
+    confidence = 1 - 0.05 / len(differences)
+    intervals = {name: mean_interval(array, confidence, resamples) for name, array in differences.items()}
+    moved = [name for name, interval in intervals.items() if interval.low > 0 or interval.high < 0]
+    if moved:
+        numbers = ", ".join(f"{name} ({_signed(intervals[name])})" for name in moved)
+        return Alarm(
+            "stagnation", "ok", float(len(moved)), 1.0, f"This round differs from the one before by {numbers}."
+        )
+    return Alarm(
+        "stagnation", "warn", 0.0, 1.0,
+        f"No scorer tells this round from the one before: all intervals include 0 ({', '.join(intervals)}). Further "
+        "rounds are unlikely to help: stop here, or use more prompts if you expect a smaller gain than they can show.",
+    )  # fmt: skip
+
+
+_STATES: tuple[AlarmState, ...] = ("not run", "ok", "warn", "alarm")
+
+
+def _state(size: float, threshold: float, beyond_chance: bool) -> AlarmState:
+    if not beyond_chance or size <= threshold / 2:
+        return "ok"
+    return "alarm" if size > threshold else "warn"
+
+
+def _not_run(alarm: str, reason: str) -> Alarm:
+    return Alarm(alarm, "not run", None, None, f"Not run: {reason}.")
+
+
+def _signed(interval: Interval) -> str:
+    size = max(abs(interval.low), abs(interval.high), abs(interval.mean))
+    # Three digits of the largest number: scorers differ in scale by a factor of 100
+    decimals = 3 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
+    mean, low, high = (round(value, decimals) + 0.0 for value in (interval.mean, interval.low, interval.high))
+    return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+
+
+def _differences(candidate: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scorer that both have -> (prompts,) candidate minus base, over the mean of the images."""
+    differences = {}
+    for name in candidate:
+        if name not in base:
+            continue
+        a, b = np.asarray(candidate[name], dtype=np.float64), np.asarray(base[name], dtype=np.float64)
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{name} must be of the same prompts and images for both models, got {a.shape} and {b.shape}"
+            )
+        differences[name] = a - b if a.ndim == 1 else (a - b).mean(axis=1)
+    return differences
+
+
+def _no_features(baseline: np.ndarray | None, candidate: np.ndarray | None) -> str | None:
+    """Why features cannot be compared; None = they can."""
+    if baseline is None or candidate is None:
+        return "no scorer gave image features for both models"
+    if baseline.ndim != 3 or baseline.shape != candidate.shape:
+        raise ValueError(
+            f"features must have shape (prompts, images, width), alike for both models, got {baseline.shape} and "
+            f"{candidate.shape}"
+        )
+    return None
+
+
+def _no_pairs(baseline: np.ndarray | None, candidate: np.ndarray | None) -> str | None:
+    """Why images of one prompt cannot be compared; None = they can."""
+    if (problem := _no_features(baseline, candidate)) is not None:
+        return problem
+    assert baseline is not None
+    if baseline.shape[1] < 2:
+        return "there is one image per prompt; draw 2 or more (4 say more)"
+    return None
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    """(prompts, images, width) float64 of length 1."""
+    features = np.asarray(features, dtype=np.float64)
+    lengths = np.linalg.norm(features, axis=2, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths == 0).any():
+        prompt = int(np.argwhere(~np.isfinite(lengths) | (lengths == 0))[0][0])
+        raise ValueError(f"features must be finite and not 0, which those of prompt number {prompt} are not")
+    return features / lengths
+
+
+def _pair_cosines(features: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs of images of one prompt: (prompts, images, width) -> (prompts, images (images - 1) / 2)."""
+    first, second = np.triu_indices(features.shape[1], k=1)
+    return (features @ features.transpose(0, 2, 1))[:, first, second]
+
+
+def _vendi(features: np.ndarray) -> np.ndarray:
+    """Vendi score of the images of each prompt, from 1 (all the same) to the number of images (arXiv 2210.02410)."""
+    kernel = features @ features.transpose(0, 2, 1) / features.shape[1]
+    eigenvalues = np.linalg.eigvalsh(kernel).clip(min=1e-12)
+    return np.exp(-(eigenvalues * np.log(eigenvalues)).sum(axis=1))
+
+
+def _cosine_between_prompts(features: np.ndarray) -> np.ndarray:
+    """(prompts,) numbers whose mean is the mean cosine between images of different prompts, and that may be resampled.
+
+    Every prompt is part of prompts - 1 pairs, so that the plain averages per prompt would give an interval half as wide
+    as it should be. The jackknife's pseudo-values have the same mean and the right spread.
+    """
+    num_prompts = len(features)
+    centres = features.mean(axis=1)  # (prompts, width)
+    total = centres.sum(axis=0)
+    per_prompt = (centres @ total - (centres**2).sum(axis=1)) / (num_prompts - 1)
+    overall = per_prompt.mean()
+    without = (num_prompts * overall - 2 * per_prompt) / (num_prompts - 2)  # the mean over pairs of the others
+    return num_prompts * overall - (num_prompts - 1) * without

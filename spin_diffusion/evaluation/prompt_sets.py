@@ -1,0 +1,401 @@
+"""Prompts to evaluate with: the user's own file, a set that papers use, or one of ours, each with its hash and licence.
+
+A file is text (one prompt per line), JSON lines, JSON, TSV, CSV or parquet. A named set is downloaded once, at a pinned
+revision. Our own sets are the files of evaluation/prompts/, named without suffix. To add one, put a file there; to add
+a published set, add it to `PUBLISHED` below.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_diffusion.input_error import InputError
+
+OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
+SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+"""Where a prompt is looked for, whatever the case of the name."""
+CATEGORY_COLUMNS = ("category", "tag", "style")
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt."""
+
+    id: str
+    """Its place in the set, from 00000; part of file names."""
+    prompt: str
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order, every one once."""
+
+    name: str
+    rows: tuple[PromptRow, ...]
+    sha256: str
+    """`prompts_hash` of the prompts in their order. Categories are not part of it."""
+    licence: str
+    source: str
+    """Where it came from: an address with its revision, or the name of the file."""
+    duplicates: int = 0
+    """Repeated prompts that were left out, before the limit."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a named set is."""
+
+    files: tuple[str, ...]
+    licence: str
+    repository: str
+    """Data set of the hub; or a repository of GitHub if `on_github`."""
+    revision: str
+    on_github: bool = False
+    file_is_category: bool = False
+    """Each file is one category, named like it."""
+
+    @property
+    def address(self) -> str:
+        """A page where a person can get the files."""
+        if self.on_github:
+            return f"https://github.com/{self.repository}/tree/{self.revision}"
+        return f"https://huggingface.co/datasets/{self.repository}/tree/{self.revision}"
+
+
+PUBLISHED = {
+    "parti": Published(
+        files=("PartiPrompts.tsv",),
+        licence="Apache-2.0",
+        repository="nateraw/parti-prompts",
+        revision="944b156abfdad7627c3221b5ec4f6a6fb060a197",
+    ),
+    "hpdv2": Published(
+        files=tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+        licence="not stated by its page; prompts from DiffusionDB (CC0) and COCO captions (CC BY 4.0)",
+        repository="zhwang/HPDv2",
+        revision="3246bc66b01b69837fabf975bddbcbb52a9afac2",
+        file_is_category=True,
+    ),
+    "pickapic_test": Published(
+        files=("data/test_unique-00000-of-00001-e852c19ead276a89.parquet",),
+        licence="not stated; written by users, some of it explicit",
+        repository="yuvalkirstain/pickapic_v2_no_images",
+        revision="main",  # the name of the file contains a hash of its content
+    ),
+    "geneval": Published(
+        files=("prompts/evaluation_metadata.jsonl",),
+        licence="MIT",
+        repository="djghosh13/geneval",
+        revision="af4902f24d3ca90ebbb446dd9891a59e0f82725f",
+        on_github=True,
+    ),
+    "drawbench": Published(
+        files=("data/test-00000-of-00001.parquet",),
+        licence="not stated",
+        repository="Jialuo21/DrawBench",
+        revision="870c4ef7e6c67eafa7c6e26ba79b7c0d52c9cb16",
+    ),
+}
+"""Sets that papers use, by name."""
+
+
+def load_prompts(
+    spec: str, limit: int | None = None, prompt_column: str | None = None, category_column: str | None = None
+) -> PromptSet:
+    """The prompts of a file or of a named set, in their order, each once.
+
+    White space around a prompt is dropped; nothing else is changed. A JSON file is a list of strings or of objects, or
+    an object of category -> list of strings.
+
+    Args:
+        spec: path of a file; or the name of a set in `PUBLISHED`, or of one of our own in `OWN_SETS`.
+        limit: only the first ones of those that are left when repeated ones are gone. None = all.
+        prompt_column: column or key of the prompt. Default: the first of `PROMPT_COLUMNS`, in any case.
+        category_column: likewise of the category; PartiPrompts also has "Challenge". Default: one of
+            `CATEGORY_COLUMNS`, if there is one.
+
+    Raises:
+        InputError: no such file or set, a set that cannot be downloaded, a line that cannot be read, or fewer than
+            2 prompts.
+    """
+    if limit is not None and limit < 2:
+        raise InputError(f"{limit} prompts are too few to compare models, give 2 or more (200 say more)")
+    path = Path(spec)
+    if path.is_file():
+        name, licence, source, files = path.stem, "not stated", path.name, [path]
+        if path.resolve().parent == OWN_SETS.resolve():
+            licence = "CC0-1.0"
+        categories: list[str | None] = [None]
+    elif spec in (own := _own_sets()):
+        name, licence, source, files = spec, "CC0-1.0", f"evaluation/prompts/{own[spec].name}", [own[spec]]
+        categories = [None]
+    elif spec in PUBLISHED:
+        published = PUBLISHED[spec]
+        name, licence, source = spec, published.licence, f"{published.address}, {', '.join(published.files)}"
+        files = [_download(spec, published, file) for file in published.files]
+        categories = [file.stem if published.file_is_category else None for file in files]
+    else:
+        raise InputError(_unknown(spec, [*own, *PUBLISHED]))
+
+    columns = (prompt_column, category_column)
+    found: dict[str, str | None] = {}
+    total = 0
+    for file, of_file in zip(files, categories, strict=True):
+        for where, prompt, category in _read(file, *columns):
+            total += 1
+            found.setdefault(_checked(prompt, where), category if of_file is None else of_file)
+    kept = list(found.items())[:limit]
+    if len(kept) < 2:
+        raise InputError(f"{spec}: {len(kept)} prompts are too few to compare models, give 2 or more (200 say more)")
+    return PromptSet(
+        name=name,
+        rows=tuple(PromptRow(f"{number:05d}", prompt, category) for number, (prompt, category) in enumerate(kept)),
+        sha256=prompts_hash([prompt for prompt, _ in kept]),
+        licence=licence,
+        source=source,
+        duplicates=total - len(found),
+    )
+
+
+def prompts_hash(prompts: Sequence[str]) -> str:
+    """SHA-256 of the prompts in their order, as a JSON list in UTF-8: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(prompts), ensure_ascii=False).encode()).hexdigest()
+
+
+def _own_sets() -> dict[str, Path]:
+    """Our own sets by name; none where the package is installed without the repository."""
+    return {path.stem: path for path in sorted(OWN_SETS.glob("*")) if path.suffix in SUFFIXES}
+
+
+def _unknown(spec: str, names: list[str]) -> str:
+    if Path(spec).suffix or "/" in spec:
+        return f"{spec}: there is no such file; the named prompt sets are {', '.join(names)}"
+    nearest = difflib.get_close_matches(spec, names, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"there is no prompt set {spec!r}: {hint}There are {', '.join(names)}; the path of a file works too"
+
+
+def _download(name: str, published: Published, file: str) -> Path:
+    try:
+        if not published.on_github:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    published.repository, file, repo_type="dataset", revision=published.revision
+                )
+            )
+        folder = huggingface_hub.cached_assets_path("spin_diffusion", namespace=name, subfolder=published.revision)
+        path = Path(folder) / Path(file).name
+        if not path.is_file():
+            if huggingface_hub.is_offline_mode():
+                raise ConnectionError("offline mode is on")
+            url = f"https://raw.githubusercontent.com/{published.repository}/{published.revision}/{file}"
+            with urllib.request.urlopen(url, timeout=60) as response:
+                data = response.read()
+            part = path.with_name(f"{path.name}.part")
+            part.write_bytes(data)
+            part.replace(path)
+        return path
+    except Exception as error:  # the hub's client raises kinds of its HTTP library, which differs between versions
+        wanted = file if len(published.files) == 1 else f"{file} (and {len(published.files) - 1} more files)"
+        raise InputError(
+            f"prompt set {name!r} cannot be downloaded ({_one_line(error)}): get {wanted} from {published.address} and "
+            "give the path of the local file in place of the name"
+        ) from error
+
+
+_Found = Iterator[tuple[str, object, str | None]]
+"""(where, prompt as it was found, category) of every row."""
+
+
+def _read(path: Path, prompt_column: str | None, category_column: str | None) -> _Found:
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, prompt_column, category_column)
+    text = _text(path)
+    if path.suffix.lower() == ".txt":
+        return ((f"{path} line {n}", line, None) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
+    if path.suffix.lower() == ".jsonl":
+        return _read_objects(_json_lines(path, text), prompt_column, category_column)
+    if path.suffix.lower() == ".json":
+        return _read_json(path, text, prompt_column, category_column)
+    return _read_table(path, text, prompt_column, category_column)
+
+
+def _text(path: Path) -> str:
+    """The whole file with \\n at the end of its lines. Other separators of Unicode are part of a prompt."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{path} line {line} is not UTF-8: save the file as UTF-8") from error
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f'{path} line {number} is not JSON ({_one_line(error)}): expected an object such as {{"prompt": '
+                    '"a red fox"}'
+                ) from None
+
+
+def _read_json(path: Path, text: str, prompt_column: str | None, category_column: str | None) -> _Found:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return _read_objects(_json_lines(path, text), prompt_column, category_column)
+        raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
+    if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
+        return (
+            (f"{path} entry {number} of {category!r}", item, category)
+            for category, items in value.items()
+            for number, item in enumerate(items, start=1)
+        )
+    entries = value if isinstance(value, list) else [value]
+    named = ((f"{path} entry {number}", item) for number, item in enumerate(entries, start=1))
+    return _read_objects(named, prompt_column, category_column)
+
+
+def _read_objects(
+    values: Iterator[tuple[str, object]], prompt_column: str | None, category_column: str | None
+) -> _Found:
+    for where, value in values:
+        if isinstance(value, str):
+            yield where, value, None
+        elif isinstance(value, dict):
+            prompt = _column(list(value), prompt_column, PROMPT_COLUMNS)
+            if prompt is None:
+                wanted = prompt_column or "prompt"
+                raise InputError(f'{where} has no {wanted!r}: expected an object such as {{"{wanted}": "a red fox"}}')
+            # Not every object needs a category
+            category = _column(list(value), category_column, CATEGORY_COLUMNS)
+            yield where, value[prompt], None if category is None else _category(value[category])
+        else:
+            raise InputError(f'{where}: expected a string or an object such as {{"prompt": "a red fox"}}')
+
+
+def _read_table(path: Path, text: str, prompt_column: str | None, category_column: str | None) -> _Found:
+    lines = _tsv_lines(text) if path.suffix.lower() == ".tsv" else _csv_lines(path, text)
+    _, header = next(lines, (0, []))
+    prompt, category = _required_columns(path, header, prompt_column, category_column)
+    for number, fields in lines:
+        where = f"{path} line {number}"
+        if len(fields) > len(header):
+            raise InputError(
+                f"{where} has {len(fields)} fields and the header {len(header)}: put quotes around a prompt with "
+                f"{'tabs' if path.suffix.lower() == '.tsv' else 'commas'}"
+            )
+        values = dict(zip(header, fields, strict=False))
+        yield where, values.get(prompt), None if category is None else _category(values.get(category))
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of the last line, fields) of every row, also of one whose prompt has several lines."""
+    # Not splitlines: a prompt may hold other line separators of Unicode
+    reader = csv.reader((f"{line}\n" for line in text.split("\n")), strict=True)
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise InputError(
+            f"{path} line {reader.line_num} is not CSV ({_one_line(error)}): put a field with quotes in quotes and "
+            "double those inside it"
+        ) from error
+
+
+def _tsv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of the line, fields): quotes belong to a field, unless it is one that a spreadsheet quoted as a whole.
+
+    A CSV reader would turn PartiPrompts' `"G I G G L E" painted in ...` into a prompt without its quotes.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, [_unquoted(field) for field in line.split("\t")]
+
+
+def _unquoted(field: str) -> str:
+    inner = field[1:-1]
+    quoted = len(field) >= 2 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else field
+
+
+def _read_parquet(path: Path, prompt_column: str | None, category_column: str | None) -> _Found:
+    try:
+        schema = pq.read_schema(path)
+        prompt, category = _required_columns(path, schema.names, prompt_column, category_column)
+        table = pq.read_table(path, columns=list(dict.fromkeys(filter(None, (prompt, category)))))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
+    classes = _class_names(schema, category)
+    for number, row in enumerate(table.to_pylist()):
+        value = None if category is None else row[category]
+        if isinstance(value, int) and 0 <= value < len(classes):
+            value = classes[value]
+        yield f"{path} row {number}", row[prompt], _category(value)
+
+
+def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
+    """Names of a column of class numbers, which the datasets library keeps beside the schema; else none."""
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = described.get("info", {}).get("features", {}).get(column, {})
+    names = feature.get("names", []) if isinstance(feature, dict) else []
+    return names if isinstance(names, list) else []
+
+
+def _required_columns(
+    path: Path, columns: Sequence[str], prompt_column: str | None, category_column: str | None
+) -> tuple[str, str | None]:
+    prompt = _column(columns, prompt_column, PROMPT_COLUMNS)
+    if prompt is None:
+        wanted = repr(prompt_column) if prompt_column else f"of the prompt ({', '.join(PROMPT_COLUMNS)})"
+        raise InputError(f"{path} has no column {wanted}; its columns are {', '.join(columns) or 'none'}")
+    category = _column(columns, category_column, CATEGORY_COLUMNS)
+    if category_column is not None and category is None:
+        raise InputError(f"{path} has no column {category_column!r}; its columns are {', '.join(columns)}")
+    return prompt, category
+
+
+def _column(columns: Sequence[str], asked: str | None, usual: tuple[str, ...]) -> str | None:
+    """The column that was asked for, or else the first usual one in any case; None = there is none."""
+    if asked is not None:
+        return asked if asked in columns else None
+    by_folded = {column.strip().casefold(): column for column in reversed(columns)}
+    return next((by_folded[name] for name in usual if name in by_folded), None)
+
+
+def _category(value: object) -> str | None:
+    text = "" if value is None else str(value).strip()
+    return text or None
+
+
+def _checked(prompt: object, where: str) -> str:
+    """The prompt without white space around it, if it is one."""
+    if not isinstance(prompt, str) or not (stripped := prompt.strip()):
+        raise InputError(f"{where}: expected a prompt, got {json.dumps(prompt, default=str)[:80]}")
+    try:
+        stripped.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: the prompt has half of a surrogate pair, which is no character") from None
+    return stripped
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

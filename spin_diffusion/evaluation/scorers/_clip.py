@@ -1,0 +1,320 @@
+"""Two-tower scorers: the cosine of an image's and a prompt's embedding, by transformers' CLIPModel.
+
+CLIP score, PickScore, HPS and the aesthetics' backbone are one architecture with several weights. `load_clip` takes any
+of them, in transformers' or open_clip's layout; the file of each scorer says which, and what becomes of the cosine.
+
+Where weights come from, `NAME=PATH`: a folder with the weights, config.json and the tokenizer's files; or one file of
+weights (what else is needed lies beside it); or a hub id. Without config.json, sizes are read from the shapes of the
+tensors, heads and activation are the recipe's. Without a tokenizer, the recipe's is taken from the hub.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from spin_diffusion.evaluation.scorers._checkpoints import (
+    Files,
+    count_blocks,
+    fill,
+    load_tokenizer,
+    one_line,
+    open_place,
+    read_tensors,
+    take,
+)
+from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache, pixels_key
+from spin_diffusion.evaluation.scorers._open_clip_weights import is_open_clip, to_clip_model
+from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor, to_rgb
+from spin_diffusion.evaluation.scorers._precision import full_precision
+from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, ftfy_version
+from spin_diffusion.input_error import InputError
+
+BATCH_SIZE = 32
+BACKBONES = {
+    (768, 512): "ViT-B",
+    (1024, 768): "ViT-L/14",
+    (1280, 1024): "ViT-H/14",
+    (1408, 1024): "ViT-g/14",
+    (1664, 1280): "ViT-bigG/14",
+}
+"""Width of the vision and of the text tower -> published model. Another one's weights would give plausible nonsense."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the name of a scorer fixes about its CLIP."""
+
+    backbone: str
+    """As in BACKBONES; sizes that are nobody's are taken as they are."""
+    vision_heads: int
+    text_heads: int
+    activation: str
+    """Heads and activation leave no trace in the tensors; config.json goes before them."""
+    tokenizer: str
+    """Hub id of the tokenizer, for checkpoints that have none."""
+    weights: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
+    """Names under which weights are looked for."""
+    pixels: Callable[[Image.Image, int], Float[Tensor, "3 side side"]] = crop_middle_floor
+    cleans_like_open_clip: bool = False
+
+
+H14 = Recipe(
+    "ViT-H/14",
+    vision_heads=16,
+    text_heads=16,
+    activation="gelu",
+    tokenizer="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    weights=("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+L14 = Recipe(
+    "ViT-L/14",
+    vision_heads=16,
+    text_heads=12,
+    activation="quick_gelu",
+    tokenizer="openai/clip-vit-large-patch14",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipTowers:
+    """The image and the text tower of a CLIP, with what turns images and prompts into their inputs."""
+
+    model: CLIPModel
+    pixels: Callable[[Image.Image], Float[Tensor, "3 side side"]]
+    text: ClipText
+    device: str
+    checkpoint: dict[str, str] = field(default_factory=dict)
+    """Files that were loaded: name -> SHA-256."""
+    _image_cache: FeatureCache = field(default_factory=FeatureCache)
+    _text_cache: FeatureCache = field(default_factory=FeatureCache)
+
+    def image_features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
+        """Embeddings of length 1, fp32 on the CPU; equal pixels are embedded once."""
+        upright = [to_rgb(image) for image in images]
+
+        def compute(positions: list[int]) -> Float[Tensor, "batch width"]:
+            return self._embed(positions, self._embed_images, [upright[i] for i in positions])
+
+        return self._image_cache.get([pixels_key(image) for image in upright], compute)
+
+    def text_features(self, prompts: list[str]) -> Float[Tensor, "batch width"]:
+        """Embeddings of length 1, fp32 on the CPU; equal prompts are embedded once."""
+
+        def compute(positions: list[int]) -> Float[Tensor, "batch width"]:
+            return self._embed(positions, self._embed_texts, [prompts[i] for i in positions])
+
+        return self._text_cache.get(list(prompts), compute)
+
+    def cosines(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
+        """Cosine of each image and its prompt, in [-1, 1], computed in fp32."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(dim=1)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """exp(logit_scale), about 100."""
+        return self.model.logit_scale.detach().float().cpu().exp()
+
+    @torch.no_grad()
+    def _embed(self, positions: list[int], embed: Callable, inputs: list) -> Float[Tensor, "batch width"]:
+        with full_precision(self.device):
+            starts = range(0, len(positions), BATCH_SIZE)
+            parts = [pooled(embed(inputs[start : start + BATCH_SIZE])).float() for start in starts]
+            return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu()
+
+    def _embed_images(self, images: list[Image.Image]) -> Any:
+        pixels = torch.stack([self.pixels(image) for image in images])
+        return self.model.get_image_features(pixel_values=pixels.to(self.device))
+
+    def _embed_texts(self, prompts: list[str]) -> Any:
+        return self.model.get_text_features(input_ids=self.text.ids(prompts).to(self.device))
+
+
+@dataclass(frozen=True, eq=False)
+class CosineScorer:
+    """A function of the cosine of image and prompt."""
+
+    towers: ClipTowers
+    of_cosine: Callable[[Float[Tensor, " batch"]], Float[Tensor, " batch"]]
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
+        """One score per image, fp32 on the CPU."""
+        return self.of_cosine(self.towers.cosines(images, prompts))
+
+    def truncated(self, prompts: list[str]) -> list[bool]:
+        """Which prompts the text tower does not read to their end."""
+        return self.towers.text.truncated(prompts)
+
+    @property
+    def checkpoint(self) -> dict[str, str]:
+        """Files that were loaded: name -> SHA-256."""
+        return self.towers.checkpoint
+
+
+class ClipScorer(CosineScorer):
+    """A CosineScorer whose image embeddings serve the diversity alarms as well."""
+
+    def features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
+        """Image embeddings of length 1, fp32 on the CPU."""
+        return self.towers.image_features(images)
+
+
+def clip_score(cosine: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """100 max(cos, 0), as most papers report CLIP score."""
+    return 100 * cosine.clamp(min=0)
+
+
+def pooled(output: Any) -> Float[Tensor, "batch width"]:
+    """The projected embedding in what get_image_features or get_text_features returns.
+
+    transformers 5 wraps it; what is called `pooler_output` there is already projected.
+    """
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+_loaded: WeakValueDictionary[tuple[str, str, Recipe], ClipTowers] = WeakValueDictionary()
+
+
+def load_clip(device: str, path: str, recipe: Recipe) -> ClipTowers:
+    """The towers of a checkpoint, on `device` in fp32; loaded once as long as anybody holds them.
+
+    Args:
+        path: folder, file of weights, or hub id.
+
+    Raises:
+        InputError: it cannot be had, or is another model's.
+    """
+    files = open_place(path)
+    key = (str(files.first or files.place), device, recipe)
+    towers = _loaded.get(key)
+    if towers is None:
+        towers = _load(device, files, recipe)
+        _loaded[key] = towers
+    return towers
+
+
+def _load(device: str, files: Files, recipe: Recipe) -> ClipTowers:
+    weights = files.weights(*recipe.weights)
+    where, tensors, names, config = str(weights), read_tensors(weights), {}, None
+    if is_open_clip(tensors):
+        tensors, names = to_clip_model(tensors, where)
+    else:
+        config = _read_config(files)
+    config = config or config_of_shapes(tensors, recipe, where)
+    backbone = BACKBONES.get((config.vision_config.hidden_size, config.text_config.hidden_size), recipe.backbone)
+    if backbone != recipe.backbone:
+        raise InputError(f"{where} is a {backbone}; this scorer is a {recipe.backbone}")
+    tokenizer = load_tokenizer(CLIPTokenizer, files, ("vocab.json", "merges.txt"), recipe.tokenizer)
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise InputError(
+            f"{where} knows {config.text_config.vocab_size} tokens, its tokenizer has {len(tokenizer)}: "
+            "they belong to different models"
+        )
+    # Published configs name an end token (2) that no tokenizer has; the embedding is read at the real one.
+    config.text_config.eos_token_id = tokenizer.eos_token_id
+    model = build_clip(config, tensors, where, names).to(device)
+    checkpoint = dict(files.read)
+    if recipe.cleans_like_open_clip:
+        checkpoint["ftfy (package)"] = ftfy_version()
+    text = ClipText(
+        tokenizer,
+        limit=config.text_config.max_position_embeddings,
+        clean=clean_like_open_clip if recipe.cleans_like_open_clip else None,
+        reads_special_tokens=not recipe.cleans_like_open_clip,
+    )
+    pixels = partial(recipe.pixels, side=config.vision_config.image_size)
+    return ClipTowers(model, pixels, text, device, checkpoint)
+
+
+def build_clip(
+    config: CLIPConfig, tensors: dict[str, Tensor], where: str, names: dict[str, str] | None = None
+) -> CLIPModel:
+    """A CLIPModel of exactly these tensors, without initialising one first.
+
+    Args:
+        where: the file, for the error.
+        names: CLIPModel's key -> the file's, where they differ.
+
+    Raises:
+        InputError: a key is missing, unexpected or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            model = CLIPModel(config)
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise InputError(f"{where}: its sizes make no CLIP: {one_line(error)}") from error
+    fill(model, tensors, where, in_file=lambda name: (names or {}).get(name, name))
+    return model
+
+
+def config_of_shapes(tensors: dict[str, Tensor], recipe: Recipe, where: str) -> CLIPConfig:
+    """The config of a CLIPModel with tensors of these shapes.
+
+    Raises:
+        InputError: a tensor that tells a size is missing, or the sizes make no model.
+    """
+    vision, text = "vision_model.embeddings.", "text_model.embeddings."
+    vision_block, text_block = "vision_model.encoder.layers.", "text_model.encoder.layers."
+    sizes = {
+        name: tuple(take(dict(tensors), name, where).shape)
+        for name in (
+            f"{vision}patch_embedding.weight",
+            f"{vision}position_embedding.weight",
+            f"{vision_block}0.mlp.fc1.weight",
+            f"{text}token_embedding.weight",
+            f"{text}position_embedding.weight",
+            f"{text_block}0.mlp.fc1.weight",
+            "visual_projection.weight",
+        )
+    }
+    try:
+        (vision_width, _, patch, _), (positions, _), (vision_inner, _), *rest = sizes.values()
+        (vocabulary, text_width), (limit, _), (text_inner, _), (projection, _) = rest
+        return CLIPConfig(
+            vision_config={
+                "hidden_size": vision_width,
+                "intermediate_size": vision_inner,
+                "num_hidden_layers": count_blocks(tensors, vision_block),
+                "num_attention_heads": recipe.vision_heads,
+                "patch_size": patch,
+                "image_size": patch * round((positions - 1) ** 0.5),
+                "hidden_act": recipe.activation,
+                "projection_dim": projection,
+            },
+            text_config={
+                "hidden_size": text_width,
+                "intermediate_size": text_inner,
+                "num_hidden_layers": count_blocks(tensors, text_block),
+                "num_attention_heads": recipe.text_heads,
+                "vocab_size": vocabulary,
+                "max_position_embeddings": limit,
+                "hidden_act": recipe.activation,
+                "projection_dim": projection,
+            },
+            projection_dim=projection,
+        )
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise InputError(f"{where}: its sizes make no CLIP: {one_line(error)}") from error
+
+
+def _read_config(files: Files) -> CLIPConfig | None:
+    path = files.find("config.json")
+    if path is None:
+        return None
+    files.record(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("model_type") != "clip":
+            raise InputError(f"{path} describes a model of type {values.get('model_type')!r}, not 'clip'")
+        return CLIPConfig.from_dict(values)
+    except (OSError, TypeError, AttributeError, json.JSONDecodeError, StrictDataclassError) as error:
+        raise InputError(f"{path} is no config of a CLIP: {one_line(error)}") from error

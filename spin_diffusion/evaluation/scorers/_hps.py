@@ -1,0 +1,41 @@
+"""What both versions of HPS v2 share: ViT-H/14, letterboxed pixels, cleaned prompts, the bare cosine.
+
+`hps_v2_1=PATH`: the published .pt file, a folder that holds it, or a hub id; a port to transformers' layout works too.
+The published files have no tokenizer: it is read beside them (vocab.json and merges.txt, or tokenizer.json), else taken
+from the hub (that of LAION's ViT-H/14, a few MB).
+
+The authors' package computes the product in half precision (steps of 0.00024) and resizes as its torchvision does; here
+it is fp32 with antialiasing. For numbers of before torchvision 0.17, write a scorer of your own whose `load` calls
+`load_hps(..., antialias=False)`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from spin_diffusion.evaluation.scorers._clip import H14, CosineScorer, load_clip
+from spin_diffusion.evaluation.scorers._pixels import letterbox, letterbox_without_antialias
+from spin_diffusion.input_error import InputError
+
+PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+
+def load_hps(device: str, path: str, version: str, antialias: bool = True) -> CosineScorer:
+    """The scorer of a version of HPS.
+
+    Args:
+        version: "v2.0" or "v2.1", which are not comparable.
+        antialias: whether images are smoothed when they are made smaller.
+
+    Raises:
+        InputError: the weights cannot be had, or are another model's or the other version's.
+    """
+    for other, name in PUBLISHED.items():
+        if other != version and Path(path).name == name:
+            raise InputError(f"{path} is HPS {other}; HPS {version} is {PUBLISHED[version]}")
+    recipe = replace(
+        H14,
+        weights=(PUBLISHED[version], "model.safetensors"),
+        pixels=letterbox if antialias else letterbox_without_antialias,
+        cleans_like_open_clip=True,
+    )
+    return CosineScorer(load_clip(device, path, recipe), lambda cosine: cosine)

@@ -1,0 +1,28 @@
+"""CLIP score with LAION's ViT-H/14: whether an image shows what its prompt says, by a model that drew no part of it.
+
+`clip_h14=PATH`: folder, file of weights (transformers' or open_clip's layout) or hub id, see `_clip`.
+"""
+
+from spin_diffusion.evaluation.scorers import About, Scorer
+
+ABOUT = About(
+    title="CLIP score (ViT-H/14)",
+    scale="100 max(cos, 0), 0 to 100; usually 25 to 40, not comparable with ViT-L/14",
+    role="alignment",
+    checkpoint="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored), CLIP's mean and std",
+    text="CLIP's tokenizer, no prefix, 77 tokens with the end token kept",
+    licence="MIT",
+    citation="arXiv 2212.07143, 2104.08718",
+)
+
+
+def load(device: str, path: str | None = None) -> Scorer:
+    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint.
+
+    Raises:
+        InputError: the weights cannot be had, or are another model's.
+    """
+    from spin_diffusion.evaluation.scorers._clip import H14, ClipScorer, clip_score, load_clip
+
+    return ClipScorer(load_clip(device, path or ABOUT.checkpoint, H14), clip_score)

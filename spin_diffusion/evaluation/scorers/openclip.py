@@ -1,0 +1,109 @@
+"""CLIP score with any backbone of the package open_clip: `openclip=MODEL/PRETRAINED`, or `openclip=hf-hub:ORG/NAME`.
+
+For example `openclip=ViT-B-32/laion2b_s34b_b79k`. It needs the extra "openclip", which nothing else here does: the
+package pulls in torchvision, and one that does not fit the installed torch breaks transformers and diffusers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from spin_diffusion.evaluation.scorers import About, Scorer
+from spin_diffusion.input_error import InputError
+
+ABOUT = About(
+    title="CLIP score (open_clip)",
+    scale="100 max(cos, 0), 0 to 100; backbones are not comparable",
+    role="alignment",
+    preprocessing="the package's own, on RGB",
+    text="the backbone's tokenizer and length",
+    licence="the backbone's",
+    citation="arXiv 2212.07143",
+)
+BATCH_SIZE = 32
+
+
+def load(device: str, path: str | None = None) -> Scorer:
+    """The scorer of a backbone.
+
+    Args:
+        path: MODEL/PRETRAINED as open_clip lists them, or hf-hub:ORG/NAME.
+
+    Raises:
+        InputError: no backbone is named, the package is missing or broken, or it cannot load the backbone.
+    """
+    if not path or "/" not in path:
+        raise InputError(
+            f"openclip needs a backbone: openclip=MODEL/PRETRAINED, such as ViT-B-32/laion2b_s34b_b79k, not {path!r}"
+        )
+    try:
+        import open_clip
+    except Exception as error:  # beside a torchvision that does not fit, importing it raises almost anything
+        raise InputError(
+            "openclip needs the optional extra: pip install 'spin-diffusion[openclip]' "
+            f"(open_clip cannot be imported: {_one_line(error)})"
+        ) from error
+    model_name, pretrained = (path, None) if path.startswith("hf-hub:") else path.split("/", 1)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(model_name)
+    except Exception as error:  # its loaders let through whatever hub, torch and torchvision raise
+        raise InputError(f"open_clip cannot load {path}: {_one_line(error)}") from error
+    return OpenClip(model.float().eval(), transform, tokenizer, device, {"open_clip (package)": open_clip.__version__})
+
+
+@dataclass(frozen=True, eq=False)
+class OpenClip:
+    """100 max(cos, 0) by an open_clip model."""
+
+    model: Any
+    transform: Callable[[Image.Image], Float[Tensor, "3 side side"]]
+    tokenizer: Any
+    device: str
+    checkpoint: dict[str, str]
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
+        """One score per image, fp32 on the CPU."""
+        from spin_diffusion.evaluation.scorers._precision import full_precision
+
+        unique = list(dict.fromkeys(prompts))
+        embed = self.model.encode_text
+        with full_precision(self.device):
+            parts = [embed(self.tokenizer(part).to(self.device)) for part in _batches(unique)]
+        texts = torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).cpu()
+        cosines = (self.features(images) * texts[[unique.index(prompt) for prompt in prompts]]).sum(dim=1)
+        return 100 * cosines.clamp(min=0)
+
+    @torch.no_grad()
+    def features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
+        """Image embeddings of length 1, fp32 on the CPU."""
+        from spin_diffusion.evaluation.scorers._pixels import to_rgb
+        from spin_diffusion.evaluation.scorers._precision import full_precision
+
+        with full_precision(self.device):
+            parts = [
+                self.model.encode_image(torch.stack([self.transform(to_rgb(image)) for image in part]).to(self.device))
+                for part in _batches(images)
+            ]
+        return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).cpu()
+
+    def truncated(self, prompts: list[str]) -> list[bool]:
+        """Which prompts are longer than what the backbone reads."""
+        limit = self.tokenizer([""]).shape[1]
+        longer = self.tokenizer([*prompts, ""], context_length=limit + 1)
+        # One place more than the backbone has: filled by a longer prompt, empty (as in "") by others.
+        return (longer[:-1, -1] != longer[-1, -1]).tolist()
+
+
+def _batches(items: list) -> list[list]:
+    return [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

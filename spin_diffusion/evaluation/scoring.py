@@ -1,0 +1,148 @@
+"""Scores of an evaluation's pictures: one scorer after the other, shard by shard, nothing twice."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+
+from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
+from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
+from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.input_error import InputError
+from spin_diffusion.named import load_named
+from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
+
+BATCH = 16
+"""Pictures that a scorer gets at a time; the scores do not depend on it."""
+
+
+@dataclass(frozen=True)
+class ScoredFolder:
+    """Where one model's pictures are, and where its scores go."""
+
+    pictures: Path
+    scores: Path
+
+
+def check_specs(specs: list[str]) -> None:
+    """InputError when two scorers have one name, or one does not exist; no weights are read."""
+    names = [parse_spec(spec)[0] for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--scorers has {name!r} twice: one result could not be told from the other")
+    for spec in specs:
+        load_named(SCORERS, parse_spec(spec)[1], "load")
+
+
+def score_pictures(
+    folders: dict[str, ScoredFolder],
+    guidance_scales: list[float | None],
+    specs: list[str],
+    accelerator: Accelerator,
+    bar: Callable[[str, int], Callable[[int, str], None]],
+) -> None:
+    """Score every picture of every folder by every scorer; what is scored already stays.
+
+    A scorer that cannot run leaves its reason in the folders' scores and nothing else: it has no score, not a score
+    of 0. The models come in the inner loop, so that each scorer's weights are read once.
+
+    Args:
+        bar: (name of the scorer, number of pictures) -> the function that is told how many are done.
+    """
+    keeps_features = _keeper_of_features(specs)
+    for spec in specs:
+        name, _, path = parse_spec(spec)
+        shards = [
+            (index, folder.scores / name / folder_of(scale) / f"{index.stem}.parquet")
+            for folder in folders.values()
+            for scale in guidance_scales
+            for index in index_files(folder.pictures, scale)
+        ]
+        # The pictures' hashes are in the index: scores of pictures that were drawn anew are not reused
+        missing = [
+            (index, out) for index, out in shards if not (out.is_file() and rows_metadata(out).get("source") == spec)
+        ]
+        if missing:
+            described, reasons = _describe(spec), []
+            try:
+                scorer = load_scorer(spec, str(accelerator.device))
+                _score_shards(
+                    scorer, spec, missing[accelerator.process_index :: accelerator.num_processes],
+                    bar(name, sum(len(read_index(index)) for index, _ in missing)),
+                    accelerator.num_processes, spec == keeps_features,
+                )  # fmt: skip
+                described |= {"source": scorer.source, "checkpoint": scorer.checkpoint}
+                del scorer  # its memory, before the next one's weights are read
+            except InputError as error:
+                reasons = [str(error)]
+            if accelerator.num_processes > 1:
+                reasons = gather_object(reasons)
+            reason = "; ".join(dict.fromkeys(reasons))
+            if accelerator.is_main_process:
+                said = described | {"state": "not run" if reason else "run", "reason": reason}
+                for folder in folders.values():
+                    write_json(folder.scores / name / "scorer.json", said)
+                if reason:
+                    print(f"scorer {name} was not run: {reason}")
+        accelerator.wait_for_everyone()
+
+
+def _describe(spec: str) -> dict[str, Any]:
+    name, _, path = parse_spec(spec)
+    said = asdict(about(spec))
+    checkpoint = said.pop("checkpoint")
+    return {"name": name, **said, "source": path or checkpoint or "", "checkpoint": {}}
+
+
+def _keeper_of_features(specs: list[str]) -> str | None:
+    """The scorer whose image embeddings the diversity alarms use: one without a taste, if there is one."""
+    preferred = ("clip_l14", "clip_h14", "openclip", "pickscore", "hps_v2_1", "hps_v2_0")
+    by_name = {parse_spec(spec)[0]: spec for spec in specs}
+    return next((by_name[name] for name in preferred if name in by_name), None)
+
+
+def _score_shards(
+    scorer: LoadedScorer,
+    spec: str,
+    shards: list[tuple[Path, Path]],
+    progress: Callable[[int, str], None],
+    num_processes: int,
+    with_features: bool,
+) -> None:
+    done = 0
+    for index, out in shards:
+        rows = read_index(index)
+        whole = [row for row in rows if row["file"] is not None]
+        scored: list[dict[str, Any]] = []
+        for start in range(0, len(whole), BATCH):
+            part = whole[start : start + BATCH]
+            images = [Image.open(index.parent / row["file"]) for row in part]
+            prompts = [row["prompt"] for row in part]
+            scores = scorer(images, prompts).tolist()
+            truncated = scorer.truncated(prompts)
+            features = scorer.features(images).tolist() if with_features and scorer.features else [None] * len(part)
+            scored += [
+                {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut,
+                 "features": feature}
+                for row, score, cut, feature in zip(part, scores, truncated, features, strict=True)
+            ]  # fmt: skip
+            progress((done + start + len(part)) * num_processes, "")
+        write_rows(out, scored, {"source": spec})
+        done += len(rows)
+        progress(done * num_processes, "")
+
+
+def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[str, Any]]:
+    """The rows of one scorer at one guidance scale: id, k, sha256, score, truncated, features."""
+    return [
+        row for path in sorted((directory / scorer / folder_of(scale)).glob("*.parquet")) for row in read_rows(path)
+    ]
+
+
+def read_scorer(directory: Path, scorer: str) -> dict[str, Any]:
+    """What is known of a scorer that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
+    return read_json(directory / scorer / "scorer.json")

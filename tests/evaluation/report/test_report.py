@@ -1,0 +1,494 @@
+import base64
+import hashlib
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, pictures, plots, tables, write_report
+from spin_diffusion.evaluation.report.reading import read_evaluation
+from spin_diffusion.input_error import InputError
+from tests.evaluation.report.made_up import NASTY_PROMPTS, SCRIPT, write_evaluation
+
+VOID = {"meta", "img", "br", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
+
+
+class Parsed(HTMLParser):
+    """Every element with its attributes, the text of scripts and styles, and everything that is read."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: list[tuple[str, dict[str, str | None], str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("script", "style"):
+            self.raw.append((tag, dict(attrs), ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("script", "style"):
+            tag, attrs, text = self.raw[-1]
+            self.raw[-1] = (tag, attrs, text + data)
+        else:
+            self.text += data
+
+
+def said(page: Parsed) -> str:
+    return " ".join(page.text.split())
+
+
+def count(page: Parsed, tag: str, **wanted: str) -> int:
+    wanted = {name.rstrip("_"): value for name, value in wanted.items()}
+    return sum(
+        t == tag and all(value in (attrs.get(name) or "").split() for name, value in wanted.items())
+        for t, attrs in page.elements
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole evaluation with its page; do not write into it."""
+    directory = tmp_path_factory.mktemp("whole")
+    write_evaluation(directory)
+    write_report(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(whole: Path) -> Parsed:
+    return Parsed((whole / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """The folder of a small evaluation, to be damaged."""
+    write_evaluation(tmp_path / "small", num_prompts=6, scorers=("hps_v2_1",), scales=(3.0,), nasty=False,
+                     models=(("base", "baseline", 0), ("round 1", "round", 1)), headline="round 1", images_per_prompt=1)  # fmt: skip
+    return tmp_path / "small"
+
+
+def change(directory: Path, **changed: object) -> None:
+    path = directory / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def parsed(directory: Path) -> Parsed:
+    return Parsed(write_report(directory).read_text(encoding="utf-8"))
+
+
+# What is read
+
+
+def test_the_made_up_evaluation_follows_the_schema(whole: Path) -> None:
+    schema = json.loads(resources.files("spin_diffusion.evaluation").joinpath("results.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(json.loads((whole / "results.json").read_text()))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
+def test_another_schema_version_is_refused(small: Path, version: object) -> None:
+    change(small, schema_version=version)
+    with pytest.raises(InputError, match="schema_version .* reads 1") as raised:
+        write_report(small)
+    assert "\n" not in str(raised.value)
+    assert not (small / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON"), ("[]", "schema_version null"), ("{", "not JSON"), ('{"schema_version": NaN}', "not JSON"),
+        ("\xff", "schema|JSON"), ("[" * 100_000, "not JSON"), ('{"schema_version": 1e999}', "not JSON"), ('{"mean": 1%s}' % ("0" * 400), "not JSON"),
+        ('{"schema_version": 1}', "does not follow its schema"),
+    ],
+)  # fmt: skip
+def test_damaged_results_are_refused_in_one_line(small: Path, content: str, message: str) -> None:
+    (small / "results.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=message) as raised:
+        write_report(small)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+def test_invalid_results_are_refused_with_the_place(small: Path) -> None:
+    models = json.loads((small / "results.json").read_text())["models"]
+    models[1]["role"] = "x" * 5000
+    change(small, models=models)
+    with pytest.raises(InputError, match=r"\$\.models\[1\]\.role") as raised:
+        write_report(small)
+    assert len(str(raised.value)) < 600
+
+
+def test_names_that_explain_nothing_are_refused(small: Path) -> None:
+    results = json.loads((small / "results.json").read_text())
+    change(small, headline={"model": "round 9", "guidance_scale": 3.0})
+    with pytest.raises(InputError, match="headline 'round 9' is not among the models"):
+        write_report(small)
+    change(small, headline=results["headline"], models=[results["models"][0]] * 2)
+    with pytest.raises(InputError, match="model 'base' twice"):
+        write_report(small)
+
+
+@pytest.mark.parametrize("name", ["results.json", "scores.parquet", "images.parquet"])
+def test_a_missing_file_is_named(small: Path, name: str) -> None:
+    (small / name).unlink()
+    with pytest.raises(InputError, match=re.escape(name)):
+        write_report(small)
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "images.parquet"])
+def test_a_damaged_table_is_refused(small: Path, name: str) -> None:
+    (small / name).write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(InputError, match="damaged"):
+        write_report(small)
+
+
+def test_a_missing_column_is_named(small: Path) -> None:
+    table = pq.read_table(small / "images.parquet")
+    pq.write_table(table.drop_columns(["seed"]), small / "images.parquet")
+    with pytest.raises(InputError, match="lacks the column seed"):
+        write_report(small)
+
+
+def test_a_folder_is_never_replaced_by_the_page(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(small, tmp_path / "precious")
+
+
+def test_whole_numbers_are_numbers(small: Path) -> None:
+    text = (small / "results.json").read_text()
+    (small / "results.json").write_text(
+        re.sub(r'"(low|high|mean|difference|guidance_scale|value)": [-\d.e]+', r'"\1": 3', text)
+    )
+    assert "guidance 3" in said(parsed(small))
+
+
+# What is written
+
+
+def test_equal_input_gives_equal_bytes_wherever_it_lies(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "report.html").unlink()
+    other = write_report(tmp_path / "elsewhere", tmp_path / "deeper" / "page.html")
+    assert other == tmp_path / "deeper" / "page.html"
+    assert other.read_bytes() == (whole / "report.html").read_bytes()
+    assert not list((tmp_path / "deeper").glob("*.part"))
+
+
+def test_the_page_runs_nothing_but_its_own_script(page: Parsed) -> None:
+    scripts = [(attrs, text) for tag, attrs, text in page.raw if tag == "script"]
+    assert [attrs.get("type") for attrs, _ in scripts] == ["application/json", None]
+    assert scripts[1][1] == _asset("page.js")
+    assert [text for tag, _, text in page.raw if tag == "style"] == [_asset("style.css")]
+    for tag, attrs in page.elements:
+        assert tag not in ("iframe", "object", "embed", "link", "base", "form"), tag
+        assert not [name for name in attrs if name.startswith("on") or name in ("style", "srcdoc")], (tag, attrs)
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(page: Parsed) -> None:
+    for tag, attrs in page.elements:
+        for name in ("src", "href", "action", "poster", "data", "srcset"):
+            if (address := attrs.get(name)) is not None:
+                allowed = "data:image/webp;base64," if name == "src" else "#"
+                assert address.startswith(allowed), (tag, name, address[:80])
+    ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    assert all(attrs["href"][1:] in ids for _, attrs in page.elements if "href" in attrs)
+    assert not re.search(r"@import|url\(", _asset("style.css"))
+
+
+def test_the_policy_allows_the_two_blocks_by_their_hashes(page: Parsed) -> None:
+    policies = [a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
+    hashes = {
+        tag: f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, attrs, text in page.raw
+        if "type" not in attrs
+    }
+    assert rules == {
+        "default-src": "'none'", "img-src": "data:", "style-src": hashes["style"], "script-src": hashes["script"],
+        "base-uri": "'none'", "form-action": "'none'",
+    }  # fmt: skip
+    # It governs what comes after it
+    first = [t for t, _ in page.elements].index("style")
+    assert first > [a.get("http-equiv") for _, a in page.elements].index("Content-Security-Policy")
+
+
+def test_ids_are_there_once(page: Parsed) -> None:
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_nasty_text_is_text(page: Parsed) -> None:
+    text = said(page)
+    assert SCRIPT in text and "{{ 7 * 7 }} {% raw %}" in text and "\U0001f984" in text
+    assert "SFT <rival> & co" in text and 'give imagereward=PATH <b>"now"</b>' in text
+    assert "(empty prompt)" in text
+    assert "all 10,020 characters" in text and "x" * 10_000 in text
+    assert "\u2400 \u2407 \u241b[31m \u2421 \ufffd" in text
+    raw = page.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", raw)
+
+
+def test_every_prompt_is_isolated_from_the_text_around_it(whole: Path) -> None:
+    text = (whole / "report.html").read_text(encoding="utf-8")
+    places = [m.start() for m in re.finditer("\u202e", text)]
+    assert places
+    for place in places:
+        before = text[max(0, place - 60) : place]
+        assert "<bdi>" in before or 'alt="' in before or '"prompt": "' in before
+
+
+def test_the_island_cannot_be_left(page: Parsed) -> None:
+    text = page.raw[[a.get("type") for _, a, _ in page.raw].index("application/json")][2]
+    assert not set("<>&") & set(text)
+    data = json.loads(text)
+    assert data["candidate"] == "round 3" and data["baseline"] == "base" and len(data["pairs"]) == 24
+    assert all(isinstance(pair["seed"], str) for pair in data["pairs"])
+    assert SCRIPT in {pair["prompt"] for pair in data["pairs"]} or any(p in NASTY_PROMPTS for p in [SCRIPT])
+
+
+def test_the_headline_says_what_results_json_says(whole: Path, page: Parsed) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    row = next(
+        c for c in results["comparisons"]
+        if (c["model"], c["scorer"], c["guidance_scale"]) == ("round 3", "hps_v2_1", 3.0)
+    )  # fmt: skip
+    rows = {r.name: r for r in tables.headline_rows(results)}
+    shown = rows["hps_v2_1"]
+    assert float(shown.difference.value.replace("\u2212", "-")) == pytest.approx(row["difference"], abs=0.006)
+    assert shown.counts == f"{row['wins']} / {row['ties']} / {row['losses']}"
+    assert shown.win_rate == f"{100 * row['win_rate']:.1f} %"
+    assert shown.verdict.word == row["verdict"]
+    assert rows["sharpness"].verdict.tone == "drift" and rows["sharpness"].direction == "neither way is better"
+    assert rows["imagereward"].not_run.short.startswith("its weights are not here") and not rows["imagereward"].baseline
+    assert shown.difference.value in said(page) and shown.p in said(page)
+
+
+def test_drift_is_never_coloured_as_good(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    marks = {
+        table.role: {cell.mark.tone for row in table.rows for cell in row.cells if cell.mark}
+        for table in tables.model_tables(results)
+    }
+    assert marks["drift"] == {"drift"} and "good" in marks["held-out"]
+    chart = plots.histogram("h", "label", [1.0, -1.0], is_drift=True)
+    assert "--drift" in chart and "--good" not in chart and "--bad" not in chart
+
+
+def test_all_sections_are_there(page: Parsed) -> None:
+    headings = {attrs["id"] for tag, attrs in page.elements if tag == "h2"}
+    assert headings == {
+        "verdict", "scores", "alarms", "models", "rounds", "breakdown", "distributions", "vote", "gallery", "failures",
+        "provenance", "reading",
+    }  # fmt: skip
+    text = said(page)
+    for words in (
+        "not of training runs",
+        "Compare only equal protocol ids",
+        "too few",
+        "best_of_k",
+        "Nothing is adjusted",
+    ):
+        assert words in text
+    assert count(page, "svg", class_="chart") == 3 + 3
+    assert count(page, "figure", class_="cell") == 5 * (24 + 3 * 8) == count(page, "img", class_="pixelated")
+    assert all(attrs.get("alt") for tag, attrs in page.elements if tag == "img")
+
+
+def test_numbers_do_not_show_a_negative_zero() -> None:
+    assert tables.signed(-0.0001, 2) == "+0.00" and tables.plain(-0.0001, 2) == "0.00"
+    assert tables.signed(-1.5, 1) == "\u22121.5"
+
+
+def test_labels_are_short_and_differ() -> None:
+    names = ["a" * 1000, "a" * 1001, "", " ", "b"]
+    found = tables.labels(names)
+    assert len(set(found.values())) == len(names) and max(map(len, found.values())) < 60
+
+
+def test_control_characters_become_visible() -> None:
+    assert (
+        tables.clean("a\x00b\x1b\x7f\x85\ud800\ufffe\U0001fffe\n\u202e")
+        == "a\u2400b\u241b\u2421\ufffd\ufffd\ufffd\ufffd\n\u202e"
+    )
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 2.0], [-1.0, 0.0, 0.0, 1e-9, 1.0], [5e-324], [1e300, -1e300]])
+def test_bars_of_a_histogram_never_mix_gains_and_losses(values: list[float]) -> None:
+    edges, counts = plots._bins(np.array(values))
+    assert counts.sum() == len(values)
+    middle = (edges[:-1] + edges[1:]) / 2
+    sides = np.array(values)
+    assert counts[middle > 1e-300].sum() >= (sides > 1e-300).sum()
+    assert counts[(edges[:-1] < 0) & (edges[1:] > 0)].sum() == (sides == 0).sum()
+
+
+def test_charts_bring_no_styles_and_no_text_but_their_own(page: Parsed) -> None:
+    chart = plots.round_curves("c", 'a "label" <b>', [plots.Line(0, [0, 1], [0.0, 1.0], [0.0, 0.5], [0.0, 1.5])])
+    assert "style" not in chart and "http" not in chart and "<b>" not in chart and "#0" not in chart
+    assert "var(--series-1)" in chart
+
+
+# Odd evaluations
+
+
+def test_a_single_model_is_shown_without_a_verdict(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, models=(("base", "baseline", 0),), headline=None, scales=(None,), num_prompts=9)
+    single = parsed(tmp_path)
+    text = said(single)
+    assert "Nothing to compare" in text and "as given" in text
+    assert not count(single, "button") and "Blind vote" not in text
+    assert count(single, "figure", class_="cell") == 9
+
+
+def test_equal_models_are_all_ties(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, ties=True, images_per_prompt=1, num_prompts=10, scales=(3.0,))
+    text = said(parsed(tmp_path))
+    assert "0 / 10 / 0" in text and "Inconclusive" in text and "50.0 %" in text
+    assert text.count("No such pair.") == 3
+
+
+def test_one_image_per_prompt_is_enough(small: Path) -> None:
+    assert "images per prompt" in said(parsed(small))
+
+
+def test_no_picture_at_all(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, with_pictures=False, num_prompts=6)
+    bare = parsed(tmp_path)
+    text = said(bare)
+    assert "no picture: not finite" in text and "Blind vote" not in text
+    assert not count(bare, "img")
+
+
+def test_no_scorer_at_all(small: Path) -> None:
+    change(small, scorers=[], results=[], comparisons=[], breakdowns=[])
+    table = pq.read_table(small / "scores.parquet")
+    pq.write_table(table.slice(0, 0), small / "scores.parquet")
+    assert "No scorer was asked for" in said(parsed(small))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "its file is missing"),
+        (lambda path: path.write_bytes(b"no picture"), "its file is not the one that was scored"),
+        (lambda path: (path.unlink(), path.symlink_to("/etc/hostname")), "outside of the evaluation's folder"),
+        (lambda path: (path.unlink(), path.symlink_to(path.name)), "missing|cannot be read"),
+    ],
+)
+def test_a_picture_that_cannot_be_shown_is_said_so(small: Path, damage, words: str) -> None:
+    damage(small / "models/0/guidance-3/00002-0.png")
+    damaged = parsed(small)
+    assert re.search(words, said(damaged))
+    island = json.loads(damaged.raw[1][2])
+    assert "00002" not in {pair["id"] for pair in island["pairs"]} and len(island["pairs"]) == 5
+
+
+@pytest.mark.parametrize("file", ["../outside.png", "/etc/passwd", "models/\x00", "x" * 5000, "", "."])
+def test_a_path_that_leaves_the_folder_is_not_read(small: Path, file: str) -> None:
+    shutil.copy(small / "models/0/guidance-3/00000-0.png", small.parent / "outside.png")
+    rows = pq.read_table(small / "images.parquet").to_pylist()
+    row = pictures.ImageRow("base", "00000", 0, "", "", "1", file, None, "ok")
+    assert isinstance(pictures.thumbnail(small, row), str)
+    assert rows
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"\x89PNG\r\n\x1a\n" + b"\x00" * 64, b"<svg onload='x'/>"])
+def test_what_cannot_be_decoded_is_said_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    row = pictures.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok")
+    assert pictures.thumbnail(tmp_path, row) == "its file cannot be decoded"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "LA"])
+def test_pictures_of_every_mode_are_shown(tmp_path: Path, mode: str) -> None:
+    from PIL import Image
+
+    name = "a.tif" if mode in ("F", "CMYK") else "a.png"
+    Image.new("L", (300, 100), 90).convert("I" if mode == "I;16" else mode).convert(mode).save(tmp_path / name)
+    shown = pictures.thumbnail(tmp_path, pictures.ImageRow("base", "0", 0, "", "", "1", name, None, "ok"))
+    assert isinstance(shown, pictures.Picture) and (shown.width, shown.height) == (256, 85) and not shown.pixelated
+
+
+def test_the_gallery_shrinks_until_the_page_fits(small: Path) -> None:
+    evaluation = read_evaluation(small)
+    whole_page = build_page(evaluation)
+    assert len(whole_page) < MAX_PAGE_BYTES
+    limit = len(whole_page) - 3000
+    shrunk = build_page(evaluation, limit)
+    assert len(shrunk) <= limit and "The gallery is shortened" in shrunk.decode()
+    assert "The gallery is shortened" not in whole_page.decode()
+
+
+def test_scores_of_another_evaluation_are_noticed(small: Path) -> None:
+    table = pq.read_table(small / "scores.parquet").to_pandas() if False else pq.read_table(small / "scores.parquet")
+    place = table.column_names.index("score")
+    model = np.array(table["model"].to_pylist())
+    scores = np.array(table["score"].to_pylist()) + (model == "round 1")
+    pq.write_table(table.set_column(place, "score", [scores]), small / "scores.parquet")
+    assert "may be of another evaluation" in said(parsed(small))
+
+
+def test_the_made_up_tables_agree_with_results_json(page: Parsed) -> None:
+    assert "may be of another evaluation" not in said(page)
+
+
+def test_many_failures_are_capped(small: Path) -> None:
+    failure = {"model": "base", "guidance_scale": 3.0, "id": "1", "prompt": SCRIPT * 1000, "what": "black"}
+    change(small, failures=[failure] * 5000)
+    failed = parsed(small)
+    assert "The first 100 of 5000" in said(failed)
+    assert len((small / "report.html").read_bytes()) < 1_000_000
+
+
+def test_the_random_sample_depends_on_the_protocol_alone(small: Path) -> None:
+    def drawn() -> list[pictures.Pair]:
+        return pictures.choose(read_evaluation(small), 4, 2)[0].pairs
+
+    first = drawn()
+    change(small, title="another")
+    assert drawn() == first
+    protocol = json.loads((small / "results.json").read_text())["protocol"]
+    change(small, protocol=protocol | {"id": "0" * 64})
+    assert drawn() != first
+
+
+def test_wins_and_losses_are_ranked_by_the_paired_difference(small: Path) -> None:
+    evaluation = read_evaluation(small)
+    by_pair = pictures.differences(evaluation.scores, "hps_v2_1", "base", "round 1")
+    _, wins, losses, torn = pictures.choose(evaluation, 4, 2)
+    ranked = sorted(by_pair, key=by_pair.get)
+    assert wins.pairs == [pair for pair in ranked[::-1][:2] if by_pair[pair] > 0]
+    assert losses.pairs == [pair for pair in ranked[:2] if by_pair[pair] < 0]
+    assert torn.pairs == []
+
+
+def test_rounds_of_two_runs_are_not_joined_by_a_line(tmp_path: Path) -> None:
+    results = write_evaluation(
+        tmp_path, models=(("base", "baseline", 0), ("a 1", "round", 1), ("b 1", "round", 1)), headline="a 1",
+        num_prompts=8, with_pictures=False,
+    )  # fmt: skip
+    assert tables.curve_panels(results) == []
+
+
+def _asset(name: str) -> str:
+    return resources.files("spin_diffusion.evaluation.report").joinpath(name).read_text(encoding="utf-8")

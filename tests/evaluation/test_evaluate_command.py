@@ -1,0 +1,222 @@
+"""evaluation/evaluate.py and report.py as a user runs them."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from spin_diffusion.evaluation.results import read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+SCORER = """
+import torch
+from spin_diffusion.evaluation.scorers import About
+ABOUT = About(title="Redness", scale="mean of the red channel, 0 to 255", role="held-out")
+def load(device, path=None):
+    calls = __file__ + ".calls"
+    def score(images, prompts):
+        open(calls, "a").write("x" * len(images))
+        return torch.tensor([sum(i.convert("RGB").split()[0].getdata()) / (i.width * i.height) for i in images])
+    return score
+"""
+
+
+def run(script: str, *argv: str) -> int:
+    return runpy.run_path(str(ROOT / "evaluation" / script))["main"](list(argv))
+
+
+def refused(capsys, code: int, *parts: str) -> None:
+    error = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2 and len(error) == 1, error
+    for part in parts:
+        assert part in error[0]
+
+
+@pytest.fixture
+def scorer(tmp_path: Path) -> Path:
+    path = tmp_path / "redness.py"
+    path.write_text(SCORER)
+    return path
+
+
+def scored(scorer: Path) -> int:
+    calls = Path(f"{scorer}.calls")
+    return len(calls.read_text()) if calls.exists() else 0
+
+
+@pytest.fixture
+def brighter(sdxl_dir, tmp_path: Path) -> Path:
+    """A round of a run: another UNet, and the manifest that names its base."""
+    folder = tmp_path / "run" / "round-1"
+    unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
+    unet.conv_out.bias.data += 0.2
+    unet.save_pretrained(folder / "unet")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": {"name": str(sdxl_dir)}}))
+    return folder
+
+
+def evaluate(tmp_path: Path, prompts: Path, scorers: str, *argv: str, models: list[str]) -> int:
+    return run(
+        "evaluate.py", "--models", *models, "--prompts", str(prompts), "--scorers", scorers, "--images_per_prompt", "2",
+        "--num_inference_steps", "2", "--guidance_scale", "3", "--resolution", "32",
+        "--output_dir", str(tmp_path / "out"), *argv,
+    )  # fmt: skip
+
+
+def write_pictures(folder: Path, prompts: list[str], level: int, images: int = 2) -> Path:
+    folder.mkdir()
+    rng, lines = np.random.default_rng(level), []
+    for n, prompt in enumerate(prompts):
+        for k in range(images):
+            noise = rng.integers(0, 40, (16, 16, 3)) + level
+            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{n}-{k}.png")
+            lines.append(json.dumps({"file_name": f"{n}-{k}.png", "prompt": prompt}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_one_command_draws_scores_and_reports_and_the_same_command_does_nothing_twice(
+    sdxl_dir, brighter, tiny_prompts, scorer, tmp_path, capsys
+):
+    models = [f"base={sdxl_dir}", f"round1={brighter}"]
+    assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=models) == 0
+    out = tmp_path / "out"
+    results = read_results(out)
+    assert [model["kind"] for model in results["models"]] == ["pipeline", "round"]
+    assert results["models"][1]["base"] == str(sdxl_dir) and len(results["models"][1]["weights_sha256"]) == 64
+    assert {scorer["state"] for scorer in results["scorers"]} == {"run"}
+    assert (out / "report.html").is_file() and (out / "images" / "round1" / "guidance-3" / "00000-0.png").is_file()
+    table = pq.read_table(out / "scores.parquet").to_pylist()
+    assert len(table) == 2 * 2 * 4 * 2  # models, scorers, prompts, images
+    assert all((out / row["file"]).is_file() for row in table)
+    assert scored(scorer) == 16
+    drawn = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
+
+    # Once more: nothing is drawn or scored again, and the conclusions are the same
+    assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=models) == 0
+    assert scored(scorer) == 16 and read_results(out) == results
+    # A third model is added: only its pictures are new
+    assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=[*models, f"again={sdxl_dir}"]) == 0
+    assert scored(scorer) == 24
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
+    # The same weights and seeds draw the same pictures
+    again = [c for c in read_results(out)["comparisons"] if c["model"] == "again" and c["scorer"] == "redness"]
+    assert again[0]["difference"] == 0 and again[0]["ties"] == 4
+    # The page again, without scoring
+    (out / "report.html").unlink()
+    assert run("report.py", str(out)) == 0 and (out / "report.html").is_file() and scored(scorer) == 24
+    # Another protocol in the same folder
+    capsys.readouterr()
+    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), "--seed", "1", models=models), "seed: 0 -> 1")
+    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=[f"base={brighter}"]), "give it another name")
+
+
+def test_scores_of_saved_pictures_are_those_that_were_given_when_they_were_drawn(
+    sdxl_dir, tiny_prompts, scorer, tmp_path
+):
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), models=[f"base={sdxl_dir}", f"same={sdxl_dir}"]) == 0
+    first = pq.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
+    given = tmp_path / "out" / "images" / "base" / "guidance-3"
+    assert run("evaluate.py", "--models", f"a={given}", f"b={given}", "--images_per_prompt", "2", "--scorers",
+               str(scorer), "--output_dir", str(tmp_path / "again")) == 0  # fmt: skip
+    second = pq.read_table(tmp_path / "again" / "scores.parquet").to_pylist()
+    assert sorted(r["score"] for r in first if r["model"] == "base") == pytest.approx(
+        sorted(r["score"] for r in second if r["model"] == "a"), abs=1e-6
+    )
+
+
+def test_a_scorer_that_cannot_run_is_reported_and_the_others_are_kept(sdxl_dir, tiny_prompts, scorer, tmp_path, capsys):
+    models = [f"base={sdxl_dir}", f"same={sdxl_dir}"]
+    assert evaluate(tmp_path, tiny_prompts, f"{scorer},pickscore={tmp_path / 'nowhere'}", models=models) == 0
+    results = read_results(tmp_path / "out")
+    states = {said["name"]: said for said in results["scorers"]}
+    assert states["redness"]["state"] == "run" and states["pickscore"]["state"] == "not run"
+    assert "nowhere" in states["pickscore"]["reason"] and "pickscore was not run" in capsys.readouterr().out
+    assert not [row for row in results["results"] if row["scorer"] == "pickscore"]
+
+
+def test_when_no_scorer_can_run_that_is_an_error_and_the_pictures_stay(sdxl_dir, tiny_prompts, tmp_path, capsys):
+    models = [f"base={sdxl_dir}", f"same={sdxl_dir}"]
+    code = evaluate(tmp_path, tiny_prompts, f"pickscore={tmp_path / 'nowhere'}", models=models)
+    refused(capsys, code, "no scorer could be run", "nowhere")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, tmp_path):
+    prompts = [f"picture {n}" for n in range(30)]
+    dark = write_pictures(tmp_path / "dark", prompts, 20)
+    light = write_pictures(tmp_path / "light", prompts, 120)
+    (light / "3-0.png").write_bytes(b"no picture at all")
+    (light / "4-1.png").unlink()
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(light / "5-0.png")
+    # Odd but whole pictures
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(light / "6-0.png")
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200).save(light / "7-0.png")
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(16, 16, 4), "CMYK").save(light / "8-0.tiff")
+    Image.new("RGB", (1, 1)).save(light / "9-0.png")
+    argv = ["--scorers", f"{scorer},sharpness", "--images_per_prompt", "2", "--output_dir", str(tmp_path / "out")]
+    assert run("evaluate.py", "--models", f"dark={dark}", f"light={light}", *argv) == 0
+    results = read_results(tmp_path / "out")
+    what = {failure["prompt"]: failure["what"] for failure in results["failures"]}
+    assert "cannot be decoded" in what["picture 3"] and "cannot be read" in what["picture 4"]
+    assert "constant" in what["picture 5"] and "constant" in what["picture 9"] and len(what) == 4
+    redness = next(c for c in results["comparisons"] if c["scorer"] == "redness")
+    assert redness["num_prompts"] == 28 and redness["verdict"] == "improved" and 90 < redness["difference"] < 105
+    assert next(v for v in results["verdicts"])["verdict"] in ("improved", "suspect")
+
+
+def test_pictures_of_an_unknown_protocol_are_not_compared_with_drawn_ones(
+    sdxl_dir, tiny_prompts, scorer, tmp_path, capsys
+):
+    texts = [json.loads(line)["prompt"] for line in tiny_prompts.read_text().splitlines()]
+    given = write_pictures(tmp_path / "given", texts, 20)
+    models = [f"base={sdxl_dir}", f"given={given}"]
+    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "--allow_unequal_protocol")
+    allowed = ["--allow_unequal_protocol", "true"]
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), *allowed, models=models) == 0
+
+
+def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_prompts, scorer, tmp_path, capsys):
+    folder = tmp_path / "run" / "round-1"
+    unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
+    unet.conv_out.bias.data[:] = float("nan")
+    unet.save_pretrained(folder / "unet")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": {"name": str(sdxl_dir)}}))
+    models = [f"base={sdxl_dir}", f"nan={folder}"]
+    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "only 0 prompts")
+    index = next((tmp_path / "out" / "images" / "nan" / "guidance-3").glob("*.jsonl"))
+    assert {json.loads(line)["state"] for line in index.read_text().splitlines()} == {"not finite"}
+
+
+@pytest.mark.parametrize(
+    "models, argv, parts",
+    [
+        (["base"], [], ["NAME=PATH_OR_ID"]),
+        (["base=./nowhere"], [], ["./nowhere", "does not exist"]),
+        (["base={sdxl}", "base={sdxl}"], [], ["'base' twice"]),
+        (["../x={sdxl}"], [], ["letters, digits"]),
+        (["base={sdxl}"], ["--baseline", "bse"], ["bse", "there are base"]),
+        (["base={sdxl}"], ["--prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["base={sdxl}"], ["--scorers", "pickscor"], ["pickscor", "did you mean pickscore"]),
+        (["base={sdxl}"], ["--scorers", "sharpness,sharpness"], ["'sharpness' twice"]),
+        (["base={sdxl}"], ["--images_per_prompt", "0"], ["--images_per_prompt 0"]),
+        (["base={sdxl}"], ["--guidance_scal", "3"], ["did you mean 'guidance_scale'"]),
+        (["empty={tmp}"], [], ["neither a pipeline"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(models, argv, parts, sdxl_dir, tiny_prompts, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    models = [model.format(sdxl=sdxl_dir, tmp=tmp_path / "empty") for model in models]
+    refused(capsys, evaluate(tmp_path, tiny_prompts, "sharpness", *argv, models=models), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_schema_version_are_refused(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"schema_version": 99}')
+    refused(capsys, run("report.py", str(tmp_path)), "99")
+    refused(capsys, run("report.py", str(tmp_path / "nowhere")), "results.json")
