@@ -10,15 +10,19 @@ demo: install
 	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 		--config training/configs/toy_sdxl.yaml
 
-## Both bases, two objectives and SFT, three seeds, on the toy world: hours; running it again goes on
+## Both bases, SPIN, SPACE and SFT, three seeds, guidance 1 to 3, on the toy world: hours; running it again goes on
 toy-table: install
-	set -e; for base in sloppy plateau; do for objective in spin space; do for seed in 0 1 2; do \
+	set -e; for seed in 0 1 2; do for base in plateau sloppy; do for objective in spin space; do \
+		[ $$objective = spin ] && rivals="[sft]" || rivals="[]"; \
 		$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 			--config training/configs/toy_sdxl.yaml --pretrained_model_name_or_path assets/toy_world/$$base \
-			--objective $$objective --seed $$seed --validation_guidance_scales "[1, 2, 3, 5]" \
-			--output_dir runs/table/$$base-$$objective-$$seed; \
-	done; $(BIN)/python evaluation/table.py --markdown runs/table/$$base-$$objective-0 \
-		runs/table/$$base-$$objective-1 runs/table/$$base-$$objective-2; done; done
+			--objective $$objective --compare_with "$$rivals" --seed $$seed --num_validation_images 1 \
+			--validation_guidance_scales "[1, 2, 3]" --output_dir runs/table/$$base-$$objective-$$seed; \
+	done; done; done; \
+	for base in plateau sloppy; do for objective in spin space; do \
+		$(BIN)/python evaluation/table.py --markdown runs/table/$$base-$$objective-0 \
+			runs/table/$$base-$$objective-1 runs/table/$$base-$$objective-2; \
+	done; done
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint

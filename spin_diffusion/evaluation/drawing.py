@@ -164,7 +164,8 @@ def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow's decoders raise dozens of kinds
-        return row | nothing | {"state": f"cannot be decoded: {(str(error).splitlines() or ['damaged'])[0][:200]}"}
+        reason = "not an image" if "<_io" in str(error) else (str(error).splitlines() or ["damaged"])[0][:200]
+        return row | nothing | {"state": f"cannot be decoded: {reason}"}
     write_file(path, lambda part: part.write_bytes(data))
     measured = measure_image(image)
     return row | nothing | {

@@ -155,7 +155,7 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     (light / "4-1.png").unlink()
     Image.new("RGB", (16, 16), (9, 9, 9)).save(light / "5-0.png")
     # Odd but whole pictures
-    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(light / "6-0.png")
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(16, 16, 4), "RGBA").save(light / "6-0.png")
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200).save(light / "7-0.png")
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(16, 16, 4), "CMYK").save(light / "8-0.tiff")
     Image.new("RGB", (1, 1)).save(light / "9-0.png")
@@ -205,7 +205,7 @@ def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_p
         (["base={sdxl}"], ["--scorers", "pickscor"], ["pickscor", "did you mean pickscore"]),
         (["base={sdxl}"], ["--scorers", "sharpness,sharpness"], ["'sharpness' twice"]),
         (["base={sdxl}"], ["--images_per_prompt", "0"], ["--images_per_prompt 0"]),
-        (["base={sdxl}"], ["--guidance_scal", "3"], ["did you mean 'guidance_scale'"]),
+        (["base={sdxl}"], ["--guidence_scale", "3"], ["did you mean 'guidance_scale'"]),
         (["empty={tmp}"], [], ["neither a pipeline"]),
     ],
 )
