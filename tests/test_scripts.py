@@ -9,8 +9,9 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from spin_diffusion.evaluation.results import read_results
 from spin_diffusion.selfplay import run_dir
-from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.selfplay.run_dir import file_hash, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,6 +60,7 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
     names = {"config.yaml", "manifest.json", "samples.png", "table.md", "unet", "logs", "round-1", "round-2", "base"}
+    names |= {"report.html", "results.json", "scores.parquet", "images.parquet", "README.md"}
     assert names <= {path.name for path in out.iterdir()}
     printed = capsys.readouterr().out
     for part in ("4 pairs a step", "round 2: 2 steps at lr 5e-05", "spin round 2", "sft, same steps", "samples.png"):
@@ -84,6 +86,53 @@ def test_runs_that_differ_in_their_seed_make_one_table(settings, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "spin round 1" in printed and "4 prompts x 2 images" in printed
     refused(capsys, main([str(tmp_path / "nowhere")]), "not a run's folder")
+
+
+def test_the_page_and_the_card_show_every_model(settings, tmp_path):
+    settings |= {"compare_with": ["sft"], "rounds": 2, "num_validation_images": 2}
+    assert play(tmp_path, settings) == 0
+    out = tmp_path / "out"
+    results = read_results(out)
+    roles = {model["name"]: model["role"] for model in results["models"]}
+    assert roles == {"base": "baseline", "spin round 1": "round", "spin round 2": "round", "sft, same steps": "rival"}
+    assert results["headline"] == {"model": "spin round 2", "guidance_scale": 3.0}
+    assert {alarm["id"] for alarm in results["alarms"]} >= {"goodhart", "diversity_over_seeds", "stagnation"}
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for name in roles:
+        assert name in page and name in card
+    assert card.startswith("---\n") and "library_name: diffusers" in card
+    # A round is judged against its opponent
+    of_round = read_results(out / "round-2" / "evaluation")
+    assert [model["name"] for model in of_round["models"]] == ["spin round 1", "spin round 2"]
+    assert read_json(out / "round-2" / "round.json")["metrics"]["sharpness@3"] > 0
+
+
+def test_with_eval_every_round_off_only_the_last_round_is_evaluated(settings, tmp_path):
+    assert play(tmp_path, settings | {"rounds": 2, "eval_every_round": False}) == 0
+    names = [model["name"] for model in read_results(tmp_path / "out")["models"]]
+    assert names == ["base", "spin round 2"]
+
+
+def test_a_round_that_is_not_improved_is_rejected_and_said_so(settings, tmp_path, capsys):
+    assert play(tmp_path, settings, "--promote_if", "improved") == 0  # sharpness can improve nothing
+    assert read_json(tmp_path / "out" / "round-1" / "round.json")["state"] == "REJECTED"
+    printed = capsys.readouterr().out
+    assert "round 1 is rejected" in printed and "No round was promoted" in printed
+    assert not (tmp_path / "out" / "unet").exists()
+
+
+def test_promotion_by_a_scorer_that_cannot_run_is_refused_before_any_round(settings, tmp_path, capsys):
+    settings |= {"scorers": [f"pickscore={tmp_path / 'nowhere'}"]}
+    refused(capsys, play(tmp_path, settings, "--promote_if", "improved"), "pickscore", "nowhere")
+    assert not (tmp_path / "out" / "round-1").exists()
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):
+    argv = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret"]
+    refused(
+        capsys, play(tmp_path, settings, *argv), "--push_to_hub", "someone/some-model", "run the same command again"
+    )
+    assert (tmp_path / "out" / "unet").is_dir() and "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()
 
 
 def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
@@ -120,6 +169,7 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--jpeg_quality", "101"], ["--jpeg_quality 101", "1 and 100"]),
         (["--winner_preserving_mu", "1"], ["--winner_preserving_mu 1", "below 1"]),
         (["--stop_at_saturation", "2"], ["--stop_at_saturation 2", "at most 1"]),
+        (["--promote_if", "improved", "--scorers", "[]"], ["--promote_if improved", "--scorers"]),
         (["--compare_with", "['sftt']"], ["sftt", "did you mean 'sft'"]),
         (["--scorers", "['sharp']"], ["sharp", "sharpness"]),
         (["--validation_prompts", "nowhere.txt"], ["nowhere.txt", "no such file"]),

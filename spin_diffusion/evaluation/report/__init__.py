@@ -251,7 +251,12 @@ def _counted(number: int, thing: str) -> str:
     return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
 
 
-def _gallery(evaluation: Evaluation, picture_of: Callable[[str, pictures.Pair], pictures.Picture | str], random_pairs: int, ranked_pairs: int) -> list[GalleryTab]:
+def _gallery(
+    evaluation: Evaluation,
+    picture_of: Callable[[str, pictures.Pair], pictures.Picture | str],
+    random_pairs: int,
+    ranked_pairs: int,
+) -> list[GalleryTab]:
     results = evaluation.results
     named = tables.labels(model["name"] for model in results["models"])
     digits = tables.decimals_by_scorer(results)
@@ -349,8 +354,9 @@ def _model_facts(model: dict[str, Any], named: dict[str, str]) -> ModelFacts:
     short = named[model["name"]]
     whole = tables.shortened(model["name"], 48)
     return ModelFacts(
-        tables.Text(short, whole.full, whole.note), model["role"], "" if model["round"] is None else str(model["round"]),
-        model["kind"], tables.shortened(model["source"]), tables.shortened(model["base"] or ""),
+        tables.Text(short, whole.full, whole.note), model["role"],
+        "" if model["round"] is None else str(model["round"]), model["kind"],
+        tables.shortened(model["source"]), tables.shortened(model["base"] or ""),
         tables.shortened(model["weights_sha256"] or "", 64).short,
     )  # fmt: skip
 

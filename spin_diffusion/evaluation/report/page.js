@@ -4,7 +4,7 @@
 
   // Tabs of the gallery. Without this script all panels stand one below the other.
   const tablist = byId("tablist");
-  const tabs = [...tablist.querySelectorAll("[role=tab]")];
+  const tabs = tablist ? [...tablist.querySelectorAll("[role=tab]")] : [];
   const panelOf = (tab) => byId(tab.getAttribute("aria-controls"));
   const select = (chosen, focus) => {
     for (const tab of tabs) {
@@ -15,7 +15,7 @@
     }
     if (focus) chosen.focus();
   };
-  if (tabs.length > 1) {
+  if (tablist) {
     tablist.hidden = false;
     for (const tab of tabs) {
       const panel = panelOf(tab);
@@ -197,5 +197,6 @@
   end.addEventListener("keydown", (event) => {
     if (event.key.toLowerCase() === "u" && event.target !== byId("vote-json")) undo();
   });
+  byId("vote-needs").hidden = true;
   byId("ballot").hidden = false;
 })();

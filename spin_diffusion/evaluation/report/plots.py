@@ -207,7 +207,7 @@ def _svg(key: str, label: str, draw: Callable[[Axes], None]) -> Markup:
 
 
 def _clean(element: ET.Element) -> None:
-    """Names without a namespace, styles as attributes (a page without inline styles ignores the others), no metadata."""
+    """Names without a namespace, styles as attributes (the page's policy forbids the others), no metadata."""
     element.tag = element.tag.rpartition("}")[2]
     for child in list(element):
         _clean(child)

@@ -5,6 +5,7 @@ page.html.j2.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -226,15 +227,16 @@ ROLES = {
 
 def clean(text: str) -> str:
     """Text that HTML, SVG and JSON can hold: control characters become visible, what is no character a U+FFFD."""
-    return "".join(_visible(character) for character in text)
+    return _UNPRINTABLE.sub(_visible, text)
 
 
-def _visible(character: str) -> str:
-    code = ord(character)
-    if code >= 0xA0 and not 0xD800 <= code <= 0xDFFF and code & 0xFFFE != 0xFFFE or 0x20 <= code < 0x7F:
-        return character
-    if character in "\n\t":
-        return character
+# Controls but tab and line feed, halves of surrogate pairs, and the two code points at the end of each plane
+_PLANE_ENDS = "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
+_UNPRINTABLE = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_PLANE_ENDS}]")
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
     if code < 0x20:
         return chr(0x2400 + code)
     return "\u2421" if code == 0x7F else "\ufffd"
@@ -519,8 +521,8 @@ def distributions(evaluation: Evaluation) -> tuple[list[Distribution], list[str]
             said = f"{signed(float(np.mean(values)), 6)} over {len(values)}" if values else "nothing over 0"
             doubts.append(
                 f"scores.parquet gives {said} prompts as the mean difference by {title}, results.json "
-                f"{signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and the gallery "
-                "may be of another evaluation than the tables."
+                f"{signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and the "
+                "gallery may be of another evaluation than the tables."
             )
         if not values:
             continue

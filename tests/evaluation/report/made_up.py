@@ -171,7 +171,8 @@ def _results(
                 for aggregate, values in aggregates.items():
                     results.append(
                         {"model": model, "scorer": s, "guidance_scale": scale, "aggregate": aggregate,
-                         "num_prompts": len(values), "sd": float(values.std())} | _interval(mean_interval(values, resamples=200))
+                         "num_prompts": len(values), "sd": float(values.std()),
+                         **_interval(mean_interval(values, resamples=200))}
                     )  # fmt: skip
             if role == "baseline":
                 continue
@@ -208,8 +209,8 @@ def _results(
             won = any(row["verdict"] == "improved" for row in comparisons if row["model"] == model)
             verdicts.append(
                 {"model": model, "guidance_scale": scale, "verdict": "improved" if won else "inconclusive",
-                 "reason": "The model is better than the baseline by HPS v2.1, not trained on the same preferences, and "
-                           "worse by no scorer that counts." if won else "No scorer sees a difference."}
+                 "reason": "The model is better than the baseline by HPS v2.1, not trained on the same preferences, "
+                           "and worse by no scorer that counts." if won else "No scorer sees a difference."}
             )  # fmt: skip
             for number, (id_, state, value) in enumerate(
                 [("goodhart", "ok", 0.12), ("diversity_seed", "warn", -0.083), ("photometry", "alarm", 3.412),
@@ -248,9 +249,9 @@ def _results(
             for s in scorers
         ] + [
             {"name": "imagereward", "title": "ImageReward", "state": "not run",
-             "reason": "its weights are not here: give imagereward=PATH <b>\"now\"</b>", "scale": "", "role": "held-out",
-             "source": "", "checkpoint": {}, "preprocessing": "", "text": "", "licence": "Apache-2.0", "citation": "",
-             "truncated_prompts": 0}
+             "reason": "its weights are not here: give imagereward=PATH <b>\"now\"</b>", "scale": "",
+             "role": "held-out", "source": "", "checkpoint": {}, "preprocessing": "", "text": "",
+             "licence": "Apache-2.0", "citation": "", "truncated_prompts": 0}
         ],
         "results": results,
         "comparisons": comparisons,
