@@ -503,7 +503,7 @@ def _progress(items, title: str) -> tqdm:
 def write_hashes(folder: Path) -> None:
     """hashes.json: sha256 of every file the build wrote, by its path in the folder."""
     files = [folder / "prompts.jsonl"]
-    for name in ("data", "sloppy", "plateau"):
+    for name in ("data", "sloppy", "plateau", "pickscore"):
         files += sorted(path for path in (folder / name).rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n")

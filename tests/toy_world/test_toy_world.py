@@ -230,3 +230,18 @@ def test_a_pipeline_is_small_and_loads_through_from_pretrained(name):
         prompt, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
     ).images[0]
     assert image.size == (64, 64)
+
+
+def test_the_toy_pickscore_is_loaded_by_the_real_scorer_and_prefers_careful_drawings_and_right_captions() -> None:
+    from spin_diffusion.evaluation.scorers import load_scorer
+
+    scorer = load_scorer(f"pickscore={TOY_WORLD / 'pickscore'}", "cpu")
+    prompts = [json.loads(line)["prompt"] for line in (TOY_WORLD / "prompts.jsonl").open()][:60]
+    rng = np.random.default_rng(3)
+    careful = [world.draw(world.parse_caption(prompt), rng) for prompt in prompts]
+    sloppy = [world.draw(world.parse_caption(prompt), rng, "sloppy") for prompt in prompts]
+    right = scorer(careful, prompts)
+    assert (right > scorer(sloppy, prompts)).float().mean() > 0.95
+    assert (right > scorer(careful, prompts[1:] + prompts[:1])).float().mean() > 0.95
+    assert scorer.features(careful[:2]).norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert not any(scorer.truncated(prompts))

@@ -14,7 +14,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -156,24 +156,27 @@ def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES) -> bytes
     """The page, with as many pictures as fit into `max_bytes`."""
     template = _template()
     picture_of = pictures.thumbnails(evaluation)
-    distributions, doubts = tables.distributions(evaluation)
+    without_pictures = _page(evaluation)
     for share in _SHARES:
         gallery = _gallery(evaluation, picture_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
-        notices = list(doubts)
+        votes = _votes(evaluation, gallery) if without_pictures.candidate else {"pairs": []}
+        notices = list(without_pictures.notices)
         if share < 1:
             notices.append(
                 f"The gallery is shortened to {share:.0%} of its rows, so that the page stays below "
                 f"{max_bytes / 1e6:g} MB. All pictures lie beside results.json."
             )
-        page = template.render(page=_page(evaluation, gallery, distributions, notices)).encode("utf-8")
+        content = replace(
+            without_pictures, gallery=gallery, num_votes=len(votes["pairs"]), votes=_island(votes), notices=notices
+        )
+        page = template.render(page=content).encode("utf-8")
         if len(page) <= max_bytes:
             break
     return page
 
 
-def _page(
-    evaluation: Evaluation, gallery: list[GalleryTab], distributions: list[tables.Distribution], notices: list[str]
-) -> Page:
+def _page(evaluation: Evaluation) -> Page:
+    """Everything but the gallery and what hangs on it."""
     results = evaluation.results
     named = tables.labels(model["name"] for model in results["models"])
     headline, protocol = results["headline"], results["protocol"]
@@ -188,7 +191,7 @@ def _page(
     )
     alarms, other_alarms = tables.alarm_rows(results)
     failures, num_failures = tables.failure_rows(results)
-    votes = _votes(evaluation, gallery) if candidate is not None else {"pairs": []}
+    distributions, doubts = tables.distributions(evaluation)
     css, js = _asset("style.css"), _asset("page.js")
     return Page(
         title=tables.shortened(results["title"] or "Evaluation", 120),
@@ -198,7 +201,7 @@ def _page(
         verdict=tables.STATES[verdict["verdict"]] if verdict and candidate is not None else None,
         reason=tables.shortened(verdict["reason"] if verdict and candidate is not None else "", 600),
         facts=_facts(results),
-        notices=notices,
+        notices=doubts,
         headline=tables.headline_rows(results),
         alarms=alarms,
         other_alarms=other_alarms[: tables.MAX_LISTED],
@@ -210,8 +213,8 @@ def _page(
         legend=tables.legend(results),
         parts=tables.part_tables(results),
         distributions=distributions,
-        gallery=gallery,
-        num_votes=len(votes["pairs"]),
+        gallery=[],
+        num_votes=0,
         failures=failures,
         num_failures=num_failures,
         protocol=_protocol(protocol),
@@ -221,7 +224,7 @@ def _page(
         roles=tables.ROLES,
         images_per_prompt=protocol["images_per_prompt"],
         min_prompts=tables.MIN_PROMPTS,
-        votes=_island(votes),
+        votes=Markup(),
         css=css,
         js=js,
         policy=(
