@@ -9,7 +9,7 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from spin_diffusion.evaluation.results import read_results
+from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
 
@@ -92,7 +92,7 @@ def test_the_page_and_the_card_show_every_model(settings, tmp_path):
     settings |= {"compare_with": ["sft"], "rounds": 2, "num_validation_images": 2}
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
-    results = read_results(out)
+    results = read_results(out / "results.json")
     roles = {model["name"]: model["role"] for model in results["models"]}
     assert roles == {"base": "baseline", "spin round 1": "round", "spin round 2": "round", "sft, same steps": "rival"}
     assert results["headline"] == {"model": "spin round 2", "guidance_scale": 3.0}
@@ -102,14 +102,14 @@ def test_the_page_and_the_card_show_every_model(settings, tmp_path):
         assert name in page and name in card
     assert card.startswith("---\n") and "library_name: diffusers" in card
     # A round is judged against its opponent
-    of_round = read_results(out / "round-2" / "evaluation")
+    of_round = read_results(out / "round-2" / "evaluation" / "results.json")
     assert [model["name"] for model in of_round["models"]] == ["spin round 1", "spin round 2"]
     assert read_json(out / "round-2" / "round.json")["metrics"]["sharpness@3"] > 0
 
 
 def test_with_eval_every_round_off_only_the_last_round_is_evaluated(settings, tmp_path):
     assert play(tmp_path, settings | {"rounds": 2, "eval_every_round": False}) == 0
-    names = [model["name"] for model in read_results(tmp_path / "out")["models"]]
+    names = [model["name"] for model in read_results(tmp_path / "out" / "results.json")["models"]]
     assert names == ["base", "spin round 2"]
 
 

@@ -16,7 +16,8 @@ from spin_diffusion.evaluation.drawing import folder_of, requests
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.in_rounds import RunEvaluation, metrics_of, model_of, promotion, run_evaluation
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.evaluation.results import EvaluatedModel, read_results
+from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
@@ -93,7 +94,7 @@ class Evaluator:
                 )
                 self._report()
             self.accelerator.wait_for_everyone()
-            results = read_results(folder)
+            results = read_results(folder / "results.json")
             self._log(name, results, folder)
             promote, reason = promotion(results, self.config.evaluation.promote_if)
             return Judgement(metrics_of(results, name), promote, reason)

@@ -14,7 +14,8 @@ from spin_diffusion.evaluation.comparison import Comparison, Row
 from spin_diffusion.evaluation.drawing import Draw, draw_pictures, protocol_of, requests
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.report import write_report
-from spin_diffusion.evaluation.results import EvaluatedModel, conclude, read_results
+from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
 from spin_diffusion.input_error import InputError
@@ -164,7 +165,7 @@ def rows_of_runs(output_dirs: list[Path]) -> list[Row]:
 
 
 def _rows_of_run(directory: Path) -> list[Row]:
-    results = read_results(directory)
+    results = read_results(directory / "results.json")
     roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
     images = results["protocol"]["images_per_prompt"]
     scores: dict[tuple[str, float | None, str], dict[str, list[float]]] = {}

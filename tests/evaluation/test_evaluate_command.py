@@ -10,7 +10,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from spin_diffusion.evaluation.results import read_results
+from spin_diffusion.evaluation.report.reading import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORER = """
@@ -86,7 +86,7 @@ def test_one_command_draws_scores_and_reports_and_the_same_command_does_nothing_
     models = [f"base={sdxl_dir}", f"round1={brighter}"]
     assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=models) == 0
     out = tmp_path / "out"
-    results = read_results(out)
+    results = read_results(out / "results.json")
     assert [model["kind"] for model in results["models"]] == ["pipeline", "round"]
     assert results["models"][1]["base"] == str(sdxl_dir) and len(results["models"][1]["weights_sha256"]) == 64
     assert {scorer["state"] for scorer in results["scorers"]} == {"run"}
@@ -99,13 +99,14 @@ def test_one_command_draws_scores_and_reports_and_the_same_command_does_nothing_
 
     # Once more: nothing is drawn or scored again, and the conclusions are the same
     assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=models) == 0
-    assert scored(scorer) == 16 and read_results(out) == results
+    assert scored(scorer) == 16 and read_results(out / "results.json") == results
     # A third model is added: only its pictures are new
     assert evaluate(tmp_path, tiny_prompts, f"{scorer},sharpness", models=[*models, f"again={sdxl_dir}"]) == 0
     assert scored(scorer) == 24
     assert {path: path.stat().st_mtime_ns for path in drawn} == drawn
     # The same weights and seeds draw the same pictures
-    again = [c for c in read_results(out)["comparisons"] if c["model"] == "again" and c["scorer"] == "redness"]
+    comparisons = read_results(out / "results.json")["comparisons"]
+    again = [c for c in comparisons if c["model"] == "again" and c["scorer"] == "redness"]
     assert again[0]["difference"] == 0 and again[0]["ties"] == 4
     # The page again, without scoring
     (out / "report.html").unlink()
@@ -133,7 +134,7 @@ def test_scores_of_saved_pictures_are_those_that_were_given_when_they_were_drawn
 def test_a_scorer_that_cannot_run_is_reported_and_the_others_are_kept(sdxl_dir, tiny_prompts, scorer, tmp_path, capsys):
     models = [f"base={sdxl_dir}", f"same={sdxl_dir}"]
     assert evaluate(tmp_path, tiny_prompts, f"{scorer},pickscore={tmp_path / 'nowhere'}", models=models) == 0
-    results = read_results(tmp_path / "out")
+    results = read_results(tmp_path / "out" / "results.json")
     states = {said["name"]: said for said in results["scorers"]}
     assert states["redness"]["state"] == "run" and states["pickscore"]["state"] == "not run"
     assert "nowhere" in states["pickscore"]["reason"] and "pickscore was not run" in capsys.readouterr().out
@@ -161,7 +162,7 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     Image.new("RGB", (1, 1)).save(light / "9-0.png")
     argv = ["--scorers", f"{scorer},sharpness", "--images_per_prompt", "2", "--output_dir", str(tmp_path / "out")]
     assert run("evaluate.py", "--models", f"dark={dark}", f"light={light}", *argv) == 0
-    results = read_results(tmp_path / "out")
+    results = read_results(tmp_path / "out" / "results.json")
     what = {failure["prompt"]: failure["what"] for failure in results["failures"]}
     assert "cannot be decoded" in what["picture 3"] and "cannot be read" in what["picture 4"]
     assert "constant" in what["picture 5"] and "constant" in what["picture 9"] and len(what) == 4

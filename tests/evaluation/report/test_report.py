@@ -261,6 +261,14 @@ def test_every_prompt_is_isolated_from_the_text_around_it(whole: Path) -> None:
         assert "<bdi>" in before or 'alt="' in before or '"prompt": "' in before
 
 
+def test_a_title_cannot_leave_the_island(small: Path) -> None:
+    change(small, title=SCRIPT + "&amp;")
+    titled = parsed(small)
+    assert [attrs.get("type") for tag, attrs, _ in titled.raw if tag == "script"] == ["application/json", None]
+    assert not set("<>&") & set(titled.raw[1][2])
+    assert json.loads(titled.raw[1][2])["title"] == SCRIPT + "&amp;"
+
+
 def test_the_island_cannot_be_left(page: Parsed) -> None:
     text = page.raw[[a.get("type") for _, a, _ in page.raw].index("application/json")][2]
     assert not set("<>&") & set(text)
