@@ -40,6 +40,8 @@ class Evaluator:
     ) -> None:
         self.config, self.game, self.output_dir, self.accelerator = config, game, output_dir, accelerator
         self.evaluation: RunEvaluation | None = None
+        self.last: tuple[dict[str, Any], list[Comparison]] | None = None
+        """What the last report was made of."""
         if prompts is not None:
             self.evaluation = run_evaluation(
                 config.evaluation,
@@ -119,7 +121,7 @@ class Evaluator:
         """Print and write the table, draw the gallery, finish the page; main process only."""
         if self.evaluation is None:
             return []
-        results, comparisons = self._report()
+        results, comparisons = self.last or self._report()
         if comparisons:
             print_table(comparisons)
             markdown = as_markdown(comparisons)
@@ -188,7 +190,8 @@ class Evaluator:
     def _report(self) -> tuple[dict[str, Any], list[Comparison]]:
         if not self.accelerator.is_main_process or self.evaluation is None:
             return {}, []
-        return self.evaluation.report(self._models())
+        self.last = self.evaluation.report(self._models())
+        return self.last
 
     def _training_captions(self) -> Sequence[str]:
         return [
