@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
+
+from spin_diffusion.evaluation.report.reading import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +45,10 @@ def both(request, sdxl_dir, tiny_parquet, tmp_path_factory):
         "learning_rate": 1e-4 if request.param == "adamw" else 1e-3,
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("processes")
+    if request.param == "adamw":  # two shards of pictures, one for each process
+        prompts = folder / "prompts.txt"
+        prompts.write_text("".join(f"a fox number {number}\n" for number in range(33)))
+        config |= {"validation_prompts": str(prompts), "num_validation_images": 2, "scorers": ["sharpness"]}
     said = [
         play(config | {"train_batch_size": 4}, folder / "one", 1),
         play(config | {"train_batch_size": 2}, folder / "two", 2),
@@ -93,6 +100,23 @@ def test_under_sgd_the_weights_agree(both):
     weights = [load_file(out / "unet" / "diffusion_pytorch_model.safetensors") for out in (one, two)]
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-6), name
+
+
+def test_pictures_and_scores_of_the_base_are_the_same_bytes_and_every_round_is_judged(both):
+    optimizer, _, one, two = both
+    if optimizer != "adamw":
+        return
+    indices = sorted((one / "base" / "images" / "guidance-3").glob("*.jsonl"))
+    assert len(indices) == 2
+    for path in indices:  # with the pictures' hashes
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
+    for path in (one / "base" / "scores").rglob("*.parquet"):
+        assert pq.read_table(path).equals(pq.read_table(two / path.relative_to(one)))
+    results = [read_results(out / "results.json") for out in (one, two)]
+    assert results[0]["protocol"] == results[1]["protocol"]
+    means = [[entry["mean"] for entry in found["results"]] for found in results]
+    assert means[0] == pytest.approx(means[1], abs=1e-3) and len(means[0]) >= 2
+    assert (two / "report.html").is_file()
 
 
 def test_every_process_leaves_its_state_in_a_checkpoint(both):

@@ -55,40 +55,44 @@ def score_pictures(
     """
     keeps_features = _keeper_of_features(specs)
     for spec in specs:
-        name, _, path = parse_spec(spec)
+        name = parse_spec(spec)[0]
         shards = [
             (index, folder.scores / name / folder_of(scale) / f"{index.stem}.parquet")
             for folder in folders.values()
             for scale in guidance_scales
             for index in index_files(folder.pictures, scale)
         ]
-        # The pictures' hashes are in the index: scores of pictures that were drawn anew are not reused
-        missing = [
-            (index, out) for index, out in shards if not (out.is_file() and rows_metadata(out).get("source") == spec)
-        ]
-        if missing:
-            described, reasons = _describe(spec), []
+        # Shared out before looking at what is there: another process may be writing already
+        mine = shards[accelerator.process_index :: accelerator.num_processes]
+        missing = [(index, out) for index, out in mine if not _is_scored(out, spec)]
+        records = [folder.scores / name / "scorer.json" for folder in folders.values()]
+        undescribed = accelerator.is_main_process and not all(path.is_file() for path in records)
+        said = []
+        if missing or undescribed:
             try:
                 scorer = load_scorer(spec, str(accelerator.device))
+                total = sum(len(read_index(index)) for index, _ in missing) * accelerator.num_processes
                 _score_shards(
-                    scorer, spec, missing[accelerator.process_index :: accelerator.num_processes],
-                    bar(name, sum(len(read_index(index)) for index, _ in missing)),
-                    accelerator.num_processes, spec == keeps_features,
-                )  # fmt: skip
-                described |= {"source": scorer.source, "checkpoint": scorer.checkpoint}
+                    scorer, spec, missing, bar(name, total), accelerator.num_processes, spec == keeps_features
+                )
+                said = [_describe(spec) | {"source": scorer.source, "checkpoint": scorer.checkpoint, "reason": ""}]
                 del scorer  # its memory, before the next one's weights are read
             except InputError as error:
-                reasons = [str(error)]
-            if accelerator.num_processes > 1:
-                reasons = gather_object(reasons)
-            reason = "; ".join(dict.fromkeys(reasons))
-            if accelerator.is_main_process:
-                said = described | {"state": "not run" if reason else "run", "reason": reason}
-                for folder in folders.values():
-                    write_json(folder.scores / name / "scorer.json", said)
-                if reason:
-                    print(f"scorer {name} was not run: {reason}")
+                said = [_describe(spec) | {"reason": str(error)}]
+        if accelerator.num_processes > 1:
+            said = gather_object(said)
+        if said and accelerator.is_main_process:
+            reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
+            for path in records:
+                write_json(path, said[0] | {"state": "not run" if reason else "run", "reason": reason})
+            if reason:
+                print(f"scorer {name} was not run: {reason}")
         accelerator.wait_for_everyone()
+
+
+def _is_scored(shard: Path, spec: str) -> bool:
+    """Whether a shard is complete and by this very scorer."""
+    return shard.is_file() and rows_metadata(shard).get("source") == spec
 
 
 def _describe(spec: str) -> dict[str, Any]:

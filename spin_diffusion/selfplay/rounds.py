@@ -133,6 +133,8 @@ class _Round:
 
     def run(self) -> dict[str, Any]:
         """Take every step that is not committed yet."""
+        # All have read the record before one of them changes it: otherwise a late one would skip a step
+        self.accelerator.wait_for_everyone()
         data_hash = data_manifest(self.data)["hash"]
         if self.record and self.record["data_hash"] != data_hash:
             raise InputError(

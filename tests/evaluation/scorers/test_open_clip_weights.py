@@ -1,5 +1,6 @@
 """HPS, whose files are in open_clip's layout: the conversion against a plain-torch open_clip, and the scorers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_the_converted_model_equals_open_clip(activation: str) -> None:
     quick = {"gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[activation]
     image, text = differences(convert(tensors, activation), OpenClipReference(tensors, activation=quick))
     assert image < 1e-6 and text < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_the_converted_model_equals_what_the_package_open_clip_computed(activation: str) -> None:
+    made = json.loads((Path(__file__).parent / "fixtures" / "open_clip.json").read_text())
+    pixels, ids = inputs()
+    model = convert(open_clip_tensors(), activation)
+    with torch.no_grad():
+        image = F.normalize(pooled(model.get_image_features(pixel_values=pixels)))
+        text = F.normalize(pooled(model.get_text_features(input_ids=ids)))
+    assert (image - torch.tensor(made[activation]["image"])).abs().max() < 1e-6
+    assert (text - torch.tensor(made[activation]["text"])).abs().max() < 1e-6
 
 
 def swap(tensors: dict[str, torch.Tensor], first: str, second: str) -> dict[str, torch.Tensor]:
