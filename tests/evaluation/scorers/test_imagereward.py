@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def test_rewards_equal_the_original_architectures(folder: Path, tensors: dict[st
     assert expected.std() > 0.01, "the test would see no difference"
     assert scorer.truncated(PROMPTS) == [False, False, False, True, False]
     assert scorer.features is None and set(scorer.checkpoint) >= {"ImageReward.pt", "vocab.txt"}
+
+
+def test_rewards_equal_what_the_package_image_reward_computed(folder: Path) -> None:
+    made = json.loads((Path(__file__).parent / "fixtures" / "imagereward.json").read_text())
+    rewards = load_scorer(f"imagereward={folder}", "cpu")(pictures(5), PROMPTS)
+    assert (rewards - torch.tensor(made["rewards"])).abs().max() < 1e-5
 
 
 def test_image_and_prompt_both_matter(folder: Path) -> None:
