@@ -19,10 +19,8 @@ toy-table: install
 			--objective $$objective --compare_with "$$rivals" --seed $$seed --num_validation_images 1 \
 			--validation_guidance_scales "[1, 2, 3]" --output_dir runs/table/$$base-$$objective-$$seed; \
 	done; done; done; \
-	for base in plateau sloppy; do for objective in spin space; do \
-		$(BIN)/python evaluation/table.py --markdown runs/table/$$base-$$objective-0 \
-			runs/table/$$base-$$objective-1 runs/table/$$base-$$objective-2; \
-	done; done
+	for base in plateau sloppy; do $(BIN)/python evaluation/table.py \
+		runs/table/$$base-spin-* runs/table/$$base-space-* --sweep 1 3; done
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint

@@ -141,26 +141,29 @@ def promotion(results: dict[str, Any], promote_if: PromoteIf) -> tuple[bool, str
 
 
 def rows_of_runs(output_dirs: list[Path]) -> list[Row]:
-    """The scores of all models of runs that differ in their seed alone, their images side by side.
+    """The scores of all models of runs that differ in seed and objective alone; the seeds' images lie side by side.
 
     Raises:
-        InputError: a folder that is not a finished run, or runs that are not of the same settings and prompts.
+        InputError: a folder that is not a finished run, or runs that differ in more than that.
     """
-    merged: dict[tuple[str, float, str], list[Row]] = {}
+    by_seed: dict[tuple[str, float | None, str], dict[int, Row]] = {}
     for directory in output_dirs:
         if not (directory / "config.yaml").is_file():
             raise InputError(f"{directory} is not a run's folder: it has no config.yaml")
-        rounds = yaml.safe_load((directory / "config.yaml").read_text())["rounds"]
-        if not (directory / f"round-{rounds}" / "evaluation").is_dir():
-            raise InputError(f"{directory} is not finished: round {rounds} has no scores; run its command again")
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+        if not (directory / f"round-{config['rounds']}" / "evaluation").is_dir():
+            raise InputError(f"{directory} is not finished: its last round has no scores; run its command again")
         for row in _rows_of_run(directory):
-            merged.setdefault((row.model, row.guidance_scale, row.scorer), []).append(row)
-    for (model, *_), rows in merged.items():
-        if len(rows) != len(output_dirs) or len({len(row.scores) for row in rows}) > 1:
-            raise InputError(f"the runs differ in more than their seed: {model!r} is not alike in all of them")
+            # Runs of one seed share their base: it counts once
+            by_seed.setdefault((row.model, row.guidance_scale, row.scorer), {}).setdefault(config["seed"], row)
+    seeds = {seed for of_seed in by_seed.values() for seed in of_seed}
+    for (model, *_), of_seed in by_seed.items():
+        if set(of_seed) != seeds or len({len(row.scores) for row in of_seed.values()}) > 1:
+            raise InputError(f"the runs differ in more than seed and objective: {model!r} is not alike in all of them")
     return [
-        Row(model, scale, scorer, np.concatenate([row.scores for row in rows], axis=1), rows[0].role)
-        for (model, scale, scorer), rows in merged.items()
+        Row(model, scale, scorer, np.concatenate([of_seed[s].scores for s in sorted(seeds)], axis=1), role=role)
+        for (model, scale, scorer), of_seed in by_seed.items()
+        for role in [of_seed[min(seeds)].role]
     ]
 
 

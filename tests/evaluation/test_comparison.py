@@ -1,10 +1,11 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table
+from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table, sweep_as_markdown
 from spin_diffusion.evaluation.statistics import Interval, holm, mean_interval, paired_difference, sign_test_p
 from spin_diffusion.input_error import InputError
 
@@ -49,8 +50,16 @@ def test_the_numbers_are_those_of_statistics() -> None:
     assert comparisons[1].difference == paired_difference(round_1.scores, base.scores)
     assert comparisons[1].wins + comparisons[1].ties + comparisons[1].losses == comparisons[1].num_prompts == 40
     assert comparisons[1].num_images == 2
-    raw = [sign_test_p(c.wins, c.losses) for c in comparisons[1:]]
-    assert [c.p for c in comparisons[1:]] == holm(raw).tolist()
+    assert [c.p for c in comparisons[1:]] == [sign_test_p(c.wins, c.losses) for c in comparisons[1:]]
+
+
+def test_p_is_adjusted_over_the_scorers_of_one_model_at_one_guidance_and_over_nothing_else() -> None:
+    rows = [replace(row, scorer=name) for name in ("one", "two", "three") for row in make_rows(scales=(1.0, 7.5))]
+    comparisons = compare(rows, "base")
+    for model in ("round 1", "round 2", "sft"):
+        for scale in (1.0, 7.5):
+            family = [c for c in comparisons if (c.model, c.guidance_scale) == (model, scale)]
+            assert [c.p_holm for c in family] == holm([c.p for c in family]).tolist() and len(family) == 3
 
 
 def test_better_is_positive_worse_is_negative() -> None:
@@ -148,3 +157,19 @@ def test_decimals_follow_the_width_of_the_intervals() -> None:
     assert "20.95 [20.63, 21.27]" in as_markdown([row(20.95, 0.32)])
     assert "0.27512 [0.27481, 0.27543]" in as_markdown([row(0.27512, 0.00031)])
     assert "5200 [4900, 5500]" in as_markdown([row(5200.0, 300.0)])
+
+
+def test_the_sweep_compares_each_model_at_its_best_guidance() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.01, (60, 2))
+    rows = [
+        Row("base", 1.0, "judge", 0.2 + noise),
+        Row("base", 3.0, "judge", 0.6 + noise),
+        Row("tuned", 1.0, "judge", 0.7 + noise),
+        Row("tuned", 3.0, "judge", 0.5 + noise),
+    ]
+    said = sweep_as_markdown(rows, "base", [1.0, 3.0])
+    tuned = next(line for line in said.splitlines() if line.startswith("| tuned"))
+    cells = [cell.strip(" *") for cell in tuned.split("|")[2:-1]]
+    assert cells[1].startswith("+0.500") and cells[3].startswith("-0.100")
+    assert cells[4].endswith("at 1") and cells[5].startswith("+0.100")

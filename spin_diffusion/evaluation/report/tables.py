@@ -215,7 +215,7 @@ STATES = {
 }
 
 ROLES = {
-    "truth": "Knows the right answer, as the oracle of a toy world does.",
+    "truth": "Knows the right answer, as the oracle of a drawn world does.",
     "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
     "gain here alone is not evidence of better images.",
     "held-out": "A preference model trained on other data. The gain that counts.",
