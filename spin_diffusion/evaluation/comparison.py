@@ -241,8 +241,12 @@ def sweep_as_markdown(rows: Sequence[Row], baseline: str, scales: Sequence[float
             for row, base in [*((of[s], by_model[baseline][s]) for s in scales), (best[model], best[baseline])]:
                 mean = f"{row.scores.mean():.{decimals}f}"
                 cells.append(mean if len(cells) < 2 * len(scales) else f"{mean} at {row.guidance_scale:g}")
-                difference = None if model == baseline else paired_difference(row.scores, base.scores)
-                said = _difference(difference, decimals, " ") if difference else ""
+                if model == baseline:
+                    interval = mean_interval(row.scores)
+                    cells.append(f"in [{interval.low:.{decimals}f}, {interval.high:.{decimals}f}]")
+                    continue
+                difference = paired_difference(row.scores, base.scores)
+                said = _difference(difference, decimals, " ")
                 cells.append(f"**{said}**" if _direction(difference) else said)
             parts.append(f"| {_escaped(model)} | {' | '.join(cells)} |")
         parts.append("")
