@@ -16,7 +16,7 @@ toy-table: install
 		[ $$objective = spin ] && rivals="[sft]" || rivals="[]"; \
 		$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 			--config training/configs/toy_sdxl.yaml --pretrained_model_name_or_path assets/toy_world/$$base \
-			--objective $$objective --compare_with "$$rivals" --seed $$seed --num_validation_images 1 \
+			--objective $$objective --compare_with "$$rivals" --seed $$seed --max_validation_prompts 100 --num_validation_images 1 \
 			--validation_guidance_scales "[1, 2, 3]" --output_dir runs/table/$$base-$$objective-$$seed; \
 	done; done; done; \
 	for base in plateau sloppy; do $(BIN)/python evaluation/table.py \
