@@ -18,6 +18,7 @@ from spin_diffusion.evaluation.in_rounds import RunEvaluation, metrics_of, model
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
@@ -67,7 +68,7 @@ class Evaluator:
             self._evaluate("base", self.output_dir / "base", "baseline", 0, base, "pipeline")
         if self.config.evaluation.promote_if != "always":
             for spec in self.config.evaluation.scorers or []:
-                said = read_scorer(self.output_dir / "base" / "scores", Path(spec.partition("=")[0]).stem)
+                said = read_scorer(self.output_dir / "base" / "scores", parse_spec(spec)[0])
                 if said["state"] != "run":
                     raise InputError(
                         f"--promote_if {self.config.evaluation.promote_if} needs every scorer, and {said['name']} "
