@@ -53,7 +53,7 @@ def test_twenty_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, t
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"kills are drawn from seed {seed}")
     rng = random.Random(seed)
-    killed = 0
+    killed = finished = 0
     while True:
         run = start(config, tmp_path / "killed")
         # Anywhere from the imports on; the run gets through once it has had its kills
@@ -71,5 +71,6 @@ def test_twenty_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, t
         # It finished before it was killed often enough: compare, and start over in an empty folder
         if weights(tmp_path / "killed") != weights(tmp_path / "unbroken"):
             break
-        (tmp_path / "killed").rename(tmp_path / f"killed-{killed}")
+        finished += 1
+        (tmp_path / "killed").rename(tmp_path / f"finished-{finished}")
     assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
