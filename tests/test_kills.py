@@ -72,5 +72,6 @@ def test_twenty_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, t
         if weights(tmp_path / "killed") != weights(tmp_path / "unbroken"):
             break
         finished += 1
+        whole_s *= 0.8  # the machine is less busy than it was: kill sooner
         (tmp_path / "killed").rename(tmp_path / f"finished-{finished}")
     assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
