@@ -23,6 +23,7 @@ from spin_diffusion.evaluation.drawing import (
     protocol_of,
     requests,
     save_bytes,
+    without_picture,
     write_index,
 )
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
@@ -341,12 +342,10 @@ def _take_pictures(
 def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
     given = by_prompt.get(row["prompt"], [])
     if row["k"] >= len(given):
-        return row | {"file": None, "sha256": None, "state": "there is no such picture", "saturation": None,
-                      "clipped": None, "sharpness": None}  # fmt: skip
+        return without_picture(row, "there is no such picture")
     path = given[row["k"]]
     try:
         data = path.read_bytes()
     except OSError as error:
-        return row | {"file": None, "sha256": None, "state": f"cannot be read: {error.strerror}", "saturation": None,
-                      "clipped": None, "sharpness": None}  # fmt: skip
+        return without_picture(row, f"cannot be read: {error.strerror}")
     return save_bytes(row, data, folder / f"{row['id']}-{row['k']}{path.suffix.lower()}")

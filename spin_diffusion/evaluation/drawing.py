@@ -146,8 +146,7 @@ def _draw_all(
 def save_picture(row: dict[str, Any], image: Image.Image | None, folder: Path) -> dict[str, Any]:
     """Write the PNG file of a request and return the request with its file, hash and photometry."""
     if image is None:
-        return row | {"file": None, "sha256": None, "state": "not finite",
-                      "saturation": None, "clipped": None, "sharpness": None}  # fmt: skip
+        return without_picture(row, "not finite")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return save_bytes(row, buffer.getvalue(), folder / f"{row['id']}-{row['k']}.png")
@@ -158,20 +157,25 @@ def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
 
     A picture that cannot be decoded is kept out: its row has no file, and a state that says why.
     """
-    nothing = {"file": None, "sha256": hashlib.sha256(data).hexdigest(), "saturation": None, "clipped": None,
-               "sharpness": None}  # fmt: skip
+    digest = hashlib.sha256(data).hexdigest()
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # Pillow's decoders raise dozens of kinds
         reason = "not an image" if "<_io" in str(error) else (str(error).splitlines() or ["damaged"])[0][:200]
-        return row | nothing | {"state": f"cannot be decoded: {reason}"}
+        return without_picture(row, f"cannot be decoded: {reason}", digest)
     write_file(path, lambda part: part.write_bytes(data))
     measured = measure_image(image)
-    return row | nothing | {
-        "file": path.name, "state": measured.state, "saturation": measured.saturation,
+    return row | {
+        "file": path.name, "sha256": digest, "state": measured.state, "saturation": measured.saturation,
         "clipped": measured.clipped, "sharpness": measured.sharpness,
     }  # fmt: skip
+
+
+def without_picture(row: dict[str, Any], state: str, sha256: str | None = None) -> dict[str, Any]:
+    """The request of a picture that there is not, and why."""
+    nothing = dict.fromkeys(("file", "saturation", "clipped", "sharpness"))
+    return row | nothing | {"sha256": sha256, "state": state}
 
 
 def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
