@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spin_diffusion"
 FORBIDDEN = {
-    "selfplay": {"diffusion", "llm", "data", "evaluation", "config"},
-    "data": {"diffusion", "llm", "selfplay", "evaluation", "config"},
-    "evaluation": {"diffusion", "llm", "config"},
+    "selfplay": {"diffusion", "llm", "data", "evaluation", "config", "running"},
+    "data": {"diffusion", "llm", "selfplay", "evaluation", "config", "running"},
+    "evaluation": {"diffusion", "llm", "config", "running"},
 }
 
 

@@ -21,10 +21,12 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.input_error import InputError
+from spin_diffusion.running import rivals
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.rounds import Evaluate, Judgement
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, weights_hash, write_file, write_json
 from spin_diffusion.selfplay.samples import shards
+from spin_diffusion.selfplay.train import of_round
 
 
 class Evaluator:
@@ -144,7 +146,7 @@ class Evaluator:
     # Parts
 
     def _round_name(self, k: int) -> str:
-        return f"{self.config.rounds.objective} round {k}"
+        return f"{of_round(self.config.rounds.objective, k)} round {k}"
 
     def _evaluate(self, name: str, folder: Path, role: Any, round_: int | None, source: str | None, kind: Any) -> None:
         """Draw and score with the present player, and note whose pictures these are."""
@@ -166,13 +168,12 @@ class Evaluator:
     def _folders(self) -> list[Path]:
         """Where an evaluation can be, in the order of the table."""
         rounds = range(1, self.config.rounds.rounds + 1)
-        rivals = [name for name in self.config.run.compare_with or [] if name != self.config.rounds.objective]
         return [
             self.output_dir / "base",
             *(self.output_dir / f"round-{k}" / "evaluation" for k in rounds),
             *(
                 self.output_dir / f"compare-{name}" / f"round-{self.config.rounds.rounds}" / "evaluation"
-                for name in rivals
+                for name in rivals(self.config)
             ),
         ]
 

@@ -24,7 +24,7 @@ from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sam
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
-from spin_diffusion.selfplay.run_dir import commit, part_of
+from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class DenoiserSettings:
 
 class DiffusionGame:
     """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
+
+    keeps_scores = False  # a score is taken at one noise level and one noise
+    prompt_columns = ("id", "prompt")
+    level_name = "timesteps"
+    # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
+    start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
 
     def __init__(
         self,
@@ -154,7 +160,8 @@ class DiffusionGame:
         return torch.cat(encoded)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Scores at one (t, eps) per pair, shared by both images and both models; both images in one batch."""
+        """Scores at one (t, eps) per pair, shared by its images and both models; all images in one batch."""
+        batch = _one_to_one(batch)
         sides = [batch.real, batch.generated] if batch.generated else [batch.real]
         device = self.accelerator.device
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
@@ -192,9 +199,17 @@ class DiffusionGame:
         opponent_real, opponent_generated = opponent_scores.split(pairs)
         return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), level)
 
+    def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Not asked for: see `keeps_scores`."""
+        raise NotImplementedError
+
     def promote(self) -> None:
         """The opponent becomes a frozen copy of the player."""
         self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+
+    def opponent_hash(self) -> str:
+        """Of the opponent's weights as they are now."""
+        return weights_hash(self.opponent)
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
         """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it."""
@@ -265,6 +280,19 @@ class DiffusionGame:
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
+
+
+def _one_to_one(batch: Batch) -> Batch:
+    """The batch with each real row as often as it has generated ones, all at its noise."""
+    if not batch.generated or len(next(iter(batch.generated.values()))) == len(batch.ids):
+        return batch
+    copies = len(next(iter(batch.generated.values()))) // len(batch.ids)
+    return Batch(
+        *([value for value in values for _ in range(copies)] for values in (batch.ids, batch.prompts)),
+        {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in batch.real.items()},
+        batch.generated,
+        [seed for seed in batch.seeds for _ in range(copies)],
+    )
 
 
 def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:

@@ -1,6 +1,7 @@
 """The model card: README.md in the output folder, and the folder on the hub if that is asked for."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import spin_diffusion
 from spin_diffusion.config import Config
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.rounds import of_round
+from spin_diffusion.selfplay.rounds import objectives_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file
+from spin_diffusion.selfplay.train import of_round, steps_of_round
 
 METHODS = {
     "spin": ("SPIN-Diffusion", "https://arxiv.org/abs/2402.10210"),
     "space": ("SPACE", "https://arxiv.org/abs/2512.07175"),
+    "bco": ("BCO", "https://arxiv.org/abs/2404.04656"),
+    "nca": ("NCA", "https://arxiv.org/abs/2402.05369"),
     "dpo": ("Diffusion-DPO", "https://arxiv.org/abs/2311.12908"),
     "sft": ("supervised fine-tuning", "https://arxiv.org/abs/2112.10752"),
 }
@@ -35,7 +39,8 @@ def write_model_card(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False, autoescape=False
     )
-    method, link = METHODS[config.rounds.objective]
+    objectives = objectives_of(config.rounds)
+    method, link = METHODS[objectives[-1]]
     text = environment.get_template("model_card.md.j2").render(
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
         pipeline=pipeline,
@@ -58,7 +63,7 @@ def write_model_card(
         base_model=base if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "self-play", config.rounds.objective],
+        tags=["text-to-image", "diffusers", "self-play", *objectives],
     )
     card = f"---\n{data.to_yaml()}\n---\n\n{text}\n"
     write_file(output_dir / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
@@ -78,7 +83,7 @@ def push_to_hub(output_dir: Path, config: Config) -> str:
             repo_id=repository,
             folder_path=output_dir,
             allow_patterns=UPLOADED,
-            commit_message=f"{config.rounds.objective}, {config.rounds.rounds} rounds",
+            commit_message=f"{', '.join(objectives_of(config.rounds))}, {config.rounds.rounds} rounds",
         )
     except Exception as error:  # the hub's client raises dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -98,15 +103,22 @@ def _facts(config: Config, rows: int) -> list[tuple[str, Any]]:
 
     return [
         ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`"),
-        ("objective", f"{rounds.objective}, beta {by_round(rounds.beta)}, {rounds.rounds} rounds"),
+        ("objective", f"{', '.join(objectives_of(rounds))}, beta {by_round(rounds.beta)}, {rounds.rounds} rounds"),
         ("opponent", f"{rounds.opponent}, guidance {config.sampling.guidance_scale:g}, "
                      f"{config.sampling.num_inference_steps} steps of {config.sampling.sampler}"),
-        ("optimizer steps a round", by_round(training.max_train_steps)),
+        ("optimizer steps a round", ", ".join(str(steps) for steps in _steps(config, rows))),
         ("pairs a step and process", training.train_batch_size * training.gradient_accumulation_steps),
         ("learning rate", by_round(training.learning_rate)),
         ("winner-preserving mu", config.denoiser.winner_preserving_mu),
         ("seed", rounds.seed),
     ]  # fmt: skip
+
+
+def _steps(config: Config, rows: int) -> list[int]:
+    """What each round was to take, on the processes of the present run."""
+    pairs, world = rows // config.rounds.real_parts, int(os.environ.get("WORLD_SIZE", "1"))
+    steps = [steps_of_round(config.training, k, pairs, world)[0] for k in range(1, config.rounds.rounds + 1)]
+    return steps[:1] if len(set(steps)) == 1 else steps
 
 
 def _verdict(results: dict[str, Any] | None) -> str:

@@ -26,10 +26,11 @@ class Batch:
     Attributes:
         ids: prompt ids, for messages.
         prompts: the prompts.
-        real, generated: tensors of both sides by name, first axis = pair; `generated` is empty for an objective that
-            has no generated side.
-        seeds: one per pair. All randomness of a pair's scores (noise, level, dropout) comes from it, so that it does
-            not depend on the process that happens to compute the pair.
+        real, generated: tensors of both sides by name, first axis = row; `generated` is empty for an objective that has
+            no generated side. With several generated samples per real one it has that many rows for each real row, in
+            order. Where the opponent's scores can be kept, both have them as `opponent_score`.
+        seeds: one per real row. All randomness of a pair's scores (noise, level, dropout) comes from it, so that it
+            does not depend on the process that happens to compute the pair.
     """
 
     ids: list[str]
@@ -41,10 +42,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Scores of a batch, and for each pair where on the modality's scale of difficulty it was taken.
+    """Scores of a batch, and for each pair where on the game's scale of difficulty it was taken.
+
+    A real row with several generated ones makes as many pairs, each with the real row's scores.
 
     Attributes:
-        level: in [0, 1): the timestep over the number of timesteps for images, the place in the answer for text.
+        level: in [0, 1): the noise level of a denoising score, say, or the length of a sample that has one.
     """
 
     scores: PairScores
@@ -53,13 +56,22 @@ class ScoredBatch:
 
 @runtime_checkable
 class Game(Protocol):
-    """Two models and what can be done with them. Implementations: `spin_diffusion.diffusion.game.DiffusionGame`."""
+    """Two models and what can be done with them. Implementations: `DiffusionGame`, `LanguageGame`."""
 
     player: nn.Module
-    opponent: nn.Module
+    """What is trained; its parameters stay the same objects for as long as the game lives."""
+    keeps_scores: bool
+    """Whether a sample's score is a number of its own, which is computed once per round. Otherwise it depends on a
+    draw (a noise level), and the opponent scores beside the player."""
+    prompt_columns: tuple[str, ...]
+    """Columns of a stored real row that `generate` needs of it."""
+    level_name: str
+    """What `ScoredBatch.level` is a share of, for messages: "timesteps"."""
+    start_tolerance: dict[str, float]
+    """Largest |r| at step 0 that is rounding, relative to max(1, |score|), by mixed precision."""
 
     def generate(self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = ...) -> list[Row]:
-        """Draw one sample with the opponent for each prompt.
+        """Draw one sample with the opponent for each row's prompt.
 
         One call is one fixed batch: the same rows and seeds give the same bytes, wherever and whenever it is made.
 
@@ -72,6 +84,14 @@ class Game(Protocol):
         """Stored samples -> the tensors that `scores` needs of them, first axis = row."""
         ...
 
+    def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
+        ...
+
+    def opponent_hash(self) -> str:
+        """Hash of the opponent's weights, from the weights as they are now wherever the game still has them."""
+        ...
+
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Score both sides under both models.
 
@@ -81,7 +101,11 @@ class Game(Protocol):
         ...
 
     def promote(self) -> None:
-        """The player becomes the opponent: an independent, frozen copy of its present weights."""
+        """The player's present weights become the opponent's.
+
+        Where `keeps_scores`, they need to stand only until the player is trained or restored; otherwise they are an
+        independent, frozen copy.
+        """
         ...
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:

@@ -12,17 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-START_TOLERANCE = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
-"""Largest |r| that is rounding at step 0, by mixed precision. Both models run on the same values, but a device may
-choose another kernel where no gradient is wanted."""
-
 
 def check_start(
     r_real: Float[Tensor, " batch"],
     r_generated: Float[Tensor, " batch"],
     losses: Float[Tensor, " batch"],
     losses_at_zero: Float[Tensor, " batch"],
-    mixed_precision: str,
+    tolerance: float,
     scale: float,
 ) -> None:
     """Assert that player and opponent agree before the first step of a round: every r is 0.
@@ -30,12 +26,12 @@ def check_start(
     Args:
         losses_at_zero: the objective at r = 0 with the same player_real: ln 2 for SPIN, ln(1 + mu) + mu ln(1 + 1/mu)
             for SPACE.
+        tolerance: largest |r| that is rounding.
         scale: the objective's beta; a tolerance on r is one of beta times it on the loss.
 
     Raises:
         AssertionError: dropout left on, two dtypes, other noise, a wrong adapter or a stale cache.
     """
-    tolerance = START_TOLERANCE[mixed_precision]
     worst = max(r_real.abs().max().item(), r_generated.abs().max().item())
     assert worst <= tolerance, (
         f"step 0: player and opponent disagree by {worst:.3g} on the same sample (at most {tolerance:g} is rounding); "
@@ -46,7 +42,14 @@ def check_start(
 
 
 def check_finite(
-    loss: float, gradient_norm: float, *, step: int, levels: Float[Tensor, " pairs"], ids: list[str], round_: int
+    loss: float,
+    gradient_norm: float,
+    *,
+    step: int,
+    levels: Float[Tensor, " pairs"],
+    ids: list[str],
+    round_: int,
+    level_name: str,
 ) -> None:
     """Stop the run when the loss or the gradient is not finite.
 
@@ -59,8 +62,8 @@ def check_finite(
     value = loss if not isfinite(loss) else gradient_norm
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     raise FloatingPointError(
-        f"round {round_}, step {step}: the {what} is {value} (timesteps {levels.min():.3f} to {levels.max():.3f} of "
-        f"the schedule, samples {shown}); lower --learning_rate, use --mixed_precision no, or look at these samples"
+        f"round {round_}, step {step}: the {what} is {value} ({level_name} {levels.min():.3f} to {levels.max():.3f} of "
+        f"their range, samples {shown}); lower --learning_rate, use --mixed_precision no, or look at these samples"
     )
 
 
@@ -104,7 +107,8 @@ class Watch:
         return (
             f"the player models the real samples worse than the opponent does (r_real {self.r_real:.2e}, beta * "
             f"r_real {beta * self.r_real:.2f}): the margin grows by forgetting. Lower --learning_rate or "
-            "--max_train_steps, or set --winner_preserving_mu 0.9"
+            "--max_train_steps, or use an objective or a rule that holds r_real up (--objective space, or "
+            "--winner_preserving_mu 0.9 for denoisers)"
         )
 
     def should_stop(self) -> bool:

@@ -61,7 +61,8 @@ def space(scores: PairScores, mu: float = 1.0, beta: float = 1.0) -> Float[Tenso
     r = 0. Unlike `spin` it pulls on the absolute r_real and r_generated.
 
     Args:
-        mu: number of generated samples per real one.
+        mu: number of generated samples per real one. Several of one real sample come as several pairs, whose mean is
+            the real term once and mu times the mean of the generated terms.
         beta: temperature on r. The paper has none (1); denoising errors need the size of SPIN-Diffusion's beta.
     """
     return softplus(math.log(mu) - beta * scores.r_real) + mu * softplus(beta * scores.r_generated - math.log(mu))
@@ -80,6 +81,28 @@ def sft(scores: PairScores) -> Float[Tensor, " batch"]:
     return -scores.player_real
 
 
+def bco(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
+    """Binary classification of each sample by itself (BCO, arXiv 2404.04656, without its running shift of the reward).
+
+    softplus(-beta r_real) + softplus(beta r_generated): `space` at mu = 1.
+    """
+    return softplus(-beta * scores.r_real) + softplus(beta * scores.r_generated)
+
+
+def nca(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
+    """Noise-contrastive alignment, its form for pairs (NCA, arXiv 2402.05369).
+
+    softplus(-beta r_real) + (softplus(beta r_real) + softplus(beta r_generated)) / 2: the real sample counts among the
+    noise too, so one round solved exactly goes only half of the way that one of `space` goes.
+    """
+    real, generated = beta * scores.r_real, beta * scores.r_generated
+    return softplus(-real) + 0.5 * softplus(real) + 0.5 * softplus(generated)
+
+
+Loss = Callable[[PairScores], Float[Tensor, " batch"]]
+"""An objective with its settings."""
+
+
 class Objective(NamedTuple):
     """A loss and where its generated side comes from: the opponent draws it, the data set has it, or none is needed."""
 
@@ -90,12 +113,14 @@ class Objective(NamedTuple):
 OBJECTIVES: dict[str, Objective] = {
     "spin": Objective(spin, "opponent"),
     "space": Objective(space, "opponent"),
+    "bco": Objective(bco, "opponent"),
+    "nca": Objective(nca, "opponent"),
     "dpo": Objective(dpo, "data"),
     "sft": Objective(sft, "none"),
 }
 
 
-def bind(name: str, **settings: float) -> Callable[[PairScores], Float[Tensor, " batch"]]:
+def bind(name: str, **settings: float) -> Loss:
     """The objective called `name` with those of `settings` that it knows, ready to be applied to PairScores."""
     loss = OBJECTIVES[name].loss
     known = inspect.signature(loss).parameters

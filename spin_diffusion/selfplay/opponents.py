@@ -1,20 +1,60 @@
-"""Which earlier self is the opponent.
+"""Which earlier selves are the opponent.
 
-To add a rule, write one function (round, promoted rounds) -> round whose player plays the opponent, 0 being the base,
-and name it in OPPONENTS below.
+To add a rule, write one function (round, promoted rounds) -> the rounds whose players play the opponent, each with its
+weight, 0 being the base; and name it in OPPONENTS below.
 """
 
+import math
 from collections.abc import Callable
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-def latest(round_: int, promoted: list[int]) -> int:
+from spin_diffusion.selfplay.run_dir import seed_from
+
+Mixture = dict[int, float]
+"""Round -> share of the samples that its player draws; the shares sum to 1."""
+
+
+def latest(round_: int, promoted: list[int]) -> Mixture:
     """The last promoted player (SPIN-Diffusion, arXiv 2402.10210, algorithm 1)."""
-    return promoted[-1] if promoted else 0
+    return {promoted[-1] if promoted else 0: 1.0}
 
 
-def base(round_: int, promoted: list[int]) -> int:
+def base(round_: int, promoted: list[int]) -> Mixture:
     """The base checkpoint in every round: new samples, but the opponent never gets better."""
-    return 0
+    return {0: 1.0}
 
 
-OPPONENTS: dict[str, Callable[[int, list[int]], int]] = {"latest": latest, "base": base}
+def last_two(round_: int, promoted: list[int]) -> Mixture:
+    """The last promoted player and its predecessor, half each, after the practice of SPIN (arXiv 2401.01335, section
+    6: samples of the last two rounds). There the score stays anchored at the last one; here at the mixture."""
+    selves = [0, *promoted][-2:]
+    return {k: 1 / len(selves) for k in selves}
+
+
+OPPONENTS: dict[str, Callable[[int, list[int]], Mixture]] = {"latest": latest, "base": base, "last_two": last_two}
+
+
+def member(mixture: Mixture, *sample: str | int) -> int:
+    """Which round's player draws a sample: a function of the sample's parts (seed, round, prompt id, k) alone."""
+    place, bound = seed_from("member", *sample) / 2**63, 0.0
+    for round_, weight in sorted(mixture.items()):
+        bound += weight
+        if place < bound:
+            return round_
+    return max(mixture)
+
+
+def mixture_score(scores: Float[Tensor, "members rows"], weights: Float[Tensor, " members"]) -> Float[Tensor, " rows"]:
+    """log of the mixture's density: log sum_k w_k exp(score_k), of log-likelihoods."""
+    return torch.logsumexp(scores + weights.log()[:, None], dim=0)
+
+
+def describe(mixture: Mixture) -> str:
+    """For people: "the base", "round 2", "half round 1, half round 2"."""
+    names = {k: f"round {k}" if k else "the base" for k in sorted(mixture)}
+    if len(names) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{weight:.0%} {names[k]}" for k, weight in sorted(mixture.items()) if not math.isclose(weight, 0))

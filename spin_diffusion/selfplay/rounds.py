@@ -5,6 +5,8 @@ replacing the round's `round.json` once the state's files are complete and hashe
 state that is not committed, so the same command starts, resumes and finishes a run.
 """
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -15,28 +17,53 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.objectives import OBJECTIVES, bind
-from spin_diffusion.selfplay.opponents import OPPONENTS
+from spin_diffusion.selfplay.game import Game, Row
+from spin_diffusion.selfplay.gap import held_out_gap
+from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, bind
+from spin_diffusion.selfplay.opponents import OPPONENTS, describe, member
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
     part_of,
     read_json,
-    rows_metadata,
+    read_rows,
     seed_from,
     settle,
     verify_hashes,
-    weights_hash,
     write_json,
 )
-from spin_diffusion.selfplay.samples import data_manifest, draw_shards, encode_shards, open_pairs, shards
-from spin_diffusion.selfplay.train import Pairs, RoundPlan, TrainSettings, remove_checkpoints, train
+from spin_diffusion.selfplay.samples import (
+    ENCODED,
+    Part,
+    Side,
+    data_manifest,
+    draw_shards,
+    encode_shards,
+    merge_shards,
+    mix_scores,
+    open_pairs,
+    rows_in,
+    score_shards,
+    shards,
+)
+from spin_diffusion.selfplay.train import (
+    Pairs,
+    RoundPlan,
+    TrainSettings,
+    of_round,
+    remove_checkpoints,
+    steps_of_round,
+    train,
+)
 
 STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
 
 FINAL = ("PROMOTED", "REJECTED")
+
+SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
+DRAWN_BY, SCORED_BY = "drawn_by", "scored_by"
+"""What each member of a mixture did by itself; removed when the round is finished."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,8 @@ class Judgement:
     """Why it is not promoted, in one line."""
 
 
+ObjectiveName = Literal["spin", "space", "bco", "nca", "dpo", "sft"]
+
 Evaluate = Callable[[int, Path, int], Judgement]
 """(round, folder, the round of its opponent or 0) -> what the player is worth. Resumable in the folder."""
 
@@ -60,23 +89,24 @@ class RoundSettings:
 
     rounds: int = 3
     """Rounds of self-play, counted from 1."""
-    objective: Literal["spin", "space", "dpo", "sft"] = "spin"
-    """spin and space play the opponent; dpo uses the data set's own worse images; sft uses none."""
+    objective: ObjectiveName | list[ObjectiveName] = "spin"
+    """spin, space, bco and nca play the opponent; dpo uses the data set's own worse samples; sft uses none."""
     beta: float | list[float] = 5000.0
     """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
-    mu: float = 1.0
-    """Generated samples per real one, in the objective `space`."""
-    opponent: Literal["latest", "base"] = "latest"
-    """Which earlier self draws the generated samples and anchors the score."""
+    num_generated: int = 1
+    """Samples that the opponent draws for each real one."""
+    mu: float | list[float] | None = None
+    """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
+    opponent: Literal["latest", "base", "last_two"] = "latest"
+    """Which earlier selves draw the generated samples and anchor the score. last_two is a mixture, half each."""
+    real_parts: int = 1
+    """Split the real samples into this many parts; round k plays with part k and sees it for the first time."""
     samples_per_shard: int = 64
-    """Generated samples per file; what a killed process loses at most."""
+    """Real samples per file, and what is drawn for them; what a killed process loses at most."""
+    stop_when_learnt: bool = False
+    """End the run with a round whose held-out gap is not above 0; that round is rejected. Needs held-out samples."""
     seed: int = 0
     """Seed of everything random in the run."""
-
-
-def of_round(value: Any, round_: int) -> Any:
-    """A setting's value in a round: a list holds one per round and repeats its last."""
-    return value[min(round_, len(value)) - 1] if isinstance(value, list) else value
 
 
 def play(
@@ -88,80 +118,147 @@ def play(
     accelerator: Accelerator,
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
+    held_out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
     Args:
         data: folder of the real samples that `prepare` wrote.
         output_dir: gets `round-1/`, `round-2/`, ... and `unet/` (or what the game saves) of the last promoted round.
+        held_out: the same of real samples that are never trained on. The opponent answers them too, and every round is
+            asked how well it tells the two apart.
     """
     progress = progress or Progress()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle(output_dir)
     accelerator.wait_for_everyone()
+    table = _Table(game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress)
     records: list[dict[str, Any]] = []
     for k in range(1, rounds.rounds + 1):
         promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-        play_round = _Round(k, promoted, game, data, output_dir, rounds, training, accelerator, evaluate, progress)
-        records.append(play_round.run())
+        records.append(_Round(table, k, promoted).run())
+        if records[-1].get("learnt"):
+            accelerator.print(f"The run ends with round {k}: {records[-1]['rejected_because']}")
+            break
     return records
 
 
-@dataclass
-class _Round:
-    """One round: its record on the disk and the steps that are still to be taken."""
+def objectives_of(rounds: RoundSettings) -> list[str]:
+    """The objectives of the rounds, each once."""
+    return list(dict.fromkeys(of_round(rounds.objective, k) for k in range(1, rounds.rounds + 1)))
 
-    k: int
-    promoted: list[int]
+
+@dataclass
+class _Table:
+    """What all rounds of a run share, and whose weights the game holds now."""
+
     game: Game
     data: Path
+    held_out: Path | None
     output_dir: Path
     rounds: RoundSettings
     training: TrainSettings
     accelerator: Accelerator
     evaluate: Evaluate | None
     progress: Progress
+    opponent: tuple[int, str] | None = None
+    """The round whose player is the opponent now, and its hash; None = unknown."""
+    player: Path | None = None
+    """Folder that holds the player's weights; Path() = the base, None = no folder does."""
 
-    def __post_init__(self) -> None:
-        self.directory = self.output_dir / f"round-{self.k}"
-        self.title = f"{self.rounds.objective} round {self.k}"
-        self.parent = self.promoted[-1] if self.promoted else 0
-        self.anchor = OPPONENTS[self.rounds.opponent](self.k, self.promoted)
-        self.record = self._read()
-        self.ready = False
+    def seat_opponent(self, k: int) -> str:
+        """Round k's player (0 = the base) as the opponent; its hash."""
+        if self.opponent is None or self.opponent[0] != k:
+            self.seat_player(self.folder(k))
+            self.game.promote()
+            self.opponent = (k, self.game.opponent_hash())
+        return self.opponent[1]
+
+    def seat_player(self, folder: Path) -> None:
+        """The weights in `folder` as the player."""
+        if self.player != folder:
+            self.game.restore(folder if folder != Path() else None)
+            self._player_is(folder)
+
+    def before_training(self) -> None:
+        """The player's weights are about to change."""
+        self._player_is(None)
+
+    def after_training(self, folder: Path) -> None:
+        """The player's weights were saved in `folder`."""
+        self._player_is(folder)
+
+    def _player_is(self, folder: Path | None) -> None:
+        self.player = folder
+        if self.game.keeps_scores:
+            self.opponent = None  # such a game may have one set of weights for both
+
+    def folder(self, k: int) -> Path:
+        """Where round k's player lies; Path() for the base."""
+        return self.output_dir / f"round-{k}" if k else Path()
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Real samples, and where the opponent's answers to them go in a round."""
+
+    data: Path
+    folder: Path
+    part: Part
+    title: str
+
+
+class _Round:
+    """One round: its record on the disk and the steps that are still to be taken."""
+
+    def __init__(self, table: _Table, k: int, promoted: list[int]) -> None:
+        self.table, self.k = table, k
+        self.game, self.accelerator, self.rounds = table.game, table.accelerator, table.rounds
+        self.directory = table.output_dir / f"round-{k}"
+        self.objective: str = of_round(self.rounds.objective, k)
+        self.source = OBJECTIVES[self.objective].generated
+        self.title = f"{self.objective} round {k}"
+        self.parent = promoted[-1] if promoted else 0
+        self.mixture = OPPONENTS[self.rounds.opponent](k, promoted)
+        self.anchor = max(self.mixture)
+        """Where scores cannot be kept, one self has to anchor them: the newest."""
+        part = Part((k - 1) % self.rounds.real_parts, self.rounds.real_parts)
+        self.sets = [_Samples(table.data, self.directory, part, self.title)]
+        if table.held_out is not None:
+            self.sets.append(_Samples(table.held_out, self.directory / HELD_OUT, Part(), f"{self.title}: held out"))
+        path = self.directory / "round.json"
+        self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
 
     def run(self) -> dict[str, Any]:
         """Take every step that is not committed yet."""
         # All have read the record before one of them changes it: otherwise a late one would skip a step
         self.accelerator.wait_for_everyone()
-        data_hash = data_manifest(self.data)["hash"]
+        data_hash = data_manifest(self.table.data)["hash"]
         if self.record and self.record["data_hash"] != data_hash:
             raise InputError(
                 f"{self.directory} was trained on other data (hash {self.record['data_hash'][:12]}, now "
-                f"{data_hash[:12]}): restore {self.data}, or start in another --output_dir"
+                f"{data_hash[:12]}): restore {self.table.data}, or start in another --output_dir"
             )
-        if self.finished:
-            verify_hashes(self._unremoved(self.record["files"]), self.output_dir)
-            self._clean()
-            return self.record
-        if not self._reached("PLANNED"):
-            self._commit("PLANNED", round=self.k, parent=self.parent, data_hash=data_hash, files={}, seconds={})
-        for state, step in (
-            ("OPPONENT", self._choose_opponent),
-            ("GENERATED", self._generate),
-            ("CACHED", self._cache),
-            ("TRAINED", self._train),
-            ("EVALUATED", self._evaluate),
-            ("PROMOTED", self._promote),
-        ):
-            if not self._reached(state):
-                started = time.perf_counter()
-                self._prepare_models()
-                results = step()
-                seconds = self.record["seconds"] | {state.lower(): round(time.perf_counter() - started, 3)}
-                files = self.record["files"] | results.pop("files", {})
-                self._commit(results.pop("state", state), seconds=seconds, files=files, **results)
+        if self.record:
+            verify_hashes(self._unremoved(self.record["files"]), self.table.output_dir)
+        if not self.finished:
+            if not self._reached("PLANNED"):
+                self._commit("PLANNED", round=self.k, parent=self.parent, data_hash=data_hash, files={}, seconds={})
+            for state, step in (
+                ("OPPONENT", self._choose_opponent),
+                ("GENERATED", self._generate),
+                ("CACHED", self._cache),
+                ("TRAINED", self._train),
+                ("EVALUATED", self._evaluate),
+                ("PROMOTED", self._promote),
+            ):
+                if not self._reached(state):
+                    started = time.perf_counter()
+                    results = step()
+                    seconds = self.record["seconds"] | {state.lower(): round(time.perf_counter() - started, 3)}
+                    files = self.record["files"] | results.pop("files", {})
+                    self._commit(results.pop("state", state), seconds=seconds, files=files, **results)
         self._clean()
         return self.record
 
@@ -170,10 +267,6 @@ class _Round:
         return bool(self.record) and self.record["state"] in FINAL
 
     # The record
-
-    def _read(self) -> dict[str, Any]:
-        path = self.directory / "round.json"
-        return read_json(path) if path.is_file() else {}
 
     def _reached(self, state: str) -> bool:
         return self.finished or bool(self.record) and STATES.index(state) <= STATES.index(self.record["state"])
@@ -185,133 +278,208 @@ class _Round:
         self.accelerator.wait_for_everyone()
 
     def _unremoved(self, files: dict[str, str]) -> dict[str, str]:
-        """The files that a finished round still has: its latents are removed, they can be made again."""
-        return {name: digest for name, digest in files.items() if "/latents/" not in name}
+        """The files that a round still has: a finished one has removed what its samples give again."""
+        return {name: digest for name, digest in files.items() if not self.finished or f"/{ENCODED}/" not in name}
 
     def _clean(self) -> None:
-        """Remove what a finished round does not need: latents, which the samples give again, and checkpoints."""
+        """Remove what a finished round does not need: encodings, which the samples give again, and checkpoints."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.directory / "latents", ignore_errors=True)
-            if not self.training.keep_checkpoints:
+            for samples in self.sets:
+                for name in (ENCODED, DRAWN_BY, SCORED_BY):
+                    shutil.rmtree(samples.folder / name, ignore_errors=True)
+            if not self.table.training.keep_checkpoints:
                 remove_checkpoints(self.directory)
         self.accelerator.wait_for_everyone()
 
     # The steps
 
-    def _prepare_models(self) -> None:
-        """Player and opponent as the round's beginning has them; once, and only when a step needs them."""
-        if self.ready:
-            return
-        self.ready = True
-        if self._reached("OPPONENT"):
-            verify_hashes(self.record["files"], self.output_dir)
-        self.game.restore(self._player_dir(self.anchor))
-        self.game.promote()
-        if self._reached("OPPONENT"):
-            assert weights_hash(self.game.opponent) == self.record["opponent"]["hash"], (
-                f"round {self.k}: the opponent is not the one that the round was started with"
-            )
-        if self._reached("TRAINED"):
-            self.game.restore(self.directory)
-        elif self.anchor != self.parent:
-            self.game.restore(self._player_dir(self.parent))
-
-    def _player_dir(self, k: int) -> Path | None:
-        return self.output_dir / f"round-{k}" if k else None
-
     def _choose_opponent(self) -> dict[str, Any]:
-        return {"opponent": {"round": self.anchor, "hash": weights_hash(self.game.opponent)}}
+        members = []
+        for k, weight in sorted(self.mixture.items()):
+            members.append({"round": k, "weight": weight, "hash": self.table.seat_opponent(k)})
+        return {"opponent": {"round": self.anchor, "hash": _hash_of(members), "members": members}}
+
+    def _seat(self, k: int) -> str:
+        """Member k as the opponent, which must be the one that the round was started with; its hash."""
+        found = self.table.seat_opponent(k)
+        expected = next(known["hash"] for known in self.record["opponent"]["members"] if known["round"] == k)
+        assert found == expected, f"round {self.k}: the opponent is not the one that the round was started with"
+        return found
 
     def _generate(self) -> dict[str, Any]:
-        source = OBJECTIVES[self.rounds.objective].generated
-        if source != "opponent":
-            return {"generated": source}
-        opponent = self.record["opponent"]["hash"]
-        draw_shards(
-            self.data,
-            self.directory / "samples",
-            lambda rows, done: self.game.generate(
-                rows, [seed_from(self.rounds.seed, self.k, row["id"], 0) for row in rows], done
-            ),
-            {"opponent": opponent, "data": self.record["data_hash"], "round": str(self.k)},
-            self.accelerator,
-            self.progress.phase(f"{self.title}: generate", data_manifest(self.data)["rows"]),
-        )
-        return {"generated": source, "files": self._hashes(self.directory / "samples")}
+        if self.source != "opponent":
+            return {"generated": self.source}
+        metadata = {
+            "opponent": self.record["opponent"]["hash"], "data": self.record["data_hash"], "round": str(self.k)
+        }  # fmt: skip
+        for samples in self.sets:
+            if len(self.mixture) == 1:
+                self._draw(samples, samples.folder / SAMPLES, self.anchor, metadata)
+                continue
+            by_member = {k: samples.folder / DRAWN_BY / str(k) for k in self.mixture}
+            for k, folder in by_member.items():
+                self._draw(samples, folder, k, metadata)
+            merge_shards(
+                list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
+                self.accelerator,
+            )  # fmt: skip
+        return {"generated": self.source, "files": self._hashes(SAMPLES)}
+
+    def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> None:
+        """The samples that member k of the mixture draws."""
+        opponent = self._seat(k)
+        seed, copies = self.rounds.seed, self.rounds.num_generated
+
+        def ask(real: list[Row]) -> list[Row]:
+            return [
+                row | {"place": place, "k": copy}
+                for place, row in enumerate(samples.part.rows(real))
+                for copy in range(copies)
+                if member(self.mixture, seed, self.k, row["id"], copy) == k
+            ]
+
+        def draw(rows: list[Row], done: Callable[[int], None]) -> list[Row]:
+            seeds = [seed_from(seed, self.k, row["id"], row["k"]) for row in rows]
+            drawn = self.game.generate(rows, seeds, done) if rows else []
+            return [
+                found | {"place": row["place"], "k": row["k"], "opponent": opponent}
+                for found, row in zip(drawn, rows, strict=True)
+            ]
+
+        share = f" by {describe({k: 1.0})}" if len(self.mixture) > 1 else ""
+        total = round(samples.part.count(samples.data) * copies * self.mixture[k])
+        bar = self.table.progress.phase(f"{samples.title}: generate{share}", total)
+        draw_shards(samples.data, target, ask, draw, metadata, self.game.prompt_columns, self.accelerator, bar)
 
     def _cache(self) -> dict[str, Any]:
-        if OBJECTIVES[self.rounds.objective].generated != "opponent":
-            return {}
-        encode_shards(
-            self.directory / "samples",
-            self.directory / "latents",
-            self.game,
-            self.accelerator,
-            self.progress.phase(f"{self.title}: encode", data_manifest(self.data)["rows"]),
-        )
-        return {"files": self._hashes(self.directory / "latents")}
+        for samples in self.sets:
+            if self.source == "opponent":
+                total = samples.part.count(samples.data) * self.rounds.num_generated
+                encode_shards(
+                    samples.folder / SAMPLES, samples.folder / ENCODED, self.game, self.accelerator,
+                    self.table.progress.phase(f"{samples.title}: encode", total),
+                )  # fmt: skip
+            if self.game.keeps_scores:
+                self._score(samples)
+        return {"files": self._hashes(ENCODED) | (self._hashes(SCORES) if self.game.keeps_scores else {})}
+
+    def _score(self, samples: _Samples) -> None:
+        """The opponent's scores of both sides, which do not change while the player is trained."""
+        sides = {"real": (samples.data / ENCODED, samples.part, "")}
+        if self.source == "opponent":
+            sides["generated"] = (samples.folder / ENCODED, Part(), "")
+        elif self.source == "data":
+            sides["generated"] = (samples.data / ENCODED, samples.part, "loser_")
+        single = len(self.mixture) == 1
+        for k in self.mixture:
+            self._seat(k)
+            for side, (source, part, prefix) in sides.items():
+                target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
+                total = samples.part.count(samples.data) * (self.rounds.num_generated if side == "generated" else 1)
+                bar = self.table.progress.phase(f"{samples.title}: score the {side} samples", total)
+                score_shards(source, target, self.game, part, prefix, self.accelerator, bar)
+        for side in sides if not single else ():
+            by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.mixture.items()}
+            mix_scores(by_member, samples.folder / SCORES / side, self.accelerator)
 
     def _train(self) -> dict[str, Any]:
-        before = weights_hash(self.game.opponent)
+        game, beta = self.game, of_round(self.rounds.beta, self.k)
+        before = None if game.keeps_scores else self._seat(self.anchor)
+        self.table.seat_player(self.table.folder(self.parent))
+        mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
+        loss = bind(self.objective, beta=beta, mu=mu)
+        pairs = self._pairs(self.sets[0])
+        steps, warmup_steps = steps_of_round(
+            self.table.training, self.k, len(pairs.ids), self.accelerator.num_processes
+        )
         plan = RoundPlan(
-            name=f"{self.rounds.objective}/round-{self.k}",
+            name=f"{self.objective}/round-{self.k}",
             round_=self.k,
             seed=self.rounds.seed,
-            steps=of_round(self.training.max_train_steps, self.k),
-            learning_rate=of_round(self.training.learning_rate, self.k),
-            warmup_steps=of_round(self.training.lr_warmup_steps, self.k),
-            beta=of_round(self.rounds.beta, self.k),
-            loss=bind(self.rounds.objective, beta=of_round(self.rounds.beta, self.k), mu=self.rounds.mu),
-            anchored_at_player=self.anchor == self.parent,
+            steps=steps,
+            learning_rate=of_round(self.table.training.learning_rate, self.k),
+            warmup_steps=warmup_steps,
+            beta=beta,
+            loss=loss,
+            anchored_at_player=self.mixture == {self.parent: 1.0}
+            or (self.anchor == self.parent and not game.keeps_scores),
         )
-        bar = self.progress.phase(f"{self.title}: train", plan.steps)
+        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
+        self.table.before_training()
         training = train(
-            self.game,
-            self._pairs(),
+            game,
+            pairs,
             plan,
             # Without a generated side there is nothing to tell apart
-            replace(self.training, stop_at_saturation=None) if self.record["generated"] == "none" else self.training,
+            replace(self.table.training, stop_at_saturation=None) if self.source == "none" else self.table.training,
             self.accelerator,
             self.directory,
             lambda done, total, text: bar(done, text),
         )
-        assert weights_hash(self.game.opponent) == before == self.record["opponent"]["hash"], (
-            f"round {self.k}: the opponent changed while the player was trained"
-        )
+        if before is None:
+            verify_hashes(self.record["files"], self.table.output_dir)  # the kept scores are among them
+        else:
+            assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
         how = ", stopped early: its pairs are told apart" if training["stopped_early"] else ""
         self.accelerator.print(
             f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
             f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
         )
-        saved = self.game.save(self.directory)
+        saved = game.save(self.directory)
         self.accelerator.wait_for_everyone()
-        return {"training": training, "files": file_hashes(saved, self.output_dir)}
+        self.table.after_training(self.directory)
+        return {"training": training, "files": file_hashes(saved, self.table.output_dir)} | self._gap(loss)
 
-    def _pairs(self) -> Pairs:
-        source = OBJECTIVES[self.rounds.objective].generated
+    def _gap(self, loss: Loss) -> dict[str, Any]:
+        """How well the player tells held-out samples apart."""
+        if self.table.held_out is None or self.source == "none":
+            return {}
+        gap = held_out_gap(
+            self.game, self._pairs(self.sets[1]), loss, self.table.training.train_batch_size, self.rounds.seed,
+            self.k, self.accelerator,
+        )  # fmt: skip
+        self.accelerator.print(
+            f"{self.title}: held-out gap {gap['mean']:+.4f} nats [{gap['low']:+.4f}, {gap['high']:+.4f}] over "
+            f"{gap['num_samples']} samples" + ("" if gap["low"] > 0 else "; nothing is learnt that carries over")
+        )
+        return {"held_out_gap": gap}
+
+    def _pairs(self, samples: _Samples) -> Pairs:
+        def scores(side: str) -> Path | None:
+            return samples.folder / SCORES / side if self.game.keeps_scores else None
+
         generated = {
-            "opponent": (self.directory / "latents", ""),
-            "data": (self.data / "latents", "loser_"),
-            "none": (None, ""),
-        }[source]
-        if source == "opponent":
-            self._check_samples()
-        return open_pairs(self.data, generated[0], generated[1])
+            "opponent": Side(samples.folder / ENCODED, scores("generated")),
+            "data": Side(samples.data / ENCODED, scores("generated"), "loser_"),
+            "none": None,
+        }[self.source]
+        if self.source == "opponent":
+            self._check_samples(samples.folder / SAMPLES)
+        real = Side(samples.data / ENCODED, scores("real"))
+        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated)
 
-    def _check_samples(self) -> None:
-        """A sample is trained on only when this round's opponent drew it."""
-        for path in shards(self.directory / "samples", ".parquet"):
-            opponent = rows_metadata(path).get("opponent")
-            if opponent != self.record["opponent"]["hash"]:
-                raise InputError(
-                    f"{path} was drawn by another opponent ({str(opponent)[:12]}) than round {self.k}'s "
-                    f"({self.record['opponent']['hash'][:12]}): delete {path.parent} and round.json beside it"
-                )
+    def _check_samples(self, folder: Path) -> None:
+        """A sample is trained on only when one of this round's opponents drew it."""
+        known = {found["hash"] for found in self.record["opponent"]["members"]}
+        for path in shards(folder, ".parquet"):
+            for row in read_rows(path, columns=["id", "opponent"]) if rows_in(path) else []:
+                if row["opponent"] not in known:
+                    raise InputError(
+                        f"{path}: sample {row['id']} was drawn by another opponent ({str(row['opponent'])[:12]}) than "
+                        f"round {self.k}'s ({', '.join(sorted(digest[:12] for digest in known))}): delete "
+                        f"{path.parent} and round.json beside it"
+                    )
 
     def _evaluate(self) -> dict[str, Any]:
-        if self.evaluate is None:
-            return {"metrics": {}, "rejected_because": None}
-        judged = self.evaluate(self.k, self.directory / "evaluation", self.parent)
+        gap = self.record.get("held_out_gap")
+        learnt = self.rounds.stop_when_learnt and gap is not None and gap["low"] <= 0
+        reason = None
+        if learnt:
+            reason = f"its held-out gap {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] is not above 0"
+        if self.table.evaluate is None:
+            return {"metrics": {}, "rejected_because": reason, "learnt": learnt}
+        self.table.seat_player(self.directory)
+        judged = self.table.evaluate(self.k, self.directory / "evaluation", self.parent)
         self.accelerator.wait_for_everyone()
         # Media are not hashed here: the evaluation's own records hold their hashes
         records = [
@@ -321,8 +489,9 @@ class _Round:
         ]
         return {
             "metrics": judged.metrics,
-            "rejected_because": None if judged.promote else judged.reason,
-            "files": file_hashes(records, self.output_dir),
+            "rejected_because": reason or (None if judged.promote else judged.reason),
+            "learnt": learnt,
+            "files": file_hashes(records, self.table.output_dir),
         }
 
     def _promote(self) -> dict[str, Any]:
@@ -335,7 +504,7 @@ class _Round:
             return {"state": "REJECTED", "decision": "rejected"}
         if self.accelerator.is_main_process:
             for path in (self.directory / name for name in self._saved_names()):
-                target = self.output_dir / path.name
+                target = self.table.output_dir / path.name
                 shutil.copytree(path, part_of(target), dirs_exist_ok=True)
                 commit(target)
         return {"decision": "promoted"}
@@ -344,8 +513,17 @@ class _Round:
         """Top-level names in the round's folder that `game.save` wrote."""
         prefix = f"{self.directory.name}/"
         names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
-        return sorted(names - {"samples", "latents", "evaluation"})
+        return sorted(names - {SAMPLES, ENCODED, SCORES, HELD_OUT, "evaluation"})
 
-    def _hashes(self, directory: Path) -> dict[str, str]:
+    def _hashes(self, name: str) -> dict[str, str]:
+        """Of all files in the folders of this name."""
         self.accelerator.wait_for_everyone()
-        return file_hashes([directory], self.output_dir)
+        folders = [samples.folder / name for samples in self.sets]
+        return file_hashes([folder for folder in folders if folder.is_dir()], self.table.output_dir)
+
+
+def _hash_of(members: list[dict[str, Any]]) -> str:
+    """One hash for the opponent: its own, or one over the hashes and weights of a mixture's members."""
+    if len(members) == 1:
+        return members[0]["hash"]
+    return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()

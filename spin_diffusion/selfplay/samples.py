@@ -4,17 +4,21 @@ Shard i of a round's samples answers shard i of the real ones row by row, so a p
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Game, Row
+from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     commit,
@@ -31,6 +35,10 @@ from spin_diffusion.selfplay.run_dir import (
     write_tensors,
 )
 from spin_diffusion.selfplay.train import Pairs
+
+T = TypeVar("T")
+ENCODED = "encoded"
+"""Folder of the tensors that scoring needs of the samples beside it."""
 
 
 def prepare(
@@ -72,12 +80,12 @@ def prepare(
             commit(directory / "samples")
     accelerator.wait_for_everyone()
     names = shards(directory / "samples", ".parquet")
-    total = sum(int(rows_metadata(path)["rows"]) for path in names)
-    encode_shards(directory / "samples", directory / "latents", game, accelerator,
+    total = sum(rows_in(path) for path in names)
+    encode_shards(directory / "samples", directory / ENCODED, game, accelerator,
                   progress.phase("encode the real samples", total))  # fmt: skip
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = file_hashes([directory / "samples", directory / "latents"], directory)
+        files = file_hashes([directory / "samples", directory / ENCODED], directory)
         drawn = {name: digest for name, digest in files.items() if name.startswith("samples/")}
         write_json(
             manifest_path,
@@ -134,30 +142,68 @@ def shards(directory: Path, suffix: str) -> list[Path]:
 # What all processes share out among them, shard by shard
 
 
+@dataclass(frozen=True)
+class Part:
+    """The real rows that a round plays with: of each shard the rows at `index`, `index + of`, ...; by default all."""
+
+    index: int = 0
+    of: int = 1
+
+    def rows(self, rows: Sequence[T]) -> Sequence[T]:
+        """This part of a shard's rows, or of a tensor's."""
+        return rows[self.index :: self.of]
+
+    def count(self, data: Path) -> int:
+        """How many there are in prepared data."""
+        return sum(len(self.rows(range(rows_in(path)))) for path in shards(data / "samples", ".parquet"))
+
+
+def rows_in(path: Path) -> int:
+    """The number of rows of a parquet shard."""
+    return int(rows_metadata(path)["rows"])
+
+
 def draw_shards(
     source: Path,
     target: Path,
+    ask: Callable[[list[Row]], list[Row]],
     draw: Callable[[list[Row], Callable[[int], None]], list[Row]],
     metadata: dict[str, str],
+    columns: tuple[str, ...],
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
-    columns: tuple[str, ...] = ("id", "prompt"),
 ) -> None:
     """For each shard of prompts in `source`/samples let one process draw one shard of samples; finished ones stay.
 
     A shard is drawn whole by one process, in the order of its rows, so its bytes do not depend on how many processes
     there are or which were restarted.
+
+    Args:
+        ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
     """
     done = 0
     for path in _mine(shards(source / "samples", ".parquet"), accelerator):
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
-            rows = read_rows(path, columns=list(columns))
+            rows = ask(read_rows(path, columns=list(columns)))
             here = done
             drawn = draw(rows, lambda samples, here=here: progress((here + samples) * accelerator.num_processes, ""))
             write_rows(out, drawn, metadata)
-        done += int(rows_metadata(out)["rows"])
+        done += rows_in(out)
         progress(done * accelerator.num_processes, "")
+    accelerator.wait_for_everyone()
+
+
+def merge_shards(
+    sources: list[Path], target: Path, key: Callable[[Row], Any], metadata: dict[str, str], accelerator: Accelerator
+) -> None:
+    """Shards of the same names in several folders as one folder, each shard's rows in the order of `key`."""
+    for path in _mine(shards(sources[0], ".parquet"), accelerator):
+        out = target / path.name
+        if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
+            write_rows(
+                out, sorted((row for source in sources for row in read_rows(source / path.name)), key=key), metadata
+            )
     accelerator.wait_for_everyone()
 
 
@@ -169,9 +215,45 @@ def encode_shards(
     for path in _mine(shards(source, ".parquet"), accelerator):
         out = target / f"{path.stem}.safetensors"
         if not out.is_file():
-            write_tensors(out, game.encode(read_rows(path)), {})
-        done += int(rows_metadata(path)["rows"])
+            rows = read_rows(path)
+            write_tensors(out, game.encode(rows) if rows else {}, {})
+        done += rows_in(path)
         progress(done * accelerator.num_processes, "")
+    accelerator.wait_for_everyone()
+
+
+def score_shards(
+    source: Path,
+    target: Path,
+    game: Game,
+    part: Part,
+    prefix: str,
+    accelerator: Accelerator,
+    progress: Callable[[int, str], None],
+) -> None:
+    """For each shard of tensors in `source` let one process write the opponent's scores of the rows of `part`."""
+    done = 0
+    for path in _mine(shards(source, ".safetensors"), accelerator):
+        out = target / path.name
+        tensors = {name: part.rows(tensor) for name, tensor in _of_side(load_file(path), prefix).items()}
+        rows = len(next(iter(tensors.values()))) if tensors else 0
+        if not out.is_file():
+            scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
+            assert scores.shape == (rows,) and scores.dtype == torch.float32
+            if not scores.isfinite().all():
+                raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
+            write_tensors(out, {"opponent_score": scores.cpu()}, {})
+        done += rows
+        progress(done * accelerator.num_processes, "")
+    accelerator.wait_for_everyone()
+
+
+def mix_scores(sources: dict[Path, float], target: Path, accelerator: Accelerator) -> None:
+    """The scores of the mixture, from the folders of its members' scores and their weights."""
+    weights = torch.tensor(list(sources.values()))
+    for path in _mine(shards(next(iter(sources)), ".safetensors"), accelerator):
+        scores = torch.stack([load_file(folder / path.name)["opponent_score"] for folder in sources])
+        write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {})
     accelerator.wait_for_everyone()
 
 
@@ -179,25 +261,48 @@ def _mine(paths: list[Path], accelerator: Accelerator) -> list[Path]:
     return paths[accelerator.process_index :: accelerator.num_processes]
 
 
-def open_pairs(data: Path, generated: Path | None, prefix: str = "") -> Pairs:
+# Pairs
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where one side of the pairs lies.
+
+    Attributes:
+        tensors: folder of its encodings.
+        scores: folder of the opponent's scores of it, if they are kept.
+        prefix: of the tensors' names, for a data set that has its own worse samples.
+    """
+
+    tensors: Path
+    scores: Path | None = None
+    prefix: str = ""
+
+
+def open_pairs(data: Path, real: Side, generated: Side | None, part: Part, copies: int) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
     Args:
-        generated: folder of the generated side's tensors, shard by shard beside the real ones; None = no such side.
-        prefix: of the tensors' names in `generated`, for a data set that has its own worse samples.
+        generated: None = there is no such side.
+        copies: generated samples per real one.
     """
     ids, prompts, places = [], [], []
     for number, path in enumerate(shards(data / "samples", ".parquet")):
-        for place, row in enumerate(read_rows(path, columns=["id", "prompt"])):
+        for place, row in enumerate(part.rows(read_rows(path, columns=["id", "prompt"]))):
             ids.append(row["id"])
             prompts.append(row["prompt"])
             places.append((number, place))
-    real = _Tensors(data / "latents", "")
-    other = _Tensors(generated, prefix) if generated is not None else None
+    sides = [_Tensors(side) for side in (real, generated) if side is not None]
+    has_copies = generated is not None and not generated.prefix  # a data set's own worse samples lie in its own rows
 
     def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        wanted = [places[index] for index in indices]
-        return real.rows(wanted), other.rows(wanted) if other is not None else {}
+        kept = [places[index] for index in indices]
+        in_data = [(number, part.index + place * part.of) for number, place in kept]
+        drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
+        found = [sides[0].rows(in_data, kept)]
+        if len(sides) == 2:
+            found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
+        return found[0], found[1] if len(sides) == 2 else {}
 
     return Pairs(ids, prompts, fetch)
 
@@ -205,20 +310,37 @@ def open_pairs(data: Path, generated: Path | None, prefix: str = "") -> Pairs:
 class _Tensors:
     """Rows of tensors in a folder of safetensors shards, read through memory maps."""
 
-    def __init__(self, directory: Path, prefix: str) -> None:
-        self.prefix = prefix
-        self.files = [safe_open(path, framework="pt") for path in shards(directory, ".safetensors")]
-        names = self.files[0].keys()
-        losers = {name for name in names if name.startswith("loser_")}
-        self.names = sorted(losers if self.prefix else set(names) - losers)
+    def __init__(self, side: Side) -> None:
+        self.prefix = side.prefix
+        self.files = [safe_open(path, framework="pt") for path in shards(side.tensors, ".safetensors")]
+        scores = shards(side.scores, ".safetensors") if side.scores is not None else []
+        self.scores = [load_file(path)["opponent_score"] for path in scores]
+        self.names = sorted(_of_side({name: name for name in self.files[0].keys()}, side.prefix).values())
         if not self.names:
             raise InputError(
-                f"{directory} has no worse images, which --objective dpo needs: give a data set with pairs"
+                f"{side.tensors} has no worse samples, which --objective dpo needs: give a data set with pairs"
             )
 
-    def rows(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """The rows at (shard, place), stacked, by name without the prefix."""
-        return {
-            name.removeprefix(self.prefix): torch.stack([self.files[s].get_slice(name)[p] for s, p in places])
+    def rows(self, places: list[tuple[int, int]], scored: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The rows at (shard, place), by name without the prefix, with the scores at the places `scored`.
+
+        Rows of unequal length are filled up with 0 at their end.
+        """
+        found = {
+            name.removeprefix(self.prefix): _stacked([self.files[s].get_slice(name)[p] for s, p in places])
             for name in self.names
         }
+        if self.scores:
+            found["opponent_score"] = torch.stack([self.scores[s][p] for s, p in scored])
+        return found
+
+
+def _of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:
+    """The tensors of one side by their names without the prefix."""
+    if prefix:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return {name: t for name, t in tensors.items() if not name.startswith("loser_")}
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)

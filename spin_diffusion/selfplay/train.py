@@ -5,6 +5,7 @@ run, or one on another number of processes with the same global batch, sees the 
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.game import Batch, Game
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.objectives import Loss, PairScores
 from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
@@ -41,8 +42,10 @@ CHECKPOINT = "checkpoint-"
 class TrainSettings:
     """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
 
-    max_train_steps: int | list[int] = 500
-    """Optimizer steps in each round."""
+    max_train_steps: int | list[int] | None = 500
+    """Optimizer steps in each round; None = --num_train_epochs."""
+    num_train_epochs: float | list[float] | None = None
+    """Times that a round sees each real sample, where --max_train_steps is None."""
     train_batch_size: int = 1
     """Pairs per process and forward pass."""
     gradient_accumulation_steps: int = 1
@@ -55,12 +58,14 @@ class TrainSettings:
     """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
     lr_warmup_steps: int | list[int] = 0
     """Optimizer steps of warm-up in each round."""
+    lr_warmup_ratio: float = 0.0
+    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
     lr_num_cycles: int = 1
     """Restarts of cosine_with_restarts."""
     lr_power: float = 1.0
     """Power of the polynomial schedule."""
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = "adamw"
-    """adamw_8bit needs the extra `8bit` and a CUDA device; sgd has no momentum."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
+    """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
     adam_beta1: float = 0.9
     """First moment's decay."""
     adam_beta2: float = 0.999
@@ -105,7 +110,7 @@ class RoundPlan:
     learning_rate: float
     warmup_steps: int
     beta: float
-    loss: Callable[[PairScores], Tensor]
+    loss: Loss
     anchored_at_player: bool
     """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
 
@@ -134,6 +139,21 @@ class Pairs:
             generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
             self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
         return self.epochs[epoch][place]
+
+
+def of_round(value: Any, round_: int) -> Any:
+    """A setting's value in a round: a list holds one per round and repeats its last."""
+    return value[min(round_, len(value)) - 1] if isinstance(value, list) else value
+
+
+def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int) -> tuple[int, int]:
+    """Optimizer steps of a round of so many pairs on `world` processes, and how many of them are warm-up."""
+    steps = of_round(settings.max_train_steps, round_)
+    if steps is None:
+        epochs = of_round(settings.num_train_epochs, round_)
+        assert epochs is not None, "the configuration checks that one of the two is given"
+        steps = max(1, math.ceil(epochs * pairs / _global_batch(settings, world)))
+    return steps, of_round(settings.lr_warmup_steps, round_) or round(settings.lr_warmup_ratio * steps)
 
 
 def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
@@ -238,7 +258,7 @@ def train(
         "steps": history[-1]["step"],
         "stopped_early": stopped_early,
         "alarms": [f"step {entry['step']}: {entry['alarm']}" for entry in history if "alarm" in entry],
-        **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:5]},
+        **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:_LEVEL]},
     }
 
 
@@ -266,7 +286,7 @@ def _take_step(
             scored = game.scores(player, batch)
             losses = plan.loss(scored.scores)
             if step == 0 and plan.anchored_at_player:
-                _check_start(scored.scores, losses, plan, accelerator.mixed_precision)
+                _check_start(scored.scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
             accelerator.backward(losses.mean())
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
             ids += _ids_everywhere(pairs, step, micro, plan, settings, world)
@@ -278,8 +298,9 @@ def _take_step(
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
                 norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
-                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, 6], ids=ids, round_=plan.round_
-                )
+                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, _LEVEL], ids=ids,
+                    round_=plan.round_, level_name=game.level_name,
+                )  # fmt: skip
             optimizer.step()
             optimizer.zero_grad()
     return metrics, float(gradient_norm)
@@ -301,18 +322,23 @@ def _ids_everywhere(
     ]
 
 
-def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, mixed_precision: str) -> None:
+def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, tolerance: float) -> None:
     at_zero = PairScores(
         scores.player_real.detach(), scores.player_generated.detach(),
         scores.player_real.detach(), scores.player_generated.detach(),
     )  # fmt: skip
+    size = max(1.0, scores.player_real.abs().max().item(), scores.player_generated.abs().max().item())
     health.check_start(
-        scores.r_real.detach(), scores.r_generated.detach(), losses.detach(), plan.loss(at_zero), mixed_precision,
+        scores.r_real.detach(), scores.r_generated.detach(), losses.detach(), plan.loss(at_zero), tolerance * size,
         plan.beta,
     )  # fmt: skip
 
 
-_COLUMNS = ("loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "level")
+_COLUMNS = (
+    "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated",
+    "level",
+)  # fmt: skip
+_LEVEL = len(_COLUMNS) - 1
 
 
 def _record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Tensor:
@@ -323,24 +349,25 @@ def _record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> T
     return torch.stack(
         [
             losses.detach(), scores.r_real.detach(), scores.r_generated.detach(), margin, accuracy,
-            health.saturated(margin, beta), level,
+            health.saturated(margin, beta), scores.player_real.detach(), scores.player_generated.detach(), level,
         ],
         dim=1,
     )  # fmt: skip
 
 
 def _summary(metrics: Tensor, beta: float) -> dict[str, Any]:
-    entry: dict[str, Any] = {name: metrics[:, column].mean().item() for column, name in enumerate(_COLUMNS[:6])}
-    for column, name in enumerate(_COLUMNS[:6]):
+    entry: dict[str, Any] = {name: metrics[:, column].mean().item() for column, name in enumerate(_COLUMNS[:_LEVEL])}
+    for column, name in enumerate(_COLUMNS[:_LEVEL]):
         if name != "loss":
-            entry[f"{name}_by_quarter"] = health.by_quarter(metrics[:, column], metrics[:, 6])
+            entry[f"{name}_by_quarter"] = health.by_quarter(metrics[:, column], metrics[:, _LEVEL])
     return entry
 
 
 def _flat(entry: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the timesteps."""
+    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels."""
     names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
-             "implicit_accuracy": "rewards/accuracies", "loss": "train_loss"}  # fmt: skip
+             "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
+             "score_generated": "scores/generated"}  # fmt: skip
     flat = {}
     for key, value in entry.items():
         if key.endswith("_by_quarter"):
@@ -364,6 +391,10 @@ def _optimizer(parameters: list[nn.Parameter], learning_rate: float, settings: T
             parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay, scale_parameter=False,
             relative_step=False, warmup_init=False,
         )  # fmt: skip
+    if settings.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters, lr=learning_rate, eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay
+        )
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay)
     if settings.optimizer == "adamw_8bit":

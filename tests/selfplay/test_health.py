@@ -10,7 +10,7 @@ from spin_diffusion.selfplay import health
 
 def start(r: float = 0.0, loss: float = math.log(2), beta: float = 5000.0) -> None:
     zero, rs = torch.zeros(4), torch.full((4,), r)
-    health.check_start(rs, zero, torch.full((4,), loss), torch.full((4,), math.log(2)), "no", beta)
+    health.check_start(rs, zero, torch.full((4,), loss), torch.full((4,), math.log(2)), 1e-5, beta)
 
 
 def test_a_round_that_starts_with_equal_models_passes():
@@ -26,13 +26,13 @@ def test_a_round_that_starts_with_unequal_models_is_stopped(r, loss):
 @pytest.mark.parametrize("loss, norm, what", [(math.nan, 1.0, "loss"), (1.0, math.inf, "gradient norm")])
 def test_what_is_not_finite_stops_the_run_with_step_timesteps_and_samples(loss, norm, what):
     with pytest.raises(FloatingPointError) as error:
-        health.check_finite(loss, norm, step=7, levels=torch.tensor([0.1, 0.9]), ids=["a1", "b2"], round_=2)
+        health.check_finite(loss, norm, step=7, levels=torch.tensor([0.1, 0.9]), ids=["a1", "b2"], round_=2, level_name="timesteps")
     for part in ("round 2", "step 7", what, "0.100", "0.900", "a1, b2"):
         assert part in str(error.value)
 
 
 def test_finite_values_pass():
-    health.check_finite(0.5, 3.0, step=0, levels=torch.tensor([0.5]), ids=["a"], round_=1)
+    health.check_finite(0.5, 3.0, step=0, levels=torch.tensor([0.5]), ids=["a"], round_=1, level_name="timesteps")
 
 
 def watched(r_real: float, saturation: float, steps: int = 40, stop: float | None = None) -> health.Watch:

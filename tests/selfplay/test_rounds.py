@@ -219,7 +219,7 @@ def test_a_round_taken_back_is_played_again_to_the_same_bits(copied, unbroken, s
     "name",
     [
         "round-1/unet/diffusion_pytorch_model.safetensors",
-        "data/latents/00000-of-00003.safetensors",
+        "data/encoded/00000-of-00003.safetensors",
         "round-2/samples/00001-of-00003.parquet",
     ],
 )
@@ -234,7 +234,9 @@ def test_a_damaged_file_is_named(name, copied, sdxl_dir):
 def test_samples_of_another_opponent_are_not_trained_on(copied, sdxl_dir):
     back_to_generated(copied)
     path = copied / "round-2" / "samples" / "00000-of-00003.parquet"
-    write_rows(path, read_rows(path), rows_metadata(path) | {"opponent": "0" * 64})
+    rows = read_rows(path)
+    rows[1]["opponent"] = "0" * 64
+    write_rows(path, rows, rows_metadata(path))
     record = read_json(copied / "round-2" / "round.json")
     record["files"]["round-2/samples/00000-of-00003.parquet"] = file_hash(path)
     (copied / "round-2" / "round.json").write_text(json.dumps(record))

@@ -1,0 +1,239 @@
+"""Answers drawn from a language model, as token ids.
+
+The objectives assume that an answer is drawn from the very density that scores it: the same prompt tokens, temperature
+1, the whole vocabulary, the end token included. Whatever differs moves the point at which the rounds come to rest.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from spin_diffusion.input_error import InputError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How the opponent answers."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens, of both sides: an answer that is cut here carries no end token."""
+    temperature: float = 1.0
+    """1 is what the objectives assume; 0 = always the likeliest token."""
+    top_p: float = 1.0
+    """Smallest share of probability that is kept; 1 = all of it, which is what the objectives assume."""
+    top_k: int = 0
+    """Tokens that are kept; 0 = all of them, which is what the objectives assume."""
+    generation_batch_size: int = 32
+    """Answers drawn at once."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """vllm needs the extra `vllm` and a GPU; its samples depend on how it batches them."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max_new_tokens {self.max_new_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise InputError(f"--temperature {self.temperature} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p {self.top_p} must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise InputError(f"--top_k {self.top_k} must be at least 0")
+        if self.generation_batch_size < 1:
+            raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
+
+    def warnings(self) -> list[str]:
+        """What makes the samples another distribution than the one that scores them."""
+        odd = [
+            f"--{name} {value:g}"
+            for name, value, plain in (
+                ("temperature", self.temperature, 1), ("top_p", self.top_p, 1), ("top_k", self.top_k, 0),
+            )
+            if value != plain
+        ]  # fmt: skip
+        if not odd:
+            return []
+        return [
+            f"{', '.join(odd)}: answers are not drawn from the density that scores them, so the rounds do not come to "
+            "rest at the data but at a model whose answers, drawn like this, look like the data"
+        ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer: its tokens, the end token last if it came to one, and whether it did."""
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+
+
+def draw_answers(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    seeds: list[int],
+    settings: GenerationSettings,
+    *,
+    end_ids: tuple[int, ...],
+    pad_id: int,
+    max_length: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    done: Callable[[int], None] = lambda answers: None,
+) -> list[Drawn]:
+    """One answer per prompt by transformers' `generate`, each from its own seed whatever it is batched with.
+
+    Args:
+        prompts: token ids.
+        max_length: largest number of tokens of prompt and answer together.
+    """
+    drawn: list[Drawn | None] = [None] * len(prompts)
+    # Longest first: neighbours are of like length, and too large a batch fails at once
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    finished = 0
+    for start in range(0, len(order), settings.generation_batch_size):
+        batch = order[start : start + settings.generation_batch_size]
+        limits = [min(settings.max_new_tokens, max_length - len(prompts[index])) for index in batch]
+        found = _generate(
+            model, [prompts[index] for index in batch], [seeds[index] for index in batch], max(limits), settings,
+            end_ids, pad_id, autocast,
+        )  # fmt: skip
+        for index, limit, ids in zip(batch, limits, found, strict=True):
+            drawn[index] = until_end(ids, end_ids, limit)
+        finished += len(batch)
+        done(finished)
+    return [answer for answer in drawn if answer is not None]
+
+
+def until_end(ids: list[int], end_ids: tuple[int, ...], limit: int) -> Drawn:
+    """Generated tokens up to the first end token, or cut at the limit and then without one."""
+    end = next((place for place, id_ in enumerate(ids[:limit]) if id_ in end_ids), None)
+    return Drawn(ids[:limit], "length") if end is None else Drawn(ids[: end + 1], "stop")
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    seeds: list[int],
+    limit: int,
+    settings: GenerationSettings,
+    end_ids: tuple[int, ...],
+    pad_id: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[list[int]]:
+    """Up to `limit` tokens after each prompt; what stands after an end token means nothing."""
+    device, longest = next(model.parameters()).device, max(len(ids) for ids in prompts)
+    # Filled up at the front, so that every answer begins at the same place
+    tokens = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=list(end_ids), pad_token_id=pad_id
+    )
+    processors = LogitsProcessorList(_processors(settings, seeds, device))
+    with _own_defaults_only(model), autocast():
+        found = model.generate(
+            input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=config,
+            logits_processor=processors,
+        )  # fmt: skip
+    return found[:, longest:].tolist()
+
+
+def _processors(settings: GenerationSettings, seeds: list[int], device: torch.device) -> Iterator[LogitsProcessor]:
+    if settings.temperature == 0:
+        return
+    if settings.temperature != 1:
+        yield TemperatureLogitsWarper(settings.temperature)
+    if settings.top_k:
+        yield TopKLogitsWarper(settings.top_k)
+    if settings.top_p < 1:
+        yield TopPLogitsWarper(settings.top_p)
+    yield OwnNoise(seeds, device)
+
+
+class OwnNoise(LogitsProcessor):
+    """Sampling as the largest of logits plus Gumbel noise, the noise of each row from its own generator.
+
+    The largest of log p + Gumbel noise is a sample of p (Gumbel, 1954). `generate` draws from one generator for the
+    whole batch, and an answer would depend on what it is batched with.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, vocabulary) logits -> logits plus noise, fp32."""
+        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)  # minus its logarithm is Gumbel
+        return scores.float() - noise.log()
+
+
+@contextmanager
+def _own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
+    """Without the checkpoint's generation_config.json: `generate` fills up ours from it, repetition penalties too."""
+    theirs, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+class Vllm:
+    """The same by vLLM, from a checkpoint (and a PEFT adapter) on the disk. Scores are never taken from it."""
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        settings: GenerationSettings,
+        *,
+        end_ids: tuple[int, ...],
+        max_length: int,
+        adapter: Path | None = None,
+    ) -> None:
+        """Raises InputError if vLLM is not installed."""
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+        except ImportError:
+            raise InputError(
+                "--engine vllm needs vLLM: pip install 'spin-diffusion[vllm]' on a CUDA machine, or leave the flag out"
+            ) from None
+        self.settings, self.end_ids, self.max_length = settings, end_ids, max_length
+        self.parameters = vllm.SamplingParams
+        self.request = LoRARequest("opponent", 1, str(adapter)) if adapter is not None else None
+        self.engine = vllm.LLM(
+            model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, enable_lora=adapter is not None
+        )
+
+    def draw(self, prompts: list[list[int]], seeds: list[int]) -> list[Drawn]:
+        """One answer per prompt."""
+        parameters = [
+            self.parameters(
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                top_k=self.settings.top_k or -1,
+                max_tokens=min(self.settings.max_new_tokens, self.max_length - len(ids)),
+                seed=seed % 2**31,
+                stop_token_ids=list(self.end_ids),
+                detokenize=False,
+            )  # fmt: skip
+            for seed, ids in zip(seeds, prompts, strict=True)
+        ]
+        asked = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.engine.generate(asked, parameters, lora_request=self.request)
+        return [
+            until_end(list(output.outputs[0].token_ids), self.end_ids, parameter.max_tokens)
+            for output, parameter in zip(outputs, parameters, strict=True)
+        ]
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

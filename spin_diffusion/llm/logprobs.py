@@ -1,0 +1,99 @@
+"""Log-probabilities of answers: the score of a language model.
+
+The output layer is applied to the answers' positions alone, a chunk of them at a time, and each chunk's logits are
+recomputed in the backward pass. So a vocabulary of 150,000 never stands beside batch and length in memory.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**26
+"""fp32 logits that are in memory at once: 256 MB."""
+
+
+def answer_logprobs(
+    model: nn.Module,
+    token_ids: Int[Tensor, "batch length"],
+    answer_mask: Bool[Tensor, "batch length"],
+    *,
+    attention_mask: Int[Tensor, "batch length"] | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, " batch"]:
+    """log p(answer | what stands before it), summed over the answer's tokens, in nats, fp32.
+
+    Args:
+        model: a causal language model of transformers, or one with PEFT adapters.
+        token_ids: prompts and answers. Filled up at the end they need no attention mask, since no token sees what
+            comes after it; filled up at the front they do.
+        answer_mask: True at the answers' tokens, the end token among them. Never at the first place of a row, which
+            nothing predicts.
+        chunk_tokens: answer tokens whose logits are computed at once; default: as many as `CHUNK_LOGITS` holds.
+
+    Raises:
+        ValueError: an answer that begins at the first place.
+    """
+    if answer_mask[:, 0].any():
+        raise ValueError("an answer's first token has nothing before it that could predict it: give a prompt or a bos")
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mask, targets = answer_mask[:, 1:], token_ids[:, 1:].long()[answer_mask[:, 1:]]
+    inputs = {"input_ids": token_ids.long(), "attention_mask": attention_mask, "use_cache": False}
+    if applies_head_to_hidden_states(causal):
+        states = causal.base_model(**inputs).last_hidden_state[:, :-1][mask]
+        head = causal.get_output_embeddings()
+    else:
+        states, head = causal(**inputs).logits[:, :-1][mask], nn.Identity()
+    chunk = chunk_tokens or max(1, CHUNK_LOGITS // causal.config.get_text_config().vocab_size)
+    found = [
+        checkpoint(_chunk, head, states[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
+        for start in range(0, len(targets), chunk)
+    ]
+    by_place = torch.zeros(mask.shape, dtype=torch.float32, device=token_ids.device)
+    if found:
+        # masked_scatter rather than an index addition, whose order on a GPU is not fixed
+        by_place = by_place.masked_scatter(mask, torch.cat(found))
+    return by_place.sum(dim=1)
+
+
+def _chunk(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target, fp32."""
+    logits = head(states).float()
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def applies_head_to_hidden_states(causal: nn.Module) -> bool:
+    """Whether logits are just the output layer's, so that it may be applied in chunks.
+
+    Some families scale or cap their logits afterwards (Gemma 2, Cohere, Granite). Found out once per model by a
+    comparison on a few tokens.
+    """
+    if not hasattr(causal, "_logits_are_the_heads"):
+        head, device = causal.get_output_embeddings(), next(causal.parameters()).device
+        ids = torch.arange(1, 5, device=device)[None] % causal.config.get_text_config().vocab_size
+        trained = causal.training
+        causal.eval()
+        with torch.no_grad():
+            same = head is not None and torch.allclose(
+                head(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state),
+                causal(input_ids=ids, use_cache=False).logits,
+                rtol=1e-4,
+                atol=1e-4,
+            )
+        causal.train(trained)
+        causal._logits_are_the_heads = bool(same)
+    return causal._logits_are_the_heads
+
+
+class AnswerScorer(nn.Module):
+    """A language model as a function (tokens, answer mask) -> scores: what is trained, and wrapped for processes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, token_ids: Int[Tensor, "batch length"], answer_mask: Bool[Tensor, "batch length"]
+    ) -> Float[Tensor, " batch"]:
+        """See `answer_logprobs`."""
+        return answer_logprobs(self.model, token_ids, answer_mask)

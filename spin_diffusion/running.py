@@ -1,0 +1,271 @@
+"""What every kind of run shares: where results go, which settings may change, and how it is started."""
+
+import dataclasses
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import diffusers
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import set_seed
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import nearest
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.objectives import OBJECTIVES
+from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.selfplay.rounds import Evaluate, RoundSettings, objectives_of, play
+from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
+from spin_diffusion.selfplay.train import TrainSettings, of_round, steps_of_round
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where results go."""
+
+    output_dir: str = "runs/spin"
+    """Everything is written here; the same command again resumes."""
+    compare_with: list[str] | None = None
+    """Objectives to train beside the run, from the same base with the same steps, for the table; sft, say."""
+    logging_dir: str = "logs"
+    """Folder of the trackers below output_dir."""
+    report_to: str = "tensorboard"
+    """tensorboard, wandb, trackio, all or none. The last two of the names need their extra."""
+    tracker_project_name: str = "spin-diffusion"
+    """The trackers' project."""
+    push_to_hub: bool = False
+    """Upload the UNet, the model card and the report at the end."""
+    hub_model_id: str | None = None
+    """Repository to upload to; default: the output folder's name."""
+    hub_token: str | None = None
+    """Token for the hub; default: the one that is logged in."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@runtime_checkable
+class AnyConfig(Protocol):
+    """The settings of a run of any kind."""
+
+    rounds: RoundSettings
+    training: TrainSettings
+    run: RunSettings
+
+    def flat(self) -> dict[str, Any]: ...
+
+
+# A change of these does not change the result, or only continues it
+HARMLESS = {
+    "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
+    "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
+    "push_to_hub", "hub_model_id", "hub_token",
+}  # fmt: skip
+
+
+def write_config(config: AnyConfig, path: Any) -> None:
+    """All settings as a YAML file that `--config` reads."""
+    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True))
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that differ and would change a result, each as `key: old -> new`."""
+    keys = sorted((old.keys() | new.keys()) - HARMLESS)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def check_ranges(flat: dict[str, Any]) -> None:
+    """Ranges of the settings by their flags; those that a kind of run does not have are passed over.
+
+    Raises:
+        InputError: names the flag, its value and the range.
+    """
+
+    def values(key: str) -> list[Any]:
+        if flat.get(key) == []:
+            raise InputError(f"--{key} is an empty list: give one value, or one per round")
+        found = flat[key] if isinstance(flat.get(key), list) else [flat.get(key)]
+        return [value for value in found if value is not None]
+
+    at_least = {
+        "rounds": 1, "max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "checkpointing_steps": 1, "lr_warmup_steps": 0, "max_grad_norm": 0, "samples_per_shard": 1,
+        "num_validation_images": 1, "vae_encode_batch_size": 1, "adam_weight_decay": 0, "seed": 0, "num_generated": 1,
+        "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1,
+    }  # fmt: skip
+    for key, lowest in at_least.items():
+        for value in values(key):
+            if value < lowest:
+                raise InputError(f"--{key} {value} must be at least {lowest}")
+    for key in ("learning_rate", "beta", "mu", "adam_epsilon", "ema_decay", "num_train_epochs"):
+        for value in values(key):
+            if value <= 0:
+                raise InputError(f"--{key} {value} must be above 0")
+    values("objective")
+    for name in flat.get("compare_with") or []:
+        if name not in OBJECTIVES:
+            raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")
+    for value in values("stop_at_saturation"):
+        if not 0 < value <= 1:
+            raise InputError(f"--stop_at_saturation {value} must be above 0 and at most 1")
+    for value in values("lr_warmup_ratio"):
+        if not 0 <= value <= 1:
+            raise InputError(f"--lr_warmup_ratio {value} must be between 0 and 1")
+    if not values("max_train_steps") and not values("num_train_epochs"):
+        raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
+    if flat["real_parts"] > flat["samples_per_shard"]:
+        raise InputError(
+            f"--real_parts {flat['real_parts']} must be at most --samples_per_shard {flat['samples_per_shard']}: each "
+            "part takes rows of every file"
+        )
+
+
+# The steps that every kind of run takes
+
+
+def check_folder(config: AnyConfig, output_dir: Path) -> None:
+    """Refuse another program's folder and a run with other settings, before a model is loaded."""
+    saved = output_dir / "config.yaml"
+    if saved.is_file():
+        changed = changes(yaml.safe_load(saved.read_text()) or {}, config.flat())
+        if changed and _has_begun(output_dir):
+            raise InputError(
+                f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
+            )
+    elif output_dir.is_dir() and any(path.name != "config.yaml.part" for path in output_dir.iterdir()):
+        raise InputError(f"{output_dir} is not empty and not a run's folder (it has no config.yaml): give another")
+    elif output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: give a folder")
+
+
+def start(config: AnyConfig, output_dir: Path) -> Accelerator:
+    """Quiet the libraries, set the seeds, open the folder and write the settings into it."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    accelerator = _accelerator(config, output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _forget_false_start(config, output_dir)
+        write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
+    accelerator.wait_for_everyone()
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    set_seed(config.rounds.seed)
+    return accelerator
+
+
+def _has_begun(output_dir: Path) -> bool:
+    """Whether base and data were found good once; until then settings may be corrected in the same folder."""
+    return (output_dir / "manifest.json").is_file()
+
+
+def _forget_false_start(config: AnyConfig, output_dir: Path) -> None:
+    """Remove what a command with other settings prepared before it was refused."""
+    saved = output_dir / "config.yaml"
+    if saved.is_file() and not _has_begun(output_dir) and changes(yaml.safe_load(saved.read_text()), config.flat()):
+        for name in ("data", "held_out", "base"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+
+
+def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
+    report_to = None if config.run.report_to == "none" else config.run.report_to
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            mixed_precision=config.training.mixed_precision,
+            log_with=report_to,
+            project_dir=str(output_dir / config.run.logging_dir),
+            # One process may read the data while the others wait
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+
+
+def rivals(config: AnyConfig) -> list[str]:
+    """The objectives that the run is compared with, without its own."""
+    return [name for name in config.run.compare_with or [] if [name] != objectives_of(config.rounds)]
+
+
+def needs_losers(config: AnyConfig) -> bool:
+    """Whether some objective takes its generated side from the data set."""
+    return "data" in {OBJECTIVES[name].generated for name in (*objectives_of(config.rounds), *rivals(config))}
+
+
+def write_manifest(output_dir: Path, base: str, weights: str, data: dict[str, Any], accelerator: Accelerator) -> None:
+    """Lineage of the run; a base other than the one it was started with is refused.
+
+    Args:
+        base, weights: path or hub id, and the hash of its weights.
+    """
+    path = output_dir / "manifest.json"
+    packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
+    content = {
+        "base": {"name": base, "weights": weights},
+        "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+    if path.is_file():
+        if read_json(path)["base"]["weights"] != weights:
+            raise InputError(
+                f"the weights of {base} are not the ones that this run was started with: restore them, or start in "
+                "another --output_dir"
+            )
+    elif accelerator.is_main_process:
+        write_json(path, content)
+    accelerator.wait_for_everyone()
+
+
+def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
+    """For the header: the batch, and each round's steps, rate and beta."""
+    training, rounds, world = config.training, config.rounds, accelerator.num_processes
+    batch = training.train_batch_size * training.gradient_accumulation_steps * world
+    lines = [
+        f"Batch      {batch} pairs a step = {training.train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulation x {world} process{'es' if world > 1 else ''} on {accelerator.device.type}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
+    ]
+    for k in range(1, rounds.rounds + 1):
+        steps, _ = steps_of_round(training, k, rows // rounds.real_parts, world)
+        lines.append(
+            f"           round {k}: {steps} steps at lr {of_round(training.learning_rate, k):g}, beta "
+            f"{of_round(rounds.beta, k):g}"
+        )
+    return "\n".join(lines)
+
+
+def play_with_rivals(
+    config: AnyConfig,
+    game: Game,
+    output_dir: Path,
+    accelerator: Accelerator,
+    evaluate: Evaluate | None,
+    evaluate_rival: Callable[[str], Evaluate | None],
+    progress: Progress,
+    held_out: Path | None = None,
+) -> list[dict[str, Any]]:
+    """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
+    data = output_dir / "data"
+    records = play(game, data, output_dir, config.rounds, config.training, accelerator, evaluate, progress, held_out)
+    for rival in rivals(config):
+        accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
+        play(
+            game, data, output_dir / f"compare-{rival}", dataclasses.replace(config.rounds, objective=rival),
+            config.training, accelerator, evaluate_rival(rival), progress, held_out,
+        )  # fmt: skip
+    accelerator.end_training()
+    return records
+
+
+def tracked(config: AnyConfig) -> dict[str, Any]:
+    """The settings that trackers can show."""
+    return {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}

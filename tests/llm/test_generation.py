@@ -1,0 +1,150 @@
+"""Answers: from the density that scores them, each from its own seed."""
+
+import sys
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import GenerationConfig
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.generation import GenerationSettings, OwnNoise, Vllm, draw_answers, until_end
+from tests.llm.test_logprobs import VOCABULARY, llama
+
+END = (0, 7)
+
+
+def prompts(count: int = 9) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(1, VOCABULARY, (3 + place % 5,), generator=generator).tolist() for place in range(count)]
+
+
+def draw(asked, seeds, model=None, max_length=64, **settings):
+    return draw_answers(
+        model or llama(), asked, seeds, GenerationSettings(**({"max_new_tokens": 12} | settings)), end_ids=END,
+        pad_id=1, max_length=max_length, autocast=nullcontext,
+    )  # fmt: skip
+
+
+def test_batched_equals_one_by_one_at_temperature_0():
+    model, asked = llama(), prompts()
+    together = draw(asked, list(range(9)), model, temperature=0.0, generation_batch_size=9)
+    alone = [draw([ids], [seed], model, temperature=0.0)[0] for seed, ids in enumerate(asked)]
+    assert together == alone
+    # and both equal the plain loop
+    ids = list(asked[4])
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert together[4] == until_end(ids[len(asked[4]) :], END, 12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_sampled_answer_does_not_depend_on_its_batch(size):
+    model, asked, seeds = llama(), prompts(), list(range(100, 109))
+    expected = draw(asked, seeds, model, generation_batch_size=4)
+    assert draw(asked, seeds, model, generation_batch_size=size) == expected
+    backwards = draw(asked[::-1], seeds[::-1], model, generation_batch_size=size)
+    assert backwards[::-1] == expected
+    assert draw(asked, [seed + 1 for seed in seeds], model) != expected
+
+
+def test_samples_follow_the_models_distribution():
+    model = llama()
+    model.lm_head.weight.data *= 8  # far from uniform
+    prompt = [5, 6, 8]
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), 0)
+    drawn = draw([prompt] * 4000, list(range(4000)), model, max_new_tokens=1, generation_batch_size=4000)
+    counts = torch.bincount(torch.tensor([answer.ids[0] for answer in drawn]), minlength=VOCABULARY)
+    frequent = p * 4000 >= 5
+    observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]]).double()
+    expected = torch.cat([p[frequent], p[~frequent].sum()[None]]) * 4000
+    assert len(observed) > 10 and chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
+
+
+def test_top_k_and_temperature_shape_the_samples():
+    model, prompt = llama(), [5, 6, 8]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    top = set(logits.topk(3).indices.tolist())
+    drawn = draw([prompt] * 200, list(range(200)), model, max_new_tokens=1, top_k=3, generation_batch_size=200)
+    assert {answer.ids[0] for answer in drawn} == top
+    cold = draw([prompt] * 20, list(range(20)), model, max_new_tokens=1, temperature=1e-4, generation_batch_size=20)
+    assert {answer.ids[0] for answer in cold} == {int(logits.argmax())}
+
+
+def test_an_answer_ends_with_its_end_token_or_is_cut_without_one():
+    assert until_end([4, 7, 9], END, 12).ids == [4, 7] and until_end([4, 7, 9], END, 12).finish == "stop"
+    assert until_end([4, 5, 7], END, 2).ids == [4, 5] and until_end([4, 5, 7], END, 2).finish == "length"
+    for answer in draw(prompts(), list(range(9)), max_new_tokens=3):
+        assert (answer.ids[-1] in END) == (answer.finish == "stop")
+        assert answer.finish == "stop" or len(answer.ids) == 3
+
+
+def test_prompt_and_answer_stay_within_the_longest_length():
+    asked = prompts()
+    for ids, answer in zip(asked, draw(asked, list(range(9)), max_length=8), strict=True):
+        assert len(ids) + len(answer.ids) <= 8
+
+
+def test_the_checkpoints_own_generation_settings_do_not_change_the_density():
+    model, asked = llama(), prompts()
+    expected = draw(asked, list(range(9)), model)
+    model.generation_config = GenerationConfig(repetition_penalty=3.0, temperature=0.3, top_k=2, do_sample=True)
+    assert draw(asked, list(range(9)), model) == expected
+    assert model.generation_config.repetition_penalty == 3.0  # and they are still the checkpoint's
+
+
+def test_noise_is_a_function_of_the_rows_seed_alone():
+    scores = torch.zeros(3, 11)
+    together = OwnNoise([4, 5, 6], torch.device("cpu"))(torch.zeros(3, 1), scores)
+    alone = OwnNoise([5], torch.device("cpu"))(torch.zeros(1, 1), scores[:1])
+    assert torch.equal(together[1:2], alone)
+
+
+def test_other_sampling_than_the_densitys_is_said_and_why():
+    assert GenerationSettings().warnings() == []
+    said = GenerationSettings(temperature=0.7, top_p=0.9).warnings()
+    assert len(said) == 1 and "--temperature 0.7, --top_p 0.9" in said[0] and "rest" in said[0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
+def test_wrong_settings_name_their_flag(wrong):
+    with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
+        GenerationSettings(**wrong)
+
+
+def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(monkeypatch):
+    """Against a stand-in with vLLM's call signature; the engine itself needs a GPU."""
+    calls = {}
+
+    class LLM:
+        def __init__(self, **options):
+            calls["options"] = options
+
+        def generate(self, prompts, parameters, lora_request=None):
+            calls["prompts"], calls["parameters"] = prompts, parameters
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(3, 7))]) for _ in prompts]
+
+    module, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    module.LLM, module.SamplingParams = LLM, lambda **options: SimpleNamespace(**options)
+    lora.LoRARequest = lambda *arguments: arguments
+    for name, fake in (("vllm", module), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
+        monkeypatch.setitem(sys.modules, name, fake)
+    engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10)
+    drawn = engine.draw([[1, 2, 3]], [2**40 + 5])
+    assert drawn[0].ids == [3, 7] and drawn[0].finish == "stop"
+    assert calls["prompts"] == [{"prompt_token_ids": [1, 2, 3]}]
+    parameters = calls["parameters"][0]
+    assert (parameters.max_tokens, parameters.top_k, parameters.temperature) == (7, -1, 1.0)
+    assert parameters.seed == (2**40 + 5) % 2**31 and parameters.stop_token_ids == [0, 7]
+
+
+def test_vllm_that_is_not_installed_is_one_line():
+    with pytest.raises(InputError, match=r"pip install 'spin-diffusion\[vllm\]'"):
+        Vllm("model", GenerationSettings(), end_ids=END, max_length=10)
