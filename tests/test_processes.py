@@ -18,7 +18,7 @@ from spin_diffusion.evaluation.report.reading import read_results
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def play(config: dict, folder: Path, processes: int) -> str:
+def play(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> str:
     path = folder / "config.yaml"
     folder.mkdir()
     path.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
@@ -26,7 +26,7 @@ def play(config: dict, folder: Path, processes: int) -> str:
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(ROOT / "training" / "train_spin_sdxl.py"), "--config", str(path)],
+        [*command, str(ROOT / "training" / script), "--config", str(path)],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
-"""Rows of a data set -> Example: a prompt and one good image.
+"""Rows of a data set -> Example: a prompt and one good image; or TextExample: a prompt and one good answer.
 
-A data set goes through two kinds of file, and neither is chosen by guessing from a path string:
+A data set of images goes through two kinds of file, and neither is chosen by guessing from a path string:
 
     sources   what lies on the disk or the hub -> Rows   parquet_files, image_folder, webdataset, hub (by sources)
     layouts   what the columns mean -> Candidate         pickapic, table
@@ -16,10 +16,24 @@ To add a layout, put one file here that defines
 
 Everything else is common and lives in `reading`: filter, caption, the check that the image decodes, repeats, counts.
 To add a source, put one file here with `open_...(...) -> Source` and call it where `sources` looks at what is there.
+
+A data set of text comes from parquet_files, json_lines or hub; what its columns mean, and what is held out, is in
+`text`. Its rows are counted by the same loop, `reading.usable`.
 """
 
 from spin_diffusion.data.reading import Example, read_examples
 from spin_diffusion.data.report import LeftOutRow, ReadReport
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, TextDataSettings
+from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 
-__all__ = ["DataSettings", "Example", "LeftOutRow", "ReadReport", "read_examples"]
+__all__ = [
+    "DataSettings",
+    "Example",
+    "LeftOutRow",
+    "ReadReport",
+    "TextDataSettings",
+    "TextExample",
+    "read_examples",
+    "read_held_out",
+    "read_text_examples",
+]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from spin_diffusion.data.report import MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
 from spin_diffusion.input_error import InputError
 
@@ -17,7 +17,7 @@ ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 """What the datasets library raises for an id, split or configuration that is not there, and for the network."""
 
 
-def open_hub(name: str, settings: DataSettings) -> Source:
+def open_hub(name: str, settings: SourceSettings) -> Source:
     """Load or stream `name` from the hub. Raises InputError if it cannot be reached or has no such split."""
     try:
         dataset = datasets.load_dataset(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_diffusion.data.json_lines import parse_object
 from spin_diffusion.data.report import EMPTY_CAPTION, NOT_IN_METADATA, LeftOut
 from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line
 from spin_diffusion.input_error import InputError
@@ -174,9 +175,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path} line {number} is not JSON: {one_line(error)}") from error
-            if not isinstance(values, dict):
-                raise InputError(f'{path} line {number} is not an object like {{"file_name": "0.png", "text": "..."}}')
+                values = parse_object(line, '{"file_name": "0.png", "text": "..."}')
+            except ValueError as error:
+                raise InputError(f"{path} line {number} {error}") from error
             yield number, values

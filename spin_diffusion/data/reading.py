@@ -4,10 +4,11 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from spin_diffusion.data import table
 from spin_diffusion.data.images import check_image
@@ -20,6 +21,8 @@ from spin_diffusion.input_error import InputError
 HOPELESS_BAD_ROWS = 100
 HOPELESS_BAD_SHARE = 0.5
 """Above both, reading on is a waste of time: it stops at once."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,52 @@ def _examples(
     if settings.filter_column is not None:
         wanted[settings.filter_column] = None
     seen: set[bytes] = set()
-    for row in source.rows(tuple(wanted)):
+    return usable(
+        source,
+        tuple(wanted),
+        lambda row: _example(row, plan, settings, with_losers, seen),
+        report,
+        max_samples=settings.max_train_samples,
+        max_bad_share=settings.max_bad_share,
+    )
+
+
+def usable(
+    source: Source,
+    columns: Sequence[str],
+    example_of: Callable[[Row], T],
+    report: ReadReport,
+    *,
+    max_samples: int | None,
+    max_bad_share: float,
+) -> Iterator[T]:
+    """What `example_of` makes of the rows of a source, those left out that it raises LeftOut for.
+
+    Args:
+        report: filled while the examples are taken. Who takes one may still leave it out there.
+    Raises:
+        InputError: over 100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row
+            was usable.
+    """
+    for row in source.rows(columns):
         report.read += 1
         try:
-            example = _example(row, plan, settings, with_losers, seen)
+            if row.left_out is not None:
+                raise row.left_out
+            example = example_of(row)
         except LeftOut as left_out:
             report.leave_out(row.where, left_out.reason, left_out.detail)
-            if report.bad > HOPELESS_BAD_ROWS and report.bad_share > max(HOPELESS_BAD_SHARE, settings.max_bad_share):
-                raise InputError(f"reading stopped early: {_bad_rows(source, report)}") from None
-            continue
-        report.used += 1
-        yield example
-        if report.used == settings.max_train_samples:
+        else:
+            report.used += 1
+            yield example
+        if report.bad > HOPELESS_BAD_ROWS and report.bad_share > max(HOPELESS_BAD_SHARE, max_bad_share):
+            raise InputError(f"reading stopped early: {_bad_rows(source, report)}")
+        if report.used == max_samples:
             break
-    if report.bad and report.bad_share > settings.max_bad_share:
+    if report.bad and report.bad_share > max_bad_share:
         raise InputError(
             f"{_bad_rows(source, report)}; repair the data, or allow the share with --max_bad_share "
-            f"(now {settings.max_bad_share:g})"
+            f"(now {max_bad_share:g})"
         )
     if not report.used:
         reasons = report.reasons()
@@ -112,18 +144,16 @@ def _bad_rows(source: Source, report: ReadReport) -> str:
 
 def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: set[bytes]) -> Example:
     """Check one row, the cheap checks first. Raises LeftOut if it is not to be used; otherwise `seen` knows it."""
-    if row.left_out is not None:
-        raise row.left_out
     if settings.filter_column is not None:
         _check_filter(row.values.get(settings.filter_column), settings)
     candidate = plan.candidate(row)
     prompt = table.caption_text(candidate.caption)
-    prompt_hash = _hash(b"prompt", prompt.encode("utf-8", "surrogatepass"))
+    prompt_hash = short_hash(b"prompt", prompt.encode("utf-8", "surrogatepass"))
     if settings.one_image_per_prompt and prompt_hash in seen:
         raise LeftOut(REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
     image = image_bytes(row, candidate.image)
     loser = image_bytes(row, candidate.loser) if with_losers else None
-    example_hash = _hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
+    example_hash = short_hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
     if example_hash in seen:
         raise LeftOut(REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
     check_image(image)
@@ -149,8 +179,8 @@ def _check_filter(value: object, settings: DataSettings) -> None:
         raise LeftOut(FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
 
 
-def _hash(*parts: bytes) -> bytes:
-    """16 bytes; all that is kept of an example to recognise it again."""
+def short_hash(*parts: bytes) -> bytes:
+    """16 bytes of the parts one after the other; all that is kept of an example to recognise it again."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)

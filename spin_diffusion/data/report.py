@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 CORRUPT_IMAGE = "corrupt image"
 EMPTY_CAPTION = "empty caption"
 MISSING_IMAGE_FILE = "missing image file"
-BAD_REASONS = (CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE)
+MALFORMED = "malformed line"
+OTHER_LAYOUT = "another layout"
+WRONG_TYPE = "wrong type"
+NO_USER_TURN = "no user turn"
+NO_ASSISTANT_TURN = "no assistant turn"
+EMPTY_PROMPT = "empty prompt"
+EMPTY_ANSWER = "empty answer"
+ANSWER_IS_PROMPT = "answer equal to the prompt"
+TWO_PROMPTS = "pair of two prompts"
+REFUSED_BY_TEMPLATE = "refused by the chat template"
+BAD_REASONS = (
+    CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, MALFORMED, OTHER_LAYOUT, WRONG_TYPE, NO_USER_TURN,
+    NO_ASSISTANT_TURN, EMPTY_PROMPT, EMPTY_ANSWER, ANSWER_IS_PROMPT, TWO_PROMPTS, REFUSED_BY_TEMPLATE,
+)  # fmt: skip
 """The data is damaged: these count against max_bad_share."""
 
 TIE = "tie"
@@ -14,7 +27,13 @@ FILTERED = "filtered"
 REPEATED_PROMPT = "repeated prompt"
 REPEATED_EXAMPLE = "repeated example"
 NOT_IN_METADATA = "not in metadata"
-EXPECTED_REASONS = (TIE, NO_LABEL, FILTERED, REPEATED_PROMPT, REPEATED_EXAMPLE, NOT_IN_METADATA)
+HELD_OUT = "held out"
+PROMPT_TOO_LONG = "prompt longer than --max_length"
+SPECIAL_TOKEN = "special token in the text"
+EXPECTED_REASONS = (
+    TIE, NO_LABEL, FILTERED, REPEATED_PROMPT, REPEATED_EXAMPLE, NOT_IN_METADATA, HELD_OUT, PROMPT_TOO_LONG,
+    SPECIAL_TOKEN,
+)  # fmt: skip
 """The rows are what they are meant to be, but not for training: never an error."""
 
 REASONS = BAD_REASONS + EXPECTED_REASONS
@@ -23,7 +42,7 @@ MAX_KEPT_ROWS = 100
 
 
 class LeftOut(Exception):
-    """This row is not used. It never leaves `read_examples`: it becomes a count in the report."""
+    """This row is not used. It never leaves the reading: it becomes a count in the report."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -45,7 +64,7 @@ class LeftOutRow:
 
 @dataclass
 class ReadReport:
-    """Counts of one reading, filled while `read_examples` is iterated: read = used + everything left out."""
+    """Counts of one reading, filled while the examples are taken: read = used + everything left out."""
 
     read: int = 0
     used: int = 0
@@ -88,11 +107,11 @@ class ReadReport:
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """The same as plain values that json can write."""
+        """The same as plain values that json can write, with the reasons that occurred."""
         return {
             "read": self.read,
             "used": self.used,
-            "left_out": dict(self.left_out),
+            "left_out": {reason: count for reason, count in self.left_out.items() if count},
             "rows": {
                 reason: [{"where": row.where, "detail": row.detail} for row in rows]
                 for reason, rows in self.kept_rows.items()

@@ -1,30 +1,56 @@
 """Which data set, columns and rows. The fields are command-line flags; the names are diffusers' where it has one."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from spin_diffusion.input_error import InputError
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Where the examples come from. Exactly one of `dataset_name` and `train_data_dir` must be given."""
+class SourceSettings:
+    """What data sets of images and of text have in common."""
 
     dataset_name: str | None = None
-    """Hub id, local folder, parquet file or glob, webdataset tar or glob; braces as in shards/{0000..0009}.tar work."""
+    """Hub id, local folder, file or glob."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set; of a local folder, the subfolder of this name."""
     dataset_split: str = "train"
     """Split of a hub data set or a local folder; files named by path or glob are all read, whatever their split."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
+    max_train_samples: int | None = None
+    """Stop after this many usable examples, in the order of the data set; fewer are no error."""
+    streaming: bool = False
+    """Read a hub data set as a stream, with nothing copied to the disk. Local files are always read so."""
+    max_bad_share: float = 0.01
+    """Share (0 to 1) of rows that are damaged; more of them is an error."""
+    cache_dir: str | None = None
+    """Folder for what is downloaded from the hub; by default the datasets library's."""
+
+    def __post_init__(self) -> None:
+        _check_not_blank("dataset_name", self.dataset_name, "give a data set")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise InputError(
+                f"--max_train_samples is {self.max_train_samples}: give at least 1, or leave the flag away"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise InputError(f"--max_bad_share is {self.max_bad_share}: it is a share of the rows, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class DataSettings(SourceSettings):
+    """Where the images come from. Exactly one of `dataset_name` and `train_data_dir` must be given."""
+
+    dataset_name: str | None = None
+    """Hub id, local folder, parquet file or glob, webdataset tar or glob; braces as in shards/{0000..0009}.tar work."""
+    max_bad_share: float = 0.01
+    """Share (0 to 1) of rows with a corrupt image, missing image or empty caption; more of them is an error."""
     train_data_dir: str | None = None
     """Folder of images with a metadata.jsonl, .csv or .parquet (file_name and caption), or with a .txt beside each."""
     image_column: str | None = None
     """Column of the image; default: Pick-a-Pic's winner, else the first of image, jpg, jpeg, png, webp that exists."""
     caption_column: str | None = None
     """Column of the caption; default: the first of text, caption, prompt, txt that exists. A list gives its first."""
-    max_train_samples: int | None = None
-    """Stop after this many usable examples, in the order of the data set; fewer are no error."""
     one_image_per_prompt: bool = False
     """Keep only the first usable image of each caption."""
     filter_column: str | None = None
@@ -33,12 +59,6 @@ class DataSettings:
     """Largest value of filter_column that is kept."""
     filter_min: float | None = None
     """Smallest value of filter_column that is kept."""
-    streaming: bool = False
-    """Read a hub data set as a stream, with nothing copied to the disk. Local files are always read so."""
-    max_bad_share: float = 0.01
-    """Share (0 to 1) of rows with a corrupt image, missing image or empty caption; more of them is an error."""
-    cache_dir: str | None = None
-    """Folder for what is downloaded from the hub; by default the datasets library's."""
 
     def __post_init__(self) -> None:
         if self.dataset_name is not None and self.train_data_dir is not None:
@@ -46,15 +66,8 @@ class DataSettings:
                 f"--dataset_name {self.dataset_name!r} and --train_data_dir {self.train_data_dir!r} are both given: "
                 "give one of them"
             )
-        for flag, value in (("dataset_name", self.dataset_name), ("train_data_dir", self.train_data_dir)):
-            if value is not None and not value.strip():
-                raise InputError(f"--{flag} is empty: give a data set, or leave the flag away")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise InputError(
-                f"--max_train_samples is {self.max_train_samples}: give at least 1, or leave the flag away"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise InputError(f"--max_bad_share is {self.max_bad_share}: it is a share of the rows, from 0 to 1")
+        super().__post_init__()
+        _check_not_blank("train_data_dir", self.train_data_dir, "give a folder")
         has_bound = self.filter_min is not None or self.filter_max is not None
         if self.filter_column is None and has_bound:
             raise InputError(
@@ -68,3 +81,71 @@ class DataSettings:
             raise InputError(
                 f"--filter_min {self.filter_min} is above --filter_max {self.filter_max}: no row could be kept"
             )
+
+
+@dataclass(frozen=True)
+class TextDataSettings(SourceSettings):
+    """Where prompts and real answers come from, and which of them are held out."""
+
+    dataset_name: str | None = None
+    """Hub id, local folder, .jsonl, .json or parquet file, or a glob of one kind; braces as in {0000..0009} work."""
+    max_bad_share: float = 0.01
+    """Share (0 to 1) of rows that are malformed, or have no prompt or no answer; more of them is an error."""
+    prompt_column: str | None = None
+    """Column of the prompt, plain text or messages; default: prompt, where the answer's column does not hold it."""
+    completion_column: str | None = None
+    """Column of the real answer, plain text or messages, or of whole conversations; default: the first of real, chosen,
+    messages, conversations, completion that exists."""
+    rejected_column: str | None = None
+    """Column of the worse answer, read for --objective dpo only; default: generated beside real, else rejected."""
+    first_turn_only: bool = False
+    """Of a conversation, use the first question and its answer; default: the last answer, after everything before."""
+    system_prompt: str | None = None
+    """System turn that is put in front of conversations that have none."""
+    keep_repeated: bool = False
+    """Use equal rows as often as they occur, which is right for draws from a distribution; default: once."""
+    held_out_dataset_name: str | None = None
+    """Where held-out answers come from, named as --dataset_name is; default: --dataset_name."""
+    held_out_split: str | None = None
+    """Split that held-out answers come from, of a hub data set or a local folder; default: --dataset_split."""
+    num_held_out: int = 0
+    """Held-out answers, which are never trained on; 0 = all of the held-out data set or split, none without one."""
+    held_out_by: Literal["prompt", "row"] = "prompt"
+    """prompt: no prompt of a held-out answer is trained on; row: both sides may share prompts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag in ("prompt_column", "completion_column", "rejected_column"):
+            _check_not_blank(flag, getattr(self, flag), "name a column")
+        _check_not_blank("held_out_dataset_name", self.held_out_dataset_name, "give a data set")
+        _check_not_blank("held_out_split", self.held_out_split, "give a split")
+        _check_not_blank("system_prompt", self.system_prompt, "give a text")
+        named: dict[str, str] = {}
+        for flag in ("prompt_column", "completion_column", "rejected_column"):
+            column = getattr(self, flag)
+            if column is not None and named.setdefault(column, flag) != flag:
+                raise InputError(f"--{named[column]} and --{flag} are both {column!r}: name two columns")
+        if self.num_held_out < 0:
+            raise InputError(f"--num_held_out is {self.num_held_out}: give 0 or more")
+        is_same = self.dataset_name == (self.held_out_dataset_name or self.dataset_name)
+        if self.has_held_out_source and is_same and self.held_out_split in (None, self.dataset_split):
+            raise InputError(
+                f"the held-out data are the training data (--dataset_name {self.dataset_name}, split "
+                f"{self.dataset_split!r}): give another --held_out_split or --held_out_dataset_name, or "
+                "--num_held_out alone to set some aside"
+            )
+
+    @property
+    def has_held_out_source(self) -> bool:
+        """Whether held-out answers come from another data set or split than the training data."""
+        return self.held_out_dataset_name is not None or self.held_out_split is not None
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any answers are held out."""
+        return self.has_held_out_source or self.num_held_out > 0
+
+
+def _check_not_blank(flag: str, value: str | None, right: str) -> None:
+    if value is not None and not value.strip():
+        raise InputError(f"--{flag} is empty: {right}, or leave the flag away")

@@ -3,14 +3,16 @@
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from spin_diffusion.data.hub import open_hub, open_saved
 from spin_diffusion.data.image_folder import is_image, is_metadata, open_image_folder
+from spin_diffusion.data.json_lines import JSON_SUFFIXES, open_json
 from spin_diffusion.data.parquet_files import open_parquet
 from spin_diffusion.data.rows import Source
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, SourceSettings
 from spin_diffusion.data.webdataset import TAR_SUFFIXES, open_webdataset
 from spin_diffusion.input_error import InputError
 
@@ -20,27 +22,63 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of files and folders that the hub takes for a split."""
+LIBRARY_FILES = ("dataset_info.json", "dataset_infos.json")
+"""What the datasets library writes beside the data."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """Files that are told by the ends of their names, and what opens them."""
+
+    called: str
+    suffixes: tuple[str, ...]
+    open: Callable[[str, Sequence[Path]], Source]
+
+    def matches(self, path: Path) -> bool:
+        return path.name.lower().endswith(self.suffixes)
+
+
+PARQUET = FileKind("parquet files", (".parquet",), open_parquet)
+TARS = FileKind("tars", TAR_SUFFIXES, open_webdataset)
+JSON = FileKind("JSON files", JSON_SUFFIXES, open_json)
 
 
 def open_source(settings: DataSettings) -> Source:
-    """Open the data set that the settings name. Raises InputError if there is none, or it cannot be read."""
+    """Open the images that the settings name. Raises InputError if there are none, or they cannot be read."""
     if settings.train_data_dir is not None:
         folder = Path(settings.train_data_dir).expanduser()
         if not folder.is_dir():
             raise InputError(f"--train_data_dir {settings.train_data_dir} is not a folder; give a folder of images")
-        return open_folder(folder, settings)
+        return _open_folder(folder, settings, open_folder)
     if settings.dataset_name is None:
         raise InputError(
             "no data set is given: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir"
         )
+    return _open_named(settings, TARS, open_folder)
+
+
+def open_text_source(settings: SourceSettings) -> Source:
+    """Open the text that the settings name. Raises InputError if there is none, or it cannot be read."""
+    if settings.dataset_name is None:
+        raise InputError("no data set is given: give --dataset_name (hub id, folder, .jsonl, .json or parquet file)")
+    return _open_named(settings, JSON, open_text_folder)
+
+
+OpenFolder = Callable[[Path, Sequence[Path], str], Source]
+"""(folder, every file in it, split) -> Source"""
+
+
+def _open_named(settings: SourceSettings, other: FileKind, open_folder: OpenFolder) -> Source:
+    """Open parquet files, or those of the other kind."""
+    assert settings.dataset_name is not None
     name = os.path.expanduser(settings.dataset_name)
     path = Path(name)
     if path.is_dir():
-        return open_folder(path, settings)
+        return _open_folder(path, settings, open_folder)
     if path.exists():
-        return open_files(settings.dataset_name, [path])
-    if any(character in name for character in "*?[{"):
-        return open_files(settings.dataset_name, expand(name))
+        return open_files(settings.dataset_name, [path], other)
+    if is_pattern(name):
+        return open_files(settings.dataset_name, expand(name), other)
     if "://" in name:
         raise InputError(f"--dataset_name {name} is an address: give the hub id, or download it and give its path")
     if looks_like_a_path(name):
@@ -50,10 +88,25 @@ def open_source(settings: DataSettings) -> Source:
     return open_hub(name, settings)
 
 
+def _open_folder(folder: Path, settings: SourceSettings, open_folder: OpenFolder) -> Source:
+    if settings.dataset_config_name is not None:
+        if not (folder / settings.dataset_config_name).is_dir():
+            raise InputError(f"{folder} has no subfolder {settings.dataset_config_name!r} (--dataset_config_name)")
+        folder = folder / settings.dataset_config_name
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return open_saved(folder, settings.dataset_split)
+    return open_folder(folder, list_files(folder), settings.dataset_split)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether this names files by a pattern, see `expand`."""
+    return any(character in name for character in "*?[{")
+
+
 def looks_like_a_path(name: str) -> bool:
     """Whether `name` cannot be a hub id (name or user/name)."""
     is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-    return not is_id or name.lower().endswith((*TAR_SUFFIXES, ".parquet", ".jsonl", ".json", ".csv", ".arrow"))
+    return not is_id or name.lower().endswith((*TAR_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".csv", ".arrow"))
 
 
 def expand(pattern: str) -> list[Path]:
@@ -94,31 +147,21 @@ def expand_braces(pattern: str) -> list[str]:
     return [name for middle in alternatives for name in expand_braces(before + middle + after)]
 
 
-def open_files(name: str, files: Sequence[Path]) -> Source:
-    """Open parquet files or tars. Raises InputError if they are neither, or both."""
-    kinds = {_kind(path) for path in files}
-    if kinds == {"parquet"}:
-        return open_parquet(name, files)
-    if kinds == {"tar"}:
-        return open_webdataset(name, files)
-    odd = next((path for path in files if _kind(path) == "other"), None)
+def open_files(name: str, files: Sequence[Path], other: FileKind) -> Source:
+    """Open parquet files, or those of the other kind. Raises InputError if they are neither, or both."""
+    for kind in (PARQUET, other):
+        if all(kind.matches(path) for path in files):
+            return kind.open(name, files)
+    odd = next((path for path in files if not PARQUET.matches(path) and not other.matches(path)), None)
     if odd is not None:
-        raise InputError(f"--dataset_name {name}: {odd.name} is neither .parquet nor {', '.join(TAR_SUFFIXES)}")
-    raise InputError(f"--dataset_name {name} matches parquet files and tars: name one kind")
+        raise InputError(f"--dataset_name {name}: {odd.name} is neither .parquet nor {', '.join(other.suffixes)}")
+    raise InputError(f"--dataset_name {name} matches parquet files and {other.called}: name one kind")
 
 
-def open_folder(folder: Path, settings: DataSettings) -> Source:
-    """Open the split of a local folder. Raises InputError if it holds nothing that can be read, or no such split."""
-    if settings.dataset_config_name is not None:
-        if not (folder / settings.dataset_config_name).is_dir():
-            raise InputError(f"{folder} has no subfolder {settings.dataset_config_name!r} (--dataset_config_name)")
-        folder = folder / settings.dataset_config_name
-    split = settings.dataset_split
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return open_saved(folder, split)
-    files = list_files(folder)
-    tars = [path for path in files if _kind(path) == "tar"]
-    parquets = [path for path in files if _kind(path) == "parquet" and not is_metadata(path)]
+def open_folder(folder: Path, files: Sequence[Path], split: str) -> Source:
+    """Open the split of a folder of images. Raises InputError if it has nothing that can be read, or no such split."""
+    tars = [path for path in files if TARS.matches(path)]
+    parquets = [path for path in files if PARQUET.matches(path) and not is_metadata(path)]
     if any(is_metadata(path) for path in files) or not (tars or parquets):
         if not any(is_metadata(path) or is_image(path) for path in files):
             raise InputError(f"{folder} has no images, parquet files or tars")
@@ -132,6 +175,17 @@ def open_folder(folder: Path, settings: DataSettings) -> Source:
         raise InputError(f"{folder} has parquet files and tars: name one kind, as in {folder}/*.parquet")
     chosen = files_of_split(folder, tars or parquets, split)
     return open_parquet(str(folder), chosen) if parquets else open_webdataset(str(folder), chosen)
+
+
+def open_text_folder(folder: Path, files: Sequence[Path], split: str) -> Source:
+    """Open the split of a folder of text. Raises InputError if it has nothing that can be read, or no such split."""
+    files = [path for path in files if path.name not in LIBRARY_FILES]
+    found = [[path for path in files if kind.matches(path)] for kind in (PARQUET, JSON)]
+    if all(found):
+        raise InputError(f"{folder} has parquet files and JSON files: name one kind, as in {folder}/*.jsonl")
+    if not any(found):
+        raise InputError(f"{folder} has no parquet files and none of {', '.join(JSON_SUFFIXES)}")
+    return open_files(str(folder), files_of_split(folder, found[0] or found[1], split), JSON)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -168,9 +222,3 @@ def split_of(path: Path) -> str | None:
         if any(alias in words for alias in aliases):
             return split
     return None
-
-
-def _kind(path: Path) -> str:
-    if path.suffix.lower() == ".parquet":
-        return "parquet"
-    return "tar" if path.name.lower().endswith(TAR_SUFFIXES) else "other"

@@ -53,6 +53,7 @@ class DiffusionGame:
     keeps_scores = False  # a score is taken at one noise level and one noise
     prompt_columns = ("id", "prompt")
     level_name = "timesteps"
+    remedy = ", or set --winner_preserving_mu 0.9"
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
     start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
 

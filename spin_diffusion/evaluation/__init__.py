@@ -1,1 +1,1 @@
-"""Measuring what was gained: scorers, statistics, the table of rounds, the gallery."""
+"""Measuring what was gained, in pictures and in answers: scorers and judges, statistics, alarms, table, report page."""

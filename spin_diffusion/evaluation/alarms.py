@@ -2,7 +2,8 @@
 
 A preference score can be raised by a texture, by colours that shout, by one style for every prompt, or by drawing the
 same picture for every seed. Each of these leaves a trace that costs nothing to measure once the images are scored.
-Every alarm is a function of arrays to an `Alarm`; `check_alarms` runs all of them for one model.
+Every alarm is a function of arrays to an `Alarm`; `check_alarms` runs all of them for one model. Those of answers are
+in answer_alarms.py.
 
 An alarm goes off only when the effect is both larger than its threshold and beyond chance (95 % bootstrap interval over
 prompts). How often a model that is the same as the base sets one off stands in `check_alarms`. Thresholds are set by
@@ -22,9 +23,9 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from spin_diffusion.evaluation.scorers import Role
 from spin_diffusion.evaluation.scorers._pixels import to_rgb
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
+from spin_diffusion.evaluation.specs import Role
 from spin_diffusion.evaluation.statistics import AlarmState, Interval, mean_interval, paired_difference
 
 
@@ -103,12 +104,13 @@ def count_leaked(captions: Iterable[str], prompts: Sequence[str]) -> int:
     """How many of the evaluation's prompts are training captions: equal but for case, punctuation and white space."""
     wanted: dict[str, int] = {}
     for prompt in prompts:
-        key = _normalised(prompt)
+        key = normalised(prompt)
         wanted[key] = wanted.get(key, 0) + 1
-    return sum(wanted[key] for key in {_normalised(caption) for caption in captions} & wanted.keys())
+    return sum(wanted[key] for key in {normalised(caption) for caption in captions} & wanted.keys())
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """The text without what makes no difference between two prompts: case, punctuation and white space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = " ".join(re.sub(r"[^\w\s]", " ", folded).split())
     return words or " ".join(folded.split())  # a prompt of emoji alone is compared as it is
@@ -159,7 +161,7 @@ def check_alarms(
         ValueError: arrays whose shapes do not match, numbers that are not finite, or fewer than 2 prompts.
     """
     limits = thresholds or Thresholds()
-    differences = _differences(candidate_scores, baseline_scores)
+    differences = differences_of(candidate_scores, baseline_scores)
     num_leaked = None if training_captions is None else count_leaked(training_captions, prompts)
     return [
         goodhart(differences, roles, resamples),
@@ -224,7 +226,7 @@ def _opposed(
     downs = [name for name in differences if roles[name] in down_roles]
     if not ups or not downs:
         missing = up_role if not ups else " or ".join(down_roles)
-        return _not_run(alarm, f"no {missing} scorer was run for both models")
+        return not_run(alarm, f"no {missing} scorer was run for both models")
     risen = {name: mean_interval(differences[name], 1 - 0.05 / len(ups), resamples) for name in ups}
     risen = {name: interval for name, interval in risen.items() if interval.low > 0}
     wide = {name: mean_interval(differences[name], 1 - 0.05 / len(downs), resamples) for name in downs}
@@ -236,8 +238,8 @@ def _opposed(
         surely = [name for name in downs if wide[name].high < 0]
         perhaps = [name for name in downs if plain[name].high < 0]
         if surely or perhaps:
-            up = ", ".join(f"{name} ({_signed(interval)})" for name, interval in risen.items())
-            down = ", ".join(f"{name} ({_signed(wide[name])})" for name in surely or perhaps)
+            up = ", ".join(f"{name} ({signed(interval)})" for name, interval in risen.items())
+            down = ", ".join(f"{name} ({signed(wide[name])})" for name in surely or perhaps)
             text = explanation.format(up=up, down=down, names=" and ".join(surely or perhaps))
             if not surely:
                 text += " With this many scorers it may still be chance: use more prompts to be sure."
@@ -260,18 +262,18 @@ def diversity_over_seeds(
     """
     alarm = "diversity_over_seeds"
     if (problem := _no_pairs(baseline, candidate)) is not None:
-        return _not_run(alarm, problem)
+        return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     base, cand = _unit(baseline), _unit(candidate)
     before, after = 1 - _pair_cosines(base).mean(axis=1), 1 - _pair_cosines(cand).mean(axis=1)
     difference = paired_difference(after, before, resamples=resamples)
     level = float(before.mean())
     if level <= 1e-6:
-        return _not_run(alarm, "the base draws the same image for every seed, so there is no diversity to lose")
+        return not_run(alarm, "the base draws the same image for every seed, so there is no diversity to lose")
     drop = -difference.mean / level
-    state = _state(drop, thresholds.diversity_drop, difference.high < 0)
+    state = state_of(drop, thresholds.diversity_drop, difference.high < 0)
     numbers = (
-        f"Diversity over seeds (mean 1 - cosine) goes from {level:.3f} to {after.mean():.3f}, {_signed(difference)}; "
+        f"Diversity over seeds (mean 1 - cosine) goes from {level:.3f} to {after.mean():.3f}, {signed(difference)}; "
         f"different pictures per prompt (Vendi score of {base.shape[1]} images) from {_vendi(base).mean():.2f} to "
         f"{_vendi(cand).mean():.2f}."
     )
@@ -290,16 +292,16 @@ def style_collapse(
     """
     alarm = "style_collapse"
     if (problem := _no_features(baseline, candidate)) is not None:
-        return _not_run(alarm, problem)
+        return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     if len(baseline) < 3:
-        return _not_run(alarm, "it takes 3 prompts or more")
+        return not_run(alarm, "it takes 3 prompts or more")
     before, after = _cosine_between_prompts(_unit(baseline)), _cosine_between_prompts(_unit(candidate))
     difference = paired_difference(after, before, resamples=resamples)
-    state = _state(difference.mean, thresholds.style_similarity_rise, difference.low > 0)
+    state = state_of(difference.mean, thresholds.style_similarity_rise, difference.low > 0)
     numbers = (
         f"The mean cosine between images of different prompts goes from {before.mean():.3f} to {after.mean():.3f}, "
-        f"{_signed(difference)}."
+        f"{signed(difference)}."
     )
     advice = (
         " Everything begins to look the same: look at the gallery for a style, a frame or a background that no prompt "
@@ -321,13 +323,13 @@ def near_duplicates(
     """
     alarm = "near_duplicates"
     if (problem := _no_pairs(baseline, candidate)) is not None:
-        return _not_run(alarm, problem)
+        return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     cosine = thresholds.near_duplicate_cosine
     before = (_pair_cosines(_unit(baseline)) > cosine).mean(axis=1)
     after = (_pair_cosines(_unit(candidate)) > cosine).mean(axis=1)
     difference = paired_difference(after, before, resamples=resamples)
-    state = _state(difference.mean, thresholds.near_duplicate_rise, difference.low > 0)
+    state = state_of(difference.mean, thresholds.near_duplicate_rise, difference.low > 0)
     numbers = (
         f"Pairs of seeds that give the same picture (cosine above {cosine:g}): {before.mean():.1%} of the base's, "
         f"{after.mean():.1%} of the model's."
@@ -354,7 +356,7 @@ def photometry(
     """
     names = [name for name in candidate if name in baseline]
     if not names:
-        return _not_run("photometry", "no colours and edges were measured for both models")
+        return not_run("photometry", "no colours and edges were measured for both models")
     found: list[tuple[float, AlarmState, str]] = []
     for name in names:
         before = np.asarray(baseline[name], dtype=np.float64)
@@ -362,8 +364,8 @@ def photometry(
         by_prompt = before if before.ndim == 1 else before.mean(axis=1)
         mad = float(np.median(np.abs(by_prompt - np.median(by_prompt))))
         shift = difference.mean / max(mad, thresholds.photometry_smallest_mad)
-        state = _state(abs(shift), thresholds.photometry_mads, difference.low > 0 or difference.high < 0)
-        found.append((shift, state, f"{name} from {by_prompt.mean():.3f} by {_signed(difference)}"))
+        state = state_of(abs(shift), thresholds.photometry_mads, difference.low > 0 or difference.high < 0)
+        found.append((shift, state, f"{name} from {by_prompt.mean():.3f} by {signed(difference)}"))
     shift, state, _ = max(found, key=lambda entry: (_STATES.index(entry[1]), abs(entry[0])))
     numbers = f"In units of the base's spread over prompts the largest shift is {shift:+.1f}: "
     numbers += "; ".join(text for *_, text in found) + "."
@@ -388,16 +390,11 @@ def broken_images(baseline: tuple[int, int] | None, candidate: tuple[int, int] |
         candidate: likewise.
     """
     if baseline is None or candidate is None or 0 in (baseline[1], candidate[1]):
-        return _not_run("broken_images", "broken images were not counted for both models")
+        return not_run("broken_images", "broken images were not counted for both models")
     for broken, total in (baseline, candidate):
         if not 0 <= broken <= total:
             raise ValueError(f"broken images must be (broken, all), got {(broken, total)}")
-    before, after = baseline[0] / baseline[1], candidate[0] / candidate[1]
-    rise = after - before
-    state: AlarmState = "ok"
-    if rise > thresholds.broken_rise:
-        table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
-        state = "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"
+    rise, state = rise_of_counts(baseline, candidate, thresholds.broken_rise)
     text = (
         f"Broken images (one colour, not finite, missing): {baseline[0]} of {baseline[1]} of the base's, "
         f"{candidate[0]} of {candidate[1]} of the model's."
@@ -411,20 +408,38 @@ def broken_images(baseline: tuple[int, int] | None, candidate: tuple[int, int] |
     return Alarm("broken_images", state, rise, thresholds.broken_rise, text)
 
 
-def training_leak(num_leaked: int | None, num_prompts: int, thresholds: Thresholds) -> Alarm:
-    """The model was trained on the captions it is examined with.
+def rise_of_counts(baseline: tuple[int, int], candidate: tuple[int, int], threshold: float) -> tuple[float, AlarmState]:
+    """Rise of the share of samples that are in some state, and what it is worth by Fisher's exact test, one-sided.
 
     Args:
-        num_leaked: prompts that are training captions too, from `count_leaked`.
+        baseline: (samples in that state, all samples), at least one.
+        candidate: likewise.
+        threshold: of the rise, 0 to 1; below it nothing is said.
+    """
+    rise = candidate[0] / candidate[1] - baseline[0] / baseline[1]
+    if rise <= threshold:
+        return rise, "ok"
+    table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
+    return rise, "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"
+
+
+def training_leak(
+    num_leaked: int | None, num_prompts: int, thresholds: Thresholds, what: str = "training captions"
+) -> Alarm:
+    """The model was trained on the prompts it is examined with.
+
+    Args:
+        num_leaked: prompts that were trained on too, from `count_leaked`.
         num_prompts: all prompts.
+        what: the prompts of training are called.
     """
     if num_leaked is None or not num_prompts:
-        return _not_run("training_leak", "the training captions are not known")
+        return not_run("training_leak", f"the {what} are not known")
     if not 0 <= num_leaked <= num_prompts:
         raise ValueError(f"num_leaked must be from 0 to the {num_prompts} prompts, got {num_leaked}")
     share = num_leaked / num_prompts
     state: AlarmState = "alarm" if share > thresholds.leaked_share else "warn" if num_leaked else "ok"
-    text = f"{num_leaked} of {num_prompts} prompts are training captions too."
+    text = f"{num_leaked} of {num_prompts} prompts are {what} too."
     if state != "ok":
         text += " The model has seen the answers to these: leave them out, or take another prompt set."
     return Alarm("training_leak", state, share, thresholds.leaked_share, text)
@@ -446,17 +461,17 @@ def stagnation(
         roles: scorer -> its role; "drift" is left out.
     """
     if previous is None:
-        return _not_run("stagnation", "there is no round before this one to compare with")
+        return not_run("stagnation", "there is no round before this one to compare with")
     differences = {
-        name: array for name, array in _differences(candidate, previous).items() if roles[name] != "drift"
+        name: array for name, array in differences_of(candidate, previous).items() if roles[name] != "drift"
     }  # fmt: skip
     if not differences:
-        return _not_run("stagnation", "no scorer was run for both rounds")
+        return not_run("stagnation", "no scorer was run for both rounds")
     confidence = 1 - 0.05 / len(differences)
     intervals = {name: mean_interval(array, confidence, resamples) for name, array in differences.items()}
     moved = [name for name, interval in intervals.items() if interval.low > 0 or interval.high < 0]
     if moved:
-        numbers = ", ".join(f"{name} ({_signed(intervals[name])})" for name in moved)
+        numbers = ", ".join(f"{name} ({signed(intervals[name])})" for name in moved)
         return Alarm(
             "stagnation", "ok", float(len(moved)), 1.0, f"This round differs from the one before by {numbers}."
         )
@@ -470,17 +485,20 @@ def stagnation(
 _STATES: tuple[AlarmState, ...] = ("not run", "ok", "warn", "alarm")
 
 
-def _state(size: float, threshold: float, beyond_chance: bool) -> AlarmState:
+def state_of(size: float, threshold: float, beyond_chance: bool) -> AlarmState:
+    """The state of an effect; half of the threshold is worth a warning, and chance is worth nothing."""
     if not beyond_chance or size <= threshold / 2:
         return "ok"
     return "alarm" if size > threshold else "warn"
 
 
-def _not_run(alarm: str, reason: str) -> Alarm:
+def not_run(alarm: str, reason: str) -> Alarm:
+    """The alarm that could not be computed, and why."""
     return Alarm(alarm, "not run", None, None, f"Not run: {reason}.")
 
 
-def _signed(interval: Interval) -> str:
+def signed(interval: Interval) -> str:
+    """A difference and its interval in a sentence."""
     size = max(abs(interval.low), abs(interval.high), abs(interval.mean))
     # Three digits of the largest number: scorers differ in scale by a factor of 100
     decimals = 3 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
@@ -488,7 +506,7 @@ def _signed(interval: Interval) -> str:
     return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
 
 
-def _differences(candidate: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def differences_of(candidate: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Scorer that both have -> (prompts,) candidate minus base, over the mean of the images."""
     differences = {}
     for name in candidate:

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from spin_diffusion.evaluation.scorers import Role
+from spin_diffusion.evaluation.specs import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
     holm,
@@ -33,12 +33,14 @@ class Row:
 
     model: str
     guidance_scale: float | None
-    """None = pictures that were given, at whatever guidance."""
+    """None = answers, or pictures that were given, at whatever guidance."""
     scorer: str
     scores: np.ndarray
-    """(prompts, images): the same prompts and seeds in the same order for every model."""
+    """(prompts, samples): the same prompts and seeds in the same order for every model."""
     role: Role = "held-out"
     """What the scorer can say; a difference of a "drift" score is never good news."""
+    samples: str = "images"
+    """What was scored: images or answers."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Comparison:
 
     model: str
     guidance_scale: float | None
-    """None = pictures that were given, at whatever guidance."""
+    """None = answers, or pictures that were given, at whatever guidance."""
     scorer: str
     num_prompts: int
     num_images: int
-    """Images per prompt."""
+    """Samples per prompt."""
     mean: Interval
     difference: Interval | None
     """Model minus baseline, paired by prompt. None for the baseline, and so are the fields below."""
@@ -65,6 +67,8 @@ class Comparison:
     """The same, adjusted by Holm over the scorers of one model and guidance scale."""
     role: Role = "held-out"
     """Of the scorer."""
+    samples: str = "images"
+    """What was scored: images or answers."""
 
 
 def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
@@ -106,7 +110,7 @@ def _compare_row(row: Row, base: Row) -> Comparison:
         p = sign_test_p(wins, losses)
     return Comparison(
         row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
-        role=row.role,
+        role=row.role, samples=row.samples,
     )  # fmt: skip
 
 
@@ -124,7 +128,8 @@ def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
 
 
 def _describe(row: Row) -> str:
-    return f"model {row.model!r} at {_scale(row.guidance_scale)} by {row.scorer}"
+    at = f" at {_scale(row.guidance_scale)}" if row.samples == "images" else ""
+    return f"model {row.model!r}{at} by {row.scorer}"
 
 
 def _scale(guidance_scale: float | None) -> str:
@@ -167,7 +172,8 @@ def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
     table.add_column("model")
     guidance_scales = _distinct(c.guidance_scale for c in comparisons)
     for scale in guidance_scales:
-        table.add_column(_scale(scale), justify="right", no_wrap=True)
+        heading = _scale(scale) if comparisons[0].samples == "images" else "mean"
+        table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
     decimals = _decimals(comparisons)
     by_cell = {(c.model, c.guidance_scale): c for c in comparisons}
@@ -192,11 +198,12 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     for scorer in _distinct(c.scorer for c in comparisons):
         of_scorer = [c for c in comparisons if c.scorer == scorer]
         decimals = _decimals(of_scorer)
+        of_images = of_scorer[0].samples == "images"
         parts += [
             f"**{_escaped(_title(of_scorer))}**",
             "",
-            "| model | guidance | mean | to baseline | win / tie / loss | p |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| model |{' guidance |' if of_images else ''} mean | to baseline | win / tie / loss | p |",
+            f"|---|{'---:|' if of_images else ''}---:|---:|---:|---:|",
         ]
         for c in of_scorer:
             difference = _difference(c.difference, decimals, " ")
@@ -205,7 +212,8 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
             p = "" if c.p_holm is None else "< 0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
             mean = _mean(c.mean, decimals, " ")
-            row = [_escaped(c.model), _scale(c.guidance_scale).removeprefix("guidance "), mean, difference, counts, p]
+            scale = [_scale(c.guidance_scale).removeprefix("guidance ")] if of_images else []
+            row = [_escaped(c.model), *scale, mean, difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
         parts += [
             "",
@@ -254,7 +262,7 @@ def sweep_as_markdown(rows: Sequence[Row], baseline: str, scales: Sequence[float
 
 
 def _title(comparisons: list[Comparison]) -> str:
-    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} images" for c in comparisons)
+    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.samples}" for c in comparisons)
     return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % bootstrap over prompts, seeds shared"
 
 

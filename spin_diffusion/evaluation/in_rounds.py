@@ -1,6 +1,5 @@
 """Evaluation inside a run: base, rounds and rivals draw the same prompts with the same seeds and are judged alike."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from spin_diffusion.evaluation.comparison import Comparison, Row
 from spin_diffusion.evaluation.drawing import Draw, draw_pictures, protocol_of, requests
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.evaluation.report import write_report
+from spin_diffusion.evaluation.protocols import is_of_answers, samples_per_prompt
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, score_pictures
@@ -33,7 +32,6 @@ class RunEvaluation:
     progress: Progress
     protocol: dict[str, Any]
     headline_scale: float
-    training_captions: Callable[[], Sequence[str]]
 
     def evaluate(self, model: EvaluatedModel, draw: Draw) -> None:
         """Draw and score the pictures of a model; what is there already stays."""
@@ -47,18 +45,18 @@ class RunEvaluation:
             self.accelerator, lambda scorer, total: self.progress.phase(f"{model.name}: score by {scorer}", total),
         )  # fmt: skip
 
-    def conclude(self, root: Path, models: list[EvaluatedModel], title: str) -> tuple[dict[str, Any], list[Comparison]]:
-        """The results of these models, the first of which is the baseline, written below `root`; main process only."""
+    def conclude(
+        self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
+    ) -> tuple[dict[str, Any], list[Comparison]]:
+        """The results of these models, the first of which is the baseline, written below `root`; main process only.
+
+        Args:
+            more: of `results.conclude`: training_captions, curves, measures.
+        """
         return conclude(
             root, models, self.protocol, self.settings.scorers or [], title=title,
-            headline_scale=self.headline_scale, training_captions=self.training_captions(),
+            headline_scale=self.headline_scale, **more,
         )  # fmt: skip
-
-    def report(self, models: list[EvaluatedModel]) -> tuple[dict[str, Any], list[Comparison]]:
-        """Results and page of everything that was evaluated so far; main process only."""
-        found = self.conclude(self.output_dir, models, f"Self-play run {self.output_dir.name}")
-        write_report(self.output_dir)
-        return found
 
 
 def run_evaluation(
@@ -73,7 +71,6 @@ def run_evaluation(
     num_inference_steps: int,
     guidance_scale: float,
     resolution: int,
-    training_captions: Callable[[], Sequence[str]],
 ) -> RunEvaluation:
     """The evaluation of a run by its settings; unset ones are those of the opponent's samples."""
     scales = settings.validation_guidance_scales or [guidance_scale]
@@ -87,7 +84,7 @@ def run_evaluation(
         resolution=resolution,
     )
     headline = guidance_scale if guidance_scale in scales else scales[-1]
-    return RunEvaluation(settings, prompts, output_dir, accelerator, progress, protocol, headline, training_captions)
+    return RunEvaluation(settings, prompts, output_dir, accelerator, progress, protocol, headline)
 
 
 def model_of(name: str, folder: Path, role: str, round_: int | None, **more: Any) -> EvaluatedModel:
@@ -97,15 +94,19 @@ def model_of(name: str, folder: Path, role: str, round_: int | None, **more: Any
 
 def metrics_of(results: dict[str, Any], model: str) -> dict[str, Any]:
     """Means, differences and verdicts of one model, as numbers for trackers and for the round's record."""
+    of_answers = is_of_answers(results["protocol"])
+
+    def name(entry: dict[str, Any]) -> str:
+        return entry["scorer"] if of_answers else f"{entry['scorer']}@{_key(entry['guidance_scale'])}"
+
     metrics: dict[str, Any] = {}
     for entry in results["results"]:
         if entry["model"] == model and entry["aggregate"] == "mean":
-            metrics[f"{entry['scorer']}@{_key(entry['guidance_scale'])}"] = entry["mean"]
+            metrics[name(entry)] = entry["mean"]
     for entry in results["comparisons"]:
         if entry["model"] == model:
-            key = f"{entry['scorer']}@{_key(entry['guidance_scale'])}"
-            metrics[f"{key}/difference"] = entry["difference"]
-            metrics[f"{key}/win_rate"] = entry["win_rate"]
+            metrics[f"{name(entry)}/difference"] = entry["difference"]
+            metrics[f"{name(entry)}/win_rate"] = entry["win_rate"]
     return metrics
 
 
@@ -126,7 +127,8 @@ def promotion(results: dict[str, Any], promote_if: PromoteIf) -> tuple[bool, str
         raise InputError(f"--promote_if {promote_if} cannot be decided: {', '.join(lacking)} could not be run")
     roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
     fell = [
-        f"{entry['scorer']} fell by {-entry['difference']:.3g} at guidance {_key(entry['guidance_scale'])}"
+        f"{entry['scorer']} fell by {-entry['difference']:.3g}"
+        + ("" if is_of_answers(results["protocol"]) else f" at guidance {_key(entry['guidance_scale'])}")
         for entry in results["comparisons"]
         if entry["verdict"] == "regressed" and roles[entry["scorer"]] in ("truth", "held-out", "alignment")
     ]
@@ -170,7 +172,7 @@ def rows_of_runs(output_dirs: list[Path]) -> list[Row]:
 def _rows_of_run(directory: Path) -> list[Row]:
     results = read_results(directory / "results.json")
     roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
-    images = results["protocol"]["images_per_prompt"]
+    samples = samples_per_prompt(results["protocol"])
     scores: dict[tuple[str, float | None, str], dict[str, list[float]]] = {}
     for row in pq.read_table(directory / "scores.parquet").to_pylist():
         of_row = scores.setdefault((row["model"], row["guidance_scale"], row["scorer"]), {})
@@ -178,5 +180,5 @@ def _rows_of_run(directory: Path) -> list[Row]:
     return [
         Row(model, scale, scorer, np.array([of_row[id_] for id_ in sorted(of_row)]), roles[scorer])
         for (model, scale, scorer), of_row in scores.items()
-        if all(len(of_prompt) == images for of_prompt in of_row.values())
+        if all(len(of_prompt) == samples for of_prompt in of_row.values())
     ]

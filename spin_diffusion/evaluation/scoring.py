@@ -1,7 +1,8 @@
 """Scores of an evaluation's pictures: one scorer after the other, shard by shard, nothing twice."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
+from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
-from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
+from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.input_error import InputError
-from spin_diffusion.named import load_named
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
 
 BATCH = 16
@@ -30,12 +31,7 @@ class ScoredFolder:
 
 def check_specs(specs: list[str]) -> None:
     """InputError when two scorers have one name, or one does not exist; no weights are read."""
-    names = [parse_spec(spec)[0] for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--scorers has {name!r} twice: one result could not be told from the other")
-    for spec in specs:
-        load_named(SCORERS, parse_spec(spec)[1], "load")
+    of_specs.check_specs(SCORERS, specs)
 
 
 def score_pictures(
@@ -67,39 +63,62 @@ def score_pictures(
         missing = [(index, out) for index, out in mine if not _is_scored(out, spec)]
         records = [folder.scores / name / "scorer.json" for folder in folders.values()]
         undescribed = accelerator.is_main_process and not all(path.is_file() for path in records)
-        said = []
-        if missing or undescribed:
-            try:
-                scorer = load_scorer(spec, str(accelerator.device))
-                total = sum(len(read_index(index)) for index, _ in missing) * accelerator.num_processes
-                _score_shards(
-                    scorer, spec, missing, bar(name, total), accelerator.num_processes, spec == keeps_features
-                )
-                said = [_describe(spec) | {"source": scorer.source, "checkpoint": scorer.checkpoint, "reason": ""}]
-                del scorer  # its memory, before the next one's weights are read
-            except InputError as error:
-                said = [_describe(spec) | {"reason": str(error)}]
-        if accelerator.num_processes > 1:
-            said = gather_object(said)
-        if said and accelerator.is_main_process:
-            reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
-            for path in records:
-                write_json(path, said[0] | {"state": "not run" if reason else "run", "reason": reason})
-            if reason:
-                print(f"scorer {name} was not run: {reason}")
-        accelerator.wait_for_everyone()
+        score = partial(_load_and_score, spec, missing, bar, accelerator, spec == keeps_features)
+        run_and_record(
+            of_specs.describe(SCORERS, spec), records, score if missing or undescribed else None, accelerator
+        )
+
+
+def run_and_record(
+    described: dict[str, Any],
+    records: list[Path],
+    run: Callable[[], tuple[str, dict[str, str]]] | None,
+    accelerator: Accelerator,
+) -> None:
+    """Run a scorer in every process, and write into `records` what is known of it: state, reason, source, checkpoint.
+
+    Where one process could not run it, it has no score: not a score of 0, and not the scores of the others alone.
+
+    Args:
+        described: all of its ABOUT.
+        run: scores what is missing and returns where the weights came from and what was loaded; an InputError is the
+            reason why it was not run. None = this process has nothing to do.
+    """
+    said = []
+    if run is not None:
+        try:
+            source, checkpoint = run()
+            said = [described | {"source": source, "checkpoint": checkpoint, "reason": ""}]
+        except InputError as error:
+            said = [described | {"reason": str(error)}]
+    if accelerator.num_processes > 1:
+        said = gather_object(said)
+    if said and accelerator.is_main_process:
+        reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
+        for path in records:
+            write_json(path, said[0] | {"state": "not run" if reason else "run", "reason": reason})
+        if reason:
+            print(f"scorer {described['name']} was not run: {reason}")
+    accelerator.wait_for_everyone()
+
+
+def _load_and_score(
+    spec: str,
+    shards: list[tuple[Path, Path]],
+    bar: Callable[[str, int], Callable[[int, str], None]],
+    accelerator: Accelerator,
+    with_features: bool,
+) -> tuple[str, dict[str, str]]:
+    """Where the weights came from, and what was loaded."""
+    scorer = load_scorer(spec, str(accelerator.device))
+    total = sum(len(read_index(index)) for index, _ in shards) * accelerator.num_processes
+    _score_shards(scorer, spec, shards, bar(scorer.name, total), accelerator.num_processes, with_features)
+    return scorer.source, scorer.checkpoint  # its memory is free before the next one's weights are read
 
 
 def _is_scored(shard: Path, spec: str) -> bool:
     """Whether a shard is complete and by this very scorer."""
     return shard.is_file() and rows_metadata(shard).get("source") == spec
-
-
-def _describe(spec: str) -> dict[str, Any]:
-    name, _, path = parse_spec(spec)
-    said = asdict(about(spec))
-    checkpoint = said.pop("checkpoint")
-    return {"name": name, **said, "source": path or checkpoint or "", "checkpoint": {}}
 
 
 def _keeper_of_features(specs: list[str]) -> str | None:

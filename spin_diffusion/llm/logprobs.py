@@ -45,12 +45,15 @@ def answer_logprobs(
     else:
         states, head = causal(**inputs).logits[:, :-1][mask], nn.Identity()
     chunk = chunk_tokens or max(1, CHUNK_LOGITS // causal.config.get_text_config().vocab_size)
-    found = [
-        checkpoint(_chunk, head, states[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
-        for start in range(0, len(targets), chunk)
-    ]
+    if len(targets) <= chunk:
+        found = [_chunk(head, states, targets)]  # all that may be in memory at once: nothing to compute again
+    else:
+        found = [
+            checkpoint(_chunk, head, states[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
+            for start in range(0, len(targets), chunk)
+        ]
     by_place = torch.zeros(mask.shape, dtype=torch.float32, device=token_ids.device)
-    if found:
+    if len(targets):
         # masked_scatter rather than an index addition, whose order on a GPU is not fixed
         by_place = by_place.masked_scatter(mask, torch.cat(found))
     return by_place.sum(dim=1)

@@ -66,7 +66,9 @@ class Game(Protocol):
     prompt_columns: tuple[str, ...]
     """Columns of a stored real row that `generate` needs of it."""
     level_name: str
-    """What `ScoredBatch.level` is a share of, for messages: "timesteps"."""
+    """What `ScoredBatch.level` is a share of, for messages."""
+    remedy: str
+    """What else helps a player that loses the real samples: the end of a sentence, or nothing."""
     start_tolerance: dict[str, float]
     """Largest |r| at step 0 that is rounding, relative to max(1, |score|), by mixed precision."""
 

@@ -107,8 +107,7 @@ class Watch:
         return (
             f"the player models the real samples worse than the opponent does (r_real {self.r_real:.2e}, beta * "
             f"r_real {beta * self.r_real:.2f}): the margin grows by forgetting. Lower --learning_rate or "
-            "--max_train_steps, or use an objective or a rule that holds r_real up (--objective space, or "
-            "--winner_preserving_mu 0.9 for denoisers)"
+            "--max_train_steps, or use an objective that holds r_real up, such as space"
         )
 
     def should_stop(self) -> bool:

@@ -124,9 +124,9 @@ def play(
 
     Args:
         data: folder of the real samples that `prepare` wrote.
-        output_dir: gets `round-1/`, `round-2/`, ... and `unet/` (or what the game saves) of the last promoted round.
-        held_out: the same of real samples that are never trained on. The opponent answers them too, and every round is
-            asked how well it tells the two apart.
+        output_dir: gets `round-1/`, `round-2/`, ... and what the game saves of the last promoted round.
+        held_out: the same of real samples that are never trained on. The opponent draws for them too, and every
+            round is asked how well it tells the two apart.
     """
     progress = progress or Progress()
     if accelerator.is_main_process:
@@ -201,7 +201,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Samples:
-    """Real samples, and where the opponent's answers to them go in a round."""
+    """Real samples, and where the opponent's samples for them go in a round."""
 
     data: Path
     folder: Path
@@ -333,7 +333,7 @@ class _Round:
         def ask(real: list[Row]) -> list[Row]:
             return [
                 row | {"place": place, "k": copy}
-                for place, row in enumerate(samples.part.rows(real))
+                for place, row in enumerate(real[samples.part.places])
                 for copy in range(copies)
                 if member(self.mixture, seed, self.k, row["id"], copy) == k
             ]

@@ -4,7 +4,7 @@ Shard i of a round's samples answers shard i of the real ones row by row, so a p
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -149,13 +149,14 @@ class Part:
     index: int = 0
     of: int = 1
 
-    def rows(self, rows: Sequence[T]) -> Sequence[T]:
-        """This part of a shard's rows, or of a tensor's."""
-        return rows[self.index :: self.of]
+    @property
+    def places(self) -> slice:
+        """Of its rows in a shard, or in a tensor."""
+        return slice(self.index, None, self.of)
 
     def count(self, data: Path) -> int:
         """How many there are in prepared data."""
-        return sum(len(self.rows(range(rows_in(path)))) for path in shards(data / "samples", ".parquet"))
+        return sum(len(range(rows_in(path))[self.places]) for path in shards(data / "samples", ".parquet"))
 
 
 def rows_in(path: Path) -> int:
@@ -235,7 +236,7 @@ def score_shards(
     done = 0
     for path in _mine(shards(source, ".safetensors"), accelerator):
         out = target / path.name
-        tensors = {name: part.rows(tensor) for name, tensor in _of_side(load_file(path), prefix).items()}
+        tensors = {name: tensor[part.places] for name, tensor in _of_side(load_file(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
         if not out.is_file():
             scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
@@ -288,7 +289,7 @@ def open_pairs(data: Path, real: Side, generated: Side | None, part: Part, copie
     """
     ids, prompts, places = [], [], []
     for number, path in enumerate(shards(data / "samples", ".parquet")):
-        for place, row in enumerate(part.rows(read_rows(path, columns=["id", "prompt"]))):
+        for place, row in enumerate(read_rows(path, columns=["id", "prompt"])[part.places]):
             ids.append(row["id"])
             prompts.append(row["prompt"])
             places.append((number, place))

@@ -234,6 +234,7 @@ def train(
             watch.update(entry["r_real"], entry["saturation"])
             alarm = watch.alarm(plan.beta)
             if alarm:
+                alarm += game.remedy
                 history[-1]["alarm"] = alarm
                 accelerator.print(f"Alarm in round {plan.round_}, step {step + 1}: {alarm}")
             progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")

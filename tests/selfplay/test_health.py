@@ -26,7 +26,9 @@ def test_a_round_that_starts_with_unequal_models_is_stopped(r, loss):
 @pytest.mark.parametrize("loss, norm, what", [(math.nan, 1.0, "loss"), (1.0, math.inf, "gradient norm")])
 def test_what_is_not_finite_stops_the_run_with_step_timesteps_and_samples(loss, norm, what):
     with pytest.raises(FloatingPointError) as error:
-        health.check_finite(loss, norm, step=7, levels=torch.tensor([0.1, 0.9]), ids=["a1", "b2"], round_=2, level_name="timesteps")
+        health.check_finite(
+            loss, norm, step=7, levels=torch.tensor([0.1, 0.9]), ids=["a1", "b2"], round_=2, level_name="timesteps"
+        )
     for part in ("round 2", "step 7", what, "0.100", "0.900", "a1, b2"):
         assert part in str(error.value)
 

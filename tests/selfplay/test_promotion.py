@@ -60,6 +60,7 @@ def results(verdict: str, role: str, overall: str = "inconclusive", state: str =
     return {
         "scorers": [{"name": "judge", "role": role, "state": state, "reason": ""}],
         "comparisons": [{"scorer": "judge", "difference": -0.5, "guidance_scale": 3.0, "verdict": verdict}],
+        "protocol": {"guidance_scales": [3.0]},
         "verdicts": [{"verdict": overall, "reason": "why"}],
     }
 

@@ -317,3 +317,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_round_resumable(s
     with pytest.raises(FloatingPointError, match="round 1, step"):
         play_all(sdxl_dir, tmp_path, replace(TRAINING, learning_rate=1e30))
     assert read_json(tmp_path / "round-1" / "round.json")["state"] == "CACHED"
+
+
+def test_several_samples_a_mixture_and_parts_of_the_real_ones(sdxl_dir, tmp_path):
+    """Where scores cannot be kept, the mixture draws and its newest self anchors."""
+    records = play_all(sdxl_dir, tmp_path, num_generated=2, opponent="last_two", real_parts=2, objective="space")
+    assert [m["round"] for m in records[1]["opponent"]["members"]] == [0, 1] and records[1]["opponent"]["round"] == 1
+    real = [row["id"] for path in sorted((tmp_path / "data" / "samples").glob("*")) for row in read_rows(path)]
+    drawn = {
+        k: [row for path in sorted((tmp_path / f"round-{k}" / "samples").glob("*")) for row in read_rows(path)]
+        for k in (1, 2)
+    }
+    ids = {k: {row["id"] for row in rows} for k, rows in drawn.items()}
+    assert ids[1] | ids[2] == set(real) and not ids[1] & ids[2]
+    for rows in drawn.values():
+        assert [row["k"] for row in rows] == [0, 1] * (len(rows) // 2)
+        assert rows[0]["image"] != rows[1]["image"] and rows[0]["id"] == rows[1]["id"]
+    hashes = {m["hash"] for m in records[1]["opponent"]["members"]}
+    assert {row["opponent"] for row in drawn[2]} == hashes and len(hashes) == 2
+    for k in (1, 2):
+        first = json.loads((tmp_path / f"round-{k}" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["r_real"] == 0 and first["loss"] == pytest.approx(3 * 0.6365142, abs=1e-4)  # mu = 2
+
+
+def test_a_list_of_objectives_is_one_for_each_round(sdxl_dir, tmp_path):
+    play_all(sdxl_dir, tmp_path, objective=["sft", "bco"])
+    losses = [
+        json.loads((tmp_path / f"round-{k}" / "metrics.jsonl").read_text().splitlines()[0])["loss"] for k in (1, 2)
+    ]
+    assert losses[1] == pytest.approx(2 * 0.693147, abs=1e-4) and losses[0] != losses[1]

@@ -1,9 +1,11 @@
 """The evaluation's page: one report.html that needs nothing but itself.
 
-    reading.py      results.json, scores.parquet, images.parquet -> Evaluation, checked
+    reading.py      results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked
     tables.py       Evaluation -> rows of text
     plots.py        numbers -> SVG
-    pictures.py     which pictures are shown, and each as a data: address
+    pictures.py     which samples are shown, and each picture as a data: address
+    texts.py        each answer as a passage
+    training.py     training curves and measures -> charts and rows of text
     page.html.j2    sets them; style.css and page.js are inlined
 
 Prompts, names and reasons are text that anybody may have written. The template escapes every one of them, and a policy
@@ -22,7 +24,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.report import pictures, tables
+from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
+from spin_diffusion.evaluation.report import pictures, tables, texts, training
 from spin_diffusion.evaluation.report.reading import Evaluation, read_evaluation
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import write_file
@@ -30,20 +33,20 @@ from spin_diffusion.selfplay.run_dir import write_file
 MAX_PAGE_BYTES = 8_000_000
 _RANDOM_PAIRS, _RANKED_PAIRS = 24, 8
 _SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.0)
-"""What is tried in turn, of the pictures, until the page is small enough."""
+"""What is tried in turn, of the gallery, until the page is small enough."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture of the gallery with what the scorers say of it."""
+    """One picture or answer of the gallery with what the scorers say of it."""
 
     element: str
     """Its id in the page."""
     label: str
     role: str
-    picture: pictures.Picture | None
+    sample: pictures.Picture | texts.Passage | None
     missing: str
-    """Why there is no picture."""
+    """Why there is none."""
     scores: list[tuple[str, str, str]]
     """(scorer, score, difference to the baseline)."""
 
@@ -58,6 +61,8 @@ class GalleryRow:
     prompt: tables.Text
     category: str
     why: str
+    real: tables.Text | None
+    """The real answer."""
     shown: list[Shown]
 
 
@@ -113,6 +118,10 @@ class Page:
     best_of_k: list[tables.ModelTable]
     best_by_average: list[tables.ModelTable]
     curves: list[tables.CurvePanel]
+    training: list[training.TrainingPanel]
+    training_legend: list[tuple[Markup, str]]
+    measures: training.MeasureTable | None
+    measure_curves: list[tables.CurvePanel]
     legend: list[tuple[Markup, str]]
     parts: list[tables.PartTable]
     distributions: list[tables.Distribution]
@@ -125,7 +134,12 @@ class Page:
     scorer_facts: list[ScorerFacts]
     environment: list[tuple[str, tables.Text]]
     roles: dict[str, str]
-    images_per_prompt: int
+    of_answers: bool
+    sample: str
+    """What a model makes: image or answer."""
+    setting: str
+    """What tells two evaluations of one model apart."""
+    per_prompt: int
     min_prompts: int
     votes: Markup
     """JSON for page.js."""
@@ -138,7 +152,7 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
     """Write the page of the evaluation in `directory` and return its path. Equal input gives equal bytes.
 
     Args:
-        directory: holds results.json, scores.parquet, images.parquet and the pictures that they name.
+        directory: holds results.json, scores.parquet, and images.parquet with its pictures or answers.parquet.
         output: the page; default: report.html beside results.json.
 
     Raises:
@@ -153,21 +167,23 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
 
 
 def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES) -> bytes:
-    """The page, with as many pictures as fit into `max_bytes`."""
+    """The page, with as many pictures or answers as fit into `max_bytes`."""
     template = _template()
-    picture_of = pictures.thumbnails(evaluation)
-    without_pictures = _page(evaluation)
+    of_answers = is_of_answers(evaluation.results["protocol"])
+    sample_of = texts.passages(evaluation) if of_answers else pictures.thumbnails(evaluation)
+    without_gallery = _page(evaluation)
+    rest = "All answers are in answers.parquet." if of_answers else "All pictures lie beside results.json."
     for share in _SHARES:
-        gallery = _gallery(evaluation, picture_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
-        votes = _votes(evaluation, gallery) if without_pictures.candidate else {"pairs": []}
-        notices = list(without_pictures.notices)
+        gallery = _gallery(evaluation, sample_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
+        votes = _votes(evaluation, gallery) if without_gallery.candidate else {"pairs": []}
+        notices = list(without_gallery.notices)
         if share < 1:
             notices.append(
                 f"The gallery is shortened to {share:.0%} of its rows, so that the page stays below "
-                f"{max_bytes / 1e6:g} MB. All pictures lie beside results.json."
+                f"{max_bytes / 1e6:g} MB. {rest}"
             )
         content = replace(
-            without_pictures, gallery=gallery, num_votes=len(votes["pairs"]), votes=_island(votes), notices=notices
+            without_gallery, gallery=gallery, num_votes=len(votes["pairs"]), votes=_island(votes), notices=notices
         )
         page = template.render(page=content).encode("utf-8")
         if len(page) <= max_bytes:
@@ -192,12 +208,13 @@ def _page(evaluation: Evaluation) -> Page:
     alarms, other_alarms = tables.alarm_rows(results)
     failures, num_failures = tables.failure_rows(results)
     distributions, doubts = tables.distributions(evaluation)
+    of_answers = is_of_answers(protocol)
     css, js = _asset("style.css"), _asset("page.js")
     return Page(
         title=tables.shortened(results["title"] or "Evaluation", 120),
         baseline=named[results["baseline"]],
         candidate="" if candidate is None else named[candidate],
-        scale=tables.scale_label(headline["guidance_scale"]),
+        scale=tables.scale_label(results, headline["guidance_scale"]),
         verdict=tables.STATES[verdict["verdict"]] if verdict and candidate is not None else None,
         reason=tables.shortened(verdict["reason"] if verdict and candidate is not None else "", 600),
         facts=_facts(results),
@@ -210,6 +227,10 @@ def _page(evaluation: Evaluation) -> Page:
         best_of_k=tables.aggregate_tables(results, "best_of_k"),
         best_by_average=tables.aggregate_tables(results, "best_by_average"),
         curves=tables.curve_panels(results),
+        training=training.training_panels(results),
+        training_legend=training.training_legend(),
+        measures=training.measure_table(results),
+        measure_curves=training.measure_curves(results),
         legend=tables.legend(results),
         parts=tables.part_tables(results),
         distributions=distributions,
@@ -221,8 +242,11 @@ def _page(evaluation: Evaluation) -> Page:
         model_facts=[_model_facts(model, named) for model in results["models"][: tables.MAX_LISTED]],
         scorer_facts=[_scorer_facts(scorer) for scorer in results["scorers"]],
         environment=[(tables.shortened(k, 60).short, tables.shortened(v)) for k, v in results["environment"].items()],
-        roles=tables.ROLES,
-        images_per_prompt=protocol["images_per_prompt"],
+        roles=tables.ROLES_OF_ANSWERS if of_answers else tables.ROLES,
+        of_answers=of_answers,
+        sample="answer" if of_answers else "image",
+        setting="sampling" if of_answers else "guidance",
+        per_prompt=samples_per_prompt(protocol),
         min_prompts=tables.MIN_PROMPTS,
         votes=Markup(),
         css=css,
@@ -243,7 +267,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
     return [
         ("prompts", f"{protocol['prompt_set']['num_prompts']:,}"),
-        ("images per prompt", str(protocol["images_per_prompt"])),
+        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
         ("scorers run", f"{ran} of {len(results['scorers'])}"),
         ("alarms", alarms if states else "none computed"),
         ("protocol", protocol["id"][:12]),
@@ -256,14 +280,14 @@ def _counted(number: int, thing: str) -> str:
 
 def _gallery(
     evaluation: Evaluation,
-    picture_of: Callable[[str, pictures.Pair], pictures.Picture | str],
+    sample_of: Callable[[str, pictures.Pair], pictures.Picture | texts.Passage | str],
     random_pairs: int,
     ranked_pairs: int,
 ) -> list[GalleryTab]:
     results = evaluation.results
     named = tables.labels(model["name"] for model in results["models"])
     digits = tables.decimals_by_scorer(results)
-    rows = {(row.id, row.k): row for row in reversed(evaluation.images)}
+    rows = {(row.id, row.k): row for row in reversed(evaluation.samples)}
     ran = [scorer for scorer in results["scorers"] if scorer["state"] == "run"]
     headline = results["headline"]["model"]
     first = [m for m in results["models"] if m["name"] == results["baseline"]]
@@ -276,7 +300,7 @@ def _gallery(
         for number, pair in enumerate(choice.pairs):
             shown = []
             for place, model in enumerate(models):
-                picture = picture_of(model["name"], pair)
+                sample = sample_of(model["name"], pair)
                 scores = []
                 for scorer in ran:
                     score = evaluation.scores.get((model["name"], scorer["name"], *pair))
@@ -292,18 +316,20 @@ def _gallery(
                         )
                     )
                 role = "baseline" if place == 0 else "candidate" if model in second else model["role"]
-                known = isinstance(picture, pictures.Picture)
+                missing = isinstance(sample, str)
                 shown.append(
                     Shown(
-                        f"picture-{choice.key}-{number}-{place}", named[model["name"]], role,
-                        picture if known else None, "" if known else tables.shortened(picture, 160).short, scores,
+                        f"sample-{choice.key}-{number}-{place}", named[model["name"]], role,
+                        None if missing else sample, tables.shortened(sample, 160).short if missing else "", scores,
                     )
                 )  # fmt: skip
             row = rows[pair]
+            reference = getattr(row, "reference", None)
             shown_rows.append(
                 GalleryRow(
                     row.id, row.k, row.seed, tables.shortened(row.prompt),
-                    tables.shortened(row.category, 60).short, choice.why.get(pair, "").replace("-", "\u2212"), shown,
+                    tables.shortened(row.category, 60).short, choice.why.get(pair, "").replace("-", "\u2212"),
+                    None if reference is None else tables.passage(reference), shown,
                 )
             )  # fmt: skip
         tabs.append(GalleryTab(choice.key, choice.title, choice.note, shown_rows))
@@ -311,13 +337,13 @@ def _gallery(
 
 
 def _votes(evaluation: Evaluation, gallery: list[GalleryTab]) -> dict[str, Any]:
-    """What page.js needs for the blind vote: the random pairs of which both pictures are in the page."""
+    """What page.js needs for the blind vote: the random pairs of which both samples are in the page."""
     results = evaluation.results
     named = {name: tables.clean(label) for name, label in tables.labels(m["name"] for m in results["models"]).items()}
     pairs = []
     for row in gallery[0].rows:
         baseline, candidate = row.shown[0], row.shown[1]
-        if baseline.picture and candidate.picture:
+        if baseline.sample and candidate.sample:
             pairs.append(
                 {"id": row.id, "k": row.k, "seed": row.seed, "prompt": tables.clean(row.prompt.short),
                  "baseline": baseline.element, "candidate": candidate.element}
@@ -336,21 +362,33 @@ def _votes(evaluation: Evaluation, gallery: list[GalleryTab]) -> dict[str, Any]:
 def _protocol(protocol: dict[str, Any]) -> list[tuple[str, tables.Text]]:
     prompts = protocol["prompt_set"]
     given = "as the pictures were given"
+    if is_of_answers(protocol):
+        names = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "longest answer, tokens"}
+        sampling = [
+            (names.get(key, key.replace("_", " ")), "none" if value is None else str(value))
+            for key, value in protocol["sampling"].items()
+        ]
+        how = [*sampling, ("real answers: SHA-256", protocol.get("references_sha256", ""))]
+    else:
+        steps = protocol["num_inference_steps"]
+        how = [
+            ("sampler", protocol["sampler"]),
+            ("denoising steps", given if steps is None else str(steps)),
+            ("guidance scales", ", ".join("as given" if s is None else f"{s:g}" for s in guidance_scales(protocol))),
+            ("resolution", given if protocol["resolution"] is None else f"{protocol['resolution']} px"),
+        ]
     facts = [
         ("protocol id", protocol["id"]),
         ("prompts", f"{prompts['name']}, {prompts['num_prompts']:,}"),
         ("prompts: SHA-256", prompts["sha256"]),
         ("prompts: licence", prompts["licence"]),
         ("prompts: source", prompts["source"]),
-        ("images per prompt", str(protocol["images_per_prompt"])),
+        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
         ("seed", str(protocol["seed"])),
         ("rule for seeds", protocol["seed_rule"]),
-        ("sampler", protocol["sampler"]),
-        ("denoising steps", given if protocol["num_inference_steps"] is None else str(protocol["num_inference_steps"])),
-        ("guidance scales", ", ".join("as given" if s is None else f"{s:g}" for s in protocol["guidance_scales"])),
-        ("resolution", given if protocol["resolution"] is None else f"{protocol['resolution']} px"),
+        *how,
     ]
-    return [(name, tables.shortened(value)) for name, value in facts]
+    return [(tables.shortened(name, 60).short, tables.shortened(value)) for name, value in facts]
 
 
 def _model_facts(model: dict[str, Any], named: dict[str, str]) -> ModelFacts:

@@ -69,8 +69,16 @@
     const { pair, left } = order[votes.length];
     const right = left === "baseline" ? "candidate" : "baseline";
     for (const [side, role] of [["left", left], ["right", right]]) {
-      const shown = byId(`vote-image-${side}`);
       const source = byId(pair[role]);
+      const text = byId(`vote-text-${side}`);
+      if (text) {
+        // The whole of it, if the page has more than its beginning
+        const parts = source.querySelectorAll("bdi");
+        text.textContent = parts.length ? parts[parts.length - 1].textContent : source.textContent.trim();
+        text.scrollTop = 0;
+        continue;
+      }
+      const shown = byId(`vote-image-${side}`);
       shown.src = source.src;
       shown.width = source.width;
       shown.height = source.height;
@@ -191,6 +199,9 @@
       u: undo, U: undo, Escape: finish,
     };
     if (!Object.hasOwn(actions, event.key)) return;
+    // A long answer that has the focus is scrolled
+    const inside = event.target.id.startsWith("vote-text") && event.target.scrollHeight > event.target.clientHeight;
+    if (inside && event.key === "ArrowDown") return;
     event.preventDefault();
     actions[event.key]();
   });

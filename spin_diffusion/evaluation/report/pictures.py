@@ -19,7 +19,7 @@ _QUALITY = 82
 _MAX_FILE_BYTES = 100_000_000
 
 Pair = tuple[str, int]
-"""(id of the prompt, number of the image): the same seed for every model."""
+"""(id of the prompt, number of the image or answer): the same seed for every model."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def thumbnail(directory: Path, row: ImageRow) -> Picture | str:
 
 def thumbnails(evaluation: Evaluation) -> Callable[[str, Pair], Picture | str]:
     """(model, pair) -> its picture, or why there is none. Each file is read once."""
-    rows = {(row.model, (row.id, row.k)): row for row in evaluation.images}
+    rows = {(row.model, (row.id, row.k)): row for row in evaluation.samples if isinstance(row, ImageRow)}
     made: dict[tuple[str, Pair], Picture | str] = {}
 
     def picture_of(model: str, pair: Pair) -> Picture | str:
@@ -113,7 +113,7 @@ def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list
     """
     results = evaluation.results
     baseline, candidate = results["baseline"], results["headline"]["model"]
-    ids = sorted({(row.id, row.k) for row in evaluation.images})
+    ids = sorted({(row.id, row.k) for row in evaluation.samples})
     # Drawn by the protocol: who evaluates cannot draw until he likes the sample
     drawn = _one_per_prompt(random.Random(results["protocol"]["id"]).sample(ids, len(ids)))
     num_prompts = len(drawn)

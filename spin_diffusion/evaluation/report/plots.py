@@ -64,11 +64,18 @@ class Line:
     highs: list[float]
 
 
-def round_curves(key: str, label: str, lines: Sequence[Line]) -> Markup:
-    """Paired difference to the baseline over the rounds, with intervals, one line per guidance scale."""
+def round_curves(
+    key: str, label: str, lines: Sequence[Line], ylabel: str = "difference to baseline", zero: bool = True
+) -> Markup:
+    """A number over the rounds, with intervals, one line per guidance scale; an interval may be NaN.
+
+    Args:
+        zero: whether 0 means something, and has a line.
+    """
 
     def draw(axes: Axes) -> None:
-        axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+        if zero:
+            axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
         for number, line in enumerate(lines):
             colour = _SERIES[line.style % len(_SERIES)]
             # Side by side, so that no interval hides another
@@ -81,7 +88,45 @@ def round_curves(key: str, label: str, lines: Sequence[Line]) -> Markup:
             )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.set_xlabel("round")
-        axes.set_ylabel("difference to baseline")
+        axes.set_ylabel(ylabel)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.grid(axis="y", color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+
+    return _svg(key, label, draw)
+
+
+def training_curves(
+    key: str,
+    label: str,
+    points: Sequence[tuple[int, float | None, float | None]],
+    starts: Sequence[tuple[int, int]],
+    ylabel: str,
+) -> Markup:
+    """r of the real and of the generated samples over the steps of a run; a rule where each round begins.
+
+    Args:
+        points: (step, r of real, r of generated); None leaves a gap.
+        starts: (first step, number) of each round.
+    """
+
+    def draw(axes: Axes) -> None:
+        steps = [step for step, *_ in points]
+        axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+        for style, place in enumerate((1, 2)):
+            values = [math.nan if point[place] is None else point[place] for point in points]
+            alone = {"marker": "o", "markersize": 3} if len(points) < 3 else {}
+            axes.plot(steps, values, color=_SERIES[style], linewidth=1.4, linestyle=_DASHES[style], **alone)
+        for number, (start, round_) in enumerate(starts):
+            if number:
+                axes.axvline(start, color=_RULE, linewidth=1)
+            axes.annotate(
+                f"round {round_}" if len(starts) <= 6 else str(round_), (start, 1), xytext=(3, 3),
+                xycoords=("data", "axes fraction"), textcoords="offset points", color=_FAINT, fontsize=8,
+            )  # fmt: skip
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -166,12 +211,12 @@ def interval_bar(low: float, mean: float, high: float, domain: tuple[float, floa
     )
 
 
-def legend_key(style: int) -> Markup:
-    """The sample of a line of `round_curves` for a legend in HTML."""
+def legend_key(style: int, marker: bool = True) -> Markup:
+    """The sample of a line for a legend in HTML, with the marker that `round_curves` has."""
     colour = f"var(--series-{style % len(_SERIES) + 1})"
     dash = _DASHES[style % len(_DASHES)]
     dashes = "" if isinstance(dash, str) else f' stroke-dasharray="{" ".join(f"{1.5 * part:g}" for part in dash[1])}"'
-    marker = {
+    shape = {
         "o": '<circle cx="18" cy="7" r="4"/>',
         "s": '<path d="M14 3h8v8h-8z"/>',
         "^": '<path d="M18 2.5l4.5 8.5h-9z"/>',
@@ -179,9 +224,11 @@ def legend_key(style: int) -> Markup:
         "v": '<path d="M18 11.5l4.5-8.5h-9z"/>',
         "P": '<path d="M16.5 3h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z"/>',
     }[_MARKERS[style % len(_MARKERS)]]
+    if not marker:
+        shape = ""
     return Markup(
         f'<svg class="legend-key" viewBox="0 0 36 14" width="36" height="14" aria-hidden="true" fill="{colour}">'
-        f'<path d="M0 7h36" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>{marker}</svg>'
+        f'<path d="M0 7h36" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>{shape}</svg>'
     )
 
 

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from spin_diffusion.evaluation.protocols import is_of_answers
 from spin_diffusion.input_error import InputError
 
 SCHEMA_VERSION = 1
 _FLOATS = {
     "guidance_scale", "guidance_scales", "mean", "low", "high", "sd", "difference", "win_rate", "p", "p_holm", "value",
-    "threshold",
+    "threshold", "r_real", "r_generated", "loss",
 }  # fmt: skip
 _MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte
 
@@ -43,6 +44,25 @@ class ImageRow:
     state: str
 
 
+@dataclass(frozen=True)
+class AnswerRow:
+    """One answer that a model gave."""
+
+    model: str
+    id: str
+    k: int
+    prompt: str
+    category: str
+    seed: str
+    """As text: a seed of 63 bits does not survive JavaScript's numbers."""
+    text: str
+    reference: str | None
+    """The real answer."""
+    finish: str
+    num_tokens: int
+    state: str
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """An evaluation as it was read."""
@@ -50,37 +70,52 @@ class Evaluation:
     directory: Path
     results: dict[str, Any]
     """results.json, valid by its schema."""
-    images: list[ImageRow]
+    samples: list[ImageRow] | list[AnswerRow]
     """At the headline's guidance scale."""
     scores: dict[tuple[str, str, str, int], float]
     """(model, scorer, id, k) -> score, at the headline's guidance scale; finite ones only."""
 
 
 def read_evaluation(directory: Path) -> Evaluation:
-    """What `directory` holds: results.json, scores.parquet and images.parquet.
+    """What `directory` holds: results.json, scores.parquet and images.parquet or answers.parquet.
 
     Raises:
         InputError: one of them is missing, damaged, or not what the schema says; one line names the place.
     """
     results = read_results(directory / "results.json")
     scale = results["headline"]["guidance_scale"]
-    images = [
-        ImageRow(
-            row["model"], str(row["id"]), int(row["k"]), row["prompt"] or "", row["category"] or "", str(row["seed"]),
-            row["file"], row["sha256"], row["state"] or "",
-        )
-        for row in _rows(
-            directory / "images.parquet",
-            ["model", "id", "k", "prompt", "category", "seed", "file", "sha256", "state"],
-            scale,
-        )
-    ]  # fmt: skip
+    samples = _answers(directory) if is_of_answers(results["protocol"]) else _images(directory, scale)
     scores = {
         (row["model"], row["scorer"], str(row["id"]), int(row["k"])): float(row["score"])
         for row in _rows(directory / "scores.parquet", ["model", "scorer", "id", "k", "score"], scale)
         if row["score"] is not None and math.isfinite(row["score"])
     }
-    return Evaluation(directory, results, images, scores)
+    return Evaluation(directory, results, samples, scores)
+
+
+_OF_SAMPLE = ["model", "id", "k", "prompt", "category", "seed"]
+
+
+def _images(directory: Path, scale: float | None) -> list[ImageRow]:
+    rows = _rows(directory / "images.parquet", [*_OF_SAMPLE, "file", "sha256", "state"], scale)
+    return [ImageRow(*_of_sample(row), row["file"], row["sha256"], row["state"] or "") for row in rows]
+
+
+def _answers(directory: Path) -> list[AnswerRow]:
+    columns = ["text", "reference", "finish", "num_tokens", "state"]
+    return [
+        AnswerRow(
+            *_of_sample(row), row["text"] or "", row["reference"], row["finish"] or "", int(row["num_tokens"] or 0),
+            row["state"] or "",
+        )
+        for row in _rows(directory / "answers.parquet", [*_OF_SAMPLE, *columns], None)
+    ]  # fmt: skip
+
+
+def _of_sample(row: dict[str, Any]) -> tuple[str, str, int, str, str, str]:
+    return (
+        row["model"], str(row["id"]), int(row["k"]), row["prompt"] or "", row["category"] or "", str(row["seed"])
+    )  # fmt: skip
 
 
 def read_results(path: Path) -> dict[str, Any]:

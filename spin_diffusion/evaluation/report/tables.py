@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from markupsafe import Markup
 
+from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.pictures import differences
 from spin_diffusion.evaluation.report.reading import Evaluation
@@ -24,6 +25,7 @@ MAX_PARTS = 40
 MAX_LISTED = 400
 _NAME_CHARACTERS = 48
 _PROMPT_CHARACTERS = 180
+_PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
 _FULL_CHARACTERS = 20_000
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
 
@@ -193,7 +195,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class FailureRow:
-    """An image that is broken or was not scored."""
+    """A sample that is broken or was not scored."""
 
     label: str
     scale: str
@@ -224,6 +226,16 @@ ROLES = {
     "drift": "A measure that is good neither up nor down. It shows that something changed, and is never called a gain.",
 }
 
+ROLES_OF_ANSWERS = ROLES | {
+    "truth": "Knows the right answer.",
+    "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
+    "gain here alone is not evidence of better answers.",
+    "held-out": "A preference model trained on other data, or the likelihood of real answers that were not trained on. "
+    "The gain that counts.",
+    "alignment": "Agreement of the answer with its prompt. It guards against answers that please but do not obey.",
+    "aesthetics": "Style whatever the prompt. It can rise while the answer drifts from what was asked.",
+}
+
 
 def clean(text: str) -> str:
     """Text that HTML, SVG and JSON can hold: control characters become visible, what is no character a U+FFFD."""
@@ -247,10 +259,23 @@ def shortened(text: str, length: int = _PROMPT_CHARACTERS) -> Text:
     lines = " ".join(text.split())
     if len(lines) <= length:
         return Text(lines, None, "")
-    note = f"all {len(text):,} characters"
+    return Text(lines[: length - 1].rstrip() + "\u2026", text[:_FULL_CHARACTERS], _length(text))
+
+
+def passage(text: str) -> Text:
+    """An answer with its line breaks: its beginning at once, and no more than 20,000 characters in all."""
+    text = text.replace("\r\n", "\n").strip()
+    lines = text.split("\n")
+    if len(text) <= _PASSAGE_CHARACTERS and len(lines) <= _PASSAGE_LINES:
+        return Text(text, None, "")
+    short = "\n".join(lines[:_PASSAGE_LINES])[: _PASSAGE_CHARACTERS - 1].rstrip() + "\u2026"
+    return Text(short, text[:_FULL_CHARACTERS], _length(text))
+
+
+def _length(text: str) -> str:
     if len(text) > _FULL_CHARACTERS:
-        note = f"the first {_FULL_CHARACTERS:,} of {len(text):,} characters"
-    return Text(lines[: length - 1].rstrip() + "\u2026", text[:_FULL_CHARACTERS], note)
+        return f"the first {_FULL_CHARACTERS:,} of {len(text):,} characters"
+    return f"all {len(text):,} characters"
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:
@@ -267,8 +292,11 @@ def labels(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def scale_label(scale: Scale) -> str:
-    """A guidance scale in words; None stands for pictures that were given, not drawn."""
+def scale_label(results: Results, scale: Scale) -> str:
+    """How the samples were drawn, in words; of pictures, None stands for those that were given, not drawn."""
+    if is_of_answers(results["protocol"]):
+        temperature = results["protocol"]["sampling"]["temperature"]
+        return f"temperature {temperature:g}" if temperature else "greedy"
     return "as given" if scale is None else f"guidance {scale:g}"
 
 
@@ -383,7 +411,7 @@ def _model_table(results: Results, scorer: dict[str, Any], aggregate: str) -> Mo
     widest = max(len(n.value) + 1 + len(n.interval) for n in numbers)
     return ModelTable(
         shortened(scorer["title"] or name, 60).short, shortened(name, _NAME_CHARACTERS).short, scorer["role"],
-        direction(scorer["role"]), [scale_label(scale) for scale in scales], rows,
+        direction(scorer["role"]), [scale_label(results, scale) for scale in scales], rows,
         wide=widest * len(scales) > _HALF_WIDTH_CHARACTERS,
     )  # fmt: skip
 
@@ -402,8 +430,8 @@ def verdict_rows(results: Results) -> list[VerdictRow]:
     named = labels(model["name"] for model in results["models"])
     return [
         VerdictRow(
-            named.get(v["model"], shortened(v["model"], _NAME_CHARACTERS).short), scale_label(v["guidance_scale"]),
-            STATES[v["verdict"]], shortened(v["reason"], 300),
+            named.get(v["model"], shortened(v["model"], _NAME_CHARACTERS).short),
+            scale_label(results, v["guidance_scale"]), STATES[v["verdict"]], shortened(v["reason"], 300),
         )
         for v in results["verdicts"][:MAX_LISTED]
     ]  # fmt: skip
@@ -438,7 +466,7 @@ def curve_panels(results: Results) -> list[CurvePanel]:
 
 def legend(results: Results) -> list[tuple[Markup, str]]:
     """What the lines of the round curves stand for."""
-    return [(plots.legend_key(style), scale_label(scale)) for style, scale in enumerate(_scales(results))]
+    return [(plots.legend_key(style), scale_label(results, scale)) for style, scale in enumerate(_scales(results))]
 
 
 def alarm_rows(results: Results) -> tuple[list[AlarmRow], list[AlarmRow]]:
@@ -451,7 +479,7 @@ def alarm_rows(results: Results) -> tuple[list[AlarmRow], list[AlarmRow]]:
         row = AlarmRow(
             STATES[alarm["state"]], shortened(alarm["id"], 60).short,
             named.get(alarm["model"], shortened(alarm["model"], _NAME_CHARACTERS).short),
-            scale_label(alarm["guidance_scale"]), significant(alarm["value"]), significant(alarm["threshold"]),
+            scale_label(results, alarm["guidance_scale"]), significant(alarm["value"]), significant(alarm["threshold"]),
             shortened(alarm["explanation"], 400),
         )  # fmt: skip
         (ours if (alarm["model"], alarm["guidance_scale"]) == headline else others).append(row)
@@ -489,7 +517,7 @@ def part_tables(results: Results) -> list[PartTable]:
 
 def _part_row(part: dict[str, Any], digits: int, domain: tuple[float, float]) -> PartRow:
     low, high = part["low"], part["high"]
-    interval = "" if low is None or high is None else _interval(low, high, digits, with_sign=True)
+    interval = "" if low is None or high is None else interval_text(low, high, digits, with_sign=True)
     bar = plots.interval_bar(
         part["difference"] if low is None else low, part["difference"], part["difference"] if high is None else high,
         domain,
@@ -537,7 +565,7 @@ def distributions(evaluation: Evaluation) -> tuple[list[Distribution], list[str]
 
 
 def _complete_prompts(evaluation: Evaluation) -> set[str]:
-    """Prompts of which every model has every image scored by every scorer: the same ones as in the tables."""
+    """Prompts of which every model has every sample scored by every scorer: the same ones as in the tables."""
     keys: dict[str, set[tuple[str, str, int]]] = {}
     for model, scorer, id_, k in evaluation.scores:
         keys.setdefault(id_, set()).add((model, scorer, k))
@@ -545,7 +573,7 @@ def _complete_prompts(evaluation: Evaluation) -> set[str]:
         (model["name"], scorer["name"], k)
         for model in evaluation.results["models"]
         for scorer in _ran(evaluation.results)
-        for k in range(evaluation.results["protocol"]["images_per_prompt"])
+        for k in range(samples_per_prompt(evaluation.results["protocol"]))
     }
     return {id_ for id_, has in keys.items() if has >= wanted}
 
@@ -562,8 +590,9 @@ def failure_rows(results: Results) -> tuple[list[FailureRow], int]:
     named = labels(model["name"] for model in results["models"])
     rows = [
         FailureRow(
-            named.get(f["model"], shortened(f["model"], _NAME_CHARACTERS).short), scale_label(f["guidance_scale"]),
-            shortened(f["id"], _NAME_CHARACTERS).short, _brief(f["prompt"] or "(empty prompt)"), _brief(f["what"]),
+            named.get(f["model"], shortened(f["model"], _NAME_CHARACTERS).short),
+            scale_label(results, f["guidance_scale"]), shortened(f["id"], _NAME_CHARACTERS).short,
+            _brief(f["prompt"] or "(empty prompt)"), _brief(f["what"]),
         )
         for f in results["failures"][:MAX_FAILURES]
     ]  # fmt: skip
@@ -579,7 +608,7 @@ def _ran(results: Results) -> list[dict[str, Any]]:
 
 
 def _scales(results: Results) -> list[Scale]:
-    return _distinct([*results["protocol"]["guidance_scales"], *(row["guidance_scale"] for row in results["results"])])
+    return distinct([*guidance_scales(results["protocol"]), *(row["guidance_scale"] for row in results["results"])])
 
 
 def _means(results: Results, aggregate: str) -> dict[tuple[str, str, Scale], dict[str, Any]]:
@@ -595,14 +624,17 @@ def _comparisons(results: Results) -> dict[tuple[str, str, Scale], dict[str, Any
 
 
 def _mean(row: dict[str, Any] | None, digits: int) -> Number | None:
-    return Number(plain(row["mean"], digits), _interval(row["low"], row["high"], digits, False)) if row else None
+    return Number(plain(row["mean"], digits), interval_text(row["low"], row["high"], digits, False)) if row else None
 
 
 def _difference(row: dict[str, Any] | None, digits: int) -> Number | None:
-    return Number(signed(row["difference"], digits), _interval(row["low"], row["high"], digits, True)) if row else None
+    return (
+        Number(signed(row["difference"], digits), interval_text(row["low"], row["high"], digits, True)) if row else None
+    )
 
 
-def _interval(low: float, high: float, digits: int, with_sign: bool) -> str:
+def interval_text(low: float, high: float, digits: int, with_sign: bool) -> str:
+    """[low, high]"""
     of = signed if with_sign else plain
     return f"[{of(low, digits)}, {of(high, digits)}]"
 
@@ -622,5 +654,6 @@ def _minus(text: str) -> str:
     return text.replace("-", "\u2212")
 
 
-def _distinct(values: Sequence[_T]) -> list[_T]:
+def distinct(values: Sequence[_T]) -> list[_T]:
+    """Each once, in the order of their first appearance."""
     return list(dict.fromkeys(values))

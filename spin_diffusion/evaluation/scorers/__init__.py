@@ -14,24 +14,19 @@ Import heavy packages inside `load`: scorers nobody asks for cost nothing. A fil
 name it by a path that ends in ".py"; there `load(device)` is enough. Where weights come from is `NAME=PATH`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from spin_diffusion.evaluation.specs import About, Role, about_part, check_finite, load_part, parse_spec, shortened
 from spin_diffusion.input_error import InputError
-from spin_diffusion.named import load_module, load_named
 
-Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
-"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
-data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
-prompt; drift, which is good neither up nor down."""
+__all__ = ["About", "LoadedScorer", "Role", "Scorer", "about", "load_scorer", "parse_spec"]
 
 
 @runtime_checkable
@@ -39,28 +34,6 @@ class Scorer(Protocol):
     """(images, prompts) -> one score per image."""
 
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]: ...
-
-
-@dataclass(frozen=True)
-class About:
-    """What a reader of a score must know."""
-
-    title: str
-    """As papers call it."""
-    scale: str
-    """Formula, unit and usual values."""
-    role: Role = "held-out"
-    """All but "drift" are better when higher."""
-    checkpoint: str | None = None
-    """Hub id that is loaded when no path is given."""
-    preprocessing: str = ""
-    """How pixels reach the model."""
-    text: str = ""
-    """How prompts reach the model, and how much of them it reads."""
-    licence: str = ""
-    """Of the weights."""
-    citation: str = ""
-    """arXiv id or address."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,12 +63,10 @@ class LoadedScorer:
         if shape != (len(images),):
             raise InputError(
                 f"scorer {self.name} must return a tensor of shape ({len(images)},), got {shape}; "
-                f"the first prompt was {_shortened(prompts[0])}"
+                f"the first prompt was {shortened(prompts[0])}"
             )
         scores = scores.detach().float().cpu()
-        for score, prompt in zip(scores.tolist(), prompts, strict=True):
-            if not math.isfinite(score):
-                raise InputError(f"scorer {self.name} returned {score} for the prompt {_shortened(prompt)}")
+        check_finite(f"scorer {self.name}", scores.tolist(), prompts)
         return scores
 
     def truncated(self, prompts: list[str]) -> list[bool]:
@@ -109,20 +80,13 @@ class LoadedScorer:
         return getattr(self.score, "features", None)
 
 
-def parse_spec(spec: str) -> tuple[str, str, str | None]:
-    """Name of the score, module to load, and where its weights are, of `NAME[=PATH]` or `FILE.py[=PATH]`."""
-    module, _, path = spec.partition("=")
-    return Path(module).stem if module.endswith(".py") else module, module, path or None
-
-
 def about(spec: str) -> About:
     """What the scorer says of itself, without loading its weights.
 
     Raises:
         InputError: there is no such scorer.
     """
-    name, module, _ = parse_spec(spec)
-    return getattr(load_module(__name__, module), "ABOUT", About(title=name, scale="as its file says"))
+    return about_part(__name__, spec)
 
 
 def load_scorer(spec: str, device: str) -> LoadedScorer:
@@ -136,14 +100,5 @@ def load_scorer(spec: str, device: str) -> LoadedScorer:
     Raises:
         InputError: there is no such scorer, or its weights cannot be used.
     """
-    name, module, path = parse_spec(spec)
-    load = load_named(__name__, module, "load")
-    scorer = load(device, path) if path or not module.endswith(".py") else load(device)
-    if not callable(scorer):
-        raise InputError(f"scorer {name}: load({device!r}) must return a function, got {type(scorer).__name__}")
-    said = about(spec)
-    return LoadedScorer(name, said, scorer, path or said.checkpoint or "", getattr(scorer, "checkpoint", {}))
-
-
-def _shortened(prompt: str, length: int = 80) -> str:
-    return repr(prompt if len(prompt) <= length else prompt[: length - 3] + "...")
+    part = load_part(__name__, "scorer", spec, device)
+    return LoadedScorer(part.name, part.about, part.call, part.source, part.checkpoint)

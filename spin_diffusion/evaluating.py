@@ -1,0 +1,253 @@
+"""The evaluations of a run of any kind: base, rounds and rivals by the same code; table, page, curves, promotion."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
+from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
+from spin_diffusion.evaluation.report import write_report
+from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.input_error import InputError
+from spin_diffusion.running import AnyConfig, rivals
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.selfplay.rounds import Evaluate, Judgement
+from spin_diffusion.selfplay.run_dir import read_json, read_rows, write_file, write_json
+from spin_diffusion.selfplay.samples import shards
+from spin_diffusion.selfplay.train import of_round
+
+_CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "implicit_accuracy", "saturation")
+
+
+class RunEvaluator:
+    """What a run measures, and what it tells of it. A kind of run says how its samples are drawn and scored.
+
+    Attributes:
+        active: False = there is nothing to evaluate with, and everything here does nothing.
+        specs: NAME[=PATH] of what scores the samples.
+        saved: name of the folder in which a round's player lies.
+        last: what the last report was made of.
+    """
+
+    active: bool
+    specs: Sequence[str]
+    saved: str
+
+    def __init__(
+        self, config: AnyConfig, game: Game, base: str, output_dir: Path, accelerator: Accelerator, progress: Progress
+    ) -> None:
+        self.config, self.game, self.base_name, self.output_dir = config, game, base, output_dir
+        self.accelerator, self.progress = accelerator, progress
+        self.last: tuple[dict[str, Any], list[Comparison]] | None = None
+
+    # What a kind of run says
+
+    def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
+        """A model whose samples and scores lie in `folder`."""
+        raise NotImplementedError
+
+    def said_of(self, folder: Path, name: str) -> dict[str, Any]:
+        """What is known of a scorer in the evaluation in `folder`: whether it was run, or why not."""
+        raise NotImplementedError
+
+    def weights_hash(self) -> str:
+        """Of the present player."""
+        raise NotImplementedError
+
+    def draw_and_score(self, model: EvaluatedModel) -> None:
+        """Samples of the present player, and their scores; what is there already stays."""
+        raise NotImplementedError
+
+    def conclude(
+        self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
+    ) -> tuple[dict[str, Any], list[Comparison]]:
+        """The results of these models, the first of which is the baseline, written below `root`; main process only.
+
+        Args:
+            more: `curves` and `measures`, for the page of the whole run.
+        """
+        raise NotImplementedError
+
+    def show(self, name: str, folder: Path) -> None:
+        """Samples to the trackers; main process only."""
+
+    # The models of a run
+
+    def base(self) -> None:
+        """Evaluate the base, once."""
+        if not self.active:
+            return
+        if not (self.output_dir / "base" / "model.json").is_file():
+            self.game.restore(None)
+            self._evaluate("base", self.output_dir / "base", "baseline", 0, self.base_name, self.base_kind)
+        promote_if = self.config.evaluation.promote_if
+        if promote_if != "always":
+            for spec in self.specs:
+                said = self.said_of(self.output_dir / "base", parse_spec(spec)[0])
+                if said["state"] != "run":
+                    raise InputError(
+                        f"--promote_if {promote_if} needs every scorer, and {said['name']} cannot be run: "
+                        f"{said['reason']}"
+                    )
+        self._report()
+
+    base_kind = "pipeline"
+
+    def of_rounds(self) -> Evaluate | None:
+        """The evaluation of the run's own rounds."""
+        if not self.active:
+            return None
+
+        def evaluate(k: int, folder: Path, parent: int) -> Judgement:
+            if k < self.config.rounds.rounds and not self.config.evaluation.eval_every_round:
+                return Judgement({})
+            name = self._round_name(k)
+            self._evaluate(name, folder, "round", k, f"round-{k}/{self.saved}", "round")
+            if self.accelerator.is_main_process:
+                opponent = self._read_model(parent) or self._read_model(0)
+                player = self._read_model(k)
+                assert opponent is not None and player is not None
+                self.conclude(
+                    folder,
+                    [dataclasses.replace(opponent, role="baseline"), dataclasses.replace(player, role="candidate")],
+                    f"{name} against {opponent.name}",
+                )
+                self._report()
+            self.accelerator.wait_for_everyone()
+            results = read_results(folder / "results.json")
+            title = name.replace(" ", "/")
+            self.accelerator.log({f"{title}/{key}": value for key, value in metrics_of(results, name).items()})
+            if self.accelerator.is_main_process:
+                self.show(title, folder)
+            promote, reason = promotion(results, self.config.evaluation.promote_if)
+            return Judgement(metrics_of(results, name), promote, reason)
+
+        return evaluate
+
+    def of_rival(self, objective: str) -> Evaluate | None:
+        """The evaluation of a rival: its last round, since it has as many steps as the run's last round."""
+        if not self.active:
+            return None
+
+        def evaluate(k: int, folder: Path, parent: int) -> Judgement:
+            if k == self.config.rounds.rounds:
+                source = f"compare-{objective}/round-{k}/{self.saved}"
+                self._evaluate(f"{objective}, same steps", folder, "rival", None, source, "round")
+                self._report()
+            return Judgement({})
+
+        return evaluate
+
+    def tell(self) -> list[Comparison]:
+        """Print and write the table, finish the page; main process only."""
+        if not self.active:
+            return []
+        results, comparisons = self.last or self._report()
+        if comparisons:
+            print_table(comparisons)
+            markdown = as_markdown(comparisons)
+            write_file(self.output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
+        headline = results["headline"]
+        for alarm in results["alarms"]:
+            if alarm["state"] == "alarm" and alarm["guidance_scale"] == headline["guidance_scale"]:
+                print(f"Alarm for {alarm['model']}: {alarm['explanation']}")
+        for said in results["verdicts"]:
+            if (said["model"], said["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
+                print(f"Verdict on {said['model']}: {said['verdict']}. {said['reason']}")
+        print(f"Report: {self.output_dir / 'report.html'}")
+        return comparisons
+
+    # Parts
+
+    def _round_name(self, k: int) -> str:
+        return f"{of_round(self.config.rounds.objective, k)} round {k}"
+
+    def _evaluate(self, name: str, folder: Path, role: Any, round_: int | None, source: str, kind: Any) -> None:
+        """Draw and score with the present player, and note whose samples these are."""
+        model = self.model_at(
+            name, folder, role, round_, source=source, kind=kind, base=self.base_name,
+            weights_sha256=self.weights_hash(),
+        )  # fmt: skip
+        self.draw_and_score(model)
+        if self.accelerator.is_main_process:
+            said = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
+            write_json(folder / "model.json", said)
+        self.accelerator.wait_for_everyone()
+
+    def _folders(self) -> list[Path]:
+        """Where an evaluation can be, in the order of the table."""
+        rounds = self.config.rounds.rounds
+        return [
+            self.output_dir / "base",
+            *(self.output_dir / f"round-{k}" / "evaluation" for k in range(1, rounds + 1)),
+            *(self.output_dir / f"compare-{name}" / f"round-{rounds}" / "evaluation" for name in rivals(self.config)),
+        ]
+
+    def _models(self) -> list[EvaluatedModel]:
+        """The models that were evaluated so far, the base first."""
+        found = []
+        for folder in self._folders():
+            if (folder / "model.json").is_file():
+                said = read_json(folder / "model.json")
+                found.append(self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said))
+        return found
+
+    def _read_model(self, k: int) -> EvaluatedModel | None:
+        return next((m for m in self._models() if m.round_ == k and m.role != "rival"), None)
+
+    def _report(self) -> tuple[dict[str, Any], list[Comparison]]:
+        if not self.accelerator.is_main_process or not self.active:
+            return {}, []
+        title = f"Self-play run {self.output_dir.name}"
+        self.last = self.conclude(
+            self.output_dir, self._models(), title, curves=self._curves(), measures=self._measures()
+        )
+        write_report(self.output_dir)
+        return self.last
+
+    def _curves(self) -> list[dict[str, Any]]:
+        """Every step of the rounds and the rivals, absolute r and scores."""
+        found = []
+        for name, folder in self._runs():
+            for k in range(1, self.config.rounds.rounds + 1):
+                path = folder / f"round-{k}" / "metrics.jsonl"
+                for line in path.read_text().splitlines() if path.is_file() else []:
+                    entry = json.loads(line)
+                    values = {key: entry[key] for key in _CURVES}
+                    found.append({"model": name, "round": k, "step": entry["step"]} | values)
+        return found
+
+    def _measures(self) -> list[dict[str, Any]]:
+        """The held-out gap of every round that has one."""
+        found = []
+        for name, folder in self._runs():
+            for k in range(1, self.config.rounds.rounds + 1):
+                path = folder / f"round-{k}" / "round.json"
+                gap = read_json(path).get("held_out_gap") if path.is_file() else None
+                if gap is not None:
+                    found.append(
+                        {"model": name, "round": k, "name": "held_out_gap", "title": "held-out gap, loss at r = 0 "
+                         "minus loss", "value": gap["mean"], "low": gap["low"], "high": gap["high"], "better": "none"}
+                    )  # fmt: skip
+        return found
+
+    def _runs(self) -> list[tuple[str, Path]]:
+        """The run itself and its rivals."""
+        objective = of_round(self.config.rounds.objective, 1)
+        return [(objective, self.output_dir)] + [
+            (f"{name}, same steps", self.output_dir / f"compare-{name}") for name in rivals(self.config)
+        ]
+
+    def _training_prompts(self) -> Sequence[str]:
+        return [
+            row["prompt"]
+            for path in shards(self.output_dir / "data" / "samples", ".parquet")
+            for row in read_rows(path, ["prompt"])
+        ]

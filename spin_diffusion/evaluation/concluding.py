@@ -1,0 +1,459 @@
+"""What is concluded of pictures and of answers alike: aggregates, comparisons, verdicts, alarms, breakdowns, failures.
+
+A sample is a picture or an answer. results.py and answer_results.py read theirs, say which alarms there are, and write
+their table; the rest is here. results.schema.json says what is in results.json.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_diffusion.evaluation.alarms import Alarm
+from spin_diffusion.evaluation.comparison import Comparison, Row, compare
+from spin_diffusion.evaluation.drawing import folder_of
+from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
+from spin_diffusion.evaluation.scoring import ScoredFolder
+from spin_diffusion.evaluation.statistics import (
+    Interval,
+    best_by_average,
+    best_of_k,
+    mean_interval,
+    overall_verdict,
+    paired_difference,
+    verdict,
+    win_rate,
+)
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import write_file, write_json
+
+SCHEMA_VERSION = 1
+SCHEMA = Path(__file__).with_name("results.schema.json")
+MIN_PROMPTS = 20
+"""A part of the prompts with fewer than these gets no interval of its own."""
+MAX_CURVE_POINTS = 300
+"""Points of a training curve that are kept of each model and round; more are averaged over equal windows of steps."""
+
+Key = tuple[str, int]
+"""(id of the prompt, number of the sample)."""
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model whose samples were drawn and scored."""
+
+    name: str
+    role: Literal["baseline", "round", "rival", "candidate"]
+    folder: ScoredFolder | Path
+    """Of pictures; a Path is the folder of a model's answers and their scores."""
+    round_: int | None = None
+    """0 for the base of a run."""
+    source: str = ""
+    kind: Literal["pipeline", "model", "round", "images"] = "pipeline"
+    base: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one model at one guidance scale."""
+
+    rows: dict[Key, dict[str, Any]]
+    """Each with id, k, prompt, category, seed, sha256, state ("ok" or what is wrong with it) and `there`: whether there
+    is a sample at all."""
+    scores: dict[str, dict[Key, dict[str, Any]]]
+    """Scorer -> rows with score and truncated; only those that belong to the samples."""
+
+    @property
+    def per_prompt(self) -> int:
+        """Samples of each prompt."""
+        return 1 + max(k for _, k in self.rows)
+
+
+BySample = dict[tuple[str, float | None], Samples]
+"""(model, guidance scale) -> its samples."""
+Scores = dict[str, np.ndarray]
+"""Scorer -> (prompts, samples)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What the alarms of one model at one guidance scale may look at."""
+
+    baseline: Samples
+    candidate: Samples
+    ids: list[str]
+    """The prompts that count, in order."""
+    baseline_scores: Scores
+    candidate_scores: Scores
+    previous_scores: Scores | None
+    """Of the round before; None = there is none."""
+    roles: dict[str, Any]
+
+
+def conclude_samples(
+    models: Sequence[EvaluatedModel],
+    samples: BySample,
+    protocol: dict[str, Any],
+    said: dict[str, dict[str, Any]],
+    *,
+    title: str,
+    headline_scale: float | None,
+    check: Callable[[Watched], list[Alarm]],
+    packages: Sequence[str],
+    curves: Sequence[Mapping[str, Any]] | None,
+    measures: Sequence[Mapping[str, Any]] | None,
+) -> tuple[dict[str, Any], list[Comparison]]:
+    """The content of results.json, valid by its schema, and its comparisons.
+
+    A prompt counts at a guidance scale when every model has all of its samples there, each with every score.
+
+    Args:
+        models: the baseline first.
+        said: scorer -> what is known of it.
+        check: all alarms of one model.
+        packages: whose versions are part of the results.
+        curves: rows of the training curves.
+        measures: what else was measured of the models.
+
+    Raises:
+        InputError: fewer than 2 prompts that count.
+    """
+    baseline, scales = models[0].name, guidance_scales(protocol)
+    scorers = [entry | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in said.items()]
+    ran = [scorer["name"] for scorer in scorers if scorer["state"] == "run"]
+    roles = {scorer["name"]: scorer["role"] for scorer in scorers}
+    kind = "answers" if is_of_answers(protocol) else "images"
+    complete = {
+        scale: _complete(
+            [samples[model.name, scale] for model in models], samples_per_prompt(protocol), ran, kind, scale
+        )
+        for scale in scales
+    }
+    arrays = {
+        (model.name, scale, name): _array(samples[model.name, scale], name, complete[scale])
+        for model in models
+        for scale in scales
+        for name in ran
+    }
+    comparisons = compare(
+        [Row(model, scale, name, scores, roles[name], kind) for (model, scale, name), scores in arrays.items()],
+        baseline,
+    )
+    entries = [_comparison_entry(comparison, baseline) for comparison in comparisons if comparison.p is not None]
+    alarms = _all_alarms(models, samples, arrays, complete, roles, ran, check)
+    candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "title": title,
+        "protocol": protocol,
+        "baseline": baseline,
+        "headline": {
+            "model": candidates[-1].name if candidates else None,
+            "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
+        },
+        "models": [
+            {"name": m.name, "role": m.role, "round": m.round_, "source": m.source, "kind": m.kind, "base": m.base,
+             "weights_sha256": m.weights_sha256}
+            for m in models
+        ],
+        "scorers": scorers,
+        "results": _aggregates(arrays, comparisons, ran, roles),
+        "comparisons": entries,
+        "verdicts": [
+            _verdict_entry(model.name, scale, entries, roles, alarms, kind) for model in models[1:] for scale in scales
+        ] if ran else [],
+        "alarms": alarms,
+        "breakdowns": _breakdowns(models, scales, samples, arrays, complete, ran),
+        "failures": _failures(models, scales, samples, ran),
+        "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }  # fmt: skip
+    if curves:
+        results["training_curves"] = _thinned(curves)
+    if measures:
+        results["measures"] = [_finite(measure) for measure in measures]
+    _check_schema(results)
+    return results, comparisons
+
+
+def _check_schema(results: dict[str, Any]) -> None:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(results))
+    assert error is None, f"results.json would not follow its schema at {error.json_path}: {error.message[:200]}"
+
+
+def first_not_run(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is known of a scorer, of what each model's folder says of it: run only if it was run for all."""
+    return next((s for s in said if s["state"] == "not run"), said[0])
+
+
+def belonging(rows: Mapping[Key, dict[str, Any]], scores: Sequence[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    """The scores that were given for these very samples."""
+    keyed = ((row["id"], row["k"]) for row in scores)
+    return {
+        key: row for key, row in zip(keyed, scores, strict=True) if rows.get(key, {}).get("sha256") == row["sha256"]
+    }
+
+
+def _truncated_prompts(samples: BySample, name: str) -> int:
+    prompts = {
+        of_model.rows[key]["prompt"]
+        for of_model in samples.values()
+        for key, row in of_model.scores[name].items()
+        if row["truncated"]
+    }
+    return len(prompts)
+
+
+def _complete(
+    of_scale: Sequence[Samples], per_prompt: int, ran: Sequence[str], kind: str, scale: float | None
+) -> list[str]:
+    """Ids of the prompts that count, in the baseline's order."""
+    ids = list(dict.fromkeys(id_ for id_, _ in of_scale[0].rows))
+    keys = {id_: [(id_, k) for k in range(per_prompt)] for id_ in ids}
+    kept = [
+        id_
+        for id_ in ids
+        if all(of_model.rows.get(key, {}).get("there") for of_model in of_scale for key in keys[id_])
+        and all(key in of_model.scores[name] for of_model in of_scale for name in ran for key in keys[id_])
+    ]
+    if len(kept) < 2:
+        at = "" if kind == "answers" else f" at {folder_of(scale)}"
+        raise InputError(
+            f"only {len(kept)} prompts have all {kind} by every model{at}, and their scores: too few to compare; look "
+            f"for what failed in the files of the {kind} and of the scores"
+        )
+    return kept
+
+
+def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
+    """(prompts, samples) scores."""
+    return np.array([[of_model.scores[name][id_, k]["score"] for k in range(of_model.per_prompt)] for id_ in ids])
+
+
+# Concluding
+
+
+def _comparison_entry(c: Comparison, baseline: str) -> dict[str, Any]:
+    return {
+        "model": c.model, "baseline": baseline, "scorer": c.scorer, "guidance_scale": c.guidance_scale,
+        "num_prompts": c.num_prompts, "difference": c.difference.mean, "low": c.difference.low,
+        "high": c.difference.high, "wins": c.wins, "ties": c.ties, "losses": c.losses,
+        "win_rate": win_rate(c.wins, c.ties, c.losses), "p": c.p, "p_holm": c.p_holm,
+        "verdict": verdict(c.difference, c.p_holm, c.role == "drift"),
+    }  # fmt: skip
+
+
+def _verdict_entry(
+    model: str,
+    scale: float | None,
+    entries: list[dict[str, Any]],
+    roles: dict[str, Any],
+    alarms: list[dict[str, Any]],
+    kind: str,
+) -> dict[str, Any]:
+    verdicts = {e["scorer"]: e["verdict"] for e in entries if e["model"] == model and e["guidance_scale"] == scale}
+    states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
+    said, reason = overall_verdict(verdicts, roles, states, kind)
+    return {"model": model, "guidance_scale": scale, "verdict": said, "reason": reason}
+
+
+def _aggregates(
+    arrays: dict[tuple[str, float | None, str], np.ndarray],
+    comparisons: Sequence[Comparison],
+    ran: Sequence[str],
+    roles: dict[str, Any],
+) -> list[dict[str, Any]]:
+    def entry(model: str, scale: float | None, name: str, kind: str, per_prompt: np.ndarray, interval: Interval):
+        return {
+            "model": model, "scorer": name, "guidance_scale": scale, "aggregate": kind, "num_prompts": len(per_prompt),
+            "mean": interval.mean, "low": interval.low, "high": interval.high, "sd": float(per_prompt.std(ddof=1)),
+        }  # fmt: skip
+
+    found = []
+    for c in comparisons:
+        found.append(entry(c.model, c.guidance_scale, c.scorer, "mean",
+                           arrays[c.model, c.guidance_scale, c.scorer].mean(axis=1), c.mean))  # fmt: skip
+    for model, scale in dict.fromkeys((model, scale) for model, scale, _ in arrays):
+        of_model = {name: arrays[model, scale, name] for name in ran}
+        if next(iter(of_model.values())).shape[1] == 1:
+            continue  # the best of one is that one
+        for name, scores in of_model.items():
+            best = best_of_k(scores)
+            found.append(entry(model, scale, name, "best_of_k", best, mean_interval(best)))
+        judged = {name: scores for name, scores in of_model.items() if roles[name] != "drift"}
+        for name, best in best_by_average(judged).items() if judged else ():
+            found.append(entry(model, scale, name, "best_by_average", best, mean_interval(best)))
+    return found
+
+
+def _all_alarms(
+    models: Sequence[EvaluatedModel],
+    samples: BySample,
+    arrays: dict[tuple[str, float | None, str], np.ndarray],
+    complete: dict[float | None, list[str]],
+    roles: dict[str, Any],
+    ran: Sequence[str],
+    check: Callable[[Watched], list[Alarm]],
+) -> list[dict[str, Any]]:
+    found = []
+    rounds = [model for model in models if model.round_ is not None and model.role != "rival"]
+    for model in models[1:]:
+        previous = rounds[rounds.index(model) - 1] if model in rounds and rounds.index(model) > 0 else None
+        for scale, ids in complete.items():
+
+            def scores(name: str, scale: float | None = scale) -> Scores:
+                return {scorer: arrays[name, scale, scorer] for scorer in ran}
+
+            watched = Watched(
+                samples[models[0].name, scale], samples[model.name, scale], ids, scores(models[0].name),
+                scores(model.name), scores(previous.name) if previous is not None and previous.round_ else None, roles,
+            )  # fmt: skip
+            found += [
+                {"id": alarm.id, "model": model.name, "guidance_scale": scale, "state": alarm.state,
+                 "value": alarm.value, "threshold": alarm.threshold, "explanation": alarm.explanation}
+                for alarm in check(watched)
+            ]  # fmt: skip
+    return found
+
+
+def _breakdowns(
+    models: Sequence[EvaluatedModel],
+    scales: Sequence[float | None],
+    samples: BySample,
+    arrays: dict[tuple[str, float | None, str], np.ndarray],
+    complete: dict[float | None, list[str]],
+    ran: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Differences within categories of prompts, and within quarters by the prompts' length."""
+    found = []
+    for scale in scales:
+        rows = {id_: row for (id_, _), row in samples[models[0].name, scale].rows.items()}
+        parts = _parts([rows[id_] for id_ in complete[scale]])
+        for model in models[1:]:
+            for name in ran:
+                ours, theirs = arrays[model.name, scale, name], arrays[models[0].name, scale, name]
+                for (by, value), places in parts.items():
+                    few = len(places) < MIN_PROMPTS
+                    mean = float((ours[places].mean(axis=1) - theirs[places].mean(axis=1)).mean())
+                    # An interval from a handful of prompts would be too narrow
+                    interval = None if few else paired_difference(ours[places], theirs[places], resamples=2_000)
+                    found.append(
+                        {"by": by, "value": value, "model": model.name, "scorer": name, "guidance_scale": scale,
+                         "num_prompts": len(places), "difference": mean,
+                         "low": interval.low if interval else None, "high": interval.high if interval else None}
+                    )  # fmt: skip
+    return found
+
+
+def _parts(rows: list[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
+    """The places of the prompts in each category and in each quarter by length; a part that is everything is none."""
+    categories = [row["category"] for row in rows]
+    parts = {
+        ("category", category): np.flatnonzero(np.array(categories) == category)
+        for category in sorted(set(categories))
+        if category
+    }
+    lengths = np.array([len(row["prompt"]) for row in rows])
+    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest"))
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        last = high == edges[-1]
+        inside = (lengths >= low) & ((lengths <= high) if last else (lengths < high))
+        parts["prompt length", f"{low} to {high if last else high - 1} characters"] = np.flatnonzero(inside)
+    return {key: places for key, places in parts.items() if 0 < len(places) < len(rows)}
+
+
+def _failures(
+    models: Sequence[EvaluatedModel], scales: Sequence[float | None], samples: BySample, ran: Sequence[str]
+) -> list[dict[str, Any]]:
+    found = []
+    for model in models:
+        for scale in scales:
+            of_model = samples[model.name, scale]
+            for key, row in of_model.rows.items():
+                what = "" if row["state"] == "ok" else row["state"]
+                if not row["there"]:
+                    what += "; its prompt is left out for every model"
+                elif lacking := [name for name in ran if key not in of_model.scores[name]]:
+                    what = f"no score by {', '.join(lacking)}; its prompt is left out for every model"
+                if what:
+                    found.append({"model": model.name, "guidance_scale": scale, "id": row["id"],
+                                  "prompt": row["prompt"], "what": what})  # fmt: skip
+    return found
+
+
+# Training
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, None where a number is not finite: JSON has no others."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """At most MAX_CURVE_POINTS of each model and round: means over windows, each at the step where it ends."""
+    by_curve: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in curves:
+        by_curve.setdefault((row["model"], row["round"]), []).append(row)
+    found = []
+    for rows in by_curve.values():
+        rows = sorted(rows, key=lambda row: row["step"])
+        for part in np.array_split(np.arange(len(rows)), min(len(rows), MAX_CURVE_POINTS)):
+            window = [_finite(rows[place]) for place in part]
+            found.append(window[-1] if len(window) == 1 else _mean_row(window))
+    return found
+
+
+def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:
+    mean = dict(window[-1])
+    for name in mean.keys() - {"model", "round", "step"}:
+        values = [row[name] for row in window if row.get(name) is not None]
+        mean[name] = float(np.mean(values)) if values else None
+    return mean
+
+
+# Tables
+
+
+def write_results(
+    root: Path,
+    results: dict[str, Any],
+    models: Sequence[EvaluatedModel],
+    samples: BySample,
+    name: str,
+    schemas: Mapping[str, pa.Schema],
+) -> None:
+    """Write the table of samples, called `name`, scores.parquet and, last of all, results.json below `root`.
+
+    Args:
+        schemas: `name` and "scores" -> the columns; those of a sample that its scores have too are taken from it.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {name: [], "scores": []}
+    for model in models:
+        for scale in guidance_scales(results["protocol"]):
+            of_model = samples[model.name, scale]
+            for key, row in of_model.rows.items():
+                whole = row | {"model": model.name, "guidance_scale": scale}
+                tables[name].append({column: whole[column] for column in schemas[name].names})
+                columns = [column for column in schemas["scores"].names if column in whole]
+                tables["scores"] += [
+                    {column: whole[column] for column in columns}
+                    | {"scorer": scorer, "score": scored[key]["score"], "truncated": scored[key]["truncated"]}
+                    for scorer, scored in of_model.scores.items()
+                    if key in scored
+                ]
+    for table_name, rows in tables.items():
+        table = pa.Table.from_pylist(rows, schema=schemas[table_name])
+        write_file(root / f"{table_name}.parquet", lambda part, table=table: pq.write_table(table, part))
+    write_json(root / "results.json", results)

@@ -1,0 +1,105 @@
+"""What judges an answer: put one file here with `ABOUT` and `load`; its name is the scorer's name.
+
+    ABOUT: About                                     what a reader of the score must know
+    load(device: str, path: str | None) -> Judge     path: local folder or hub id; None = ABOUT.checkpoint
+
+A judge takes `answers: list[Answer]` and `log_likelihood`, which asks the very model that gave the answers, and returns
+one number per answer. It may also have
+
+    truncated(answers) -> list[bool]       which answers are longer, with their prompts, than what it reads
+    checkpoint: dict[str, str]             what was loaded: file -> SHA-256, say
+
+Import heavy packages inside `load`. A file outside of this folder works as well: name it by a path that ends in ".py";
+there `load(device)` is enough. Where weights come from is `NAME=PATH`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+from spin_diffusion.evaluation.specs import About, Role, check_finite, load_part
+from spin_diffusion.input_error import InputError
+
+__all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "Role", "load_judge"]
+
+LogLikelihood = Callable[[list[str], list[str]], list[float]]
+"""(prompts, completions) -> log p(completion and end token | prompt) in nats, by the model that is evaluated. Prompts
+are those of `Answer.prompt`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that a model gave to a prompt."""
+
+    id: str
+    """Of the prompt."""
+    k: int
+    """Number of the answer, from 0."""
+    prompt: str
+    text: str
+    reference: str | None
+    """The real answer, if the data has one."""
+    finish: Literal["stop", "length"]
+    """"stop" = it ended by itself; "length" = it was cut at the longest answer allowed."""
+    num_tokens: int
+    """Of the model's own tokenizer, with the end token if it was drawn."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """(answers, log-likelihood of the model that gave them) -> one score per answer, higher = better."""
+
+    def __call__(self, answers: list[Answer], log_likelihood: LogLikelihood) -> list[float]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedJudge:
+    """A judge that checks what it returns and runs without gradients."""
+
+    name: str
+    about: About
+    score: Callable[[list[Answer], LogLikelihood], list[float]]
+    source: str
+    """Where its weights came from; empty = it has none."""
+    checkpoint: dict[str, str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, answers: list[Answer], log_likelihood: LogLikelihood) -> list[float]:
+        """One score per answer.
+
+        Raises:
+            InputError: anything but one finite number per answer.
+        """
+        if not answers:
+            return []
+        scores = self.score(answers, log_likelihood)
+        if not isinstance(scores, list) or len(scores) != len(answers):
+            got = f"{len(scores)} of them" if isinstance(scores, list) else type(scores).__name__
+            raise InputError(f"judge {self.name} must return a list of {len(answers)} numbers, got {got}")
+        if odd := [type(score).__name__ for score in scores if not isinstance(score, int | float)]:
+            raise InputError(f"judge {self.name} must return numbers, got {odd[0]}")
+        scores = [float(score) for score in scores]
+        check_finite(f"judge {self.name}", scores, [answer.prompt for answer in answers])
+        return scores
+
+    def truncated(self, answers: list[Answer]) -> list[bool]:
+        """Which answers, with their prompts, are longer than what the judge reads."""
+        truncated = getattr(self.score, "truncated", None)
+        return truncated(answers) if truncated else [False] * len(answers)
+
+
+def load_judge(spec: str, device: str) -> LoadedJudge:
+    """The judge of a `NAME[=PATH]`.
+
+    Args:
+        spec: name of a file in this folder without ".py", or path of a .py file (the name is then the file's stem);
+            after "=" the weights' folder or hub id.
+        device: where the judge's weights go, such as "cpu" or "cuda:0".
+
+    Raises:
+        InputError: there is no such judge, or its weights cannot be used.
+    """
+    part = load_part(__name__, "judge", spec, device)
+    return LoadedJudge(part.name, part.about, part.call, part.source, part.checkpoint)

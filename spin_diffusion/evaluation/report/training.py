@@ -1,0 +1,168 @@
+"""How the models were trained, and what was measured of them beside their scores: the page's section "Training"."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from spin_diffusion.evaluation.protocols import is_of_answers
+from spin_diffusion.evaluation.report import plots, tables
+
+
+@dataclass(frozen=True)
+class TrainingPanel:
+    """How a run was trained."""
+
+    label: str
+    caption: str
+    chart: Markup
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """A measure of every model."""
+
+    title: str
+    direction: str
+    cells: list[tables.Number | None]
+
+
+@dataclass(frozen=True)
+class MeasureTable:
+    """All measures of all models."""
+
+    labels: list[str]
+    rows: list[MeasureRow]
+
+
+def training_panels(results: tables.Results) -> list[TrainingPanel]:
+    """What happened to the real and the generated samples in training, a panel per run.
+
+    The rounds of the evaluation are one run, unless two of them have one number; every other name is one of its own.
+    """
+    by_run = _by_run(results, results.get("training_curves", []))
+    named = tables.labels(tables.distinct([*(m["name"] for m in results["models"]), *by_run]))
+    panels = []
+    unit = "r, nats" if is_of_answers(results["protocol"]) else "r"
+    for number, (run, rows) in enumerate(by_run.items()):
+        points, starts = _one_after_the_other(rows)
+        if not any(value is not None for _, real, generated in points for value in (real, generated)):
+            continue
+        label = named[run] if run else "rounds of this run"
+        last = points[-1]
+        caption = f"{len(starts)} round{'' if len(starts) == 1 else 's'}, {last[0]:,} steps; at the end r of real "
+        caption += f"{tables.significant(last[1])}, of generated {tables.significant(last[2])}"
+        chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit)
+        panels.append(TrainingPanel(label, caption, chart))
+    return panels
+
+
+def _one_after_the_other(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[list[tuple[int, float | None, float | None]], list[tuple[int, int]]]:
+    """(step of the run, r of real, r of generated), and (first step, number) of each round.
+
+    Steps may count anew in each round.
+    """
+    points: list[tuple[int, float | None, float | None]] = []
+    starts: list[tuple[int, int]] = []
+    for round_ in sorted({row["round"] for row in rows}):
+        of_round = sorted((row for row in rows if row["round"] == round_), key=lambda row: row["step"])
+        before = points[-1][0] if points else 0
+        shift = before if of_round[0]["step"] <= before else 0
+        starts.append((before, round_))
+        if points:
+            points.append((before, None, None))  # no line from the end of a round to the start of the next
+        points += [(shift + row["step"], row["r_real"], row["r_generated"]) for row in of_round]
+    return points, starts
+
+
+def training_legend() -> list[tuple[Markup, str]]:
+    """What the lines of training stand for."""
+    return [
+        (plots.legend_key(style, marker=False), f"{name} samples")
+        for style, name in enumerate(("real", "generated"))
+    ]  # fmt: skip
+
+
+def measure_table(results: tables.Results) -> MeasureTable | None:
+    """What else was measured: a row per measure, a column per model."""
+    measures = results.get("measures", [])
+    if not measures:
+        return None
+    places = {model["name"]: place for place, model in enumerate(results["models"])}
+    columns = tables.distinct([(m["model"], m["round"]) for m in measures])
+    columns.sort(key=lambda column: places.get(column[0], len(places)))  # stable: the others in the order given
+    columns = columns[: tables.MAX_LISTED]
+    named = tables.labels(tables.distinct([model for model, _ in columns]))
+    models = [model for model, _ in columns]
+    heads = [named[model] + (f", round {round_}" if models.count(model) > 1 else "") for model, round_ in columns]
+    rows = []
+    for of_name in list(_by_name(measures).values())[: tables.MAX_LISTED]:
+        digits = _decimals(of_name)
+        known = {(m["model"], m["round"]): _measured(m, digits) for m in of_name if m["value"] is not None}
+        rows.append(MeasureRow(_title(of_name[0]), _direction(of_name[0]), [known.get(column) for column in columns]))
+    return MeasureTable(heads, rows)
+
+
+def measure_curves(results: tables.Results) -> list[tables.CurvePanel]:
+    """Measures over the rounds, a panel per run and measure that it has in two rounds at least."""
+    measures = [m for m in results.get("measures", []) if m["value"] is not None and m["round"] is not None]
+    panels = []
+    for run, of_run in _by_run(results, measures).items():
+        for of_name in _by_name(of_run).values():
+            points = sorted(((m["round"], m["value"], m["low"], m["high"]) for m in of_name), key=lambda p: p[0])
+            if len({round_ for round_, *_ in points}) < 2:
+                continue
+            columns = [[math.nan if v is None else v for v in column] for column in zip(*points, strict=True)]
+            chart = plots.round_curves(
+                f"measure-{len(panels)}", "Measure over the rounds", [plots.Line(0, *columns)], "value", zero=False
+            )
+            title = _title(of_name[0]) + (f", {tables.shortened(run, 40).short}" if run else "")
+            panels.append(tables.CurvePanel(title, "measure", _direction(of_name[0]), chart))
+    return panels
+
+
+def _by_run(results: tables.Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each run: "" for the base and the rounds of the evaluation, otherwise by the name of the model."""
+    rounds = [m for m in results["models"] if m["role"] == "round"]
+    # A round that is there twice belongs to two runs
+    alone = len({m["round"] for m in rounds}) == len(rounds)
+    one_run = {m["name"] for m in results["models"] if m["role"] in ("baseline", "round")} if alone else set()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault("" if row["model"] in one_run else row["model"], []).append(row)
+    return found
+
+
+def _by_name(measures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for measure in measures:
+        found.setdefault(measure["name"], []).append(measure)
+    return found
+
+
+def _title(measure: dict[str, Any]) -> str:
+    return tables.shortened(measure["title"] or measure["name"], 80).short
+
+
+def _direction(measure: dict[str, Any]) -> str:
+    return "neither way is better" if measure["better"] == "none" else f"{measure['better']} is better"
+
+
+def _decimals(of_name: Sequence[dict[str, Any]]) -> int:
+    """Decimals that show two digits of the narrowest interval, or four of the largest number where there is none."""
+    widths = [m["high"] - m["low"] for m in of_name if m["low"] is not None and m["high"] is not None]
+    narrowest = min((width / 2 for width in widths if width > 0), default=None)
+    if narrowest is not None:
+        return min(6, max(0, 1 - math.floor(math.log10(narrowest))))
+    largest = max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0)
+    return 3 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
+
+
+def _measured(measure: dict[str, Any], digits: int) -> tables.Number:
+    low, high = measure["low"], measure["high"]
+    interval = "" if low is None or high is None else tables.interval_text(low, high, digits, False)
+    return tables.Number(tables.plain(measure["value"], digits), interval)

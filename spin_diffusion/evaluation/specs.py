@@ -1,0 +1,110 @@
+"""What scorers of images and judges of answers share: what they say of themselves, and how NAME[=PATH] finds them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.named import load_module, load_named
+
+Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
+"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
+data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
+prompt; drift, which is good neither up nor down."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a reader of a score must know."""
+
+    title: str
+    """As papers call it."""
+    scale: str
+    """Formula, unit and usual values."""
+    role: Role = "held-out"
+    """All but "drift" are better when higher."""
+    checkpoint: str | None = None
+    """Hub id that is loaded when no path is given."""
+    preprocessing: str = ""
+    """How pixels reach the model."""
+    text: str = ""
+    """How prompts and answers reach the model, and how much of them it reads."""
+    licence: str = ""
+    """Of the weights."""
+    citation: str = ""
+    """arXiv id or address."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a spec stands for, loaded."""
+
+    name: str
+    about: About
+    call: Callable[..., Any]
+    source: str
+    """Where its weights came from; empty = it has none."""
+    checkpoint: dict[str, str]
+    """What was loaded: file -> SHA-256, say."""
+
+
+def parse_spec(spec: str) -> tuple[str, str, str | None]:
+    """Name of the score, module to load, and where its weights are, of `NAME[=PATH]` or `FILE.py[=PATH]`."""
+    module, _, path = spec.partition("=")
+    return Path(module).stem if module.endswith(".py") else module, module, path or None
+
+
+def about_part(package: str, spec: str) -> About:
+    """What it says of itself, without loading its weights; InputError when `package` has no such module."""
+    name, module, _ = parse_spec(spec)
+    return getattr(load_module(package, module), "ABOUT", About(title=name, scale="as its file says"))
+
+
+def describe(package: str, spec: str) -> dict[str, Any]:
+    """The entry for results.json, as far as it is known without its weights."""
+    name, _, path = parse_spec(spec)
+    said = asdict(about_part(package, spec))
+    checkpoint = said.pop("checkpoint")
+    return {"name": name, **said, "source": path or checkpoint or "", "checkpoint": {}}
+
+
+def load_part(package: str, kind: str, spec: str, device: str) -> Part:
+    """What `load(device, path)` of the module returns; a file outside of `package` may have `load(device)` alone.
+
+    Args:
+        kind: what it is, for the error.
+
+    Raises:
+        InputError: there is no such module, or its weights cannot be used.
+    """
+    name, module, path = parse_spec(spec)
+    load = load_named(package, module, "load")
+    call = load(device, path) if path or not module.endswith(".py") else load(device)
+    if not callable(call):
+        raise InputError(f"{kind} {name}: load({device!r}) must return a function, got {type(call).__name__}")
+    said = about_part(package, spec)
+    return Part(name, said, call, path or said.checkpoint or "", getattr(call, "checkpoint", {}))
+
+
+def check_specs(package: str, specs: Sequence[str]) -> None:
+    """InputError when two specs have one name, or one does not exist; no weights are read."""
+    names = [parse_spec(spec)[0] for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--scorers has {name!r} twice: one result could not be told from the other")
+    for spec in specs:
+        load_named(package, parse_spec(spec)[1], "load")
+
+
+def check_finite(who: str, scores: Sequence[float], prompts: Sequence[str]) -> None:
+    """InputError that names the first prompt whose score is not finite."""
+    for score, prompt in zip(scores, prompts, strict=True):
+        if not math.isfinite(score):
+            raise InputError(f"{who} returned {score} for the prompt {shortened(prompt)}")
+
+
+def shortened(prompt: str, length: int = 80) -> str:
+    """The prompt in quotes, in one line of an error."""
+    return repr(prompt if len(prompt) <= length else prompt[: length - 3] + "...")

@@ -1,0 +1,7 @@
+"""LanguageGame: causal language models as players. One module per arrow of the method:
+
+chat         text -> tokens, of the prompts that are answered and of the pairs that are scored
+generation   prompt -> the opponent's answer
+logprobs     answer -> its log-probability, which is the score
+game         all of it behind the contract that the rounds know
+"""

@@ -1,0 +1,361 @@
+"""Text -> tokens: the one place, for the prompts that answers are drawn to and for the pairs that are scored.
+
+An answer's score is the density that it was drawn from only if both see the same prompt tokens, and if a real answer is
+written as a drawn one is: it ends with the end token that the model draws, and where it is cut it has none.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from spin_diffusion.data.report import (
+    EMPTY_ANSWER,
+    EMPTY_PROMPT,
+    PROMPT_TOO_LONG,
+    REFUSED_BY_TEMPLATE,
+    SPECIAL_TOKEN,
+    LeftOut,
+)
+from spin_diffusion.data.rows import one_line
+from spin_diffusion.data.text import Message, TextExample, last_question
+from spin_diffusion.input_error import InputError
+
+STAND_INS = 0xF0000
+"""First of the private characters that stand for special tokens' texts in the data while a template is filled."""
+SAMPLE = ("Which question?", "This answer.")
+"""A conversation that shows how a template writes one."""
+SAMPLE_TEXTS = ("The quick brown fox.", "  two  spaces ", "a line\n\nand\ta tab\n", "caf\u00e9 \u65e5\u672c \U0001f600")
+"""What a tokenizer should give back."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of an answer."""
+
+    ids: list[int]
+    """The end token is the last, unless the answer is cut."""
+    cut: bool
+    """Whether it was longer than the longest answer, or than what the prompt leaves."""
+
+
+class _Written(NamedTuple):
+    """An answer on its way: tokens without the end token, and what they should say."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    end_id: int
+    text: str
+    is_merged: bool
+    has_special_text: bool
+
+
+class Chat:
+    """A tokenizer as conversations and plain text go through it.
+
+    Conversations go through its chat template. Plain text is taken as it is, after the tokens that the tokenizer puts
+    in front of all text (bos), and its answers end with the tokenizer's end token. The text of a special token in the
+    data stays text: it never becomes the token.
+    """
+
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer: what the template writes after one, and the tokenizer's end token if that differs."""
+    pad_id: int
+    """Pad, else unknown, else end token. Any will do, an end token too: what is filled up is masked by its length."""
+    boundary_merges: int
+    """Answers so far whose first letters would melt into the prompt's last token: they are tokenised by themselves."""
+    special_texts: int
+    """Answers so far with the text of a special token in them or in their prompt."""
+    lossy_answers: int
+    """Answers so far whose tokens do not give back their text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, max_new_tokens: int) -> None:
+        """
+        Args:
+            max_length: largest number of tokens of prompt and answer together.
+            max_new_tokens: largest number of tokens of an answer, its end token among them.
+        Raises:
+            InputError: there is no token that could end an answer.
+        """
+        assert max_length > 0 and max_new_tokens > 0
+        self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
+        self.boundary_merges = self.special_texts = self.lossy_answers = 0
+        added = tokenizer.added_tokens_decoder
+        self._added = {token.content: (id_, token) for id_, token in added.items() if not token.content.isspace()}
+        self._after_answer = _after_answer(tokenizer)
+        turn_end = _pattern(self._added).search(self._after_answer)
+        self._turn_end_id = self._added[turn_end[0]][0] if turn_end else None
+        ends = (self._turn_end_id, tokenizer.eos_token_id)
+        self.end_ids = tuple(dict.fromkeys(id_ for id_ in ends if id_ is not None))
+        if not self.end_ids:
+            raise InputError(
+                "the tokenizer has no end token, so no answer would ever end: set its eos_token, or give a chat "
+                "template that writes a special token after each answer"
+            )
+        pads = (tokenizer.pad_token_id, tokenizer.unk_token_id, self.end_ids[-1])
+        self.pad_id = next(id_ for id_ in pads if id_ is not None)
+        self._ends = _pattern(text for text, (id_, _) in self._added.items() if id_ in self.end_ids)
+        controls = [text for text, (id_, token) in self._added.items() if token.special or id_ in self.end_ids]
+        self._controls = _pattern(controls)
+        self._stand_in = {text: chr(STAND_INS + place) for place, text in enumerate(controls)}
+        self._stands_for = {letter: text for text, letter in self._stand_in.items()}
+        self._any_stand_in = re.compile(f"[{''.join(self._stands_for)}]" if controls else "(?!)")
+        self._never_text = {self._added[text][0] for text in controls}
+        if tokenizer.unk_token_id not in self.end_ids:
+            self._never_text.discard(tokenizer.unk_token_id)
+        self._before_text = _before_text(tokenizer)
+
+    def prompt_ids(self, prompt: str | list[Message]) -> list[int]:
+        """What the model is given before it answers.
+
+        Raises:
+            LeftOut: it leaves no room for an answer, the template refuses it, or it holds the text of a special token
+                and this tokenizer cannot take that as text.
+            InputError: a conversation, and there is no chat template to write it.
+        """
+        return self._prompt_ids(self._asked(prompt), isinstance(prompt, str))
+
+    def answer_ids(self, prompt: str | list[Message], completion: str) -> Tokens:
+        """An answer to the prompt, with exactly one end token as the last, unless it is cut.
+
+        Raises:
+            LeftOut: as for `prompt_ids`, and for an answer that has no tokens.
+            InputError: as for `prompt_ids`, and if the template does not begin an answered conversation as its prompt.
+        """
+        written = self._written(prompt, completion)
+        self.boundary_merges += written.is_merged
+        self.special_texts += written.has_special_text
+        self.lossy_answers += not self._gives_back(written)
+        limit = min(self.max_new_tokens, self.max_length - len(written.prompt_ids))
+        ids = [*written.ids, written.end_id]
+        return Tokens(ids[:limit], len(ids) > limit)
+
+    def text(self, answer_ids: list[int]) -> str:
+        """What an answer says, without the end token; other special tokens that a model drew are shown."""
+        return self._decode(answer_ids[:-1] if answer_ids and answer_ids[-1] in self.end_ids else answer_ids)
+
+    @staticmethod
+    def prompt_text(prompt: str | list[Message]) -> str:
+        """A prompt for people: the plain text, or the last turn of the user."""
+        return last_question(prompt)
+
+    def round_trips(self, example: TextExample) -> bool:
+        """Whether the tokens of the real answer give back its text. Nothing is counted. Raises as `answer_ids`."""
+        return self._gives_back(self._written(example.prompt, example.completion))
+
+    def notes(self) -> list[str]:
+        """What was counted so far, a line each for people; nothing where nothing occurred."""
+        said = {
+            "answers melt into their prompt's last token: tokenised by themselves": self.boundary_merges,
+            "answers with a special token's text in them or in their prompt: taken as text": self.special_texts,
+            "answers that the tokenizer does not give back as they were: scored as it reads them": self.lossy_answers,
+        }
+        return [f"{count} {what}" for what, count in said.items() if count]
+
+    # From text to text: special tokens' texts in the data are stand-ins, those that are left are the template's own
+
+    def _asked(self, prompt: str | list[Message]) -> str:
+        if isinstance(prompt, str):
+            return self._hidden(prompt)
+        return self._filled(prompt, opens_answer=True)
+
+    def _answered(self, prompt: str | list[Message], completion: str, asked: str) -> tuple[str, str]:
+        """What follows the prompt, and the text of the end token behind it, "" where only the tokenizer has one."""
+        if isinstance(prompt, str):
+            return self._hidden(completion), ""
+        whole = self._filled([*prompt, {"role": "assistant", "content": completion}], opens_answer=False)
+        if not whole.startswith(asked):
+            check_template(self.tokenizer)
+            raise LeftOut(REFUSED_BY_TEMPLATE, f"answered, it is written otherwise: {_difference(asked, whole)}")
+        answer = whole[len(asked) :]
+        end = self._ends.search(answer)
+        if end is None:
+            return answer.removesuffix(self._after_answer), ""
+        # Whatever a template writes behind the end, a model that ended its turn never does
+        return answer[: end.start()], end[0]
+
+    def _filled(self, messages: list[Message], opens_answer: bool) -> str:
+        hidden = [{"role": turn["role"], "content": self._hidden(turn["content"])} for turn in messages]
+        return _fill(self.tokenizer, hidden, opens_answer)
+
+    def _hidden(self, text: str) -> str:
+        if self._any_stand_in.search(text):
+            raise LeftOut(SPECIAL_TOKEN, f"private characters from U+{STAND_INS:X} on cannot be told from stand-ins")
+        return self._controls.sub(lambda found: self._stand_in[found[0]], text)
+
+    def _shown(self, text: str) -> str:
+        return self._any_stand_in.sub(lambda found: self._stands_for[found[0]], text)
+
+    # From text to tokens and back
+
+    def _prompt_ids(self, asked: str, is_plain: bool) -> list[int]:
+        ids = self._before_text * is_plain + self._encode(asked)
+        if not ids:
+            raise LeftOut(EMPTY_PROMPT, "it has no tokens")
+        if len(ids) >= self.max_length:
+            raise LeftOut(PROMPT_TOO_LONG, f"{len(ids)} tokens leave no room for an answer within {self.max_length}")
+        return ids
+
+    def _written(self, prompt: str | list[Message], completion: str) -> _Written:
+        asked = self._asked(prompt)
+        answer, end = self._answered(prompt, completion, asked)
+        prompt_ids = self._prompt_ids(asked, isinstance(prompt, str))
+        begin = prompt_ids[len(self._before_text) :] if isinstance(prompt, str) else prompt_ids
+        ids = self._encode(asked + answer + end)
+        is_merged = ids[: len(begin)] != begin
+        ids = self._encode(answer + end) if is_merged else ids[len(begin) :]
+        # Plain answers, and those of a template without an end token, get the tokenizer's
+        end_id = ids.pop() if end else self.end_ids[-1]
+        assert end_id in self.end_ids
+        if not ids:
+            raise LeftOut(EMPTY_ANSWER, f"the tokenizer makes no tokens of {completion[:80]!r}")
+        if any(id_ in self.end_ids for id_ in ids):
+            raise LeftOut(SPECIAL_TOKEN, "this tokenizer takes the text of an end token in the answer for the token")
+        has_special_text = self._any_stand_in.search(asked + answer) is not None
+        return _Written(prompt_ids, ids, end_id, self._shown(answer), is_merged, has_special_text)
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens of a text with stand-ins; special tokens are only those that the template wrote."""
+        stand_in = self._any_stand_in.search(text)
+        if stand_in is None:
+            return _encode(self.tokenizer, text)
+        # The pieces between the template's own special tokens, one by one. A tokenizer for which that is not the same
+        # as all at once (it puts a space before each piece) shows it on a harmless text.
+        harmless = self._any_stand_in.sub("x", text)
+        pieces = self._encode_pieces(text)
+        if pieces is None or self._encode_pieces(harmless) != _encode(self.tokenizer, harmless):
+            raise LeftOut(SPECIAL_TOKEN, f"this tokenizer cannot take {self._stands_for[stand_in[0]]!r} as text")
+        return pieces
+
+    def _encode_pieces(self, text: str) -> list[int] | None:
+        """None if a special token came out of what is not one."""
+        ids: list[int] = []
+        start, strips = 0, False
+        for found in (*self._controls.finditer(text), None):
+            piece = self._shown(text[start : found.start() if found else len(text)])
+            id_, token = self._added[found[0]] if found else (None, None)
+            piece = piece.lstrip() if strips else piece
+            piece = piece.rstrip() if token and token.lstrip else piece
+            of_piece = _encode(self.tokenizer, piece, split_special_tokens=True)
+            if not self._never_text.isdisjoint(of_piece):
+                return None
+            ids += of_piece if id_ is None else [*of_piece, id_]
+            start, strips = (found.end(), token.rstrip) if found else (start, False)
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _gives_back(self, written: _Written) -> bool:
+        if self._decode(written.ids) == written.text:
+            return True
+        # By itself a text may lose the space before it, which it has behind its prompt
+        return self._decode(written.prompt_ids + written.ids) == self._decode(written.prompt_ids) + written.text
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chats: bool) -> list[str]:
+    """Whether a tokenizer can serve, once before a run. Returns what is odd about it, a sentence each.
+
+    Args:
+        chats: whether the data are conversations.
+    Raises:
+        InputError: no end token; or conversations, and no chat template that can write them.
+    """
+    chat = Chat(tokenizer, max_length=1, max_new_tokens=1)
+    found = []
+    if chats:
+        check_template(tokenizer)
+        found += _odd_template(chat)
+    lost = {text: chat._decode(_encode(tokenizer, text, split_special_tokens=True)) for text in SAMPLE_TEXTS}
+    lost = {text: back for text, back in lost.items() if back != text}
+    if lost:
+        examples = ", ".join(f"{text!r} becomes {back!r}" for text, back in lost.items())
+        found.append(f"the tokenizer does not give back every text ({examples}): answers are scored as it reads them")
+    return found
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError if there is no chat template, or it does not begin an answered conversation as its prompt."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the data are conversations and the tokenizer has no chat template: give a tokenizer with one, a template "
+            "with --chat_template, or data of plain prompts and completions"
+        )
+    try:
+        asked, whole = _sample(tokenizer)
+    except LeftOut as error:
+        raise InputError(f"the chat template cannot write one question and its answer: {error.detail}") from error
+    if not whole.startswith(asked):
+        raise InputError(
+            "the chat template writes a conversation otherwise than the prompt that asks for its answer: "
+            f"{_difference(asked, whole)}; answers must be scored behind the prompt that they are drawn to, so give a "
+            "template (--chat_template) that writes both alike"
+        )
+
+
+def _odd_template(chat: Chat) -> list[str]:
+    found = []
+    asked, whole = _sample(chat.tokenizer)
+    if chat._turn_end_id is None:
+        token = chat.tokenizer.convert_ids_to_tokens(chat.end_ids[-1])
+        found.append(f"the chat template writes no special token after an answer: {token!r} is put there")
+    silent = _fill(chat.tokenizer, [{"role": "user", "content": SAMPLE[0]}], opens_answer=False) == asked
+    if silent and not whole[len(asked) :].lstrip().startswith(SAMPLE[1]):
+        header = whole[len(asked) :].partition(SAMPLE[1])[0]
+        found.append(
+            f"the chat template ignores add_generation_prompt: the model has to write {header!r} itself, and that is "
+            "scored as a part of its answer"
+        )
+    if "strftime_now" in str(chat.tokenizer.chat_template):
+        found.append("the chat template may write today's date into prompts: another day gives other prompts")
+    return found
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A prompt as the template writes it, and the same prompt with its answer. Raises LeftOut if it refuses them."""
+    user, assistant = {"role": "user", "content": SAMPLE[0]}, {"role": "assistant", "content": SAMPLE[1]}
+    return _fill(tokenizer, [user], opens_answer=True), _fill(tokenizer, [user, assistant], opens_answer=False)
+
+
+def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_answer: bool) -> str:
+    if not tokenizer.chat_template:
+        check_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages[:8])
+        raise LeftOut(REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error)}") from error
+
+
+def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes behind the last answer, "" without a template."""
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return _sample(tokenizer)[1].rpartition(SAMPLE[1])[2]
+    except LeftOut:
+        return ""
+
+
+def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of all text; what it puts behind it would end the prompt, and is not wanted."""
+    bare = _encode(tokenizer, SAMPLE[0])
+    whole = tokenizer(SAMPLE[0], verbose=False)["input_ids"]
+    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    return list(whole[: places[0]]) if places else []
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of the texts, the longest first; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _difference(asked: str, whole: str) -> str:
+    place = len(os.path.commonprefix([asked, whole]))
+    return f"{asked[place : place + 40]!r} in the prompt is {whole[place : place + 40]!r} in the conversation"

@@ -1,0 +1,161 @@
+"""Settings of a language-model run: frozen dataclasses, one per topic, read from YAML and the command line."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from spin_diffusion.data.text import TextDataSettings
+from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.game import LanguageModelSettings
+from spin_diffusion.llm.generation import GenerationSettings
+from spin_diffusion.parsing import parse_sections
+from spin_diffusion.running import RunSettings, check_ranges
+from spin_diffusion.selfplay.objectives import OBJECTIVES
+from spin_diffusion.selfplay.rounds import ObjectiveName, RoundSettings, objectives_of
+from spin_diffusion.selfplay.train import TrainSettings
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The base checkpoint."""
+
+    model_name_or_path: str | None = None
+    """Hub id or local folder of a causal language model in transformers' layout, with its tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) for a tokenizer that has none, or instead of its own."""
+
+
+@dataclass(frozen=True)
+class LanguageRoundSettings(RoundSettings):
+    """The game that is played. A list holds one value per round; when it is shorter, its last value repeats."""
+
+    rounds: int = 5
+    """Rounds of self-play, counted from 1."""
+    objective: ObjectiveName | list[ObjectiveName] = "space"
+    """space, spin, bco and nca play the opponent; dpo uses the data set's own rejected answers; sft uses none."""
+    beta: float | list[float] = 1.0
+    """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
+    opponent: Literal["latest", "base", "last_two"] = "latest"
+    """Which earlier selves draw the generated answers and anchor the score. last_two is a mixture, half each."""
+    samples_per_shard: int = 512
+    """Real answers per file, and what is drawn for them; what a killed process loses at most."""
+
+
+@dataclass(frozen=True)
+class LanguageTrainSettings(TrainSettings):
+    """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
+
+    max_train_steps: int | list[int] | None = None
+    """Optimizer steps in each round; default: --num_train_epochs."""
+    num_train_epochs: float | list[float] | None = 2.0
+    """Times that a round sees each real answer."""
+    learning_rate: float | list[float] = 5e-7
+    """Initial learning rate (after warm-up)."""
+    lr_scheduler: str = "linear"
+    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
+    lr_warmup_ratio: float = 0.1
+    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "rmsprop"
+    """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
+    adam_weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True)
+class AnswerEvaluationSettings:
+    """What is measured after every round, on held-out prompts."""
+
+    judges: list[str] | None = None
+    """NAME[=PATH] of judges (log_likelihood, reward_model=PATH_OR_ID, length, ...), or paths of .py files; default:
+    log_likelihood."""
+    max_validation_prompts: int | None = 200
+    """Distinct held-out prompts that are answered for the page; held-out scores use all held-out answers."""
+    num_validation_answers: int = 1
+    """Answers per prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
+    eval_every_round: bool = True
+    """Evaluate after every round; otherwise the base and the last round only."""
+    promote_if: Literal["always", "not_regressed", "improved"] = "always"
+    """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
+    (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
+    lm_eval_tasks: list[str] | None = None
+    """Tasks of lm-evaluation-harness for the base and every round; needs the extra `lm-eval`."""
+    lm_eval_limit: int | None = None
+    """Only so many examples of each task."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """All settings of a run."""
+
+    model: CheckpointSettings
+    data: TextDataSettings
+    language: LanguageModelSettings
+    generation: GenerationSettings
+    rounds: LanguageRoundSettings
+    training: LanguageTrainSettings
+    evaluation: AnswerEvaluationSettings
+    run: RunSettings
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flag."""
+        return {key: value for section in asdict(self).values() for key, value in section.items() if key != "hub_token"}
+
+
+SECTIONS = {field.name: field.type for field in fields(LanguageConfig)}
+
+
+def parse_language_config(argv: list[str] | None = None) -> LanguageConfig:
+    """The settings on the command line over those of `--config` over the defaults.
+
+    Raises:
+        InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
+    """
+    return LanguageConfig(**parse_sections(SECTIONS, argv, listed=("judges", "lm_eval_tasks")))
+
+
+def _check(config: LanguageConfig) -> None:
+    """Ranges and rules across settings. Each message names the flags and their values."""
+    if not config.model.model_name_or_path:
+        raise InputError("--model_name_or_path is missing: give a hub id or a local folder")
+    check_ranges(config.flat())
+    if config.data.dataset_name is None:
+        raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
+    if config.rounds.stop_when_learnt and not config.data.holds_out:
+        raise InputError("--stop_when_learnt needs held-out answers: give --num_held_out or --held_out_dataset_name")
+    if config.evaluation.promote_if != "always" and not (config.data.holds_out and config.evaluation.eval_every_round):
+        raise InputError(
+            f"--promote_if {config.evaluation.promote_if} needs held-out answers (--num_held_out or "
+            "--held_out_dataset_name) and --eval_every_round true"
+        )
+    if config.generation.max_new_tokens >= config.language.max_length:
+        raise InputError(
+            f"--max_new_tokens {config.generation.max_new_tokens} must be below --max_length "
+            f"{config.language.max_length}, which holds the prompt too"
+        )
+    if config.run.push_to_hub:
+        raise InputError("--push_to_hub uploads image models only: upload a language model with its push_to_hub method")
+
+
+def warnings_of(config: LanguageConfig) -> list[str]:
+    """What is allowed and moves the result away from what the theory says, each in a sentence."""
+    found = config.generation.warnings()
+    rounds = config.rounds
+    objectives = [OBJECTIVES[name] for name in objectives_of(rounds)]
+    if rounds.mu is not None and "space" in objectives_of(rounds) and rounds.mu != rounds.num_generated:
+        found.append(
+            f"--mu {rounds.mu} is not --num_generated {rounds.num_generated}: the loss weighs the generated answers "
+            "as if there were more or fewer of them; it is still consistent, with another variance"
+        )
+    betas = rounds.beta if isinstance(rounds.beta, list) else [rounds.beta]
+    if "spin" in objectives_of(rounds) and min(betas) <= 0.5 and any(o.generated == "opponent" for o in objectives):
+        found.append(
+            f"--objective spin with --beta {min(betas):g}: a round that is trained to its end multiplies the model's "
+            f"error by {1 - 1 / min(betas):.3g} and does not settle (stable above 0.5, exact at 1)"
+        )
+    if "space" in objectives_of(rounds) and any(beta != 1 for beta in betas):
+        found.append("--objective space with a --beta other than 1: its theorem is for 1, the density's own scale")
+    return found

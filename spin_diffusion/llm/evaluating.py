@@ -1,0 +1,133 @@
+"""The evaluations of a language run: held-out prompts answered by the present player, judged; held-out likelihood."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from scipy.stats import sem, t
+
+from spin_diffusion.data.text import TextExample, read_held_out
+from spin_diffusion.evaluating import RunEvaluator
+from spin_diffusion.evaluation.answer_results import conclude_answers
+from spin_diffusion.evaluation.answering import (
+    answer_protocol,
+    answer_requests,
+    draw_answers,
+    judge_answers,
+    read_judge,
+)
+from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.llm.config import LanguageConfig
+from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
+from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.selfplay.run_dir import read_json, write_json
+
+
+class AnswerEvaluator(RunEvaluator):
+    """What a language run measures. Without held-out answers it does nothing."""
+
+    base_kind = "model"
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        game: LanguageGame,
+        output_dir: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+    ) -> None:
+        super().__init__(config, game, str(config.model.model_name_or_path), output_dir, accelerator, progress)
+        self.examples = list(read_held_out(config.data)) if config.data.holds_out else []
+        self.active = bool(self.examples)
+        self.specs = config.evaluation.judges or ["log_likelihood"]
+        self.saved = ADAPTER if config.language.use_peft else MODEL
+        if not self.active:
+            return
+        self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
+        firsts: dict[str, TextExample] = {}
+        for example in self.examples:
+            firsts.setdefault(transcript(example.prompt), example)
+        prompts = [{"prompt": prompt, "reference": example.completion} for prompt, example in firsts.items()]
+        prompts = prompts[: config.evaluation.max_validation_prompts]
+        self.requests = answer_requests(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
+        generation = config.generation
+        self.protocol = answer_protocol(
+            self.requests, name="held-out prompts", seed=config.rounds.seed, temperature=generation.temperature,
+            top_p=generation.top_p, top_k=generation.top_k or None, max_new_tokens=generation.max_new_tokens,
+            max_length=config.language.max_length,
+        )  # fmt: skip
+
+    def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
+        return EvaluatedModel(name, role, folder, round_, **said)
+
+    def said_of(self, folder: Path, name: str) -> dict[str, Any]:
+        return read_judge(folder, name)
+
+    def weights_hash(self) -> str:
+        return self.game.player_hash()
+
+    def draw_and_score(self, model: EvaluatedModel) -> None:
+        draw_answers(
+            self.requests, model.folder, self.protocol, self._answer, self.accelerator, self.progress,
+            weights_sha256=model.weights_sha256 or "", model=model.name,
+        )  # fmt: skip
+        judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
+        if self.accelerator.is_main_process and not (model.folder / "held_out.json").is_file():
+            write_json(model.folder / "held_out.json", self._held_out_nll() | self._lm_eval())
+        self.accelerator.wait_for_everyone()
+
+    def conclude(
+        self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
+    ) -> tuple[dict[str, Any], list[Comparison]]:
+        # Where single answers are held out, prompts are shared on purpose
+        prompts = None if self.config.data.held_out_by == "row" else self._training_prompts()
+        return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=prompts, **more)
+
+    def _answer(self, rows: list[dict[str, Any]], done: Callable[[int], None]) -> list[dict[str, Any]]:
+        prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
+        drawn = self.game.draw(prompts, [row["seed"] for row in rows], done)
+        return [
+            {"text": self.game.chat.text(answer.ids), "finish": answer.finish, "num_tokens": len(answer.ids)}
+            for answer in drawn
+        ]
+
+    def _log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """Of a prompt that is not held out: as one question, if the data are chats."""
+        as_chat = isinstance(self.examples[0].prompt, list)
+        chats = [
+            self.chats.get(prompt, [{"role": "user", "content": prompt}] if as_chat else prompt) for prompt in prompts
+        ]
+        answers = [
+            self.game.chat.answer_ids(chat, completion).ids for chat, completion in zip(chats, completions, strict=True)
+        ]
+        return self.game.log_likelihood([self.game.chat.prompt_ids(chat) for chat in chats], answers)
+
+    def _held_out_nll(self) -> dict[str, Any]:
+        """Of all held-out answers, not only of one per prompt: the mean in nats per answer, with a 95 % t-interval."""
+        prompts = [transcript(example.prompt) for example in self.examples]
+        scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
+        mean = -sum(scores) / len(scores)
+        error = float(sem(scores)) if len(scores) > 1 else 0.0
+        low, high = t.interval(0.95, len(scores) - 1, mean, error) if error > 0 else (mean, mean)
+        return {
+            "held_out_nll": {"title": "held-out negative log-likelihood, nats per answer", "value": mean,
+                             "low": float(low), "high": float(high), "better": "lower"}
+        }  # fmt: skip
+
+    def _lm_eval(self) -> dict[str, Any]:
+        tasks = self.config.evaluation.lm_eval_tasks
+        if not tasks:
+            return {}
+        from spin_diffusion.llm.lm_eval_tasks import run_tasks
+
+        return run_tasks(self.game, tasks, self.config.evaluation.lm_eval_limit)
+
+    def _measures(self) -> list[dict[str, Any]]:
+        found = super()._measures()
+        for model in self._models():
+            path = model.folder / "held_out.json"
+            for name, said in read_json(path).items() if path.is_file() else []:
+                found.append({"model": model.name, "round": model.round_, "name": name} | said)
+        return found

@@ -1,0 +1,174 @@
+"""The main job for language models: load the base, prepare the data, play the rounds, compare, say what came out."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spin_diffusion.data.report import LeftOut, ReadReport
+from spin_diffusion.data.rows import one_line
+from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
+from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.chat import check_tokenizer
+from spin_diffusion.llm.config import LanguageConfig, warnings_of
+from spin_diffusion.llm.evaluating import AnswerEvaluator
+from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
+from spin_diffusion.running import (
+    check_folder,
+    needs_losers,
+    play_with_rivals,
+    round_lines,
+    start,
+    tracked,
+    write_manifest,
+)
+from spin_diffusion.selfplay.game import Row
+from spin_diffusion.selfplay.progress import Bars, Progress
+from spin_diffusion.selfplay.rounds import objectives_of
+from spin_diffusion.selfplay.run_dir import weights_hash
+from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.train import check_batch
+
+
+def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
+    """Play all rounds of `config` with a causal language model and return the rounds' records.
+
+    Raises:
+        InputError: anything the user gave that cannot be used; nothing that exists is touched.
+    """
+    output_dir = Path(config.run.output_dir)
+    check_folder(config, output_dir)
+    accelerator = start(config, output_dir)
+    for warning in warnings_of(config):
+        accelerator.print(f"Warning: {warning}")
+
+    # The base checkpoint
+    base = str(config.model.model_name_or_path)
+    options = {"revision": config.model.revision or "main", "trust_remote_code": config.language.trust_remote_code,
+               "cache_dir": config.data.cache_dir}  # fmt: skip
+    model, tokenizer = load_language_model(base, options)
+    if config.model.chat_template is not None:
+        tokenizer.chat_template = _template(Path(config.model.chat_template))
+    game = LanguageGame(
+        model,
+        tokenizer,
+        base,
+        settings=config.language,
+        generation=config.generation,
+        accelerator=accelerator,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        base_options=options,
+    )
+    progress = Bars() if accelerator.is_main_process else Progress()
+
+    # The real answers, some of them held out
+    with_rejected = needs_losers(config)
+    data, held_out_dir = output_dir / "data", output_dir / "held_out"
+    settings = _data_settings(config, with_rejected)
+    report = ReadReport()
+    manifest = prepare(
+        data, lambda: _rows(game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report),
+        settings, config.rounds.samples_per_shard, game, accelerator, progress, report.as_dict,
+    )  # fmt: skip
+    for line in [*report.lines(), *game.chat.notes()] if report.read else []:
+        accelerator.print(line)
+    if config.data.holds_out:
+        aside = ReadReport()
+        prepare(
+            held_out_dir, lambda: _rows(game, read_held_out(config.data), aside), settings,
+            config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
+        )  # fmt: skip
+    pairs = manifest["rows"] // config.rounds.real_parts
+    check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
+    write_manifest(output_dir, base, weights_hash(game.model), manifest, accelerator)
+    accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
+
+    # The rounds, and what they are compared with
+    accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
+    evaluator = AnswerEvaluator(config, game, output_dir, accelerator, progress)
+    evaluator.base()
+    records = play_with_rivals(
+        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
+        held_out_dir if config.data.holds_out else None,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        evaluator.tell()
+        _tell_where(records, output_dir, base, config.language.use_peft)
+    return records
+
+
+def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in fp32, and its tokenizer.
+
+    Raises:
+        InputError: it does not exist, cannot be reached, or is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--model_name_or_path {base}: {one_line(error)[:300]}; give a hub id that can be reached, or a local "
+            "folder with config.json, safetensors weights and a tokenizer"
+        ) from error
+    return model, tokenizer
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat_template {path} cannot be read ({error}): give a Jinja file") from None
+
+
+def _rows(game: LanguageGame, examples: Iterable[TextExample], report: ReadReport) -> Iterator[Row]:
+    """Stored rows; what the tokenizer cannot use is counted where the reader counts."""
+    checked = False
+    for example in examples:
+        if not checked:
+            checked = True
+            for warning in check_tokenizer(game.tokenizer, chats=isinstance(example.prompt, list)):
+                game.accelerator.print(f"Warning: {warning}")
+        try:
+            yield game.real_row(example)
+        except LeftOut as left_out:
+            report.used -= 1
+            report.leave_out(example.where, left_out.reason, left_out.detail)
+
+
+def _data_settings(config: LanguageConfig, with_rejected: bool) -> dict[str, Any]:
+    """What decides the content of the prepared data."""
+    kept = dataclasses.asdict(config.data) | {
+        "max_length": config.language.max_length, "max_new_tokens": config.generation.max_new_tokens,
+        "with_rejected": with_rejected, "shard": config.rounds.samples_per_shard,
+    }  # fmt: skip
+    return {key: value for key, value in kept.items() if key != "cache_dir"}
+
+
+def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
+    total = sum(parameter.numel() for parameter in game.model.parameters())
+    trained = sum(parameter.numel() for parameter in game.model.parameters() if parameter.requires_grad)
+    what = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained in an adapter"
+    rounds = config.rounds
+    return (
+        f"Base       {config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
+        f"Data       {rows} real answers\n"
+        f"Objective  {', '.join(objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
+        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, at most {config.generation.max_new_tokens} "
+        f"tokens at temperature {config.generation.temperature:g}\n"
+    )
+
+
+def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, use_peft: bool) -> None:
+    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
+    folder = output_dir / (ADAPTER if use_peft else MODEL)
+    if not promoted:
+        print(f"No round was promoted: the base stands, and there is no {folder.name}/ to load")
+        return
+    loaded = f"AutoModelForCausalLM.from_pretrained({(base if use_peft else str(folder))!r})"
+    if use_peft:
+        loaded = f"PeftModel.from_pretrained({loaded}, {str(folder)!r})"
+    print(f"The player of round {promoted[-1]} is in {folder}; load it with\n  {loaded}")

@@ -1,0 +1,203 @@
+"""The language script as a user runs it: the whole path, and one clear line with exit code 2 for what is wrong."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from tests.llm.playing import LANGUAGE
+from tests.test_scripts import refused, run
+
+SCRIPT = "train_space_llm.py"
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    return {
+        "model_name_or_path": str(LANGUAGE / "base"),
+        "dataset_name": str(LANGUAGE / "data" / "train.jsonl"),
+        "max_train_samples": 48,
+        "keep_repeated": True,
+        "held_out_dataset_name": str(LANGUAGE / "data" / "held_out.jsonl"),
+        "num_held_out": 24,
+        "held_out_by": "row",
+        "rounds": 2,
+        "max_train_steps": 3,
+        "num_train_epochs": None,
+        "train_batch_size": 8,
+        "learning_rate": 3e-4,
+        "max_length": 48,
+        "max_new_tokens": 24,
+        "judges": ["log_likelihood", "length"],
+        "num_validation_answers": 2,
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def play(tmp_path: Path, settings: dict, *argv: str) -> int:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return run(SCRIPT, "--config", str(config), *argv)
+
+
+def rows(path: Path, content: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in content))
+    return str(path)
+
+
+def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
+    settings |= {"compare_with": ["sft"], "report_to": "tensorboard"}
+    assert play(tmp_path, settings) == 0
+    out = tmp_path / "out"
+    names = {"config.yaml", "manifest.json", "table.md", "model", "logs", "round-1", "round-2", "base", "report.html"}
+    assert names | {"results.json", "scores.parquet", "answers.parquet"} <= {path.name for path in out.iterdir()}
+    printed = capsys.readouterr().out
+    for part in ("8 pairs a step", "space round 2", "sft, same steps", "held-out gap", "Report: "):
+        assert part in printed
+    results = read_results(out / "results.json")
+    assert [model["name"] for model in results["models"]] == ["base", "space round 1", "space round 2",
+                                                             "sft, same steps"]  # fmt: skip
+    assert {curve["model"] for curve in results["training_curves"]} == {"space", "sft, same steps"}
+    measures = {(measure["model"], measure["name"]) for measure in results["measures"]}
+    assert {("base", "held_out_nll"), ("space round 2", "held_out_nll"), ("space", "held_out_gap")} <= measures
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    # A normal checkpoint
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "tell me about an old dog"}],
+                                        add_generation_prompt=True, return_tensors="pt")["input_ids"]  # fmt: skip
+    assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+    before = file_hash(out / "model" / "model.safetensors")
+    # Once more: nothing to do, the same table
+    assert play(tmp_path, settings) == 0
+    assert "space round 2" in capsys.readouterr().out and file_hash(out / "model" / "model.safetensors") == before
+
+
+def test_the_held_out_likelihood_is_the_plain_one(settings, tmp_path):
+    lines = (LANGUAGE / "data" / "held_out.jsonl").read_text().splitlines()[:24]
+    settings |= {"held_out_dataset_name": rows(tmp_path / "held_out.jsonl", lines), "num_held_out": 0, "rounds": 1}
+    assert play(tmp_path, settings) == 0
+    said = read_json(tmp_path / "out" / "base" / "held_out.json")["held_out_nll"]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(LANGUAGE / "base"),
+        AutoTokenizer.from_pretrained(LANGUAGE / "base"),
+    )
+    sums = []
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        whole = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"][0]
+        start = len(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"])
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(whole[None]).logits[0].double(), -1)
+        sums.append(-sum(log_p[place - 1, whole[place]].item() for place in range(start, len(whole))))
+    assert said["value"] == pytest.approx(sum(sums) / len(sums), abs=1e-4)
+    assert said["low"] < said["value"] < said["high"]
+
+
+def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
+    from peft import PeftModel
+
+    assert play(tmp_path, settings | {"rounds": 1, "use_peft": True, "lora_r": 4}) == 0
+    base = AutoModelForCausalLM.from_pretrained(LANGUAGE / "base")
+    PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
+        (["--model_name_or_path", "nowhere/at-all"], ["nowhere/at-all"]),
+        (["--dataset_name", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--mu", "0"], ["--mu", "above 0"]),
+        (["--num_generated", "0"], ["--num_generated 0", "at least 1"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--max_new_tokens", "48"], ["--max_new_tokens 48", "--max_length 48"]),
+        (["--objective", "dppo"], ["objective"]),
+        (["--max_train_steps", "null"], ["--max_train_steps", "--num_train_epochs"]),
+        (["--real_parts", "9", "--samples_per_shard", "8"], ["--real_parts 9"]),
+        (["--judges", "no_such_judge"], ["no_such_judge"]),
+        (["--chat_template", "nowhere.jinja"], ["--chat_template nowhere.jinja"]),
+        (["--train_batch_size", "64"], ["48 pairs", "64"]),
+        (["--push_to_hub"], ["--push_to_hub"]),
+        (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
+        (["--objective", "dpo"], ["dpo"]),
+        (["--use_peft", "--lora_target_modules", "[nowhere]"], ["--lora_target_modules", "nowhere"]),
+        (["--lm_eval_tasks", "gsm8k"], ["spin-diffusion[lm-eval]"]),
+        (["--stop_when_learnt", "--num_held_out", "0", "--held_out_dataset_name", "null"], ["--stop_when_learnt"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
+    refused(capsys, play(tmp_path, settings, *argv), *parts)
+
+
+def changed_base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    shutil.copytree(LANGUAGE / "base", folder)
+    return folder
+
+
+def test_a_tokenizer_without_a_chat_template_says_what_to_do(settings, tmp_path, capsys):
+    base = changed_base(tmp_path)
+    (base / "chat_template.jinja").unlink()
+    settings["model_name_or_path"] = str(base)
+    refused(capsys, play(tmp_path, settings), "chat template")
+    # with a template of the user's it goes
+    assert play(tmp_path, settings, "--chat_template", str(LANGUAGE / "base" / "chat_template.jinja")) == 0
+
+
+def test_a_tokenizer_without_a_pad_token_is_used_with_another(settings, tmp_path):
+    base = changed_base(tmp_path)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert play(tmp_path, settings | {"model_name_or_path": str(base), "rounds": 1}) == 0
+
+
+def test_answers_that_cannot_be_used_are_counted(settings, tmp_path, capsys):
+    def turn(prompt, answer):
+        return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+    good = [turn("tell me about an old dog", f"often {word} old dogs wait.") for word in ("two", "the", "some", "many")]
+    bad = [turn("tell me about an old dog", ""), turn("the dog", "the dog"), turn("the old dog " * 30, "waits.")]
+    settings |= {"dataset_name": rows(tmp_path / "data.jsonl", good * 1 + bad + ["{broken"]), "train_batch_size": 2}
+    refused(capsys, play(tmp_path, settings | {"rounds": 1}), "data.jsonl", "max_bad_share")
+    assert play(tmp_path, settings | {"rounds": 1, "max_bad_share": 0.9}) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"read 8 rows: used 4, left out 4", printed)
+    for reason in ("empty", "equal", "longer"):
+        assert reason in printed, reason
+
+
+def test_a_model_whose_scores_are_not_finite_is_said(settings, tmp_path, capsys):
+    base = changed_base(tmp_path)
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    weights[name] = weights[name] * float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    settings |= {"model_name_or_path": str(base), "held_out_dataset_name": None, "num_held_out": 0}
+    refused(capsys, play(tmp_path, settings), "not finite")
+
+
+def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_path, capsys):
+    refused(capsys, play(tmp_path, settings, "--learning_rate", "1e30"), "round 1, step", "samples")
+
+
+def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, capsys):
+    assert play(tmp_path, settings | {"rounds": 1}) == 0
+    refused(capsys, play(tmp_path, settings, "--temperature", "0.7"), "temperature: 1.0 -> 0.7")
+
+
+def test_other_sampling_and_unstable_settings_are_warned_of(settings, tmp_path, capsys):
+    argv = ["--objective", "spin", "--beta", "0.1", "--temperature", "0.7", "--rounds", "1"]
+    assert play(tmp_path, settings, *argv) == 0
+    printed = capsys.readouterr().out
+    assert "Warning: --temperature 0.7" in printed and "Warning: --objective spin with --beta 0.1" in printed

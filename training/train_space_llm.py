@@ -1,0 +1,23 @@
+"""Fine-tune a language model by self-play, all rounds in one command.
+
+    accelerate launch training/train_space_llm.py --config training/configs/space_mistral_7b.yaml
+
+Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_space_llm.py ...
+Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_space_llm.py ...
+Running the same command again goes on where it stopped.
+"""
+
+import sys
+
+from spin_diffusion.command import run_command
+from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.llm.run import run_language
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, play, and return the exit code."""
+    return run_command(lambda arguments: run_language(parse_language_config(arguments)), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
