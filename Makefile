@@ -3,12 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo install lint test test-slow toy-table
+.PHONY: demo demo-llm install lint test test-slow toy-table
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
 	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 		--config training/configs/toy_sdxl.yaml
+
+## Install, then SPACE on a small language model, and SPACE, SPIN and fine-tuning side by side; results in runs/toy-llm*
+demo-llm: install
+	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
+		--config training/configs/toy_llm.yaml
+	$(BIN)/python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
 
 ## Both bases, SPIN, SPACE and SFT, three seeds, guidance 1 to 3, on the toy world: hours; running it again goes on
 toy-table: install
@@ -24,7 +30,7 @@ toy-table: install
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 ## The tests that take minutes: real kills at random instants
 test-slow: install

@@ -225,17 +225,19 @@ class RunEvaluator:
         return found
 
     def _measures(self) -> list[dict[str, Any]]:
-        """The held-out gap of every round that has one."""
+        """The held-out gap of every round that has one, and of each rival's last."""
+        last = self.config.rounds.rounds
+        rounds = [(self._round_name(k), k, self.output_dir / f"round-{k}") for k in range(1, last + 1)]
+        rounds += [(name, None, folder / f"round-{last}") for name, folder in self._runs()[1:]]
         found = []
-        for name, folder in self._runs():
-            for k in range(1, self.config.rounds.rounds + 1):
-                path = folder / f"round-{k}" / "round.json"
-                gap = read_json(path).get("held_out_gap") if path.is_file() else None
-                if gap is not None:
-                    found.append(
-                        {"model": name, "round": k, "name": "held_out_gap", "title": "held-out gap, loss at r = 0 "
-                         "minus loss", "value": gap["mean"], "low": gap["low"], "high": gap["high"], "better": "none"}
-                    )  # fmt: skip
+        for name, k, folder in rounds:
+            path = folder / "round.json"
+            gap = read_json(path).get("held_out_gap") if path.is_file() else None
+            if gap is not None:
+                found.append(
+                    {"model": name, "round": k, "name": "held_out_gap", "title": "held-out gap, loss at r = 0 minus "
+                     "loss", "value": gap["mean"], "low": gap["low"], "high": gap["high"], "better": "none"}
+                )  # fmt: skip
         return found
 
     def _runs(self) -> list[tuple[str, Path]]:

@@ -1,6 +1,6 @@
 """SPACE, SPIN and supervised fine-tuning side by side on the toy language, where KL(data || model) is known exactly.
 
-    python assets/toy_language/compare.py --output_dir runs/toy-language
+    python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
 
 Every method plays the same rounds from the same base at the same rate, with each seed twice: on fresh real answers in
 every round, and on one fixed set of as many. Prints a table and draws comparison.png; a run that is there is not
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/toy-language"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/toy-llm-compared"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--real_answers", type=int, default=500, help="in each round")

@@ -1,12 +1,12 @@
 """JSON files as a Source: one object a line, read as a stream, or one list of objects, read whole; .gz of both."""
 
 import gzip
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from spin_diffusion.data.report import MALFORMED, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
@@ -35,7 +35,9 @@ def parse_object(line: bytes, like: str) -> dict[str, object]:
     """The JSON object on a line. Raises ValueError that says what the line is instead; `like` is an example."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"is not an object like {like}")
@@ -107,5 +109,5 @@ def _entries(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, object] |
         yield f"entry {number}", entry if isinstance(entry, dict) else ValueError(f"is not an object like {EXAMPLE}")
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")

@@ -416,13 +416,9 @@ def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list
             row = _row_hash(example)
             occurrences[row] += 1  # copies of a row are chosen one by one
             key = short_hash(row, str(occurrences[row]).encode())
-        place = int.from_bytes(key)
         if key not in kept:
-            if number >= settings.num_held_out and place > -largest[0]:
-                continue
-            kept[key] = []
-            heappush(largest, -place)
-        kept[key].append(example)
+            heappush(largest, -int.from_bytes(key))
+        kept.setdefault(key, []).append(example)
         number += 1
         while number - len(kept[(-largest[0]).to_bytes(16)]) >= settings.num_held_out:
             number -= len(kept.pop((-heappop(largest)).to_bytes(16)))

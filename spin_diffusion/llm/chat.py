@@ -148,11 +148,11 @@ class Chat:
     def notes(self) -> list[str]:
         """What was counted so far, a line each for people; nothing where nothing occurred."""
         said = {
-            "answers melt into their prompt's last token: tokenised by themselves": self.boundary_merges,
-            "answers with a special token's text in them or in their prompt: taken as text": self.special_texts,
-            "answers that the tokenizer does not give back as they were: scored as it reads them": self.lossy_answers,
+            "answers that melt into their prompt's last token, tokenised by themselves": self.boundary_merges,
+            "answers with a special token's text in them or in their prompt, taken as text": self.special_texts,
+            "answers that the tokenizer does not give back as they were, scored as it reads them": self.lossy_answers,
         }
-        return [f"{count} {what}" for what, count in said.items() if count]
+        return [f"{what}: {count}" for what, count in said.items() if count]
 
     # From text to text: special tokens' texts in the data are stand-ins, those that are left are the template's own
 
@@ -261,7 +261,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chats: bool) -> list[str
     Args:
         chats: whether the data are conversations.
     Raises:
-        InputError: no end token; or conversations, and no chat template that can write them.
+        InputError: no end token; or conversations, and no chat template that can write them and their prompts alike.
     """
     chat = Chat(tokenizer, max_length=1, max_new_tokens=1)
     found = []
@@ -277,7 +277,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chats: bool) -> list[str
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError if there is no chat template, or it does not begin an answered conversation as its prompt."""
+    """Raises InputError if there is no chat template, it drops what is said, or writes an answer unlike its prompt."""
     if not tokenizer.chat_template:
         raise InputError(
             "the data are conversations and the tokenizer has no chat template: give a tokenizer with one, a template "
@@ -287,6 +287,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         asked, whole = _sample(tokenizer)
     except LeftOut as error:
         raise InputError(f"the chat template cannot write one question and its answer: {error.detail}") from error
+    if SAMPLE[0] not in asked or SAMPLE[1] not in whole:
+        raise InputError(
+            f"the chat template does not write what is said: {SAMPLE[0]!r} becomes {asked!r}; give one with "
+            "--chat_template that takes the content of a message as text"
+        )
     if not whole.startswith(asked):
         raise InputError(
             "the chat template writes a conversation otherwise than the prompt that asks for its answer: "
@@ -334,9 +339,10 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return ""
     try:
-        return _sample(tokenizer)[1].rpartition(SAMPLE[1])[2]
+        _, answer, after = _sample(tokenizer)[1].rpartition(SAMPLE[1])
     except LeftOut:
         return ""
+    return after if answer else ""
 
 
 def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

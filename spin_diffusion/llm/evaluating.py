@@ -45,6 +45,7 @@ class AnswerEvaluator(RunEvaluator):
         self.saved = ADAPTER if config.language.use_peft else MODEL
         if not self.active:
             return
+        self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
         firsts: dict[str, TextExample] = {}
         for example in self.examples:
@@ -94,15 +95,18 @@ class AnswerEvaluator(RunEvaluator):
         ]
 
     def _log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """Of a prompt that is not held out: as one question, if the data are chats."""
-        as_chat = isinstance(self.examples[0].prompt, list)
-        chats = [
-            self.chats.get(prompt, [{"role": "user", "content": prompt}] if as_chat else prompt) for prompt in prompts
-        ]
-        answers = [
-            self.game.chat.answer_ids(chat, completion).ids for chat, completion in zip(chats, completions, strict=True)
-        ]
-        return self.game.log_likelihood([self.game.chat.prompt_ids(chat) for chat in chats], answers)
+        tokens = [self._tokenised(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+        return self.game.log_likelihood([prompt for prompt, _ in tokens], [answer for _, answer in tokens])
+
+    def _tokenised(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Prompt and answer; kept, since every round asks for the same. A prompt that is not held out is taken as one
+        question, if the data are chats."""
+        if (prompt, completion) not in self._tokens:
+            as_chat = isinstance(self.examples[0].prompt, list)
+            chat = self.chats.get(prompt, [{"role": "user", "content": prompt}] if as_chat else prompt)
+            answer = self.game.chat.answer_ids(chat, completion)
+            self._tokens[prompt, completion] = self.game.chat.prompt_ids(chat), answer.ids
+        return self._tokens[prompt, completion]
 
     def _held_out_nll(self) -> dict[str, Any]:
         """Of all held-out answers, not only of one per prompt: the mean in nats per answer, with a 95 % t-interval."""
