@@ -225,7 +225,7 @@ class _Round:
         """Where scores cannot be kept, one self has to anchor them: the newest."""
         part = Part((k - 1) % self.rounds.real_parts, self.rounds.real_parts)
         self.sets = [_Samples(table.data, self.directory, part, self.title)]
-        if table.held_out is not None:
+        if table.held_out is not None and self.source != "data":  # held-out samples come without worse ones
             self.sets.append(_Samples(table.held_out, self.directory / HELD_OUT, Part(), f"{self.title}: held out"))
         path = self.directory / "round.json"
         self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
@@ -372,15 +372,16 @@ class _Round:
             sides["generated"] = (samples.data / ENCODED, samples.part, "loser_")
         single = len(self.mixture) == 1
         for k in self.mixture:
-            self._seat(k)
+            opponent = self._seat(k)
             for side, (source, part, prefix) in sides.items():
                 target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
                 total = samples.part.count(samples.data) * (self.rounds.num_generated if side == "generated" else 1)
                 bar = self.table.progress.phase(f"{samples.title}: score the {side} samples", total)
-                score_shards(source, target, self.game, part, prefix, self.accelerator, bar)
+                score_shards(source, target, self.game, part, prefix, opponent, self.accelerator, bar)
         for side in sides if not single else ():
             by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.mixture.items()}
-            mix_scores(by_member, samples.folder / SCORES / side, self.accelerator)
+            mixture = self.record["opponent"]["hash"]
+            mix_scores(by_member, samples.folder / SCORES / side, mixture, self.accelerator)
 
     def _train(self) -> dict[str, Any]:
         game, beta = self.game, of_round(self.rounds.beta, self.k)
@@ -432,7 +433,7 @@ class _Round:
 
     def _gap(self, loss: Loss) -> dict[str, Any]:
         """How well the player tells held-out samples apart."""
-        if self.table.held_out is None or self.source == "none":
+        if len(self.sets) == 1:
             return {}
         gap = held_out_gap(
             self.game, self._pairs(self.sets[1]), loss, self.table.training.train_batch_size, self.rounds.seed,

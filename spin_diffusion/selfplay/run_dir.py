@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -118,6 +119,15 @@ def rows_metadata(path: Path) -> dict[str, str]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as one safetensors file, atomically."""
     write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def tensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata that `write_tensors` put beside the tensors; InputError when the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
 
 
 def file_hash(path: Path) -> str:

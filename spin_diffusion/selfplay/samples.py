@@ -29,6 +29,7 @@ from spin_diffusion.selfplay.run_dir import (
     rows_metadata,
     seed_from,
     shard_name,
+    tensors_metadata,
     verify_hashes,
     write_json,
     write_rows,
@@ -229,32 +230,37 @@ def score_shards(
     game: Game,
     part: Part,
     prefix: str,
+    opponent: str,
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
 ) -> None:
-    """For each shard of tensors in `source` let one process write the opponent's scores of the rows of `part`."""
-    done = 0
+    """For each shard of tensors in `source` let one process write the opponent's scores of the rows of `part`.
+
+    Args:
+        opponent: its hash, which is stored beside them; scores by another are computed again.
+    """
+    done, metadata = 0, {"opponent": opponent}
     for path in _mine(shards(source, ".safetensors"), accelerator):
         out = target / path.name
         tensors = {name: tensor[part.places] for name, tensor in _of_side(load_file(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
-        if not out.is_file():
+        if not (out.is_file() and tensors_metadata(out) == metadata):
             scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
             assert scores.shape == (rows,) and scores.dtype == torch.float32
             if not scores.isfinite().all():
                 raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
-            write_tensors(out, {"opponent_score": scores.cpu()}, {})
+            write_tensors(out, {"opponent_score": scores.cpu()}, metadata)
         done += rows
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
 
 
-def mix_scores(sources: dict[Path, float], target: Path, accelerator: Accelerator) -> None:
-    """The scores of the mixture, from the folders of its members' scores and their weights."""
+def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelerator: Accelerator) -> None:
+    """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
     weights = torch.tensor(list(sources.values()))
     for path in _mine(shards(next(iter(sources)), ".safetensors"), accelerator):
         scores = torch.stack([load_file(folder / path.name)["opponent_score"] for folder in sources])
-        write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {})
+        write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
     accelerator.wait_for_everyone()
 
 

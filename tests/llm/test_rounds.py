@@ -49,7 +49,7 @@ def test_the_first_step_of_a_round_has_the_loss_of_r_0(unbroken):
 
 @pytest.mark.parametrize("objective", ["space", "spin", "bco", "nca", "dpo", "sft"])
 def test_every_objective_plays(objective, tmp_path):
-    play_all(tmp_path, rejected=objective == "dpo", objective=objective)
+    play_all(tmp_path, rejected=objective == "dpo", objective=objective, held_out=8)
     assert all(entry["loss"] == entry["loss"] for entry in entries(tmp_path, 2))
     assert abs(entries(tmp_path, 2)[0]["r_real"]) < 1e-4
 
@@ -183,6 +183,13 @@ def test_one_sample_of_another_opponent_is_refused(unbroken, tmp_path):
     )
     with pytest.raises(InputError, match=f"sample {rows[1]['id']} was drawn by another opponent"):
         play_all(copied, held_out=8)
+
+
+def test_kept_scores_carry_the_hash_of_their_opponent(unbroken):
+    for k in (1, 2):
+        opponent = read_json(unbroken / f"round-{k}" / "round.json")["opponent"]["hash"]
+        found = list((unbroken / f"round-{k}").rglob("scores/*/*.safetensors"))
+        assert len(found) == 8 and {run_dir.tensors_metadata(path)["opponent"] for path in found} == {opponent}
 
 
 def test_kept_scores_that_were_changed_are_refused(unbroken, tmp_path):
