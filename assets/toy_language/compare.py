@@ -26,8 +26,8 @@ METHODS = {
     "SFT": ["--objective", "sft"],
 }
 DATA = ("fresh", "fixed")
-PROMPTS_EXACT = 8
-"""Prompts over which the exact divergence is averaged: every third one."""
+PROMPTS_EXACT = 6
+"""Prompts over which the exact divergence is averaged: every fourth one."""
 
 
 def settings(method: str, data: str, seed: int, args: argparse.Namespace) -> list[str]:
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy-llm-compared"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--real_answers", type=int, default=500, help="in each round")
+    parser.add_argument("--real_answers", type=int, default=320, help="in each round")
     parser.add_argument("--epochs", type=float, default=2, help="in each round")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from scipy.stats import sem, t
 
+from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.evaluating import RunEvaluator
 from spin_diffusion.evaluation.answer_results import conclude_answers
@@ -25,6 +26,15 @@ from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import read_json, write_json
 
 
+def _fits(example: TextExample, game: LanguageGame) -> bool:
+    """Whether it can be written as tokens; what cannot was counted when the held-out answers were prepared."""
+    try:
+        game.chat.answer_ids(example.prompt, example.completion)
+    except LeftOut:
+        return False
+    return True
+
+
 class AnswerEvaluator(RunEvaluator):
     """What a language run measures. Without held-out answers it does nothing."""
 
@@ -39,7 +49,7 @@ class AnswerEvaluator(RunEvaluator):
         progress: Progress,
     ) -> None:
         super().__init__(config, game, str(config.model.model_name_or_path), output_dir, accelerator, progress)
-        self.examples = list(read_held_out(config.data)) if config.data.holds_out else []
+        self.examples = [example for example in read_held_out(config.data) if _fits(example, game)]
         self.active = bool(self.examples)
         self.specs = config.evaluation.judges or ["log_likelihood"]
         self.saved = ADAPTER if config.language.use_peft else MODEL

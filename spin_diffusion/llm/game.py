@@ -118,7 +118,8 @@ class LanguageGame:
         Raises:
             LeftOut: it cannot be used.
         """
-        said = json.dumps([example.prompt, example.completion, example.rejected])
+        # With its place: equal rows are draws of their own, and so must the opponent's answers to them be
+        said = json.dumps([example.where, example.prompt, example.completion, example.rejected])
         answer = self.chat.answer_ids(example.prompt, example.completion)
         row: Row = {
             "id": hashlib.sha256(said.encode()).hexdigest()[:16],

@@ -78,7 +78,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     if config.data.holds_out:
         aside = ReadReport()
         prepare(
-            held_out_dir, lambda: _rows(game, read_held_out(config.data), aside), settings,
+            held_out_dir, lambda: _rows(game, read_held_out(config.data, report=aside), aside), settings,
             config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
         )  # fmt: skip
     pairs = manifest["rows"] // config.rounds.real_parts

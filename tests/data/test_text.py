@@ -81,6 +81,8 @@ PLAIN = [{"prompt": f"prompt {number}", "completion": f"answer {number}"} for nu
     [
         {"messages": turns("who?", "he")},
         {"messages": turns("who?", "he"), "prompt": "who?", "prompt_id": "1"},
+        {"messages": turns("who?", "he"), "prompt": None},
+        {"messages": turns("who?", "he"), "prompt": turns("a title")},
         {"messages": {"role": ["user", "assistant"], "content": ["who?", "he"]}},
         {
             "messages": [
@@ -166,6 +168,7 @@ def test_a_system_prompt_is_put_before_conversations_that_have_none(tmp_path: Pa
         {"real": turns("who?", "he"), "generated": turns("who?", "she"), "rejected": "no"},
         {"messages": turns("who?", "he"), "rejected": turns("who?", "she")},
         {"messages": turns("no", "no"), "real": turns("who?", "he"), "generated": turns("who?", "she")},
+        {"real": turns("q", "a"), "chosen": turns("who?", "he"), "rejected": turns("who?", "she")},
     ],
 )
 def test_the_worse_answer_is_read_if_it_is_asked_for(tmp_path: Path, row: dict) -> None:

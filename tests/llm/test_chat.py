@@ -224,12 +224,13 @@ def test_the_text_of_a_special_token_in_plain_text_stays_text(text: str) -> None
     assert tokenizer.decode(ours) == f"<s>a {text}b {text}</s>"
 
 
-def test_pieces_around_special_text_are_tokenised_as_the_whole_is() -> None:
-    """A merge over the border of template and content, and a token that takes the white space behind it."""
-    end = AddedToken("<|im_end|>", special=True, rstrip=True)
+@pytest.mark.parametrize("takes", ["lstrip", "rstrip"])
+def test_pieces_around_special_text_are_tokenised_as_the_whole_is(takes: str) -> None:
+    """A merge over the border of template and content, and a token that takes the white space beside it."""
+    end = AddedToken("<|im_end|>", special=True, **{takes: True})
     tokenizer = byte_level(["<|endoftext|>", "<|im_start|>", end], CHATML, eos_token="<|endoftext|>")
     made = chat(tokenizer)
-    with_special, without = asked("\nhe </s><|im_end|>", "a", "b"), asked("\nhe </s>", "a", "b")
+    with_special, without = asked("\nhe </s><|im_end|>x ", "a ", "b"), asked("\nhe </s>x ", "a ", "b")
     ours, theirs = made.prompt_ids(with_special), template_ids(tokenizer, without, opens_answer=True)
     place = len(tokenizer("<|im_start|>user\n\nhe </s>")["input_ids"])
     assert ours[:place] == theirs[:place]
@@ -309,6 +310,21 @@ def test_prompts_and_answers_without_tokens_are_left_out() -> None:
     assert made.lossy_answers == 1
 
 
+def test_an_answer_has_no_space_before_it_that_was_not_there() -> None:
+    tokenizer = metaspace()
+    made = chat(tokenizer)
+    assert tokens(tokenizer, made.prompt_ids("ab") + made.answer_ids("ab", "cd").ids) == "\u2581|a|b|c|d|</s>"
+
+
+def test_an_answer_with_a_letter_that_is_read_as_the_end_token_is_left_out() -> None:
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "</s>": 1}, merges=[], unk_token="</s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="</s>")
+    with pytest.raises(LeftOut, match="in the answer for the token"):
+        chat(tokenizer).answer_ids("a", "a?a")
+    with pytest.raises(LeftOut, match="cannot take '</s>' as text"):
+        chat(tokenizer).prompt_ids("a</s>")
+
+
 def test_a_space_that_is_only_seen_behind_a_prompt_is_not_lost() -> None:
     made = chat(metaspace())
     assert made.round_trips(TextExample(asked("which hen"), "the red hen", None, ""))
@@ -378,6 +394,7 @@ def test_a_template_that_takes_only_lists_of_parts_is_an_error_and_not_an_empty_
     tokenizer = chatml(CHATML.replace(" + m['content'] + '<", " }}" + parts + "{{ '<"))
     with pytest.raises(InputError, match="does not write what is said: 'Which question\\?' becomes '<|im_start|>user"):
         check_tokenizer(tokenizer, chats=True)
+    assert tokenizer.convert_ids_to_tokens(chat(tokenizer).end_ids) == ["<|endoftext|>"], "for plain text it will do"
 
 
 def test_a_row_that_alone_is_written_otherwise_is_left_out() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,3 +206,9 @@ def test_the_base_is_not_changed_by_a_game_with_adapters(tmp_path):
     before = weights_hash(copy.deepcopy(game.model.get_base_model().model.embed_tokens))
     play_all(tmp_path, TRAINING, game, rounds=1)
     assert weights_hash(game.model.get_base_model().model.embed_tokens) == before
+
+
+def test_equal_rows_are_answered_each_from_a_seed_of_its_own(tmp_path):
+    example = examples(1)[0]
+    rows = [make_game().real_row(replace(example, where=f"row {place}")) for place in range(3)]
+    assert len({row["id"] for row in rows}) == 3 and rows[0]["tokens"] == rows[1]["tokens"]
