@@ -20,6 +20,7 @@ from spin_diffusion.evaluation.answering import (
 )
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
 from spin_diffusion.selfplay.progress import Progress
@@ -61,6 +62,11 @@ class AnswerEvaluator(RunEvaluator):
         for example in self.examples:
             firsts.setdefault(transcript(example.prompt), example)
         prompts = [{"prompt": prompt, "reference": example.completion} for prompt, example in firsts.items()]
+        if len(prompts) < 2:
+            raise InputError(
+                f"the held-out answers have {len(prompts)} prompt, and an interval needs 2: hold out more "
+                "(--num_held_out, --held_out_dataset_name), or none"
+            )
         prompts = prompts[: config.evaluation.max_validation_prompts]
         self.requests = answer_requests(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
         generation = config.generation

@@ -173,9 +173,12 @@ def test_answers_that_cannot_be_used_are_counted(settings, tmp_path, capsys):
         return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
     good = [turn("tell me about an old dog", f"often {word} old dogs wait.") for word in ("two", "the", "some", "many")]
-    too_long = turn("the old dog " * 30, "waits.")
+    other, too_long = turn("tell me about a shy cat", "the cat sleeps."), turn("the old dog " * 30, "waits.")
     bad = [turn("tell me about an old dog", ""), turn("the dog", "the dog"), too_long]
-    settings |= {"num_held_out": 0, "held_out_dataset_name": rows(tmp_path / "held_out.jsonl", [*good, too_long])}
+    settings |= {
+        "num_held_out": 0,
+        "held_out_dataset_name": rows(tmp_path / "held_out.jsonl", [*good, other, too_long]),
+    }
     settings |= {"dataset_name": rows(tmp_path / "data.jsonl", good * 1 + bad + ["{broken"]), "train_batch_size": 2}
     refused(capsys, play(tmp_path, settings | {"rounds": 1}), "data.jsonl", "max_bad_share")
     assert play(tmp_path, settings | {"rounds": 1, "max_bad_share": 0.9}) == 0
