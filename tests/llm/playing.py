@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from spin_diffusion.data.text import TextDataSettings, TextExample, read_text_examples
 
+from spin_diffusion.data.text import TextDataSettings, TextExample, read_text_examples
 from spin_diffusion.llm.game import LanguageGame, LanguageModelSettings
 from spin_diffusion.llm.generation import GenerationSettings
 from spin_diffusion.llm.run import load_language_model
