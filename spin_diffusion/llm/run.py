@@ -1,7 +1,7 @@
 """The main job for language models: load the base, prepare the data, play the rounds, compare, say what came out."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,21 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     with_rejected = needs_losers(config)
     data, held_out_dir = output_dir / "data", output_dir / "held_out"
     settings = _data_settings(config, with_rejected)
-    report = ReadReport()
+    report, said = ReadReport(), []
     manifest = prepare(
-        data, lambda: _rows(game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report),
+        data,
+        lambda: _rows(
+            game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report, said.append
+        ),
         settings, config.rounds.samples_per_shard, game, accelerator, progress, report.as_dict,
     )  # fmt: skip
-    for line in [*report.lines(), *game.chat.notes()] if report.read else []:
+    for line in [*said, *report.lines(), *game.chat.notes()] if report.read else []:
         accelerator.print(line)
     if config.data.holds_out:
         aside = ReadReport()
         prepare(
-            held_out_dir, lambda: _rows(game, read_held_out(config.data, report=aside), aside), settings,
+            held_out_dir,
+            lambda: _rows(game, read_held_out(config.data, report=aside), aside, lambda warning: None), settings,
             config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
         )  # fmt: skip
     pairs = manifest["rows"] // config.rounds.real_parts
@@ -124,14 +128,16 @@ def _template(path: Path) -> str:
         raise InputError(f"--chat_template {path} cannot be read ({error}): give a Jinja file") from None
 
 
-def _rows(game: LanguageGame, examples: Iterable[TextExample], report: ReadReport) -> Iterator[Row]:
+def _rows(
+    game: LanguageGame, examples: Iterable[TextExample], report: ReadReport, warn: Callable[[str], None]
+) -> Iterator[Row]:
     """Stored rows; what the tokenizer cannot use is counted where the reader counts."""
     checked = False
     for example in examples:
         if not checked:
             checked = True
             for warning in check_tokenizer(game.tokenizer, chats=isinstance(example.prompt, list)):
-                game.accelerator.print(f"Warning: {warning}")
+                warn(f"Warning: {warning}")
         try:
             yield game.real_row(example)
         except LeftOut as left_out:
