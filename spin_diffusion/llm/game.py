@@ -199,6 +199,7 @@ class LanguageGame:
             return ScoredBatch(PairScores(found, nothing, opponent_real, nothing), length)
         real, generated = found.split([len(batch.ids), len(found) - len(batch.ids)])
         copies = len(generated) // len(real)
+        _check_same_prompts(batch, copies)
         return ScoredBatch(
             PairScores(
                 real.repeat_interleave(copies),
@@ -336,6 +337,18 @@ class LanguageGame:
         difference = (ours - theirs).abs().item()
         tolerance = self.start_tolerance[self.accelerator.mixed_precision] * max(1.0, ours.abs().item())
         assert difference <= tolerance, f"{path}: loaded afresh it scores something else (by {difference:.3g} nats)"
+
+
+def _check_same_prompts(batch: Batch, copies: int) -> None:
+    """Assert that the generated answers of each pair answer its prompt: rows that slip would train on nonsense."""
+    begin = batch.real["begin"].repeat_interleave(copies)
+    longest = int(begin.max())
+    prompts = batch.real["tokens"][:, :longest].repeat_interleave(copies, dim=0)
+    asked = torch.arange(longest) < begin[:, None]
+    same = torch.equal(begin, batch.generated["begin"]) and torch.equal(
+        prompts * asked, batch.generated["tokens"][:, :longest] * asked
+    )
+    assert same, f"generated answers to other prompts than their pairs' ({', '.join(batch.ids[:4])}, ...)"
 
 
 def transcript(prompt: str | list[Message]) -> str:

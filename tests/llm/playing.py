@@ -32,10 +32,12 @@ def examples(count: int = 20, rejected: bool = False) -> list[TextExample]:
 
 def make_game(
     precision: str = "no", accumulation: int = 1, checkpointing: bool = False, generation: dict[str, Any] | None = None,
-    **settings: Any,
+    dropout: float = 0.0, **settings: Any,
 ) -> LanguageGame:  # fmt: skip
     """A game of the language's base."""
     model, tokenizer = load_language_model(str(LANGUAGE / "base"), {})
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
     return LanguageGame(
         model,
         tokenizer,

@@ -49,7 +49,9 @@ def test_at_step_0_every_r_is_0(use_peft):
 
 def test_a_score_is_the_sum_of_log_probabilities_of_the_answers_tokens_with_the_end_token():
     game = make_game()
-    row = game.real_row(examples(1)[0])
+    # Without its full stop: the end token is then no foregone conclusion
+    example = examples(1)[0]
+    row = game.real_row(replace(example, completion=example.completion.rstrip(".")))
     model = AutoModelForCausalLM.from_pretrained(LANGUAGE / "base").double()
     ids = row["prompt_ids"] + row["tokens"]
     assert row["tokens"][-1] == game.tokenizer.eos_token_id
@@ -147,7 +149,7 @@ def test_the_opponents_adapter_is_a_copy_that_does_not_move():
 
 
 def test_dropout_is_off_in_training_mode_too():
-    game = make_game(checkpointing=True)
+    game = make_game(checkpointing=True, dropout=0.5)
     assert game.model.training
     batch = batch_of(game)
     assert game.scores(game.player, batch).scores.r_real.abs().max() < 1e-4
@@ -212,3 +214,11 @@ def test_equal_rows_are_answered_each_from_a_seed_of_its_own(tmp_path):
     example = examples(1)[0]
     rows = [make_game().real_row(replace(example, where=f"row {place}")) for place in range(3)]
     assert len({row["id"] for row in rows}) == 3 and rows[0]["tokens"] == rows[1]["tokens"]
+
+
+def test_answers_to_another_prompt_are_not_scored_as_a_pair():
+    game = make_game()
+    batch = batch_of(game)
+    shifted = {name: tensor.roll(1, dims=0) for name, tensor in batch.generated.items()}
+    with pytest.raises(AssertionError, match="other prompts"):
+        game.scores(game.player, replace(batch, generated=shifted))
