@@ -21,9 +21,9 @@ from accelerate.utils import set_seed
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.objectives import OBJECTIVES
+from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import Evaluate, RoundSettings, objectives_of, play
+from spin_diffusion.selfplay.rounds import Evaluate, RoundSettings, objectives_of, play, source_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
 from spin_diffusion.selfplay.train import TrainSettings, of_round, steps_of_round
 
@@ -99,7 +99,8 @@ def check_ranges(flat: dict[str, Any]) -> None:
         "rounds": 1, "max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
         "checkpointing_steps": 1, "lr_warmup_steps": 0, "max_grad_norm": 0, "samples_per_shard": 1,
         "num_validation_images": 1, "vae_encode_batch_size": 1, "adam_weight_decay": 0, "seed": 0, "num_generated": 1,
-        "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1,
+        "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1, "refresh_opponent_steps": 1,
+        "sft_weight": 0, "pool_weights": 0,
     }  # fmt: skip
     for key, lowest in at_least.items():
         for value in values(key):
@@ -113,6 +114,14 @@ def check_ranges(flat: dict[str, Any]) -> None:
     for name in flat.get("compare_with") or []:
         if name not in OBJECTIVES:
             raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")
+    for key in ("margin_dropout", "opponent_ema_decay"):
+        for value in values(key):
+            if not 0 <= value < 1:
+                raise InputError(f"--{key} {value} must be at least 0 and below 1")
+    if flat.get("pool_weights") and sum(values("pool_weights")) == 0:
+        raise InputError("--pool_weights are all 0: give one of the selves a weight")
+    objective = flat["objective"] if isinstance(flat["objective"], list) else [flat["objective"]]
+    check_options(list(dict.fromkeys(objective)), flat.get("objective_options") or {})
     for value in values("stop_at_saturation"):
         if not 0 < value <= 1:
             raise InputError(f"--stop_at_saturation {value} must be above 0 and at most 1")
@@ -198,7 +207,7 @@ def rivals(config: AnyConfig) -> list[str]:
 
 def needs_losers(config: AnyConfig) -> bool:
     """Whether some objective takes its generated side from the data set."""
-    return "data" in {OBJECTIVES[name].generated for name in (*objectives_of(config.rounds), *rivals(config))}
+    return "data" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
 
 
 def write_manifest(output_dir: Path, base: str, weights: str, data: dict[str, Any], accelerator: Accelerator) -> None:

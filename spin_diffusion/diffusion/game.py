@@ -21,6 +21,7 @@ from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.weighting import timestep_weights
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
@@ -35,6 +36,10 @@ class DenoiserSettings:
     """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
     winner_preserving_mu: float | None = None
     """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
+    snr_gamma: float | None = None
+    """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
+    timestep_weights: list[float] | None = None
+    """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
     channels_last: bool = True
     """Memory layout of the UNet; faster convolutions on most hardware."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -45,6 +50,12 @@ class DenoiserSettings:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
         if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
             raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise InputError(f"--snr_gamma {self.snr_gamma} must be above 0")
+        if self.timestep_weights is not None and not (
+            self.timestep_weights and min(self.timestep_weights) >= 0 and max(self.timestep_weights) > 0
+        ):
+            raise InputError(f"--timestep_weights {self.timestep_weights} must be numbers of at least 0, not all 0")
 
 
 class DiffusionGame:
@@ -76,6 +87,7 @@ class DiffusionGame:
         self.accelerator = accelerator
         self.base_options = base_options or {}
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
+        self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
         self.resolution = images.resolution or family.RESOLUTION
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         if self.resolution % (self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)):
@@ -185,8 +197,9 @@ class DiffusionGame:
             with torch.no_grad():
                 eps_opponent = self.opponent(x_t, t, **inputs)[0]
         pairs = len(batch.ids)
-        player_scores = errors.score(eps_theta, target)
-        opponent_scores = errors.score(eps_opponent, target)
+        weight = self.weights.to(device)[t]
+        player_scores = weight * errors.score(eps_theta, target)
+        opponent_scores = weight * errors.score(eps_opponent, target)
         level = draws.t.to(device) / self.noising.num_timesteps
         if not batch.generated:
             nothing = torch.zeros_like(opponent_scores)

@@ -13,18 +13,11 @@ import spin_diffusion
 from spin_diffusion.config import Config
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.objectives import OBJECTIVES
 from spin_diffusion.selfplay.rounds import objectives_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file
 from spin_diffusion.selfplay.train import of_round, steps_of_round
 
-METHODS = {
-    "spin": ("SPIN-Diffusion", "https://arxiv.org/abs/2402.10210"),
-    "space": ("SPACE", "https://arxiv.org/abs/2512.07175"),
-    "bco": ("BCO", "https://arxiv.org/abs/2404.04656"),
-    "nca": ("NCA", "https://arxiv.org/abs/2402.05369"),
-    "dpo": ("Diffusion-DPO", "https://arxiv.org/abs/2311.12908"),
-    "sft": ("supervised fine-tuning", "https://arxiv.org/abs/2112.10752"),
-}
 UPLOADED = ["README.md", "config.yaml", "manifest.json", "report.html", "results.json", "samples.png", "unet/**"]
 
 
@@ -40,14 +33,14 @@ def write_model_card(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False, autoescape=False
     )
     objectives = objectives_of(config.rounds)
-    method, link = METHODS[objectives[-1]]
+    last = OBJECTIVES[objectives[-1]]
     text = environment.get_template("model_card.md.j2").render(
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
         pipeline=pipeline,
         base=_line(base if on_hub else Path(base).name),
         base_link=f"https://huggingface.co/{base}" if on_hub else "#use",
-        method=method,
-        method_link=link,
+        method=last.method,
+        method_link=f"https://arxiv.org/abs/{last.paper}",
         unet_arguments=f'{json.dumps(config.run.hub_model_id)}, subfolder="unet"'
         if config.run.hub_model_id
         else json.dumps(str(output_dir / "unet")),

@@ -9,8 +9,9 @@ from spin_diffusion.llm.game import LanguageModelSettings
 from spin_diffusion.llm.generation import GenerationSettings
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
-from spin_diffusion.selfplay.objectives import OBJECTIVES
-from spin_diffusion.selfplay.rounds import ObjectiveName, RoundSettings, objectives_of
+from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
+from spin_diffusion.selfplay.opponents import OpponentName
+from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of
 from spin_diffusion.selfplay.train import TrainSettings
 
 
@@ -33,11 +34,13 @@ class LanguageRoundSettings(RoundSettings):
     rounds: int = 5
     """Rounds of self-play, counted from 1."""
     objective: ObjectiveName | list[ObjectiveName] = "space"
-    """space, spin, bco and nca play the opponent; dpo uses the data set's own rejected answers; sft uses none."""
+    """space, spin, bco, nca, hinge, ipo, sspo and kto play the opponent; dpo uses the data set's own rejected answers;
+    sft uses none. (mapo and dro are for denoising errors.)"""
     beta: float | list[float] = 1.0
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
-    opponent: Literal["latest", "base", "last_two"] = "latest"
-    """Which earlier selves draw the generated answers and anchor the score. last_two is a mixture, half each."""
+    opponent: OpponentName = "latest"
+    """Which earlier selves draw the generated answers and anchor the score: latest, base, last_two (half each), pool
+    (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
     samples_per_shard: int = 512
     """Real answers per file, and what is drawn for them; what a killed process loses at most."""
 
@@ -122,6 +125,16 @@ def _check(config: LanguageConfig) -> None:
     if not config.model.model_name_or_path:
         raise InputError("--model_name_or_path is missing: give a hub id or a local folder")
     check_ranges(config.flat())
+    for name in objectives_of(config.rounds):
+        if name in ("mapo", "dro"):
+            raise InputError(
+                f"--objective {name} is made for denoising errors, not for log-probabilities: give another"
+            )
+    if config.training.refresh_opponent_steps:
+        raise InputError(
+            "--refresh_opponent_steps: the opponent's scores of answers are computed once in a round; play shorter "
+            "rounds instead (--max_train_steps)"
+        )
     if config.data.dataset_name is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
     if config.rounds.stop_when_learnt and not config.data.holds_out:

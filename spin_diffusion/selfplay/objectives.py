@@ -6,19 +6,23 @@ log-likelihood of a unit-variance Gaussian per element. That 1/2 makes `spin(sco
 and Diffusion-DPO loss -log sigmoid(-(beta/2) [...]), so published betas (2000, 5000) carry over unchanged. diffusers'
 SD (not SDXL) DPO script leaves the 1/2 out: its `--beta_dpo 2500` is `--beta 5000` here.
 
-To add an objective, write one function PairScores -> (batch,) losses and name it in OBJECTIVES below.
+To add an objective, write one function PairScores -> (batch,) losses and name it in OBJECTIVES below. What it takes
+besides the scores, beta and mu, a user sets with `--objective_options`.
 """
 
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, relu, softplus
+
+from spin_diffusion.input_error import InputError
 
 
 @dataclass(frozen=True)
@@ -99,29 +103,153 @@ def nca(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
     return softplus(-real) + 0.5 * softplus(real) + 0.5 * softplus(generated)
 
 
+def hinge(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
+    """max(0, 1 - beta * margin): one of the convex losses that SPIN's theory allows (arXiv 2401.01335, section 4).
+
+    Unlike `spin` it lets go of a pair whose margin is large enough.
+    """
+    return relu(1 - beta * scores.margin)
+
+
+def ipo(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
+    """(beta * margin - 1/2)^2 (IPO, arXiv 2310.12036, eq. 17): the margin has a goal, 1 / (2 beta), and no more.
+
+    That is beta^2 times the paper's (margin - 1 / (2 beta))^2. The factor moves no minimum, and without it the
+    gradients at image-sized betas would drown in Adam's epsilon.
+    """
+    return (beta * scores.margin - 0.5).square()
+
+
+def sspo(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
+    """The sign rule of SePPO (arXiv 2410.05255): -log sigmoid(beta (r_real - s r_generated)).
+
+    s = 1 where the player already models the real sample better than the opponent does (r_real > 0), and -1 elsewhere:
+    there the generated sample, likely as good as the real one, is pulled up with it instead of pushed down.
+    """
+    sign = torch.where(scores.r_real.detach() > 0, 1.0, -1.0)
+    return softplus(-beta * (scores.r_real - sign * scores.r_generated))
+
+
+def kto(
+    scores: PairScores, beta: float = 1.0, real_weight: float = 1.0, generated_weight: float = 1.0
+) -> Float[Tensor, " batch"]:
+    """Utility of each sample by itself (Diffusion-KTO, arXiv 2404.04465, eq. 8, with its sigmoid utility).
+
+    real_weight (1 - sigmoid(beta (r_real - z))) + generated_weight (1 - sigmoid(beta (z - r_generated))), where the
+    point of reference z = max(0, mean r) is taken over the pairs at hand and has no gradient. Diffusion-KTO's r is
+    twice ours: its beta 5000 is 10000 here.
+
+    Args:
+        real_weight, generated_weight: of the two sides, to weigh gains against losses.
+    """
+    z = torch.cat([scores.r_real, scores.r_generated]).mean().detach().clamp(min=0)
+    real = torch.sigmoid(-beta * (scores.r_real - z))
+    generated = torch.sigmoid(-beta * (z - scores.r_generated))
+    return real_weight * real + generated_weight * generated
+
+
+def mapo(scores: PairScores, weight: float = 0.1, snr: float = 0.5, steps: float = 1000.0) -> Float[Tensor, " batch"]:
+    """Margin-aware preference optimisation (MaPO, arXiv 2406.06424), for denoising errors; there is no opponent in it.
+
+    e_real - weight * log sigmoid(steps (h(e_real) - h(e_generated))), where e = -2 score is the denoising error
+    and h(e) = snr e / (exp(snr e) - 1), which falls from 1 at e = 0.
+
+    Args:
+        weight: of the margin beside the real side's error.
+        snr: curvature of h.
+        steps: factor of the margin, the length of the noise schedule in the paper's code.
+    """
+
+    def h(error: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        x = (snr * error).clamp(min=1e-6)  # the limit at 0 is 1, the quotient is not
+        return x / torch.expm1(x)
+
+    real, generated = -2 * scores.player_real, -2 * scores.player_generated
+    return real - weight * logsigmoid(steps * (h(real) - h(generated)))
+
+
+def dro(scores: PairScores, threshold: float = 0.001) -> Float[Tensor, " batch"]:
+    """Denoising ranking (Diffusion-DRO, arXiv 2510.18353): max(0, threshold + d_real - d_generated), no sigmoid.
+
+    d = -2 r is how much larger the player's denoising error is than the reference's. The paper takes the generated side
+    on the policy's own denoising steps, with its own prediction as the target, and the base as the reference: that is
+    `--trajectory steps --anchor base`, with short rounds in place of a new rollout at every step.
+
+    Args:
+        threshold: difference of the errors that is enough; the paper's code has 0.001.
+    """
+    return relu(threshold - 2 * scores.margin)
+
+
 Loss = Callable[[PairScores], Float[Tensor, " batch"]]
 """An objective with its settings."""
 
 
 class Objective(NamedTuple):
-    """A loss and where its generated side comes from: the opponent draws it, the data set has it, or none is needed."""
+    """A loss, where its generated side comes from (the opponent draws it, the data set has it, or none is needed), and
+    the method's name and arXiv number for model cards."""
 
     loss: Callable[..., Float[Tensor, " batch"]]
     generated: Literal["opponent", "data", "none"]
+    method: str
+    paper: str
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "spin": Objective(spin, "opponent"),
-    "space": Objective(space, "opponent"),
-    "bco": Objective(bco, "opponent"),
-    "nca": Objective(nca, "opponent"),
-    "dpo": Objective(dpo, "data"),
-    "sft": Objective(sft, "none"),
+ObjectiveName = Literal[
+    "spin", "space", "bco", "nca", "hinge", "ipo", "sspo", "kto", "mapo", "dro", "dpo", "sft"
+]  # fmt: skip
+
+OBJECTIVES: dict[ObjectiveName, Objective] = {
+    "spin": Objective(spin, "opponent", "SPIN-Diffusion", "2402.10210"),
+    "space": Objective(space, "opponent", "SPACE", "2512.07175"),
+    "bco": Objective(bco, "opponent", "BCO", "2404.04656"),
+    "nca": Objective(nca, "opponent", "NCA", "2402.05369"),
+    "hinge": Objective(hinge, "opponent", "SPIN with a hinge loss", "2401.01335"),
+    "ipo": Objective(ipo, "opponent", "IPO", "2310.12036"),
+    "sspo": Objective(sspo, "opponent", "SePPO's sign rule", "2410.05255"),
+    "kto": Objective(kto, "opponent", "Diffusion-KTO", "2404.04465"),
+    "mapo": Objective(mapo, "opponent", "MaPO", "2406.06424"),
+    "dro": Objective(dro, "opponent", "Diffusion-DRO", "2510.18353"),
+    "dpo": Objective(dpo, "data", "Diffusion-DPO", "2311.12908"),
+    "sft": Objective(sft, "none", "supervised fine-tuning", "2112.10752"),
 }
 
+RUN_SETTINGS = {"beta", "mu"}
+"""What a run has a setting of its own for."""
 
-def bind(name: str, **settings: float) -> Loss:
+
+def options_of(name: ObjectiveName) -> dict[str, float]:
+    """What `--objective_options` can set of an objective, with its defaults."""
+    parameters = list(inspect.signature(OBJECTIVES[name].loss).parameters.values())[1:]
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in RUN_SETTINGS}
+
+
+def bind(name: ObjectiveName, **settings: float) -> Loss:
     """The objective called `name` with those of `settings` that it knows, ready to be applied to PairScores."""
     loss = OBJECTIVES[name].loss
     known = inspect.signature(loss).parameters
     return partial(loss, **{key: value for key, value in settings.items() if key in known})
+
+
+def with_anchor(loss: Loss, weight: float) -> Loss:
+    """`loss` plus `weight` times that of `sft`, which holds the real side up."""
+    return loss if weight == 0 else lambda scores: loss(scores) + weight * sft(scores)
+
+
+def without_margin(scores: PairScores, dropped: Bool[Tensor, " batch"]) -> PairScores:
+    """The scores with r_generated = 0, and without its gradient, where `dropped`: there only the real side counts."""
+    generated = torch.where(dropped, scores.opponent_generated, scores.player_generated)
+    return replace(scores, player_generated=generated)
+
+
+def check_options(names: list[ObjectiveName], options: dict[str, float]) -> None:
+    """Refuse options that none of the objectives has.
+
+    Raises:
+        InputError: names the option and those that there are.
+    """
+    known = {key for name in names for key in options_of(name)}
+    for key in options:
+        if key not in known:
+            there = f"has {', '.join(sorted(known))}" if known else "has none"
+            raise InputError(f"--objective_options {key}: --objective {', '.join(names)} {there}")

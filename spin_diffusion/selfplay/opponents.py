@@ -1,11 +1,12 @@
 """Which earlier selves are the opponent.
 
-To add a rule, write one function (round, promoted rounds) -> the rounds whose players play the opponent, each with its
-weight, 0 being the base; and name it in OPPONENTS below.
+To add a rule, write one function (promoted rounds, weights) -> the rounds whose players play the opponent, each with
+its share, 0 being the base; and name it in OPPONENTS below.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,24 +18,46 @@ Mixture = dict[int, float]
 """Round -> share of the samples that its player draws; the shares sum to 1."""
 
 
-def latest(round_: int, promoted: list[int]) -> Mixture:
+def latest(promoted: list[int], weights: list[float] | None) -> Mixture:
     """The last promoted player (SPIN-Diffusion, arXiv 2402.10210, algorithm 1)."""
     return {promoted[-1] if promoted else 0: 1.0}
 
 
-def base(round_: int, promoted: list[int]) -> Mixture:
+def base(promoted: list[int], weights: list[float] | None) -> Mixture:
     """The base checkpoint in every round: new samples, but the opponent never gets better."""
     return {0: 1.0}
 
 
-def last_two(round_: int, promoted: list[int]) -> Mixture:
+def last_two(promoted: list[int], weights: list[float] | None) -> Mixture:
     """The last promoted player and its predecessor, half each, after the practice of SPIN (arXiv 2401.01335, section
     6: samples of the last two rounds). There the score stays anchored at the last one; here at the mixture."""
     selves = [0, *promoted][-2:]
     return {k: 1 / len(selves) for k in selves}
 
 
-OPPONENTS: dict[str, Callable[[int, list[int]], Mixture]] = {"latest": latest, "base": base, "last_two": last_two}
+def pool(promoted: list[int], weights: list[float] | None) -> Mixture:
+    """All earlier selves, the base among them (SePPO, arXiv 2410.05255, draws uniformly from past checkpoints).
+
+    Args:
+        weights: of the newest self, the one before it, ...; the last repeats. None = all alike.
+    """
+    selves = [0, *promoted][::-1]
+    given = weights or [1.0]
+    shares = {k: given[min(age, len(given) - 1)] for age, k in enumerate(selves)}
+    total = sum(shares.values())
+    return {k: share / total for k, share in shares.items() if share > 0}
+
+
+OpponentName = Literal["latest", "base", "last_two", "pool", "ema"]
+
+OPPONENTS: dict[OpponentName, Callable[[list[int], list[float] | None], Mixture]] = {
+    "latest": latest,
+    "base": base,
+    "last_two": last_two,
+    "pool": pool,
+    # The moving average that was kept while the last promoted player was trained
+    "ema": latest,
+}
 
 
 def member(mixture: Mixture, *sample: str | int) -> int:

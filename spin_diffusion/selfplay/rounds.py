@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Game, Row
 from spin_diffusion.selfplay.gap import held_out_gap
-from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, bind
-from spin_diffusion.selfplay.opponents import OPPONENTS, describe, member
+from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, ObjectiveName, bind, with_anchor
+from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, OpponentName, describe, member
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     commit,
@@ -48,6 +48,7 @@ from spin_diffusion.selfplay.samples import (
     shards,
 )
 from spin_diffusion.selfplay.train import (
+    Average,
     Pairs,
     RoundPlan,
     TrainSettings,
@@ -55,13 +56,14 @@ from spin_diffusion.selfplay.train import (
     remove_checkpoints,
     steps_of_round,
     train,
+    trained_parameters,
 )
 
 STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
 
 FINAL = ("PROMOTED", "REJECTED")
 
-SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
+SAMPLES, SCORES, HELD_OUT, EMA = "samples", "scores", "held_out", "ema"
 DRAWN_BY, SCORED_BY = "drawn_by", "scored_by"
 """What each member of a mixture did by itself; removed when the round is finished."""
 
@@ -77,8 +79,6 @@ class Judgement:
     """Why it is not promoted, in one line."""
 
 
-ObjectiveName = Literal["spin", "space", "bco", "nca", "dpo", "sft"]
-
 Evaluate = Callable[[int, Path, int], Judgement]
 """(round, folder, the round of its opponent or 0) -> what the player is worth. Resumable in the folder."""
 
@@ -90,15 +90,31 @@ class RoundSettings:
     rounds: int = 3
     """Rounds of self-play, counted from 1."""
     objective: ObjectiveName | list[ObjectiveName] = "spin"
-    """spin, space, bco and nca play the opponent; dpo uses the data set's own worse samples; sft uses none."""
+    """spin, space, bco, nca, hinge, ipo, sspo, kto, mapo and dro play the opponent; dpo uses the data set's own worse
+    samples; sft uses none."""
+    objective_options: dict[str, float] | None = None
+    """Further numbers of the objective, such as {"threshold": 0.001} for dro, {"weight": 0.1} for mapo."""
+    generated_from: Literal["opponent", "data"] | None = None
+    """Where the generated side comes from; default: the objective's own place. data = the data set's worse samples."""
     beta: float | list[float] = 5000.0
     """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
     num_generated: int = 1
     """Samples that the opponent draws for each real one."""
     mu: float | list[float] | None = None
     """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
-    opponent: Literal["latest", "base", "last_two"] = "latest"
-    """Which earlier selves draw the generated samples and anchor the score. last_two is a mixture, half each."""
+    sft_weight: float = 0.0
+    """Add this times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
+    margin_dropout: float = 0.0
+    """Share of the pairs, in [0, 1), whose generated side takes no part in a step."""
+    opponent: OpponentName = "latest"
+    """Which earlier selves draw the generated samples and anchor the score: latest, base, last_two (half each), pool
+    (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
+    pool_weights: list[float] | None = None
+    """Of the newest self in the pool, the one before it, ...; the last repeats. Default: all alike."""
+    opponent_ema_decay: float = 0.99
+    """Of the opponent ema, in [0, 1): it keeps this share of itself at every step of the player."""
+    anchor: Literal["opponent", "base"] = "opponent"
+    """Whose score the player's is compared with: the opponent that drew the samples, or always the base."""
     real_parts: int = 1
     """Split the real samples into this many parts; round k plays with part k and sees it for the first time."""
     samples_per_shard: int = 64
@@ -144,9 +160,15 @@ def play(
     return records
 
 
-def objectives_of(rounds: RoundSettings) -> list[str]:
+def objectives_of(rounds: RoundSettings) -> list[ObjectiveName]:
     """The objectives of the rounds, each once."""
     return list(dict.fromkeys(of_round(rounds.objective, k) for k in range(1, rounds.rounds + 1)))
+
+
+def source_of(rounds: RoundSettings, objective: ObjectiveName) -> Literal["opponent", "data", "none"]:
+    """Where the generated side comes from when an objective is trained."""
+    own = OBJECTIVES[objective].generated
+    return own if own == "none" else rounds.generated_from or own
 
 
 @dataclass
@@ -162,18 +184,25 @@ class _Table:
     accelerator: Accelerator
     evaluate: Evaluate | None
     progress: Progress
-    opponent: tuple[int, str] | None = None
-    """The round whose player is the opponent now, and its hash; None = unknown."""
+    opponent: tuple[Path, str] | None = None
+    """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None
     """Folder that holds the player's weights; Path() = the base, None = no folder does."""
 
     def seat_opponent(self, k: int) -> str:
-        """Round k's player (0 = the base) as the opponent; its hash."""
-        if self.opponent is None or self.opponent[0] != k:
-            self.seat_player(self.folder(k))
+        """Round k's self (0 = the base) as the opponent; its hash."""
+        folder = self.folder(k)
+        if k and self.rounds.opponent == "ema":
+            folder = folder / EMA
+        if self.opponent is None or self.opponent[0] != folder:
+            self.seat_player(folder)
             self.game.promote()
-            self.opponent = (k, self.game.opponent_hash())
+            self.opponent = (folder, self.game.opponent_hash())
         return self.opponent[1]
+
+    def opponent_has_moved(self) -> None:
+        """The opponent's weights are no longer those of any folder."""
+        self.opponent = None
 
     def seat_player(self, folder: Path) -> None:
         """The weights in `folder` as the player."""
@@ -216,13 +245,14 @@ class _Round:
         self.table, self.k = table, k
         self.game, self.accelerator, self.rounds = table.game, table.accelerator, table.rounds
         self.directory = table.output_dir / f"round-{k}"
-        self.objective: str = of_round(self.rounds.objective, k)
-        self.source = OBJECTIVES[self.objective].generated
+        self.objective: ObjectiveName = of_round(self.rounds.objective, k)
+        self.source = source_of(self.rounds, self.objective)
         self.title = f"{self.objective} round {k}"
         self.parent = promoted[-1] if promoted else 0
-        self.mixture = OPPONENTS[self.rounds.opponent](k, promoted)
-        self.anchor = max(self.mixture)
-        """Where scores cannot be kept, one self has to anchor them: the newest."""
+        self.mixture = OPPONENTS[self.rounds.opponent](promoted, self.rounds.pool_weights)
+        self.anchors: Mixture = {0: 1.0} if self.rounds.anchor == "base" else self.mixture
+        if not self.game.keeps_scores:
+            self.anchors = {max(self.anchors): 1.0}  # one self has to be there for every score: the newest
         part = Part((k - 1) % self.rounds.real_parts, self.rounds.real_parts)
         self.sets = [_Samples(table.data, self.directory, part, self.title)]
         if table.held_out is not None and self.source != "data":  # held-out samples come without worse ones
@@ -294,15 +324,27 @@ class _Round:
     # The steps
 
     def _choose_opponent(self) -> dict[str, Any]:
-        members = []
-        for k, weight in sorted(self.mixture.items()):
-            members.append({"round": k, "weight": weight, "hash": self.table.seat_opponent(k)})
-        return {"opponent": {"round": self.anchor, "hash": _hash_of(members), "members": members}}
+        hashes = {k: self.table.seat_opponent(k) for k in sorted({*self.mixture, *self.anchors})}
+
+        def described(selves: Mixture) -> list[dict[str, Any]]:
+            return [{"round": k, "weight": weight, "hash": hashes[k]} for k, weight in sorted(selves.items())]
+
+        members, anchors = described(self.mixture), described(self.anchors)
+        return {
+            "opponent": {
+                "rule": self.rounds.opponent,
+                "round": max(self.anchors),
+                "hash": _hash_of(members),
+                "members": members,
+                "anchors": anchors,
+            }
+        }
 
     def _seat(self, k: int) -> str:
-        """Member k as the opponent, which must be the one that the round was started with; its hash."""
+        """Self k as the opponent, which must be the one that the round was started with; its hash."""
         found = self.table.seat_opponent(k)
-        expected = next(known["hash"] for known in self.record["opponent"]["members"] if known["round"] == k)
+        known = [*self.record["opponent"]["members"], *self.record["opponent"]["anchors"]]
+        expected = next(self_["hash"] for self_ in known if self_["round"] == k)
         assert found == expected, f"round {self.k}: the opponent is not the one that the round was started with"
         return found
 
@@ -314,7 +356,7 @@ class _Round:
         }  # fmt: skip
         for samples in self.sets:
             if len(self.mixture) == 1:
-                self._draw(samples, samples.folder / SAMPLES, self.anchor, metadata)
+                self._draw(samples, samples.folder / SAMPLES, max(self.mixture), metadata)
                 continue
             by_member = {k: samples.folder / DRAWN_BY / str(k) for k in self.mixture}
             for k, folder in by_member.items():
@@ -370,8 +412,8 @@ class _Round:
             sides["generated"] = (samples.folder / ENCODED, Part(), "")
         elif self.source == "data":
             sides["generated"] = (samples.data / ENCODED, samples.part, "loser_")
-        single = len(self.mixture) == 1
-        for k in self.mixture:
+        single = len(self.anchors) == 1
+        for k in self.anchors:
             opponent = self._seat(k)
             for side, (source, part, prefix) in sides.items():
                 target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
@@ -379,16 +421,17 @@ class _Round:
                 bar = self.table.progress.phase(f"{samples.title}: score the {side} samples", total)
                 score_shards(source, target, self.game, part, prefix, opponent, self.accelerator, bar)
         for side in sides if not single else ():
-            by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.mixture.items()}
-            mixture = self.record["opponent"]["hash"]
+            by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.anchors.items()}
+            mixture = _hash_of(self.record["opponent"]["anchors"])
             mix_scores(by_member, samples.folder / SCORES / side, mixture, self.accelerator)
 
     def _train(self) -> dict[str, Any]:
         game, beta = self.game, of_round(self.rounds.beta, self.k)
-        before = None if game.keeps_scores else self._seat(self.anchor)
+        average = self._average_so_far()
+        before = None if game.keeps_scores else self._seat(max(self.anchors))
         self.table.seat_player(self.table.folder(self.parent))
         mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
-        loss = bind(self.objective, beta=beta, mu=mu)
+        loss = bind(self.objective, **{"beta": beta, "mu": mu} | (self.rounds.objective_options or {}))
         pairs = self._pairs(self.sets[0])
         steps, warmup_steps = steps_of_round(
             self.table.training, self.k, len(pairs.ids), self.accelerator.num_processes
@@ -401,9 +444,10 @@ class _Round:
             learning_rate=of_round(self.table.training.learning_rate, self.k),
             warmup_steps=warmup_steps,
             beta=beta,
-            loss=loss,
-            anchored_at_player=self.mixture == {self.parent: 1.0}
-            or (self.anchor == self.parent and not game.keeps_scores),
+            loss=with_anchor(loss, self.rounds.sft_weight * beta),
+            anchored_at_player=self.anchors == {self.parent: 1.0}
+            and (self.rounds.opponent != "ema" or self.parent == 0 or self.rounds.anchor == "base"),
+            margin_dropout=0.0 if self.source == "none" else self.rounds.margin_dropout,
         )
         bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
         self.table.before_training()
@@ -416,10 +460,15 @@ class _Round:
             self.accelerator,
             self.directory,
             lambda done, total, text: bar(done, text),
+            average,
         )
         if before is None:
             verify_hashes(self.record["files"], self.table.output_dir)  # the kept scores are among them
         else:
+            refreshed = training["anchors"]
+            if refreshed:
+                self.table.opponent_has_moved()
+                before = refreshed[-1]["hash"]
             assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
         how = ", stopped early: its pairs are told apart" if training["stopped_early"] else ""
         self.accelerator.print(
@@ -429,7 +478,28 @@ class _Round:
         saved = game.save(self.directory)
         self.accelerator.wait_for_everyone()
         self.table.after_training(self.directory)
-        return {"training": training, "files": file_hashes(saved, self.table.output_dir)} | self._gap(loss)
+        gap = self._gap(loss)
+        if average is not None:
+            saved = [*saved, *self._save_average(average)]
+        return {"training": training, "files": file_hashes(saved, self.table.output_dir)} | gap
+
+    def _average_so_far(self) -> Average | None:
+        """For the opponent ema: the average as the opponent of this round is it."""
+        if self.rounds.opponent != "ema":
+            return None
+        self.table.seat_opponent(self.parent)
+        folder = self.table.folder(self.parent)
+        self.table.seat_player(folder / EMA if self.parent else folder)
+        return Average(trained_parameters(self.game), self.rounds.opponent_ema_decay)
+
+    def _save_average(self, average: Average) -> list[Path]:
+        """The average after the round, as the next opponent; the player is put back."""
+        average.copy_to(trained_parameters(self.game))
+        saved = self.game.save(self.directory / EMA)
+        self.accelerator.wait_for_everyone()
+        self.table.after_training(self.directory / EMA)
+        self.table.seat_player(self.directory)
+        return saved
 
     def _gap(self, loss: Loss) -> dict[str, Any]:
         """How well the player tells held-out samples apart."""
@@ -514,7 +584,7 @@ class _Round:
         """Top-level names in the round's folder that `game.save` wrote."""
         prefix = f"{self.directory.name}/"
         names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
-        return sorted(names - {SAMPLES, ENCODED, SCORES, HELD_OUT, "evaluation"})
+        return sorted(names - {SAMPLES, ENCODED, SCORES, HELD_OUT, EMA, "evaluation"})
 
     def _hashes(self, name: str) -> dict[str, str]:
         """Of all files in the folders of this name."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.game import Batch, Game
-from spin_diffusion.selfplay.objectives import Loss, PairScores
+from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
@@ -35,7 +35,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_file,
 )
 
-CHECKPOINT = "checkpoint-"
+CHECKPOINT, ANCHOR = "checkpoint-", "anchor"
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,9 @@ class TrainSettings:
     """TF32 matrix products on Ampere and later GPUs."""
     stop_at_saturation: float | None = None
     """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
+    refresh_opponent_steps: int | None = None
+    """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
+    (New samples as well: shorter rounds.)"""
     checkpointing_steps: int = 500
     """Optimizer steps between checkpoints within a round."""
     checkpoints_total_limit: int | None = None
@@ -113,6 +116,35 @@ class RoundPlan:
     loss: Loss
     anchored_at_player: bool
     """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
+    margin_dropout: float = 0.0
+    """Share of the pairs whose generated side takes no part in a step."""
+
+
+class Average:
+    """An exponential moving average of weights that outlives a round: the opponent `ema`.
+
+    Unlike `--use_ema` it has a constant decay and no warm-up, since it starts from the last opponent's weights.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.weights = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def step(self, parameters: list[nn.Parameter]) -> None:
+        """Move towards the parameters by 1 - decay."""
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in parameters], 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: list[nn.Parameter]) -> None:
+        """Write the average into the parameters."""
+        for parameter, weight in zip(parameters, self.weights, strict=True):
+            parameter.copy_(weight)
+
+
+def trained_parameters(game: Game) -> list[nn.Parameter]:
+    """What of the player is trained."""
+    return [parameter for parameter in game.player.parameters() if parameter.requires_grad]
 
 
 @dataclass
@@ -176,8 +208,12 @@ def train(
     accelerator: Accelerator,
     directory: Path,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    average: Average | None = None,
 ) -> dict[str, Any]:
     """Train the player for one round, from the newest checkpoint in `directory` on, and return what it came to.
+
+    Args:
+        average: follows the player's weights, step by step.
 
     Raises:
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
@@ -187,7 +223,7 @@ def train(
 
     # The optimizer and the schedule of this round
     player = game.player
-    trained = [parameter for parameter in player.parameters() if parameter.requires_grad]
+    trained = trained_parameters(game)
     optimizer = _optimizer(trained, plan.learning_rate * (per_step if settings.scale_lr else 1), settings)
     schedule = get_scheduler(
         settings.lr_scheduler,
@@ -207,21 +243,31 @@ def train(
     # Go on where a killed run stopped
     watch = health.Watch(settings.stop_at_saturation)
     history: list[dict[str, Any]] = []
+    anchors: list[dict[str, Any]] = []
+    anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
     with _player_in_checkpoints(accelerator, game):
         checkpoint = _newest_checkpoint(directory, settings.resume_from_checkpoint)
         first_step = 0
         if checkpoint is not None:
-            first_step, watch, history = _load_checkpoint(checkpoint, accelerator, ema, settings)
+            first_step, watch, history, anchors = _load_checkpoint(
+                checkpoint, game, accelerator, ema, average, settings
+            )
             schedule.last_epoch = first_step  # the optimizer's state already holds this step's rate
 
         stopped_early = False
         for step in range(first_step, plan.steps):
             started = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"]
+            if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
+                before = anchors[-1]["hash"] if anchors else anchor_hash
+                assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
+                anchors.append({"step": step, "hash": _refresh_opponent(game, directory, accelerator)})
             metrics, gradient_norm = _take_step(step, game, wrapped, optimizer, pairs, plan, settings, accelerator)
             schedule.step()
             if ema is not None:
                 ema.step(trained)
+            if average is not None:
+                average.step(trained)
 
             # What the step said
             entry = _summary(metrics, plan.beta) | {
@@ -242,7 +288,7 @@ def train(
             stopped_early = watch.should_stop()
             done = stopped_early or step + 1 == plan.steps
             if not done and (step + 1) % settings.checkpointing_steps == 0:
-                _save_checkpoint(directory, step + 1, accelerator, ema, settings, watch, history)
+                _save_checkpoint(directory, step + 1, accelerator, ema, average, settings, watch, history, anchors)
             if done:
                 break
 
@@ -258,6 +304,7 @@ def train(
     return {
         "steps": history[-1]["step"],
         "stopped_early": stopped_early,
+        "anchors": anchors,
         "alarms": [f"step {entry['step']}: {entry['alarm']}" for entry in history if "alarm" in entry],
         **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:_LEVEL]},
     }
@@ -285,9 +332,10 @@ def _take_step(
         batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
         with accelerator.accumulate(player):
             scored = game.scores(player, batch)
-            losses = plan.loss(scored.scores)
+            trained_on = _without_some_margins(scored.scores, batch.seeds, plan.margin_dropout)
+            losses = plan.loss(trained_on)
             if step == 0 and plan.anchored_at_player:
-                _check_start(scored.scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
+                _check_start(trained_on, losses, plan, game.start_tolerance[accelerator.mixed_precision])
             accelerator.backward(losses.mean())
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
             ids += _ids_everywhere(pairs, step, micro, plan, settings, world)
@@ -305,6 +353,33 @@ def _take_step(
             optimizer.step()
             optimizer.zero_grad()
     return metrics, float(gradient_norm)
+
+
+def _without_some_margins(scores: PairScores, seeds: list[int], share: float) -> PairScores:
+    """The scores with the generated side of a share of the pairs left out, chosen by the pairs' seeds."""
+    if share == 0:
+        return scores
+    dropped = torch.tensor([seed_from(seed, "margin") / 2**63 < share for seed in seeds])
+    copies = len(scores.player_real) // len(seeds)
+    return without_margin(scores, dropped.repeat_interleave(copies).to(scores.player_real.device))
+
+
+def _refresh_opponent(game: Game, directory: Path, accelerator: Accelerator) -> str:
+    """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
+    game.save(directory / ANCHOR, prove=False)
+    accelerator.wait_for_everyone()
+    game.promote()
+    return game.opponent_hash()
+
+
+def _seat_anchor(checkpoint: Path, expected: str, game: Game, accelerator: Accelerator) -> None:
+    """Seat the opponent that anchored the scores when a checkpoint was made, in place of the round's first."""
+    game.restore(checkpoint / ANCHOR)
+    game.promote()
+    assert game.opponent_hash() == expected, f"{checkpoint}: its anchor is not the one that it was made with"
+    if accelerator.is_main_process:
+        shutil.copytree(checkpoint / ANCHOR, checkpoint.parent / ANCHOR, dirs_exist_ok=True)
+    accelerator.wait_for_everyone()
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:
@@ -438,9 +513,11 @@ def _save_checkpoint(
     step: int,
     accelerator: Accelerator,
     ema: EMAModel | None,
+    average: Average | None,
     settings: TrainSettings,
     watch: health.Watch,
     history: list[dict[str, Any]],
+    anchors: list[dict[str, Any]],
 ) -> None:
     path = directory / f"{CHECKPOINT}{step}"
     part = part_of(path)
@@ -454,8 +531,11 @@ def _save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            save_file({f"{i:05d}": tensor.contiguous() for i, tensor in enumerate(ema.shadow_params)},
-                      part / "ema.safetensors")  # fmt: skip
+            _save_weights(ema.shadow_params, part / "ema.safetensors")
+        if average is not None:
+            _save_weights(average.weights, part / "average.safetensors")
+        if anchors:
+            shutil.copytree(directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
         (part / "trainer.json").write_text(
             json.dumps(
                 {
@@ -464,6 +544,7 @@ def _save_checkpoint(
                     "ema_steps": ema.optimization_step if ema is not None else 0,
                     "watch": vars(watch),
                     "history": history,
+                    "anchors": anchors,
                 }
             )
         )
@@ -473,8 +554,13 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    path: Path, accelerator: Accelerator, ema: EMAModel | None, settings: TrainSettings
-) -> tuple[int, health.Watch, list[dict[str, Any]]]:
+    path: Path,
+    game: Game,
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    average: Average | None,
+    settings: TrainSettings,
+) -> tuple[int, health.Watch, list[dict[str, Any]], list[dict[str, Any]]]:
     hashes = path / "hashes.json"
     if not hashes.is_file():
         raise InputError(f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again")
@@ -486,13 +572,25 @@ def _load_checkpoint(
             f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has {batch}: change "
             "--train_batch_size, --gradient_accumulation_steps or the number of processes to keep their product"
         )
+    if state["anchors"]:
+        _seat_anchor(path, state["anchors"][-1]["hash"], game, accelerator)
     accelerator.load_state(str(path))
     if ema is not None:
-        shadows = load_file(path / "ema.safetensors")
-        ema.shadow_params = [shadows[name].to(accelerator.device) for name in sorted(shadows)]
+        ema.shadow_params = _load_weights(path / "ema.safetensors", accelerator)
         ema.optimization_step = state["ema_steps"]
+    if average is not None:
+        average.weights = _load_weights(path / "average.safetensors", accelerator)
     accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
-    return state["step"], health.Watch(**state["watch"]), state["history"]
+    return state["step"], health.Watch(**state["watch"]), state["history"], state["anchors"]
+
+
+def _save_weights(weights: list[Tensor], path: Path) -> None:
+    save_file({f"{place:05d}": tensor.contiguous() for place, tensor in enumerate(weights)}, path)
+
+
+def _load_weights(path: Path, accelerator: Accelerator) -> list[Tensor]:
+    found = load_file(path)
+    return [found[name].to(accelerator.device) for name in sorted(found)]
 
 
 def _global_batch(settings: TrainSettings, world: int) -> int:
@@ -519,6 +617,7 @@ def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Delete a round's checkpoints, which are of no use once its player is saved."""
+    """Delete a round's checkpoints, and its last anchor, which are of no use once its player is saved."""
     for path in _checkpoints(directory):
         shutil.rmtree(path)
+    shutil.rmtree(directory / ANCHOR, ignore_errors=True)

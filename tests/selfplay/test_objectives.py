@@ -5,7 +5,26 @@ import math
 import pytest
 import torch
 
-from spin_diffusion.selfplay.objectives import OBJECTIVES, PairScores, bind, dpo, sft, space, spin
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.objectives import (
+    OBJECTIVES,
+    PairScores,
+    bind,
+    check_options,
+    dpo,
+    dro,
+    hinge,
+    ipo,
+    kto,
+    mapo,
+    options_of,
+    sft,
+    space,
+    spin,
+    sspo,
+    with_anchor,
+    without_margin,
+)
 
 
 def scores(pairs: int = 64, seed: int = 0, scale: float = 1.0) -> PairScores:
@@ -66,7 +85,7 @@ def test_swapping_real_and_generated_negates_the_margin():
     assert torch.equal(swapped.margin, -s.margin)
 
 
-@pytest.mark.parametrize("name", ["spin", "space", "dpo"])
+@pytest.mark.parametrize("name", ["spin", "space", "dpo", "hinge", "ipo", "kto", "bco", "nca", "dro"])
 def test_gradients_raise_the_real_score_and_lower_the_generated_one(name):
     real, generated = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     bind(name, beta=2.0, mu=1.0)(PairScores(real, generated, torch.zeros(4), torch.zeros(4))).sum().backward()
@@ -81,3 +100,110 @@ def test_losses_stay_finite_at_scores_far_out():
 def test_bind_gives_an_objective_only_the_settings_it_knows():
     assert torch.equal(bind("sft", beta=1.0, mu=2.0)(scores()), sft(scores()))
     assert torch.equal(bind("space", beta=2.0, mu=3.0)(scores()), space(scores(), 3.0, 2.0))
+
+
+# Each rival against its paper's formula in terms of denoising errors, pair by pair, in fp64
+
+
+def errors(seed: int = 3) -> tuple[list[list[float]], PairScores]:
+    """(player real, player generated, opponent real, opponent generated) errors of eight pairs, and their scores."""
+    generator = torch.Generator().manual_seed(seed)
+    e = 0.05 + 0.01 * torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    return e.T.tolist(), PairScores(*(-0.5 * row for row in e))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_hinge_lets_go_of_a_wide_margin():
+    beta, (rows, s) = 200.0, errors()
+    plain = [max(0.0, 1 - -(beta / 2) * ((pr - o_r) - (pg - og))) for pr, pg, o_r, og in rows]
+    assert hinge(s, beta).tolist() == pytest.approx(plain, rel=1e-9)
+    assert 0.0 in plain and max(plain) > 0
+
+
+def test_ipo_has_its_minimum_where_the_paper_puts_it():
+    beta, (rows, s) = 200.0, errors()
+    # The paper's loss on log-likelihoods -e / 2, times beta^2
+    plain = [beta**2 * (-0.5 * (pr - o_r) + 0.5 * (pg - og) - 1 / (2 * beta)) ** 2 for pr, pg, o_r, og in rows]
+    assert ipo(s, beta).tolist() == pytest.approx(plain, rel=1e-9)
+    zero = torch.zeros(1)
+    assert ipo(PairScores(torch.tensor([1 / (2 * beta)]), zero, zero, zero), beta).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_sspo_pulls_the_generated_side_up_where_the_player_is_behind_on_the_real_one():
+    beta, (rows, s) = 200.0, errors()
+    plain = []
+    for pr, pg, o_r, og in rows:
+        sign = 1 if pr - o_r < 0 else -1
+        plain.append(-math.log(sigmoid(-(beta / 2) * ((pr - o_r) - sign * (pg - og)))))
+    assert sspo(s, beta).tolist() == pytest.approx(plain, rel=1e-9)
+    generated = torch.zeros(2, requires_grad=True)
+    ahead_behind = PairScores(torch.tensor([0.1, -0.1]), generated, torch.zeros(2), torch.zeros(2))
+    sspo(ahead_behind, 1.0).sum().backward()
+    assert generated.grad[0] > 0 > generated.grad[1]
+
+
+def test_kto_is_the_papers_utility_around_its_point_of_reference():
+    beta, (rows, s) = 400.0, errors()
+    rewards = [[-(pr - o_r), -(pg - og)] for pr, pg, o_r, og in rows]  # as the paper's code has them: twice our r
+    z = max(0.0, sum(map(sum, rewards)) / 16)
+    plain = [
+        0.8 * (1 - sigmoid(beta / 2 * (real - z))) + 1.2 * (1 - sigmoid(-beta / 2 * (generated - z)))
+        for real, generated in rewards
+    ]
+    assert kto(s, beta, real_weight=0.8, generated_weight=1.2).tolist() == pytest.approx(plain, rel=1e-9)
+    # With every r above 0 the reference is above 0 too, and it has no gradient
+    raised = [tensor.clone() + shift for tensor, shift in ((s.opponent_real, 0.02), (s.opponent_generated, 0.01))]
+    real, generated = (tensor.requires_grad_() for tensor in raised)
+    kto(PairScores(real, generated, s.opponent_real, s.opponent_generated), beta).sum().backward()
+    u = torch.sigmoid(-beta * (torch.tensor(0.02 - 0.015)))
+    assert torch.allclose(real.grad, (-beta * u * (1 - u)).double(), rtol=1e-4)
+
+
+def test_mapo_is_the_papers_loss_and_needs_no_opponent():
+    rows, s = errors()
+
+    def h(e: float) -> float:
+        return 0.5 * e / (math.exp(0.5 * e) - 1)
+
+    plain = [pr - 0.1 * math.log(sigmoid(1000 * (h(pr) - h(pg)))) for pr, pg, _, _ in rows]
+    assert mapo(s).tolist() == pytest.approx(plain, rel=1e-9)
+    moved = PairScores(s.player_real, s.player_generated, s.opponent_real + 1, s.opponent_generated - 1)
+    assert torch.equal(mapo(moved), mapo(s))
+    exact = torch.zeros(1, requires_grad=True)
+    mapo(PairScores(exact, exact, exact, exact)).sum().backward()
+    assert exact.grad.isfinite().all()
+
+
+def test_dro_ranks_errors_without_a_sigmoid():
+    rows, s = errors()
+    plain = [max(0.0, 0.001 + (pr - o_r) - (pg - og)) for pr, pg, o_r, og in rows]
+    assert dro(s).tolist() == pytest.approx(plain, rel=1e-9)
+    assert 0.0 in plain and max(plain) > 0
+
+
+def test_the_anchor_adds_the_real_sides_loss():
+    s = scores()
+    assert torch.allclose(with_anchor(spin, 3.0)(s), spin(s) - 3.0 * s.player_real)
+
+
+def test_without_its_margin_a_pair_is_about_its_real_side():
+    s = scores(4)
+    real, generated = s.player_real.requires_grad_(), s.player_generated.requires_grad_()
+    dropped = torch.tensor([True, False, True, False])
+    losses = spin(without_margin(s, dropped))
+    assert torch.allclose(losses[dropped], torch.nn.functional.softplus(-s.r_real[dropped]))
+    assert torch.equal(losses[~dropped], spin(s)[~dropped])
+    losses.sum().backward()
+    assert (generated.grad[dropped] == 0).all() and (generated.grad[~dropped] > 0).all() and (real.grad < 0).all()
+
+
+def test_options_are_those_of_the_objectives_that_are_played():
+    assert options_of("mapo") == {"weight": 0.1, "snr": 0.5, "steps": 1000.0} and options_of("spin") == {}
+    check_options(["spin", "dro"], {"threshold": 0.01})
+    with pytest.raises(InputError, match="--objective_options treshold: --objective spin, dro has threshold"):
+        check_options(["spin", "dro"], {"treshold": 0.01})
+    with pytest.raises(InputError, match="--objective spin has none"):
+        check_options(["spin"], {"threshold": 0.01})

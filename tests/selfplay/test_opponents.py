@@ -1,0 +1,177 @@
+"""Which earlier selves draw and which one anchors the score, rule by rule, on a tiny pipeline."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spin_diffusion.selfplay import train as train_module
+from spin_diffusion.selfplay.opponents import OPPONENTS, pool
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
+from spin_diffusion.selfplay.train import Average
+from tests.playing import TRAINING, make_game, play_all
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: no handler may catch it."""
+
+
+def weights_of(folder) -> str:
+    return file_hash(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def entries(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def kill_after(monkeypatch, step: int) -> None:
+    """Stop training for good when `step` optimizer steps of a round have been taken."""
+    take_step = train_module._take_step
+
+    def dies(number, *args):
+        if number == step:
+            raise Killed
+        return take_step(number, *args)
+
+    monkeypatch.setattr(train_module, "_take_step", dies)
+
+
+def test_rules_name_the_selves_and_their_shares():
+    assert OPPONENTS["latest"]([1, 2], None) == {2: 1.0} and OPPONENTS["latest"]([], None) == {0: 1.0}
+    assert OPPONENTS["base"]([1, 2], None) == {0: 1.0}
+    assert OPPONENTS["last_two"]([1, 3], None) == {1: 0.5, 3: 0.5}
+    assert pool([1, 2], None) == pytest.approx({2: 1 / 3, 1: 1 / 3, 0: 1 / 3})
+    assert pool([], [2.0]) == {0: 1.0}
+
+
+def test_a_pools_weights_go_from_the_newest_on_and_the_last_repeats():
+    assert pool([1, 2, 4], [2.0, 1.0]) == pytest.approx({4: 0.4, 2: 0.2, 1: 0.2, 0: 0.2})
+    assert pool([1, 2, 4], [1.0, 1.0, 0.0]) == pytest.approx({4: 0.5, 2: 0.5})
+
+
+def test_each_sample_of_a_pool_says_who_drew_it(sdxl_dir, tmp_path):
+    records = play_all(sdxl_dir, tmp_path, rounds=3, opponent="pool", pool_weights=[1.0, 1.0])
+    members = records[2]["opponent"]["members"]
+    assert [found["round"] for found in members] == [0, 1, 2]
+    known = {found["hash"] for found in members}
+    drawn = {row["opponent"] for path in (tmp_path / "round-3" / "samples").glob("*") for row in read_rows(path)}
+    assert len(known) == 3 and drawn <= known and len(drawn) > 1
+    assert records[2]["opponent"]["anchors"] == [dict(members[2], weight=1.0)]  # the newest anchors
+    assert records[2]["opponent"]["rule"] == "pool"
+
+
+def test_the_base_can_anchor_what_the_latest_draws(sdxl_dir, tmp_path):
+    records = play_all(sdxl_dir, tmp_path, anchor="base")
+    drawn_by, anchor = records[1]["opponent"]["members"], records[1]["opponent"]["anchors"]
+    assert [found["round"] for found in drawn_by] == [1] and [found["round"] for found in anchor] == [0]
+    assert drawn_by[0]["hash"] != anchor[0]["hash"] == records[0]["opponent"]["hash"]
+    # The second round starts where the first ended, so its r are not 0
+    assert entries(tmp_path / "round-1")[0]["r_real"] == 0
+    assert entries(tmp_path / "round-2")[0]["r_real"] != 0
+
+
+def test_the_average_is_the_plain_recurrence():
+    weight = torch.nn.Parameter(torch.tensor([0.0, 1.0]))
+    average = Average([weight], 0.9)
+    with torch.no_grad():
+        for value in (1.0, 2.0):
+            weight.fill_(value)
+            average.step([weight])
+    assert torch.allclose(average.weights[0], torch.tensor([0.9 * 0.1 + 0.2, 0.9 * (0.9 + 0.1) + 0.2]))
+
+
+def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_path):
+    from safetensors.torch import load_file
+
+    records = play_all(sdxl_dir, tmp_path, rounds=2, opponent="ema", opponent_ema_decay=0.5)
+
+    def load(*folder):
+        return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
+
+    base = make_game(sdxl_dir).player.state_dict()
+    player, average = load("round-1"), load("round-1", "ema")
+    # Between where the round began and where it ended
+    for name in ("conv_in.weight", "conv_out.weight"):
+        assert 0 < (average[name] - base[name]).norm() < (player[name] - base[name]).norm()
+    assert weights_of(tmp_path) == weights_of(tmp_path / "round-2")
+    assert not (tmp_path / "ema").exists()
+    # The second round's opponent is the average, its player goes on from the player
+    assert records[1]["opponent"]["members"][0]["hash"] != records[0]["opponent"]["hash"]
+    second = entries(tmp_path / "round-2")[0]
+    assert second["r_real"] != 0 or second["r_generated"] != 0
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_a_killed_run_with_an_averaged_opponent_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
+    play_all(sdxl_dir, tmp_path / "whole", rounds=2, opponent="ema", opponent_ema_decay=0.5)
+    with monkeypatch.context() as patch:
+        kill_after(patch, kill_at)
+        with pytest.raises(Killed):
+            play_all(sdxl_dir, tmp_path / "killed", rounds=2, opponent="ema", opponent_ema_decay=0.5)
+    play_all(sdxl_dir, tmp_path / "killed", rounds=2, opponent="ema", opponent_ema_decay=0.5)
+    for name in ("unet", "round-1/ema/unet", "round-2/ema/unet"):
+        name += "/diffusion_pytorch_model.safetensors"
+        assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name)
+
+
+REFRESHED = replace(TRAINING, max_train_steps=7, refresh_opponent_steps=3, checkpointing_steps=2)
+
+
+def test_a_refreshed_opponent_is_the_player_of_that_step(sdxl_dir, tmp_path):
+    records = play_all(sdxl_dir, tmp_path, REFRESHED, rounds=2)
+    anchors = records[0]["training"]["anchors"]
+    assert [found["step"] for found in anchors] == [3, 6]
+    assert len({found["hash"] for found in anchors} | {records[0]["opponent"]["hash"]}) == 3
+    r_real = [entry["r_real"] for entry in entries(tmp_path / "round-1")]
+    assert [place for place, value in enumerate(r_real) if value == 0] == [0, 3, 6]
+    # The next round's opponent is the player that was promoted
+    assert records[1]["opponent"]["round"] == 1
+    assert entries(tmp_path / "round-2")[0]["r_real"] == 0
+    assert not (tmp_path / "round-1" / "anchor").exists()
+
+
+@pytest.mark.parametrize("kill_at", [2, 3, 4, 5, 6])
+def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
+    play_all(sdxl_dir, tmp_path / "whole", REFRESHED, rounds=1)
+    with monkeypatch.context() as patch:
+        kill_after(patch, kill_at)
+        with pytest.raises(Killed):
+            play_all(sdxl_dir, tmp_path / "killed", REFRESHED, rounds=1)
+    records = play_all(sdxl_dir, tmp_path / "killed", REFRESHED, rounds=1)
+    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
+    whole = read_json(tmp_path / "whole" / "round-1" / "round.json")
+    assert records[0]["training"]["anchors"] == whole["training"]["anchors"]
+    runs = [entries(tmp_path / run / "round-1") for run in ("whole", "killed")]
+    for entry in (entry for run in runs for entry in run):
+        del entry["pairs_per_second"]
+    assert runs[0] == runs[1]
+
+
+def test_the_anchored_loss_and_the_dropped_margins_are_what_is_trained(sdxl_dir, tmp_path):
+    first = replace(TRAINING, max_train_steps=1)
+    plain = play_all(sdxl_dir, tmp_path / "plain", first, rounds=1)
+    anchored = play_all(sdxl_dir, tmp_path / "anchored", first, rounds=1, sft_weight=0.5)
+    score = entries(tmp_path / "plain" / "round-1")[0]["score_real"]
+    difference = anchored[0]["training"]["loss"] - plain[0]["training"]["loss"]
+    assert difference == pytest.approx(-0.5 * 2000.0 * score, rel=1e-5)
+
+    play_all(sdxl_dir, tmp_path / "dropped", TRAINING, rounds=1, margin_dropout=0.999999)
+    play_all(sdxl_dir, tmp_path / "kept", TRAINING, rounds=1)
+    logged = {run: entries(tmp_path / run / "round-1")[-1] for run in ("dropped", "kept")}
+    # With no generated side the loss is that of the real side alone, while both sides are still watched
+    expected = torch.nn.functional.softplus(torch.tensor(-2000.0 * logged["dropped"]["r_real"])).item()
+    assert logged["dropped"]["loss"] == pytest.approx(expected, abs=0.05)
+    assert logged["dropped"]["r_generated"] != 0
+    assert logged["dropped"]["r_real"] > logged["kept"]["r_real"]
+
+
+def test_a_rival_can_take_its_generated_side_from_the_data(sdxl_dir, tmp_path):
+    from spin_diffusion.selfplay.rounds import play
+    from tests.playing import ROUNDS, prepare_data
+
+    game = make_game(sdxl_dir)
+    prepare_data(game, tmp_path / "data", losers=True)
+    rounds = replace(ROUNDS, rounds=1, objective="hinge", generated_from="data")
+    records = play(game, tmp_path / "data", tmp_path, rounds, TRAINING, game.accelerator)
+    assert records[0]["generated"] == "data" and not (tmp_path / "round-1" / "samples").exists()
