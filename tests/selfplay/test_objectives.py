@@ -154,10 +154,11 @@ def test_kto_is_the_papers_utility_around_its_point_of_reference():
         for real, generated in rewards
     ]
     assert kto(s, beta, real_weight=0.8, generated_weight=1.2).tolist() == pytest.approx(plain, rel=1e-9)
-    # With every r above 0 the reference is above 0 too, and it has no gradient
+    # With every r above 0 the reference is above 0 too, and it has no gradient (of unlike weights: else it cancels)
     raised = [tensor.clone() + shift for tensor, shift in ((s.opponent_real, 0.02), (s.opponent_generated, 0.01))]
     real, generated = (tensor.requires_grad_() for tensor in raised)
-    kto(PairScores(real, generated, s.opponent_real, s.opponent_generated), beta).sum().backward()
+    moved = PairScores(real, generated, s.opponent_real, s.opponent_generated)
+    kto(moved, beta, generated_weight=3.0).sum().backward()
     u = torch.sigmoid(-beta * (torch.tensor(0.02 - 0.015)))
     assert torch.allclose(real.grad, (-beta * u * (1 - u)).double(), rtol=1e-4)
 
