@@ -272,7 +272,25 @@ def play_with_rivals(
             config.training, accelerator, evaluate_rival(rival), progress, held_out,
         )  # fmt: skip
     accelerator.end_training()
+    if accelerator.is_main_process:
+        write_json(output_dir / "manifest.json", read_json(output_dir / "manifest.json") | {"rounds": lineage(records)})
     return records
+
+
+def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
+    ones anchored its scores, in the middle of the round too."""
+    return [
+        {
+            "round": record["round"],
+            "started_from": record["parent"],
+            "opponent": record["opponent"],
+            "drawn": record.get("drawn", {}),
+            "anchors_within_the_round": record["training"]["anchors"],
+            "decision": record["decision"] if record["state"] == "PROMOTED" else record["rejected_because"],
+        }
+        for record in records
+    ]
 
 
 def tracked(config: AnyConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: the whole path, and one clear line with exit code 2 for everything that is wrong."""
 
 import errno
+import json
 import os
 import runpy
 from pathlib import Path
@@ -66,6 +67,8 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     for part in ("4 pairs a step", "round 2: 2 steps at lr 5e-05", "spin round 2", "sft, same steps", "samples.png"):
         assert part in printed
     assert list((out / "logs").rglob("events.out.tfevents*"))
+    lineage = json.loads((out / "manifest.json").read_text())["rounds"]
+    assert [told["started_from"] for told in lineage] == [0, 1] and lineage[1]["drawn"] == {"1": 24}
     pipeline = DiffusionPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"], unet=UNet2DConditionModel.from_pretrained(out / "unet")
     )

@@ -365,7 +365,16 @@ class _Round:
                 list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
                 self.accelerator,
             )  # fmt: skip
-        return {"generated": self.source, "files": self._hashes(SAMPLES)}
+        return {"generated": self.source, "drawn": self._drawn_by(), "files": self._hashes(SAMPLES)}
+
+    def _drawn_by(self) -> dict[str, int]:
+        """How many of the samples to train on each self drew, by its round; the samples name their own."""
+        hashes = [
+            row["opponent"]
+            for path in shards(self.sets[0].folder / SAMPLES, ".parquet")
+            for row in (read_rows(path, columns=["opponent"]) if rows_in(path) else [])
+        ]
+        return {str(found["round"]): hashes.count(found["hash"]) for found in self.record["opponent"]["members"]}
 
     def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> None:
         """The samples that member k of the mixture draws."""

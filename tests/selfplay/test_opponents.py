@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spin_diffusion.running import lineage
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, pool
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
@@ -55,8 +56,12 @@ def test_each_sample_of_a_pool_says_who_drew_it(sdxl_dir, tmp_path):
     members = records[2]["opponent"]["members"]
     assert [found["round"] for found in members] == [0, 1, 2]
     known = {found["hash"] for found in members}
-    drawn = {row["opponent"] for path in (tmp_path / "round-3" / "samples").glob("*") for row in read_rows(path)}
-    assert len(known) == 3 and drawn <= known and len(drawn) > 1
+    drawn = [row["opponent"] for path in (tmp_path / "round-3" / "samples").glob("*") for row in read_rows(path)]
+    assert len(known) == 3 and set(drawn) <= known and len(set(drawn)) > 1
+    counts = {str(found["round"]): drawn.count(found["hash"]) for found in members}
+    assert records[2]["drawn"] == counts and sum(counts.values()) == len(drawn)
+    told = lineage(records)[2]
+    assert told["opponent"]["members"] == members and told["drawn"] == counts and told["started_from"] == 2
     assert records[2]["opponent"]["anchors"] == [dict(members[2], weight=1.0)]  # the newest anchors
     assert records[2]["opponent"]["rule"] == "pool"
 
