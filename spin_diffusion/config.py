@@ -10,11 +10,12 @@ from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.diffusion.trajectory import TrajectorySettings
 from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
-from spin_diffusion.selfplay.rounds import RoundSettings
+from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.train import TrainSettings
 
 
@@ -40,6 +41,7 @@ class Config:
     data: DataSettings
     images: ImageSettings
     sampling: SamplingSettings
+    trajectory: TrajectorySettings
     rounds: RoundSettings
     training: TrainSettings
     denoiser: DenoiserSettings
@@ -73,3 +75,21 @@ def _check(config: Config) -> None:
     check_ranges(config.flat())
     if config.rounds.stop_when_learnt:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
+    if config.trajectory.trajectory != "forward":
+        _check_trajectory(config)
+
+
+def _check_trajectory(config: Config) -> None:
+    flag = f"--trajectory {config.trajectory.trajectory}"
+    if config.sampling.sampler != "ddim":
+        raise InputError(f"{flag} is made of the steps of --sampler ddim, not of {config.sampling.sampler}")
+    if config.trajectory.trajectory_weights == "sampler" and config.sampling.eta == 0:
+        raise InputError("--trajectory_weights sampler needs a sampler that adds noise: give --eta above 0, 1 say")
+    if config.rounds.opponent in ("last_two", "pool"):
+        raise InputError(f"{flag} keeps the trajectories of one opponent, not of --opponent {config.rounds.opponent}")
+    for name in objectives_of(config.rounds) + [name for name in config.run.compare_with or []]:
+        if source_of(config.rounds, name) == "data":
+            raise InputError(
+                f"{flag} needs the generated side's denoising steps, which the data set's worse images of --objective "
+                f"{name} do not have: take --trajectory forward, or --generated_from opponent"
+            )

@@ -15,6 +15,7 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.diffusion.trajectory import TrajectorySettings
 from spin_diffusion.selfplay.rounds import RoundSettings, play
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
@@ -36,7 +37,17 @@ def examples(count: int = 10, losers: bool = False) -> Iterator[Example]:
         yield Example(f"picture {number}", picture(), picture() if losers else None, f"row {number}")
 
 
-def make_game(base: Path, precision: str = "no", accumulation: int = 1, **denoiser: Any) -> DiffusionGame:
+SAMPLING = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generation_batch_size=2)
+
+
+def make_game(
+    base: Path,
+    precision: str = "no",
+    accumulation: int = 1,
+    sampling: SamplingSettings = SAMPLING,
+    trajectory: TrajectorySettings | None = None,
+    **denoiser: Any,
+) -> DiffusionGame:
     """A game of a tiny pipeline at 32 px."""
     family, pipeline = load_checkpoint(str(base))
     return DiffusionGame(
@@ -44,8 +55,9 @@ def make_game(base: Path, precision: str = "no", accumulation: int = 1, **denois
         pipeline,
         str(base),
         images=ImageSettings(resolution=32),
-        sampling=SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generation_batch_size=2),
+        sampling=sampling,
         denoiser=DenoiserSettings(**denoiser),
+        trajectory=trajectory,
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),
     )
 

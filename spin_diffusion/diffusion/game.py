@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,15 +16,25 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
-from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.trajectory import (
+    TrajectorySettings,
+    as_noise,
+    draw_steps,
+    implied_noise,
+    read_steps,
+    step_weights,
+    true_pairs,
+)
 from spin_diffusion.diffusion.weighting import timestep_weights
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.game import KEPT, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 
@@ -78,6 +89,7 @@ class DiffusionGame:
         sampling: SamplingSettings,
         denoiser: DenoiserSettings,
         accelerator: Accelerator,
+        trajectory: TrajectorySettings | None = None,
         gradient_checkpointing: bool = False,
         base_options: dict[str, Any] | None = None,
     ) -> None:
@@ -88,6 +100,12 @@ class DiffusionGame:
         self.base_options = base_options or {}
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
         self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
+        self.trajectory = trajectory or TrajectorySettings()
+        self.steps = None
+        if self.trajectory.trajectory != "forward":
+            sampler = SAMPLERS["ddim"](dict(pipeline.scheduler.config))
+            self.steps = read_steps(sampler, sampling.num_inference_steps, sampling.eta)
+            self.step_weights = step_weights(self.steps, self.trajectory.trajectory_weights)
         self.resolution = images.resolution or family.RESOLUTION
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         if self.resolution % (self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)):
@@ -133,10 +151,12 @@ class DiffusionGame:
     ) -> list[Row]:
         """One image by the opponent per row, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
+        states: list[Tensor] | None = [] if self.steps is not None else None
         drawn = self.draw(
-            self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, done=done
-        )
-        return [
+            self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, states=states,
+            done=done,
+        )  # fmt: skip
+        made = [
             {
                 "id": row["id"],
                 "prompt": row["prompt"],
@@ -148,6 +168,9 @@ class DiffusionGame:
             }
             for row, seed, image in zip(rows, seeds, drawn, strict=True)
         ]
+        for row, kept in zip(made, states or [], strict=bool(states)):
+            row[KEPT] = {"states": kept}
+        return made
 
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
         """Latents (fp16: a thousandth of their spread is far below the noise they get) and frames of stored images."""
@@ -175,6 +198,8 @@ class DiffusionGame:
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Scores at one (t, eps) per pair, shared by its images and both models; all images in one batch."""
         batch = _one_to_one(batch)
+        if self.steps is not None:
+            return self._trajectory_scores(player, batch)
         sides = [batch.real, batch.generated] if batch.generated else [batch.real]
         device = self.accelerator.device
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
@@ -212,6 +237,67 @@ class DiffusionGame:
             player_generated = errors.scale_gradient(player_generated, scale)
         opponent_real, opponent_generated = opponent_scores.split(pairs)
         return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), level)
+
+    def _trajectory_scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
+        """Scores on the sampler's own steps: the opponent's kept trajectories, and the real images' posterior ones.
+
+        Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
+        """
+        kind, steps = self.trajectory.trajectory, self.steps
+        assert steps is not None and kind != "forward"
+        device, pairs = self.accelerator.device, len(batch.ids)
+        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
+        x_0 = batch.real["latents"].float()
+        draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
+        with self.accelerator.autocast():
+            conditioning = self.family.encode_prompts(
+                self.pipeline, batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
+            )
+        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+        if conditioning.added:
+            inputs["added_cond_kwargs"] = conditioning.added
+
+        def score(model: Callable[..., Any], x_t: Tensor, target: Tensor, step: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                predicted = model(x_t, steps.t[step].to(device), **inputs)[0]
+            eps = as_noise(predicted, x_t, steps, step, self.noising.prediction_type)
+            weight = self.step_weights[step].float() * self.weights[steps.t[step]]
+            found = weight.to(device) * errors.score(eps, target)
+            if len(sides) == 1 or self.denoiser.winner_preserving_mu is None:
+                return found
+            scale = errors.winner_preserving_scale(
+                eps[:pairs], target[:pairs], eps[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
+            )
+            return torch.cat([found[:pairs], errors.scale_gradient(found[pairs:], scale)])
+
+        by_player, by_opponent, levels = [], [], []
+        for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
+            x_t, step = pair.x_t.to(device), pair.step
+            target = implied_noise(x_t, pair.x_prev.to(device), steps, step)
+            if self.denoiser.channels_last:
+                x_t = x_t.contiguous(memory_format=torch.channels_last)
+            # The second time, in the backward pass, the module itself: the wrapper that gathers gradients over several
+            # processes must not be entered while it does so
+            models = iter([player])
+            of_player = partial(lambda models, *inputs: score(next(models, self.player), *inputs), models)
+            if kind == "exact" and torch.is_grad_enabled():
+                by_player.append(checkpoint(of_player, x_t, target, step, use_reentrant=False))
+            else:
+                by_player.append(of_player(x_t, target, step))
+            with torch.no_grad():
+                by_opponent.append(score(self.opponent, x_t, target, step))
+            levels.append(steps.t[step[:pairs]] / self.noising.num_timesteps)
+        player_scores, opponent_scores, level = (
+            torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
+        )
+        if not batch.generated:
+            nothing = torch.zeros_like(opponent_scores)
+            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), level.to(device))
+        player_real, player_generated = player_scores.split(pairs)
+        opponent_real, opponent_generated = opponent_scores.split(pairs)
+        return ScoredBatch(
+            PairScores(player_real, player_generated, opponent_real, opponent_generated), level.to(device)
+        )
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """Not asked for: see `keeps_scores`."""
@@ -259,6 +345,7 @@ class DiffusionGame:
         seeds: list[int],
         guidance_scale: float,
         num_inference_steps: int | None = None,
+        states: list[Tensor] | None = None,
         done: Callable[[int], None] = lambda images: None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
@@ -271,6 +358,8 @@ class DiffusionGame:
             guidance_scale=guidance_scale,
             batch_size=self.sampling.generation_batch_size,
             autocast=self.accelerator.autocast,
+            eta=self.sampling.eta,
+            states=states,
             done=done,
         )
 

@@ -1,6 +1,8 @@
 """The whole main job: load the base, prepare the data, play the rounds, compare, and say what came out."""
 
 import dataclasses
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from spin_diffusion.running import (
     check_folder,
     needs_losers,
     play_with_rivals,
+    rivals,
     round_lines,
     start,
     tracked,
     write_manifest,
 )
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.rounds import objectives_of
+from spin_diffusion.selfplay.rounds import objectives_of, source_of
 from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import check_batch
@@ -58,6 +61,7 @@ def run(config: Config, family_name: str) -> None:
         images=config.images,
         sampling=config.sampling,
         denoiser=config.denoiser,
+        trajectory=config.trajectory,
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
         base_options=options,
@@ -83,6 +87,7 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, base, weights_hash(game.player), manifest, accelerator)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
+    _check_room(config, game, pairs)
 
     # The rounds, and what they are compared with
     accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
@@ -135,4 +140,47 @@ def _header(config: Config, game: DiffusionGame, rows: int) -> str:
         f"Data       {rows} pairs\n"
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
+        f"{_trajectory_line(config, game, rows // config.rounds.real_parts)}"
     )
+
+
+def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
+    size = game.resolution // game.latent_px
+    return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
+
+
+def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
+    """For the header: what is kept of the opponent's denoising, and how large it gets."""
+    if game.steps is None or not _draws(config):
+        return ""
+    one = 2 * math.prod(_trajectory_shape(game))
+    line = (
+        f"Trajectory {config.trajectory.trajectory}, "
+        f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
+        f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
+    )
+    if config.sampling.guidance_scale > 1:
+        line += (
+            "           drawn with guidance, its steps are not those of the opponent's own distribution, which the "
+            "theory speaks of: that is --guidance_scale 1\n"
+        )
+    return line
+
+
+def _check_room(config: Config, game: DiffusionGame, pairs: int) -> None:
+    """InputError when a round's trajectories do not fit on the disk."""
+    if game.steps is None or not _draws(config):
+        return
+    needed = 2 * math.prod(_trajectory_shape(game)) * pairs * config.rounds.num_generated
+    free = shutil.disk_usage(config.run.output_dir).free
+    if needed > free:
+        raise InputError(
+            f"--trajectory {config.trajectory.trajectory} keeps {needed / 1e9:,.1f} GB in a round, and "
+            f"{free / 1e9:,.1f} GB are free in {config.run.output_dir}: make room, or give fewer images "
+            "(--max_train_samples, --real_parts)"
+        )
+
+
+def _draws(config: Config) -> bool:
+    """Whether an opponent draws at all."""
+    return "opponent" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}

@@ -5,13 +5,14 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 
 from spin_diffusion.diffusion.images import decode_latents, to_images
 from spin_diffusion.input_error import InputError
@@ -33,6 +34,8 @@ class SamplingSettings:
     """Classifier-free guidance of the opponent; 1 = none, the distribution that the theory speaks of."""
     sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
     """checkpoint = the scheduler that the base checkpoint names."""
+    eta: float = 0.0
+    """Noise that each step of ddim adds, in [0, 1]: 0 = none, 1 = as much as DDPM."""
     generation_batch_size: int = 8
     """Images drawn at a time; guidance doubles the UNet's batch."""
 
@@ -41,6 +44,10 @@ class SamplingSettings:
             raise InputError(f"--num_inference_steps {self.num_inference_steps} must be at least 1")
         if self.generation_batch_size < 1:
             raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"--eta {self.eta} must be between 0 and 1")
+        if self.eta > 0 and self.sampler != "ddim":
+            raise InputError(f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: leave it out")
         if self.guidance_scale < 0:
             raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative")
 
@@ -68,6 +75,8 @@ def draw_images(
     guidance_scale: float,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
+    eta: float = 0.0,
+    states: list[Tensor] | None = None,
     done: Callable[[int], None] = lambda images: None,
 ) -> list[Image.Image]:
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
@@ -75,6 +84,8 @@ def draw_images(
     Args:
         resolution: height and width, px.
         guidance_scale: 1 or less = without guidance.
+        states: gets each image's latents x_T, ..., x_0, (steps + 1, channels, height, width) in fp16 on the CPU. For
+            samplers that do not scale the UNet's input, such as DDIM.
 
     Raises:
         FloatingPointError: an image that is not finite.
@@ -82,7 +93,8 @@ def draw_images(
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        with torch.no_grad(), autocast():
+        recorder = _Recorder(pipeline.unet, len(prompts[part])) if states is not None else None
+        with torch.no_grad(), autocast(), recorder or nullcontext():
             latents = pipeline(
                 prompts[part],
                 height=resolution,
@@ -90,9 +102,37 @@ def draw_images(
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                eta=eta,
+                callback_on_step_end=recorder.after_step if recorder is not None else None,
                 output_type="latent",
             ).images
+        if recorder is not None and states is not None:
+            states += torch.stack(recorder.states, dim=1)
         pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompt[:60]) for prompt in prompts[part]])
         images += to_images(pixels)
         done(len(images))
     return images
+
+
+class _Recorder(AbstractContextManager["_Recorder"]):
+    """Takes down a pipeline's latents: the first from the UNet's first input, the others at the end of each step."""
+
+    def __init__(self, unet: UNet2DConditionModel, images: int) -> None:
+        self.states: list[Tensor] = []
+        self.images = images
+        self._hook = unet.register_forward_pre_hook(self._before_step)
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+    def _before_step(self, unet: UNet2DConditionModel, inputs: tuple[Any, ...]) -> None:
+        if not self.states:
+            self._keep(inputs[0][: self.images])  # with guidance the batch is there twice
+
+    def after_step(self, pipeline: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For the pipeline's `callback_on_step_end`."""
+        self._keep(tensors["latents"])
+        return {}
+
+    def _keep(self, latents: Tensor) -> None:
+        self.states.append(latents.detach().half().cpu())

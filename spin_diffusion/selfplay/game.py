@@ -18,6 +18,9 @@ from spin_diffusion.selfplay.objectives import PairScores
 Row = dict[str, Any]
 """One stored sample: always with `id` and `prompt`, the rest is the game's."""
 
+KEPT = "kept"
+"""Of a row that `generate` returns: tensors by name, for the training of this round alone."""
+
 
 @dataclass(frozen=True)
 class Batch:

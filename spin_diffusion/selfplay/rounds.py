@@ -17,7 +17,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import Game, Row
+from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.gap import held_out_gap
 from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, ObjectiveName, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, OpponentName, describe, member
@@ -309,13 +309,15 @@ class _Round:
 
     def _unremoved(self, files: dict[str, str]) -> dict[str, str]:
         """The files that a round still has: a finished one has removed what its samples give again."""
-        return {name: digest for name, digest in files.items() if not self.finished or f"/{ENCODED}/" not in name}
+        removed = {ENCODED, KEPT} if self.finished else set()
+        return {name: digest for name, digest in files.items() if not removed & set(Path(name).parent.parts)}
 
     def _clean(self) -> None:
-        """Remove what a finished round does not need: encodings, which the samples give again, and checkpoints."""
+        """Remove what a finished round does not need: encodings, which the samples give again, what was kept for its
+        training alone, and checkpoints."""
         if self.accelerator.is_main_process:
             for samples in self.sets:
-                for name in (ENCODED, DRAWN_BY, SCORED_BY):
+                for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
                     shutil.rmtree(samples.folder / name, ignore_errors=True)
             if not self.table.training.keep_checkpoints:
                 remove_checkpoints(self.directory)
@@ -365,7 +367,11 @@ class _Round:
                 list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
                 self.accelerator,
             )  # fmt: skip
-        return {"generated": self.source, "drawn": self._drawn_by(), "files": self._hashes(SAMPLES)}
+        return {
+            "generated": self.source,
+            "drawn": self._drawn_by(),
+            "files": self._hashes(SAMPLES) | self._hashes(KEPT),
+        }
 
     def _drawn_by(self) -> dict[str, int]:
         """How many of the samples to train on each self drew, by its round; the samples name their own."""
@@ -528,8 +534,9 @@ class _Round:
         def scores(side: str) -> Path | None:
             return samples.folder / SCORES / side if self.game.keeps_scores else None
 
+        kept = samples.folder / KEPT
         generated = {
-            "opponent": Side(samples.folder / ENCODED, scores("generated")),
+            "opponent": Side(samples.folder / ENCODED, scores("generated"), kept=kept if kept.is_dir() else None),
             "data": Side(samples.data / ENCODED, scores("generated"), "loser_"),
             "none": None,
         }[self.source]
@@ -593,7 +600,7 @@ class _Round:
         """Top-level names in the round's folder that `game.save` wrote."""
         prefix = f"{self.directory.name}/"
         names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
-        return sorted(names - {SAMPLES, ENCODED, SCORES, HELD_OUT, EMA, "evaluation"})
+        return sorted(names - {SAMPLES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, "evaluation"})
 
     def _hashes(self, name: str) -> dict[str, str]:
         """Of all files in the folders of this name."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import Game, Row
+from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
@@ -182,6 +182,7 @@ def draw_shards(
 
     Args:
         ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
+        draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
     """
     done = 0
     for path in _mine(shards(source / "samples", ".parquet"), accelerator):
@@ -190,6 +191,10 @@ def draw_shards(
             rows = ask(read_rows(path, columns=list(columns)))
             here = done
             drawn = draw(rows, lambda samples, here=here: progress((here + samples) * accelerator.num_processes, ""))
+            kept = [row.pop(KEPT) for row in drawn if KEPT in row]
+            if kept:  # before the rows, whose file says that the shard is complete
+                tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
+                write_tensors(target.parent / KEPT / f"{path.stem}.safetensors", tensors, {})
             write_rows(out, drawn, metadata)
         done += rows_in(out)
         progress(done * accelerator.num_processes, "")
@@ -279,11 +284,13 @@ class Side:
         tensors: folder of its encodings.
         scores: folder of the opponent's scores of it, if they are kept.
         prefix: of the tensors' names, for a data set that has its own worse samples.
+        kept: folder of further tensors, which were kept when the samples were drawn.
     """
 
     tensors: Path
     scores: Path | None = None
     prefix: str = ""
+    kept: Path | None = None
 
 
 def open_pairs(data: Path, real: Side, generated: Side | None, part: Part, copies: int) -> Pairs:
@@ -320,6 +327,8 @@ class _Tensors:
     def __init__(self, side: Side) -> None:
         self.prefix = side.prefix
         self.files = [safe_open(path, framework="pt") for path in shards(side.tensors, ".safetensors")]
+        kept = shards(side.kept, ".safetensors") if side.kept is not None else []
+        self.kept = [safe_open(path, framework="pt") for path in kept]
         scores = shards(side.scores, ".safetensors") if side.scores is not None else []
         self.scores = [load_file(path)["opponent_score"] for path in scores]
         self.names = sorted(_of_side({name: name for name in self.files[0].keys()}, side.prefix).values())
@@ -337,6 +346,9 @@ class _Tensors:
             name.removeprefix(self.prefix): _stacked([self.files[s].get_slice(name)[p] for s, p in places])
             for name in self.names
         }
+        if self.kept:
+            for name in self.kept[0].keys():
+                found[name] = torch.stack([self.kept[s].get_slice(name)[p] for s, p in places])
         if self.scores:
             found["opponent_score"] = torch.stack([self.scores[s][p] for s, p in scored])
         return found
