@@ -345,8 +345,8 @@ class DiffusionGame:
         seeds: list[int],
         guidance_scale: float,
         num_inference_steps: int | None = None,
-        states: list[Tensor] | None = None,
         done: Callable[[int], None] = lambda images: None,
+        states: list[Tensor] | None = None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
         return draw_images(
