@@ -100,7 +100,7 @@ def check_ranges(flat: dict[str, Any]) -> None:
         "checkpointing_steps": 1, "lr_warmup_steps": 0, "max_grad_norm": 0, "samples_per_shard": 1,
         "num_validation_images": 1, "vae_encode_batch_size": 1, "adam_weight_decay": 0, "seed": 0, "num_generated": 1,
         "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1, "refresh_opponent_steps": 1,
-        "sft_weight": 0, "pool_weights": 0,
+        "sft_weight": 0, "pool_weights": 0, "max_distance": 0, "max_error_growth": 0, "max_gradient_ratio": 1,
     }  # fmt: skip
     for key, lowest in at_least.items():
         for value in values(key):

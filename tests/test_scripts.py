@@ -185,6 +185,8 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--enable_xformers_memory_efficient_attention", "true"], ["xformers"]),
         (["--report_to", "carrier_pigeon"], ["carrier_pigeon"]),
+        (["--on_distance", "rollback"], ["--on_distance rollback", "roll_back"]),
+        (["--max_distance", "-1"], ["--max_distance -1", "at least 0"]),
         (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
         (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
         (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),

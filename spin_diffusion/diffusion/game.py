@@ -307,6 +307,15 @@ class DiffusionGame:
         """The opponent becomes a frozen copy of the player."""
         self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
 
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Relative, of all weights; under autocast the opponent's are rounded, which alone makes about 0.002."""
+        moved = length = 0.0
+        for player, opponent in zip(self.player.parameters(), self.opponent.parameters(), strict=True):
+            moved += (player.float() - opponent.float()).square().sum().item()
+            length += opponent.float().square().sum().item()
+        return (moved / length) ** 0.5
+
     def opponent_hash(self) -> str:
         """Of the opponent's weights as they are now."""
         return weights_hash(self.opponent)

@@ -183,6 +183,16 @@ class LanguageGame:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
 
+    @torch.no_grad()
+    def distance(self) -> float | None:
+        """Relative, of the adapters; the weights of an opponent without one are not in memory."""
+        if not self.settings.use_peft:
+            return None
+        player, opponent = (get_peft_model_state_dict(self.model, adapter_name=name) for name in (PLAYER, OPPONENT))
+        moved = sum((player[name].float() - opponent[name].float()).square().sum().item() for name in opponent)
+        length = sum(tensor.float().square().sum().item() for tensor in opponent.values())
+        return (moved / length) ** 0.5
+
     def player_hash(self) -> str:
         """Of the weights that are trained, as they are now."""
         return _adapter_hash(self.model, PLAYER) if self.settings.use_peft else weights_hash(self.model)

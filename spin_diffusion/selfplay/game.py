@@ -93,6 +93,11 @@ class Game(Protocol):
         """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
         ...
 
+    def distance(self) -> float | None:
+        """Length of the way from the opponent's trained weights to the player's, relative to the opponent's length;
+        None where no opponent is in memory."""
+        ...
+
     def opponent_hash(self) -> str:
         """Hash of the opponent's weights, from the weights as they are now wherever the game still has them."""
         ...

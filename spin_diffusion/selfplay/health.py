@@ -3,10 +3,15 @@
 A margin loss can look excellent while both r fall, that is, while the player forgets how to model either sample. And a
 saturated margin loss does not stop moving the weights, because Adam normalises its tiny gradients. So the absolute
 r_real is watched, and a round can end early once its pairs are told apart.
+
+A rule is a pure function of what was logged of the round so far, so that a resumed run sees what an unbroken one saw.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -67,56 +72,212 @@ def check_finite(
     )
 
 
-@dataclass
-class Watch:
-    """Exponential means of r_real and of saturation over the steps of a round, and what they say.
+Action = Literal["ignore", "warn", "stop", "roll_back"]
 
-    Attributes:
-        stop_at_saturation: share of saturated pairs, in (0, 1], at which the round ends early; None = never.
-        steps_seen: optimizer steps taken into the means.
+
+@dataclass(frozen=True)
+class HealthSettings:
+    """What is watched while a round is trained, and what is done about it: nothing, a warning, the end of the round as
+    it is, or its end with the player as it was before the rule's window. Rolled back to its start a round is rejected.
     """
 
-    stop_at_saturation: float | None
-    window_steps: int = 20
-    steps_seen: int = 0
-    r_real: float = 0.0
-    r_real_square: float = 0.0
-    saturation: float = 0.0
-    alarmed: bool = False
+    on_forgetting: Action = "warn"
+    """The player models the real samples worse than the opponent does."""
+    on_forgetting_quarter: Action = "warn"
+    """The same in one quarter of the noise levels or lengths, while the mean looks fine."""
+    on_saturation: Action = "stop"
+    """The pairs are told apart: see --stop_at_saturation, without which nothing is done."""
+    on_error_growth: Action = "warn"
+    """The player's error on the real samples has grown beyond --max_error_growth."""
+    on_distance: Action = "warn"
+    """The weights have moved beyond --max_distance."""
+    on_gradient_spike: Action = "warn"
+    """A gradient norm is --max_gradient_ratio times the median of the steps before it."""
+    on_nothing_learnt: Literal["ignore", "warn", "stop"] = "warn"
+    """After 60 steps the player still tells no pair from another."""
+    stop_at_saturation: float | None = None
+    """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
+    max_error_growth: float = 0.1
+    """Of the real samples' error (minus score), relative to the opponent's on the same samples."""
+    max_distance: float = 0.2
+    """Length of the way from the opponent's weights, relative to their own length."""
+    max_gradient_ratio: float = 10.0
+    """Of a step's gradient norm to the median of the window before it."""
 
-    def update(self, r_real: float, saturation: float) -> None:
-        """Take one optimizer step's mean r_real and share of saturated pairs into the means."""
-        self.steps_seen += 1
-        weight = max(1 / self.window_steps, 1 / self.steps_seen)
-        self.r_real += weight * (r_real - self.r_real)
-        self.r_real_square += weight * (r_real**2 - self.r_real_square)
-        self.saturation += weight * (saturation - self.saturation)
 
-    def alarm(self, beta: float) -> str | None:
-        """One sentence when the player is losing the real samples; once in a round.
+WINDOW_STEPS = 20
+"""Steps that a rule looks back on, and after which it says something at the earliest."""
 
-        The rule: over the window, the mean of r_real is below 0 by more than twice its standard error, and by enough
-        to matter to the objective (beta * r_real < -0.05).
-        """
-        if self.alarmed or self.steps_seen < self.window_steps:
-            return None
-        spread = max(self.r_real_square - self.r_real**2, 0.0) ** 0.5
-        if self.r_real >= -2 * spread / self.window_steps**0.5 or beta * self.r_real > -0.05:
-            return None
-        self.alarmed = True
-        return (
-            f"the player models the real samples worse than the opponent does (r_real {self.r_real:.2e}, beta * "
-            f"r_real {beta * self.r_real:.2f}): the margin grows by forgetting. Lower --learning_rate or "
-            "--max_train_steps, or use an objective that holds r_real up, such as space"
-        )
+History = list[dict[str, Any]]
+"""What was logged of each optimizer step of the round so far."""
 
-    def should_stop(self) -> bool:
-        """Whether the pairs are told apart so well that further steps only move the weights at random."""
-        return (
-            self.stop_at_saturation is not None
-            and self.steps_seen >= self.window_steps
-            and self.saturation >= self.stop_at_saturation
-        )
+Check = Callable[[History, float, HealthSettings], str | None]
+"""(history, the objective's beta, settings) -> a sentence with what is wrong and which setting to change, or None."""
+
+
+def smoothed(values: list[float], window_steps: int = WINDOW_STEPS) -> tuple[float, float]:
+    """Exponential mean of a series at its end, and the standard error of that mean."""
+    mean = square = 0.0
+    for number, value in enumerate(values, start=1):
+        weight = max(1 / window_steps, 1 / number)
+        mean += weight * (value - mean)
+        square += weight * (value**2 - square)
+    return mean, (max(square - mean**2, 0.0) / window_steps) ** 0.5
+
+
+def _lost(values: list[float], beta: float) -> float | None:
+    """The mean of r_real where it is below 0 by more than twice its standard error, and by enough to matter to the
+    objective (beta * r_real < -0.05)."""
+    mean, error = smoothed(values)
+    return mean if len(values) >= WINDOW_STEPS and mean < -2 * error and beta * mean < -0.05 else None
+
+
+_HOLD_UP = (
+    "Lower --learning_rate or --max_train_steps, or use an objective that holds r_real up, such as space, or give "
+    "--sft_weight"
+)
+
+
+def forgetting(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """r_real below 0: the margin grows although, or because, the real samples are forgotten."""
+    lost = _lost([entry["r_real"] for entry in history], beta)
+    if lost is None:
+        return None
+    return (
+        f"the player models the real samples worse than the opponent does (r_real {lost:.2e}, beta * r_real "
+        f"{beta * lost:.2f}): the margin grows by forgetting. {_HOLD_UP}"
+    )
+
+
+def forgetting_quarter(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """r_real below 0 in a quarter of the levels, where `forgetting` sees nothing."""
+    if _lost([entry["r_real"] for entry in history], beta) is not None:
+        return None
+    for quarter in range(4):
+        found = [entry["r_real_by_quarter"][quarter] for entry in history]
+        lost = _lost([value for value in found if value is not None], beta)
+        if lost is not None:
+            return (
+                f"in quarter {quarter + 1} of 4 of the levels the player models the real samples worse than the "
+                f"opponent does (r_real {lost:.2e}, beta * r_real {beta * lost:.2f}), which the mean over all hides. "
+                f"{_HOLD_UP}; for images, weigh the levels with --timestep_weights"
+            )
+    return None
+
+
+def saturation(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """Pairs told apart so well that further steps only move the weights at random."""
+    if settings.stop_at_saturation is None or len(history) < WINDOW_STEPS:
+        return None
+    share, _ = smoothed([entry["saturation"] for entry in history])
+    if share < settings.stop_at_saturation:
+        return None
+    return (
+        f"its pairs are told apart ({share:.0%} of them beyond doubt), and further steps would only move the weights "
+        "at random. For more steps in a round lower --beta or raise --stop_at_saturation"
+    )
+
+
+def error_growth(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """The error on real samples against that of the opponent on the same samples: samples are being wrecked."""
+    if len(history) < WINDOW_STEPS:
+        return None
+    recent = history[-WINDOW_STEPS:]
+    player = -sum(entry["score_real"] for entry in recent)
+    opponent = player + sum(entry["r_real"] for entry in recent)
+    if opponent <= 0 or player / opponent - 1 <= settings.max_error_growth:
+        return None
+    return (
+        f"the player's error on the real samples is {player / opponent - 1:.0%} above the opponent's (at most "
+        f"{settings.max_error_growth:.0%} by --max_error_growth): what it draws is being spoilt. Lower "
+        "--learning_rate, or end the rounds sooner (--max_train_steps)"
+    )
+
+
+def distance(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """How far the weights have moved from the opponent's."""
+    measured = [entry["distance"] for entry in history if entry.get("distance") is not None]
+    if not measured or measured[-1] <= settings.max_distance:
+        return None
+    return (
+        f"the weights are {measured[-1]:.0%} of their length away from the opponent's (at most "
+        f"{settings.max_distance:.0%} by --max_distance): more than fine-tuning needs. Lower --learning_rate or "
+        "--max_train_steps"
+    )
+
+
+def gradient_spike(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """A gradient far above what the steps before it had."""
+    if len(history) <= WINDOW_STEPS:
+        return None
+    usual = median(entry["grad_norm"] for entry in history[-WINDOW_STEPS - 1 : -1])
+    norm = history[-1]["grad_norm"]
+    if norm <= settings.max_gradient_ratio * usual or usual == 0:
+        return None
+    return (
+        f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the median of the {WINDOW_STEPS} steps before "
+        f"({usual:.3g}): a broken sample, or a rate too high. Look at the samples of this step, lower "
+        "--learning_rate or --max_grad_norm"
+    )
+
+
+def nothing_learnt(history: History, beta: float, settings: HealthSettings) -> str | None:
+    """Accuracy at a half and no margin after three windows."""
+    if len(history) < 3 * WINDOW_STEPS or not any(entry["r_generated"] for entry in history):
+        return None  # of an objective without a generated side there is no margin to speak of
+    accuracy, error = smoothed([entry["implicit_accuracy"] for entry in history])
+    margin, _ = smoothed([entry["margin"] for entry in history])
+    if abs(accuracy - 0.5) > max(2 * error, 0.02) or abs(beta * margin) > 0.05:
+        return None
+    return (
+        f"after {len(history)} steps the player tells real from generated no better than by chance (accuracy "
+        f"{accuracy:.2f}, beta * margin {beta * margin:+.3f}). Raise --learning_rate or --beta; or there is nothing "
+        "left to learn, and the run is done"
+    )
+
+
+RULES: dict[str, Check] = {
+    "forgetting": forgetting,
+    "forgetting_quarter": forgetting_quarter,
+    "saturation": saturation,
+    "error_growth": error_growth,
+    "distance": distance,
+    "gradient_spike": gradient_spike,
+    "nothing_learnt": nothing_learnt,
+}
+"""To add a rule, write its function, name it here, and give HealthSettings a field `on_NAME`."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found in a round, and what follows."""
+
+    rule: str
+    action: Action
+    sentence: str
+
+
+def findings(history: History, beta: float, settings: HealthSettings) -> list[Finding]:
+    """What the rules say at the end of `history` that they have not said before in it (entries' `findings`)."""
+    said = {name for entry in history for name in entry.get("findings", {})}
+    found = []
+    for name, check in RULES.items():
+        action: Action = getattr(settings, f"on_{name}")
+        if action != "ignore" and name not in said:
+            sentence = check(history, beta, settings)
+            if sentence is not None:
+                found.append(Finding(name, action, sentence))
+    return found
+
+
+def gravest(found: list[Finding]) -> Finding | None:
+    """The one that ends the round: a roll back before a stop; None = the round goes on."""
+    return next((one for action in ("roll_back", "stop") for one in found if one.action == action), None)
+
+
+def rolls_back(settings: HealthSettings) -> bool:
+    """Whether some rule may, so that snapshots are needed."""
+    return any(getattr(settings, f"on_{name}") == "roll_back" for name in RULES)
 
 
 SATURATION = 4.0

@@ -485,7 +485,11 @@ class _Round:
                 self.table.opponent_has_moved()
                 before = refreshed[-1]["hash"]
             assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
-        how = ", stopped early: its pairs are told apart" if training["stopped_early"] else ""
+        ended = training["ended_by"]
+        how = ""
+        if ended is not None:
+            kept = f", the player as it was at step {ended['kept_step']}" if ended["action"] == "roll_back" else ""
+            how = f", ended by {ended['rule']}{kept}"
         self.accelerator.print(
             f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
             f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
@@ -563,6 +567,9 @@ class _Round:
         reason = None
         if learnt:
             reason = f"its held-out gap {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] is not above 0"
+        ended = self.record["training"]["ended_by"]
+        if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:
+            reason = f"it was rolled back to its start, {ended['rule']}: {ended['sentence']}"
         if self.table.evaluate is None:
             return {"metrics": {}, "rejected_because": reason, "learnt": learnt}
         self.table.seat_player(self.directory)

@@ -35,11 +35,11 @@ from spin_diffusion.selfplay.run_dir import (
     write_file,
 )
 
-CHECKPOINT, ANCHOR = "checkpoint-", "anchor"
+CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(health.HealthSettings):
     """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
 
     max_train_steps: int | list[int] | None = 500
@@ -86,8 +86,6 @@ class TrainSettings:
     """Recompute activations in the backward pass: less memory, a third more work."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
-    stop_at_saturation: float | None = None
-    """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
     refresh_opponent_steps: int | None = None
     """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
     (New samples as well: shorter rounds.)"""
@@ -241,7 +239,6 @@ def train(
         ema.to(accelerator.device)
 
     # Go on where a killed run stopped
-    watch = health.Watch(settings.stop_at_saturation)
     history: list[dict[str, Any]] = []
     anchors: list[dict[str, Any]] = []
     anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
@@ -249,13 +246,14 @@ def train(
         checkpoint = _newest_checkpoint(directory, settings.resume_from_checkpoint)
         first_step = 0
         if checkpoint is not None:
-            first_step, watch, history, anchors = _load_checkpoint(
-                checkpoint, game, accelerator, ema, average, settings
-            )
+            first_step, history, anchors = _load_checkpoint(checkpoint, game, accelerator, ema, average, settings)
             schedule.last_epoch = first_step  # the optimizer's state already holds this step's rate
 
-        stopped_early = False
+        ended: health.Finding | None = None
+        snapshots = _Snapshots(directory, game, accelerator, ema, average) if health.rolls_back(settings) else None
         for step in range(first_step, plan.steps):
+            if snapshots is not None and step % health.WINDOW_STEPS == 0:
+                snapshots.take(step)
             started = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"]
             if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
@@ -275,22 +273,27 @@ def train(
                 "lr": lr,
                 "pairs_per_second": per_step / (time.perf_counter() - started),
             }
+            if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
+                distance = game.distance()
+                entry |= {} if distance is None else {"distance": distance}
             history.append({"step": step + 1} | entry)
             accelerator.log(_flat(entry, plan.name), step=step + 1)
-            watch.update(entry["r_real"], entry["saturation"])
-            alarm = watch.alarm(plan.beta)
-            if alarm:
-                alarm += game.remedy
-                history[-1]["alarm"] = alarm
-                accelerator.print(f"Alarm in round {plan.round_}, step {step + 1}: {alarm}")
+            found = health.findings(history, plan.beta, settings)
+            for one in found:
+                sentence = one.sentence + (game.remedy if one.rule.startswith("forgetting") else "")
+                history[-1].setdefault("findings", {})[one.rule] = sentence
+                accelerator.print(f"Round {plan.round_}, step {step + 1}, {one.rule}: {sentence}")
+            ended = health.gravest(found)
             progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
 
-            stopped_early = watch.should_stop()
-            done = stopped_early or step + 1 == plan.steps
+            done = ended is not None or step + 1 == plan.steps
             if not done and (step + 1) % settings.checkpointing_steps == 0:
-                _save_checkpoint(directory, step + 1, accelerator, ema, average, settings, watch, history, anchors)
+                _save_checkpoint(directory, step + 1, accelerator, ema, average, settings, history, anchors)
             if done:
                 break
+        kept_step = history[-1]["step"]
+        if ended is not None and ended.action == "roll_back" and snapshots is not None:
+            kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
 
     if ema is not None:
         ema.copy_to(trained)
@@ -300,12 +303,20 @@ def train(
     if accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
-    last = history[-watch.window_steps :]
+    last = history[-health.WINDOW_STEPS :]
     return {
         "steps": history[-1]["step"],
-        "stopped_early": stopped_early,
+        "stopped_early": ended is not None,
+        "ended_by": None
+        if ended is None
+        else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
         "anchors": anchors,
-        "alarms": [f"step {entry['step']}: {entry['alarm']}" for entry in history if "alarm" in entry],
+        "alarms": [
+            f"step {entry['step']}, {rule}: {sentence}"
+            for entry in history
+            for rule, sentence in entry.get("findings", {}).items()
+        ],
+        "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
         **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:_LEVEL]},
     }
 
@@ -515,7 +526,6 @@ def _save_checkpoint(
     ema: EMAModel | None,
     average: Average | None,
     settings: TrainSettings,
-    watch: health.Watch,
     history: list[dict[str, Any]],
     anchors: list[dict[str, Any]],
 ) -> None:
@@ -542,7 +552,6 @@ def _save_checkpoint(
                     "step": step,
                     "global_batch": _global_batch(settings, accelerator.num_processes),
                     "ema_steps": ema.optimization_step if ema is not None else 0,
-                    "watch": vars(watch),
                     "history": history,
                     "anchors": anchors,
                 }
@@ -560,7 +569,7 @@ def _load_checkpoint(
     ema: EMAModel | None,
     average: Average | None,
     settings: TrainSettings,
-) -> tuple[int, health.Watch, list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
     hashes = path / "hashes.json"
     if not hashes.is_file():
         raise InputError(f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again")
@@ -581,7 +590,50 @@ def _load_checkpoint(
     if average is not None:
         average.weights = _load_weights(path / "average.safetensors", accelerator)
     accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
-    return state["step"], health.Watch(**state["watch"]), state["history"], state["anchors"]
+    return state["step"], state["history"], state["anchors"]
+
+
+class _Snapshots:
+    """The player at the last two multiples of the rules' window, to go back to what no rule has looked at yet."""
+
+    def __init__(
+        self, directory: Path, game: Game, accelerator: Accelerator, ema: EMAModel | None, average: Average | None
+    ) -> None:
+        self.folder, self.game, self.accelerator = directory / HEALTHY, game, accelerator
+        self.ema, self.average = ema, average
+
+    def take(self, step: int) -> None:
+        """Keep the player as it is before this step, in place of the one of three windows ago."""
+        target = self.folder / str(step)
+        if not (target / "complete").is_file():
+            self.game.save(target, prove=False)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                if self.ema is not None:
+                    _save_weights(self.ema.shadow_params, target / "ema.safetensors")
+                if self.average is not None:
+                    _save_weights(self.average.weights, target / "average.safetensors")
+                (target / "complete").touch()
+        if self.accelerator.is_main_process:
+            for old in self._steps():
+                if 0 < old <= step - 3 * health.WINDOW_STEPS:
+                    shutil.rmtree(self.folder / str(old))
+        self.accelerator.wait_for_everyone()
+
+    def go_back(self, before: int) -> int:
+        """Put the newest player of at most this step back, or the round's first; its step."""
+        step = max(found for found in self._steps() if found <= max(before, 0))
+        source = self.folder / str(step)
+        self.game.restore(source)
+        if self.ema is not None:
+            self.ema.shadow_params = _load_weights(source / "ema.safetensors", self.accelerator)
+        if self.average is not None:
+            self.average.weights = _load_weights(source / "average.safetensors", self.accelerator)
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else []
 
 
 def _save_weights(weights: list[Tensor], path: Path) -> None:
@@ -617,7 +669,8 @@ def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Delete a round's checkpoints, and its last anchor, which are of no use once its player is saved."""
+    """Delete a round's checkpoints, snapshots and last anchor, which are of no use once its player is saved."""
     for path in _checkpoints(directory):
         shutil.rmtree(path)
-    shutil.rmtree(directory / ANCHOR, ignore_errors=True)
+    for name in (ANCHOR, HEALTHY):
+        shutil.rmtree(directory / name, ignore_errors=True)

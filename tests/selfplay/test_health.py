@@ -1,11 +1,17 @@
 """Invariants at a round's start, and alarms: each in a case where it fires and one where it does not."""
 
+import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.selfplay import health
+from spin_diffusion.selfplay import train as train_module
+from spin_diffusion.selfplay.run_dir import file_hash
+from tests.playing import TRAINING, make_game, play_all
 
 
 def start(r: float = 0.0, loss: float = math.log(2), beta: float = 5000.0) -> None:
@@ -37,33 +43,223 @@ def test_finite_values_pass():
     health.check_finite(0.5, 3.0, step=0, levels=torch.tensor([0.5]), ids=["a"], round_=1, level_name="timesteps")
 
 
-def watched(r_real: float, saturation: float, steps: int = 40, stop: float | None = None) -> health.Watch:
-    watch = health.Watch(stop)
+# The rules: each in a round where it fires and in one where it does not
+
+BETA = 2000.0
+
+
+def history(steps: int = 40, **changed) -> list[dict]:
+    """A healthy round, step by step; `changed`: name -> a value for every step, or a function of the step."""
+    entries = []
     for step in range(steps):
-        watch.update(r_real * (1 + 0.1 * (-1) ** step), saturation)
-    return watch
+        entry = {
+            "step": step + 1,
+            "r_real": 1e-4 * (1 + 0.1 * (-1) ** step),
+            "r_generated": -1e-4,
+            "r_real_by_quarter": [1e-4] * 4,
+            "margin": 2e-4,
+            "implicit_accuracy": 0.8,
+            "saturation": 0.1,
+            "score_real": -0.1,
+            "grad_norm": 1.0,
+            "distance": 0.01,
+        }
+        values = {name: value(step) if callable(value) else value for name, value in changed.items()}
+        entries.append(entry | values)
+    return entries
 
 
-def test_losing_the_real_samples_raises_an_alarm_once_and_names_a_setting():
-    watch = watched(-1e-4, 0.0)
-    sentence = watch.alarm(beta=2000.0)
-    assert "learning_rate" in sentence
-    assert watch.alarm(beta=2000.0) is None
+WATCHED = replace(health.HealthSettings(), stop_at_saturation=0.5)
+
+FIRES = {
+    "forgetting": {"r_real": lambda step: -1e-4 * (1 + 0.1 * (-1) ** step)},
+    "forgetting_quarter": {"r_real_by_quarter": [1e-4, 3e-4, None, -1e-4]},
+    "saturation": {"saturation": 0.8},
+    "error_growth": {"score_real": -0.12, "r_real": -0.02},
+    "distance": {"distance": 0.3},
+    "gradient_spike": {"grad_norm": lambda step: 30.0 if step == 39 else 1.0},
+    "nothing_learnt": {"steps": 70, "implicit_accuracy": 0.505, "margin": 1e-6},
+}
+"""What a round has to look like for each rule to speak."""
+
+NEARLY = {
+    "forgetting": {"r_real": -1e-6},  # below 0, but too little to matter to the objective
+    "forgetting_quarter": {"r_real_by_quarter": [1e-4, 3e-4, None, -1e-6]},
+    "saturation": {"saturation": 0.45},
+    "error_growth": {"score_real": -0.105, "r_real": -0.005},
+    "distance": {"distance": 0.19},
+    "gradient_spike": {"grad_norm": lambda step: 9.0 if step == 39 else 1.0},
+    "nothing_learnt": {"steps": 59, "implicit_accuracy": 0.505, "margin": 1e-6},
+}
 
 
-@pytest.mark.parametrize("r_real", [1e-4, -1e-6])
-def test_gaining_or_noise_raises_no_alarm(r_real):
-    assert watched(r_real, 0.0).alarm(beta=2000.0) is None
+def test_every_rule_has_its_two_cases_and_its_setting():
+    assert set(FIRES) == set(NEARLY) == set(health.RULES)
+    fields = {field.name for field in dataclasses.fields(health.HealthSettings)}
+    assert {f"on_{name}" for name in health.RULES} <= fields
 
 
-def test_no_alarm_before_the_window_is_full():
-    assert watched(-1e-2, 0.0, steps=10).alarm(beta=2000.0) is None
+@pytest.mark.parametrize("rule", FIRES)
+def test_a_rule_fires_and_names_a_setting(rule):
+    sentence = health.RULES[rule](history(**FIRES[rule]), BETA, WATCHED)
+    assert sentence is not None and "--" in sentence and len(sentence) < 400
+    assert health.findings(history(**FIRES[rule]), BETA, WATCHED)
 
 
-def test_saturation_ends_a_round_early_only_when_asked_and_reached():
-    assert watched(0.0, 0.8, stop=0.5).should_stop()
-    assert not watched(0.0, 0.2, stop=0.5).should_stop()
-    assert not watched(0.0, 1.0, stop=None).should_stop()
+@pytest.mark.parametrize("rule", NEARLY)
+def test_a_rule_does_not_fire_just_below(rule):
+    assert health.RULES[rule](history(**NEARLY[rule]), BETA, WATCHED) is None
+
+
+def test_a_healthy_round_is_left_alone():
+    assert health.findings(history(200), BETA, WATCHED) == []
+
+
+@pytest.mark.parametrize("rule", ["forgetting", "forgetting_quarter", "saturation", "error_growth"])
+def test_no_rule_speaks_before_its_window_is_full(rule):
+    assert health.RULES[rule](history(**{"steps": 19} | FIRES[rule]), BETA, WATCHED) is None
+
+
+def test_a_mean_that_forgets_is_not_said_again_of_a_quarter():
+    both = FIRES["forgetting"] | FIRES["forgetting_quarter"]
+    assert [one.rule for one in health.findings(history(**both), BETA, WATCHED)] == ["forgetting"]
+
+
+def test_noise_around_zero_is_no_forgetting():
+    noisy = history(r_real=lambda step: -1e-4 + 5e-3 * (-1) ** step)
+    assert health.forgetting(noisy, BETA, WATCHED) is None
+
+
+def test_saturation_is_only_watched_for_when_asked():
+    full = history(saturation=1.0)
+    assert health.saturation(full, BETA, health.HealthSettings()) is None
+
+
+def test_an_objective_without_a_generated_side_is_not_asked_what_it_tells_apart():
+    assert health.nothing_learnt(history(**FIRES["nothing_learnt"], r_generated=0.0), BETA, WATCHED) is None
+
+
+def test_what_was_said_is_not_said_again_and_what_is_ignored_is_silent():
+    spoken = history(**FIRES["distance"])
+    found = health.findings(spoken, BETA, WATCHED)
+    assert [(one.rule, one.action) for one in found] == [("distance", "warn")]
+    spoken[-1]["findings"] = {"distance": found[0].sentence}
+    assert health.findings(spoken + history(1, distance=0.4), BETA, WATCHED) == []
+    assert health.findings(history(**FIRES["distance"]), BETA, replace(WATCHED, on_distance="ignore")) == []
+
+
+def test_a_roll_back_goes_before_a_stop_and_a_warning_ends_nothing():
+    bad = history(**FIRES["distance"] | FIRES["saturation"])
+    assert health.gravest(health.findings(bad, BETA, WATCHED)).rule == "saturation"
+    found = health.findings(bad, BETA, replace(WATCHED, on_distance="roll_back"))
+    assert health.gravest(found).rule == "distance"
+    assert health.gravest(health.findings(history(**FIRES["distance"]), BETA, WATCHED)) is None
+
+
+def test_the_smoothed_mean_is_the_plain_recurrence():
+    mean, error = health.smoothed([1.0, 3.0, 2.0])
+    assert mean == pytest.approx(2.0) and error == pytest.approx(((1 + 9 + 4) / 3 - 4) ** 0.5 / 20**0.5)
+    late, _ = health.smoothed([0.0] * 100 + [1.0])
+    assert late == pytest.approx(1 / 20)
+
+
+# In real rounds
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Windows of two steps."""
+    monkeypatch.setattr(health, "WINDOW_STEPS", 2)
+    return replace(TRAINING, max_train_steps=6, learning_rate=1e-5)
+
+
+def spoil(monkeypatch, step: int) -> None:
+    """From this step of a round on, every step is logged with a distance beyond the limit."""
+    take_step = train_module._take_step
+    at = {"step": 0}
+
+    def watching(number, *args):
+        at["step"] = number
+        return take_step(number, *args)
+
+    monkeypatch.setattr(train_module, "_take_step", watching)
+    monkeypatch.setattr(DiffusionGame, "distance", lambda game: 0.5 if at["step"] + 1 >= step else 0.01)
+
+
+def player_after(sdxl_dir, folder, training, steps: int) -> str:
+    play_all(sdxl_dir, folder, replace(training, max_train_steps=steps, on_distance="ignore"), rounds=1)
+    return file_hash(folder / "round-1/unet/diffusion_pytorch_model.safetensors")
+
+
+def test_a_round_that_is_stopped_keeps_its_player(sdxl_dir, tmp_path, monkeypatch, quick):
+    spoil(monkeypatch, 4)
+    records = play_all(sdxl_dir, tmp_path / "stopped", replace(quick, on_distance="stop"), rounds=1)
+    ended = records[0]["training"]["ended_by"]
+    assert (ended["rule"], ended["action"], ended["kept_step"]) == ("distance", "stop", 4)
+    assert records[0]["training"]["steps"] == 4 and records[0]["state"] == "PROMOTED"
+    assert file_hash(tmp_path / "stopped/round-1/unet/diffusion_pytorch_model.safetensors") == player_after(
+        sdxl_dir, tmp_path / "plain", quick, 4
+    )
+
+
+def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeypatch, quick, capsys):
+    spoil(monkeypatch, 4)
+    records = play_all(sdxl_dir, tmp_path, quick, rounds=1)
+    assert records[0]["training"]["steps"] == 6 and records[0]["training"]["ended_by"] is None
+    assert records[0]["training"]["alarms"][0].startswith("step 4, distance: the weights are 50%")
+    assert "--max_distance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, monkeypatch, quick, use_ema):
+    spoil(monkeypatch, 6)
+    quick = replace(quick, use_ema=use_ema)
+    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, on_distance="roll_back"), rounds=1)
+    ended = records[0]["training"]["ended_by"]
+    assert (ended["action"], ended["kept_step"]) == ("roll_back", 4) and records[0]["state"] == "PROMOTED"
+    assert file_hash(tmp_path / "back/round-1/unet/diffusion_pytorch_model.safetensors") == player_after(
+        sdxl_dir, tmp_path / "plain", quick, 4
+    )
+    assert not (tmp_path / "back/round-1/healthy").exists()
+
+
+def test_a_round_rolled_back_to_its_start_is_rejected_and_says_why(sdxl_dir, tmp_path, monkeypatch, quick, capsys):
+    spoil(monkeypatch, 2)
+    records = play_all(sdxl_dir, tmp_path, replace(quick, on_distance="roll_back"))
+    assert [record["state"] for record in records] == ["REJECTED", "REJECTED"]
+    assert "rolled back to its start, distance" in records[0]["rejected_because"]
+    assert not (tmp_path / "unet").exists()
+
+
+@pytest.mark.parametrize("kill_at", [3, 5])
+def test_a_killed_round_that_rolls_back_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, quick, kill_at):
+    quick = replace(quick, on_distance="roll_back", use_ema=True)
+    spoil(monkeypatch, 6)
+    whole = play_all(sdxl_dir, tmp_path / "whole", quick, rounds=1)
+    watching = train_module._take_step
+
+    def dies(number, *args):
+        if number == kill_at:
+            raise KeyboardInterrupt
+        return watching(number, *args)
+
+    monkeypatch.setattr(train_module, "_take_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        play_all(sdxl_dir, tmp_path / "killed", quick, rounds=1)
+    monkeypatch.setattr(train_module, "_take_step", watching)
+    again = play_all(sdxl_dir, tmp_path / "killed", quick, rounds=1)
+    name = "round-1/unet/diffusion_pytorch_model.safetensors"
+    assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name)
+    assert whole[0]["training"]["ended_by"] == again[0]["training"]["ended_by"]
+
+
+def test_the_distance_is_that_of_the_weights(sdxl_dir):
+    game = make_game(sdxl_dir)
+    assert game.distance() == 0
+    with torch.no_grad():
+        for parameter in game.player.parameters():
+            parameter *= 1.25
+    assert game.distance() == pytest.approx(0.25, rel=1e-5)
 
 
 def test_saturation_counts_pairs_beyond_four():
