@@ -9,6 +9,7 @@ from typing import Any
 from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
 from spin_diffusion.diffusion.trajectory import TrajectorySettings
 from spin_diffusion.evaluation.settings import EvaluationSettings
@@ -45,6 +46,7 @@ class Config:
     rounds: RoundSettings
     training: TrainSettings
     denoiser: DenoiserSettings
+    lora: LoraSettings
     evaluation: EvaluationSettings
     run: RunSettings
 

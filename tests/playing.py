@@ -14,6 +14,7 @@ from spin_diffusion.data import Example
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
 from spin_diffusion.diffusion.trajectory import TrajectorySettings
 from spin_diffusion.selfplay.rounds import RoundSettings, play
@@ -46,6 +47,8 @@ def make_game(
     accumulation: int = 1,
     sampling: SamplingSettings = SAMPLING,
     trajectory: TrajectorySettings | None = None,
+    lora: LoraSettings | None = None,
+    gradient_checkpointing: bool = False,
     **denoiser: Any,
 ) -> DiffusionGame:
     """A game of a tiny pipeline at 32 px."""
@@ -58,6 +61,8 @@ def make_game(
         sampling=sampling,
         denoiser=DenoiserSettings(**denoiser),
         trajectory=trajectory,
+        lora=lora,
+        gradient_checkpointing=gradient_checkpointing,
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),
     )
 

@@ -185,6 +185,8 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--enable_xformers_memory_efficient_attention", "true"], ["xformers"]),
         (["--report_to", "carrier_pigeon"], ["carrier_pigeon"]),
+        (["--use_lora", "true", "--rank", "0"], ["--rank 0", "at least 1"]),
+        (["--use_lora", "true", "--lora_target_modules", "[to_x]"], ["--lora_target_modules to_x", "to_out.0"]),
         (["--on_distance", "rollback"], ["--on_distance rollback", "roll_back"]),
         (["--max_distance", "-1"], ["--max_distance -1", "at least 0"]),
         (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
@@ -207,6 +209,22 @@ def test_trajectories_are_predicted_kept_and_trained_on(kind, eta, settings, tmp
     assert f"Trajectory {kind}, 3 x 4 x 16 x 16 in fp16 = 0.00614 MB an image" in printed
     assert "that is --guidance_scale 1" in printed
     assert (tmp_path / "out" / "unet").is_dir() and not (tmp_path / "out" / "round-1" / "kept").exists()
+
+
+def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):
+    settings |= {"use_lora": True, "rank": 2, "lora_alpha": 3, "rounds": 2, "learning_rate": 1e-3}
+    assert play(tmp_path, settings) == 0
+    out = tmp_path / "out"
+    assert "load_lora_weights" in capsys.readouterr().out and "load_lora_weights" in (out / "README.md").read_text()
+    assert not (out / "unet").exists() and (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    pipeline = DiffusionPipeline.from_pretrained(settings["pretrained_model_name_or_path"])
+    pipeline.load_lora_weights(out / "lora")
+    argv = ["--models", f"base={settings['pretrained_model_name_or_path']}", f"round2={out / 'round-2'}"]
+    argv += ["--prompts", settings["validation_prompts"], "--scorers", "sharpness", "--num_inference_steps", "2"]
+    argv += ["--resolution", "32", "--output_dir", str(tmp_path / "evaluated")]
+    assert runpy.run_path(str(ROOT / "evaluation" / "evaluate.py"))["main"](argv) == 0
+    models = json.loads((tmp_path / "evaluated" / "results.json").read_text())["models"]
+    assert len({model["weights_sha256"] for model in models}) == 2
 
 
 def test_a_disk_too_small_for_the_trajectories_is_said_beforehand(settings, tmp_path, capsys, monkeypatch):

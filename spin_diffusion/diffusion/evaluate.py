@@ -1,5 +1,6 @@
 """evaluation/evaluate.py: draw the same prompts with the same seeds by every model, score them, conclude, report."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -278,6 +279,13 @@ class _Drawer:
             except Exception as error:  # diffusers and safetensors raise dozens of kinds
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 raise InputError(f"cannot load the UNet {source.unet}: {reason}") from error
+        if source.lora is not None:
+            unet = copy.deepcopy(unet)
+            try:
+                sampling_pipeline(self.pipeline, unet, self.settings.sampler).load_lora_weights(source.lora)
+            except Exception as error:  # peft and diffusers raise dozens of kinds
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                raise InputError(f"cannot load the adapter {source.lora} on {source.base}: {reason}") from error
         digest = weights_hash(unet)
         unet.to(self.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
         pipeline = sampling_pipeline(self.pipeline, unet, self.settings.sampler)

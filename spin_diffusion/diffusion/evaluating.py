@@ -18,13 +18,10 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import weights_hash
 
 
 class Evaluator(RunEvaluator):
     """What an image run measures. Without validation prompts it does nothing."""
-
-    saved = "unet"
 
     def __init__(
         self,
@@ -37,6 +34,7 @@ class Evaluator(RunEvaluator):
     ) -> None:
         base = str(config.model.pretrained_model_name_or_path)
         super().__init__(config, game, base, output_dir, accelerator, progress)
+        self.saved = game.saved
         self.active, self.specs = prompts is not None, config.evaluation.scorers or []
         self.evaluation: RunEvaluation | None = None
         if prompts is not None:
@@ -60,7 +58,7 @@ class Evaluator(RunEvaluator):
         return read_scorer(folder / "scores", name)
 
     def weights_hash(self) -> str:
-        return weights_hash(self.game.player)
+        return self.game.player_hash()
 
     def draw_and_score(self, model: EvaluatedModel) -> None:
         assert self.evaluation is not None

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.trajectory import (
@@ -36,7 +38,7 @@ from spin_diffusion.diffusion.weighting import timestep_weights
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
-from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
+from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class DiffusionGame:
         denoiser: DenoiserSettings,
         accelerator: Accelerator,
         trajectory: TrajectorySettings | None = None,
+        lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         base_options: dict[str, Any] | None = None,
     ) -> None:
@@ -124,8 +127,17 @@ class DiffusionGame:
         if denoiser.enable_xformers_memory_efficient_attention:
             _enable_xformers(self.player)
         # Never in training mode: dropout would make the two models' scores differ at step 0
-        self.player.requires_grad_(True).eval()
-        self.opponent: UNet2DConditionModel = _opponent_of(self.player, accelerator.mixed_precision)
+        self.base_hash = weights_hash(self.player)
+        self.adapters: Adapters | None = None
+        if lora is not None and lora.use_lora:
+            self.player.eval()
+            self.adapters = Adapters(self.player, lora, _autocast_dtype(accelerator.mixed_precision))
+            if gradient_checkpointing:
+                self.player.enable_gradient_checkpointing(self._checkpoint)
+            self.opponent: UNet2DConditionModel = self.player
+        else:
+            self.player.requires_grad_(True).eval()
+            self.opponent = _opponent_of(self.player, accelerator.mixed_precision)
 
     # Real samples
 
@@ -152,10 +164,11 @@ class DiffusionGame:
         """One image by the opponent per row, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
         states: list[Tensor] | None = [] if self.steps is not None else None
-        drawn = self.draw(
-            self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, states=states,
-            done=done,
-        )  # fmt: skip
+        with self._as_opponent():
+            drawn = self.draw(
+                self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, states=states,
+                done=done,
+            )  # fmt: skip
         made = [
             {
                 "id": row["id"],
@@ -218,9 +231,10 @@ class DiffusionGame:
                 inputs["added_cond_kwargs"] = conditioning.added
             if self.denoiser.channels_last:
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
-            eps_theta = player(x_t, t, **inputs)[0]
-            with torch.no_grad():
+            with torch.no_grad(), self._as_opponent(), self._dropping(batch):
                 eps_opponent = self.opponent(x_t, t, **inputs)[0]
+            with self._dropping(batch):
+                eps_theta = player(x_t, t, **inputs)[0]
         pairs = len(batch.ids)
         weight = self.weights.to(device)[t]
         player_scores = weight * errors.score(eps_theta, target)
@@ -280,12 +294,13 @@ class DiffusionGame:
             # processes must not be entered while it does so
             models = iter([player])
             of_player = partial(lambda models, *inputs: score(next(models, self.player), *inputs), models)
-            if kind == "exact" and torch.is_grad_enabled():
-                by_player.append(checkpoint(of_player, x_t, target, step, use_reentrant=False))
-            else:
-                by_player.append(of_player(x_t, target, step))
-            with torch.no_grad():
+            with torch.no_grad(), self._as_opponent(), self._dropping(batch):
                 by_opponent.append(score(self.opponent, x_t, target, step))
+            with self._dropping(batch):
+                if kind == "exact" and torch.is_grad_enabled():
+                    by_player.append(self._checkpoint(of_player, x_t, target, step))
+                else:
+                    by_player.append(of_player(x_t, target, step))
             levels.append(steps.t[step[:pairs]] / self.noising.num_timesteps)
         player_scores, opponent_scores, level = (
             torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
@@ -305,23 +320,62 @@ class DiffusionGame:
 
     def promote(self) -> None:
         """The opponent becomes a frozen copy of the player."""
-        self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+        if self.adapters is not None:
+            self.adapters.promote()
+        else:
+            self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+
+    def _as_opponent(self) -> AbstractContextManager[None]:
+        """Where `self.opponent` is the opponent: with adapters it is the player's UNet otherwise."""
+        return self.adapters.as_opponent() if self.adapters is not None else nullcontext()
+
+    def _dropping(self, batch: Batch) -> AbstractContextManager[None]:
+        """With adapters their dropout is on: the same for both models, and other for other pairs."""
+        return self.adapters.dropping(seed_from(*batch.seeds)) if self.adapters is not None else nullcontext()
+
+    def _checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """The function's value, to be computed again in the backward pass, with dropout as it is now."""
+        if self.adapters is None:
+            return checkpoint(function, *inputs, use_reentrant=False)
+        adapters, drops = self.adapters, self.adapters.drops
+
+        def again(*inputs: Any) -> Any:
+            with adapters.dropout(drops):
+                return function(*inputs)
+
+        return checkpoint(again, *inputs, use_reentrant=False)
 
     @torch.no_grad()
     def distance(self) -> float:
-        """Relative, of all weights; under autocast the opponent's are rounded, which alone makes about 0.002."""
+        """Relative, of all weights or of the adapters'; under autocast an opponent's weights are rounded, which alone
+        makes about 0.002."""
         moved = length = 0.0
-        for player, opponent in zip(self.player.parameters(), self.opponent.parameters(), strict=True):
+        pairs = zip(self.player.parameters(), self.opponent.parameters(), strict=True)
+        if self.adapters is not None:
+            pairs = zip(self.adapters.parameters(PLAYER), self.adapters.parameters(OPPONENT), strict=True)
+        for player, opponent in pairs:
             moved += (player.float() - opponent.float()).square().sum().item()
             length += opponent.float().square().sum().item()
         return (moved / length) ** 0.5
 
     def opponent_hash(self) -> str:
-        """Of the opponent's weights as they are now."""
-        return weights_hash(self.opponent)
+        """Of the opponent's weights as they are now; of its adapter, if it is one."""
+        return self.adapters.hash_of(OPPONENT) if self.adapters is not None else weights_hash(self.opponent)
+
+    def player_hash(self) -> str:
+        """Of the player's weights as they are now; of its adapter, if it is one."""
+        return self.adapters.hash_of(PLAYER) if self.adapters is not None else weights_hash(self.player)
+
+    @property
+    def saved(self) -> str:
+        """Name of the folder that `save` writes what a user loads into."""
+        return "lora" if self.adapters is not None else "unet"
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
-        """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it."""
+        """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it; or `lora/`, as a
+        pipeline's load_lora_weights does, with `lora_round/`, which holds the change since the opponent alone."""
+        if self.adapters is not None:
+            return self._save_adapters(self.adapters, directory, prove)
         target = directory / "unet"
         if self.accelerator.is_main_process:
             part = part_of(target)
@@ -335,8 +389,21 @@ class DiffusionGame:
                 self._prove(target)
         return [target]
 
+    def _save_adapters(self, adapters: Adapters, directory: Path, prove: bool) -> list[Path]:
+        targets = [directory / "lora", directory / "lora_round"]
+        if self.accelerator.is_main_process:
+            for target, write in zip(targets, (adapters.save, adapters.save_change), strict=True):
+                write(part_of(target))
+                commit(target)
+            if prove:
+                self._prove(targets[0])
+        return targets
+
     def restore(self, directory: Path | None) -> None:
-        """Load `unet/` below `directory`, or the base checkpoint's, into the player's parameters in place."""
+        """Load `unet/` or `lora/` below `directory`, or what the base has, into the player's parameters in place."""
+        if self.adapters is not None:
+            self.adapters.restore(directory / "lora" if directory is not None else None)
+            return
         if directory is None:
             unet = UNet2DConditionModel.from_pretrained(
                 self.base, subfolder="unet", dtype=torch.float32, use_safetensors=True, **self.base_options
@@ -372,9 +439,19 @@ class DiffusionGame:
             done=done,
         )
 
+    def _fresh(self, path: Path) -> UNet2DConditionModel:
+        """A UNet as a user gets it from what was saved in `path`."""
+        if self.adapters is None:
+            return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(
+            self.base, subfolder="unet", dtype=torch.float32, use_safetensors=True, **self.base_options
+        )
+        sampling_pipeline(self.pipeline, unet, "ddim").load_lora_weights(path)
+        return unet
+
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
-        fresh = UNet2DConditionModel.from_pretrained(path, dtype=torch.float32).to(self.accelerator.device).eval()
+        fresh = self._fresh(path).to(self.accelerator.device).eval()
         if self.denoiser.channels_last:
             fresh.to(memory_format=torch.channels_last)
         size = self.resolution // self.latent_px
@@ -407,11 +484,15 @@ def _one_to_one(batch: Batch) -> Batch:
     )
 
 
+def _autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+
+
 def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:
     """A frozen copy. Under autocast, linear and convolution weights are kept in the dtype to which autocast would cast
     the player's at every call: the same numbers in half the memory. Norms stay fp32, as autocast computes them."""
     opponent = copy.deepcopy(player).requires_grad_(False).eval()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    dtype = _autocast_dtype(mixed_precision)
     if dtype is not None:
         for module in opponent.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

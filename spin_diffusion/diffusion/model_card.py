@@ -18,7 +18,8 @@ from spin_diffusion.selfplay.rounds import objectives_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file
 from spin_diffusion.selfplay.train import of_round, steps_of_round
 
-UPLOADED = ["README.md", "config.yaml", "manifest.json", "report.html", "results.json", "samples.png", "unet/**"]
+UPLOADED = ["README.md", "config.yaml", "manifest.json", "report.html", "results.json", "samples.png", "unet/**",
+            "lora/**"]  # fmt: skip
 
 
 def write_model_card(
@@ -32,6 +33,7 @@ def write_model_card(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=False, autoescape=False
     )
+    folder = "lora" if config.lora.use_lora else "unet"
     objectives = objectives_of(config.rounds)
     last = OBJECTIVES[objectives[-1]]
     text = environment.get_template("model_card.md.j2").render(
@@ -41,9 +43,10 @@ def write_model_card(
         base_link=f"https://huggingface.co/{base}" if on_hub else "#use",
         method=last.method,
         method_link=f"https://arxiv.org/abs/{last.paper}",
-        unet_arguments=f'{json.dumps(config.run.hub_model_id)}, subfolder="unet"'
+        uses_lora=config.lora.use_lora,
+        arguments=f'{json.dumps(config.run.hub_model_id)}, subfolder="{folder}"'
         if config.run.hub_model_id
-        else json.dumps(str(output_dir / "unet")),
+        else json.dumps(str(output_dir / folder)),
         base_argument=json.dumps(base),
         facts=[(name, _line(str(value))) for name, value in _facts(config, rows)],
         table=as_markdown(comparisons) if comparisons else "",
@@ -102,6 +105,8 @@ def _facts(config: Config, rows: int) -> list[tuple[str, Any]]:
         ("optimizer steps a round", ", ".join(str(steps) for steps in _steps(config, rows))),
         ("pairs a step and process", training.train_batch_size * training.gradient_accumulation_steps),
         ("learning rate", by_round(training.learning_rate)),
+        ("trained", f"LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}" if config.lora.use_lora
+                    else "all weights of the UNet"),
         ("winner-preserving mu", config.denoiser.winner_preserving_mu),
         ("seed", rounds.seed),
     ]  # fmt: skip

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
 
@@ -25,6 +26,8 @@ class ModelSource:
     """Pipeline that it draws with; None for pictures."""
     unet: Path | None = None
     """Folder of a round's UNet."""
+    lora: Path | None = None
+    """Folder of a round's LoRA adapter, relative to the base."""
 
 
 def read_source(spec: str) -> ModelSource:
@@ -48,11 +51,14 @@ def read_source(spec: str) -> ModelSource:
             return ModelSource(name, path, "round", _base_of(folder), folder)
         if (folder / "unet" / "config.json").is_file():
             return ModelSource(name, path, "round", _base_of(folder), folder / "unet")
+        for place in (folder, folder / "lora"):
+            if (place / LORA_WEIGHTS).is_file():
+                return ModelSource(name, path, "round", _base_of(folder), lora=place)
         if any(file.suffix.lower() in PICTURES for file in folder.rglob("*")):
             return ModelSource(name, path, "images", None)
         raise InputError(
-            f"--models {spec!r}: the folder is neither a pipeline (model_index.json), nor a round (unet/), nor has it "
-            "pictures"
+            f"--models {spec!r}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), "
+            "nor has it pictures"
         )
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         what = "is a file" if folder.exists() else "does not exist"
@@ -74,7 +80,8 @@ def _base_of(folder: Path) -> str:
                 )
             return base
     raise InputError(
-        f"{folder} has a UNet but no run's manifest.json above it that names its base: evaluate it in its run"
+        f"{folder} has a UNet or an adapter but no run's manifest.json above it that names its base: evaluate it "
+        "in its run"
     )
 
 

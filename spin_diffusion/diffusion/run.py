@@ -27,7 +27,6 @@ from spin_diffusion.running import (
 )
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.rounds import objectives_of, source_of
-from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import check_batch
 
@@ -62,6 +61,7 @@ def run(config: Config, family_name: str) -> None:
         sampling=config.sampling,
         denoiser=config.denoiser,
         trajectory=config.trajectory,
+        lora=config.lora,
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
         base_options=options,
@@ -85,7 +85,7 @@ def run(config: Config, family_name: str) -> None:
         accelerator.print(line)
     pairs = manifest["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
-    write_manifest(output_dir, base, weights_hash(game.player), manifest, accelerator)
+    write_manifest(output_dir, base, game.base_hash, manifest, accelerator)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
@@ -107,7 +107,12 @@ def run(config: Config, family_name: str) -> None:
 def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:
     promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
     if not promoted:
-        print("No round was promoted: the base stands, and there is no unet/ to load")
+        print("No round was promoted: the base stands, and there is nothing to load")
+        return
+    if (output_dir / "lora").is_dir():
+        print(f"The player of round {promoted[-1]} is in {output_dir / 'lora'}; load it with\n"
+              f"  pipeline = {pipeline}.from_pretrained({base!r})\n"
+              f"  pipeline.load_lora_weights({str(output_dir / 'lora')!r})")  # fmt: skip
         return
     print(f"The player of round {promoted[-1]} is in {output_dir / 'unet'}; load it with\n"
           f"  {pipeline}.from_pretrained({base!r}, "

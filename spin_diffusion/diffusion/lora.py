@@ -1,0 +1,212 @@
+"""LoRA (arXiv 2106.09685): player and opponent as two adapters on one UNet.
+
+Both are there from the start, so no second copy of the UNet is ever in memory. The opponent is never "adapters switched
+off", which it would be in the first round only. The player's Parameters stay the same objects for as long as the game
+lives, and the player's adapter is the active one wherever nothing else is said: an optimizer, a wrapper for several
+processes and a recomputed forward pass all meet the adapter that is trained.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spin_diffusion.input_error import InputError
+
+PLAYER, OPPONENT = "player", "opponent"
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Train a low-rank adapter in place of all weights."""
+
+    use_lora: bool = False
+    """Train an adapter; the base's weights stay as they are, in the dtype of --mixed_precision."""
+    rank: int = 16
+    """Of the adapter's matrices."""
+    lora_alpha: float | None = None
+    """The adapter's change is scaled by this over the rank; default: the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter's matrices, in [0, 1), while training; player and opponent drop the same."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get an adapter; default: all attentions' projections, to_k, to_q, to_v, to_out.0."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"--rank {self.rank} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise InputError(f"--lora_alpha {self.lora_alpha} must be above 0")
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or its default."""
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+
+
+class Adapters:
+    """The two adapters of a UNet. The player's are fp32 and trainable, whatever the dtype of the base."""
+
+    def __init__(self, unet: UNet2DConditionModel, settings: LoraSettings, dtype: torch.dtype | None) -> None:
+        """Add both to `unet`, equal and without effect.
+
+        Args:
+            dtype: of the base's linear and convolution weights from here on, those that autocast would cast at every
+                call; None = as they are.
+
+        Raises:
+            InputError: no layer of a name in `lora_target_modules`.
+        """
+        self.unet, self.settings = unet, settings
+        if dtype is not None:
+            for module in unet.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.to(dtype)
+        targets = list(settings.lora_target_modules or ATTENTION)
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules()):
+                raise InputError(
+                    f"--lora_target_modules {target}: the UNet has no layer of this name; attentions have "
+                    f"{', '.join(ATTENTION)}, and ff.net.0.proj, ff.net.2 beside them"
+                )
+        config = LoraConfig(
+            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.lora_dropout, target_modules=targets,
+            init_lora_weights="gaussian",
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # every process, and every start of a run, begins with the same adapter
+            for name in (OPPONENT, PLAYER):
+                unet.add_adapter(config, adapter_name=name)
+        self.layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+        for layer in self.layers:
+            for part in (layer.lora_A, layer.lora_B):
+                part.float()
+        unet.eval()
+        self._activate(PLAYER)
+        self._fresh = {name: tensor.clone() for name, tensor in self.weights(PLAYER).items()}
+        self._load(OPPONENT, self._fresh)
+
+    def _activate(self, name: str) -> None:
+        self.unet.set_adapter(name)
+        # It makes the active adapter trainable, and only that
+        for adapter in (PLAYER, OPPONENT):
+            for parameter in self.parameters(adapter):
+                parameter.requires_grad_(adapter == PLAYER)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Of one adapter, in the order of the layers."""
+        return [part[name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B)]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """Of one adapter, by the names that diffusers knows them by."""
+        return {key: tensor.detach() for key, tensor in get_peft_model_state_dict(self.unet, adapter_name=name).items()}
+
+    def _load(self, name: str, weights: dict[str, Tensor]) -> None:
+        set_peft_model_state_dict(self.unet, dict(weights), adapter_name=name)
+        self._activate(PLAYER)
+
+    @contextmanager
+    def as_opponent(self) -> Iterator[None]:
+        """The opponent's adapter active."""
+        self._activate(OPPONENT)
+        try:
+            yield
+        finally:
+            self._activate(PLAYER)
+
+    @contextmanager
+    def dropping(self, seed: int) -> Iterator[None]:
+        """Dropout on, with masks from this seed: in one such context after another both adapters drop the same."""
+        if self.settings.lora_dropout == 0:
+            yield
+            return
+        with torch.random.fork_rng(), self.dropout(True):
+            torch.manual_seed(seed)
+            yield
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is on."""
+        return any(module.training for layer in self.layers for module in layer.lora_dropout.values())
+
+    @contextmanager
+    def dropout(self, on: bool) -> Iterator[None]:
+        """Dropout on or off."""
+        before, modules = self.drops, [module for layer in self.layers for module in layer.lora_dropout.values()]
+        for module in modules:
+            module.train(on)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.train(before)
+
+    def promote(self) -> None:
+        """The opponent becomes a copy of the player."""
+        self._load(OPPONENT, self.weights(PLAYER))
+
+    def hash_of(self, name: str) -> str:
+        """SHA-256 over an adapter's names and bytes."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.weights(name).items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """The player, relative to the base, as `pipeline.load_lora_weights` reads it."""
+        self._write(folder, self.weights(PLAYER), self.settings.rank, self.settings.alpha)
+
+    def save_change(self, folder: Path) -> None:
+        """What the round changed: player minus opponent, exactly, as an adapter of twice the rank.
+
+        B_p A_p - B_o A_o = [B_p, -B_o] [A_p; A_o].
+        """
+        player, opponent = self.weights(PLAYER), self.weights(OPPONENT)
+        change = {}
+        for key, tensor in player.items():
+            other = opponent[key]
+            down = ".lora_A." in key
+            change[key] = torch.cat([tensor, other if down else -other], dim=0 if down else 1)
+        self._write(folder, change, 2 * self.settings.rank, 2 * self.settings.alpha)
+
+    def _write(self, folder: Path, weights: dict[str, Tensor], rank: int, alpha: float) -> None:
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=0.0,
+            target_modules=sorted(self.settings.lora_target_modules or ATTENTION), init_lora_weights="gaussian",
+        ).to_dict()  # fmt: skip
+        described = {f"unet.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        # The key that diffusers reads rank and alpha from; a second one would be written in an order of its own
+        metadata = {"lora_adapter_metadata": json.dumps(described, sort_keys=True, default=str)}
+        tensors = {f"unet.{key}": tensor.cpu().contiguous() for key, tensor in weights.items()}
+        save_file(tensors, folder / WEIGHTS, metadata=metadata)
+        settings = asdict(self.settings) | {"rank": rank, "lora_alpha": alpha}
+        (folder / "lora_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def restore(self, folder: Path | None) -> None:
+        """The player as saved in a folder, or as it was at first; its Parameters stay the same objects.
+
+        Raises:
+            InputError: an adapter of another rank, or on other layers.
+        """
+        if folder is None:
+            self._load(PLAYER, self._fresh)
+            return
+        weights = {key.removeprefix("unet."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+        for key, tensor in self._fresh.items():
+            if key not in weights or weights[key].shape != tensor.shape:
+                raise InputError(f"{folder / WEIGHTS} is an adapter of another rank, or on other layers")
+        self._load(PLAYER, weights)

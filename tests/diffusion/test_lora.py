@@ -1,0 +1,235 @@
+"""LoRA: two adapters on one UNet, which of them is trained, what is saved and how it loads."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, WEIGHTS, LoraSettings
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay import train as train_module
+from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.selfplay.run_dir import file_hash, weights_hash
+from tests.diffusion.test_game import batch_of
+from tests.playing import TRAINING, make_game, play_all
+
+LORA = LoraSettings(use_lora=True, rank=4, lora_alpha=6.0, lora_dropout=0.2)
+QUICK = replace(TRAINING, learning_rate=1e-3)
+
+
+def move(game, size: float = 0.05, seed: int = 3) -> None:
+    """The player's adapter somewhere else."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in game.adapters.parameters(PLAYER):
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def prediction(unet, game) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(1, 4, 16, 16, generator=generator)
+    conditioning = game.family.encode_prompts(game.pipeline, ["a fox"], [False], torch.tensor([[32, 32, 0, 0, 32, 32]]))
+    inputs = {"encoder_hidden_states": conditioning.tokens}
+    if conditioning.added:
+        inputs["added_cond_kwargs"] = conditioning.added
+    with torch.no_grad():
+        return unet(x_t, torch.tensor([500]), **inputs).sample
+
+
+def test_only_the_player_s_adapter_is_trained_and_there_is_one_unet(sdxl_dir):
+    before = sum(isinstance(found, UNet2DConditionModel) for found in gc.get_objects())
+    game = make_game(sdxl_dir, lora=LORA)
+    assert game.opponent is game.player
+    assert sum(isinstance(found, UNet2DConditionModel) for found in gc.get_objects()) - before == 1
+    trainable = [parameter for parameter in game.player.parameters() if parameter.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in game.adapters.parameters(PLAYER)} and trainable
+    assert not {id(p) for p in trainable} & {id(p) for p in game.adapters.parameters(OPPONENT)}
+
+
+def test_the_player_s_parameters_stay_the_same_objects(sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, lora=LORA)
+    first = [id(parameter) for parameter in game.adapters.parameters(PLAYER)]
+
+    def same() -> bool:
+        now = game.adapters.parameters(PLAYER)
+        return [id(p) for p in now] == first and all(p.requires_grad for p in now)
+
+    move(game)
+    game.save(tmp_path)
+    assert same()
+    game.promote()
+    assert same()
+    game.restore(None)
+    assert same()
+    game.restore(tmp_path)
+    assert same()
+    game.scores(game.player, batch_of(game)).scores.player_real.sum().backward()
+    assert same() and not any(p.requires_grad for p in game.adapters.parameters(OPPONENT))
+    with pytest.raises(ZeroDivisionError), game.adapters.as_opponent():
+        raise ZeroDivisionError
+    assert same()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_every_r_is_zero_with_dropout_on_in_the_first_and_a_later_round(sdxl_dir, precision):
+    game = make_game(sdxl_dir, precision, lora=LORA, proportion_empty_prompts=0.5)
+    wrapped = game.accelerator.prepare_model(game.player)
+    for _ in range(2):
+        scores = game.scores(wrapped, batch_of(game)).scores
+        assert scores.r_real.abs().max() <= 1e-6 and scores.r_generated.abs().max() <= 1e-6
+        move(game)
+        assert game.scores(wrapped, batch_of(game)).scores.r_real.abs().max() > 1e-4
+        game.promote()
+
+
+def test_dropout_drops_in_scores_alone_and_depends_on_the_pairs(sdxl_dir):
+    game = make_game(sdxl_dir, lora=LORA)
+    move(game)
+    batch = batch_of(game)
+    one, again = (game.scores(game.player, batch).scores.player_real for _ in range(2))
+    assert torch.equal(one, again)
+    still = make_game(sdxl_dir, lora=replace(LORA, lora_dropout=0.0))
+    move(still)
+    assert not torch.allclose(still.scores(still.player, batch).scores.player_real, one)
+    assert torch.equal(prediction(game.player, game), prediction(still.player, still))
+
+
+def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
+    game = make_game(sdxl_dir, lora=replace(LORA, lora_dropout=0.0))
+    first, base = game.opponent_hash(), prediction(game.player, game)
+    move(game)
+    game.promote()
+    assert game.opponent_hash() != first and game.distance() == 0
+    with game.adapters.as_opponent():
+        assert (prediction(game.player, game) - base).abs().max() > 1e-4
+    move(game, seed=4)
+    assert game.opponent_hash() == game.opponent_hash() != game.player_hash() and game.distance() > 0
+
+
+def test_adapters_are_fp32_on_a_bf16_base(sdxl_dir):
+    game = make_game(sdxl_dir, "bf16", lora=LORA)
+    for name in (PLAYER, OPPONENT):
+        assert {parameter.dtype for parameter in game.adapters.parameters(name)} == {torch.float32}
+    linear = [p.dtype for name, p in game.player.named_parameters() if name.endswith("base_layer.weight")]
+    assert set(linear) == {torch.bfloat16}
+
+
+def test_the_base_s_hash_does_not_depend_on_the_adapter(sdxl_dir):
+    plain, game = make_game(sdxl_dir), make_game(sdxl_dir, lora=LORA)
+    assert plain.base_hash == game.base_hash == weights_hash(plain.player)
+
+
+def gradients(game, batch) -> list[torch.Tensor]:
+    game.player.zero_grad()
+    spin(game.scores(game.player, batch).scores, 100.0).sum().backward()
+    return [parameter.grad.clone() for parameter in game.player.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_gradient_checkpointing_changes_no_gradient_and_is_at_work(sdxl_dir, lora):
+    games = [make_game(sdxl_dir, lora=lora, gradient_checkpointing=on) for on in (False, True)]
+    batch, found, calls = batch_of(games[0]), [], []
+    for game in games:
+        if lora is not None:
+            move(game)
+            game.promote()  # so that recomputing with the opponent's adapter would show
+            move(game, seed=5)
+        block = game.player.down_blocks[0].resnets[0]
+        count = []
+        block.register_forward_pre_hook(lambda *args, count=count: count.append(1))
+        found.append(gradients(game, batch))
+        calls.append(len(count))
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.allclose(plain, recomputed, rtol=1e-4, atol=1e-7)
+    assert calls[1] == calls[0] + 1
+
+
+@pytest.mark.parametrize("base", ["sd1_dir", "sdxl_dir"])
+def test_it_loads_in_a_fresh_pipeline_with_its_alpha(base, request, tmp_path):
+    folder = request.getfixturevalue(base)
+    game = make_game(folder, lora=LORA)
+    untouched = prediction(game.player, game)
+    move(game)
+    game.save(tmp_path)
+    fresh = DiffusionPipeline.from_pretrained(folder)
+    fresh.load_lora_weights(tmp_path / "lora")
+    expected = prediction(game.player, game)
+    assert torch.allclose(prediction(fresh.unet, game), expected, atol=1e-5)
+    assert (expected - untouched).abs().max() > 1e-3
+
+
+def test_the_opponent_and_the_round_s_change_make_the_player(sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, lora=LORA)
+    move(game)
+    game.promote()
+    game.save(tmp_path / "first")
+    move(game, seed=5)
+    game.save(tmp_path / "second")
+    fresh = DiffusionPipeline.from_pretrained(sdxl_dir)
+    fresh.load_lora_weights(tmp_path / "first" / "lora", adapter_name="before")
+    fresh.load_lora_weights(tmp_path / "second" / "lora_round", adapter_name="change")
+    fresh.set_adapters(["before", "change"])
+    assert torch.allclose(prediction(fresh.unet, game), prediction(game.player, game), atol=1e-5)
+    fresh.set_adapters(["before"])
+    assert not torch.allclose(prediction(fresh.unet, game), prediction(game.player, game), atol=1e-3)
+
+
+def test_saved_bytes_depend_on_the_weights_alone(sdxl_dir, tmp_path):
+    for name in ("one", "other"):
+        game = make_game(sdxl_dir, lora=LORA)
+        move(game)
+        game.save(tmp_path / name, prove=False)
+    assert file_hash(tmp_path / "one/lora" / WEIGHTS) == file_hash(tmp_path / "other/lora" / WEIGHTS)
+
+
+def test_two_rounds_and_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):
+    def play(folder, game=None):
+        return play_all(sdxl_dir, tmp_path / folder, QUICK, game or make_game(sdxl_dir, lora=LORA))
+
+    records = play("whole")
+    assert [record["state"] for record in records] == ["PROMOTED", "PROMOTED"]
+    assert records[1]["opponent"]["hash"] != records[0]["opponent"]["hash"]
+    take_step = train_module._take_step
+    for left in (3, 6):
+        steps = [left]
+
+        def dies(*args, steps=steps):
+            steps[0] -= 1
+            if not steps[0]:
+                raise KeyboardInterrupt
+            return take_step(*args)
+
+        monkeypatch.setattr(train_module, "_take_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            play("killed")
+    monkeypatch.setattr(train_module, "_take_step", take_step)
+    # After the resume the optimizer still holds the active adapter, and moves it
+    game = make_game(sdxl_dir, lora=LORA)
+    first = [id(parameter) for parameter in game.adapters.parameters(PLAYER)]
+    seen = []
+
+    def watching(step, game_, player, optimizer, *args):
+        seen.append([id(parameter) for group in optimizer.param_groups for parameter in group["params"]])
+        before = prediction(game_.player, game_)
+        found = take_step(step, game_, player, optimizer, *args)
+        assert not torch.equal(prediction(game_.player, game_), before)
+        return found
+
+    monkeypatch.setattr(train_module, "_take_step", watching)
+    play("killed", game)
+    assert seen and all(ids == first for ids in seen)
+    for k in (1, 2):
+        for kind in ("lora", "lora_round"):
+            name = f"round-{k}/{kind}/{WEIGHTS}"
+            assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name), name
+    assert (tmp_path / "killed" / "lora" / WEIGHTS).is_file()
+
+
+def test_unknown_layers_and_other_ranks_are_refused(sdxl_dir, tmp_path):
+    with pytest.raises(InputError, match="--lora_target_modules to_x.*to_out.0"):
+        make_game(sdxl_dir, lora=replace(LORA, lora_target_modules=["to_q", "to_x"]))
+    make_game(sdxl_dir, lora=LORA).save(tmp_path, prove=False)
+    with pytest.raises(InputError, match="another rank"):
+        make_game(sdxl_dir, lora=replace(LORA, rank=2)).restore(tmp_path)
