@@ -136,7 +136,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_is_at_work(sdxl_dir, lor
             move(game)
             game.promote()  # so that recomputing with the opponent's adapter would show
             move(game, seed=5)
-        block = game.player.down_blocks[0].resnets[0]
+        block = game.player.up_blocks[-1].resnets[0]
         count = []
         block.register_forward_pre_hook(lambda *args, count=count: count.append(1))
         found.append(gradients(game, batch))
