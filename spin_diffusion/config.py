@@ -14,7 +14,8 @@ from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
-from spin_diffusion.selfplay.rounds import RoundSettings
+from spin_diffusion.selfplay.candidates import CandidateSettings
+from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.train import TrainSettings
 
 
@@ -41,6 +42,7 @@ class Config:
     images: ImageSettings
     sampling: SamplingSettings
     rounds: RoundSettings
+    candidates: CandidateSettings
     training: TrainSettings
     denoiser: DenoiserSettings
     evaluation: EvaluationSettings
@@ -73,3 +75,36 @@ def _check(config: Config) -> None:
     check_ranges(config.flat())
     if config.rounds.stop_when_learnt:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
+    _check_candidates(config.candidates, config.rounds)
+
+
+def _check_candidates(candidates: CandidateSettings, rounds: RoundSettings) -> None:
+    num, share = candidates.num_candidates, candidates.candidate_share
+    if num == 0:
+        if candidates.candidate_scorer is not None or share != 1.0:
+            flag = (
+                f"scorer {candidates.candidate_scorer}" if candidates.candidate_scorer is not None else f"share {share}"
+            )
+            raise InputError(f"--candidate_{flag} needs --num_candidates 2 or more")
+        return
+    if num < 2:
+        raise InputError(f"--num_candidates {num} must be at least 2, a best and a worst, or 0 for none")
+    if candidates.candidate_scorer is None:
+        raise InputError(
+            f"--num_candidates {num} needs --candidate_scorer, which tells the best from the worst: NAME[=PATH], such "
+            "as pickscore, or the path of a .py file"
+        )
+    if not 0 < share <= 1:
+        raise InputError(f"--candidate_share {share} must be above 0 and at most 1")
+    if rounds.num_generated > 1:
+        raise InputError(
+            f"--num_generated {rounds.num_generated} and --num_candidates {num} exclude each other: one draws several "
+            "images against each real one, the other keeps two of several; leave one of them out"
+        )
+    for name in objectives_of(rounds):
+        if source_of(rounds, name) != "opponent":
+            raise InputError(
+                f"--num_candidates {num} needs an objective whose generated side the opponent draws, which --objective "
+                f"{name}{' with --generated_from data' if rounds.generated_from == 'data' else ''} has not: give spin, "
+                "say, or leave it out"
+            )
