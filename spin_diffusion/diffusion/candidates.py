@@ -25,8 +25,8 @@ def check_scorer(settings: CandidateSettings) -> None:
         raise InputError(f"--candidate_scorer {spec}: {error}") from None
     if said.role == "drift":
         raise InputError(
-            f"--candidate_scorer {spec}: neither high nor low is good in a score of drift, so it has no best candidate: "
-            "give another scorer, pickscore say, or a .py file of your own"
+            f"--candidate_scorer {spec}: neither high nor low is good in a score of drift, so it has no best: give "
+            "another scorer, pickscore say, or a .py file of your own"
         )
 
 
