@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import candidates as candidates_module
@@ -49,9 +49,20 @@ def entries(folder) -> list[dict]:
     return [{key: value for key, value in entry.items() if key != "pairs_per_second"} for entry in found]
 
 
-def one_of(index: int, count: int) -> SimpleNamespace:
-    """An accelerator's view of a process."""
-    return SimpleNamespace(process_index=index, num_processes=count, wait_for_everyone=lambda: None)
+class OneOf(Accelerator):
+    """An accelerator as process `index` of `count` sees it; it waits for nobody."""
+
+    process_index = num_processes = 0
+
+    def __init__(self, index: int, count: int) -> None:
+        self.process_index, self.num_processes = index, count
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def silent(done: int, text: str) -> None:
+    """Shows no progress."""
 
 
 # The choice itself
@@ -101,19 +112,18 @@ def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tm
     for number in range(3):
         rows = [row | {"image": f"{number} {row}".encode()} for row in drawn(3, 1, 3)]
         write_rows(tmp_path / "samples" / f"{run_dir.shard_name(number, 3)}.parquet", rows, {})
-    silent = lambda done, text: None  # noqa: E731
-    judge_shards(tmp_path / "samples", tmp_path / "one", by_bytes, {"judge": "a"}, one_of(0, 1), silent)
+    judge_shards(tmp_path / "samples", tmp_path / "one", by_bytes, {"judge": "a"}, OneOf(0, 1), silent)
     for index in (1, 0):
-        judge_shards(tmp_path / "samples", tmp_path / "two", by_bytes, {"judge": "a"}, one_of(index, 2), silent)
+        judge_shards(tmp_path / "samples", tmp_path / "two", by_bytes, {"judge": "a"}, OneOf(index, 2), silent)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") and len(files_of(tmp_path / "one")) == 3
 
     def never(rows):
         raise AssertionError("judged twice")
 
-    judge_shards(tmp_path / "samples", tmp_path / "one", never, {"judge": "a"}, one_of(0, 1), silent)
+    judge_shards(tmp_path / "samples", tmp_path / "one", never, {"judge": "a"}, OneOf(0, 1), silent)
     judge_shards(
         tmp_path / "samples", tmp_path / "two", lambda rows: [-s for s in by_bytes(rows)], {"judge": "b"},
-        one_of(0, 1), silent,
+        OneOf(0, 1), silent,
     )  # fmt: skip
     for first, second in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         if first["scores"] is not None:
@@ -236,7 +246,7 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
 
     encoded = tmp_path / "encoded"
     samples_module.encode_shards(
-        tmp_path / "round-1" / "samples", encoded, make_game(sdxl_dir), one_of(0, 1), lambda done, text: None,
+        tmp_path / "round-1" / "samples", encoded, make_game(sdxl_dir), OneOf(0, 1), silent,
         lambda path: candidates_module.chosen_samples(path, tmp_path / "round-1" / CHOICES / path.name),
     )  # fmt: skip
     data = Side(tmp_path / "data" / "encoded")
@@ -255,16 +265,16 @@ def test_candidates_of_a_pool_say_who_drew_each(sdxl_dir, tmp_path):
     assert order == sorted(order) and len(rows_of(tmp_path / "round-2" / CHOICES)) == 10
 
 
-def test_a_kill_around_any_rename_before_training_changes_no_byte(sdxl_dir, unbroken, tmp_path, monkeypatch):
+def test_a_kill_around_any_rename_changes_no_byte(sdxl_dir, unbroken, tmp_path, monkeypatch):
     plain = os.replace
     kills, killed_at = 0, set()
-    for attempt in range(60):
+    for attempt in range(120):
         done = 0
 
         def dying(source, target, attempt=attempt):
             nonlocal done
             done += 1
-            if done == attempt % 4 + 1:
+            if done == attempt % 7 + 1:
                 killed_at.add(os.path.basename(os.path.dirname(target)))
                 if attempt % 2:
                     plain(source, target)
