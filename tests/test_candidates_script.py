@@ -7,6 +7,7 @@ import yaml
 
 from spin_diffusion.diffusion.candidates import scorer_as_judge
 from spin_diffusion.selfplay.run_dir import read_json, read_rows
+from tests.test_processes import play as play_in_processes
 from tests.test_scripts import play, refused, run, settings  # noqa: F401
 
 # How warm a picture is: known exactly from its pixels
@@ -122,6 +123,19 @@ def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, mon
     assert play(tmp_path, asked) == 0
     after = read_rows(written[0])
     assert [(row["real"], row["generated"]) for row in before] == [(row["generated"], row["real"]) for row in after]
+
+
+def test_two_processes_choose_the_same_as_one(asked, tmp_path):
+    for count in (1, 2):
+        settings_ = asked | {"train_batch_size": 4 // count, "candidate_share": 0.5}
+        play_in_processes(settings_, tmp_path / str(count), count)
+    one, two = (tmp_path / str(count) / "out" / "round-1" for count in (1, 2))
+    names = sorted(path.relative_to(one) for folder in ("samples", "choices") for path in (one / folder).iterdir())
+    assert len(names) == 6
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    records = [read_json(folder / "round.json")["candidates"] for folder in (one, two)]
+    assert records[0] == records[1]
 
 
 def test_a_language_model_has_no_such_setting(tmp_path, capsys):
