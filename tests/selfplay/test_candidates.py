@@ -16,6 +16,7 @@ from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.candidates import CHOICES, Candidates, best_and_worst, choose, judge_shards, summary
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_rows
 from spin_diffusion.selfplay.samples import Part, Side, open_pairs
+from spin_diffusion.selfplay.train import train
 from tests.playing import TRAINING, make_game, play_all
 
 
@@ -113,8 +114,9 @@ def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tm
         rows = [row | {"image": f"{number} {row}".encode()} for row in drawn(3, 1, 3)]
         write_rows(tmp_path / "samples" / f"{run_dir.shard_name(number, 3)}.parquet", rows, {})
     judge_shards(tmp_path / "samples", tmp_path / "one", by_bytes, {"judge": "a"}, OneOf(0, 1), silent)
-    for index in (1, 0):
+    for index, files in ((1, 1), (0, 3)):
         judge_shards(tmp_path / "samples", tmp_path / "two", by_bytes, {"judge": "a"}, OneOf(index, 2), silent)
+        assert len(files_of(tmp_path / "two")) == files
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two") and len(files_of(tmp_path / "one")) == 3
 
     def never(rows):
@@ -185,7 +187,7 @@ def test_both_rounds_begin_with_ln_2_and_another_choice_of_prompts(unbroken):
 
 
 @pytest.mark.parametrize("share, parts, judge", [
-    (0.5, 2, by_bytes), (1.0, 1, by_bytes),
+    (0.2, 2, by_bytes), (1.0, 1, by_bytes),
     (0.6, 1, lambda rows: [float(int(row["id"][0], 16) < 8 and row["k"] == 1) for row in rows]),
 ])  # fmt: skip
 def test_each_pair_holds_the_tensors_of_the_chosen_images(sdxl_dir, tmp_path, share, parts, judge):
@@ -194,25 +196,30 @@ def test_each_pair_holds_the_tensors_of_the_chosen_images(sdxl_dir, tmp_path, sh
     training = replace(TRAINING, train_batch_size=1)
     found = {}
 
-    def keep_pairs(game_, pairs, *args):
+    def keep_pairs(game_, pairs, plan, *args):
+        if plan.round_ < parts:  # look at the last part
+            return train(game_, pairs, plan, *args)
         places = range(len(pairs.ids))
         found["ids"], found["sides"] = pairs.ids, pairs.fetch(list(places)[::-1])
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr("spin_diffusion.selfplay.rounds.train", keep_pairs)
-        play_all(sdxl_dir, tmp_path, training, game, candidates(3, share, judge), rounds=1, real_parts=parts)
+        play_all(sdxl_dir, tmp_path, training, game, candidates(3, share, judge), rounds=parts, real_parts=parts)
 
+    folder = tmp_path / f"round-{parts}"
     real = {row["id"]: row for row in rows_of(tmp_path / "data" / "samples")}
-    samples = {(row["id"], row["k"]): row for row in rows_of(tmp_path / "round-1" / "samples")}
+    samples = {(row["id"], row["k"]): row for row in rows_of(folder / "samples")}
     expected = []
-    for row in rows_of(tmp_path / "round-1" / CHOICES):
+    for row in rows_of(folder / CHOICES):
         if row["generated"] is not None:
             best = real[row["id"]] if row["real"] is None else samples[row["id"], row["real"]]
             expected.append((row["id"], best, samples[row["id"], row["generated"]]))
-    ties = read_json(tmp_path / "round-1" / "round.json")["candidates"]["ties_left_out"]
+    ties = read_json(folder / "round.json")["candidates"]["ties_left_out"]
     assert (ties > 0) == (judge is not by_bytes)
     assert found["ids"] == [id_ for id_, _, _ in expected] and len(expected) > 2
+    places = {row["place"] for row in rows_of(folder / CHOICES) if row["scores"] is None}
+    assert share == 1.0 or places > {0}, "some real image that is not the first of its shard"
     for place, (_, *rows) in enumerate(expected[::-1]):
         for side, row in zip(found["sides"], rows, strict=True):
             for name, tensor in game.encode([row]).items():
