@@ -36,7 +36,7 @@ class CandidateSettings:
     """NAME[=PATH] of a scorer (pickscore, hps_v2_1, ...), or the path of a .py file; higher must be better."""
     candidate_share: float = 1.0
     """Share of the prompts, in (0, 1], whose pair is made so, chosen anew in each round; the others keep their real
-    image against one image by the opponent. SAIL (arXiv 2602.05380) mixes in a quarter: without real pairs it collapsed."""
+    image against one by the opponent. SAIL (arXiv 2602.05380) mixes a quarter into its seed data, against collapse."""
 
 
 @dataclass(frozen=True)

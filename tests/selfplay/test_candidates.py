@@ -187,7 +187,7 @@ def test_both_rounds_begin_with_ln_2_and_another_choice_of_prompts(unbroken):
 
 
 @pytest.mark.parametrize("share, parts, judge", [
-    (0.2, 2, by_bytes), (1.0, 1, by_bytes),
+    (0.13, 2, by_bytes), (1.0, 1, by_bytes),
     (0.6, 1, lambda rows: [float(int(row["id"][0], 16) < 8 and row["k"] == 1) for row in rows]),
 ])  # fmt: skip
 def test_each_pair_holds_the_tensors_of_the_chosen_images(sdxl_dir, tmp_path, share, parts, judge):
