@@ -16,6 +16,7 @@ from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
+from spin_diffusion.selfplay.candidates import CandidateSettings
 from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.train import TrainSettings
 
@@ -44,6 +45,7 @@ class Config:
     sampling: SamplingSettings
     trajectory: TrajectorySettings
     rounds: RoundSettings
+    candidates: CandidateSettings
     training: TrainSettings
     denoiser: DenoiserSettings
     lora: LoraSettings
@@ -79,6 +81,7 @@ def _check(config: Config) -> None:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
     if config.trajectory.trajectory != "forward":
         _check_trajectory(config)
+    _check_candidates(config.candidates, config.rounds)
 
 
 def _check_trajectory(config: Config) -> None:
@@ -89,9 +92,43 @@ def _check_trajectory(config: Config) -> None:
         raise InputError("--trajectory_weights sampler needs a sampler that adds noise: give --eta above 0, 1 say")
     if config.rounds.opponent in ("last_two", "pool"):
         raise InputError(f"{flag} keeps the trajectories of one opponent, not of --opponent {config.rounds.opponent}")
+    if config.candidates.num_candidates:
+        raise InputError(f"{flag} has no way for the real side of candidates: leave --num_candidates out")
     for name in objectives_of(config.rounds) + [name for name in config.run.compare_with or []]:
         if source_of(config.rounds, name) == "data":
             raise InputError(
                 f"{flag} needs the generated side's denoising steps, which the data set's worse images of --objective "
                 f"{name} do not have: take --trajectory forward, or --generated_from opponent"
+            )
+
+
+def _check_candidates(candidates: CandidateSettings, rounds: RoundSettings) -> None:
+    num, share = candidates.num_candidates, candidates.candidate_share
+    if num == 0:
+        if candidates.candidate_scorer is not None or share != 1.0:
+            flag = (
+                f"scorer {candidates.candidate_scorer}" if candidates.candidate_scorer is not None else f"share {share}"
+            )
+            raise InputError(f"--candidate_{flag} needs --num_candidates 2 or more")
+        return
+    if num < 2:
+        raise InputError(f"--num_candidates {num} must be at least 2, a best and a worst, or 0 for none")
+    if candidates.candidate_scorer is None:
+        raise InputError(
+            f"--num_candidates {num} needs --candidate_scorer, which tells the best from the worst: NAME[=PATH], such "
+            "as pickscore, or the path of a .py file"
+        )
+    if not 0 < share <= 1:
+        raise InputError(f"--candidate_share {share} must be above 0 and at most 1")
+    if rounds.num_generated > 1:
+        raise InputError(
+            f"--num_generated {rounds.num_generated} and --num_candidates {num} exclude each other: one draws several "
+            "images against each real one, the other keeps two of several; leave one of them out"
+        )
+    for name in objectives_of(rounds):
+        if source_of(rounds, name) != "opponent":
+            raise InputError(
+                f"--num_candidates {num} needs an objective whose generated side the opponent draws, which --objective "
+                f"{name}{' with --generated_from data' if rounds.generated_from == 'data' else ''} has not: give spin, "
+                "say, or leave it out"
             )

@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
+from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
@@ -261,15 +262,18 @@ def play_with_rivals(
     evaluate_rival: Callable[[str], Evaluate | None],
     progress: Progress,
     held_out: Path | None = None,
+    candidates: Candidates | None = None,
 ) -> list[dict[str, Any]]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
     data = output_dir / "data"
-    records = play(game, data, output_dir, config.rounds, config.training, accelerator, evaluate, progress, held_out)
+    records = play(
+        game, data, output_dir, config.rounds, config.training, accelerator, evaluate, progress, held_out, candidates
+    )
     for rival in rivals(config):
         accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
         play(
             game, data, output_dir / f"compare-{rival}", dataclasses.replace(config.rounds, objective=rival),
-            config.training, accelerator, evaluate_rival(rival), progress, held_out,
+            config.training, accelerator, evaluate_rival(rival), progress, held_out, candidates,
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -17,6 +17,7 @@ from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
 from spin_diffusion.diffusion.trajectory import TrajectorySettings
+from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.rounds import RoundSettings, play
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
@@ -73,10 +74,16 @@ def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: 
 
 
 def play_all(
-    base: Path, output_dir: Path, training: TrainSettings = TRAINING, game: DiffusionGame | None = None, **rounds: Any
+    base: Path,
+    output_dir: Path,
+    training: TrainSettings = TRAINING,
+    game: DiffusionGame | None = None,
+    candidates: Candidates | None = None,
+    **rounds: Any,
 ) -> list[dict[str, Any]]:
     """Prepare and play as a fresh process would, and return the rounds' records."""
     game = game or make_game(base, accumulation=training.gradient_accumulation_steps)
     losers = rounds.get("objective") == "dpo"
     prepare_data(game, output_dir / "data", losers=losers)
-    return play(game, output_dir / "data", output_dir, replace(ROUNDS, **rounds), training, game.accelerator)
+    rounds_ = replace(ROUNDS, **rounds)
+    return play(game, output_dir / "data", output_dir, rounds_, training, game.accelerator, candidates=candidates)

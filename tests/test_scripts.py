@@ -192,6 +192,7 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
         (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
         (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),
+        (["--trajectory", "steps", "--num_candidates", "2"], ["--trajectory steps", "--num_candidates"]),
         (["--trajectory", "steps", "--objective", "dpo"], ["--trajectory steps", "--objective dpo"]),
         (["--trajectory", "steps", "--trajectory_weights", "sampler"], ["--trajectory_weights sampler", "--eta"]),
         (["--eta", "2"], ["--eta 2", "between 0 and 1"]),

@@ -8,6 +8,7 @@ from typing import Any
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import ReadReport, read_examples
+from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
@@ -94,8 +95,9 @@ def run(config: Config, family_name: str) -> None:
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
     evaluator.base()
     records = play_with_rivals(
-        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress
-    )
+        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
+        candidates=candidates_of(config.candidates, str(accelerator.device)),
+    )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
         write_model_card(output_dir, config, family.PIPELINE.__name__, manifest["rows"], comparisons)
@@ -124,6 +126,7 @@ def _check_inputs(config: Config) -> PromptSet | None:
     that do not exist."""
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir")
+    check_scorer(config.candidates)
     if not config.evaluation.validation_prompts:
         return None
     check_specs(config.evaluation.scorers or [])
@@ -146,6 +149,7 @@ def _header(config: Config, game: DiffusionGame, rows: int) -> str:
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, rows // config.rounds.real_parts)}"
+        f"{_candidate_lines(config)}"
     )
 
 
@@ -189,3 +193,17 @@ def _check_room(config: Config, game: DiffusionGame, pairs: int) -> None:
 def _draws(config: Config) -> bool:
     """Whether an opponent draws at all."""
     return "opponent" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
+
+
+def _candidate_lines(config: Config) -> str:
+    """For the header: where pairs come from that have no real image, and what their scorer cannot be used for."""
+    found, scorers = config.candidates, config.evaluation.scorers or []
+    if not found.num_candidates:
+        return ""
+    of = "all prompts" if found.candidate_share == 1 else f"{found.candidate_share:.0%} of the prompts"
+    line = f"Candidates {found.num_candidates} for {of}, best against worst by {found.candidate_scorer}\n"
+    if found.candidate_scorer in scorers:
+        line += (
+            f"           so {found.candidate_scorer} says what was aimed at, not what was gained: trust the others\n"
+        )
+    return line

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.candidates import CHOICES, Candidates, chosen_samples, judge_shards, summary
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.gap import held_out_gap
 from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, ObjectiveName, bind, with_anchor
@@ -52,6 +53,7 @@ from spin_diffusion.selfplay.train import (
     Pairs,
     RoundPlan,
     TrainSettings,
+    check_batch,
     of_round,
     remove_checkpoints,
     steps_of_round,
@@ -135,6 +137,7 @@ def play(
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
     held_out: Path | None = None,
+    candidates: Candidates | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
@@ -143,13 +146,15 @@ def play(
         output_dir: gets `round-1/`, `round-2/`, ... and what the game saves of the last promoted round.
         held_out: the same of real samples that are never trained on. The opponent draws for them too, and every
             round is asked how well it tells the two apart.
+        candidates: where the opponent plays, its own samples make the pairs; needs num_generated = 1.
     """
+    assert candidates is None or rounds.num_generated == 1, "the configuration checks it"
     progress = progress or Progress()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle(output_dir)
     accelerator.wait_for_everyone()
-    table = _Table(game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress)
+    table = _Table(game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress, candidates)
     records: list[dict[str, Any]] = []
     for k in range(1, rounds.rounds + 1):
         promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
@@ -184,6 +189,7 @@ class _Table:
     accelerator: Accelerator
     evaluate: Evaluate | None
     progress: Progress
+    candidates: Candidates | None = None
     opponent: tuple[Path, str] | None = None
     """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None
@@ -247,6 +253,7 @@ class _Round:
         self.directory = table.output_dir / f"round-{k}"
         self.objective: ObjectiveName = of_round(self.rounds.objective, k)
         self.source = source_of(self.rounds, self.objective)
+        self.candidates = table.candidates if self.source == "opponent" else None
         self.title = f"{self.objective} round {k}"
         self.parent = promoted[-1] if promoted else 0
         self.mixture = OPPONENTS[self.rounds.opponent](promoted, self.rounds.pool_weights)
@@ -356,6 +363,10 @@ class _Round:
         metadata = {
             "opponent": self.record["opponent"]["hash"], "data": self.record["data_hash"], "round": str(self.k)
         }  # fmt: skip
+        judge = None
+        if self.candidates is not None:
+            metadata |= self.candidates.metadata
+            judge = self.candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
         for samples in self.sets:
             if len(self.mixture) == 1:
                 self._draw(samples, samples.folder / SAMPLES, max(self.mixture), metadata)
@@ -367,11 +378,20 @@ class _Round:
                 list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
                 self.accelerator,
             )  # fmt: skip
-        return {
+        made: dict[str, Any] = {
             "generated": self.source,
             "drawn": self._drawn_by(),
             "files": self._hashes(SAMPLES) | self._hashes(KEPT),
         }
+        if self.candidates is None or judge is None:
+            return made
+        for samples in self.sets:
+            bar = self.table.progress.phase(f"{samples.title}: judge the candidates", self._num_drawn(samples))
+            judge_shards(
+                samples.folder / SAMPLES, samples.folder / CHOICES, judge, metadata | {"judge": self.candidates.judge},
+                self.accelerator, bar,
+            )  # fmt: skip
+        return made | {"candidates": self._judged(), "files": made["files"] | self._hashes(CHOICES)}
 
     def _drawn_by(self) -> dict[str, int]:
         """How many of the samples to train on each self drew, by its round; the samples name their own."""
@@ -382,16 +402,44 @@ class _Round:
         ]
         return {str(found["round"]): hashes.count(found["hash"]) for found in self.record["opponent"]["members"]}
 
+    def _judged(self) -> dict[str, Any]:
+        """What the choices for the pairs to train on come to; InputError when too few are left."""
+        assert self.candidates is not None
+        found = summary(self.directory / CHOICES)
+        ties = f"{found['ties_left_out']:.0%} of {found['self_labelled']} left out, all of one score"
+        if found["self_labelled"]:
+            self.accelerator.print(
+                f"{self.title}: candidates' best {found['mean_best']:+.4f}, worst {found['mean_worst']:+.4f} on "
+                f"average ({ties})"
+            )
+        try:
+            check_batch(found["pairs"], self.table.training, self.accelerator.num_processes)
+        except InputError as error:
+            raise InputError(f"round {self.k}: {error} (candidates: {ties}, by {self.candidates.judge})") from None
+        settings = {"num": self.candidates.num, "share": self.candidates.share, "judge": self.candidates.judge}
+        return settings | found
+
+    def _num_drawn(self, samples: _Samples) -> int:
+        """Samples of the opponent, on average over the seeds that choose which prompts get candidates."""
+        each = self.candidates.drawn_on_average if self.candidates is not None else self.rounds.num_generated
+        return round(samples.part.count(samples.data) * each)
+
+    def _copies(self, id_: str) -> int:
+        """Samples that the opponent draws for a real one."""
+        if self.candidates is None:
+            return self.rounds.num_generated
+        return self.candidates.drawn_for(self.rounds.seed, self.k, id_)
+
     def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> None:
         """The samples that member k of the mixture draws."""
         opponent = self._seat(k)
-        seed, copies = self.rounds.seed, self.rounds.num_generated
+        seed = self.rounds.seed
 
         def ask(real: list[Row]) -> list[Row]:
             return [
                 row | {"place": place, "k": copy}
                 for place, row in enumerate(real[samples.part.places])
-                for copy in range(copies)
+                for copy in range(self._copies(row["id"]))
                 if member(self.mixture, seed, self.k, row["id"], copy) == k
             ]
 
@@ -404,17 +452,20 @@ class _Round:
             ]
 
         share = f" by {describe({k: 1.0})}" if len(self.mixture) > 1 else ""
-        total = round(samples.part.count(samples.data) * copies * self.mixture[k])
+        total = round(self._num_drawn(samples) * self.mixture[k])
         bar = self.table.progress.phase(f"{samples.title}: generate{share}", total)
         draw_shards(samples.data, target, ask, draw, metadata, self.game.prompt_columns, self.accelerator, bar)
 
     def _cache(self) -> dict[str, Any]:
         for samples in self.sets:
             if self.source == "opponent":
-                total = samples.part.count(samples.data) * self.rounds.num_generated
+                wanted = {}
+                if self.candidates is not None:
+                    choices = samples.folder / CHOICES
+                    wanted["rows_of"] = lambda path, choices=choices: chosen_samples(path, choices / path.name)
                 encode_shards(
                     samples.folder / SAMPLES, samples.folder / ENCODED, self.game, self.accelerator,
-                    self.table.progress.phase(f"{samples.title}: encode", total),
+                    self.table.progress.phase(f"{samples.title}: encode", self._num_drawn(samples)), **wanted,
                 )  # fmt: skip
             if self.game.keeps_scores:
                 self._score(samples)
@@ -547,7 +598,8 @@ class _Round:
         if self.source == "opponent":
             self._check_samples(samples.folder / SAMPLES)
         real = Side(samples.data / ENCODED, scores("real"))
-        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated)
+        choices = samples.folder / CHOICES if self.candidates is not None else None
+        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices)
 
     def _check_samples(self, folder: Path) -> None:
         """A sample is trained on only when one of this round's opponents drew it."""
@@ -607,7 +659,7 @@ class _Round:
         """Top-level names in the round's folder that `game.save` wrote."""
         prefix = f"{self.directory.name}/"
         names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
-        return sorted(names - {SAMPLES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, "evaluation"})
+        return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, "evaluation"})
 
     def _hashes(self, name: str) -> dict[str, str]:
         """Of all files in the folders of this name."""

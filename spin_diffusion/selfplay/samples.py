@@ -215,14 +215,23 @@ def merge_shards(
 
 
 def encode_shards(
-    source: Path, target: Path, game: Game, accelerator: Accelerator, progress: Callable[[int, str], None]
+    source: Path,
+    target: Path,
+    game: Game,
+    accelerator: Accelerator,
+    progress: Callable[[int, str], None],
+    rows_of: Callable[[Path], list[Row]] = read_rows,
 ) -> None:
-    """For each shard of samples in `source` let one process write the tensors that scoring needs."""
+    """For each shard of samples in `source` let one process write the tensors that scoring needs.
+
+    Args:
+        rows_of: the rows of a shard that are wanted.
+    """
     done = 0
     for path in _mine(shards(source, ".parquet"), accelerator):
         out = target / f"{path.stem}.safetensors"
         if not out.is_file():
-            rows = read_rows(path)
+            rows = rows_of(path)
             write_tensors(out, game.encode(rows) if rows else {}, {})
         done += rows_in(path)
         progress(done * accelerator.num_processes, "")
@@ -293,13 +302,20 @@ class Side:
     kept: Path | None = None
 
 
-def open_pairs(data: Path, real: Side, generated: Side | None, part: Part, copies: int) -> Pairs:
+def open_pairs(
+    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None
+) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
     Args:
         generated: None = there is no such side.
         copies: generated samples per real one.
+        choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
+            holds these alone.
     """
+    if choices is not None:
+        assert generated is not None and copies == 1
+        return _open_chosen(data, real, generated, part, choices)
     ids, prompts, places = [], [], []
     for number, path in enumerate(shards(data / "samples", ".parquet")):
         for place, row in enumerate(read_rows(path, columns=["id", "prompt"])[part.places]):
@@ -321,6 +337,41 @@ def open_pairs(data: Path, real: Side, generated: Side | None, part: Part, copie
     return Pairs(ids, prompts, fetch)
 
 
+def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: Path) -> Pairs:
+    """The pairs of candidates, and those of real samples and generated ones beside them."""
+    ids, prompts, places = [], [], []
+    in_data, drawn = _Tensors(real), _Tensors(generated)
+    folders = zip(shards(data / "samples", ".parquet"), shards(choices, ".parquet"), strict=True)
+    for number, (samples, chosen) in enumerate(folders):
+        rows = read_rows(samples, columns=["id", "prompt"])[part.places]
+        next_drawn = 0
+        for row, choice in zip(rows, read_rows(chosen), strict=True):
+            assert row["id"] == choice["id"], f"{chosen} does not answer {samples}"
+            if choice["generated"] is None:
+                continue
+            ids.append(row["id"])
+            prompts.append(row["prompt"])
+            # Of a prompt's samples the chosen ones lie there in the order of k
+            both = [k for k in (choice["real"], choice["generated"]) if k is not None]
+            lies = {k: (number, next_drawn + place) for place, k in enumerate(sorted(both))}
+            next_drawn += len(both)
+            places.append(((number, choice["place"]), lies.get(choice["real"]), lies[choice["generated"]]))
+
+    def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = []
+        for index in indices:
+            (number, place), best, _ = places[index]
+            if best is None:
+                found.append(in_data.rows([(number, part.index + place * part.of)], [(number, place)]))
+            else:
+                found.append(drawn.rows([best], [best]))
+        others = [places[index][2] for index in indices]
+        together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
+        return together, drawn.rows(others, others)
+
+    return Pairs(ids, prompts, fetch)
+
+
 class _Tensors:
     """Rows of tensors in a folder of safetensors shards, read through memory maps."""
 
@@ -331,7 +382,8 @@ class _Tensors:
         self.kept = [safe_open(path, framework="pt") for path in kept]
         scores = shards(side.scores, ".safetensors") if side.scores is not None else []
         self.scores = [load_file(path)["opponent_score"] for path in scores]
-        self.names = sorted(_of_side({name: name for name in self.files[0].keys()}, side.prefix).values())
+        names = next((list(file.keys()) for file in self.files if file.keys()), [])  # a shard may have no rows
+        self.names = sorted(_of_side({name: name for name in names}, side.prefix).values())
         if not self.names:
             raise InputError(
                 f"{side.tensors} has no worse samples, which --objective dpo needs: give a data set with pairs"

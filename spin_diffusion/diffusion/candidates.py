@@ -1,0 +1,60 @@
+"""The judge of self-labelled candidates (`selfplay.candidates`): any scorer of images."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from spin_diffusion.evaluation.scorers import about, load_scorer, parse_spec
+from spin_diffusion.evaluation.scoring import BATCH, check_specs
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.candidates import Candidates, CandidateSettings, Judge
+from spin_diffusion.selfplay.game import Row
+from spin_diffusion.selfplay.run_dir import file_hash
+
+
+def check_scorer(settings: CandidateSettings) -> None:
+    """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
+    spec = settings.candidate_scorer
+    if not settings.num_candidates or spec is None:
+        return
+    try:
+        check_specs([spec])
+        said = about(spec)
+    except InputError as error:
+        raise InputError(f"--candidate_scorer {spec}: {error}") from None
+    if said.role == "drift":
+        raise InputError(
+            f"--candidate_scorer {spec}: neither high nor low is good in a score of drift, so it has no best: give "
+            "another scorer, pickscore say, or a .py file of your own"
+        )
+
+
+def candidates_of(settings: CandidateSettings, device: str) -> Candidates | None:
+    """What the rounds need to know; None = no candidates are asked for.
+
+    Args:
+        device: where the scorer runs, such as "cpu" or "cuda:0".
+    """
+    spec = settings.candidate_scorer
+    if not settings.num_candidates or spec is None:
+        return None
+    module = parse_spec(spec)[1]
+    # A file of the user's own may change between two starts of a run, its name does not
+    judge = f"{spec} (SHA-256 {file_hash(Path(module))[:16]})" if module.endswith(".py") else spec
+    return Candidates(settings.num_candidates, settings.candidate_share, judge, lambda: scorer_as_judge(spec, device))
+
+
+def scorer_as_judge(spec: str, device: str) -> Judge:
+    """A scorer of images as a judge of stored samples; its weights are read now."""
+    scorer = load_scorer(spec, device)
+
+    def judge(rows: list[Row]) -> list[float]:
+        scores: list[float] = []
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            pictures = [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in part]
+            scores += scorer(pictures, [row["prompt"] for row in part]).tolist()
+        return scores
+
+    return judge
