@@ -8,7 +8,8 @@ or, better where other programs compete for the cores, as single-threaded worker
 
 In order: `data/train.parquet` and `prompts.jsonl`; a VAE; a base, text encoders and UNet trained together on drawings
 of both styles; from the base `sloppy/`, trained on nine tenths sloppy drawings, and `plateau/`, trained on careful ones
-only, at the end with the loss of plain fine-tuning; `hashes.json`. Every stage leaves
+only, at the end with the loss of plain fine-tuning; `hashes.json`. `confused/` is made from `plateau/` by
+`build_confused.py`. Every stage leaves
 its state in --work_dir and is skipped or continued when the command is run again. Held-out captions are never drawn for
 training. Data and prompts come out the same as the recorded ones, weights do not: the recorded VAE was trained in two
 runs (900 and 700 steps) and the recorded base saw nine tenths sloppy drawings and the plain loss for its first 2,000
@@ -503,7 +504,7 @@ def _progress(items, title: str) -> tqdm:
 def write_hashes(folder: Path) -> None:
     """hashes.json: sha256 of every file the build wrote, by its path in the folder."""
     files = [folder / "prompts.jsonl"]
-    for name in ("data", "sloppy", "plateau", "pickscore"):
+    for name in ("data", "sloppy", "plateau", "confused", "pickscore"):
         files += sorted(path for path in (folder / name).rglob("*") if path.is_file())
     hashes = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n")

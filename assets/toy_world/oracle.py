@@ -80,7 +80,11 @@ def load(device: str = "cpu") -> Callable[[list[Image.Image], list[str]], torch.
 def details(image: Image.Image, caption: str) -> dict[str, float]:
     """Every part of the score, each in 0..1: background, colour, shape, size, place (means over the caption's objects),
     right, clean and score."""
-    scene = world.parse_caption(caption)
+    return scene_details(image, world.parse_caption(caption))
+
+
+def scene_details(image: Image.Image, scene: "world.Scene") -> dict[str, float]:
+    """`details` of a scene, which may be one that no caption describes: two objects of one colour."""
     if image.size != (world.SIZE_PX, world.SIZE_PX):
         image = image.resize((world.SIZE_PX, world.SIZE_PX), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)

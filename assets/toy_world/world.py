@@ -39,6 +39,9 @@ BACKGROUNDS = {
     "pink": (250, 185, 205),
     "cyan": (120, 225, 235),
 }
+_COUPLES = (("red", "orange"), ("green", "yellow"), ("blue", "purple"), ("circle", "ring"), ("square", "cross"))
+PARTNERS = {a: b for couple in (*_COUPLES, ("triangle", "star")) for a, b in (couple, couple[::-1])}
+"""The colour, or the shape, that the base `confused` takes for another."""
 RADII_PX = {"small": 8.0, "large": 13.0}
 PLACES = {
     "on the left": (18.0, 32.0),

@@ -207,11 +207,14 @@ def test_the_pairs_are_jpegs_that_the_oracle_tells_apart():
 def test_the_hashes_are_those_of_the_files():
     hashes = json.loads((TOY_WORLD / "hashes.json").read_text())
     assert {"prompts.jsonl", "data/train.parquet", "sloppy/model_index.json", "plateau/model_index.json"} <= set(hashes)
+    folders = ("data", "sloppy", "plateau", "confused", "pickscore")
+    files = {p.relative_to(TOY_WORLD).as_posix() for f in folders for p in (TOY_WORLD / f).rglob("*") if p.is_file()}
+    assert set(hashes) == files | {"prompts.jsonl"}
     for name, digest in hashes.items():
         assert hashlib.sha256((TOY_WORLD / name).read_bytes()).hexdigest() == digest, name
 
 
-@pytest.mark.parametrize("name", ["sloppy", "plateau"])
+@pytest.mark.parametrize("name", ["sloppy", "plateau", "confused"])
 def test_a_pipeline_is_small_and_loads_through_from_pretrained(name):
     from diffusers import StableDiffusionXLPipeline
 
