@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from spin_diffusion.data import DataSettings
+from spin_diffusion.diffusion.curation import CurationSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
@@ -38,6 +39,7 @@ class Config:
 
     model: ModelSettings
     data: DataSettings
+    curation: CurationSettings
     images: ImageSettings
     sampling: SamplingSettings
     rounds: RoundSettings
@@ -73,3 +75,7 @@ def _check(config: Config) -> None:
     check_ranges(config.flat())
     if config.rounds.stop_when_learnt:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
+    if config.curation.one_per_prompt and config.data.one_image_per_prompt:
+        raise InputError(
+            "--one_per_prompt keeps the best image of each prompt and --one_image_per_prompt the first: give one of them"
+        )
