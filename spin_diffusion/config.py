@@ -77,5 +77,5 @@ def _check(config: Config) -> None:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
     if config.curation.one_per_prompt and config.data.one_image_per_prompt:
         raise InputError(
-            "--one_per_prompt keeps the best image of each prompt and --one_image_per_prompt the first: give one of them"
+            "--one_per_prompt keeps the best image of each prompt, --one_image_per_prompt the first: give one of them"
         )

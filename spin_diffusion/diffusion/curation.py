@@ -140,7 +140,9 @@ def choose(
         left_out["--one_per_prompt"] = len(best_first) - len(kept)
         best_first = kept
     if settings.curation_threshold is not None:
-        kept = best_first[scores[best_first] >= settings.curation_threshold]
+        # Scorers return fp32: a score of 0.7 is below the 0.7 of fp64
+        above = scores[best_first].astype(np.float32) >= np.float32(settings.curation_threshold)
+        kept = best_first[above]
         left_out[f"--curation_threshold {settings.curation_threshold:g}"] = len(best_first) - len(kept)
         best_first = kept
     ranked = len(best_first)
