@@ -246,8 +246,8 @@ class Curation:
             shard = islice(examples, self.rows_per_shard)
             rows = self._scored_already(path, shard) if path.is_file() else []
             if not path.is_file():
-                while batch := list(islice(shard, BATCH)):
-                    rows += self._scored_batch(scorer, batch)
+                while scored := self._scored_batch(scorer, list(islice(shard, BATCH))):
+                    rows += scored
                     bar(count + len(rows), "")
                 if rows:
                     write_rows(path, rows, {})
