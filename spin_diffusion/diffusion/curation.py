@@ -364,7 +364,8 @@ def curation_lines(summary: dict[str, Any], settings: CurationSettings) -> list[
     lines += [f"  left out by {rule}: {count}" for rule, count in summary["left_out"].items() if count]
     if settings.curation_top is not None and summary["ranked"] < settings.curation_top:
         lines.append(f"  --curation_top {settings.curation_top} is more than the {summary['ranked']} there are")
-    return lines
+    name = _name(summary["scorer"])
+    return [*lines, f"  {name} chose what is learnt, so a rise of its score alone is no gain: judge by other scorers"]
 
 
 def _name(spec: str | None) -> str:

@@ -127,6 +127,7 @@ def picture(level: int, side: int = 8) -> bytes:
     return buffer.getvalue()
 
 
+WARNING = "  brightness chose what is learnt, so a rise of its score alone is no gain: judge by other scorers"
 LEVELS = [50, 200, 10, 130, 90, 250, 70, 30, 180, 110, 20]
 
 
@@ -180,7 +181,7 @@ def test_the_chosen_examples_come_in_the_order_of_the_data_set(brightness, tmp_p
         "id": example_id(list(data())[3]), "prompt": "prompt 1", "score": 130.0, "chosen": True,
     }  # fmt: skip
     assert curation_line(curation.summary) == "curated by brightness: 4 of 11 kept (scores 130 to 250)"
-    assert curation_lines(curation.summary, curation.settings)[1:] == ["  left out by --curation_top 4: 7"]
+    assert curation_lines(curation.summary, curation.settings)[1:] == ["  left out by --curation_top 4: 7", WARNING]
 
 
 def test_a_top_larger_than_the_set_is_a_note(brightness, tmp_path):
@@ -188,7 +189,7 @@ def test_a_top_larger_than_the_set_is_a_note(brightness, tmp_path):
     curation = make(tmp_path, data, brightness, curation_top=100, one_per_prompt=True)
     assert levels(curation.take(data)) == [200, 130, 250, 70, 180, 20]
     assert curation_lines(curation.summary, curation.settings)[1:] == [
-        "  left out by --one_per_prompt: 5", "  --curation_top 100 is more than the 6 there are",
+        "  left out by --one_per_prompt: 5", "  --curation_top 100 is more than the 6 there are", WARNING,
     ]  # fmt: skip
 
 
