@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from spin_diffusion.data import DataSettings
+from spin_diffusion.diffusion.curation import CurationSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.lora import LoraSettings
@@ -41,6 +42,7 @@ class Config:
 
     model: ModelSettings
     data: DataSettings
+    curation: CurationSettings
     images: ImageSettings
     sampling: SamplingSettings
     trajectory: TrajectorySettings
@@ -79,6 +81,10 @@ def _check(config: Config) -> None:
     check_ranges(config.flat())
     if config.rounds.stop_when_learnt:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
+    if config.curation.one_per_prompt and config.data.one_image_per_prompt:
+        raise InputError(
+            "--one_per_prompt keeps the best image of each prompt, --one_image_per_prompt the first: give one of them"
+        )
     if config.trajectory.trajectory != "forward":
         _check_trajectory(config)
     _check_candidates(config.candidates, config.rounds)

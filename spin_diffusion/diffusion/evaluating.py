@@ -16,6 +16,7 @@ from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.in_rounds import RunEvaluation, model_of, run_evaluation
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.selfplay.progress import Progress
 
@@ -72,7 +73,11 @@ class Evaluator(RunEvaluator):
         self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
     ) -> tuple[dict[str, Any], list[Comparison]]:
         assert self.evaluation is not None
-        return self.evaluation.conclude(root, models, title, training_captions=self._training_prompts(), **more)
+        curator = self.config.curation.curation_scorer
+        in_domain = [parse_spec(curator)[0]] if curator else []
+        return self.evaluation.conclude(
+            root, models, title, training_captions=self._training_prompts(), in_domain=in_domain, **more
+        )
 
     def show(self, name: str, folder: Path) -> None:
         pictures = self._gallery_pictures(folder)

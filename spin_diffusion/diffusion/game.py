@@ -71,6 +71,12 @@ class DenoiserSettings:
             raise InputError(f"--timestep_weights {self.timestep_weights} must be numbers of at least 0, not all 0")
 
 
+def example_id(example: Example) -> str:
+    """The id of an example's stored row: 16 hexadecimal digits of the hash of prompt and images."""
+    digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image + (example.loser or b""))
+    return digest.hexdigest()[:16]
+
+
 class DiffusionGame:
     """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
 
@@ -144,8 +150,7 @@ class DiffusionGame:
     def real_rows(self, examples: Iterable[Example]) -> Iterator[Row]:
         """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
         for example in examples:
-            digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image + (example.loser or b""))
-            row: Row = {"id": digest.hexdigest()[:16], "prompt": example.prompt, "drawn": False}
+            row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
             row |= self._stored(example.image, row["id"], "")
             if example.loser is not None:
                 row |= self._stored(example.loser, row["id"], "loser_")

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import spin_diffusion
 from spin_diffusion.config import Config
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
+from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import OBJECTIVES
 from spin_diffusion.selfplay.rounds import objectives_of
@@ -97,8 +98,10 @@ def _facts(config: Config, rows: int) -> list[tuple[str, Any]]:
         values = [f"{of_round(value, k):g}" for k in range(1, rounds.rounds + 1)]
         return values[0] if len(set(values)) == 1 else ", ".join(values)
 
+    curator = config.curation.curation_scorer
+    chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
     return [
-        ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`"),
+        ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`{chosen_by}"),
         ("objective", f"{', '.join(objectives_of(rounds))}, beta {by_round(rounds.beta)}, {rounds.rounds} rounds"),
         ("opponent", f"{rounds.opponent}, guidance {config.sampling.guidance_scale:g}, "
                      f"{config.sampling.num_inference_steps} steps of {config.sampling.sampler}"),

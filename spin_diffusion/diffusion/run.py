@@ -3,15 +3,17 @@
 import dataclasses
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spin_diffusion.config import Config
-from spin_diffusion.data import ReadReport, read_examples
+from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
+from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
@@ -72,22 +74,32 @@ def run(config: Config, family_name: str) -> None:
     # The real samples
     report = ReadReport()
     with_losers = needs_losers(config)
+    curation = _curation(config, game, with_losers, output_dir, str(accelerator.device), progress)
+
+    def read() -> Iterator[Example]:
+        return read_examples(config.data, with_losers=with_losers, report=report)
+
     manifest = prepare(
         output_dir / "data",
-        lambda: game.real_rows(read_examples(config.data, with_losers=with_losers, report=report)),
-        _data_settings(config, game, with_losers),
+        lambda: game.real_rows(curation.take(read) if curation else read()),
+        _data_settings(config, game, with_losers) | content_settings(config.curation),
         config.rounds.samples_per_shard,
         game,
         accelerator,
         progress,
-        report.as_dict,
+        lambda: report.as_dict() | ({"curation": curation.summary} if curation else {}),
     )
     for line in report.lines() if report.read else []:
         accelerator.print(line)
+    if curation and report.read:
+        for line in curation_lines(curation.summary, config.curation):
+            accelerator.print(line)
+    if curation and accelerator.is_main_process:
+        curation.forget()
     pairs = manifest["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, base, game.base_hash, manifest, accelerator)
-    accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
+    accelerator.print(_header(config, game, manifest) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
     # The rounds, and what they are compared with
@@ -127,6 +139,7 @@ def _check_inputs(config: Config) -> PromptSet | None:
     if config.data.dataset_name is None and config.data.train_data_dir is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir")
     check_scorer(config.candidates)
+    check_curator(config.curation)
     if not config.evaluation.validation_prompts:
         return None
     check_specs(config.evaluation.scorers or [])
@@ -140,15 +153,36 @@ def _data_settings(config: Config, game: DiffusionGame, with_losers: bool) -> di
     return {key: value for key, value in kept.items() if key not in ("cache_dir", "vae_encode_batch_size")}
 
 
-def _header(config: Config, game: DiffusionGame, rows: int) -> str:
+def _curation(
+    config: Config, game: DiffusionGame, with_losers: bool, output_dir: Path, device: str, progress: Progress
+) -> Curation | None:
+    """What chooses the real images; None = all of them are used."""
+    if config.curation.curation_scorer is None:
+        return None
+    return Curation(
+        config.curation,
+        output_dir / "curation",
+        output_dir / "data" / "curation.parquet",
+        _data_settings(config, game, with_losers),
+        lambda: read_examples(config.data, with_losers=with_losers),
+        example_id,
+        game.real_rows,
+        config.rounds.samples_per_shard,
+        device,
+        progress,
+    )
+
+
+def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any]) -> str:
+    curated = manifest["left_out"].get("curation")
     return (
         f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
         f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
         f"{game.noising.prediction_type})\n"
-        f"Data       {rows} pairs\n"
+        f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
-        f"{_trajectory_line(config, game, rows // config.rounds.real_parts)}"
+        f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
     )
 

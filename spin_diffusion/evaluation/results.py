@@ -2,7 +2,7 @@
 images.parquet. Everything is computed anew from what drawing and scoring left, so it can be done at any time."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def conclude(
     training_captions: Sequence[str] | None = None,
     curves: Sequence[Mapping[str, Any]] | None = None,
     measures: Sequence[Mapping[str, Any]] | None = None,
+    in_domain: Collection[str] = (),
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
 
@@ -53,6 +54,8 @@ def conclude(
         curves: {"model", "round", "step", "r_real", "r_generated"} and other numbers, of training.
         measures: {"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"},
             what else was measured; low and high may be None.
+        in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
+            that the choice was learnt.
 
     Raises:
         InputError: pictures that are missing, or fewer than 2 prompts that count.
@@ -64,6 +67,9 @@ def conclude(
         for scale in protocol["guidance_scales"]
     }
     said = {name: first_not_run([read_scorer(_folder(model).scores, name) for model in models]) for name in names}
+    for name in said.keys() & set(in_domain):
+        if said[name]["role"] == "held-out":
+            said[name] = said[name] | {"role": "in-domain"}
 
     def check(watched: Watched) -> list[Alarm]:
         return _check(watched, training_captions)

@@ -1,0 +1,372 @@
+"""Curation: a scorer chooses which real images are played with, before anything else is done with them.
+
+The data set is read twice, and nothing but one number for each example stays in memory: first every example is scored
+as it would be stored, then the chosen ones are taken. Scores lie in OUTPUT_DIR/curation shard by shard until the chosen
+images are stored, so a killed run goes on where it was, and data/curation.parquet says what was chosen.
+"""
+
+import gc
+import hashlib
+import math
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Bool, Float, UInt64
+
+from spin_diffusion.data import Example
+from spin_diffusion.diffusion.images import open_image
+from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
+from spin_diffusion.evaluation.scoring import BATCH, check_specs
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.game import Row
+from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_file, write_json, write_rows
+
+IdOf = Callable[[Example], str]
+"""The id of an example's stored row, 16 hexadecimal digits, without storing it."""
+Stored = Callable[[Iterable[Example]], Iterator[Row]]
+"""Examples as the rows that are stored of them."""
+
+
+@dataclass(frozen=True)
+class CurationSettings:
+    """Which real images are played with, by a scorer. The rules combine: one per prompt, then threshold, then top."""
+
+    curation_scorer: str | None = None
+    """NAME[=PATH] of the scorer that chooses, or a .py file with a `load(device)`. It is in-domain for the evaluation
+    afterwards."""
+    curation_top: int | None = None
+    """Keep this many images, those with the highest scores."""
+    curation_threshold: float | None = None
+    """Keep the images with at least this score, on the scorer's own scale."""
+    one_per_prompt: bool = False
+    """Keep the image with the highest score of each prompt."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "--curation_top": self.curation_top is not None,
+            "--curation_threshold": self.curation_threshold is not None,
+            "--one_per_prompt": self.one_per_prompt,
+        }
+        given = [flag for flag, is_given in rules.items() if is_given]
+        if self.curation_scorer is None and given:
+            hint = " (--one_image_per_prompt keeps the first without one)" if given == ["--one_per_prompt"] else ""
+            raise InputError(
+                f"{' and '.join(given)} need{'s' if len(given) == 1 else ''} --curation_scorer, NAME[=PATH] such as "
+                f"pickscore, or a .py file{hint}"
+            )
+        if self.curation_scorer is not None and not given:
+            raise InputError(
+                f"--curation_scorer {self.curation_scorer} has no rule to choose by: give --curation_top, "
+                "--curation_threshold or --one_per_prompt"
+            )
+        if self.curation_top is not None and self.curation_top < 1:
+            raise InputError(f"--curation_top {self.curation_top} must be at least 1")
+        if self.curation_threshold is not None and not math.isfinite(self.curation_threshold):
+            raise InputError(f"--curation_threshold {self.curation_threshold} must be a finite number")
+
+
+def check_curator(settings: CurationSettings) -> None:
+    """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
+    spec = settings.curation_scorer
+    if spec is None:
+        return
+    try:
+        check_specs([spec])
+        role = about(spec).role
+    except InputError as error:
+        raise InputError(f"--curation_scorer {spec}: {error}") from None
+    if role == "drift":
+        raise InputError(
+            f"--curation_scorer {spec}: neither high nor low is good in a score of drift, so it cannot choose: give "
+            "another scorer, pickscore say, or a .py file of your own"
+        )
+
+
+def content_settings(settings: CurationSettings) -> dict[str, Any]:
+    """What decides which images are chosen: the settings, and the hash of a scorer that is the user's own file."""
+    kept = asdict(settings)
+    spec = settings.curation_scorer
+    if spec is not None and parse_spec(spec)[1].endswith(".py"):
+        # A file of the user's own may change between two starts of a run, its name does not
+        kept["curation_scorer"] = f"{spec} (SHA-256 {file_hash(Path(parse_spec(spec)[1]))[:16]})"
+    return kept
+
+
+# Which are chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What the rules make of the scores.
+
+    Attributes:
+        chosen: for each example whether it is kept.
+        left_out: flag of the rule, with its value -> how many it left out.
+        ranked: how many were left for `curation_top` to choose from.
+    """
+
+    chosen: Bool[np.ndarray, " examples"]
+    left_out: dict[str, int]
+    ranked: int
+
+
+def choose(
+    scores: Float[np.ndarray, " examples"],
+    ids: UInt64[np.ndarray, " examples"],
+    prompts: UInt64[np.ndarray, " examples"],
+    settings: CurationSettings,
+) -> Choice:
+    """The examples to keep: the best of each prompt, of these those above the threshold, of these the top.
+
+    Args:
+        scores: higher = better; of equal ones the lower id counts as better.
+        prompts: equal where the prompts are equal.
+    """
+    best_first = np.lexsort((ids, -scores))
+    left_out = {}
+    if settings.one_per_prompt:
+        _, first = np.unique(prompts[best_first], return_index=True)
+        kept = best_first[np.sort(first)]
+        left_out["--one_per_prompt"] = len(best_first) - len(kept)
+        best_first = kept
+    if settings.curation_threshold is not None:
+        # Scorers return fp32: a score of 0.7 is below the 0.7 of fp64
+        above = scores[best_first].astype(np.float32) >= np.float32(settings.curation_threshold)
+        kept = best_first[above]
+        left_out[f"--curation_threshold {settings.curation_threshold:g}"] = len(best_first) - len(kept)
+        best_first = kept
+    ranked = len(best_first)
+    if settings.curation_top is not None:
+        best_first = best_first[: settings.curation_top]
+        left_out[f"--curation_top {settings.curation_top}"] = ranked - len(best_first)
+    chosen = np.zeros(len(scores), dtype=np.bool_)
+    chosen[best_first] = True
+    return Choice(chosen, left_out, ranked)
+
+
+# From the data set to the chosen examples
+
+
+@dataclass(eq=False)
+class Curation:
+    """The curation of one run's real images; only the main process reads and scores.
+
+    Attributes:
+        settings: the rules; their scorer is given.
+        directory: of the scores, until `forget`.
+        table: where is written what was chosen.
+        decides: whatever else decides the scores and the order of the examples.
+        read: the data set from its beginning, the same examples in the same order each time.
+        id_of, stored: how an example becomes a row.
+        rows_per_shard: examples per file of scores; what a killed process loses at most.
+        device: where the scorer runs.
+    """
+
+    settings: CurationSettings
+    directory: Path
+    table: Path
+    decides: dict[str, Any]
+    read: Callable[[], Iterator[Example]]
+    id_of: IdOf
+    stored: Stored
+    rows_per_shard: int
+    device: str
+    progress: Progress = field(default_factory=Progress)
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What was chosen, once `take` has been called."""
+
+    def take(self, again: Callable[[], Iterator[Example]]) -> Iterator[Example]:
+        """The chosen examples in the order of the data set; everything is scored before the first is asked for.
+
+        Args:
+            again: reads the data set a second time; its examples are taken one by one.
+
+        Raises:
+            InputError: a scorer that cannot run, a threshold that leaves nothing, or a data set that changes while it
+                is read.
+        """
+        self._score()
+        scores, ids, prompts = self._scored()
+        choice = choose(scores, ids, prompts, self.settings)
+        if not choice.chosen.any():
+            raise InputError(self._nothing_left(scores, prompts))
+        self.summary = self._summary(scores, choice)
+        self._write_table(choice.chosen)
+        return self._chosen(again(), ids, choice.chosen)
+
+    def forget(self) -> None:
+        """Remove the scores that a killed run would have gone on with; the table has them too."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # Scores
+
+    def _score(self) -> None:
+        spec = str(self.settings.curation_scorer)
+        said_path, done_path = self.directory / "scorer.json", self.directory / "complete.json"
+        decides = self.decides | {"curation_scorer": content_settings(self.settings)["curation_scorer"]}
+        said = read_json(said_path) if said_path.is_file() else {}
+        if said.get("decides") == decides and done_path.is_file():
+            return
+        try:
+            scorer = load_scorer(spec, self.device)
+        except InputError as error:
+            raise InputError(f"--curation_scorer {spec}: {error}") from None
+        now = {"decides": decides, "checkpoint": dict(scorer.checkpoint)}
+        if said != now:
+            said_path.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that seems to be whole
+            shutil.rmtree(self.directory, ignore_errors=True)
+            write_json(said_path, now)
+        try:
+            count = self._score_shards(scorer)
+        except InputError as error:
+            blamed = f"--curation_scorer {spec}: " if str(error).startswith("scorer ") else ""
+            raise InputError(f"{blamed}{error}") from None
+        write_json(done_path, {"scored": count})
+        # The run needs the memory for itself
+        del scorer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _score_shards(self, scorer: LoadedScorer) -> int:
+        bar = self.progress.phase(f"score the real samples by {scorer.name}", 0)
+        examples, count, number = self.read(), 0, 0
+        while True:
+            path = self.directory / f"{number:05d}.parquet"
+            shard = islice(examples, self.rows_per_shard)
+            rows = self._scored_already(path, shard) if path.is_file() else []
+            if not path.is_file():
+                while scored := self._scored_batch(scorer, list(islice(shard, BATCH))):
+                    rows += scored
+                    bar(count + len(rows), "")
+                if rows:
+                    write_rows(path, rows, {})
+            count += len(rows)
+            number += 1
+            bar(count, "")
+            if len(rows) < self.rows_per_shard:
+                return count
+
+    def _scored_batch(self, scorer: LoadedScorer, examples: list[Example]) -> list[Row]:
+        rows = list(self.stored(examples))
+        pictures = [open_image(row["image"]).convert("RGB") for row in rows]
+        scores = scorer(pictures, [row["prompt"] for row in rows]).tolist()
+        return [
+            {"id": row["id"], "prompt": row["prompt"], "score": score} for row, score in zip(rows, scores, strict=True)
+        ]
+
+    def _scored_already(self, path: Path, examples: Iterator[Example]) -> list[Row]:
+        rows = read_rows(path)
+        ids = [self.id_of(example) for example in examples]
+        if ids != [row["id"] for row in rows]:
+            raise InputError(self._has_changed())
+        return rows
+
+    def _scored(
+        self,
+    ) -> tuple[Float[np.ndarray, " examples"], UInt64[np.ndarray, " examples"], UInt64[np.ndarray, " examples"]]:
+        """Score, id and the prompt's hash of every example, in the order of the data set: 24 bytes for each."""
+        scores, ids, prompts = array("d"), array("Q"), array("Q")
+        for path in self._shards():
+            for row in read_rows(path):
+                scores.append(row["score"])
+                ids.append(int(row["id"], 16))
+                digest = hashlib.blake2b(row["prompt"].encode("utf-8", "surrogatepass"), digest_size=8).digest()
+                prompts.append(int.from_bytes(digest, "big"))
+        return np.array(scores, np.float64), np.array(ids, np.uint64), np.array(prompts, np.uint64)
+
+    def _shards(self) -> list[Path]:
+        count = read_json(self.directory / "complete.json")["scored"]
+        return [self.directory / f"{number:05d}.parquet" for number in range(-(-count // self.rows_per_shard))]
+
+    # What was chosen
+
+    def _chosen(
+        self, examples: Iterator[Example], ids: UInt64[np.ndarray, " examples"], chosen: Bool[np.ndarray, " examples"]
+    ) -> Iterator[Example]:
+        count = 0
+        for example in examples:
+            if count == len(ids) or int(self.id_of(example), 16) != ids[count]:
+                raise InputError(self._has_changed())
+            count += 1
+            if chosen[count - 1]:
+                yield example
+        if count != len(ids):
+            raise InputError(self._has_changed())
+
+    def _write_table(self, chosen: Bool[np.ndarray, " examples"]) -> None:
+        schema = pa.schema(
+            [("id", pa.string()), ("prompt", pa.string()), ("score", pa.float64()), ("chosen", pa.bool_())]
+        )
+
+        def write(part: Path) -> None:
+            with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
+                start = 0
+                for path in self._shards():
+                    rows = read_rows(path)
+                    kept = chosen[start : start + len(rows)].tolist()
+                    said = [row | {"chosen": is_kept} for row, is_kept in zip(rows, kept, strict=True)]
+                    writer.write_table(pa.Table.from_pylist(said, schema))
+                    start += len(rows)
+
+        write_file(self.table, write)
+
+    def _summary(self, scores: Float[np.ndarray, " examples"], choice: Choice) -> dict[str, Any]:
+        kept = scores[choice.chosen]
+        return {
+            "scorer": self.settings.curation_scorer,
+            "checkpoint": read_json(self.directory / "scorer.json")["checkpoint"],
+            "scored": len(scores),
+            "kept": len(kept),
+            "left_out": choice.left_out,
+            "ranked": choice.ranked,
+            "lowest": float(kept.min()),
+            "highest": float(kept.max()),
+        }
+
+    def _nothing_left(self, scores: Float[np.ndarray, " examples"], prompts: UInt64[np.ndarray, " examples"]) -> str:
+        low, middle, high = np.quantile(scores, [0, 0.5, 1])
+        of = f"the best of {len(np.unique(prompts))} prompts" if self.settings.one_per_prompt else "the real images"
+        return (
+            f"--curation_threshold {self.settings.curation_threshold:g} leaves none of {of}: "
+            f"{_name(self.settings.curation_scorer)} scores {len(scores)} images from {low:.4g} to {high:.4g}, the "
+            f"median is {middle:.4g}; give a lower one, their scores are kept"
+        )
+
+    def _has_changed(self) -> str:
+        return (
+            f"the data set is not the one that was scored by --curation_scorer {self.settings.curation_scorer}: its "
+            f"examples or their order have changed; delete {self.directory} to score it again"
+        )
+
+
+def curation_line(summary: dict[str, Any]) -> str:
+    """ "curated by pickscore: 500 of 1600 kept (scores 0.213 to 0.244)"."""
+    return (
+        f"curated by {_name(summary['scorer'])}: {summary['kept']} of {summary['scored']} kept (scores "
+        f"{summary['lowest']:.4g} to {summary['highest']:.4g})"
+    )
+
+
+def curation_lines(summary: dict[str, Any], settings: CurationSettings) -> list[str]:
+    """What was chosen, and which rule left out how many."""
+    lines = [curation_line(summary)]
+    lines += [f"  left out by {rule}: {count}" for rule, count in summary["left_out"].items() if count]
+    if settings.curation_top is not None and summary["ranked"] < settings.curation_top:
+        lines.append(f"  --curation_top {settings.curation_top} is more than the {summary['ranked']} there are")
+    name = _name(summary["scorer"])
+    return [*lines, f"  {name} chose what is learnt, so a rise of its score alone is no gain: judge by other scorers"]
+
+
+def _name(spec: str | None) -> str:
+    return parse_spec(str(spec))[0]
