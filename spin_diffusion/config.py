@@ -10,6 +10,7 @@ from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.diffusion.shortcuts import ProbeSettings
 from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
@@ -43,6 +44,7 @@ class Config:
     rounds: RoundSettings
     training: TrainSettings
     denoiser: DenoiserSettings
+    probe: ProbeSettings
     evaluation: EvaluationSettings
     run: RunSettings
 

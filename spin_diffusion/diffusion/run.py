@@ -10,6 +10,7 @@ from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
+from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
@@ -89,8 +90,9 @@ def run(config: Config, family_name: str) -> None:
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
     evaluator.base()
     records = play_with_rivals(
-        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress
-    )
+        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
+        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe),
+    )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
         write_model_card(output_dir, config, family.PIPELINE.__name__, manifest["rows"], comparisons)

@@ -196,9 +196,9 @@ def spectrum_difference(
 
 
 def encode_stored(
-    vae: AutoencoderKL, stored: list[bytes], settings: ImageSettings, *, round_trip: bool = False, codec: bool = False
+    vae: AutoencoderKL, rows: list[Row], settings: ImageSettings, *, round_trip: bool = False, codec: bool = False
 ) -> Latents:
-    """Latents of stored images as scores see them (fp16 on the disk), fp32 on the CPU.
+    """Latents of stored rows as scores see them (fp16 on the disk), fp32 on the CPU.
 
     Args:
         round_trip: pass the VAE and the codec once before.
@@ -206,9 +206,10 @@ def encode_stored(
     """
     found = []
     size = settings.vae_encode_batch_size
-    for start in range(0, len(stored), size):
-        names = [f"image {number}" for number in range(start, min(start + size, len(stored)))]
-        opened = [images.open_image(data) for data in stored[start : start + size]]
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        names = [row["id"] for row in part]
+        opened = [images.open_image(row["image"]) for row in part]
         latents = images.encode_pixels(vae, images.to_pixels(_again(opened, settings) if codec else opened), names)
         if round_trip:
             drawn = images.to_images(images.decode_latents(vae, latents, names))
@@ -244,12 +245,11 @@ class ShortcutProbe:
         if len(real) < MIN_PAIRS:
             return not_run(len(real))
         latent_px = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        stored = [row["image"] for row in real]
-        plain, passed = (encode_stored(self.vae, stored, self.images, round_trip=trip) for trip in (False, True))
+        plain, passed = (encode_stored(self.vae, real, self.images, round_trip=trip) for trip in (False, True))
         codec = None
         if self.images.image_format == "jpeg":  # png gives the same pixels again
-            codec = encode_stored(self.vae, stored, self.images, round_trip=self.images.vae_round_trip, codec=True)
-        drawn = encode_stored(self.vae, [row["image"] for row in generated], self.images)
+            codec = encode_stored(self.vae, real, self.images, round_trip=self.images.vae_round_trip, codec=True)
+        drawn = encode_stored(self.vae, generated, self.images)
         return report(plain, passed, codec, drawn, latent_px, self.images.vae_round_trip)
 
 
@@ -258,7 +258,7 @@ def not_run(pairs: int) -> dict[str, Any]:
     return {
         "state": "not run",
         "samples": pairs,
-        "lines": [f"before training: the shortcut probe was not run: {pairs} pairs are fewer than {MIN_PAIRS}"],
+        "lines": [f"the shortcut probe was not run: {pairs} pairs are fewer than {MIN_PAIRS}"],
     }
 
 
@@ -343,18 +343,18 @@ def _lines(
         traces.append(f"one pass of the codec ({told('codec')})")
     if traces:
         first = (
-            f"before training: traces of {' and of '.join(traces)} tell images of the same content apart over {pairs} "
+            f"traces of {' and of '.join(traces)} tell images of the same content apart over {pairs} "
             f"pairs, so the player can win without learning content: pass {' and '.join(remedies)}, in another "
             "--output_dir"
         )
     elif round_trip:
         first = (
-            f"before training: real images passed the VAE as generated ones did; without that, traces of the decoder "
+            f"real images passed the VAE as generated ones did; without that, traces of the decoder "
             f"would have {told('decoder')} over {pairs} pairs"
         )
     else:
         first = (
-            f"before training: no traces of codec or decoder found by a linear probe: {told('decoder')} over {pairs} "
+            f"no traces of codec or decoder found by a linear probe: {told('decoder')} over {pairs} "
             "pairs"
         )
     differences = [
