@@ -147,7 +147,8 @@ def separability(
 
     Row i of all is one pair and is in one fold, so the probe has never seen the content that it is asked about. Only
     images of one fold are compared, since each fold has its own probe. The 95 % interval is a percentile bootstrap over
-    pairs.
+    pairs with the probes as they are, hence a little narrow: in simulation it held 0.5 in some 87 to 97 % of sets of
+    32 to 256 pairs without a difference, and at most 7 % of these sets had the AUC of an alarm too.
 
     Args:
         judged: told from `first` instead of `second`, by the probe for `second`.
@@ -164,16 +165,21 @@ def separability(
     rounding = 1e-9 * (1 + np.abs(of_first).max())
     wins = np.where(np.abs(difference) <= rounding, 0.5, difference > 0)
     same = (fold[:, None] == fold[None, :]).astype(float)
+    wins = wins * same
 
-    def auc(index: np.ndarray) -> float:
-        at = np.ix_(index, index)
-        return float((wins[at] * same[at]).sum() / same[at].sum())
+    def auc(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Of pairs drawn with replacement, (..., pairs): each counts as often as it was drawn."""
+        flat = index.reshape(-1, pairs).astype(int)
+        drawn = np.zeros(flat.shape)
+        np.add.at(drawn, (np.arange(len(flat))[:, None], flat), 1)
+        share = ((drawn @ wins) * drawn).sum(axis=1) / ((drawn @ same) * drawn).sum(axis=1)
+        return share.reshape(index.shape[:-1])
 
-    whole = auc(np.arange(pairs))
+    whole = float(auc(np.arange(pairs)))
     if np.ptp(wins[same > 0]) == 0:
         return Interval(whole, whole, whole)
     found = stats.bootstrap(
-        (np.arange(pairs),), auc, vectorized=False, n_resamples=RESAMPLES, method="percentile",
+        (np.arange(pairs),), auc, vectorized=True, n_resamples=RESAMPLES, method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(whole, float(found.low), float(found.high))
@@ -353,9 +359,11 @@ def _lines(
             f"would have {told('decoder')} over {pairs} pairs"
         )
     else:
+        decoder = auc["decoder"]
+        found = "weak traces" if decoder is not None and decoder.low > 0.5 else "no traces"
         first = (
-            f"no traces of codec or decoder found by a linear probe: {told('decoder')} over {pairs} "
-            "pairs"
+            f"a linear probe finds {found} of the decoder ({told('decoder')} over {pairs} pairs; it warns from "
+            f"{ALARMING_AUC} on)"
         )
     differences = [
         (abs(found.mean), channel, band, found)
