@@ -191,7 +191,9 @@ def spectrum_difference(
     """Mean of first - second over pairs with its bootstrap interval, in dB, by channel and band; None = empty band."""
     return [
         [
-            None if np.isnan(first[0, c, b]) else paired_difference(first[:, c, b], second[:, c, b], resamples=RESAMPLES)
+            None
+            if np.isnan(first[0, c, b])
+            else paired_difference(first[:, c, b], second[:, c, b], resamples=RESAMPLES)
             for b in range(first.shape[2])
         ]
         for c in range(first.shape[1])

