@@ -147,8 +147,8 @@ def separability(
 
     Row i of all is one pair and is in one fold, so the probe has never seen the content that it is asked about. Only
     images of one fold are compared, since each fold has its own probe. The 95 % interval is a percentile bootstrap over
-    pairs with the probes as they are, hence a little narrow: in simulation it held 0.5 in 86 to 97 % of 400 sets each of
-    32 to 256 pairs without a difference, and at most 5 % of those sets would have warned.
+    pairs with the probes as they are, hence a little narrow: in simulation (400 sets each of 32, 64, 256 pairs that do
+    not differ) it held 0.5 in 86 to 97 % of the sets, and at most 5 % of them would have warned.
 
     Args:
         judged: told from `first` instead of `second`, by the probe for `second`.
@@ -282,10 +282,10 @@ def report(
         round_trip: whether `passed` are trained on, not `plain`.
 
     Returns:
-        state "ok" or "warn"; samples; remedies; lines to print; `auc` by question (mean, low, high): decoder = plain from
-        passed, codec = trained from codec, generated = trained from drawn, content = passed from drawn,
-        decoder_on_generated = what the probe for `decoder` makes of plain and drawn; `spectrum` in dB, channels by bands:
-        decoder = plain - passed, generated = trained - drawn.
+        state "ok" or "warn"; samples; remedies; lines to print; `auc` (mean, low, high) by question: decoder = plain
+        from passed, codec = trained from codec, generated = trained from drawn, content = passed from drawn,
+        decoder_on_generated = what the probe for `decoder` makes of plain and drawn; `spectrum` in dB, channels by
+        bands: decoder = plain - passed, generated = trained - drawn.
     """
     trained = passed if round_trip else plain
     seen = {name: features(x, latent_px) for name, x in (("plain", plain), ("passed", passed), ("drawn", drawn))}

@@ -25,6 +25,7 @@ from spin_diffusion.diffusion.shortcuts import (
     ridge_direction,
     separability,
 )
+from spin_diffusion.evaluating import RunEvaluator
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.rounds import Probe, play
@@ -393,3 +394,20 @@ def test_a_shortcut_stops_the_run_until_it_is_told_to_go_on(sdxl_dir, tmp_path):
     assert len(probe.shown) == 1 and not (tmp_path / "round-1" / "unet").exists()
     (record,) = play_with(sdxl_dir, tmp_path, Counting(state="warn"))
     assert record["state"] == "PROMOTED"
+
+
+def test_the_page_has_the_probes_aucs_by_round(tmp_path):
+    from types import SimpleNamespace
+
+    found = said(noise(128, 11), noise(128, 12))
+    write_json(tmp_path / "round-1" / "round.json", {"shortcut": found})
+    write_json(tmp_path / "round-2" / "round.json", {"shortcut": shortcuts.not_run(3)})
+    run = SimpleNamespace(
+        config=SimpleNamespace(rounds=SimpleNamespace(rounds=3)), output_dir=tmp_path,
+        _round_name=lambda k: f"round {k}", _runs=lambda: [("spin", tmp_path)],
+    )  # fmt: skip
+    shown = {measure["name"]: measure for measure in RunEvaluator._measures(run)}
+    assert set(shown) == {"shortcut_generated", "shortcut_decoder"}
+    assert {(measure["model"], measure["round"]) for measure in shown.values()} == {("round 1", 1)}
+    assert shown["shortcut_generated"]["value"] == found["auc"]["generated"]["mean"]
+    assert shown["shortcut_decoder"]["high"] == found["auc"]["decoder"]["high"]
