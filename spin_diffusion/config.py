@@ -12,6 +12,7 @@ from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.diffusion.shortcuts import ProbeSettings
 from spin_diffusion.diffusion.trajectory import TrajectorySettings
 from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
@@ -51,6 +52,7 @@ class Config:
     training: TrainSettings
     denoiser: DenoiserSettings
     lora: LoraSettings
+    probe: ProbeSettings
     evaluation: EvaluationSettings
     run: RunSettings
 

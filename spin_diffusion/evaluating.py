@@ -25,6 +25,9 @@ from spin_diffusion.selfplay.train import of_round
 
 _CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "implicit_accuracy", "saturation")
 
+_SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
+"""What the page shows of the shortcut probe."""
+
 
 class RunEvaluator:
     """What a run measures, and what it tells of it. A kind of run says how its samples are drawn and scored.
@@ -225,19 +228,27 @@ class RunEvaluator:
         return found
 
     def _measures(self) -> list[dict[str, Any]]:
-        """The held-out gap of every round that has one, and of each rival's last."""
+        """The held-out gap and the shortcut probe of every round that has one, and of each rival's last."""
         last = self.config.rounds.rounds
         rounds = [(self._round_name(k), k, self.output_dir / f"round-{k}") for k in range(1, last + 1)]
         rounds += [(name, None, folder / f"round-{last}") for name, folder in self._runs()[1:]]
         found = []
         for name, k, folder in rounds:
             path = folder / "round.json"
-            gap = read_json(path).get("held_out_gap") if path.is_file() else None
+            record = read_json(path) if path.is_file() else {}
+            gap = record.get("held_out_gap")
             if gap is not None:
                 found.append(
                     {"model": name, "round": k, "name": "held_out_gap", "title": "held-out gap, loss at r = 0 minus "
                      "loss", "value": gap["mean"], "low": gap["low"], "high": gap["high"], "better": "none"}
                 )  # fmt: skip
+            auc = record.get("shortcut", {}).get("auc", {})
+            found += [
+                {"model": name, "round": k, "name": f"shortcut_{key}", "title": f"before training, a linear probe: AUC "
+                 f"of {title} (0.5 = none)", "value": auc[key]["mean"], "low": auc[key]["low"],
+                 "high": auc[key]["high"], "better": "none"}
+                for key, title in _SHORTCUTS.items() if auc.get(key) is not None
+            ]  # fmt: skip
         return found
 
     def _runs(self) -> list[tuple[str, Path]]:

@@ -24,7 +24,7 @@ from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import Evaluate, RoundSettings, objectives_of, play, source_of
+from spin_diffusion.selfplay.rounds import Evaluate, Probe, RoundSettings, objectives_of, play, source_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
 from spin_diffusion.selfplay.train import TrainSettings, of_round, steps_of_round
 
@@ -68,7 +68,7 @@ class AnyConfig(Protocol):
 HARMLESS = {
     "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
-    "push_to_hub", "hub_model_id", "hub_token",
+    "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
 }  # fmt: skip
 
 
@@ -263,11 +263,22 @@ def play_with_rivals(
     progress: Progress,
     held_out: Path | None = None,
     candidates: Candidates | None = None,
+    probe: Probe | None = None,
 ) -> list[dict[str, Any]]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
     data = output_dir / "data"
     records = play(
-        game, data, output_dir, config.rounds, config.training, accelerator, evaluate, progress, held_out, candidates
+        game,
+        data,
+        output_dir,
+        config.rounds,
+        config.training,
+        accelerator,
+        evaluate,
+        progress,
+        held_out,
+        candidates,
+        probe,
     )
     for rival in rivals(config):
         accelerator.print(f"For comparison: {rival}, with the same base, data and steps")

@@ -15,6 +15,7 @@ from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
+from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
@@ -109,6 +110,7 @@ def run(config: Config, family_name: str) -> None:
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
         candidates=candidates_of(config.candidates, str(accelerator.device)),
+        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe),
     )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import CHOICES, Candidates, chosen_samples, judge_shards, summary
@@ -85,6 +86,20 @@ Evaluate = Callable[[int, Path, int], Judgement]
 """(round, folder, the round of its opponent or 0) -> what the player is worth. Resumable in the folder."""
 
 
+@runtime_checkable
+class Probe(Protocol):
+    """Looks at a round's real and generated samples before its player is trained."""
+
+    samples: int
+    """The most pairs that it is shown; 0 = none, and it is not asked."""
+    stops: bool
+    """Whether the run ends where its state is "warn"."""
+
+    def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
+        """Stored rows, pair by pair -> a JSON object with `state` ("ok", "warn", "not run") and `lines` to print."""
+        ...
+
+
 @dataclass(frozen=True)
 class RoundSettings:
     """The game that is played. A list holds one value per round; when it is shorter, its last value repeats."""
@@ -138,6 +153,7 @@ def play(
     progress: Progress | None = None,
     held_out: Path | None = None,
     candidates: Candidates | None = None,
+    probe: Probe | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
@@ -147,6 +163,10 @@ def play(
         held_out: the same of real samples that are never trained on. The opponent draws for them too, and every
             round is asked how well it tells the two apart.
         candidates: where the opponent plays, its own samples make the pairs; needs num_generated = 1.
+        probe: is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`.
+
+    Raises:
+        InputError: the probe warns, and is to stop the run.
     """
     assert candidates is None or rounds.num_generated == 1, "the configuration checks it"
     progress = progress or Progress()
@@ -154,7 +174,9 @@ def play(
         output_dir.mkdir(parents=True, exist_ok=True)
         settle(output_dir)
     accelerator.wait_for_everyone()
-    table = _Table(game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress, candidates)
+    table = _Table(
+        game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress, candidates, probe
+    )
     records: list[dict[str, Any]] = []
     for k in range(1, rounds.rounds + 1):
         promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
@@ -190,6 +212,7 @@ class _Table:
     evaluate: Evaluate | None
     progress: Progress
     candidates: Candidates | None = None
+    probe: Probe | None = None
     opponent: tuple[Path, str] | None = None
     """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None
@@ -291,6 +314,8 @@ class _Round:
                 ("PROMOTED", self._promote),
             ):
                 if not self._reached(state):
+                    if state == "TRAINED":
+                        self._probe()
                     started = time.perf_counter()
                     results = step()
                     seconds = self.record["seconds"] | {state.lower(): round(time.perf_counter() - started, 3)}
@@ -490,6 +515,43 @@ class _Round:
             by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.anchors.items()}
             mixture = _hash_of(self.record["opponent"]["anchors"])
             mix_scores(by_member, samples.folder / SCORES / side, mixture, self.accelerator)
+
+    def _probe(self) -> None:
+        """Let the probe look at the samples, once in a round."""
+        probe = self.table.probe
+        if probe is None or probe.samples == 0 or self.source != "opponent":
+            return
+        if "shortcut" not in self.record:
+            started = time.perf_counter()
+            found = [probe(*self._sampled_pairs(probe.samples))] if self.accelerator.is_main_process else [None]
+            found = broadcast_object_list(found)[0]
+            seconds = self.record["seconds"] | {"probed": round(time.perf_counter() - started, 3)}
+            self._commit("CACHED", seconds=seconds, shortcut=found)
+        found = self.record["shortcut"]
+        for line in found["lines"]:
+            self.accelerator.print(f"{self.title}, before training: {line}")
+        if probe.stops and found["state"] == "warn":
+            raise InputError(f"{self.title} is not trained (--on_shortcut stop): {found['lines'][0]}")
+
+    def _sampled_pairs(self, most: int) -> tuple[list[Row], list[Row]]:
+        """At most so many real rows, evenly from all of the round, and the first generated row of each."""
+        samples = self.sets[0]
+        total = samples.part.count(samples.data)
+        wanted = {i * total // min(most, total) for i in range(min(most, total))}
+        real: list[Row] = []
+        generated: list[Row] = []
+        before = 0
+        for path in shards(samples.data / "samples", ".parquet"):
+            count = len(range(rows_in(path))[samples.part.places])
+            places = [place for place in range(count) if before + place in wanted]
+            before += count
+            if places:
+                rows = read_rows(path)[samples.part.places]
+                drawn = read_rows(samples.folder / SAMPLES / path.name)
+                first = {row["place"]: row for row in drawn if row["k"] == 0}
+                real += [rows[place] for place in places]
+                generated += [first[place] for place in places]
+        return real, generated
 
     def _train(self) -> dict[str, Any]:
         game, beta = self.game, of_round(self.rounds.beta, self.k)

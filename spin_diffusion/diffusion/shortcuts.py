@@ -1,0 +1,384 @@
+"""Before training: can real and generated images be told apart by traces of codec and decoder alone?
+
+Only generated images passed the decoder. If that leaves a trace in the latents that scores see, the player can win by
+the trace and learn nothing about content. Controls of the same content separate the two: the real images against
+themselves after one more pass of the VAE (decoder), or of the codec. What is left between real images that passed the
+VAE and generated ones is content and style, which is what should be learnt.
+
+A linear probe on features that say little of what a picture shows (spectrum, residual, blocks) is a lower bound: a UNet
+may see what it does not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from PIL import Image
+from scipy import stats
+from torch import Tensor
+
+from spin_diffusion.diffusion import images
+from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.evaluation.statistics import Interval, paired_difference
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.game import Row
+
+MIN_PAIRS = 32
+"""Fewer say nothing: chance alone reaches an AUC of 0.6."""
+ALARMING_AUC = 0.6
+"""A trace counts when its AUC is at least this and its interval lies above 0.5."""
+NUM_BANDS, NUM_FOLDS, RIDGE, RESAMPLES = 6, 8, 0.05, 2000
+JPEG_BLOCK_PX = 8
+
+Latents = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is looked for in a round's images before its player is trained."""
+
+    probe_samples: int = 256
+    """Pairs with which a linear probe asks, before each round is trained, whether traces of codec or decoder tell real
+    from generated images; 0 = not asked. It costs at most four passes of the VAE for each."""
+    on_shortcut: Literal["warn", "stop"] = "warn"
+    """When they do: warn, or stop before training."""
+
+    def __post_init__(self) -> None:
+        if self.probe_samples != 0 and self.probe_samples < MIN_PAIRS:
+            raise InputError(f"--probe_samples {self.probe_samples} must be 0 (off) or at least {MIN_PAIRS}")
+
+
+# What is measured on latents
+
+
+def band_edges(num_bands: int = NUM_BANDS) -> np.ndarray:
+    """Edges of the bands of radial frequency, (num_bands + 1,), in cycles per latent px; the last takes the corners."""
+    edges = np.linspace(0.0, 0.5, num_bands + 1)
+    edges[-1] = np.sqrt(0.5) + 1e-9
+    return edges
+
+
+def log_spectrum(latents: Latents, num_bands: int = NUM_BANDS) -> Float[np.ndarray, "batch channels bands"]:
+    """Mean power in each band of radial frequency, in dB, of each channel without its mean under a Hann window.
+
+    A band into which no frequency of this size falls is nan.
+    """
+    x = latents.double().cpu().numpy()
+    height, width = x.shape[-2:]
+    window = np.hanning(height + 2)[1:-1, None] * np.hanning(width + 2)[1:-1]
+    spectrum = np.fft.fft2((x - x.mean(axis=(-2, -1), keepdims=True)) * window)
+    power = np.abs(spectrum) ** 2 / (window**2).sum()
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    band = np.digitize(radius, band_edges(num_bands)) - 1
+    band[0, 0] = -1  # the mean
+    means = [power[..., band == b].mean(axis=-1) if (band == b).any() else power[..., 0, 0] * np.nan
+             for b in range(num_bands)]  # fmt: skip
+    return 10 * np.log10(np.stack(means, axis=-1) + 1e-12)
+
+
+def residual_statistics(latents: Latents) -> Float[np.ndarray, "batch channels 3"]:
+    """Of what a 3 x 3 binomial blur takes away from each channel: log of its spread, log of its kurtosis (normal: log
+    3), and the correlation of neighbours in it."""
+    x = latents.double().cpu().numpy()
+    rows = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
+    blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
+    residual = x[..., 1:-1, 1:-1] - blurred
+    residual = residual - residual.mean(axis=(-2, -1), keepdims=True)
+    square = (residual**2).mean(axis=(-2, -1)) + 1e-24
+    kurtosis = (residual**4).mean(axis=(-2, -1)) / square**2
+    beside = (residual[..., 1:] * residual[..., :-1]).mean(axis=(-2, -1)) / square
+    below = (residual[..., 1:, :] * residual[..., :-1, :]).mean(axis=(-2, -1)) / square
+    return np.stack([np.log(square) / 2, np.log(kurtosis + 1e-12), (beside + below) / 2], axis=-1)
+
+
+def blocking(latents: Latents, period: int) -> Float[np.ndarray, "batch channels"]:
+    """Log of the mean jump across the borders of blocks of `period` latent px over that inside them; 0 = no blocks."""
+    x = latents.double().cpu().numpy()
+    border, inside = [], []
+    for axis in (-2, -1):
+        jumps = np.abs(np.diff(x, axis=axis))
+        at_border = np.arange(jumps.shape[axis]) % period == period - 1
+        border.append(np.compress(at_border, jumps, axis=axis).mean(axis=(-2, -1)))
+        inside.append(np.compress(~at_border, jumps, axis=axis).mean(axis=(-2, -1)))
+    return np.log(sum(border) + 1e-12) - np.log(sum(inside) + 1e-12)
+
+
+def features(latents: Latents, latent_px: int) -> Float[np.ndarray, "batch features"]:
+    """What the probe sees of an image: the measures above of every channel.
+
+    Args:
+        latent_px: image px to a latent px. From 8 px on, as in SD and SDXL, a block of the JPEG codec is at most one
+            latent px, and `blocking` is left out.
+    """
+    spectrum = log_spectrum(latents)
+    found = [spectrum[..., ~np.isnan(spectrum[0, 0])], residual_statistics(latents)]
+    period = JPEG_BLOCK_PX // latent_px
+    if 2 <= period < min(latents.shape[-2:]):
+        found.append(blocking(latents, period)[..., None])
+    return np.concatenate([values.reshape(len(values), -1) for values in found], axis=1)
+
+
+# The probe
+
+
+def ridge_direction(
+    first: Float[np.ndarray, "pairs features"], second: Float[np.ndarray, "pairs features"], ridge: float = RIDGE
+) -> Float[np.ndarray, " features"]:
+    """Weights w of the features, such that `features @ w` is larger for `first`: ridge regression of the labels +1 and
+    -1 on standardised features, (X'X/n + ridge) v = X'y/n with w = v / spread."""
+    x = np.concatenate([first, second])
+    y = np.repeat([1.0, -1.0], [len(first), len(second)])
+    spread = x.std(axis=0)
+    spread[spread < 1e-9 * (1 + np.abs(x).max(axis=0))] = np.inf  # a constant feature says nothing
+    x = (x - x.mean(axis=0)) / spread
+    return np.linalg.solve(x.T @ x / len(x) + ridge * np.eye(x.shape[1]), x.T @ y / len(x)) / spread
+
+
+def separability(
+    first: Float[np.ndarray, "pairs features"],
+    second: Float[np.ndarray, "pairs features"],
+    judged: Float[np.ndarray, "pairs features"] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """AUC of a linear probe that tells `first` from `second`, on pairs that it was not fitted to; 0.5 = not at all.
+
+    Row i of all is one pair and is in one fold, so the probe has never seen the content that it is asked about. Only
+    images of one fold are compared, since each fold has its own probe. The 95 % interval is a percentile bootstrap over
+    pairs with the probes as they are, hence a little narrow: in simulation (400 sets each of 32, 64, 256 pairs that do
+    not differ) it held 0.5 in 86 to 97 % of the sets, and at most 5 % of them would have warned.
+
+    Args:
+        judged: told from `first` instead of `second`, by the probe for `second`.
+    """
+    pairs = len(first)
+    fold = np.random.default_rng(seed).permutation(pairs) % NUM_FOLDS
+    judged = second if judged is None else judged
+    of_first, of_judged = np.empty(pairs), np.empty(pairs)
+    for number in range(NUM_FOLDS):
+        held_out = fold == number
+        direction = ridge_direction(first[~held_out], second[~held_out])
+        of_first[held_out], of_judged[held_out] = first[held_out] @ direction, judged[held_out] @ direction
+    difference = of_first[:, None] - of_judged[None, :]
+    rounding = 1e-9 * (1 + np.abs(of_first).max())
+    wins = np.where(np.abs(difference) <= rounding, 0.5, difference > 0)
+    same = (fold[:, None] == fold[None, :]).astype(float)
+    wins = wins * same
+
+    def auc(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Of pairs drawn with replacement, (..., pairs): each counts as often as it was drawn."""
+        flat = index.reshape(-1, pairs).astype(int)
+        drawn = np.zeros(flat.shape)
+        np.add.at(drawn, (np.arange(len(flat))[:, None], flat), 1)
+        share = ((drawn @ wins) * drawn).sum(axis=1) / ((drawn @ same) * drawn).sum(axis=1)
+        return share.reshape(index.shape[:-1])
+
+    whole = float(auc(np.arange(pairs)))
+    if np.ptp(wins[same > 0]) == 0:
+        return Interval(whole, whole, whole)
+    found = stats.bootstrap(
+        (np.arange(pairs),), auc, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Interval(whole, float(found.low), float(found.high))
+
+
+def spectrum_difference(
+    first: Float[np.ndarray, "pairs channels bands"], second: Float[np.ndarray, "pairs channels bands"]
+) -> list[list[Interval | None]]:
+    """Mean of first - second over pairs with its bootstrap interval, in dB, by channel and band; None = empty band."""
+    return [
+        [
+            None
+            if np.isnan(first[0, c, b])
+            else paired_difference(first[:, c, b], second[:, c, b], resamples=RESAMPLES)
+            for b in range(first.shape[2])
+        ]
+        for c in range(first.shape[1])
+    ]
+
+
+# On a round's samples
+
+
+def encode_stored(
+    vae: AutoencoderKL, rows: list[Row], settings: ImageSettings, *, round_trip: bool = False, codec: bool = False
+) -> Latents:
+    """Latents of stored rows as scores see them (fp16 on the disk), fp32 on the CPU.
+
+    Args:
+        round_trip: pass the VAE and the codec once before.
+        codec: pass the codec once more before anything else.
+    """
+    found = []
+    size = settings.vae_encode_batch_size
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        names = [row["id"] for row in part]
+        opened = [images.open_image(row["image"]) for row in part]
+        latents = images.encode_pixels(vae, images.to_pixels(_again(opened, settings) if codec else opened), names)
+        if round_trip:
+            drawn = images.to_images(images.decode_latents(vae, latents, names))
+            latents = images.encode_pixels(vae, images.to_pixels(_again(drawn, settings)), names)
+        found.append(latents.cpu())
+    return torch.cat(found).half().float()
+
+
+def _again(opened: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
+    return [images.open_image(images.to_bytes(image.convert("RGB"), settings)) for image in opened]
+
+
+@dataclass(frozen=True)
+class ShortcutProbe:
+    """Asks about a round's images (`selfplay.rounds.Probe`)."""
+
+    vae: AutoencoderKL
+    images: ImageSettings
+    settings: ProbeSettings
+
+    @property
+    def samples(self) -> int:
+        """The most pairs that are looked at."""
+        return self.settings.probe_samples
+
+    @property
+    def stops(self) -> bool:
+        """Whether a shortcut ends the run."""
+        return self.settings.on_shortcut == "stop"
+
+    def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
+        """What the probe says of pairs of stored rows; see `report`."""
+        if len(real) < MIN_PAIRS:
+            return not_run(len(real))
+        latent_px = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        plain, passed = (encode_stored(self.vae, real, self.images, round_trip=trip) for trip in (False, True))
+        codec = None
+        if self.images.image_format == "jpeg":  # png gives the same pixels again
+            codec = encode_stored(self.vae, real, self.images, round_trip=self.images.vae_round_trip, codec=True)
+        drawn = encode_stored(self.vae, generated, self.images)
+        return report(plain, passed, codec, drawn, latent_px, self.images.vae_round_trip)
+
+
+def not_run(pairs: int) -> dict[str, Any]:
+    """What is said of too few pairs."""
+    return {
+        "state": "not run",
+        "samples": pairs,
+        "lines": [f"the shortcut probe was not run: {pairs} pairs are fewer than {MIN_PAIRS}"],
+    }
+
+
+def report(
+    plain: Latents, passed: Latents, codec: Latents | None, drawn: Latents, latent_px: int, round_trip: bool
+) -> dict[str, Any]:
+    """What tells the images apart: AUCs, differences of spectra, and what to do, as a JSON object.
+
+    Args:
+        plain, passed: the real images as stored, and after a pass of the VAE.
+        codec: those that are trained on, after a further pass of the codec before anything else; None = lossless.
+        drawn: the generated images.
+        round_trip: whether `passed` are trained on, not `plain`.
+
+    Returns:
+        state "ok" or "warn"; samples; remedies; lines to print; `auc` (mean, low, high) by question: decoder = plain
+        from passed, codec = trained from codec, generated = trained from drawn, content = passed from drawn,
+        decoder_on_generated = what the probe for `decoder` makes of plain and drawn; `spectrum` in dB, channels by
+        bands: decoder = plain - passed, generated = trained - drawn.
+    """
+    trained = passed if round_trip else plain
+    seen = {name: features(x, latent_px) for name, x in (("plain", plain), ("passed", passed), ("drawn", drawn))}
+    real = seen["passed" if round_trip else "plain"]
+    auc: dict[str, Interval | None] = {
+        "decoder": separability(seen["plain"], seen["passed"]),
+        "codec": None if codec is None else separability(real, features(codec, latent_px)),
+        "generated": separability(real, seen["drawn"]),
+        "content": separability(seen["passed"], seen["drawn"]),
+        "decoder_on_generated": separability(seen["plain"], seen["passed"], seen["drawn"]),
+    }
+    spectra = {
+        "decoder": spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
+        "generated": spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
+    }
+    remedies = []
+    if not round_trip and _counts(auc["decoder"]):
+        remedies.append("--vae_round_trip true")
+    if _counts(auc["codec"]):
+        remedies.append("--image_format png")
+    return {
+        "state": "warn" if remedies else "ok",
+        "samples": len(plain),
+        "remedies": remedies,
+        "lines": _lines(auc, spectra, remedies, round_trip, len(plain)),
+        "auc": {name: None if found is None else _numbers(found) for name, found in auc.items()},
+        "spectrum": {
+            "edges": band_edges().tolist(),
+            **{
+                name: [[None if found is None else _numbers(found) for found in bands] for bands in channels]
+                for name, channels in spectra.items()
+            },
+        },
+    }
+
+
+def _counts(auc: Interval | None) -> bool:
+    return auc is not None and auc.mean >= ALARMING_AUC and auc.low > 0.5
+
+
+def _numbers(found: Interval) -> dict[str, float]:
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
+def _lines(
+    auc: dict[str, Interval | None],
+    spectra: dict[str, list[list[Interval | None]]],
+    remedies: list[str],
+    round_trip: bool,
+    pairs: int,
+) -> list[str]:
+    """One sentence on traces, one on what else there is."""
+
+    def told(name: str) -> str:
+        found = auc[name]
+        assert found is not None
+        return f"AUC {found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+    traces = []
+    if _counts(auc["decoder"]) and not round_trip:
+        traces.append(f"the decoder ({told('decoder')})")
+    if _counts(auc["codec"]):
+        traces.append(f"one pass of the codec ({told('codec')})")
+    if traces:
+        first = (
+            f"traces of {' and of '.join(traces)} tell images of the same content apart over {pairs} "
+            f"pairs, so the player can win without learning content: pass {' and '.join(remedies)}, in another "
+            "--output_dir"
+        )
+    elif round_trip:
+        first = (
+            f"real images passed the VAE as generated ones did; without that, traces of the decoder "
+            f"would have {told('decoder')} over {pairs} pairs"
+        )
+    else:
+        decoder = auc["decoder"]
+        found = "weak traces" if decoder is not None and decoder.low > 0.5 else "no traces"
+        first = (
+            f"a linear probe finds {found} of the decoder ({told('decoder')} over {pairs} pairs; it warns from "
+            f"{ALARMING_AUC} on)"
+        )
+    differences = [
+        (abs(found.mean), channel, band, found)
+        for channel, bands in enumerate(spectra["generated"])
+        for band, found in enumerate(bands)
+        if found is not None
+    ]
+    _, channel, band, largest = max(differences, key=lambda difference: difference[:3])
+    low, high = band_edges()[band], min(band_edges()[band + 1], 0.5)
+    second = (
+        f"real from generated: {told('generated')}"
+        + ("" if round_trip else f", after the VAE has passed both {told('content')}")
+        + f"; spectra differ most in channel {channel} at {low:.2f} to {high:.2f} cycles a latent px "
+        f"({largest.mean:+.1f} dB [{largest.low:+.1f}, {largest.high:+.1f}], real - generated)"
+    )
+    return [first, second]
