@@ -1,9 +1,9 @@
 """One cell: train it by the ordinary run, then draw and score what is asked of it. What is there already stays.
 
-    CELL/run/                                       the training run's own folder
-    CELL/scores/test-round-3-guidance-2.parquet     one file per set of prompts, round and guidance scale
-    CELL/failed.json                                why it has no end: diverged, refused or killed
-    CELL/log.txt                                    what the run said
+CELL/run/                                       the training run's own folder
+CELL/scores/test-round-3-guidance-2.parquet     one file per set of prompts, round and guidance scale
+CELL/failed.json                                why it has no end: diverged, refused or killed
+CELL/log.txt                                    what the run said
 """
 
 import contextlib
@@ -317,4 +317,3 @@ def rounds_of(folder: Path, rounds: int) -> list[dict[str, Any]]:
 def rows_of(folder: Path) -> int:
     """Real samples that a cell was trained on."""
     return read_json(folder / "run" / "data" / "manifest.json")["rows"]
-

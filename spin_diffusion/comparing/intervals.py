@@ -5,9 +5,7 @@ import numpy as np
 from spin_diffusion.evaluation.statistics import Interval, mean_interval
 
 
-def crossed_interval(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
-) -> Interval:
+def crossed_interval(values: np.ndarray, confidence: float = 0.95, resamples: int = 4000, seed: int = 0) -> Interval:
     """Mean over seeds and prompts with a percentile bootstrap interval that resamples both.
 
     Each resample draws seeds and, independently, prompts with replacement, and takes the mean of all their pairs. The
