@@ -1,4 +1,4 @@
-"""Which learning rate, guidance scale and round a method gets, by mean scores on validation prompts. Larger = better."""
+"""Which rate, guidance scale and round a method gets, by mean scores on validation prompts. Larger = better."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import Drawing, Task, View, is_done, prompt_sets, read_view
 from spin_diffusion.comparing.choosing import Choice, best_round, choose
-from spin_diffusion.comparing.plan import Cell, Plan, make_plan, run_flops, steps_for
+from spin_diffusion.comparing.plan import Cell, make_plan, run_flops, steps_for
 from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.comparing.workers import run_all
 from spin_diffusion.evaluation.specs import parse_spec
