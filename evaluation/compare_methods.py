@@ -1,7 +1,7 @@
 """Compare methods from one base: equal steps and equal compute, each at its own best rate, several seeds, one report.
 
 python evaluation/compare_methods.py --config evaluation/configs/compare_toy.yaml --jobs 2
-python evaluation/compare_methods.py --config evaluation/configs/compare_toy.yaml --only_methods spin,space --budget steps
+python evaluation/compare_methods.py --config CONFIG.yaml --only_methods spin,space --only_worlds sloppy --budget steps
 
 Worlds, methods and their training settings stand in the file. The same command again goes on where it stopped.
 """

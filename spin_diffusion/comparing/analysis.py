@@ -249,7 +249,8 @@ def _all_rows(comparison: Comparison) -> list[dict[str, Any]]:
                 rows.append({
                     "world": cell.world, "method": cell.method, "cell": folder.name, "training_seed": cell.seed,
                     "learning_rate": cell.training.get("learning_rate") if cell.rounds else None,
-                    "rounds": cell.rounds, "steps_per_round": cell.training.get("max_train_steps") if cell.rounds else 0,
+                    "rounds": cell.rounds,
+                    "steps_per_round": cell.training["max_train_steps"] if cell.rounds else 0,
                     "prompts": name, "round": int(round_), "guidance_scale": float(scale), **row,
                 })  # fmt: skip
     return rows

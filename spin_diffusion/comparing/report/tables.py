@@ -167,17 +167,18 @@ def _named(rows: Sequence[Row], mode: str, holds: Any) -> list[str]:
 def how(results: dict[str, Any]) -> str:
     """How the numbers came about, in a few sentences."""
     settings, prompts, seeds = results["settings"], results["prompts"], results["seeds"]
+    title = results["scorers"][results["scorer"]]
+    grid = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     return (
-        f"{results['scorers'][results['scorer']]} (mean, higher is better) on {prompts['test']['num']} test prompts with "
+        f"{title} (mean, higher is better) on {prompts['test']['num']} test prompts with "
         f"{settings['images_per_prompt']} images each, {len(seeds)} training seeds ({', '.join(map(str, seeds))}). "
-        f"Each method's learning rate (of {', '.join(f'{rate:g}' for rate in settings['learning_rates'])} unless it has "
-        f"a grid of its own), its best guidance and its best round were chosen on {prompts['validation']['num']} other "
-        f"prompts, rate and guidance with seed {seeds[0]} alone; (edge) = the best rate is the lowest or the highest "
-        "tried. Differences are paired by prompt and seed; their 95 % intervals resample prompts and seeds; italic = the "
-        "interval excludes 0, bold = so does one that allows for all methods of the table (Bonferroni). With few seeds "
-        "an interval says little of how training varies: look at the seeds one by one. Equal compute counts the FLOPs of "
-        "training, of drawing and of encoding images, not the choice of the rate and not the evaluation. Seconds are of "
-        "one run while others ran beside it."
+        f"Each method's learning rate (of {grid} unless it has a grid of its own), its best guidance and its best "
+        f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]} alone; "
+        "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
+        "95 % intervals resample prompts and seeds; italic = the interval excludes 0, bold = so does one that allows "
+        "for all methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look at "
+        "the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
+        "choice of the rate and not the evaluation. Seconds are of one run while others ran beside it."
     )
 
 
