@@ -21,6 +21,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 
+from spin_diffusion.comparing.plan import parsed
+from spin_diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.run import run
@@ -30,7 +32,6 @@ from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_pro
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import parse_sections
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
 
 SetName = Literal["validation", "test"]
@@ -177,14 +178,9 @@ def _train(task: Task) -> None:
     run(config, _family_name(str(config.model.pretrained_model_name_or_path)))
 
 
-def config_of(task: Task) -> Any:
+def config_of(task: Task) -> Config:
     """The settings of the cell's training run."""
-    from spin_diffusion.config import SECTIONS, Config
-
-    argv = []
-    for key, value in (task.training | {"output_dir": str(Path(task.folder) / "run")}).items():
-        argv += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return Config(**parse_sections(SECTIONS, argv))
+    return parsed(task.training | {"output_dir": str(Path(task.folder) / "run")})
 
 
 # Pictures

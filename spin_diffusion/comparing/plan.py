@@ -3,6 +3,7 @@
 Two budgets that come to the same training settings share one cell, and a changed setting is another cell.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -114,11 +115,11 @@ class Plan:
 
     def config(self, cell: Cell) -> Config:
         """The settings as the training command has them."""
-        return _parsed(cell.training)
+        return parsed(cell.training)
 
     def steps_per_round(self, world: str, method: str) -> int:
         """With total_steps over all rounds."""
-        rounds = _parsed(self.training_of(world, method)).rounds.rounds
+        rounds = parsed(self.training_of(world, method)).rounds.rounds
         total = self.total_steps(world)
         if total % rounds:
             raise InputError(
@@ -130,7 +131,7 @@ class Plan:
     def usual_guidance(self, world: str) -> float:
         """The scale that people would use."""
         usual = self.settings.usual_guidance
-        return usual if usual is not None else _parsed(self.training_of(world, BASE)).sampling.guidance_scale
+        return usual if usual is not None else parsed(self.training_of(world, BASE)).sampling.guidance_scale
 
     def guidance_scales(self, world: str) -> list[float]:
         """The sweep, with 1 and the usual one in it."""
@@ -153,7 +154,6 @@ def make_plan(settings: CompareSettings) -> Plan:
     if not isinstance(shared, dict):
         raise InputError(f"--training_config {path} must hold settings by name, got a {type(shared).__name__}")
     plan = Plan(settings, shared | (settings.training or {}))
-    _check("training", shared | (settings.training or {}) | QUIET)
     for world in plan.worlds():
         _check(f"worlds: {world}", plan.training_of(world, BASE))
         base = Path(str(plan.training_of(world, BASE)["pretrained_model_name_or_path"]))
@@ -171,22 +171,22 @@ def make_plan(settings: CompareSettings) -> Plan:
 
 def _check(where: str, training: dict[str, Any]) -> None:
     try:
-        _parsed(training)
+        parsed(training)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def _parsed(training: dict[str, Any]) -> Config:
-    argv = []
+def parsed(training: dict[str, Any]) -> Config:
+    """Training settings as the training command has them."""
+    words = []
     for key, value in training.items():
-        argv += [f"--{key}", _word(value)]
-    return Config(**parse_sections(SECTIONS, argv))
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return _parsed(tuple(words))
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return json.dumps(value)
+@functools.lru_cache(maxsize=1024)  # a plan asks for the same settings again and again
+def _parsed(words: tuple[str, ...]) -> Config:
+    return Config(**parse_sections(SECTIONS, words))
 
 
 # Equal compute

@@ -173,11 +173,11 @@ def how(results: dict[str, Any]) -> str:
         f"{title} (mean, higher is better) on {prompts['test']['num']} test prompts with "
         f"{settings['images_per_prompt']} images each, {len(seeds)} training seeds ({', '.join(map(str, seeds))}). "
         f"Each method's learning rate (of {grid} unless it has a grid of its own), its best guidance and its best "
-        f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]} alone; "
+        f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]}; "
         "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
         "95 % intervals resample prompts and seeds; italic = it excludes 0, bold = so does one that allows "
-        "for all methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look at "
-        "the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
+        "for all methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look "
+        "at the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
         "choice of the rate and not the evaluation. Seconds are of one run while others ran beside it."
     )
 
