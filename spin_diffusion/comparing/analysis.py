@@ -62,7 +62,11 @@ def _world(comparison: Comparison, world: str) -> dict[str, Any]:
     return {
         "usual_guidance": comparison.plan.usual_guidance(world),
         "guidance_scales": comparison.scales(world),
-        "base": {"best_guidance": base_scale, **_summary(comparison, base_cells, 0, base_scale, base)},
+        "base": {
+            "best_guidance": base_scale,
+            "failures": _said_of(comparison, base_cells),
+            **_summary(comparison, base_cells, 0, base_scale, base),
+        },
         "budgets": budgets,
     }
 
@@ -137,13 +141,18 @@ def _over_rounds(
 
 
 def _failures(comparison: Comparison, entry: Entry) -> list[str]:
-    said = []
-    for cell in [*comparison.tuning(entry), *entry.cells] if entry.steps_per_round else []:
+    return _said_of(comparison, [*comparison.tuning(entry), *entry.cells] if entry.steps_per_round else [])
+
+
+def _said_of(comparison: Comparison, of_cells: list[Cell]) -> list[str]:
+    """Why these cells have no end, each once."""
+    said = {}
+    for cell in of_cells:
         found = cells.last_failure(comparison.folder(cell))
         if found is not None:
-            line = f"rate {cell.training['learning_rate']:g}, seed {cell.seed} {found['kind']}: {found['message']}"
-            said += [line] if line not in said else []
-    return said
+            rate = f"rate {cell.training['learning_rate']:g}, " if cell.rounds else ""
+            said[cell.key] = f"{rate}seed {cell.seed} {found['kind']}: {found['message']}"
+    return list(said.values())
 
 
 def _scores(

@@ -213,13 +213,14 @@ class Comparison:
         print(f"{name}: {len(left)} of {len(merged)} runs to do", flush=True)
         # Long ones first, so that no process waits for a long last one
         left.sort(key=lambda task: -_steps(task))
-        with tqdm(total=sum(_size(task) for task in left), desc=name, unit="", bar_format=_BAR) as bar:
+        sizes = {task.folder: _size(task) for task in left}
+        with tqdm(total=sum(sizes.values()), desc=name, unit="", bar_format=_BAR) as bar:
 
             def done(task: Task) -> None:
                 failure = cells.last_failure(Path(task.folder))
                 if failure is not None:
                     bar.write(f"{Path(task.folder).name} {failure['kind']}: {failure['message']}")
-                bar.update(_size(task))
+                bar.update(sizes[task.folder])
 
             run_all(left, self.settings.jobs, done, self._has_time)
         return all(is_done(task) or self._was_killed(task) for task in left)

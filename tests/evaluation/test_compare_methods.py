@@ -220,11 +220,7 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     assert all(row["state"] == "ok" and row["seeds"] == [0, 1] for row in [*steps.values(), *compute.values()])
     # The same steps; then the same compute, for which fine-tuning gets more of them and self-play is the same cells
     assert (steps["sft"]["steps"], steps["spin"]["steps"]) == (4, 4)
-    assert (
-        compute["sft"]["steps"] > 4
-        and compute["spin"] | {"to_reference": 0} == steps["spin"] | {"to_reference": 0}
-        or (compute["spin"]["scores"] == steps["spin"]["scores"])
-    )
+    assert compute["sft"]["steps"] > 4 and compute["spin"]["scores"] == steps["spin"]["scores"]
     assert steps["sft"]["gflops"] < compute["sft"]["gflops"] <= steps["spin"]["gflops"]
     assert len(steps["spin"]["curve"]) == 2 and len(steps["sft"]["curve"]) == 1
 
@@ -275,7 +271,7 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
     train = cells._train
 
     def diverges(task: Task) -> None:
-        if task.training["objective"] == "spin" and (task.seed == 1 or task.training["learning_rate"] == 1e-4):
+        if task.training.get("objective") == "spin" and (task.seed == 1 or task.training["learning_rate"] == 1e-4):
             raise FloatingPointError("step 2: loss nan")
         train(task)
 
@@ -304,7 +300,7 @@ def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_pat
     train = cells._train
 
     def diverges(task: Task) -> None:
-        if task.training["objective"] == "spin":
+        if task.training.get("objective") == "spin":
             raise FloatingPointError("loss nan")
         train(task)
 

@@ -175,9 +175,9 @@ def how(results: dict[str, Any]) -> str:
         f"Each method's learning rate (of {grid} unless it has a grid of its own), its best guidance and its best "
         f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]}; "
         "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
-        "95 % intervals resample prompts and seeds; italic = it excludes 0, bold = so does one that allows "
-        "for all methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look "
-        "at the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
+        "95 % intervals resample prompts and seeds; italic = it excludes 0, bold = so does one that allows for all "
+        "methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look at "
+        "the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
         "choice of the rate and not the evaluation. Seconds are of one run while others ran beside it."
     )
 
@@ -186,9 +186,9 @@ def failures(results: dict[str, Any]) -> list[str]:
     """All runs without an end, with their reasons."""
     said = []
     for world in results["worlds"]:
+        said += [f"{world['name']}, base: {line}" for line in world["base"]["failures"]]
         for budget in world["budgets"]:
             for row in budget["rows"]:
-                for line in row["failures"]:
-                    text = f"{world['name']}, equal {budget['budget']}, {row['method']}: {line}"
-                    said.append(text)
+                where = f"{world['name']}, equal {budget['budget']}, {row['method']}"
+                said += [f"{where}: {line}" for line in row["failures"]]
     return said
