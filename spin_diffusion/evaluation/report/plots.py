@@ -84,7 +84,7 @@ def round_curves(
             errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
             axes.errorbar(
                 x, means, yerr=errors, color=colour, linewidth=1.5, elinewidth=1.2, capsize=2.5, markersize=4.5,
-                marker=_MARKERS[line.style % len(_MARKERS)], linestyle=_DASHES[line.style % len(_DASHES)],
+                marker=_marker(line.style), linestyle=_DASHES[line.style % len(_DASHES)],
             )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.set_xlabel("round")
@@ -94,6 +94,40 @@ def round_curves(
         axes.set_axisbelow(True)
 
     return _svg(key, label, draw)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score and what it cost."""
+
+    style: int
+    gflops: float
+    mean: float
+    low: float
+    high: float
+
+
+def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> Markup:
+    """Scores with intervals against what they cost, one mark per method."""
+
+    def draw(axes: Axes) -> None:
+        for point in points:
+            axes.errorbar(
+                [point.gflops], [point.mean], yerr=[[point.mean - point.low], [point.high - point.mean]],
+                color=_SERIES[point.style % len(_SERIES)], marker=_marker(point.style), markersize=5, elinewidth=1.2,
+                capsize=2.5,
+            )  # fmt: skip
+        axes.set_xlabel("GFLOPs")
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+
+    return _svg(key, label, draw)
+
+
+def _marker(style: int) -> str:
+    """The seventh style has the first one's colour, and another marker."""
+    return _MARKERS[(style + style // len(_SERIES)) % len(_MARKERS)]
 
 
 def training_curves(
@@ -223,7 +257,7 @@ def legend_key(style: int, marker: bool = True) -> Markup:
         "D": '<path d="M18 2l5 5-5 5-5-5z"/>',
         "v": '<path d="M18 11.5l4.5-8.5h-9z"/>',
         "P": '<path d="M16.5 3h3v2.5h2.5v3h-2.5v2.5h-3v-2.5h-2.5v-3h2.5z"/>',
-    }[_MARKERS[style % len(_MARKERS)]]
+    }[_marker(style)]
     if not marker:
         shape = ""
     return Markup(

@@ -1,0 +1,277 @@
+"""Scores of all cells -> comparison.json and cells.parquet: means with intervals, differences, curves, costs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_diffusion.comparing import cells
+from spin_diffusion.comparing.cells import View, read_view
+from spin_diffusion.comparing.choosing import best_guidance
+from spin_diffusion.comparing.intervals import crossed_interval
+from spin_diffusion.comparing.plan import Cell, run_flops
+from spin_diffusion.comparing.run import Comparison, Entry
+from spin_diffusion.evaluation.scorers import about
+from spin_diffusion.evaluation.statistics import Interval
+from spin_diffusion.selfplay.run_dir import write_file, write_json
+
+MODES = ("guidance 1", "usual", "best")
+"""Guidance scales that are reported: none, the usual one, each method's best."""
+
+Values = dict[int, np.ndarray]
+"""Seed -> (prompts,) score, the mean over the images of a prompt."""
+
+
+def conclude(comparison: Comparison) -> dict[str, Any]:
+    """The results, written into comparison.json, and all scores in cells.parquet."""
+    settings, plan = comparison.settings, comparison.plan
+    worlds = [
+        {"name": world, "about": plan.about("worlds", world), **_world(comparison, world)} for world in plan.worlds()
+    ]
+    results = {
+        "settings": settings.flat(),
+        "scorer": comparison.scorers[0],
+        "scorers": {name: about(spec).title for name, spec in zip(comparison.scorers, settings.scorers or [],
+                                                                      strict=True)},
+        "seeds": settings.all_seeds,
+        "prompts": {name: {"num": len(found.rows), "sha256": found.sha256} for name, found in comparison.sets.items()},
+        "worlds": worlds,
+    }  # fmt: skip
+    write_json(comparison.output_dir / "comparison.json", results)
+    table = pa.Table.from_pylist(_all_rows(comparison))
+    write_file(comparison.output_dir / "cells.parquet", lambda part: pq.write_table(table, part))
+    return results
+
+
+def _world(comparison: Comparison, world: str) -> dict[str, Any]:
+    base_cells = [comparison.plan.base(world, seed) for seed in comparison.settings.all_seeds]
+    of_base = comparison.means(base_cells[0])
+    base_scale = best_guidance(of_base) if of_base else None
+    base = _scores(comparison, base_cells, 0, base_scale)
+    budgets = []
+    for budget in comparison.settings.budgets:
+        entries = [entry for entry in comparison.entries if (entry.world, entry.budget) == (world, budget)]
+        scores = {entry.method: _entry_scores(comparison, entry) for entry in entries}
+        reference = scores[comparison.settings.reference]
+        rivals = max(1, len(entries) - 1)
+        rows = [_row(comparison, entry, scores[entry.method], base, reference, rivals) for entry in entries]
+        budgets.append({"budget": budget, "total_steps": comparison.plan.total_steps(world), "rows": rows})
+    return {
+        "usual_guidance": comparison.plan.usual_guidance(world),
+        "guidance_scales": comparison.scales(world),
+        "base": {
+            "best_guidance": base_scale,
+            "failures": _said_of(comparison, base_cells),
+            **_summary(comparison, base_cells, 0, base_scale, base),
+        },
+        "budgets": budgets,
+    }
+
+
+def _entry_scores(comparison: Comparison, entry: Entry) -> dict[str, Values]:
+    rounds = entry.cells[0].rounds if entry.cells else 0
+    return _scores(comparison, entry.cells, rounds, entry.choice.guidance_scale if entry.choice else None)
+
+
+def _row(
+    comparison: Comparison,
+    entry: Entry,
+    scores: dict[str, Values],
+    base: dict[str, Values],
+    reference: dict[str, Values],
+    rivals: int,
+) -> dict[str, Any]:
+    failures = _failures(comparison, entry)
+    finished = sorted(scores["usual"])
+    state = "ok" if len(finished) == len(comparison.settings.all_seeds) else "partly" if finished else "failed"
+    if entry.steps_per_round == 0:
+        failures.append("the images that it draws cost more than the whole budget, or the reference's run has no end")
+    row: dict[str, Any] = {
+        "method": entry.method,
+        "about": comparison.plan.about("methods", entry.method),
+        "state": state,
+        "seeds": finished,
+        "failures": failures,
+        "rounds": entry.cells[0].rounds if entry.cells else None,
+        "steps_per_round": entry.steps_per_round,
+        "choice": asdict(entry.choice) if entry.choice else None,
+        "rates": {
+            f"{cell.training['learning_rate']:g}": comparison.means(cell)
+            for cell in comparison.tuning(entry) if entry.steps_per_round
+        },
+    }  # fmt: skip
+    if not finished:
+        return row
+    assert entry.choice is not None
+    last = entry.cells[0].rounds
+    row |= _summary(comparison, entry.cells, last, entry.choice.guidance_scale, scores)
+    row["to_base"] = {mode: _difference(scores[mode], base[mode], rivals) for mode in MODES}
+    if entry.method != comparison.settings.reference:
+        row["to_reference"] = {mode: _difference(scores[mode], reference[mode], rivals) for mode in MODES}
+    row |= _cost(comparison, entry)
+    if comparison.settings.every_round:
+        row |= _over_rounds(comparison, entry, last, reference, rivals)
+    return row
+
+
+def _over_rounds(
+    comparison: Comparison, entry: Entry, last: int, reference: dict[str, Values], rivals: int
+) -> dict[str, Any]:
+    """The curve on validation prompts; where it is highest; how much of it is lost in the end; that round's test."""
+    assert entry.choice is not None
+    curve = comparison.curve(entry)
+    means = {k: float(np.mean(found)) for k, found in curve.items() if found}
+    best = entry.best_round
+    at_best = _scores(comparison, entry.cells, best, entry.choice.guidance_scale)
+    said: dict[str, Any] = {
+        "curve": [{"round": k, "mean": means[k], "seeds": curve[k]} for k in sorted(means)],
+        "best_round": best,
+        "drift": means[last] - means[best] if last in means and best in means else None,
+    }
+    if best and at_best["best"]:
+        said["at_best_round"] = {mode: _described(at_best[mode]) for mode in MODES}
+        if entry.method != comparison.settings.reference:
+            said["best_round_to_reference"] = {
+                mode: _difference(at_best[mode], reference[mode], rivals) for mode in MODES
+            }
+    return said
+
+
+def _failures(comparison: Comparison, entry: Entry) -> list[str]:
+    return _said_of(comparison, [*comparison.tuning(entry), *entry.cells] if entry.steps_per_round else [])
+
+
+def _said_of(comparison: Comparison, of_cells: list[Cell]) -> list[str]:
+    """Why these cells have no end, each once."""
+    said = {}
+    for cell in of_cells:
+        found = cells.last_failure(comparison.folder(cell))
+        if found is not None:
+            rate = f"rate {cell.training['learning_rate']:g}, " if cell.rounds else ""
+            said[cell.key] = f"{rate}seed {cell.seed} {found['kind']}: {found['message']}"
+    return list(said.values())
+
+
+def _scores(
+    comparison: Comparison, of_cells: list[Cell], round_: int, best_scale: float | None, scorer: str | None = None
+) -> dict[str, Values]:
+    """Mode -> seed -> (prompts,); seeds without an end are left out."""
+    name = scorer or comparison.scorers[0]
+    found: dict[str, Values] = {mode: {} for mode in MODES}
+    for cell in of_cells:
+        scales = {"guidance 1": 1.0, "usual": comparison.plan.usual_guidance(cell.world), "best": best_scale}
+        for mode, scale in scales.items():
+            rows = None if scale is None else read_view(comparison.folder(cell), View("test", round_, scale))
+            if rows is not None:
+                found[mode][cell.seed] = by_prompt(rows, name)
+    return found
+
+
+def by_prompt(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """(prompts,) mean over the images of each prompt, in the order of their ids."""
+    of_id: dict[str, list[float]] = {}
+    for row in rows:
+        of_id.setdefault(row["id"], []).append(row[name])
+    return np.array([np.mean(of_id[id_]) for id_ in sorted(of_id)])
+
+
+def _summary(
+    comparison: Comparison, of_cells: list[Cell], round_: int, best_scale: float | None, scores: dict[str, Values]
+) -> dict[str, Any]:
+    """Scores of all scorers, and diversity."""
+    others = {
+        scorer: {
+            mode: _described(values)
+            for mode, values in _scores(comparison, of_cells, round_, best_scale, scorer).items()
+        }
+        for scorer in comparison.scorers[1:]
+    }
+    usual = comparison.plan.usual_guidance(of_cells[0].world)
+    distances = {}
+    for cell in of_cells:
+        rows = read_view(comparison.folder(cell), View("test", round_, usual))
+        if rows is not None and rows[0]["distance"] is not None:
+            distances[cell.seed] = by_prompt(rows, "distance")
+    return {
+        "scores": {mode: _described(values) for mode, values in scores.items()},
+        "other_scores": others,
+        "diversity": _described(distances),
+    }
+
+
+def _described(values: Values) -> dict[str, Any] | None:
+    """Mean, interval and the mean of each seed."""
+    if not values:
+        return None
+    stacked = np.stack([values[seed] for seed in sorted(values)])
+    return asdict(crossed_interval(stacked)) | {"seeds": {str(s): float(values[s].mean()) for s in sorted(values)}}
+
+
+def _difference(a: Values, b: Values, rivals: int) -> dict[str, Any] | None:
+    """Paired over the seeds that both have and over prompts; None = they have none in common.
+
+    Args:
+        rivals: comparisons that are made at once: `adjusted` is Bonferroni's interval for all of them together.
+    """
+    both = sorted(a.keys() & b.keys())
+    if not both:
+        return None
+    stacked = np.stack([a[seed] - b[seed] for seed in both])
+    adjusted: Interval = crossed_interval(stacked, 1 - 0.05 / rivals, resamples=20_000)
+    return asdict(crossed_interval(stacked)) | {
+        "seeds": {str(seed): float((a[seed] - b[seed]).mean()) for seed in both},
+        "adjusted": [adjusted.low, adjusted.high],
+    }
+
+
+def _cost(comparison: Comparison, entry: Entry) -> dict[str, Any]:
+    """Mean over the finished seeds of what a run took: GFLOPs, seconds, and the steps that it made."""
+    flops, seconds, steps = [], [], []
+    for cell in entry.cells:
+        folder = comparison.folder(cell)
+        records = cells.rounds_of(folder, cell.rounds)
+        if len(records) < cell.rounds:
+            continue
+        made = [record["training"]["steps"] for record in records]
+        unit, zeros = comparison.costs(cell)
+        flops.append(run_flops(comparison.plan.config(cell), unit, cells.rows_of(folder), made, zeros))
+        seconds.append(sum(sum(record["seconds"].values()) for record in records))
+        steps.append(sum(made))
+    return {"gflops": float(np.mean(flops)) / 1e9, "seconds": float(np.mean(seconds)), "steps": float(np.mean(steps))}
+
+
+def _all_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """One row for every scored image of every cell that the report rests on."""
+    rows = []
+    seen: set[Path] = set()
+    for cell in _all_cells(comparison):
+        folder = comparison.folder(cell)
+        for path in sorted((folder / "scores").glob("*.parquet")):
+            if path in seen:
+                continue
+            seen.add(path)
+            name, round_, scale = path.stem.split("-round-")[0], *path.stem.split("-round-")[1].split("-guidance-")
+            for row in pq.read_table(path).to_pylist():
+                rows.append({
+                    "world": cell.world, "method": cell.method, "cell": folder.name, "training_seed": cell.seed,
+                    "learning_rate": cell.training.get("learning_rate") if cell.rounds else None,
+                    "rounds": cell.rounds,
+                    "steps_per_round": cell.training["max_train_steps"] if cell.rounds else 0,
+                    "prompts": name, "round": int(round_), "guidance_scale": float(scale), **row,
+                })  # fmt: skip
+    return rows
+
+
+def _all_cells(comparison: Comparison) -> list[Cell]:
+    bases = [
+        comparison.plan.base(world, s) for world in comparison.plan.worlds() for s in comparison.settings.all_seeds
+    ]
+    of_entries = [
+        cell
+        for entry in comparison.entries if entry.steps_per_round
+        for cell in [*comparison.tuning(entry), *entry.cells]
+    ]  # fmt: skip
+    return [*bases, *of_entries]

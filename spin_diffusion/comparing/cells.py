@@ -1,0 +1,315 @@
+"""One cell: train it by the ordinary run, then draw and score what is asked of it. What is there already stays.
+
+CELL/run/                                       the training run's own folder
+CELL/scores/test-round-3-guidance-2.parquet     one file per set of prompts, round and guidance scale
+CELL/failed.json                                why it has no end: diverged, refused or killed
+CELL/log.txt                                    what the run said
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
+
+from spin_diffusion.comparing.plan import parsed
+from spin_diffusion.config import Config
+from spin_diffusion.diffusion.cost import UnitCosts, count_units
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.run import run
+from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.evaluation.drawing import requests
+from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
+from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
+from spin_diffusion.evaluation.scoring import BATCH
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
+
+SetName = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Pictures of one round of a cell at one guidance scale."""
+
+    prompts: SetName
+    round: int
+    """0 = the base."""
+    guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompts}-round-{self.round}-guidance-{self.guidance_scale:g}"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the pictures of all cells are drawn and scored."""
+
+    prompts: str
+    num_validation_prompts: int
+    num_test_prompts: int
+    images_per_prompt: int
+    scorers: list[str]
+    num_inference_steps: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is asked: one cell, and the views of it that are wanted."""
+
+    folder: str
+    training: dict[str, Any]
+    rounds: int
+    """0 = the base, which is not trained."""
+    seed: int
+    views: list[View]
+    drawing: Drawing
+    retry_failed: bool = False
+
+
+def prompt_sets(drawing: Drawing) -> dict[SetName, PromptSet]:
+    """The first prompts choose, the next ones report; no prompt is in both.
+
+    Raises:
+        InputError: there are too few.
+    """
+    wanted = drawing.num_validation_prompts + drawing.num_test_prompts
+    found = load_prompts(drawing.prompts, wanted)
+    if len(found.rows) < wanted:
+        raise InputError(
+            f"--prompts {drawing.prompts} has {len(found.rows)} prompts, fewer than --num_validation_prompts "
+            f"{drawing.num_validation_prompts} and --num_test_prompts {drawing.num_test_prompts} together"
+        )
+    split = drawing.num_validation_prompts
+
+    def part(name: SetName, rows: tuple[PromptRow, ...]) -> PromptSet:
+        return PromptSet(name, rows, prompts_hash([row.prompt for row in rows]), found.licence, found.source)
+
+    return {"validation": part("validation", found.rows[:split]), "test": part("test", found.rows[split:])}
+
+
+def missing_views(task: Task) -> list[View]:
+    """The views that have no scores yet, or scores of another drawing."""
+    return [view for view in task.views if not _is_scored(task, view)]
+
+
+def is_trained(task: Task) -> bool:
+    """Whether the training run is finished."""
+    path = Path(task.folder) / "run" / f"round-{task.rounds}" / "round.json"
+    return task.rounds == 0 or path.is_file() and read_json(path)["state"] in ("PROMOTED", "REJECTED")
+
+
+def failure_of(task: Task) -> dict[str, str] | None:
+    """`kind` and `message` of what ended a cell for good; None = nothing did, or it is to be run again."""
+    path = Path(task.folder) / "failed.json"
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    return None if task.retry_failed or found["kind"] == "killed" else found
+
+
+def last_failure(folder: Path) -> dict[str, str] | None:
+    """`kind` and `message` of the last failure."""
+    path = folder / "failed.json"
+    return read_json(path) if path.is_file() else None
+
+
+def is_done(task: Task) -> bool:
+    """Whether there is nothing left to do."""
+    return failure_of(task) is not None or is_trained(task) and not missing_views(task)
+
+
+def do(task: Task) -> None:
+    """Train and score; a failure is written down rather than raised."""
+    folder = Path(task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        if is_done(task):
+            return
+        (folder / "failed.json").unlink(missing_ok=True)
+        try:
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    _train(task)
+                    for view in missing_views(task):
+                        _score(task, view)
+        except FloatingPointError as error:
+            write_failure(folder, "diverged", str(error))
+        except InputError as error:
+            write_failure(folder, "refused", str(error))
+        except Exception as error:
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                log.write(traceback.format_exc())
+            said = (str(error).strip().splitlines() or [""])[0]
+            write_failure(folder, "killed", f"{type(error).__name__}: {said}, see {folder / 'log.txt'}")
+
+
+def write_failure(folder: Path, kind: Literal["diverged", "refused", "killed"], message: str) -> None:
+    """Write down why a cell has no end."""
+    write_json(folder / "failed.json", {"kind": kind, "message": message})
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on the cell: one may be left of a comparison that was killed."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# Training
+
+
+def _train(task: Task) -> None:
+    if is_trained(task):
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)  # the cell before may have had another precision
+    config = config_of(task)
+    run(config, _family_name(str(config.model.pretrained_model_name_or_path)))
+
+
+def config_of(task: Task) -> Config:
+    """The settings of the cell's training run."""
+    return parsed(task.training | {"output_dir": str(Path(task.folder) / "run")})
+
+
+# Pictures
+
+
+def _score(task: Task, view: View) -> None:
+    config = config_of(task)
+    family, pipeline = _pipeline(str(config.model.pretrained_model_name_or_path))
+    unet = pipeline.unet
+    if view.round:
+        unet = _trained_unet(pipeline.unet, Path(task.folder) / "run" / f"round-{view.round}")
+    prompts = prompt_sets(task.drawing)[view.prompts]
+    images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
+    rows = requests(prompts, images_per_prompt, task.seed)
+    images = draw_images(
+        sampling_pipeline(pipeline, unet.eval(), config.sampling.sampler),
+        [row["prompt"] for row in rows],
+        [row["seed"] for row in rows],
+        resolution=config.images.resolution or family.RESOLUTION,
+        num_inference_steps=task.drawing.num_inference_steps or config.sampling.num_inference_steps,
+        guidance_scale=view.guidance_scale,
+        batch_size=config.sampling.generation_batch_size,
+        autocast=contextlib.nullcontext,
+    )
+    distances: dict[str, float | None] = dict.fromkeys([row["id"] for row in rows])
+    for spec in task.drawing.scorers:
+        scorer = _scorer(spec)
+        for start in range(0, len(rows), BATCH):
+            part = slice(start, start + BATCH)
+            scores = scorer(images[part], [row["prompt"] for row in rows[part]]).tolist()
+            for row, score in zip(rows[part], scores, strict=True):
+                row[parse_spec(spec)[0]] = score
+        if scorer.features and images_per_prompt > 1 and None in distances.values():
+            features = np.concatenate(
+                [np.asarray(scorer.features(images[at : at + BATCH])) for at in range(0, len(images), BATCH)]
+            )
+            found = mean_distances(features.reshape(len(prompts.rows), images_per_prompt, -1))
+            distances = dict(zip(distances, found.tolist(), strict=True))
+    for row in rows:
+        del row["category"]
+        row["distance"] = distances[row["id"]]
+    write_rows(_scores_path(task, view), rows, {"drawing": _said(task, view)})
+
+
+def mean_distances(features: np.ndarray) -> np.ndarray:
+    """Mean pairwise 1 - cosine of the images of each prompt: (prompts, images, width) -> (prompts,)."""
+    unit = features / np.linalg.norm(features.astype(np.float64), axis=2, keepdims=True)
+    first, second = np.triu_indices(features.shape[1], k=1)
+    return 1 - (unit[:, first] * unit[:, second]).sum(axis=2).mean(axis=1)
+
+
+def read_view(folder: Path, view: View) -> list[dict[str, Any]] | None:
+    """Rows of a view: id, k, prompt, seed, one column per scorer, distance; None = it has none."""
+    path = folder / "scores" / f"{view.name}.parquet"
+    return read_rows(path) if path.is_file() else None
+
+
+def _scores_path(task: Task, view: View) -> Path:
+    return Path(task.folder) / "scores" / f"{view.name}.parquet"
+
+
+def _said(task: Task, view: View) -> str:
+    """What the scores of a view depend on beside the weights."""
+    prompts = prompt_sets(task.drawing)[view.prompts].sha256
+    images = task.drawing.images_per_prompt if view.prompts == "test" else 1
+    return json.dumps([prompts, images, task.drawing.scorers, task.drawing.num_inference_steps])
+
+
+def _is_scored(task: Task, view: View) -> bool:
+    path = _scores_path(task, view)
+    return path.is_file() and rows_metadata(path).get("drawing") == _said(task, view)
+
+
+def _trained_unet(base: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
+    if not (folder / "unet").is_dir():
+        raise InputError(f"{folder} has no unet/: adapters cannot be compared by this version")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True)
+    return unet.to(base.device, memory_format=torch.channels_last).requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def _pipeline(base: str) -> tuple[Any, Any]:
+    """The base's pipeline, kept for the next cell of its world."""
+    family, pipeline = load_checkpoint(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval().to(device)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    return family, pipeline
+
+
+@functools.lru_cache(maxsize=8)
+def _scorer(spec: str) -> LoadedScorer:
+    return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _family_name(base: str) -> str:
+    family, _ = _pipeline(base)
+    return family.__name__.rsplit(".", 1)[-1]
+
+
+# What a run took
+
+
+def unit_costs(task: Task) -> tuple[UnitCosts, bool]:
+    """The costs of the networks of a cell's base, and whether its empty prompt needs no embedding."""
+    config = config_of(task)
+    family, pipeline = _pipeline(str(config.model.pretrained_model_name_or_path))
+    unit = count_units(family, pipeline, config.images.resolution or family.RESOLUTION)
+    return unit, bool(pipeline.config.get("force_zeros_for_empty_prompt"))
+
+
+def counted_costs(task: Task, path: Path) -> tuple[UnitCosts, bool]:
+    """`unit_costs`, kept in a file."""
+    if not path.is_file():
+        unit, zeros = unit_costs(task)
+        write_json(path, asdict(unit) | {"zeros_for_empty": zeros})
+    said = dict(read_json(path))
+    zeros = said.pop("zeros_for_empty")
+    return UnitCosts(**said), zeros
+
+
+def rounds_of(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """The records of a cell's finished rounds."""
+    paths = [folder / "run" / f"round-{k}" / "round.json" for k in range(1, rounds + 1)]
+    return [read_json(path) for path in paths if path.is_file()]
+
+
+def rows_of(folder: Path) -> int:
+    """Real samples that a cell was trained on."""
+    return read_json(folder / "run" / "data" / "manifest.json")["rows"]

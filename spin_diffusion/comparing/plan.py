@@ -1,0 +1,229 @@
+"""From settings to cells: a cell is one training run, named by everything that it is trained with.
+
+Two budgets that come to the same training settings share one cell, and a changed setting is another cell.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
+from spin_diffusion.config import SECTIONS, Config
+from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
+from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import parse_sections
+from spin_diffusion.running import HARMLESS
+from spin_diffusion.selfplay.rounds import source_of
+from spin_diffusion.selfplay.train import of_round
+
+# The comparison scores by itself, and asks for nothing else of a run
+QUIET = {
+    "validation_prompts": None, "scorers": None, "validation_guidance_scales": None, "promote_if": "always",
+    "compare_with": None, "report_to": "none", "push_to_hub": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run; or the base alone, which is not trained."""
+
+    world: str
+    method: str
+    """Its name, or "base"."""
+    training: dict[str, Any]
+    """All training settings that are not the defaults, without output_dir."""
+
+    @property
+    def seed(self) -> int:
+        return self.training["seed"]
+
+    @property
+    def rounds(self) -> int:
+        """0 = the base."""
+        return 0 if self.method == BASE else self.training["rounds"]
+
+    @property
+    def key(self) -> str:
+        """Hash of what it is trained with."""
+        kept = {key: value for key, value in self.training.items() if key not in HARMLESS or key == "rounds"}
+        if self.method == BASE:
+            kept = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """Below the comparison's cells/."""
+        if self.method == BASE:
+            return f"{self.world}/{BASE}-seed{self.seed}-{self.key[:8]}"
+        steps, rate = self.training["max_train_steps"], self.training["learning_rate"]
+        return f"{self.world}/{self.method}-{self.rounds}x{steps}-lr{rate:g}-seed{self.seed}-{self.key[:8]}"
+
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The training settings of every world and method, checked."""
+
+    settings: CompareSettings
+    shared: dict[str, Any]
+
+    def worlds(self) -> list[str]:
+        """In the file's order."""
+        asked = self.settings.only_worlds
+        return [name for name, _ in self.settings.given_worlds() if asked is None or name in asked]
+
+    def methods(self, world: str) -> list[str]:
+        """In the file's order."""
+        return self.settings.methods_of(world)
+
+    def total_steps(self, world: str) -> int:
+        """Optimizer steps of a run."""
+        return (self.settings.worlds or {})[world].get("total_steps") or self.settings.total_steps
+
+    def about(self, kind: str, name: str) -> str:
+        """What the file says of a world or a method."""
+        return str((getattr(self.settings, kind)[name] or {}).get("about") or "")
+
+    def rates(self, method: str) -> list[float]:
+        """The grid of a method, from low to high."""
+        own = (self.settings.methods or {}).get(method) or {}
+        return sorted(own.get("learning_rates") or self.settings.learning_rates or [])
+
+    def training_of(self, world: str, method: str) -> dict[str, Any]:
+        """The file's settings under the shared ones under the world's under the method's."""
+        given = {key: value for key, value in (self.settings.worlds or {})[world].items() if key not in WORLD_KEYS}
+        if method != BASE:
+            own = (self.settings.methods or {})[method] or {}
+            given |= {key: value for key, value in own.items() if key not in METHOD_KEYS}
+        return self.shared | given | QUIET
+
+    def cell(self, world: str, method: str, rate: float, seed: int, steps_per_round: int) -> Cell:
+        """One training run."""
+        own = {"learning_rate": rate, "max_train_steps": steps_per_round, "num_train_epochs": None, "seed": seed}
+        return Cell(world, method, self.training_of(world, method) | own)
+
+    def base(self, world: str, seed: int) -> Cell:
+        """The base, drawn with the seeds of the runs of this seed."""
+        return Cell(world, BASE, self.training_of(world, BASE) | {"seed": seed})
+
+    def config(self, cell: Cell) -> Config:
+        """The settings as the training command has them."""
+        return parsed(cell.training)
+
+    def steps_per_round(self, world: str, method: str) -> int:
+        """With total_steps over all rounds."""
+        rounds = parsed(self.training_of(world, method)).rounds.rounds
+        total = self.total_steps(world)
+        if total % rounds:
+            raise InputError(
+                f"worlds: {world}: methods: {method}: total_steps {total} cannot be shared out evenly over {rounds} "
+                f"rounds: give a multiple of {rounds}"
+            )
+        return total // rounds
+
+    def usual_guidance(self, world: str) -> float:
+        """The scale that people would use."""
+        usual = self.settings.usual_guidance
+        return usual if usual is not None else parsed(self.training_of(world, BASE)).sampling.guidance_scale
+
+    def guidance_scales(self, world: str) -> list[float]:
+        """The sweep, with 1 and the usual one in it."""
+        return sorted({1.0, self.usual_guidance(world), *(self.settings.guidance_scales or [])})
+
+
+def make_plan(settings: CompareSettings) -> Plan:
+    """The plan; every setting of every method in every world is parsed once.
+
+    Raises:
+        InputError: a file that is not there, a setting that is unknown or out of range, with its world and method.
+    """
+    path = Path(str(settings.training_config))
+    if not path.is_file():
+        raise InputError(f"--training_config {path} does not exist: give a YAML file of training settings")
+    try:
+        shared = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"--training_config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(shared, dict):
+        raise InputError(f"--training_config {path} must hold settings by name, got a {type(shared).__name__}")
+    plan = Plan(settings, shared | (settings.training or {}))
+    for world in plan.worlds():
+        _check(f"worlds: {world}", plan.training_of(world, BASE))
+        base = Path(str(plan.training_of(world, BASE)["pretrained_model_name_or_path"]))
+        if len(base.parts) > 2 and not (base / "model_index.json").is_file():
+            raise InputError(f"worlds: {world}: {base} is not a pipeline's folder (it has no model_index.json)")
+        if plan.total_steps(world) < 1:
+            raise InputError(f"worlds: {world}: total_steps {plan.total_steps(world)} must be at least 1")
+        for method in plan.methods(world):
+            _check(f"worlds: {world}: methods: {method}", plan.training_of(world, method))
+            plan.steps_per_round(world, method)
+            if not plan.rates(method) or min(plan.rates(method)) <= 0:
+                raise InputError(f"methods: {method}: learning_rates {plan.rates(method)} must be above 0")
+    return plan
+
+
+def _check(where: str, training: dict[str, Any]) -> None:
+    try:
+        parsed(training)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def parsed(training: dict[str, Any]) -> Config:
+    """Training settings as the training command has them."""
+    words = []
+    for key, value in training.items():
+        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return _parsed(tuple(words))
+
+
+@functools.lru_cache(maxsize=1024)  # a plan asks for the same settings again and again
+def _parsed(words: tuple[str, ...]) -> Config:
+    return Config(**parse_sections(SECTIONS, words))
+
+
+# Equal compute
+
+
+def works_of(config: Config, rows: int, steps: list[int], zeros_for_empty: bool) -> list[RoundWork]:
+    """What each round of a run asks of the networks.
+
+    Args:
+        rows: real samples of the run.
+        steps: optimizer steps of each round.
+    """
+    works = []
+    for k, of_k in enumerate(steps, 1):
+        source = source_of(config.rounds, of_round(config.rounds.objective, k))
+        works.append(work_of(config.flat(), source, rows // config.rounds.real_parts, of_k, zeros_for_empty))
+    return works
+
+
+def run_flops(config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool) -> int:
+    """FLOPs of a run, with the encoding of the real images."""
+    works = works_of(config, rows, steps, zeros_for_empty)
+    return _before(config, unit, rows, works) + sum(work.steps * step_flops(unit, work) for work in works)
+
+
+def steps_for(config: Config, unit: UnitCosts, rows: int, budget: int, zeros_for_empty: bool) -> int:
+    """Optimizer steps in each round, so that a run takes at most `budget` FLOPs; 0 = its images alone are dearer."""
+    works = works_of(config, rows, [1] * config.rounds.rounds, zeros_for_empty)
+    a_step_in_each = sum(step_flops(unit, work) for work in works)
+    return max(0, (budget - _before(config, unit, rows, works)) // a_step_in_each)
+
+
+def _before(config: Config, unit: UnitCosts, rows: int, works: list[RoundWork]) -> int:
+    losers = any(
+        source_of(config.rounds, of_round(config.rounds.objective, k + 1)) == "data" for k in range(len(works))
+    )
+    encoded = rows * (2 if losers else 1)
+    trips = encoded if config.images.vae_round_trip else 0
+    real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
+    return real + sum(generation_flops(unit, work) for work in works)

@@ -1,0 +1,162 @@
+"""What is compared: read from YAML and the command line, checked before anything is loaded or written."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from spin_diffusion.evaluation.scoring import check_specs
+from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import nearest, parse_sections
+
+Budget = Literal["steps", "compute"]
+BUDGETS: tuple[Budget, ...] = ("steps", "compute")
+
+WORLD_KEYS = ("about", "methods", "total_steps")
+"""Keys of a world that are not training settings."""
+METHOD_KEYS = ("about", "learning_rates")
+"""Keys of a method that are not training settings."""
+OWN = ("learning_rate", "max_train_steps", "num_train_epochs", "seed", "output_dir")
+"""Training settings that the comparison gives each run."""
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Worlds, methods, and how each method gets its learning rate, its guidance and its intervals."""
+
+    training_config: str | None = None
+    """YAML file of training settings that all runs share, as for training/train_spin_sdxl.py."""
+    training: dict[str, Any] | None = None
+    """Training settings over those of the file, for all runs."""
+    worlds: dict[str, dict[str, Any]] | None = None
+    """Name -> training settings of a base and its data; also `about`, `methods` (only these) and `total_steps`."""
+    methods: dict[str, dict[str, Any]] | None = None
+    """Name -> training settings of a method; also `about` and `learning_rates` (its own grid)."""
+    only_worlds: list[str] | None = None
+    """Run and report these worlds alone."""
+    only_methods: list[str] | None = None
+    """Run and report these methods alone; the two references always run."""
+    budget: Literal["steps", "compute", "both"] = "both"
+    """steps = the same optimizer steps for all; compute = the same FLOPs, drawing the opponent's images included."""
+    total_steps: int = 120
+    """Optimizer steps of a run, over all of its rounds."""
+    reference: str = "sft"
+    """Method that the others are compared with."""
+    compute_reference: str = "spin"
+    """Method whose FLOPs at total_steps are the budget of equal compute."""
+    learning_rates: list[float] | None = None
+    """Grid from which each method gets the rate that is best on validation prompts, with the first seed."""
+    seeds: list[int] | None = None
+    """Seeds of training and pictures; the first one also chooses rates and guidance scales. Default: 0, 1, 2."""
+    prompts: str | None = None
+    """File of held-out prompts or name of a set: the first ones choose, the next ones report."""
+    num_validation_prompts: int = 40
+    """Prompts that choose rates, guidance scales and rounds."""
+    num_test_prompts: int = 80
+    """Prompts that are reported."""
+    images_per_prompt: int = 2
+    """Images of each test prompt and seed; 2 or more show diversity. Validation prompts get one."""
+    guidance_scales: list[float] | None = None
+    """Sweep from which each method gets its best scale. Default: 1 and usual_guidance."""
+    usual_guidance: float | None = None
+    """Scale that people would use; default: the training settings' guidance_scale."""
+    num_inference_steps: int | None = None
+    """Denoising steps of the pictures; default: the training settings'."""
+    every_round: bool = True
+    """Score every round on validation prompts at the usual guidance, and the best one on test prompts too."""
+    scorers: list[str] | None = None
+    """NAME[=PATH] of scorers; the first one chooses."""
+    jobs: int = 1
+    """Processes, each with one thread on a CPU. 0 = in this process."""
+    retry_failed: bool = False
+    """Run again what diverged or was refused; what was killed is always run again."""
+    max_hours: float | None = None
+    """Start no run after this time; the same command goes on."""
+    output_dir: str = "runs/comparison"
+    """Everything is written here; the same command again resumes."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("training_config", "worlds", "methods", "learning_rates", "prompts", "scorers"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is missing: give it in the --config file or on the command line")
+        if len(self.scorers or []) < 1 or self.images_per_prompt < 1:
+            raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at least 1")
+        for name in ("num_validation_prompts", "num_test_prompts"):
+            if getattr(self, name) < 2:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 2")
+        for name in ("learning_rates", "seeds", "guidance_scales"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise InputError(f"--{name} {values} must have at least one value, and none twice")
+        if min(self.learning_rates or [1.0]) <= 0:
+            raise InputError(f"--learning_rates {self.learning_rates} must be above 0")
+        if min(self.guidance_scales or [1.0]) < 0 or min(self.seeds or [0]) < 0:
+            raise InputError("--guidance_scales and --seeds must not be negative")
+        if self.total_steps < 1 or self.jobs < 0:
+            raise InputError(f"--total_steps {self.total_steps} must be at least 1, --jobs {self.jobs} at least 0")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise InputError(f"--max_hours {self.max_hours} must be above 0")
+        check_specs(self.scorers or [])
+        methods, worlds = list(self.methods or {}), list(self.worlds or {})
+        for flag, names, known in (
+            ("reference", [self.reference], methods),
+            ("compute_reference", [self.compute_reference] if "compute" in self.budgets else [], methods),
+            ("only_methods", self.only_methods or [], methods),
+            ("only_worlds", self.only_worlds or [], worlds),
+            *((f"worlds: {name}: methods", given.get("methods") or [], methods) for name, given in self.given_worlds()),
+        ):
+            for name in names:
+                if name not in known:
+                    dashes = "" if ":" in flag else "--"
+                    raise InputError(f"{dashes}{flag} {name}: no such name{nearest(name, known)}")
+        for kind, named in (("worlds", self.given_worlds()), ("methods", list((self.methods or {}).items()))):
+            for name, given in named:
+                if not name.replace("-", "").replace("_", "").isalnum():
+                    raise InputError(f"{kind}: {name!r}: give a name of letters, digits, - and _")
+                for key in OWN:
+                    if key in (given or {}):
+                        raise InputError(f"{kind}: {name}: {key} is the comparison's to give: use {_instead(key)}")
+
+    def given_worlds(self) -> list[tuple[str, dict[str, Any]]]:
+        """All worlds of the file."""
+        return [(name, given or {}) for name, given in (self.worlds or {}).items()]
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Those that are asked for."""
+        return list(BUDGETS) if self.budget == "both" else [self.budget]
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The first one chooses."""
+        return self.seeds or [0, 1, 2]
+
+    def methods_of(self, world: str) -> list[str]:
+        """Names of the methods that play in a world, in the file's order; the references always do."""
+        asked = (self.worlds or {})[world].get("methods") or list(self.methods or {})
+        wanted = [name for name in asked if self.only_methods is None or name in self.only_methods]
+        wanted.append(self.reference)
+        if "compute" in self.budgets:
+            wanted.append(self.compute_reference)
+        return [name for name in self.methods or {} if name in wanted]
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flag."""
+        return asdict(self)
+
+
+def _instead(key: str) -> str:
+    return {"learning_rate": "learning_rates", "seed": "seeds"}.get(
+        key, "total_steps" if key != "output_dir" else "--output_dir"
+    )
+
+
+def parse_settings(argv: Sequence[str]) -> CompareSettings:
+    """The settings on the command line over those of `--config` over the defaults.
+
+    Raises:
+        InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
+    """
+    lists = ("scorers", "only_worlds", "only_methods")
+    return parse_sections({"compare": CompareSettings}, argv, listed=lists)["compare"]

@@ -1,0 +1,162 @@
+"""What a round costs in floating-point operations: what the networks take, times how often a round asks them.
+
+The costs of one call are counted once on the real model by torch's FLOP counter (a multiplication and an addition are
+two); the rest is arithmetic on the settings. Only what a method needs is counted: the frozen model's forward pass that
+plain fine-tuning makes for its logs is left out, and so is every evaluation.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """FLOPs of one call of each network for one image or prompt."""
+
+    unet: int
+    """Forward."""
+    unet_backward: int
+    """Backward to all weights."""
+    unet_backward_inputs: int
+    """Backward through the network without its weights, as adapters need it."""
+    text: int
+    """The text encoders, one prompt."""
+    vae_encode: int
+    vae_decode: int
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """How often a round asks the networks."""
+
+    steps: int
+    """Optimizer steps."""
+    prompts: int
+    """Prompts encoded for a step: its real samples."""
+    scored: int
+    """Noised images that the player scores in a step, both sides."""
+    compared: int
+    """Of those, how many the opponent scores too."""
+    drawn: int
+    """Images that the opponent draws."""
+    encoded: int
+    """Images that pass the VAE's encoder."""
+    decoded: int
+    """Images that pass the VAE's decoder."""
+    denoisings: int
+    """Calls of the UNet for each image drawn: sampler steps, twice with guidance."""
+    prompts_per_image: int = 1
+    """Prompts encoded for each image drawn: 2 where guidance needs the empty one's embedding."""
+    forwards: int = 1
+    """Forward passes of the player for each score: 2 where activations are computed again."""
+    trains_weights: bool = True
+    """Whether the weights get a gradient; False = adapters alone, whose own cost is left out."""
+
+
+def step_flops(unit: UnitCosts, work: RoundWork) -> int:
+    """FLOPs of one optimizer step; the optimizer's own arithmetic is left out, it is below a thousandth."""
+    backward = unit.unet_backward if work.trains_weights else unit.unet_backward_inputs
+    unet = work.scored * (work.forwards * unit.unet + backward) + work.compared * unit.unet
+    return unet + work.prompts * unit.text
+
+
+def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
+    """FLOPs before the first step of a round: drawing the opponent's images and encoding them."""
+    drawing = work.drawn * (work.denoisings * unit.unet + work.prompts_per_image * unit.text)
+    return drawing + work.encoded * unit.vae_encode + work.decoded * unit.vae_decode
+
+
+def round_flops(unit: UnitCosts, work: RoundWork) -> int:
+    """FLOPs of a round."""
+    return generation_flops(unit, work) + work.steps * step_flops(unit, work)
+
+
+def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
+    """The work of one round of a run by its settings; settings that this version does not have count as off.
+
+    Args:
+        flat: the settings by their flags.
+        source: where the generated side comes from: opponent, data or none.
+        rows: real samples of the round.
+        steps: optimizer steps of the round.
+        zeros_for_empty: the pipeline needs no embedding of the empty prompt.
+    """
+    batch = flat["train_batch_size"] * flat["gradient_accumulation_steps"]
+    exact = flat.get("trajectory") == "exact"
+    levels = flat["num_inference_steps"] if exact else 1
+    copies = flat["num_generated"] if source == "opponent" else 1
+    scored = batch * copies * (1 if source == "none" else 2) * levels
+    candidates = flat.get("num_candidates") or 0
+    per_prompt = copies
+    if candidates:
+        share = flat.get("candidate_share") or 1.0
+        per_prompt = candidates * share + copies * (1 - share)
+    drawn = round(rows * per_prompt) if source == "opponent" else 0
+    guided = flat["guidance_scale"] > 1
+    return RoundWork(
+        steps=steps,
+        prompts=batch,
+        scored=scored,
+        compared=0 if source == "none" else scored,
+        drawn=drawn,
+        # Of several candidates two are kept, whose encodings are trained on
+        encoded=min(drawn, 2 * rows) if candidates else drawn,
+        decoded=drawn,
+        denoisings=flat["num_inference_steps"] * (2 if guided else 1),
+        prompts_per_image=1 if zeros_for_empty or not guided else 2,
+        forwards=2 if exact or flat.get("gradient_checkpointing") else 1,
+        trains_weights=not flat.get("use_lora"),
+    )
+
+
+def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts:
+    """The costs of one call of each network of a pipeline, by running each once on one image.
+
+    Args:
+        resolution: height and width of an image, px.
+    """
+    vae, unet = pipeline.vae, pipeline.unet
+    device = unet.device
+    size = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    frames = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
+    pixels = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
+    latents = torch.zeros(1, vae.config.latent_channels, size, size, device=device, dtype=vae.dtype)
+    with torch.no_grad():
+        text, conditioning = _counted(lambda: family.encode_prompts(pipeline, ["a prompt"], [False], frames))
+        encode, _ = _counted(lambda: vae.encode(pixels))
+        decode, _ = _counted(lambda: vae.decode(latents))
+    forward, backward, through = _count_unet(unet, conditioning, size)
+    return UnitCosts(forward, backward, through, text, encode, decode)
+
+
+def _count_unet(unet: UNet2DConditionModel, conditioning: Any, size: int) -> tuple[int, int, int]:
+    """Forward, backward to all weights, backward through it without its weights."""
+    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    t = torch.tensor([1], device=unet.device)
+    inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.tokens.detach(), "return_dict": False}
+    if conditioning.added:
+        inputs["added_cond_kwargs"] = {name: tensor.detach() for name, tensor in conditioning.added.items()}
+    counted = []
+    forward = 0
+    try:
+        for weights in (True, False):
+            unet.requires_grad_(weights)
+            x_t = torch.zeros(1, unet.config.in_channels, size, size, device=unet.device, requires_grad=not weights)
+            forward, (predicted,) = _counted(lambda x_t=x_t: unet(x_t, t, **inputs))
+            asked = list(unet.parameters()) if weights else [x_t]
+            counted.append(_counted(lambda p=predicted, a=asked: torch.autograd.grad(p.sum(), a, allow_unused=True))[0])
+    finally:
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(wanted[name])
+    return forward, counted[0], counted[1]
+
+
+def _counted(call: Any) -> tuple[int, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return counter.get_total_flops(), result

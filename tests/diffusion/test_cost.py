@@ -1,0 +1,76 @@
+"""What a round costs, against torch's counter on the real code."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from spin_diffusion.diffusion.cost import (
+    RoundWork,
+    UnitCosts,
+    count_units,
+    generation_flops,
+    round_flops,
+    step_flops,
+    work_of,
+)
+from spin_diffusion.selfplay.game import Batch
+from tests.playing import make_game
+
+FLAT = {
+    "train_batch_size": 3, "gradient_accumulation_steps": 1, "num_generated": 1, "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+}  # fmt: skip
+
+
+def batch_of(game, sides: int) -> Batch:
+    latents = torch.zeros(3, 4, 32 // game.latent_px, 32 // game.latent_px)
+    side = {"latents": latents, "frame": torch.tensor([[32, 32, 0, 0, 32, 32]] * 3, dtype=torch.int32)}
+    return Batch(["a", "b", "c"], ["a", "b", "c"], side, side if sides == 2 else {}, [1, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["sd1_dir", "sdxl_dir"])
+def test_an_optimizer_step_costs_what_the_counter_counts(family, request):
+    game = make_game(request.getfixturevalue(family))
+    unit = count_units(game.family, game.pipeline, 32)
+    for source, sides in (("opponent", 2), ("none", 1)):
+        with FlopCounterMode(display=False) as counter:
+            game.scores(game.player, batch_of(game, sides)).scores.player_real.sum().backward()
+            game.player.zero_grad()
+        expected = step_flops(unit, work_of(FLAT, source, 10, 1))
+        # Fine-tuning's pass of the frozen model is for the logs, and is not charged
+        logs = 3 * unit.unet if source == "none" else 0
+        assert counter.get_total_flops() == expected + logs
+    # A network's backward pass takes about two forward ones, and about one where its weights stand still
+    assert 1.5 < unit.unet_backward / unit.unet < 2.2
+    assert 0.6 < unit.unet_backward_inputs / unit.unet < 1.3
+    assert all(parameter.requires_grad for parameter in game.player.parameters())
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("family", ["sd1_dir", "sdxl_dir"])
+def test_a_rounds_images_cost_what_the_counter_counts(family, guidance_scale, request):
+    game = make_game(request.getfixturevalue(family))
+    unit = count_units(game.family, game.pipeline, 32)
+    zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
+    work = work_of(FLAT | {"guidance_scale": guidance_scale}, "opponent", 3, 5, zeros)
+    rows = [{"id": str(n), "prompt": f"picture {n}"} for n in range(3)]
+    game.sampling = type(game.sampling)(num_inference_steps=2, guidance_scale=guidance_scale, generation_batch_size=2)
+    with FlopCounterMode(display=False) as counter:
+        game.encode(game.generate(rows, [1, 2, 3]))
+    assert counter.get_total_flops() == generation_flops(unit, work)
+    assert round_flops(unit, work) == generation_flops(unit, work) + 5 * step_flops(unit, work)
+
+
+def test_the_arithmetic_of_a_round():
+    unit = UnitCosts(unet=10, unet_backward=20, unet_backward_inputs=11, text=1, vae_encode=3, vae_decode=5)
+    work = RoundWork(7, prompts=2, scored=4, compared=4, drawn=6, encoded=6, decoded=6, denoisings=8)
+    assert round_flops(unit, work) == 7 * (4 * (10 + 20) + 4 * 10 + 2) + 6 * (8 * 10 + 1 + 3 + 5)
+    assert work_of(FLAT, "data", 10, 1).drawn == 0
+    assert work_of(FLAT | {"num_generated": 2}, "opponent", 10, 1).drawn == 20
+    # Four candidates for half of the prompts, one for the others; two of each are encoded at most
+    candidates = work_of(FLAT | {"num_candidates": 4, "candidate_share": 0.5}, "opponent", 10, 1)
+    assert (candidates.drawn, candidates.encoded) == (25, 20)
+    # All noise levels of a trajectory, whose activations are computed twice
+    exact = work_of(FLAT | {"trajectory": "exact"}, "opponent", 10, 1)
+    assert exact.scored == 2 * 2 * 3 and exact.forwards == 2
+    assert step_flops(unit, work_of(FLAT | {"use_lora": True}, "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10 + 3

@@ -1,0 +1,383 @@
+"""evaluation/compare_methods.py as a user runs it, and the arithmetic behind it against plain references."""
+
+import json
+import os
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from spin_diffusion.comparing import cells, workers
+from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
+from spin_diffusion.comparing.choosing import best_guidance, best_round, choose
+from spin_diffusion.comparing.intervals import crossed_interval
+from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
+from spin_diffusion.comparing.run import Comparison, compare_methods
+from spin_diffusion.comparing.settings import parse_settings
+from spin_diffusion.diffusion.cost import UnitCosts
+from spin_diffusion.input_error import InputError
+from tests.evaluation.test_evaluate_command import SCORER, refused
+
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = UnitCosts(unet=10, unet_backward=20, unet_backward_inputs=11, text=1, vae_encode=3, vae_decode=5)
+
+
+def run(*argv: str) -> int:
+    return runpy.run_path(str(ROOT / "evaluation" / "compare_methods.py"))["main"](list(argv))
+
+
+@pytest.fixture
+def config(tmp_path: Path, sdxl_dir, tiny_parquet, tiny_prompts) -> Path:
+    """Two methods, two seeds, two rates, one world."""
+    (tmp_path / "redness.py").write_text(SCORER)
+    training = {
+        "dataset_name": str(tiny_parquet), "max_train_samples": 8, "resolution": 32, "rounds": 2, "beta": 2000.0,
+        "train_batch_size": 2, "samples_per_shard": 4, "num_inference_steps": 2, "guidance_scale": 3.0,
+        "generation_batch_size": 4,
+    }  # fmt: skip
+    (tmp_path / "training.yaml").write_text(yaml.safe_dump(training))
+    content = {
+        "training_config": str(tmp_path / "training.yaml"),
+        "worlds": {"tiny": {"about": "Noise.", "pretrained_model_name_or_path": str(sdxl_dir)}},
+        "methods": {"sft": {"objective": "sft", "rounds": 1}, "spin": {"objective": "spin"}},
+        "total_steps": 4,
+        "learning_rates": [1e-4, 1e-5],
+        "seeds": [0, 1],
+        "prompts": str(tiny_prompts),
+        "num_validation_prompts": 2,
+        "num_test_prompts": 2,
+        "guidance_scales": [1.0, 3.0],
+        "scorers": [str(tmp_path / "redness.py")],
+        "jobs": 0,
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "compare.yaml"
+
+
+def settings_of(config: Path, *argv: str):
+    return parse_settings(["--config", str(config), *argv])
+
+
+# Choices
+
+
+def test_the_rate_and_the_guidance_are_those_of_the_highest_mean_in_the_whole_table():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        table = {rate: {scale: float(rng.random()) for scale in (1.0, 2.0, 3.0)} for rate in (1e-5, 1e-4, 1e-3)}
+        cells_ = [(score, rate, scale) for rate, means in table.items() for scale, score in means.items()]
+        score, rate, scale = max(cells_)
+        choice = choose(table)
+        assert (choice.score, choice.learning_rate, choice.guidance_scale) == (score, rate, scale)
+        assert choice.at_edge == (rate != 1e-4)
+
+
+def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value():
+    assert choose({1e-5: {1.0: 0.2}, 1e-3: None}).learning_rate == 1e-5
+    assert choose({1e-5: None, 1e-3: None}) is None
+    tie = choose({1e-3: {3.0: 0.5, 1.0: 0.5}, 1e-4: {1.0: 0.5}})
+    assert (tie.learning_rate, tie.guidance_scale) == (1e-4, 1.0)
+    assert best_guidance({3.0: 0.5, 1.0: 0.5}) == 1.0
+    assert best_round({1: 0.3, 2: 0.7, 3: 0.7}) == 2
+    assert not choose({1e-4: {1.0: 0.5}}).at_edge
+
+
+# Intervals
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap_over_seeds_and_prompts():
+    rng = np.random.default_rng(1)
+    values = rng.normal(0.3, 1, (3, 30)) + rng.normal(0, 0.5, (3, 1)) + rng.normal(0, 0.7, (1, 30))
+    found = crossed_interval(values, resamples=20_000)
+    of_seed, mean = values.mean(axis=1, keepdims=True), values.mean()
+    stretched = values - of_seed + mean + (of_seed - mean) * np.sqrt(3 / 2)
+    means = []
+    for _ in range(20_000):
+        seeds, prompts = rng.integers(0, 3, 3), rng.integers(0, 30, 30)
+        means.append(stretched[np.ix_(seeds, prompts)].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.mean == pytest.approx(mean)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says():
+    rng, hits = np.random.default_rng(2), 0
+    for seed in range(300):
+        values = rng.normal(0, 0.01, (3, 1)) + rng.normal(0, 0.05, (1, 60)) + rng.normal(0, 0.05, (3, 60))
+        interval = crossed_interval(values, resamples=1000, seed=seed)
+        hits += interval.low <= 0 <= interval.high
+    assert 0.91 <= hits / 300 <= 0.99
+
+
+def test_seeds_that_differ_widen_the_interval_and_one_seed_is_resampled_over_prompts():
+    rng = np.random.default_rng(3)
+    same = np.repeat(rng.normal(0, 1, (1, 40)), 3, axis=0)
+    apart = same + np.array([[-1.0], [0.0], [1.0]])
+    narrow, wide = crossed_interval(same), crossed_interval(apart)
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+    alone = crossed_interval(same[:1])
+    assert alone.high - alone.low == pytest.approx(narrow.high - narrow.low, rel=0.1)
+    assert crossed_interval(np.zeros((2, 4))).low == 0
+    with pytest.raises(ValueError, match="seeds, prompts"):
+        crossed_interval(np.zeros(3))
+
+
+def test_the_distance_of_a_prompts_images_is_the_mean_over_its_pairs():
+    features = np.random.default_rng(4).normal(size=(2, 3, 5))
+    plain = [
+        np.mean([1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((x, y), (x, z), (y, z))])
+        for x, y, z in features
+    ]
+    assert mean_distances(features) == pytest.approx(plain)
+
+
+# Equal steps, equal compute
+
+
+def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cost(config):
+    plan = make_plan(settings_of(config))
+    spin = plan.config(plan.cell("tiny", "spin", 1e-4, 0, plan.steps_per_round("tiny", "spin")))
+    sft = plan.config(plan.cell("tiny", "sft", 1e-4, 0, plan.steps_per_round("tiny", "sft")))
+    assert (plan.steps_per_round("tiny", "spin"), plan.steps_per_round("tiny", "sft")) == (2, 4)
+    # Two rounds of 8 images at 2 steps with guidance, whose prompts are encoded, and which are decoded and encoded
+    drawing = 2 * 8 * (4 * 10 + 2 * 1 + 3 + 5)
+    a_step = 4 * (10 + 20 + 10) + 2 * 1
+    budget = run_flops(spin, UNIT, 8, [2, 2], zeros_for_empty=False)
+    assert budget == 8 * 3 + drawing + 4 * a_step
+    steps = steps_for(sft, UNIT, 8, budget, zeros_for_empty=False)
+    assert steps == (budget - 8 * 3) // (2 * (10 + 20) + 2 * 1)
+    assert run_flops(sft, UNIT, 8, [steps], False) <= budget < run_flops(sft, UNIT, 8, [steps + 1], False)
+    assert steps_for(spin, UNIT, 8, budget, False) == 2
+    assert steps_for(spin, UNIT, 8, drawing // 2, False) == 0
+
+
+def test_a_cell_is_named_by_what_it_is_trained_with(config):
+    plan = make_plan(settings_of(config))
+    cell = plan.cell("tiny", "spin", 1e-4, 0, 2)
+    assert cell.folder == plan.cell("tiny", "spin", 1e-4, 0, 2).folder
+    harmless = replace(cell, training=cell.training | {"checkpointing_steps": 3})
+    assert harmless.key == cell.key
+    others = [plan.cell("tiny", "spin", 1e-4, 1, 2), plan.cell("tiny", "spin", 1e-4, 0, 3),
+              plan.cell("tiny", "spin", 1e-5, 0, 2), replace(cell, training=cell.training | {"rounds": 3}),
+              replace(cell, training=cell.training | {"beta": 3000.0})]  # fmt: skip
+    assert len({cell.key, *(other.key for other in others)}) == 6
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--reference", "sftt"], ["--reference sftt", "did you mean 'sft'?"]),
+        (["--worlds", '{"tiny": {"methods": ["spn"]}}'], ["worlds: tiny: methods spn", "'spin'"]),
+        (["--methods", '{"sft": {"objektive": "sft"}, "spin": {}}'], ["methods: sft: unknown setting 'objektive'"]),
+        (["--methods", '{"sft": {}, "spin": {"beta": "much"}}'], ["methods: spin: --beta"]),
+        (
+            ["--methods", '{"sft": {}, "spin": {"learning_rate": 1}}'],
+            ["methods: spin: learning_rate", "learning_rates"],
+        ),
+        (["--methods", '{"sft": {}, "spin": {"rounds": 3}}'], ["methods: spin: total_steps 4", "multiple of 3"]),
+        (["--worlds", '{"tiny": {"pretrained_model_name_or_path": "a/b/c"}}'], ["worlds: tiny: a/b/c"]),
+        (["--only_worlds", "tinny"], ["--only_worlds tinny", "did you mean 'tiny'?"]),
+        (["--num_test_prompts", "3"], ["has 4 prompts, fewer than"]),
+        (["--learning_rates", "[0.0]"], ["--learning_rates [0.0] must be above 0"]),
+        (["--seeds", "[1, 1]"], ["--seeds [1, 1]", "none twice"]),
+        (["--training_config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
+        (["--scorers", "pickscor"], ["pickscor", "did you mean pickscore?"]),
+        (["--bugdet", "steps"], ["unknown setting 'bugdet', did you mean 'budget'?"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(config, tmp_path, capsys, argv, parts):
+    before = sorted(tmp_path.rglob("*"))
+    refused(capsys, run("--config", str(config), *argv), *parts)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_programs_folder_is_refused(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    refused(capsys, run("--config", str(config)), "is not empty and not a comparison's folder")
+    (tmp_path / "out" / "config.yaml").write_text("output_dir: x")
+    refused(capsys, run("--config", str(config)), "holds something else than a comparison")
+
+
+# The whole
+
+
+def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tmp_path):
+    assert run("--config", str(config)) == 0
+    out = tmp_path / "out"
+    results = json.loads((out / "comparison.json").read_text())
+    world = results["worlds"][0]
+    steps, compute = ({row["method"]: row for row in budget["rows"]} for budget in world["budgets"])
+    assert [budget["budget"] for budget in world["budgets"]] == ["steps", "compute"]
+    assert all(row["state"] == "ok" and row["seeds"] == [0, 1] for row in [*steps.values(), *compute.values()])
+    # The same steps; then the same compute, for which fine-tuning gets more of them and self-play is the same cells
+    assert (steps["sft"]["steps"], steps["spin"]["steps"]) == (4, 4)
+    assert compute["sft"]["steps"] > 4 and compute["spin"]["scores"] == steps["spin"]["scores"]
+    assert steps["sft"]["gflops"] < compute["sft"]["gflops"] <= steps["spin"]["gflops"]
+    assert len(steps["spin"]["curve"]) == 2 and len(steps["sft"]["curve"]) == 1
+
+    # The table's numbers are those of the images, by a plain mean
+    rows = pq.read_table(out / "cells.parquet").to_pylist()
+    test_prompts = {row["prompt"] for row in rows if row["prompts"] == "test"}
+    assert len(test_prompts) == 2 and not test_prompts & {r["prompt"] for r in rows if r["prompts"] == "validation"}
+    rate, scale = (steps["spin"]["choice"][key] for key in ("learning_rate", "guidance_scale"))
+
+    def mean(method: str, rate: float, steps_per_round: int, scale: float, seed: int, prompts: str) -> float:
+        found = [
+            row["redness"] for row in rows
+            if row["method"] == method and row["learning_rate"] == rate and row["training_seed"] == seed
+            and row["guidance_scale"] == scale and row["prompts"] == prompts and row["round"] == row["rounds"]
+            and row["steps_per_round"] == steps_per_round
+        ]  # fmt: skip
+        assert len(found) == (4 if prompts == "test" else 2)
+        return float(np.mean(found))
+
+    best = steps["spin"]["scores"]["best"]
+    assert best["mean"] == pytest.approx(np.mean([mean("spin", rate, 2, scale, seed, "test") for seed in (0, 1)]))
+    chosen = max((mean("spin", r, 2, s, 0, "validation"), r, s) for r in (1e-4, 1e-5) for s in (1.0, 3.0))
+    assert chosen[0] == pytest.approx(steps["spin"]["choice"]["score"]) and chosen[1:] == (rate, scale)
+    sft_rate = steps["sft"]["choice"]["learning_rate"]
+    difference = steps["spin"]["to_reference"]["usual"]["mean"]
+    each = [mean("spin", rate, 2, 3.0, s, "test") - mean("sft", sft_rate, 4, 3.0, s, "test") for s in (0, 1)]
+    assert difference == pytest.approx(np.mean(each))
+    markdown, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
+    assert "| spin |" in markdown and f"{best['mean']:.3f} at {scale:g}" in markdown
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+
+    # Once more: no run is made, no picture is drawn or scored, the report is the same
+    calls = (tmp_path / "redness.py.calls").stat().st_size
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()}
+    assert run("--config", str(config)) == 0
+    assert (tmp_path / "redness.py.calls").stat().st_size == calls
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()} == before
+    assert (out / "comparison.md").read_text() == markdown
+    # A view that is lost costs itself only, and comes back with the same bytes
+    lost = next((out / "cells").rglob("test-*.parquet"))
+    whole = lost.read_bytes()
+    lost.unlink()
+    assert run("--config", str(config)) == 0
+    assert lost.read_bytes() == whole and (tmp_path / "redness.py.calls").stat().st_size == calls + 4
+
+
+def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypatch):
+    train = cells._train
+
+    def diverges(task: Task) -> None:
+        if task.training.get("objective") == "spin" and (task.seed == 1 or task.training["learning_rate"] == 1e-4):
+            raise FloatingPointError("step 2: loss nan")
+        train(task)
+
+    monkeypatch.setattr(cells, "_train", diverges)
+    assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
+    out = tmp_path / "out"
+    results = json.loads((out / "comparison.json").read_text())
+    sft, spin = results["worlds"][0]["budgets"][0]["rows"]
+    assert sft["state"] == "ok" and sft["failures"] == []
+    assert spin["state"] == "partly" and spin["seeds"] == [0] and spin["choice"]["learning_rate"] == 1e-5
+    assert len(spin["failures"]) == 2 and "seed 1 diverged: step 2: loss nan" in spin["failures"][1]
+    assert "spin (1 seeds)" in (out / "comparison.md").read_text()
+    assert "loss nan" in (out / "comparison.html").read_text()
+
+    # It is not run again unless that is asked for; then it takes its place in the table
+    monkeypatch.setattr(cells, "_train", lambda task: pytest.fail("run again"))
+    assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
+    monkeypatch.setattr(cells, "_train", train)
+    argv = ["--config", str(config), "--budget", "steps", "--every_round", "false", "--retry_failed"]
+    assert run(*argv) == 0
+    results = json.loads((out / "comparison.json").read_text())
+    assert results["worlds"][0]["budgets"][0]["rows"][1]["state"] == "ok"
+
+
+def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_path, monkeypatch):
+    train = cells._train
+
+    def diverges(task: Task) -> None:
+        if task.training.get("objective") == "spin":
+            raise FloatingPointError("loss nan")
+        train(task)
+
+    monkeypatch.setattr(cells, "_train", diverges)
+    assert run("--config", str(config), "--seeds", "[0]") == 0
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| spin | - | failed: rate 1e-05, seed 0 diverged: loss nan |" in markdown
+    assert "Without a result: spin." in markdown
+
+
+def test_time_that_is_up_leaves_the_rest_for_the_next_command(config, tmp_path, capsys):
+    assert run("--config", str(config), "--max_hours", "1e-9") == 0
+    assert "is over: the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "comparison.json").exists()
+
+
+# Processes
+
+
+def task_of(config: Path, comparison: Comparison) -> Task:
+    cell = comparison.plan.base("tiny", 0)
+    return comparison.task(cell, [View("validation", 0, 1.0)])
+
+
+def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
+    comparison = Comparison(settings_of(config))
+    task = task_of(config, comparison)
+    scorer = tmp_path / "deadly.py"
+    scorer.write_text("import os\ndef load(device):\n    os._exit(7)\n")
+    deadly = replace(task, folder=str(tmp_path / "deadly"), drawing=replace(task.drawing, scorers=[str(scorer)]))
+    done: list[Task] = []
+    workers.run_all([deadly, task], 1, done.append, lambda: True)
+    assert done == [deadly, task]
+    assert cells.last_failure(tmp_path / "deadly") == {"kind": "killed", "message": "its process ended with code 7"}
+    assert cells.is_done(task) and not cells.is_done(deadly)
+    assert cells.read_view(Path(task.folder), task.views[0]) is not None
+    # A process of its own gives the same bytes as this one
+    here = replace(task, folder=str(tmp_path / "here"))
+    cells.do(here)
+    name = f"scores/{task.views[0].name}.parquet"
+    assert (Path(here.folder) / name).read_bytes() == (Path(task.folder) / name).read_bytes()
+
+
+def test_another_drawing_is_scored_again(config):
+    comparison = Comparison(settings_of(config))
+    task = task_of(config, comparison)
+    cells.do(task)
+    assert cells.is_done(task)
+    assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
+
+
+def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):
+    drawing = Drawing(str(tiny_prompts), 2, 2, 1, [], None)
+    sets = cells.prompt_sets(drawing)
+    validation, test = ({row.prompt for row in sets[name].rows} for name in ("validation", "test"))
+    assert len(validation) == len(test) == 2 and not validation & test
+
+
+def test_a_cell_is_the_run_that_the_training_command_makes(config, tmp_path):
+    comparison = Comparison(settings_of(config))
+    cell = comparison.plan.cell("tiny", "spin", 1e-4, 0, 1)
+    task = comparison.task(cell, [])
+    cells.do(comparison.task(comparison.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
+    cells.do(task)
+    assert cells.is_trained(task)
+    content = cell.training | {"output_dir": str(tmp_path / "by-command")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    script = runpy.run_path(str(ROOT / "training" / "train_spin_sdxl.py"))["main"]
+    assert script(["--config", str(tmp_path / "run.yaml")]) == 0
+    weights = "round-2/unet/diffusion_pytorch_model.safetensors"
+    assert (Path(task.folder) / "run" / weights).read_bytes() == (tmp_path / "by-command" / weights).read_bytes()
+
+
+def test_the_files_of_methods_can_be_read():
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    for path in sorted((ROOT / "evaluation" / "configs").glob("compare_*.yaml")):
+        settings = parse_settings(["--config", str(path)])
+        assert len(settings.methods) >= 8 and len(settings.all_seeds) >= 3
+        with pytest.raises(InputError, match="no such name"):
+            compare_methods(replace(settings, only_methods=["none"]))
