@@ -74,7 +74,7 @@ class RunEvaluator:
         """The results of these models, the first of which is the baseline, written below `root`; main process only.
 
         Args:
-            more: `curves` and `measures`, for the page of the whole run.
+            more: `curves`, `measures` and `events`, for the page of the whole run.
         """
         raise NotImplementedError
 
@@ -210,8 +210,9 @@ class RunEvaluator:
             return {}, []
         title = f"Self-play run {self.output_dir.name}"
         self.last = self.conclude(
-            self.output_dir, self._models(), title, curves=self._curves(), measures=self._measures()
-        )
+            self.output_dir, self._models(), title, curves=self._curves(), measures=self._measures(),
+            events=self._events(),
+        )  # fmt: skip
         write_report(self.output_dir)
         return self.last
 
@@ -225,6 +226,20 @@ class RunEvaluator:
                     entry = json.loads(line)
                     values = {key: entry[key] for key in _CURVES}
                     found.append({"model": name, "round": k, "step": entry["step"]} | values)
+        return found
+
+    def _events(self) -> list[dict[str, Any]]:
+        """What the rules of health said of the rounds and the rivals."""
+        found = []
+        for name, folder in self._runs():
+            for k in range(1, self.config.rounds.rounds + 1):
+                path = folder / f"round-{k}" / "round.json"
+                training = read_json(path).get("training", {}) if path.is_file() else {}
+                ended = training.get("ended_by") or {}
+                for event in training.get("health", []):
+                    ends = event["rule"] == ended.get("rule")
+                    kept = {"weights_from_step": ended["kept_step"] if ends else None}
+                    found.append({"model": name, "round": k} | event | kept)
         return found
 
     def _measures(self) -> list[dict[str, Any]]:

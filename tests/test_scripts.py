@@ -212,6 +212,19 @@ def test_trajectories_are_predicted_kept_and_trained_on(kind, eta, settings, tmp
     assert (tmp_path / "out" / "unet").is_dir() and not (tmp_path / "out" / "round-1" / "kept").exists()
 
 
+def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
+    argv = ["--max_distance", "1e-9", "--on_distance", "roll_back"]
+    assert play(tmp_path, settings, *argv) == 0
+    assert "round 1 is rejected (it was rolled back to its start, distance" in capsys.readouterr().out
+    out = tmp_path / "out"
+    events = json.loads((out / "results.json").read_text())["training_events"]
+    assert [(event["rule"], event["action"], event["weights_from_step"]) for event in events] == [
+        ("distance", "roll_back", 0)
+    ]
+    page = (out / "report.html").read_text()
+    assert "What the rules of health said" in page and "rolled back to the round" in page and "--max_distance" in page
+
+
 def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):
     settings |= {"use_lora": True, "rank": 2, "lora_alpha": 3, "rounds": 2, "learning_rate": 1e-3}
     assert play(tmp_path, settings) == 0

@@ -40,6 +40,7 @@ def conclude_answers(
     training_prompts: Sequence[str] | None = None,
     curves: Sequence[Mapping[str, Any]] | None = None,
     measures: Sequence[Mapping[str, Any]] | None = None,
+    events: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """Write results.json, scores.parquet and answers.parquet below `root`; return the results and their comparisons.
 
@@ -53,6 +54,8 @@ def conclude_answers(
         curves: {"model", "round", "step", "r_real", "r_generated"} and other numbers, of training.
         measures: {"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"},
             what else was measured; low and high may be None.
+        events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
+            of health said of training.
 
     Raises:
         InputError: answers that are missing or of another protocol, or fewer than 2 prompts that count.
@@ -74,7 +77,7 @@ def conclude_answers(
 
     results, comparisons = conclude_samples(
         models, samples, protocol, said, title=title, headline_scale=None, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures,
+        curves=curves, measures=measures, events=events,
     )  # fmt: skip
     write_results(root, results, models, samples, "answers", _TABLES)
     return results, comparisons

@@ -112,6 +112,7 @@ def conclude_samples(
     packages: Sequence[str],
     curves: Sequence[Mapping[str, Any]] | None,
     measures: Sequence[Mapping[str, Any]] | None,
+    events: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """The content of results.json, valid by its schema, and its comparisons.
 
@@ -124,6 +125,7 @@ def conclude_samples(
         packages: whose versions are part of the results.
         curves: rows of the training curves.
         measures: what else was measured of the models.
+        events: what the rules of health said of training.
 
     Raises:
         InputError: fewer than 2 prompts that count.
@@ -181,6 +183,8 @@ def conclude_samples(
         results["training_curves"] = _thinned(curves)
     if measures:
         results["measures"] = [_finite(measure) for measure in measures]
+    if events:
+        results["training_events"] = [dict(event) for event in events]
     _check_schema(results)
     return results, comparisons
 

@@ -42,6 +42,7 @@ def conclude(
     curves: Sequence[Mapping[str, Any]] | None = None,
     measures: Sequence[Mapping[str, Any]] | None = None,
     in_domain: Collection[str] = (),
+    events: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
 
@@ -56,6 +57,8 @@ def conclude(
             what else was measured; low and high may be None.
         in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
             that the choice was learnt.
+        events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
+            of health said of training.
 
     Raises:
         InputError: pictures that are missing, or fewer than 2 prompts that count.
@@ -76,7 +79,7 @@ def conclude(
 
     results, comparisons = conclude_samples(
         models, samples, protocol, said, title=title, headline_scale=headline_scale, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures,
+        curves=curves, measures=measures, events=events,
     )  # fmt: skip
     write_results(root, results, models, samples, "images", _TABLES)
     return results, comparisons

@@ -307,15 +307,15 @@ def train(
     return {
         "steps": history[-1]["step"],
         "stopped_early": ended is not None,
+        "health": [
+            {"step": entry["step"], "rule": rule, "action": getattr(settings, f"on_{rule}"), "sentence": sentence}
+            for entry in history
+            for rule, sentence in entry.get("findings", {}).items()
+        ],
         "ended_by": None
         if ended is None
         else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
         "anchors": anchors,
-        "alarms": [
-            f"step {entry['step']}, {rule}: {sentence}"
-            for entry in history
-            for rule, sentence in entry.get("findings", {}).items()
-        ],
         "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
         **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:_LEVEL]},
     }

@@ -206,7 +206,9 @@ def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeyp
     spoil(monkeypatch, 4)
     records = play_all(sdxl_dir, tmp_path, quick, rounds=1)
     assert records[0]["training"]["steps"] == 6 and records[0]["training"]["ended_by"] is None
-    assert records[0]["training"]["alarms"][0].startswith("step 4, distance: the weights are 50%")
+    said = records[0]["training"]["health"][0]
+    assert (said["step"], said["rule"], said["action"]) == (4, "distance", "warn")
+    assert said["sentence"].startswith("the weights are 50%")
     assert "--max_distance" in capsys.readouterr().out
 
 

@@ -120,6 +120,7 @@ class Page:
     curves: list[tables.CurvePanel]
     training: list[training.TrainingPanel]
     training_legend: list[tuple[Markup, str]]
+    events: list[training.EventRow]
     measures: training.MeasureTable | None
     measure_curves: list[tables.CurvePanel]
     legend: list[tuple[Markup, str]]
@@ -229,6 +230,7 @@ def _page(evaluation: Evaluation) -> Page:
         curves=tables.curve_panels(results),
         training=training.training_panels(results),
         training_legend=training.training_legend(),
+        events=training.event_rows(results),
         measures=training.measure_table(results),
         measure_curves=training.measure_curves(results),
         legend=tables.legend(results),

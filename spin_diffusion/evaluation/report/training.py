@@ -21,6 +21,19 @@ class TrainingPanel:
 
 
 @dataclass(frozen=True)
+class EventRow:
+    """What a rule of health said of a round."""
+
+    label: str
+    round_: int
+    step: str
+    rule: str
+    state: tables.State
+    outcome: str
+    sentence: tables.Text
+
+
+@dataclass(frozen=True)
 class MeasureRow:
     """A measure of every model."""
 
@@ -77,6 +90,29 @@ def _one_after_the_other(
             points.append((before, None, None))  # no line from the end of a round to the start of the next
         points += [(shift + row["step"], row["r_real"], row["r_generated"]) for row in of_round]
     return points, starts
+
+
+def event_rows(results: tables.Results) -> list[EventRow]:
+    """What the rules of health said while the models were trained, in the order in which it was said."""
+    events = results.get("training_events", [])[: tables.MAX_LISTED]
+    named = tables.labels(tables.distinct([event["model"] for event in events]))
+    return [
+        EventRow(
+            named[event["model"]], event["round"], f"{event['step']:,}", tables.shortened(event["rule"], 60).short,
+            tables.STATES["alarm" if event["action"] == "roll_back" else "warn"], _outcome(event),
+            tables.shortened(event["sentence"], 600),
+        )
+        for event in events
+    ]  # fmt: skip
+
+
+def _outcome(event: dict[str, Any]) -> str:
+    if event["action"] == "warn":
+        return "training went on"
+    if event["action"] == "stop":
+        return "the round ended here"
+    step = event["weights_from_step"]
+    return f"rolled back to step {step:,}" if step else "rolled back to the round's beginning"
 
 
 def training_legend() -> list[tuple[Markup, str]]:

@@ -174,6 +174,34 @@ def test_the_page_of_pictures_has_training_too(tmp_path: Path) -> None:
     assert count(page, "a", href="#training") == 1 and not count(plain, "a", href="#training")
 
 
+def test_what_the_rules_of_health_said_is_on_the_page(tmp_path: Path) -> None:
+    def event(rule: str, action: str, weights: int | None) -> dict[str, Any]:
+        found = {"model": "space", "round": 2, "step": 1234, "rule": rule, "action": action}
+        return found | {"sentence": f"{rule} <b>says</b> so", "weights_from_step": weights}
+
+    write_evaluation(tmp_path, num_prompts=10, scales=(3.0,))
+    plain = Parsed(write_report(tmp_path).read_text(encoding="utf-8"))
+    events = [event("spike", "warn", None), event("saturation", "stop", 1234)]
+    events += [event("forgetting", "roll_back", 1200), event("distance", "roll_back", 0)]
+    change(tmp_path, training_events=events)
+    page = Parsed(write_report(tmp_path).read_text(encoding="utf-8"))
+    text = said(page)
+    for part in ("spike <b>says</b> so", "training went on", "the round ended here", "rolled back to step 1,200",
+                 "rolled back to the round's beginning", "1,234"):  # fmt: skip
+        assert part in text, part
+    assert count(page, "a", href="#training") == 1 and not count(plain, "a", href="#training")
+    assert "rules of health" not in said(plain)
+
+
+def test_results_carry_what_the_rules_of_health_said(tmp_path: Path) -> None:
+    event = {"model": "space", "round": 1, "step": 3, "rule": "spike", "action": "warn", "sentence": "it jumped"}
+    models = [("base", "baseline", 0, babble(0), 0.0)]
+    results, _ = evaluate(
+        tmp_path, models, rows=prompts(5), specs=["length"], events=[event | {"weights_from_step": None}]
+    )
+    assert results["training_events"] == [event | {"weights_from_step": None}]
+
+
 def test_a_passage_keeps_its_lines_and_says_how_long_it_is() -> None:
     assert tables.passage(" a\r\n\r\n b \n") == tables.Text("a\n\n b", None, "")
     many = tables.passage("line\n" * 100)
