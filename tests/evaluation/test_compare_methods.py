@@ -382,5 +382,6 @@ def test_every_world_and_method_of_the_files_is_one_that_can_be_trained(name, mo
     methods = [name for name, given in settings.methods.items() if given.keys() - {"about", "learning_rates"} <= known]
     worlds = [name for name, given in settings.worlds.items() if Path(given["pretrained_model_name_or_path"]).is_dir()]
     assert len(methods) >= 8 and {"sloppy", "plateau"} <= set(worlds)
-    plan = make_plan(replace(settings, only_methods=methods, only_worlds=worlds))
+    only = worlds if name == "compare_toy" else ["sloppy"]  # reading settings takes a while
+    plan = make_plan(replace(settings, only_methods=methods, only_worlds=only))
     assert len(plan.methods("sloppy")) >= 8
