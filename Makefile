@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-llm install lint test test-slow toy-table
+.PHONY: demo demo-llm install lint test test-slow toy-table compare-toy
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
@@ -27,6 +27,10 @@ toy-table: install
 	done; done; done; \
 	for base in plateau sloppy; do $(BIN)/python evaluation/table.py \
 		runs/table/$$base-spin-* runs/table/$$base-space-* --sweep 1 3; done
+
+## Methods against each other on the toy world: equal steps, equal compute, each at its best rate; in runs/comparison-toy
+compare-toy: install
+	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/compare_toy.yaml --jobs 2
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint

@@ -91,10 +91,11 @@ class Plan:
         """What the file says of a world or a method."""
         return str((getattr(self.settings, kind)[name] or {}).get("about") or "")
 
-    def rates(self, method: str) -> list[float]:
-        """The grid of a method, from low to high."""
-        own = (self.settings.methods or {}).get(method) or {}
-        return sorted(own.get("learning_rates") or self.settings.learning_rates or [])
+    def rates(self, world: str, method: str) -> list[float]:
+        """The grid of a method in a world, from low to high: its own, or the world's, or everybody's."""
+        of_method = ((self.settings.methods or {})[method] or {}).get("learning_rates")
+        of_world = (self.settings.worlds or {})[world].get("learning_rates")
+        return sorted(of_method or of_world or self.settings.learning_rates or [])
 
     def training_of(self, world: str, method: str) -> dict[str, Any]:
         """The file's settings under the shared ones under the world's under the method's."""
@@ -164,8 +165,8 @@ def make_plan(settings: CompareSettings) -> Plan:
         for method in plan.methods(world):
             _check(f"worlds: {world}: methods: {method}", plan.training_of(world, method))
             plan.steps_per_round(world, method)
-            if not plan.rates(method) or min(plan.rates(method)) <= 0:
-                raise InputError(f"methods: {method}: learning_rates {plan.rates(method)} must be above 0")
+            if min(plan.rates(world, method)) <= 0:
+                raise InputError(f"methods: {method}: learning_rates {plan.rates(world, method)} must be above 0")
     return plan
 
 

@@ -87,7 +87,7 @@ class Comparison:
         """One cell per rate of the grid, with the first seed."""
         return [
             self.plan.cell(entry.world, entry.method, rate, self.settings.all_seeds[0], entry.steps_per_round)
-            for rate in self.plan.rates(entry.method)
+            for rate in self.plan.rates(entry.world, entry.method)
         ]
 
     # The phases
@@ -174,7 +174,7 @@ class Comparison:
             cell = self._reference_cell(world)
             for method in self.plan.methods(world):
                 config = self.plan.config(
-                    self.plan.cell(world, method, self.plan.rates(method)[0], self.settings.all_seeds[0], 1)
+                    self.plan.cell(world, method, self.plan.rates(world, method)[0], self.settings.all_seeds[0], 1)
                 )
                 if cell is None:
                     found.append(Entry(world, "compute", method, 0))

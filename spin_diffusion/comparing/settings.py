@@ -11,7 +11,7 @@ from spin_diffusion.parsing import nearest, parse_sections
 Budget = Literal["steps", "compute"]
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")
 
-WORLD_KEYS = ("about", "methods", "total_steps")
+WORLD_KEYS = ("about", "methods", "total_steps", "learning_rates")
 """Keys of a world that are not training settings."""
 METHOD_KEYS = ("about", "learning_rates")
 """Keys of a method that are not training settings."""
@@ -28,7 +28,8 @@ class CompareSettings:
     training: dict[str, Any] | None = None
     """Training settings over those of the file, for all runs."""
     worlds: dict[str, dict[str, Any]] | None = None
-    """Name -> training settings of a base and its data; also `about`, `methods` (only these) and `total_steps`."""
+    """Name -> training settings of a base and its data; also `about`, `methods` (only these), `total_steps` and
+    `learning_rates`."""
     methods: dict[str, dict[str, Any]] | None = None
     """Name -> training settings of a method; also `about` and `learning_rates` (its own grid)."""
     only_worlds: list[str] | None = None

@@ -1,9 +1,8 @@
 """evaluation/compare_methods.py as a user runs it, and the arithmetic behind it against plain references."""
 
 import json
-import os
 import runpy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
 from spin_diffusion.comparing.choosing import best_guidance, best_round, choose
 from spin_diffusion.comparing.intervals import crossed_interval
 from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
-from spin_diffusion.comparing.run import Comparison, compare_methods
+from spin_diffusion.comparing.run import Comparison
 from spin_diffusion.comparing.settings import parse_settings
+from spin_diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
-from spin_diffusion.input_error import InputError
 from tests.evaluation.test_evaluate_command import SCORER, refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,10 +373,15 @@ def test_a_cell_is_the_run_that_the_training_command_makes(config, tmp_path):
     assert (Path(task.folder) / "run" / weights).read_bytes() == (tmp_path / "by-command" / weights).read_bytes()
 
 
-def test_the_files_of_methods_can_be_read():
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-    for path in sorted((ROOT / "evaluation" / "configs").glob("compare_*.yaml")):
-        settings = parse_settings(["--config", str(path)])
-        assert len(settings.methods) >= 8 and len(settings.all_seeds) >= 3
-        with pytest.raises(InputError, match="no such name"):
-            compare_methods(replace(settings, only_methods=["none"]))
+@pytest.mark.parametrize("name", ["compare_toy", "compare_toy_full"])
+def test_every_world_and_method_of_the_files_is_one_that_can_be_trained(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = parse_settings(["--config", f"evaluation/configs/{name}.yaml"])
+    assert len(settings.methods) >= 8 and len(settings.all_seeds) >= 3
+    known = {field.name for section in SECTIONS.values() for field in fields(section)}
+    methods = [name for name, given in settings.methods.items() if given.keys() - {"about", "learning_rates"} <= known]
+    worlds = [name for name, given in settings.worlds.items() if Path(given["pretrained_model_name_or_path"]).is_dir()]
+    assert len(methods) >= 8 and {"sloppy", "plateau"} <= set(worlds)
+    only = worlds if name == "compare_toy" else ["sloppy"]  # reading settings takes a while
+    plan = make_plan(replace(settings, only_methods=methods, only_worlds=only))
+    assert len(plan.methods("sloppy")) >= 8
