@@ -191,7 +191,8 @@ def _score(task: Task, view: View) -> None:
     family, pipeline = _pipeline(str(config.model.pretrained_model_name_or_path))
     unet = pipeline.unet
     if view.round:
-        unet = _trained_unet(pipeline.unet, Path(task.folder) / "run" / f"round-{view.round}")
+        base = str(config.model.pretrained_model_name_or_path)
+        unet = _trained_unet(pipeline, base, Path(task.folder) / "run" / f"round-{view.round}")
     prompts = prompt_sets(task.drawing)[view.prompts]
     images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
     rows = requests(prompts, images_per_prompt, task.seed)
@@ -254,11 +255,15 @@ def _is_scored(task: Task, view: View) -> bool:
     return path.is_file() and rows_metadata(path).get("drawing") == _said(task, view)
 
 
-def _trained_unet(base: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    if not (folder / "unet").is_dir():
-        raise InputError(f"{folder} has no unet/: adapters cannot be compared by this version")
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True)
-    return unet.to(base.device, memory_format=torch.channels_last).requires_grad_(False)
+def _trained_unet(pipeline: Any, base: str, folder: Path) -> UNet2DConditionModel:
+    """The UNet that a round saved, or the base's with the adapter that it saved."""
+    adapter = folder / "pytorch_lora_weights.safetensors"
+    if adapter.is_file() and not (folder / "unet").is_dir():
+        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=torch.float32, use_safetensors=True)
+        sampling_pipeline(pipeline, unet, "checkpoint").load_lora_weights(str(folder), weight_name=adapter.name)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True)
+    return unet.to(pipeline.unet.device, memory_format=torch.channels_last).requires_grad_(False)
 
 
 @functools.lru_cache(maxsize=1)

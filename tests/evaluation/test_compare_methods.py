@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 
 from spin_diffusion.comparing import cells, workers
 from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
@@ -19,6 +22,7 @@ from spin_diffusion.comparing.run import Comparison
 from spin_diffusion.comparing.settings import parse_settings
 from spin_diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
+from spin_diffusion.diffusion.families import load_checkpoint
 from tests.evaluation.test_evaluate_command import SCORER, refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,6 +345,21 @@ def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
     cells.do(here)
     name = f"scores/{task.views[0].name}.parquet"
     assert (Path(here.folder) / name).read_bytes() == (Path(task.folder) / name).read_bytes()
+
+
+def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
+    family, pipeline = load_checkpoint(str(sdxl_dir))
+    unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    family.PIPELINE.save_lora_weights(str(tmp_path), unet_lora_layers=get_peft_model_state_dict(unet))
+    loaded = cells._trained_unet(pipeline, str(sdxl_dir), tmp_path)
+    inputs = {
+        "encoder_hidden_states": torch.ones(1, 7, unet.config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)},
+    }
+    predicted = [model(torch.ones(1, 4, 8, 8), 5, **inputs).sample for model in (unet, loaded, pipeline.unet)]
+    assert torch.allclose(predicted[0], predicted[1], atol=1e-5)
+    assert not torch.allclose(predicted[0], predicted[2], atol=1e-3)
 
 
 def test_another_drawing_is_scored_again(config):

@@ -117,6 +117,7 @@ def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> 
                 color=_SERIES[point.style % len(_SERIES)], marker=_marker(point.style), markersize=5, elinewidth=1.2,
                 capsize=2.5,
             )  # fmt: skip
+        axes.set_xlim(left=0)
         axes.set_xlabel("GFLOPs")
         axes.set_ylabel(ylabel)
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
