@@ -1,0 +1,103 @@
+"""Time drawing images: this project's sampler beside diffusers' own pipeline as it comes.
+
+    python benchmarks/generate.py --model toy --device cpu
+    python benchmarks/generate.py --model sdxl --device cuda --batch_size 16 --json benchmarks/results/sdxl.json
+
+Both draw the same prompts with guidance and the same number of steps. diffusers' pipeline draws one prompt after
+another with the checkpoint's scheduler, in fp16 on a GPU, as its documentation shows it (`--reference_batched`: all prompts in
+one call); ours draws batches in the run's precision.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from models import MODELS, build
+from timing import alternate, count_flops, machine, matrix_rate, paired_ratio, report, summary
+
+from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
+
+
+def flops_of_an_image(pipeline: Any, latent_px: int, steps: int, guided: bool) -> int:
+    """Counted on the real networks: the UNet's steps, twice with guidance, and the VAE's decoder."""
+    config = dict(pipeline.unet.config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        vae = type(pipeline.vae).from_config(dict(pipeline.vae.config))
+        latents = torch.empty(1, config["in_channels"], latent_px, latent_px)
+        inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"])}
+        if config.get("addition_embed_type") == "text_time":
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.zeros(1, 6)}
+        t = torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        step = count_flops(lambda: unet(latents, t, **inputs))
+        return step * steps * (2 if guided else 1) + count_flops(lambda: vae.decode(latents))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="toy")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--batch_size", type=int, default=8, help="images that ours draws at a time")
+    parser.add_argument("--images", type=int, help="images in a turn; default: the batch size")
+    parser.add_argument("--resolution", type=int, help="px; default: the model's own")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each")
+    parser.add_argument("--reference_batched", action="store_true", help="diffusers draws all prompts in one call")
+    args = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
+    pipeline, resolution = build(args.model, args.device)
+    resolution = args.resolution or resolution
+    latent_px = resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    count = args.images or args.batch_size
+    prompts = [f"a red circle and {number} squares" for number in range(count)]
+    stock = copy.deepcopy(pipeline)
+    if args.device == "cuda":
+        stock.to(dtype=torch.float16)  # as the documentation loads it
+    stock.set_progress_bar_config(disable=True)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    made = sampling_pipeline(pipeline, pipeline.unet, SamplingSettings().sampler)
+
+    def ours() -> None:
+        draw_images(
+            made, prompts, list(range(count)), resolution=resolution, num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale, batch_size=args.batch_size, autocast=accelerator.autocast,
+        )  # fmt: skip
+
+    def diffusers() -> None:
+        for part in [prompts] if args.reference_batched else [[prompt] for prompt in prompts]:
+            stock(
+                part, height=resolution, width=resolution, num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+            )  # fmt: skip
+
+    seconds = alternate({"ours": ours, "diffusers": diffusers}, args.repeats, args.device, warmup=1)
+    flops = flops_of_an_image(pipeline, latent_px, args.num_inference_steps, args.guidance_scale > 1)
+    peak = matrix_rate(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    report(
+        {
+            "benchmark": "generate", "model": args.model, "resolution": resolution, "images": count,
+            "batch_size": args.batch_size, "steps": args.num_inference_steps, "guidance": args.guidance_scale,
+            "reference_batched": args.reference_batched, "precision": accelerator.mixed_precision,
+            "machine": machine(args.device),
+            "flops_of_an_image": flops, "matrix_flops_per_second": peak,
+            "seconds": {name: summary(times) for name, times in seconds.items()},
+            "images_per_second": {n: count / summary(s)["median"] for n, s in seconds.items()},
+            "mfu": {n: flops * count / summary(s)["median"] / peak for n, s in seconds.items()},
+            "times_faster": paired_ratio(seconds["ours"], seconds["diffusers"]),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
+        },
+        args.json,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

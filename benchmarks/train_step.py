@@ -1,0 +1,169 @@
+"""Time one optimizer step on pairs: this project beside a plain loop that does what the public scripts do.
+
+    python benchmarks/train_step.py --model toy --device cpu
+    python benchmarks/train_step.py --model sdxl --device cuda --batch_size 4 --json benchmarks/results/sdxl.json
+
+The plain loop encodes both images and the captions at every step, keeps a second UNet in fp32, and sends both images of
+a pair through each model in one batch. Both train all weights with AdamW on the same pairs, noise and loss.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from models import MODELS, build
+from timing import alternate, count_flops, machine, matrix_rate, paired_ratio, report, summary
+from torch.nn.functional import logsigmoid, mse_loss
+
+from spin_diffusion.diffusion.families import sd, sdxl
+from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
+from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.sampling import SamplingSettings
+from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.selfplay.objectives import spin
+
+BETA, LEARNING_RATE = 2000.0, 1e-8
+"""So small a rate that the loss of a random network stays finite over any number of steps."""
+
+
+def ours(pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any]) -> Callable:
+    """This project's step on cached latents."""
+    family = sdxl if hasattr(pipeline, "text_encoder_2") else sd
+    game = DiffusionGame(
+        family, pipeline, "benchmark",
+        images=ImageSettings(resolution=resolution), sampling=SamplingSettings(), denoiser=DenoiserSettings(),
+        accelerator=accelerator, **options,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(game.player.parameters(), lr=LEARNING_RATE, fused=accelerator.device.type == "cuda")
+
+    def step() -> None:
+        loss = spin(game.scores(game.player, batch).scores, BETA).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(game.player.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def plain(
+    pipeline: Any, pixels: torch.Tensor, prompts: list[str], accelerator: Accelerator, options: dict[str, Any]
+) -> Callable:
+    """The loop that the public scripts share."""
+    device, scheduler = accelerator.device, pipeline.scheduler
+    unet = pipeline.unet.requires_grad_(True).train()
+    reference = copy.deepcopy(unet).requires_grad_(False)
+    if options.get("gradient_checkpointing"):
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE)
+    steps = scheduler.config.num_train_timesteps
+    abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, steps) ** 2, 0).to(device)
+    pairs, size = len(prompts), pixels.shape[-1]
+
+    def step() -> None:
+        with accelerator.autocast():
+            with torch.no_grad():
+                latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
+                encoded = pipeline.encode_prompt(
+                    prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+            inputs = {"encoder_hidden_states": encoded[0].repeat(2, 1, 1)}
+            if hasattr(pipeline, "text_encoder_2"):
+                ids = torch.tensor([[size, size, 0, 0, size, size]], device=device).repeat(2 * pairs, 1)
+                inputs["added_cond_kwargs"] = {"text_embeds": encoded[2].repeat(2, 1), "time_ids": ids}
+            noise = torch.randn_like(latents[:pairs]).repeat(2, 1, 1, 1)
+            t = torch.randint(steps, (pairs,), device=device).repeat(2)
+            signal = abar[t][:, None, None, None]
+            noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+            predicted = unet(noisy, t, **inputs).sample
+            with torch.no_grad():
+                predicted_reference = reference(noisy, t, **inputs).sample
+            errors = [
+                mse_loss(each.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3)).chunk(2)
+                for each in (predicted, predicted_reference)
+            ]
+            difference = (errors[0][0] - errors[0][1]) - (errors[1][0] - errors[1][1])
+            loss = -logsigmoid(-0.5 * BETA * difference).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def flops_of_a_pair(config: dict[str, Any], latent_px: int, tokens: int = 77) -> int:
+    """Of the UNets alone, counted on the real network: player forward and backward, opponent forward, two images."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        noisy, t = torch.empty(2, config["in_channels"], latent_px, latent_px), torch.zeros(2, dtype=torch.long)
+        inputs = {"encoder_hidden_states": torch.empty(2, tokens, config["cross_attention_dim"])}
+        if config.get("addition_embed_type") == "text_time":
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(2, pooled), "time_ids": torch.zeros(2, 6)}
+
+    def forward() -> torch.Tensor:
+        return unet(noisy, t, **inputs).sample
+
+    with torch.no_grad():
+        opponent = count_flops(forward)
+    return count_flops(lambda: forward().sum().backward()) + opponent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="toy")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--batch_size", type=int, default=4, help="pairs in a step")
+    parser.add_argument("--resolution", type=int, help="px; default: the model's own")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--only_ours", action="store_true", help="where the plain loop does not fit in memory")
+    args = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    pipeline, resolution = build(args.model, args.device)
+    resolution = args.resolution or resolution
+    latent_px = resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    prompts = [f"a red circle and {number} squares" for number in range(args.batch_size)]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution, generator=generator) * 2 - 1
+    frame = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * args.batch_size, dtype=torch.int32)
+    sides = [
+        {"latents": torch.randn(args.batch_size, 4, latent_px, latent_px, generator=generator).half(), "frame": frame}
+        for _ in range(2)
+    ]
+    batch = Batch([str(n) for n in range(args.batch_size)], prompts, *sides, list(range(args.batch_size)))
+    options = {"gradient_checkpointing": args.gradient_checkpointing}
+    flops = flops_of_a_pair(dict(pipeline.unet.config), latent_px)
+
+    contenders = {"ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options)}
+    if not args.only_ours:
+        contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
+    seconds = alternate(contenders, args.repeats, args.device)
+    peak = matrix_rate(args.device, dtype)
+    report(
+        {
+            "benchmark": "train_step", "model": args.model, "resolution": resolution, "pairs": args.batch_size,
+            "precision": accelerator.mixed_precision, "gradient_checkpointing": args.gradient_checkpointing,
+            "machine": machine(args.device),
+            "unet_flops_of_a_pair": flops, "matrix_flops_per_second": peak,
+            "seconds": {name: summary(times) for name, times in seconds.items()},
+            "pairs_per_second": {n: args.batch_size / summary(s)["median"] for n, s in seconds.items()},
+            "mfu": {n: flops * args.batch_size / summary(s)["median"] / peak for n, s in seconds.items()},
+            "times_faster": paired_ratio(seconds["ours"], seconds["plain"]) if "plain" in seconds else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
+        },
+        args.json,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
