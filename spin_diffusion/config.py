@@ -10,6 +10,7 @@ from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.curation import CurationSettings
 from spin_diffusion.diffusion.game import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.latents import CacheSettings
 from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
 from spin_diffusion.diffusion.shortcuts import ProbeSettings
@@ -45,6 +46,7 @@ class Config:
     data: DataSettings
     curation: CurationSettings
     images: ImageSettings
+    caches: CacheSettings
     sampling: SamplingSettings
     trajectory: TrajectorySettings
     rounds: RoundSettings

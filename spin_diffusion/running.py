@@ -69,6 +69,7 @@ HARMLESS = {
     "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
     "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
+    "encodings_dir",
 }  # fmt: skip
 
 

@@ -127,7 +127,9 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
     pixels = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
     latents = torch.zeros(1, vae.config.latent_channels, size, size, device=device, dtype=vae.dtype)
     with torch.no_grad():
-        text, conditioning = _counted(lambda: family.encode_prompts(pipeline, ["a prompt"], [False], frames))
+        text, embedded = _counted(lambda: family.embed(pipeline, ["a prompt"]))
+    conditioning = family.condition(embedded, frames)
+    with torch.no_grad():
         encode, _ = _counted(lambda: vae.encode(pixels))
         decode, _ = _counted(lambda: vae.decode(latents))
     forward, backward, through = _count_unet(unet, conditioning, size)

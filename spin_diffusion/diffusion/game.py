@@ -22,8 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.latents import encoded_once
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
+from spin_diffusion.diffusion.prompts import Prompts
 from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.trajectory import (
     TrajectorySettings,
@@ -101,8 +103,13 @@ class DiffusionGame:
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         base_options: dict[str, Any] | None = None,
+        shared_latents: Path | None = None,
     ) -> None:
-        """Args: base, base_options: path or hub id that `pipeline` was loaded from, and how."""
+        """
+        Args:
+            base, base_options: path or hub id that `pipeline` was loaded from, and how.
+            shared_latents: folder where runs find latents of the same images.
+        """
         self.family, self.pipeline, self.base = family, pipeline, base
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
         self.accelerator = accelerator
@@ -125,6 +132,9 @@ class DiffusionGame:
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
+        self.prompts = Prompts(family, pipeline, accelerator.autocast)
+        self.shared_latents = shared_latents
+        self.vae_hash = weights_hash(pipeline.vae) if shared_latents is not None else ""
         self.player: UNet2DConditionModel = pipeline.unet
         if denoiser.channels_last:
             self.player.to(memory_format=torch.channels_last)
@@ -137,7 +147,7 @@ class DiffusionGame:
         self.adapters: Adapters | None = None
         if lora is not None and lora.use_lora:
             self.player.eval()
-            self.adapters = Adapters(self.player, lora, _autocast_dtype(accelerator.mixed_precision))
+            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision))
             if gradient_checkpointing:
                 self.player.enable_gradient_checkpointing(self._checkpoint)
             self.opponent: UNet2DConditionModel = self.player
@@ -194,11 +204,19 @@ class DiffusionGame:
         """Latents (fp16: a thousandth of their spread is far below the noise they get) and frames of stored images."""
         encoded = {}
         for prefix in ("", "loser_") if "loser_image" in rows[0] else ("",):
-            encoded[f"{prefix}latents"] = self._latents(rows, prefix).half()
+            encode = partial(self._latents, rows, prefix)
+            if self.shared_latents is not None:
+                how = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
+                encoded[f"{prefix}latents"] = encoded_once(
+                    self.shared_latents, self.vae_hash, how, rows, encode, prefix
+                )
+            else:
+                encoded[f"{prefix}latents"] = encode()
             encoded[f"{prefix}frame"] = torch.tensor([row[f"{prefix}frame"] for row in rows], dtype=torch.int32)
         return encoded
 
     def _latents(self, rows: list[Row], prefix: str) -> Tensor:
+        self._bring_back()
         vae, size = self.pipeline.vae, self.images.vae_encode_batch_size
         encoded = []
         for start in range(0, len(rows), size):
@@ -211,11 +229,12 @@ class DiffusionGame:
                 stored = [images.open_image(images.to_bytes(image, self.images)) for image in decoded]
                 latents = images.encode_pixels(vae, images.to_pixels(stored), names)
             encoded.append(latents.cpu())
-        return torch.cat(encoded)
+        return torch.cat(encoded).half()
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Scores at one (t, eps) per pair, shared by its images and both models; all images in one batch."""
         batch = _one_to_one(batch)
+        self._put_away()
         if self.steps is not None:
             return self._trajectory_scores(player, batch)
         sides = [batch.real, batch.generated] if batch.generated else [batch.real]
@@ -230,7 +249,7 @@ class DiffusionGame:
         x_t, target = self.noising.noised_and_target(x_0, eps, t)
         # One path for both models: the same inputs under the same autocast, compared in fp32
         with self.accelerator.autocast():
-            conditioning = self.family.encode_prompts(self.pipeline, batch.prompts, draws.dropped, frames)
+            conditioning = self.prompts.conditioning(batch.prompts, draws.dropped, frames)
             inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
             if conditioning.added:
                 inputs["added_cond_kwargs"] = conditioning.added
@@ -269,8 +288,8 @@ class DiffusionGame:
         x_0 = batch.real["latents"].float()
         draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
         with self.accelerator.autocast():
-            conditioning = self.family.encode_prompts(
-                self.pipeline, batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
+            conditioning = self.prompts.conditioning(
+                batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
             )
         inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
         if conditioning.added:
@@ -329,6 +348,15 @@ class DiffusionGame:
             self.adapters.promote()
         else:
             self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+
+    def _put_away(self) -> None:
+        """Off the device with what training does not need, where prompts are kept."""
+        if self.prompts.put_away():
+            self.pipeline.vae.to("cpu")
+
+    def _bring_back(self) -> None:
+        self.prompts.bring_back()
+        self.pipeline.vae.to(self.accelerator.device)
 
     def _as_opponent(self) -> AbstractContextManager[None]:
         """Where `self.opponent` is the opponent: with adapters it is the player's UNet otherwise."""
@@ -430,6 +458,7 @@ class DiffusionGame:
         states: list[Tensor] | None = None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
+        self._bring_back()
         return draw_images(
             sampling_pipeline(self.pipeline, unet, self.sampling.sampler),
             prompts,
@@ -456,6 +485,7 @@ class DiffusionGame:
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
+        self._bring_back()
         fresh = self._fresh(path).to(self.accelerator.device).eval()
         if self.denoiser.channels_last:
             fresh.to(memory_format=torch.channels_last)
@@ -464,7 +494,7 @@ class DiffusionGame:
         x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
         frames = torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]])
         with torch.no_grad():
-            conditioning = self.family.encode_prompts(self.pipeline, ["a proof"], [False], frames)
+            conditioning = self.prompts.conditioning(["a proof"], [False], frames)
             inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
             if conditioning.added:
                 inputs["added_cond_kwargs"] = conditioning.added
@@ -489,7 +519,8 @@ def _one_to_one(batch: Batch) -> Batch:
     )
 
 
-def _autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
+    """In which linear layers and convolutions are computed; None = as they are."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 
@@ -497,7 +528,7 @@ def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DCo
     """A frozen copy. Under autocast, linear and convolution weights are kept in the dtype to which autocast would cast
     the player's at every call: the same numbers in half the memory. Norms stay fp32, as autocast computes them."""
     opponent = copy.deepcopy(player).requires_grad_(False).eval()
-    dtype = _autocast_dtype(mixed_precision)
+    dtype = autocast_dtype(mixed_precision)
     if dtype is not None:
         for module in opponent.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.game import DiffusionGame, example_id
+from spin_diffusion.diffusion.game import DiffusionGame, autocast_dtype, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
@@ -31,7 +33,8 @@ from spin_diffusion.running import (
 )
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.rounds import objectives_of, source_of
-from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.run_dir import read_rows
+from spin_diffusion.selfplay.samples import prepare, shards
 from spin_diffusion.selfplay.train import check_batch
 
 
@@ -69,6 +72,7 @@ def run(config: Config, family_name: str) -> None:
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
         base_options=options,
+        shared_latents=Path(config.caches.encodings_dir) / "latents" if config.caches.encodings_dir else None,
     )
     progress = Bars() if accelerator.is_main_process else Progress()
 
@@ -103,6 +107,9 @@ def run(config: Config, family_name: str) -> None:
     accelerator.print(_header(config, game, manifest) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
+    if config.caches.cache_text_embeddings:
+        _keep_prompts(config, game, output_dir, progress)
+
     # The rounds, and what they are compared with
     accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
@@ -118,6 +125,19 @@ def run(config: Config, family_name: str) -> None:
         _tell_where(records, output_dir, base, family.PIPELINE.__name__)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
+
+
+def _keep_prompts(config: Config, game: DiffusionGame, output_dir: Path, progress: Progress) -> None:
+    """Encode the prompts of all real samples."""
+    folder = Path(config.caches.encodings_dir or output_dir / "encodings") / "prompts"
+    prompts = [
+        row["prompt"]
+        for path in shards(output_dir / "data" / "samples", ".parquet")
+        for row in read_rows(path, columns=["prompt"])
+    ]
+    dtype = autocast_dtype(game.accelerator.mixed_precision) or torch.float32
+    bar = progress.phase("encode the prompts", len(set(prompts)))
+    game.prompts.keep(folder, prompts, game.accelerator, dtype, bar)
 
 
 def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:

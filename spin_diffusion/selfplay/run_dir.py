@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def rows_metadata(path: Path) -> dict[str, str]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as one safetensors file, atomically."""
     write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+
+def write_shared_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whose name says its content, into a folder where other programs may be writing the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    save_file(tensors, part)
+    _sync(part)
+    os.replace(part, path)
 
 
 def tensors_metadata(path: Path) -> dict[str, str]:

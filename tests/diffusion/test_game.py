@@ -147,7 +147,7 @@ def test_sdxl_is_told_each_images_own_size_and_crop(sdxl_dir, monkeypatch):
 def test_a_dropped_caption_is_the_samplers_unconditional_input(base):
     game = make_game(base)
     frames = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2)
-    ours = game.family.encode_prompts(game.pipeline, ["a fox", "a fox"], [True, False], frames)
+    ours = game.prompts.conditioning(["a fox", "a fox"], [True, False], frames)
     theirs = game.pipeline.encode_prompt(
         "a fox", device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=True
     )

@@ -30,7 +30,7 @@ def move(game, size: float = 0.05, seed: int = 3) -> None:
 def prediction(unet, game) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(1, 4, 16, 16, generator=generator)
-    conditioning = game.family.encode_prompts(game.pipeline, ["a fox"], [False], torch.tensor([[32, 32, 0, 0, 32, 32]]))
+    conditioning = game.prompts.conditioning(["a fox"], [False], torch.tensor([[32, 32, 0, 0, 32, 32]]))
     inputs = {"encoder_hidden_states": conditioning.tokens}
     if conditioning.added:
         inputs["added_cond_kwargs"] = conditioning.added

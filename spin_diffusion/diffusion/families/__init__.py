@@ -4,7 +4,9 @@ To add one, put a file here with
 
     PIPELINE                  the diffusers class whose name stands in the checkpoint's model_index.json
     RESOLUTION                its usual image size, px
-    encode_prompts(pipeline, prompts, dropped, frames) -> Conditioning
+    embed(pipeline, texts)    what its text encoders make of prompts, one row each: all that is kept of a prompt
+    unconditional(pipeline)   the same of the sampler's unconditional half; training must drop captions to it
+    condition(embedded, frames) -> Conditioning
 
 `load_checkpoint` finds the file by the class name in model_index.json; a family is never guessed from a path.
 """
@@ -26,6 +28,9 @@ from spin_diffusion.input_error import InputError
 
 Frames = Int[Tensor, "batch 6"]
 """Per image: original height and width, top and left of the crop, height and width of the target, px."""
+
+Embedded = dict[str, Tensor]
+"""By name, first axis = prompt; always with `tokens` (prompts, length, width)."""
 
 
 @dataclass(frozen=True)
@@ -125,4 +130,4 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-__all__ = ["Conditioning", "Frames", "families", "family_of", "load_checkpoint"]
+__all__ = ["Conditioning", "Embedded", "Frames", "families", "family_of", "load_checkpoint"]

@@ -1,0 +1,168 @@
+"""What is computed once: text embeddings and latents, kept by content and found again."""
+
+import json
+
+import pytest
+import torch
+
+from spin_diffusion.diffusion.latents import encoded_once
+from tests.diffusion.test_game import batch_of
+from tests.playing import examples, make_game
+
+PROMPTS = ["a fox", "a hen", "a fox", "an owl"]
+FRAMES = torch.tensor([[40, 32, 4, 0, 32, 32]] * 4)
+
+
+@pytest.fixture(params=["sd1_dir", "sdxl_dir"])
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+def counted_embeddings(game, monkeypatch) -> list[str]:
+    """All texts that the encoders are given from now on."""
+    texts: list[str] = []
+    embed = game.family.embed
+
+    def counting(pipeline, prompts):
+        texts.extend(prompts)
+        return embed(pipeline, prompts)
+
+    monkeypatch.setattr(game.family, "embed", counting)
+    return texts
+
+
+def keep(game, folder, prompts=PROMPTS, dtype=torch.float32):
+    game.prompts.keep(folder, prompts, game.accelerator, dtype)
+
+
+def test_kept_prompts_are_the_encoders_own_and_dropped_ones_the_samplers(base, tmp_path):
+    game = make_game(base)
+    dropped = [False, True, False, False]
+    direct = game.prompts.conditioning(PROMPTS, dropped, FRAMES.repeat(2, 1))
+    keep(game, tmp_path)
+    kept = game.prompts.conditioning(PROMPTS, dropped, FRAMES.repeat(2, 1))
+    assert kept.tokens.shape == direct.tokens.shape and len(kept.tokens) == 8
+    assert torch.allclose(kept.tokens, direct.tokens, atol=1e-6)
+    for name in direct.added:
+        assert torch.allclose(kept.added[name], direct.added[name], atol=1e-6)
+    assert not torch.equal(kept.tokens[0], kept.tokens[1]) and torch.equal(kept.tokens[0], kept.tokens[2])
+
+
+def test_under_autocast_a_kept_prompt_gives_the_denoiser_the_same_bits(sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, precision="bf16")
+    x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+
+    def predicted():
+        with torch.no_grad(), game.accelerator.autocast():
+            told = game.prompts.conditioning(["a fox"], [False], FRAMES[:1])
+            return game.player(x_t, t, told.tokens, added_cond_kwargs=told.added).sample
+
+    direct = predicted()
+    keep(game, tmp_path, ["a fox"], torch.bfloat16)
+    assert game.prompts.conditioning(["a fox"], [False], FRAMES[:1]).tokens.dtype == torch.bfloat16
+    assert torch.equal(predicted(), direct)
+
+
+def test_each_distinct_prompt_is_encoded_once_and_found_by_the_next_run(base, tmp_path, monkeypatch):
+    game = make_game(base)
+    texts = counted_embeddings(game, monkeypatch)
+    keep(game, tmp_path)
+    assert texts == ["a fox", "a hen", "an owl"]
+    game.prompts.conditioning(PROMPTS, [False] * 4, FRAMES)
+    another = make_game(base)
+    texts.clear()
+    keep(another, tmp_path)
+    another.prompts.conditioning(PROMPTS, [False] * 4, FRAMES)
+    assert texts == []
+    keep(another, tmp_path, [*PROMPTS, "a dog"])
+    assert "a dog" in texts
+
+
+def test_another_text_encoder_never_finds_them(base, tmp_path, monkeypatch):
+    keep(make_game(base), tmp_path)
+    other = make_game(base)
+    with torch.no_grad():
+        next(other.pipeline.text_encoder.parameters()).add_(1e-3)
+    texts = counted_embeddings(other, monkeypatch)
+    keep(other, tmp_path)
+    assert texts == ["a fox", "a hen", "an owl"]
+
+
+def test_a_prompt_that_was_not_kept_is_encoded_on_the_spot(base, tmp_path):
+    game = make_game(base)
+    direct = game.prompts.conditioning(["a cat"], [False], FRAMES[:1])
+    keep(game, tmp_path)
+    assert torch.equal(game.prompts.conditioning(["a cat"], [False], FRAMES[:1]).tokens, direct.tokens)
+
+
+def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back(base, tmp_path, monkeypatch):
+    game = make_game(base)
+    batch = batch_of(game)
+    moved = []
+    monkeypatch.setattr(game.prompts, "_move", lambda device: moved.append(device.type))
+    game.scores(game.player, batch)
+    assert moved == []  # nothing is kept: they are needed
+    keep(game, tmp_path, batch.prompts)
+    game.scores(game.player, batch)
+    assert moved == ["cpu"]
+    game.draw(game.player, ["a fox"], [0], 1.0)
+    assert moved == ["cpu", "cpu"]
+
+
+# Latents
+
+
+def shared(base, folder):
+    game = make_game(base)
+    return type(game)(
+        game.family, game.pipeline, str(base), images=game.images, sampling=game.sampling, denoiser=game.denoiser,
+        accelerator=game.accelerator, shared_latents=folder,
+    )  # fmt: skip
+
+
+def test_a_second_run_finds_the_latents_and_another_vae_does_not(base, tmp_path, monkeypatch):
+    first = shared(base, tmp_path)
+    rows = list(first.real_rows(examples(3, losers=True)))
+    expected = first.encode(rows)
+    plain = make_game(base).encode(rows)
+    assert expected.keys() == plain.keys() and all(torch.equal(expected[name], plain[name]) for name in plain)
+
+    def refuse(*inputs):
+        raise AssertionError("encoded again")
+
+    second = shared(base, tmp_path)
+    monkeypatch.setattr(second, "_latents", refuse)
+    found = second.encode(rows)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    with pytest.raises(AssertionError, match="encoded again"):
+        second.encode(rows[:2])
+    changed = make_game(base)
+    with torch.no_grad():
+        next(changed.pipeline.vae.parameters()).add_(1e-3)
+    changed = type(changed)(
+        changed.family, changed.pipeline, str(base), images=changed.images, sampling=changed.sampling,
+        denoiser=changed.denoiser, accelerator=changed.accelerator, shared_latents=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(changed, "_latents", refuse)
+    with pytest.raises(AssertionError, match="encoded again"):
+        changed.encode(rows)
+
+
+def test_what_decides_the_latents_is_in_their_name(tmp_path):
+    rows = [{"image": b"1", "loser_image": b"2", "drawn": False}]
+    names = set()
+
+    def name_of(*inputs, drawn=False, prefix=""):
+        before = set(tmp_path.iterdir())
+        encoded_once(tmp_path, *inputs, [rows[0] | {"drawn": drawn}], lambda: torch.zeros(1), prefix)
+        return (set(tmp_path.iterdir()) - before).pop()
+
+    for inputs, options in [
+        (("vae", {"round": False}), {}),
+        (("other", {"round": False}), {}),
+        (("vae", {"round": True}), {}),
+        (("vae", {"round": False}), {"drawn": True}),
+        (("vae", {"round": False}), {"prefix": "loser_"}),
+    ]:
+        names.add(name_of(*inputs, **options))
+    assert len(names) == 5 and not list(tmp_path.glob("*.part")), json.dumps([str(name) for name in names])
