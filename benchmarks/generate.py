@@ -4,8 +4,8 @@
     python benchmarks/generate.py --model sdxl --device cuda --batch_size 16 --json benchmarks/results/sdxl.json
 
 Both draw the same prompts with guidance and the same number of steps. diffusers' pipeline draws one prompt after
-another with the checkpoint's scheduler, in fp16 on a GPU, as its documentation shows it (`--reference_batched`: all prompts in
-one call); ours draws batches in the run's precision.
+another with the checkpoint's scheduler, in fp16 on a GPU, as its documentation shows it (`--reference_batched`: all
+prompts in one call); ours draws batches in the run's precision.
 """
 
 import argparse

@@ -92,6 +92,8 @@ def _check(config: Config) -> None:
     if config.trajectory.trajectory != "forward":
         _check_trajectory(config)
     _check_candidates(config.candidates, config.rounds)
+    if config.denoiser.fixed_draws:
+        _check_fixed_draws(config)
 
 
 def _check_trajectory(config: Config) -> None:
@@ -110,6 +112,24 @@ def _check_trajectory(config: Config) -> None:
                 f"{flag} needs the generated side's denoising steps, which the data set's worse images of --objective "
                 f"{name} do not have: take --trajectory forward, or --generated_from opponent"
             )
+
+
+def _check_fixed_draws(config: Config) -> None:
+    flag = f"--fixed_draws {config.denoiser.fixed_draws}"
+    if config.trajectory.trajectory != "forward":
+        raise InputError(f"{flag} are of --trajectory forward, not of {config.trajectory.trajectory}")
+    if config.training.refresh_opponent_steps:
+        raise InputError(
+            f"{flag} keep the errors of one opponent, which --refresh_opponent_steps "
+            f"{config.training.refresh_opponent_steps} changes in the middle of a round: leave one of them out"
+        )
+    if config.lora.use_lora and config.lora.lora_dropout:
+        raise InputError(
+            f"{flag} are scored once, in other batches than the player's, and --lora_dropout "
+            f"{config.lora.lora_dropout} would drop other weights there: set it to 0"
+        )
+    if config.candidates.num_candidates:
+        raise InputError(f"{flag} are not made for candidates: leave --num_candidates out")
 
 
 def _check_candidates(candidates: CandidateSettings, rounds: RoundSettings) -> None:

@@ -37,7 +37,7 @@ class RoundWork:
     steps: int
     """Optimizer steps."""
     prompts: int
-    """Prompts encoded for a step: its real samples."""
+    """Prompts encoded for a step: its real samples; 0 where each was encoded once before, which is not counted."""
     scored: int
     """Noised images that the player scores in a step, both sides."""
     compared: int
@@ -52,6 +52,8 @@ class RoundWork:
     """Calls of the UNet for each image drawn: sampler steps, twice with guidance."""
     prompts_per_image: int = 1
     """Prompts encoded for each image drawn: 2 where guidance needs the empty one's embedding."""
+    scored_once: int = 0
+    """Noised images that the opponent scores before the first step."""
     forwards: int = 1
     """Forward passes of the player for each score: 2 where activations are computed again."""
     trains_weights: bool = True
@@ -73,7 +75,7 @@ def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
 
 def round_flops(unit: UnitCosts, work: RoundWork) -> int:
     """FLOPs of a round."""
-    return generation_flops(unit, work) + work.steps * step_flops(unit, work)
+    return generation_flops(unit, work) + work.scored_once * unit.unet + work.steps * step_flops(unit, work)
 
 
 def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
@@ -91,6 +93,7 @@ def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_
     levels = flat["num_inference_steps"] if exact else 1
     copies = flat["num_generated"] if source == "opponent" else 1
     scored = batch * copies * (1 if source == "none" else 2) * levels
+    draws = 0 if source == "none" else flat.get("fixed_draws") or 0
     candidates = flat.get("num_candidates") or 0
     per_prompt = copies
     if candidates:
@@ -100,9 +103,10 @@ def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_
     guided = flat["guidance_scale"] > 1
     return RoundWork(
         steps=steps,
-        prompts=batch,
+        prompts=0 if flat.get("cache_text_embeddings") else batch,
         scored=scored,
-        compared=0 if source == "none" else scored,
+        compared=0 if source == "none" or draws else scored,
+        scored_once=rows * copies * 2 * draws,
         drawn=drawn,
         # Of several candidates two are kept, whose encodings are trained on
         encoded=min(drawn, 2 * rows) if candidates else drawn,

@@ -55,6 +55,9 @@ class DenoiserSettings:
     """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
     timestep_weights: list[float] | None = None
     """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
+    fixed_draws: int = 0
+    """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
+    once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit."""
     channels_last: bool = True
     """Memory layout of the UNet; faster convolutions on most hardware."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -63,6 +66,8 @@ class DenoiserSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
+        if self.fixed_draws < 0:
+            raise InputError(f"--fixed_draws {self.fixed_draws} must be at least 0")
         if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
             raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
@@ -77,6 +82,24 @@ def example_id(example: Example) -> str:
     """The id of an example's stored row: 16 hexadecimal digits of the hash of prompt and images."""
     digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image + (example.loser or b""))
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Noised images, both sides of a batch one after the other, and what a denoiser should say to them.
+
+    Attributes:
+        inputs: the denoiser's other inputs.
+        weight: of each image's score.
+        level: of each pair, in [0, 1).
+    """
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    inputs: dict[str, Any]
+    weight: Tensor
+    level: Tensor
 
 
 class DiffusionGame:
@@ -114,6 +137,7 @@ class DiffusionGame:
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
         self.accelerator = accelerator
         self.base_options = base_options or {}
+        self.fixed_draws = denoiser.fixed_draws
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
         self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
         self.trajectory = trajectory or TrajectorySettings()
@@ -150,7 +174,7 @@ class DiffusionGame:
             self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision))
             if gradient_checkpointing:
                 self.player.enable_gradient_checkpointing(self._checkpoint)
-            self.opponent: UNet2DConditionModel = self.player
+            self.opponent: UNet2DConditionModel | None = self.player
         else:
             self.player.requires_grad_(True).eval()
             self.opponent = _opponent_of(self.player, accelerator.mixed_precision)
@@ -237,36 +261,20 @@ class DiffusionGame:
         self._put_away()
         if self.steps is not None:
             return self._trajectory_scores(player, batch)
-        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
-        device = self.accelerator.device
-        x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
-        frames = torch.cat([side["frame"] for side in sides])
-        draws = draw(
-            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
-        )
-        t = draws.t.to(device).repeat(len(sides))
-        eps = draws.eps.to(device).repeat(len(sides), 1, 1, 1)
-        x_t, target = self.noising.noised_and_target(x_0, eps, t)
+        question = self._question(batch)
+        if "opponent_score" in batch.real:
+            known = [side["opponent_score"] for side in (batch.real, batch.generated) if side]
+            opponent_scores = torch.cat(known).to(question.x_t.device)
+        else:
+            opponent_scores = self._ask_opponent(question, batch)
         # One path for both models: the same inputs under the same autocast, compared in fp32
-        with self.accelerator.autocast():
-            conditioning = self.prompts.conditioning(batch.prompts, draws.dropped, frames)
-            inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-            if conditioning.added:
-                inputs["added_cond_kwargs"] = conditioning.added
-            if self.denoiser.channels_last:
-                x_t = x_t.contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), self._as_opponent(), self._dropping(batch):
-                eps_opponent = self.opponent(x_t, t, **inputs)[0]
-            with self._dropping(batch):
-                eps_theta = player(x_t, t, **inputs)[0]
-        pairs = len(batch.ids)
-        weight = self.weights.to(device)[t]
-        player_scores = weight * errors.score(eps_theta, target)
-        opponent_scores = weight * errors.score(eps_opponent, target)
-        level = draws.t.to(device) / self.noising.num_timesteps
+        with self.accelerator.autocast(), self._dropping(batch):
+            eps_theta = player(question.x_t, question.t, **question.inputs)[0]
+        target, pairs = question.target, len(batch.ids)
+        player_scores = question.weight * errors.score(eps_theta, target)
         if not batch.generated:
             nothing = torch.zeros_like(opponent_scores)
-            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), level)
+            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), question.level)
         player_real, player_generated = player_scores.split(pairs)
         if self.denoiser.winner_preserving_mu is not None:
             scale = errors.winner_preserving_scale(
@@ -274,7 +282,45 @@ class DiffusionGame:
             )
             player_generated = errors.scale_gradient(player_generated, scale)
         opponent_real, opponent_generated = opponent_scores.split(pairs)
-        return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), level)
+        return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), question.level)
+
+    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The opponent's scores of both sides at the batch's draws."""
+        rows = len(batch.ids)
+        batch = _one_to_one(batch)
+        found = self._ask_opponent(self._question(batch), batch)
+        real, drawn = found[: len(batch.ids)], found[len(batch.ids) :]
+        return real[:: len(batch.ids) // rows], drawn  # a real row has one score, however many rows it meets
+
+    def _question(self, batch: Batch) -> "_Question":
+        """What both models are asked of a batch: all its images, noised."""
+        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
+        device = self.accelerator.device
+        x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
+        draws = draw(
+            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
+        )
+        t = draws.t.to(device).repeat(len(sides))
+        eps = draws.eps.to(device).repeat(len(sides), 1, 1, 1)
+        x_t, target = self.noising.noised_and_target(x_0, eps, t)
+        if self.denoiser.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            conditioning = self.prompts.conditioning(
+                batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
+            )
+        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+        if conditioning.added:
+            inputs["added_cond_kwargs"] = conditioning.added
+        level = draws.t.to(device) / self.noising.num_timesteps
+        return _Question(x_t, t, target, inputs, self.weights.to(device)[t], level)
+
+    @torch.no_grad()
+    def _ask_opponent(self, question: "_Question", batch: Batch) -> Tensor:
+        """Its scores, real ones first."""
+        with self.accelerator.autocast(), self._as_opponent(), self._dropping(batch):
+            predicted = self.opponent(question.x_t, question.t, **question.inputs)[0]
+        return question.weight * errors.score(predicted, question.target)
 
     def _trajectory_scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Scores on the sampler's own steps: the opponent's kept trajectories, and the real images' posterior ones.
@@ -358,6 +404,11 @@ class DiffusionGame:
         self.prompts.bring_back()
         self.pipeline.vae.to(self.accelerator.device)
 
+    def release_opponent(self) -> None:
+        """Free its memory; with adapters it has next to none of its own."""
+        if self.adapters is None:
+            self.opponent = None
+
     def _as_opponent(self) -> AbstractContextManager[None]:
         """Where `self.opponent` is the opponent: with adapters it is the player's UNet otherwise."""
         return self.adapters.as_opponent() if self.adapters is not None else nullcontext()
@@ -379,9 +430,11 @@ class DiffusionGame:
         return checkpoint(again, *inputs, use_reentrant=False)
 
     @torch.no_grad()
-    def distance(self) -> float:
+    def distance(self) -> float | None:
         """Relative, of all weights or of the adapters'; under autocast an opponent's weights are rounded, which alone
-        makes about 0.002."""
+        makes about 0.002. None when the opponent was released."""
+        if self.opponent is None:
+            return None
         moved = length = 0.0
         pairs = zip(self.player.parameters(), self.opponent.parameters(), strict=True)
         if self.adapters is not None:

@@ -66,6 +66,7 @@ class LanguageGame:
     """Player and opponent are weights, or adapters, of one base checkpoint and its tokenizer."""
 
     keeps_scores = True
+    fixed_draws = 0  # a score is a number of its own
     level_name = "answer lengths"
     remedy = ""
     # A sum of log-probabilities in another batch: kernels and padding round differently
@@ -182,6 +183,14 @@ class LanguageGame:
         if self.settings.use_peft:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
+
+    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Not asked for: see `fixed_draws`."""
+        raise NotImplementedError
+
+    def release_opponent(self) -> None:
+        """Not asked for: see `fixed_draws`."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def distance(self) -> float | None:

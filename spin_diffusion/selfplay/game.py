@@ -31,7 +31,7 @@ class Batch:
         prompts: the prompts.
         real, generated: tensors of both sides by name, first axis = row; `generated` is empty for an objective that has
             no generated side. With several generated samples per real one it has that many rows for each real row, in
-            order. Where the opponent's scores can be kept, both have them as `opponent_score`.
+            order. Where the opponent's scores are kept, both have them as `opponent_score`.
         seeds: one per real row. All randomness of a pair's scores (noise, level, dropout) comes from it, so that it
             does not depend on the process that happens to compute the pair.
     """
@@ -66,6 +66,8 @@ class Game(Protocol):
     keeps_scores: bool
     """Whether a sample's score is a number of its own, which is computed once per round. Otherwise it depends on a
     draw (a noise level), and the opponent scores beside the player."""
+    fixed_draws: int
+    """0, or how many draws of its own each pair has; then the opponent's scores at them are computed once per round."""
     prompt_columns: tuple[str, ...]
     """Columns of a stored real row that `generate` needs of it."""
     level_name: str
@@ -91,6 +93,15 @@ class Game(Protocol):
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
+        ...
+
+    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32. Only
+        asked for with `fixed_draws`; `scores` finds them as `opponent_score` afterwards."""
+        ...
+
+    def release_opponent(self) -> None:
+        """Nobody asks for the opponent until the next `promote`."""
         ...
 
     def distance(self) -> float | None:

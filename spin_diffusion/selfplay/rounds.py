@@ -46,6 +46,7 @@ from spin_diffusion.selfplay.samples import (
     mix_scores,
     open_pairs,
     rows_in,
+    score_draws,
     score_shards,
     shards,
 )
@@ -325,6 +326,11 @@ class _Round:
         return self.record
 
     @property
+    def scores_kept(self) -> bool:
+        """Whether the opponent's scores are computed before the player is trained."""
+        return self.game.keeps_scores or self.game.fixed_draws > 0
+
+    @property
     def finished(self) -> bool:
         return bool(self.record) and self.record["state"] in FINAL
 
@@ -494,7 +500,19 @@ class _Round:
                 )  # fmt: skip
             if self.game.keeps_scores:
                 self._score(samples)
-        return {"files": self._hashes(ENCODED) | (self._hashes(SCORES) if self.game.keeps_scores else {})}
+            elif self.game.fixed_draws:
+                self._score_draws(samples)
+        return {"files": self._hashes(ENCODED) | (self._hashes(SCORES) if self.scores_kept else {})}
+
+    def _score_draws(self, samples: _Samples) -> None:
+        """The opponent's scores of all pairs at their fixed draws."""
+        opponent = self._seat(max(self.anchors))
+        total = samples.part.count(samples.data)
+        bar = self.table.progress.phase(f"{samples.title}: score {self.game.fixed_draws} draws of each pair", total)
+        score_draws(
+            samples.data / "samples", samples.folder / SCORES, self._pairs(samples, scored=False), samples.part,
+            self.game, self.rounds.seed, self.k, self.table.training.train_batch_size, opponent, self.accelerator, bar,
+        )  # fmt: skip
 
     def _score(self, samples: _Samples) -> None:
         """The opponent's scores of both sides, which do not change while the player is trained."""
@@ -556,7 +574,7 @@ class _Round:
     def _train(self) -> dict[str, Any]:
         game, beta = self.game, of_round(self.rounds.beta, self.k)
         average = self._average_so_far()
-        before = None if game.keeps_scores else self._seat(max(self.anchors))
+        before = None if self.scores_kept else self._seat(max(self.anchors))
         self.table.seat_player(self.table.folder(self.parent))
         mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
         loss = bind(self.objective, **{"beta": beta, "mu": mu} | (self.rounds.objective_options or {}))
@@ -579,6 +597,13 @@ class _Round:
         )
         bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
         self.table.before_training()
+        if game.fixed_draws:
+            game.release_opponent()
+            self.table.opponent_has_moved()
+            visits = steps * check_batch(len(pairs.ids), self.table.training, self.accelerator.num_processes)
+            visits /= len(pairs.ids) * game.fixed_draws
+            gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
+            self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
         training = train(
             game,
             pairs,
@@ -647,9 +672,14 @@ class _Round:
         )
         return {"held_out_gap": gap}
 
-    def _pairs(self, samples: _Samples) -> Pairs:
+    def _pairs(self, samples: _Samples, scored: bool = True) -> Pairs:
+        """
+        Args:
+            scored: with the opponent's scores, where they are kept.
+        """
+
         def scores(side: str) -> Path | None:
-            return samples.folder / SCORES / side if self.game.keeps_scores else None
+            return samples.folder / SCORES / side if self.scores_kept and scored else None
 
         kept = samples.folder / KEPT
         generated = {
@@ -661,7 +691,8 @@ class _Round:
             self._check_samples(samples.folder / SAMPLES)
         real = Side(samples.data / ENCODED, scores("real"))
         choices = samples.folder / CHOICES if self.candidates is not None else None
-        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices)
+        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices,
+                          self.game.fixed_draws)  # fmt: skip
 
     def _check_samples(self, folder: Path) -> None:
         """A sample is trained on only when one of this round's opponents drew it."""

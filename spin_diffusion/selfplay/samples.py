@@ -269,6 +269,58 @@ def score_shards(
     accelerator.wait_for_everyone()
 
 
+def score_draws(
+    source: Path,
+    target: Path,
+    pairs: Pairs,
+    part: Part,
+    game: Game,
+    seed: int,
+    round_: int,
+    batch_size: int,
+    opponent: str,
+    accelerator: Accelerator,
+    progress: Callable[[int, str], None],
+) -> None:
+    """For each shard of the real samples in `source` let one process write the opponent's scores of its pairs at all
+    their fixed draws, (rows, draws), into `target`/real and `target`/generated.
+
+    Args:
+        batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
+        opponent: its hash, which is stored beside them; scores by another are computed again.
+    """
+    first, metadata, done = 0, {"opponent": opponent}, 0
+    for number, path in enumerate(shards(source, ".parquet")):
+        rows = len(range(rows_in(path))[part.places])
+        here = list(range(first, first + rows))
+        first += rows
+        outs = [target / side / f"{path.stem}.safetensors" for side in ("real", "generated")]
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
+        if not all(out.is_file() and tensors_metadata(out) == metadata for out in outs):
+            by_draw = []
+            for draw in range(pairs.draws):
+                found = []
+                for start in range(0, rows, batch_size):
+                    indices = here[start : start + batch_size]
+                    batch = pairs.at_draws(indices, [draw] * len(indices), seed, round_)
+                    found.append(game.scores_at_draws(batch))
+                    progress((done + (draw * rows + start) // pairs.draws) * accelerator.num_processes, "")
+                by_draw.append([torch.cat(each).cpu() if each else torch.zeros(0) for each in _sides(found)])
+            for out, scores in zip(outs, _sides(by_draw), strict=True):
+                kept = torch.stack(scores, dim=1)
+                if not kept.isfinite().all():
+                    raise FloatingPointError(f"{out}: the opponent's score of a sample is not finite; look at it")
+                write_tensors(out, {"opponent_score": kept}, metadata)
+        done += rows
+        progress(done * accelerator.num_processes, "")
+    accelerator.wait_for_everyone()
+
+
+def _sides(found: list[Any]) -> list[list[Tensor]]:
+    return [[each[side] for each in found] for side in (0, 1)]
+
+
 def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelerator: Accelerator) -> None:
     """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
     weights = torch.tensor(list(sources.values()))
@@ -303,7 +355,7 @@ class Side:
 
 
 def open_pairs(
-    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None
+    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None, draws: int = 0
 ) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
@@ -312,6 +364,7 @@ def open_pairs(
         copies: generated samples per real one.
         choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
             holds these alone.
+        draws: fixed draws of each pair.
     """
     if choices is not None:
         assert generated is not None and copies == 1
@@ -334,7 +387,7 @@ def open_pairs(
             found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
-    return Pairs(ids, prompts, fetch)
+    return Pairs(ids, prompts, fetch, draws)
 
 
 def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: Path) -> Pairs:

@@ -152,13 +152,30 @@ class Pairs:
     ids: list[str]
     prompts: list[str]
     fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    draws: int = 0
+    """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
+    scores are kept as (rows, K)."""
     epochs: dict[int, list[int]] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
         """The pairs at these positions of the round's endless stream: one permutation of all pairs after another."""
         indices = [self._index(position, seed, round_) for position in positions]
+        if self.draws:
+            visits = [position // len(self.ids) for position in positions]
+            return self.at_draws(indices, [visit % self.draws for visit in visits], seed, round_)
         real, generated = self.fetch(indices)
         seeds = [seed_from(seed, "pair", round_, position) for position in positions]
+        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
+
+    def at_draws(self, indices: list[int], draws: list[int], seed: int, round_: int) -> Batch:
+        """These pairs, each at one of its own draws."""
+        real, generated = self.fetch(indices)
+        for side in (real, generated):
+            if "opponent_score" in side:
+                kept = side["opponent_score"]
+                places = torch.tensor(draws).repeat_interleave(len(kept) // len(draws))
+                side["opponent_score"] = kept.gather(1, places[:, None]).squeeze(1)
+        seeds = [seed_from(seed, "draw", round_, self.ids[i], k) for i, k in zip(indices, draws, strict=True)]
         return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
 
     def _index(self, position: int, seed: int, round_: int) -> int:

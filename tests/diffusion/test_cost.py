@@ -74,3 +74,7 @@ def test_the_arithmetic_of_a_round():
     exact = work_of(FLAT | {"trajectory": "exact"}, "opponent", 10, 1)
     assert exact.scored == 2 * 2 * 3 and exact.forwards == 2
     assert step_flops(unit, work_of(FLAT | {"use_lora": True}, "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10 + 3
+    # Fixed draws: the opponent's forward passes are made once, before the first step
+    fixed = work_of(FLAT | {"fixed_draws": 3, "cache_text_embeddings": True}, "opponent", 10, 7)
+    assert (fixed.compared, fixed.scored_once, fixed.prompts) == (0, 10 * 2 * 3, 0)
+    assert round_flops(unit, fixed) == generation_flops(unit, fixed) + 60 * 10 + 7 * 6 * (10 + 20)
