@@ -22,6 +22,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.rounds import Evaluate, Probe, RoundSettings, objectives_of, play, source_of
@@ -43,6 +44,9 @@ class RunSettings:
     """tensorboard, wandb, trackio, all or none. The last two of the names need their extra."""
     tracker_project_name: str = "spin-diffusion"
     """The trackers' project."""
+    matrix_flops_per_second: float | None = None
+    """What one device can do in large matrix products, FLOP/s: the ledger says what share of it was reached. Default:
+    measured at the start."""
     push_to_hub: bool = False
     """Upload the UNet, the model card and the report at the end."""
     hub_model_id: str | None = None
@@ -69,7 +73,7 @@ HARMLESS = {
     "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
     "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
-    "encodings_dir",
+    "encodings_dir", "matrix_flops_per_second",
 }  # fmt: skip
 
 
@@ -265,6 +269,7 @@ def play_with_rivals(
     held_out: Path | None = None,
     candidates: Candidates | None = None,
     probe: Probe | None = None,
+    costs: Callable[[RoundSettings], Costs] | None = None,
 ) -> list[dict[str, Any]]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
     data = output_dir / "data"
@@ -280,12 +285,14 @@ def play_with_rivals(
         held_out,
         candidates,
         probe,
+        costs(config.rounds) if costs else None,
     )
     for rival in rivals(config):
         accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
+        rounds = dataclasses.replace(config.rounds, objective=rival)
         play(
-            game, data, output_dir / f"compare-{rival}", dataclasses.replace(config.rounds, objective=rival),
-            config.training, accelerator, evaluate_rival(rival), progress, held_out, candidates,
+            game, data, output_dir / f"compare-{rival}", rounds, config.training, accelerator, evaluate_rival(rival),
+            progress, held_out, candidates, costs=costs(rounds) if costs else None,
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -5,13 +5,18 @@ two); the rest is arithmetic on the settings. Only what a method needs is counte
 plain fine-tuning makes for its logs is left out, and so is every evaluation.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from spin_diffusion.diffusion.families import Conditioning
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,35 @@ def round_flops(unit: UnitCosts, work: RoundWork) -> int:
     return generation_flops(unit, work) + work.scored_once * unit.unet + work.steps * step_flops(unit, work)
 
 
+def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pairs_per_step: int) -> int | None:
+    """FLOPs of a phase of a round in which so many samples were worked on: images `generated`, images encoded
+    (`cached`), pairs `trained`; None for another phase."""
+    if phase == "generated":
+        return samples * (work.denoisings * unit.unet + work.prompts_per_image * unit.text + unit.vae_decode)
+    if phase == "cached":
+        return samples * unit.vae_encode + round(work.scored_once * unit.unet * samples / max(work.encoded, 1))
+    return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of 10."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        _wait_for(device)
+        started = time.perf_counter()
+        a @ b
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
     """The work of one round of a run by its settings; settings that this version does not have count as off.
 
@@ -119,20 +153,23 @@ def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_
 
 
 def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts:
-    """The costs of one call of each network of a pipeline, by running each once on one image.
+    """The costs of one call of each network of a pipeline, counted on copies that have shapes but no memory; the text
+    encoders are run once.
 
     Args:
         resolution: height and width of an image, px.
     """
-    vae, unet = pipeline.vae, pipeline.unet
-    device = unet.device
-    size = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    config = pipeline.vae.config
+    size = resolution // 2 ** (len(config.block_out_channels) - 1)
     frames = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
-    pixels = torch.zeros(1, vae.config.in_channels, resolution, resolution, device=device, dtype=vae.dtype)
-    latents = torch.zeros(1, vae.config.latent_channels, size, size, device=device, dtype=vae.dtype)
     with torch.no_grad():
         text, embedded = _counted(lambda: family.embed(pipeline, ["a prompt"]))
     conditioning = family.condition(embedded, frames)
+    with torch.device("meta"):
+        vae = type(pipeline.vae).from_config(dict(config))
+        unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config))
+        pixels = torch.empty(1, config.in_channels, resolution, resolution)
+        latents = torch.empty(1, config.latent_channels, size, size)
     with torch.no_grad():
         encode, _ = _counted(lambda: vae.encode(pixels))
         decode, _ = _counted(lambda: vae.decode(latents))
@@ -140,29 +177,24 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
     return UnitCosts(forward, backward, through, text, encode, decode)
 
 
-def _count_unet(unet: UNet2DConditionModel, conditioning: Any, size: int) -> tuple[int, int, int]:
-    """Forward, backward to all weights, backward through it without its weights."""
-    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    t = torch.tensor([1], device=unet.device)
-    inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.tokens.detach(), "return_dict": False}
+def _count_unet(unet: UNet2DConditionModel, conditioning: Conditioning, size: int) -> tuple[int, int, int]:
+    """Forward, backward to all weights, backward through it without its weights; of a UNet on `meta`."""
+    t = torch.zeros(1, dtype=torch.long, device="meta")
+    inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.tokens.to("meta"), "return_dict": False}
     if conditioning.added:
-        inputs["added_cond_kwargs"] = {name: tensor.detach() for name, tensor in conditioning.added.items()}
-    counted = []
-    forward = 0
-    try:
-        for weights in (True, False):
-            unet.requires_grad_(weights)
-            x_t = torch.zeros(1, unet.config.in_channels, size, size, device=unet.device, requires_grad=not weights)
-            forward, (predicted,) = _counted(lambda x_t=x_t: unet(x_t, t, **inputs))
-            asked = list(unet.parameters()) if weights else [x_t]
-            counted.append(_counted(lambda p=predicted, a=asked: torch.autograd.grad(p.sum(), a, allow_unused=True))[0])
-    finally:
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(wanted[name])
+        inputs["added_cond_kwargs"] = {name: tensor.to("meta") for name, tensor in conditioning.added.items()}
+    counted, forward = [], 0
+    for weights in (True, False):
+        unet.requires_grad_(weights)
+        x_t = torch.empty(1, unet.config.in_channels, size, size, device="meta", requires_grad=not weights)
+        forward, (predicted,) = _counted(lambda x_t=x_t: unet(x_t, t, **inputs))
+        asked = list(unet.parameters()) if weights else [x_t]
+        counted.append(_counted(lambda p=predicted, a=asked: torch.autograd.grad(p.sum(), a, allow_unused=True))[0])
     return forward, counted[0], counted[1]
 
 
-def _counted(call: Any) -> tuple[int, Any]:
-    with FlopCounterMode(display=False) as counter:
+def _counted(call: Callable[[], Any]) -> tuple[int, Any]:
+    # The counter has no formula for the CPU's fused attention, which it would pass over in silence
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = call()
     return counter.get_total_flops(), result

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
+from spin_diffusion.diffusion.cost import count_units, matrix_rate, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
@@ -31,11 +32,12 @@ from spin_diffusion.running import (
     tracked,
     write_manifest,
 )
+from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.rounds import objectives_of, source_of
+from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.samples import prepare, shards
-from spin_diffusion.selfplay.train import check_batch
+from spin_diffusion.selfplay.train import check_batch, of_round, steps_of_round
 
 
 def run(config: Config, family_name: str) -> None:
@@ -117,7 +119,7 @@ def run(config: Config, family_name: str) -> None:
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
         candidates=candidates_of(config.candidates, str(accelerator.device)),
-        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe),
+        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe), costs=_costs(config, game, pairs),
     )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
@@ -125,6 +127,28 @@ def run(config: Config, family_name: str) -> None:
         _tell_where(records, output_dir, base, family.PIPELINE.__name__)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
+
+
+def _costs(config: Config, game: DiffusionGame, pairs: int) -> Callable[[RoundSettings], Costs]:
+    """For the ledgers: what the phases of rounds of so many pairs take, by the rounds' settings."""
+    game.prompts.bring_back()
+    unit = count_units(game.family, game.pipeline, game.resolution)
+    rate = config.run.matrix_flops_per_second or matrix_rate(
+        game.accelerator.device, autocast_dtype(game.accelerator.mixed_precision) or torch.float32
+    )
+    zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
+    flat, world = config.flat(), game.accelerator.num_processes
+    batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
+
+    def of(rounds: RoundSettings) -> Costs:
+        def flops(k: int, phase: str, samples: int) -> int | None:
+            source = source_of(rounds, of_round(rounds.objective, k))
+            steps, _ = steps_of_round(config.training, k, pairs, world)
+            return phase_flops(unit, work_of(flat, source, pairs, steps, zeros), phase, samples, batch)
+
+        return Costs(flops, rate)
+
+    return of
 
 
 def _keep_prompts(config: Config, game: DiffusionGame, output_dir: Path, progress: Progress) -> None:

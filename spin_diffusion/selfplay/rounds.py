@@ -21,6 +21,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import CHOICES, Candidates, chosen_samples, judge_shards, summary
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.gap import held_out_gap
+from spin_diffusion.selfplay.ledger import Costs, Stopwatch, everywhere
 from spin_diffusion.selfplay.objectives import OBJECTIVES, Loss, ObjectiveName, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, OpponentName, describe, member
 from spin_diffusion.selfplay.progress import Progress
@@ -155,6 +156,7 @@ def play(
     held_out: Path | None = None,
     candidates: Candidates | None = None,
     probe: Probe | None = None,
+    costs: Costs | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
@@ -165,6 +167,7 @@ def play(
             round is asked how well it tells the two apart.
         candidates: where the opponent plays, its own samples make the pairs; needs num_generated = 1.
         probe: is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`.
+        costs: for the rounds' ledgers.
 
     Raises:
         InputError: the probe warns, and is to stop the run.
@@ -176,7 +179,18 @@ def play(
         settle(output_dir)
     accelerator.wait_for_everyone()
     table = _Table(
-        game, data, held_out, output_dir, rounds, training, accelerator, evaluate, progress, candidates, probe
+        game,
+        data,
+        held_out,
+        output_dir,
+        rounds,
+        training,
+        accelerator,
+        evaluate,
+        progress,
+        candidates,
+        probe,
+        costs,
     )
     records: list[dict[str, Any]] = []
     for k in range(1, rounds.rounds + 1):
@@ -214,6 +228,7 @@ class _Table:
     progress: Progress
     candidates: Candidates | None = None
     probe: Probe | None = None
+    costs: Costs | None = None
     opponent: tuple[Path, str] | None = None
     """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None
@@ -317,13 +332,27 @@ class _Round:
                 if not self._reached(state):
                     if state == "TRAINED":
                         self._probe()
-                    started = time.perf_counter()
-                    results = step()
-                    seconds = self.record["seconds"] | {state.lower(): round(time.perf_counter() - started, 3)}
-                    files = self.record["files"] | results.pop("files", {})
-                    self._commit(results.pop("state", state), seconds=seconds, files=files, **results)
+                    self._take(state, step)
         self._clean()
         return self.record
+
+    def _take(self, state: str, step: Callable[[], dict[str, Any]]) -> None:
+        """One step and its commit, with what it took."""
+        stopwatch, started, phase = Stopwatch(self.accelerator), time.perf_counter(), state.lower()
+        results = step()
+        seconds = time.perf_counter() - started
+        samples = results.pop("worked_on", None)
+        samples = samples if samples is None else everywhere(samples, self.accelerator)
+        costs = self.table.costs
+        flops = costs.flops(self.k, phase, samples) if costs is not None and samples else None
+        entry = stopwatch.entry(seconds, samples, flops, costs.matrix_rate if costs is not None else None)
+        self._commit(
+            results.pop("state", state),
+            seconds=self.record["seconds"] | {phase: entry["seconds"]},
+            ledger=self.record.get("ledger", {}) | {phase: entry},
+            files=self.record["files"] | results.pop("files", {}),
+            **results,
+        )
 
     @property
     def scores_kept(self) -> bool:
@@ -398,13 +427,14 @@ class _Round:
         if self.candidates is not None:
             metadata |= self.candidates.metadata
             judge = self.candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
+        drawn = 0
         for samples in self.sets:
             if len(self.mixture) == 1:
-                self._draw(samples, samples.folder / SAMPLES, max(self.mixture), metadata)
+                drawn += self._draw(samples, samples.folder / SAMPLES, max(self.mixture), metadata)
                 continue
             by_member = {k: samples.folder / DRAWN_BY / str(k) for k in self.mixture}
             for k, folder in by_member.items():
-                self._draw(samples, folder, k, metadata)
+                drawn += self._draw(samples, folder, k, metadata)
             merge_shards(
                 list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
                 self.accelerator,
@@ -412,6 +442,7 @@ class _Round:
         made: dict[str, Any] = {
             "generated": self.source,
             "drawn": self._drawn_by(),
+            "worked_on": drawn,
             "files": self._hashes(SAMPLES) | self._hashes(KEPT),
         }
         if self.candidates is None or judge is None:
@@ -461,8 +492,8 @@ class _Round:
             return self.rounds.num_generated
         return self.candidates.drawn_for(self.rounds.seed, self.k, id_)
 
-    def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> None:
-        """The samples that member k of the mixture draws."""
+    def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> int:
+        """The samples that member k of the mixture draws; how many this process drew."""
         opponent = self._seat(k)
         seed = self.rounds.seed
 
@@ -485,16 +516,17 @@ class _Round:
         share = f" by {describe({k: 1.0})}" if len(self.mixture) > 1 else ""
         total = round(self._num_drawn(samples) * self.mixture[k])
         bar = self.table.progress.phase(f"{samples.title}: generate{share}", total)
-        draw_shards(samples.data, target, ask, draw, metadata, self.game.prompt_columns, self.accelerator, bar)
+        return draw_shards(samples.data, target, ask, draw, metadata, self.game.prompt_columns, self.accelerator, bar)
 
     def _cache(self) -> dict[str, Any]:
+        encoded = 0
         for samples in self.sets:
             if self.source == "opponent":
                 wanted = {}
                 if self.candidates is not None:
                     choices = samples.folder / CHOICES
                     wanted["rows_of"] = lambda path, choices=choices: chosen_samples(path, choices / path.name)
-                encode_shards(
+                encoded += encode_shards(
                     samples.folder / SAMPLES, samples.folder / ENCODED, self.game, self.accelerator,
                     self.table.progress.phase(f"{samples.title}: encode", self._num_drawn(samples)), **wanted,
                 )  # fmt: skip
@@ -502,7 +534,8 @@ class _Round:
                 self._score(samples)
             elif self.game.fixed_draws:
                 self._score_draws(samples)
-        return {"files": self._hashes(ENCODED) | (self._hashes(SCORES) if self.scores_kept else {})}
+        files = self._hashes(ENCODED) | (self._hashes(SCORES) if self.scores_kept else {})
+        return {"worked_on": encoded, "files": files}
 
     def _score_draws(self, samples: _Samples) -> None:
         """The opponent's scores of all pairs at their fixed draws."""
@@ -638,7 +671,11 @@ class _Round:
         gap = self._gap(loss)
         if average is not None:
             saved = [*saved, *self._save_average(average)]
-        return {"training": training, "files": file_hashes(saved, self.table.output_dir)} | gap
+        pairs_here = (training["steps"] - training["resumed_from"]) * (
+            self.table.training.train_batch_size * self.table.training.gradient_accumulation_steps
+        )
+        files = file_hashes(saved, self.table.output_dir)
+        return {"training": training, "worked_on": pairs_here, "files": files} | gap
 
     def _average_so_far(self) -> Average | None:
         """For the opponent ema: the average as the opponent of this round is it."""

@@ -174,17 +174,17 @@ def draw_shards(
     columns: tuple[str, ...],
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
-) -> None:
+) -> int:
     """For each shard of prompts in `source`/samples let one process draw one shard of samples; finished ones stay.
 
     A shard is drawn whole by one process, in the order of its rows, so its bytes do not depend on how many processes
-    there are or which were restarted.
+    there are or which were restarted. Returns how many samples this process drew.
 
     Args:
         ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
         draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
     """
-    done = 0
+    done = made = 0
     for path in _mine(shards(source / "samples", ".parquet"), accelerator):
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
@@ -196,9 +196,11 @@ def draw_shards(
                 tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
                 write_tensors(target.parent / KEPT / f"{path.stem}.safetensors", tensors, {})
             write_rows(out, drawn, metadata)
+            made += len(drawn)
         done += rows_in(out)
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
+    return made
 
 
 def merge_shards(
@@ -221,21 +223,24 @@ def encode_shards(
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
     rows_of: Callable[[Path], list[Row]] = read_rows,
-) -> None:
-    """For each shard of samples in `source` let one process write the tensors that scoring needs.
+) -> int:
+    """For each shard of samples in `source` let one process write the tensors that scoring needs; how many this one
+    encoded.
 
     Args:
         rows_of: the rows of a shard that are wanted.
     """
-    done = 0
+    done = made = 0
     for path in _mine(shards(source, ".parquet"), accelerator):
         out = target / f"{path.stem}.safetensors"
         if not out.is_file():
             rows = rows_of(path)
+            made += len(rows)
             write_tensors(out, game.encode(rows) if rows else {}, {})
         done += rows_in(path)
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
+    return made
 
 
 def score_shards(

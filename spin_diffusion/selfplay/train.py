@@ -323,6 +323,7 @@ def train(
     last = history[-health.WINDOW_STEPS :]
     return {
         "steps": history[-1]["step"],
+        "resumed_from": first_step,
         "stopped_early": ended is not None,
         "health": [
             {"step": entry["step"], "rule": rule, "action": getattr(settings, f"on_{rule}"), "sentence": sentence}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_diffusion.diffusion.cost import (
@@ -33,7 +34,7 @@ def test_an_optimizer_step_costs_what_the_counter_counts(family, request):
     game = make_game(request.getfixturevalue(family))
     unit = count_units(game.family, game.pipeline, 32)
     for source, sides in (("opponent", 2), ("none", 1)):
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             game.scores(game.player, batch_of(game, sides)).scores.player_real.sum().backward()
             game.player.zero_grad()
         expected = step_flops(unit, work_of(FLAT, source, 10, 1))
@@ -55,7 +56,7 @@ def test_a_rounds_images_cost_what_the_counter_counts(family, guidance_scale, re
     work = work_of(FLAT | {"guidance_scale": guidance_scale}, "opponent", 3, 5, zeros)
     rows = [{"id": str(n), "prompt": f"picture {n}"} for n in range(3)]
     game.sampling = type(game.sampling)(num_inference_steps=2, guidance_scale=guidance_scale, generation_batch_size=2)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         game.encode(game.generate(rows, [1, 2, 3]))
     assert counter.get_total_flops() == generation_flops(unit, work)
     assert round_flops(unit, work) == generation_flops(unit, work) + 5 * step_flops(unit, work)

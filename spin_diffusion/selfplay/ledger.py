@@ -1,0 +1,71 @@
+"""What each phase of a round took: seconds, samples a second, counted work, its share of what the device can do."""
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+COUNTED = ("generated", "cached", "trained", "evaluated")
+"""Phases that do a round's work; the rest of its time is overhead."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a game's phases take in floating-point operations.
+
+    Attributes:
+        flops: (round, phase, samples) -> their FLOPs, a multiplication and an addition being two; None = not known.
+        matrix_rate: FLOP/s of large matrix products on one process's device, in the run's precision.
+    """
+
+    flops: Callable[[int, str, int], int | None]
+    matrix_rate: float
+
+
+class Stopwatch:
+    """Looks at the device's memory from now on."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+
+    def entry(
+        self, seconds: float, samples: int | None, flops: int | None, matrix_rate: float | None
+    ) -> dict[str, Any]:
+        """The ledger's entry of a phase that took so many seconds.
+
+        Args:
+            samples: that this process worked on; what a killed run had done before is not among them. None = nobody
+                counted them.
+            flops: of the samples of all processes.
+
+        Returns:
+            seconds, samples (of all processes), samples_per_second, flops, matrix_share (in [0, 1], of all devices'
+            rate), peak_memory_bytes (of this process: torch's peak of the phase on a GPU, resident memory's peak so far
+            on a CPU). None where it is not known.
+        """
+        rate = None if flops is None or not matrix_rate else flops / seconds / matrix_rate
+        return {
+            "seconds": round(seconds, 3),
+            "samples": samples,
+            "samples_per_second": samples / seconds if samples else None,
+            "flops": flops,
+            "matrix_share": None if rate is None else rate / self.accelerator.num_processes,
+            "peak_memory_bytes": peak_memory(self.accelerator.device),
+        }
+
+
+def everywhere(samples: int, accelerator: Accelerator) -> int:
+    """The sum over all processes."""
+    return int(accelerator.reduce(torch.tensor(samples, device=accelerator.device)).item())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: torch's largest allocation on a GPU since it was last reset; on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
