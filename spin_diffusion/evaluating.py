@@ -17,8 +17,9 @@ from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig, rivals
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import Evaluate, Judgement
+from spin_diffusion.selfplay.rounds import FINAL, Evaluate, Judgement
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, write_file, write_json
 from spin_diffusion.selfplay.samples import shards
 from spin_diffusion.selfplay.train import of_round
@@ -74,7 +75,7 @@ class RunEvaluator:
         """The results of these models, the first of which is the baseline, written below `root`; main process only.
 
         Args:
-            more: `curves`, `measures` and `events`, for the page of the whole run.
+            more: `curves`, `measures`, `events` and `ledger`, for the page of the whole run.
         """
         raise NotImplementedError
 
@@ -211,7 +212,7 @@ class RunEvaluator:
         title = f"Self-play run {self.output_dir.name}"
         self.last = self.conclude(
             self.output_dir, self._models(), title, curves=self._curves(), measures=self._measures(),
-            events=self._events(),
+            events=self._events(), ledger=self._ledger(),
         )  # fmt: skip
         write_report(self.output_dir)
         return self.last
@@ -240,6 +241,27 @@ class RunEvaluator:
                     ends = event["rule"] == ended.get("rule")
                     kept = {"weights_from_step": ended["kept_step"] if ends else None}
                     found.append({"model": name, "round": k} | event | kept)
+        return found
+
+    def _ledger(self) -> list[dict[str, Any]]:
+        """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
+        path = self.output_dir / "plan.json"
+        planned = {entry["round"]: entry for entry in read_json(path)["rounds"]} if path.is_file() else {}
+        found = []
+        for name, folder in self._runs():
+            for k in range(1, self.config.rounds.rounds + 1):
+                record = read_json(folder / f"round-{k}" / "round.json") if (folder / f"round-{k}").is_dir() else {}
+                ledger = record.get("ledger", {})
+                predicted = planned.get(k, {}) if folder == self.output_dir else {}
+                for phase in COUNTED:
+                    if phase in ledger and ledger[phase]["samples"] != 0:
+                        said = {"model": name, "round": k, "phase": phase, "predicted_seconds": predicted.get(phase)}
+                        found.append(said | ledger[phase])
+                overhead = sum(entry["seconds"] for phase, entry in ledger.items() if phase not in COUNTED)
+                if record.get("state") in FINAL:
+                    nothing = dict.fromkeys(("predicted_seconds", "samples", "samples_per_second", "flops",
+                                             "matrix_share", "peak_memory_bytes"))  # fmt: skip
+                    found.append({"model": name, "round": k, "phase": "overhead", "seconds": overhead} | nothing)
         return found
 
     def _measures(self) -> list[dict[str, Any]]:

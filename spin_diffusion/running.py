@@ -155,18 +155,25 @@ def check_folder(config: AnyConfig, output_dir: Path) -> None:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
             )
-    elif output_dir.is_dir() and any(path.name != "config.yaml.part" for path in output_dir.iterdir()):
+    elif output_dir.is_dir() and any(
+        path.name not in ("config.yaml.part", "plan.json") for path in output_dir.iterdir()
+    ):
         raise InputError(f"{output_dir} is not empty and not a run's folder (it has no config.yaml): give another")
     elif output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file: give a folder")
 
 
-def start(config: AnyConfig, output_dir: Path) -> Accelerator:
-    """Quiet the libraries, set the seeds, open the folder and write the settings into it."""
+def quiet_libraries() -> None:
+    """Their notes are about parts that are not used here."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def start(config: AnyConfig, output_dir: Path) -> Accelerator:
+    """Quiet the libraries, set the seeds, open the folder and write the settings into it."""
+    quiet_libraries()
     accelerator = _accelerator(config, output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
@@ -18,6 +19,7 @@ from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, autocast_dtype, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
+from spin_diffusion.diffusion.planning import lines, make_plan
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
@@ -26,6 +28,7 @@ from spin_diffusion.running import (
     check_folder,
     needs_losers,
     play_with_rivals,
+    quiet_libraries,
     rivals,
     round_lines,
     start,
@@ -51,31 +54,8 @@ def run(config: Config, family_name: str) -> None:
     prompts = _check_inputs(config)
     accelerator = start(config, output_dir)
 
-    # The base checkpoint
-    options = {
-        "revision": config.model.revision,
-        "variant": config.model.variant,
-        "cache_dir": config.data.cache_dir,
-    }
-    base = str(config.model.pretrained_model_name_or_path)
-    family, pipeline = load_checkpoint(base, vae_name_or_path=config.model.pretrained_vae_model_name_or_path, **options)
-    if family.__name__.rsplit(".", 1)[-1] != family_name:
-        right = family.__name__.rsplit(".", 1)[-1]
-        raise InputError(f"{base} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
-    game = DiffusionGame(
-        family,
-        pipeline,
-        base,
-        images=config.images,
-        sampling=config.sampling,
-        denoiser=config.denoiser,
-        trajectory=config.trajectory,
-        lora=config.lora,
-        accelerator=accelerator,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        base_options=options,
-        shared_latents=Path(config.caches.encodings_dir) / "latents" if config.caches.encodings_dir else None,
-    )
+    game = open_game(config, accelerator, family_name)
+    base = game.base
     progress = Bars() if accelerator.is_main_process else Progress()
 
     # The real samples
@@ -162,6 +142,57 @@ def _keep_prompts(config: Config, game: DiffusionGame, output_dir: Path, progres
     dtype = autocast_dtype(game.accelerator.mixed_precision) or torch.float32
     bar = progress.phase("encode the prompts", len(set(prompts)))
     game.prompts.keep(folder, prompts, game.accelerator, dtype, bar)
+
+
+def plan(config: Config) -> None:
+    """Say what a run will take, before it is started.
+
+    Raises:
+        InputError: as `run`; a batch that does not fit in memory.
+    """
+    output_dir = Path(config.run.output_dir)
+    check_folder(config, output_dir)
+    _check_inputs(config)
+    quiet_libraries()
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    game = open_game(config, accelerator)
+    progress = Bars() if accelerator.is_main_process else Progress()
+    found = make_plan(config, game, progress)
+    for line in lines(config, found, accelerator):
+        accelerator.print(line)
+
+
+def open_game(config: Config, accelerator: Accelerator, family_name: str | None = None) -> DiffusionGame:
+    """The base checkpoint as a game.
+
+    Args:
+        family_name: the only family that is allowed.
+    """
+    options = {
+        "revision": config.model.revision,
+        "variant": config.model.variant,
+        "cache_dir": config.data.cache_dir,
+    }
+    base = str(config.model.pretrained_model_name_or_path)
+    family, pipeline = load_checkpoint(base, vae_name_or_path=config.model.pretrained_vae_model_name_or_path, **options)
+    if family_name is not None and family.__name__.rsplit(".", 1)[-1] != family_name:
+        right = family.__name__.rsplit(".", 1)[-1]
+        raise InputError(f"{base} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
+    return DiffusionGame(
+        family,
+        pipeline,
+        base,
+        images=config.images,
+        sampling=config.sampling,
+        denoiser=config.denoiser,
+        trajectory=config.trajectory,
+        lora=config.lora,
+        accelerator=accelerator,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        base_options=options,
+        shared_latents=Path(config.caches.encodings_dir) / "latents" if config.caches.encodings_dir else None,
+    )
 
 
 def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:

@@ -41,6 +41,7 @@ def conclude_answers(
     curves: Sequence[Mapping[str, Any]] | None = None,
     measures: Sequence[Mapping[str, Any]] | None = None,
     events: Sequence[Mapping[str, Any]] | None = None,
+    ledger: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """Write results.json, scores.parquet and answers.parquet below `root`; return the results and their comparisons.
 
@@ -56,6 +57,7 @@ def conclude_answers(
             what else was measured; low and high may be None.
         events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
             of health said of training.
+        ledger: what each phase of each round took, as in the schema.
 
     Raises:
         InputError: answers that are missing or of another protocol, or fewer than 2 prompts that count.
@@ -77,7 +79,7 @@ def conclude_answers(
 
     results, comparisons = conclude_samples(
         models, samples, protocol, said, title=title, headline_scale=None, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures, events=events,
+        curves=curves, measures=measures, events=events, ledger=ledger,
     )  # fmt: skip
     write_results(root, results, models, samples, "answers", _TABLES)
     return results, comparisons

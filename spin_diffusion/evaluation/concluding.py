@@ -113,6 +113,7 @@ def conclude_samples(
     curves: Sequence[Mapping[str, Any]] | None,
     measures: Sequence[Mapping[str, Any]] | None,
     events: Sequence[Mapping[str, Any]] | None = None,
+    ledger: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """The content of results.json, valid by its schema, and its comparisons.
 
@@ -126,6 +127,7 @@ def conclude_samples(
         curves: rows of the training curves.
         measures: what else was measured of the models.
         events: what the rules of health said of training.
+        ledger: what each phase of each round took.
 
     Raises:
         InputError: fewer than 2 prompts that count.
@@ -185,6 +187,8 @@ def conclude_samples(
         results["measures"] = [_finite(measure) for measure in measures]
     if events:
         results["training_events"] = [dict(event) for event in events]
+    if ledger:
+        results["ledger"] = [dict(entry) for entry in ledger]
     _check_schema(results)
     return results, comparisons
 

@@ -51,7 +51,7 @@ class RunEvaluation:
         """The results of these models, the first of which is the baseline, written below `root`; main process only.
 
         Args:
-            more: of `results.conclude`: training_captions, curves, measures, events, in_domain.
+            more: of `results.conclude`: training_captions, curves, measures, events, ledger, in_domain.
         """
         return conclude(
             root, models, self.protocol, self.settings.scorers or [], title=title,

@@ -43,6 +43,7 @@ def conclude(
     measures: Sequence[Mapping[str, Any]] | None = None,
     in_domain: Collection[str] = (),
     events: Sequence[Mapping[str, Any]] | None = None,
+    ledger: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
 
@@ -59,6 +60,7 @@ def conclude(
             that the choice was learnt.
         events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
             of health said of training.
+        ledger: what each phase of each round took, as in the schema.
 
     Raises:
         InputError: pictures that are missing, or fewer than 2 prompts that count.
@@ -79,7 +81,7 @@ def conclude(
 
     results, comparisons = conclude_samples(
         models, samples, protocol, said, title=title, headline_scale=headline_scale, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures, events=events,
+        curves=curves, measures=measures, events=events, ledger=ledger,
     )  # fmt: skip
     write_results(root, results, models, samples, "images", _TABLES)
     return results, comparisons

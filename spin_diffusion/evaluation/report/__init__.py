@@ -121,6 +121,7 @@ class Page:
     training: list[training.TrainingPanel]
     training_legend: list[tuple[Markup, str]]
     events: list[training.EventRow]
+    ledger: list[training.LedgerRow]
     measures: training.MeasureTable | None
     measure_curves: list[tables.CurvePanel]
     legend: list[tuple[Markup, str]]
@@ -231,6 +232,7 @@ def _page(evaluation: Evaluation) -> Page:
         training=training.training_panels(results),
         training_legend=training.training_legend(),
         events=training.event_rows(results),
+        ledger=training.ledger_rows(results),
         measures=training.measure_table(results),
         measure_curves=training.measure_curves(results),
         legend=tables.legend(results),

@@ -34,6 +34,22 @@ class EventRow:
 
 
 @dataclass(frozen=True)
+class LedgerRow:
+    """What a phase of a round took; a dash where it is not known."""
+
+    label: str
+    round_: int
+    phase: str
+    seconds: str
+    predicted: str
+    samples: str
+    rate: str
+    work: str
+    share: str
+    memory: str
+
+
+@dataclass(frozen=True)
 class MeasureRow:
     """A measure of every model."""
 
@@ -103,6 +119,31 @@ def event_rows(results: tables.Results) -> list[EventRow]:
             tables.shortened(event["sentence"], 600),
         )
         for event in events
+    ]  # fmt: skip
+
+
+_PHASES = {
+    "generated": "draw the opponent\u2019s samples", "cached": "encode them", "trained": "train the player",
+    "evaluated": "evaluate", "overhead": "everything else",
+}  # fmt: skip
+
+
+def ledger_rows(results: tables.Results) -> list[LedgerRow]:
+    """What each phase of each round took."""
+    entries = results.get("ledger", [])[: tables.MAX_LISTED]
+    named = tables.labels(tables.distinct([entry["model"] for entry in entries]))
+
+    def shown(value: float | None, pattern: str, scale: float = 1.0) -> str:
+        return "\u2013" if value is None else pattern.format(value * scale)
+
+    return [
+        LedgerRow(
+            named[entry["model"]], entry["round"], _PHASES[entry["phase"]], f"{entry['seconds']:,.1f}",
+            shown(entry["predicted_seconds"], "{:,.1f}"), shown(entry["samples"], "{:,.0f}"),
+            shown(entry["samples_per_second"], "{:,.3g}"), shown(entry["flops"], "{:,.3g}", 1e-12),
+            shown(entry["matrix_share"], "{:.0%}"), shown(entry["peak_memory_bytes"], "{:,.1f}", 1e-9),
+        )
+        for entry in entries
     ]  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""The plan of a run: its arithmetic, what it says, and how its report holds it against what the run took."""
+
+import pytest
+import torch
+
+from spin_diffusion.config import parse_config
+from spin_diffusion.diffusion import planning
+from spin_diffusion.diffusion.planning import Rates, disk, predict, probe
+from spin_diffusion.input_error import InputError
+from tests.playing import examples, make_game
+
+RATES = Rates(
+    denoise=0.1, finish=1.0, encode=0.5, pair=2.0, update=3.0, score=0.25, image_bytes=10, picture_bytes=20,
+    latent_bytes=100, prompt_bytes=7, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
+)  # fmt: skip
+
+
+def config(*flags: str):
+    return parse_config(
+        ["--pretrained_model_name_or_path", "base", "--max_train_steps", "4", "--train_batch_size", "2",
+         "--num_inference_steps", "10", "--rounds", "2", *flags]
+    )  # fmt: skip
+
+
+def test_seconds_are_rates_times_how_often_the_settings_ask():
+    first, second = predict(config(), RATES, pairs=12, pictures=6, world=1)
+    assert first["generated"] == pytest.approx(12 * (1.0 + 10 * 0.1))
+    assert first["cached"] == pytest.approx(12 * 0.5) and first["evaluated"] == pytest.approx(6 * 2.0)
+    assert first["trained"] == pytest.approx(4 * 2 * 2.0 + 4 * 3.0)
+    assert second == first | {"round": 2}
+
+
+def test_processes_share_the_images_and_each_trains_its_own_pairs():
+    alone, shared = (predict(config(), RATES, pairs=12, pictures=6, world=world)[0] for world in (1, 4))
+    assert shared["generated"] == pytest.approx(alone["generated"] / 4)
+    assert shared["trained"] == alone["trained"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "drawn", "scored"),
+    [
+        (["--objective", "sft"], 0, 0),
+        (["--num_generated", "3"], 36, 0),
+        (["--num_candidates", "4", "--candidate_scorer", "pickscore", "--candidate_share", "0.5"], 30, 0),
+        (["--fixed_draws", "2"], 12, 12 * 2),
+    ],
+)
+def test_every_source_of_images_is_counted(flags, drawn, scored):
+    entry = predict(config(*flags), RATES, pairs=12, pictures=0, world=1)[0]
+    assert entry["generated"] == pytest.approx(drawn * 2.0)
+    assert entry["cached"] == pytest.approx(drawn * 0.5 + scored * 0.25)
+
+
+def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
+    settings = config("--checkpointing_steps", "1")
+    data, rounds = 12 * (10 + 100 + 7), 2 * (12 * 10 + 6 * 20 + 1000) + 1000
+    assert disk(settings, RATES, 12, 6) == data + rounds + 12 * 100 + (3 + 1) * 3000
+    limited = config("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
+    assert disk(settings, RATES, 12, 6) - disk(limited, RATES, 12, 6) == 2 * 3000
+    rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
+    assert disk(rival, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (6 * 20 + 1000) + 1000
+
+
+@pytest.mark.parametrize("fixed_draws", [0, 1])
+def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fixed_draws):
+    game = make_game(sdxl_dir, fixed_draws=fixed_draws)
+    before = game.player_hash()
+    settings = config("--fixed_draws", str(fixed_draws), "--generation_batch_size", "2")
+    rates = probe(settings, game, list(examples(2)))
+    assert min(rates.denoise, rates.encode, rates.pair, rates.update) > 0 and (rates.score > 0) == (fixed_draws > 0)
+    weights = 4 * sum(parameter.numel() for parameter in game.player.parameters())
+    assert rates.player_bytes == weights and 3 * weights <= rates.checkpoint_bytes < 3.1 * weights
+    assert rates.latent_bytes == 2 * 4 * 16 * 16 + 4 * 6
+    moved = max(
+        (one - other).abs().max().item()
+        for one, other in zip(game.player.parameters(), make_game(sdxl_dir).player.parameters(), strict=True)
+    )
+    assert moved < 1e-10, (before, game.player_hash())
+
+
+def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(planning, "_probe", full)
+    with pytest.raises(InputError, match=r"20\.00 GiB.*lower --train_batch_size"):
+        probe(config(), make_game(sdxl_dir), list(examples(2)))
+
+
+def test_what_does_not_fit_is_said():
+    plan = {
+        "encode_real_seconds": 1.0, "rounds": predict(config(), RATES, 12, 6, 1), "rows": 12, "processes": 1,
+        "disk_bytes": 3e9, "free_bytes": 2e9, "memory_bytes": {"drawing": 1e9, "training": 2e9}, "device_bytes": 8e9,
+    }  # fmt: skip
+    accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
+    told = planning.lines(config(), plan, accelerator)
+    assert "3.00 GB of 2.0 GB free" in told[-2] and "does NOT fit; lower" in told[-2]
+    assert "2.00 GB of 8.0 GB of this machine" in told[-1] and "NOT" not in told[-1]
+    assert "NOT" in planning.lines(config(), replace_bytes(plan, 1e9), accelerator)[-1]
+
+
+def replace_bytes(plan, there):
+    return plan | {"device_bytes": there}
