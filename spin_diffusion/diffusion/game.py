@@ -276,13 +276,15 @@ class DiffusionGame:
             nothing = torch.zeros_like(opponent_scores)
             return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), question.level)
         player_real, player_generated = player_scores.split(pairs)
+        scale = None
         if self.denoiser.winner_preserving_mu is not None:
             scale = errors.winner_preserving_scale(
                 eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
             )
             player_generated = errors.scale_gradient(player_generated, scale)
         opponent_real, opponent_generated = opponent_scores.split(pairs)
-        return ScoredBatch(PairScores(player_real, player_generated, opponent_real, opponent_generated), question.level)
+        scores = PairScores(player_real, player_generated, opponent_real, opponent_generated)
+        return ScoredBatch(scores, question.level, scale)
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""

@@ -51,10 +51,12 @@ class ScoredBatch:
 
     Attributes:
         level: in [0, 1): the noise level of a denoising score, say, or the length of a sample that has one.
+        generated_scale: by what the gradient of `player_generated` was multiplied; None = it is as it is.
     """
 
     scores: PairScores
     level: Float[Tensor, " batch"]
+    generated_scale: Float[Tensor, " batch"] | None = None
 
 
 @runtime_checkable

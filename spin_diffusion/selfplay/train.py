@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,8 @@ class TrainSettings(health.HealthSettings):
     """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
+    two_passes: bool = False
+    """Compute the gradient of one side of the pairs after the other: half the activations, one more forward pass."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
     refresh_opponent_steps: int | None = None
@@ -360,12 +362,17 @@ def _take_step(
     for micro in range(settings.gradient_accumulation_steps):
         batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
         with accelerator.accumulate(player):
-            scored = game.scores(player, batch)
-            trained_on = _without_some_margins(scored.scores, batch.seeds, plan.margin_dropout)
+            with torch.no_grad() if settings.two_passes else nullcontext():
+                scored = game.scores(player, batch)
+            scores = _as_leaves(scored.scores) if settings.two_passes else scored.scores
+            trained_on = _without_some_margins(scores, batch.seeds, plan.margin_dropout)
             losses = plan.loss(trained_on)
             if step == 0 and plan.anchored_at_player:
                 _check_start(trained_on, losses, plan, game.start_tolerance[accelerator.mixed_precision])
-            accelerator.backward(losses.mean())
+            if settings.two_passes:
+                _backward_by_sides(losses.mean(), scores, scored.generated_scale, game, player, batch, accelerator)
+            else:
+                accelerator.backward(losses.mean())
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
             ids += _ids_everywhere(pairs, step, micro, plan, settings, world)
             if accelerator.sync_gradients:
@@ -382,6 +389,49 @@ def _take_step(
             optimizer.step()
             optimizer.zero_grad()
     return metrics, float(gradient_norm)
+
+
+def _as_leaves(scores: PairScores) -> PairScores:
+    """The same scores, at which a loss's gradient is to be stopped."""
+    return PairScores(
+        scores.player_real.requires_grad_(), scores.player_generated.requires_grad_(), scores.opponent_real,
+        scores.opponent_generated,
+    )  # fmt: skip
+
+
+def _backward_by_sides(
+    loss: Tensor,
+    scores: PairScores,
+    generated_scale: Tensor | None,
+    game: Game,
+    player: nn.Module,
+    batch: Batch,
+    accelerator: Accelerator,
+) -> None:
+    """The gradient of a loss of known scores, one side of the pairs after the other.
+
+    d loss = sum over sides of (d loss / d score) d score: each side is scored again, alone, so that the activations of
+    one side are in memory at a time.
+    """
+    sides = torch.autograd.grad(loss, [scores.player_real, scores.player_generated], allow_unused=True)
+    of_real, of_generated = (torch.zeros_like(scores.player_real) if side is None else side for side in sides)
+    if generated_scale is not None:
+        of_generated = of_generated * generated_scale
+    copies = len(of_real) // len(batch.ids)
+    of_real = of_real.view(len(batch.ids), copies).sum(dim=1)  # a real row has one score, however many rows it meets
+    known = {"opponent_score": scores.opponent_real.detach()[::copies]}
+    passes = [(Batch(batch.ids, batch.prompts, batch.real | known, {}, batch.seeds), of_real)]
+    if batch.generated:
+        known = {"opponent_score": scores.opponent_generated.detach()}
+        ids, prompts, seeds = (
+            [value for value in values for _ in range(copies)] for values in (batch.ids, batch.prompts, batch.seeds)
+        )
+        passes.append((Batch(ids, prompts, batch.generated | known, {}, seeds), of_generated))
+    for number, (side, gradient) in enumerate(passes):
+        last = number + 1 == len(passes)
+        # Gradients of several processes are gathered once, in the last of the backward passes
+        with nullcontext() if last else accelerator.no_sync(player):
+            accelerator.backward((game.scores(player, side).scores.player_real * gradient).sum())
 
 
 def _without_some_margins(scores: PairScores, seeds: list[int], share: float) -> PairScores:
