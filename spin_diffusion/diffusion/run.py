@@ -103,8 +103,8 @@ def run(config: Config, family_name: str) -> None:
     )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
-        write_model_card(output_dir, config, family.PIPELINE.__name__, manifest["rows"], comparisons)
-        _tell_where(records, output_dir, base, family.PIPELINE.__name__)
+        write_model_card(output_dir, config, game.family.PIPELINE.__name__, manifest["rows"], comparisons)
+        _tell_where(records, output_dir, base, game.family.PIPELINE.__name__)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
 
