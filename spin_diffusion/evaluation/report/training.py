@@ -133,7 +133,7 @@ def ledger_rows(results: tables.Results) -> list[LedgerRow]:
     entries = results.get("ledger", [])[: tables.MAX_LISTED]
     named = tables.labels(tables.distinct([entry["model"] for entry in entries]))
 
-    def shown(value: float | None, pattern: str, scale: float = 1.0) -> str:
+    def shown(value: float | int | None, pattern: str, scale: float = 1.0) -> str:
         return "\u2013" if value is None else pattern.format(value * scale)
 
     return [
