@@ -107,7 +107,9 @@ def _check(config: Config) -> None:
 def _check_trajectory(config: Config) -> None:
     flag = f"--trajectory {config.trajectory.trajectory}"
     if config.sampling.sampler != "ddim":
-        raise InputError(f"{flag} is made of the steps of --sampler ddim, not of {config.sampling.sampler}")
+        raise InputError(
+            f"{flag} is made of the steps of --sampler ddim, not of {config.sampling.sampler}: give --sampler ddim"
+        )
     if config.trajectory.trajectory_weights == "sampler" and config.sampling.eta == 0:
         raise InputError("--trajectory_weights sampler needs a sampler that adds noise: give --eta above 0, 1 say")
     if config.rounds.opponent in ("last_two", "pool"):

@@ -39,7 +39,7 @@ def examples(count: int = 10, losers: bool = False) -> Iterator[Example]:
         yield Example(f"picture {number}", picture(), picture() if losers else None, f"row {number}")
 
 
-SAMPLING = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generation_batch_size=2)
+SAMPLING = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generation_batch_size=2, sampler="ddim")
 
 
 def make_game(

@@ -4,12 +4,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from spin_diffusion.diffusion.latents import encoded_once
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
-from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_batches, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.trajectory import (
     TrajectorySettings,
     as_noise,
@@ -60,6 +61,9 @@ class DenoiserSettings:
     once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit."""
     channels_last: bool = True
     """Memory layout of the UNet; faster convolutions on most hardware."""
+    compile: Literal["no", "blocks", "whole"] = "no"
+    """torch.compile for the UNet: its transformer blocks (seconds to compile), or all of it (minutes). It pays where
+    rounds are long; needs a C++ compiler on a CPU."""
     enable_xformers_memory_efficient_attention: bool = False
     """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
 
@@ -177,7 +181,8 @@ class DiffusionGame:
             self.opponent: UNet2DConditionModel | None = self.player
         else:
             self.player.requires_grad_(True).eval()
-            self.opponent = _opponent_of(self.player, accelerator.mixed_precision)
+            self.opponent = self._opponent_of_player()
+        _compile(self.player, denoiser.compile)
 
     # Real samples
 
@@ -202,25 +207,29 @@ class DiffusionGame:
     ) -> list[Row]:
         """One image by the opponent per row, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        states: list[Tensor] | None = [] if self.steps is not None else None
-        with self._as_opponent():
-            drawn = self.draw(
-                self.opponent, [row["prompt"] for row in rows], seeds, self.sampling.guidance_scale, states=states,
-                done=done,
-            )  # fmt: skip
+        states: list[Tensor] = []
+        files: list[Future[bytes]] = []
+        # Files are compressed while the next images are drawn
+        with self._as_opponent(), ThreadPoolExecutor() as writers:
+            prompts = [row["prompt"] for row in rows]
+            pipeline, settings = self._drawing(self.opponent, self.sampling.guidance_scale)
+            for drawn in draw_batches(pipeline, prompts, seeds, keep_states=self.steps is not None, **settings):
+                files += [writers.submit(images.to_bytes, image, self.images) for image in drawn.images]
+                states += drawn.states if drawn.states is not None else []
+                done(len(files))
         made = [
             {
                 "id": row["id"],
                 "prompt": row["prompt"],
                 "drawn": True,
                 "seed": seed,
-                "image": images.to_bytes(image, self.images),
+                "image": file.result(),
                 "frame": [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution],
                 "sampler": settings,
             }
-            for row, seed, image in zip(rows, seeds, drawn, strict=True)
+            for row, seed, file in zip(rows, seeds, files, strict=True)
         ]
-        for row, kept in zip(made, states or [], strict=bool(states)):
+        for row, kept in zip(made, states, strict=bool(states)):
             row[KEPT] = {"states": kept}
         return made
 
@@ -395,7 +404,12 @@ class DiffusionGame:
         if self.adapters is not None:
             self.adapters.promote()
         else:
-            self.opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+            self.opponent = self._opponent_of_player()
+
+    def _opponent_of_player(self) -> UNet2DConditionModel:
+        opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
+        _compile(opponent, self.denoiser.compile)
+        return opponent
 
     def _put_away(self) -> None:
         """Off the device with what training does not need, where prompts are kept."""
@@ -510,23 +524,23 @@ class DiffusionGame:
         guidance_scale: float,
         num_inference_steps: int | None = None,
         done: Callable[[int], None] = lambda images: None,
-        states: list[Tensor] | None = None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
+        pipeline, settings = self._drawing(unet, guidance_scale)
+        settings["num_inference_steps"] = num_inference_steps or self.sampling.num_inference_steps
+        return draw_images(pipeline, prompts, seeds, done=done, **settings)
+
+    def _drawing(self, unet: UNet2DConditionModel, guidance_scale: float) -> tuple[Any, dict[str, Any]]:
+        """The pipeline that draws with a UNet, and how it does."""
         self._bring_back()
-        return draw_images(
-            sampling_pipeline(self.pipeline, unet, self.sampling.sampler),
-            prompts,
-            seeds,
-            resolution=self.resolution,
-            num_inference_steps=num_inference_steps or self.sampling.num_inference_steps,
-            guidance_scale=guidance_scale,
-            batch_size=self.sampling.generation_batch_size,
-            autocast=self.accelerator.autocast,
-            eta=self.sampling.eta,
-            states=states,
-            done=done,
-        )
+        return sampling_pipeline(self.pipeline, unet, self.sampling.sampler), {
+            "resolution": self.resolution,
+            "num_inference_steps": self.sampling.num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "batch_size": self.sampling.generation_batch_size,
+            "autocast": self.accelerator.autocast,
+            "eta": self.sampling.eta,
+        }
 
     def _fresh(self, path: Path) -> UNet2DConditionModel:
         """A UNet as a user gets it from what was saved in `path`."""
@@ -589,6 +603,14 @@ def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DCo
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
     return opponent
+
+
+def _compile(unet: UNet2DConditionModel, how: Literal["no", "blocks", "whole"]) -> None:
+    """Compile in place, so that no weight changes its name; a copy of a compiled UNet is not compiled."""
+    if how == "blocks":
+        unet.compile_repeated_blocks(dynamic=False)
+    elif how == "whole":
+        unet.compile(dynamic=False)
 
 
 def _enable_xformers(unet: UNet2DConditionModel) -> None:

@@ -6,6 +6,7 @@ images are stored, and on request (`vae_round_trip`) also passes the decoder tha
 """
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,14 +121,23 @@ def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h w"], names: list[str]) -> Pixels:
-    """Scaled latents back to pixels in [-1, 1], fp32.
+    """Scaled latents back to pixels in [-1, 1], fp32; in parts where the device's memory does not hold them at once.
 
     Raises:
         FloatingPointError: a pixel that is not finite, naming the images.
     """
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
-    return _finite(vae.decode(unscaled).sample.float(), names, "decoded")
+    size = len(unscaled)
+    while True:
+        try:
+            return _finite(
+                torch.cat([vae.decode(part).sample.float() for part in unscaled.split(size)]), names, "decoded"
+            )
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = math.ceil(size / 2)
 
 
 def _finite(values: Tensor, names: list[str], what: str) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
+from spin_diffusion.selfplay.sharing import shared_out
 
 PER_FILE, PER_BATCH = 256, 32
 
@@ -67,7 +68,7 @@ class Prompts:
         encoders = self._encoders_hash(dtype)
         paths = [folder / f"{_key(encoders, part)}.safetensors" for part in parts]
         world, done = accelerator.num_processes, 0
-        for part, path in list(zip(parts, paths, strict=True))[accelerator.process_index :: world]:
+        for part, path in shared_out(list(zip(parts, paths, strict=True)), accelerator):
             if not path.is_file():
                 write_shared_tensors(path, self._encode(part, dtype))
             done += len(part)

@@ -4,7 +4,7 @@ diffusers' own pipelines and schedulers do the work. Every image has a generator
 not depend on the images drawn beside it; the batch changes a picture by rounding only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,12 +28,12 @@ SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 class SamplingSettings:
     """How the opponent draws."""
 
-    num_inference_steps: int = 50
-    """Denoising steps per image."""
+    num_inference_steps: int = 25
+    """Denoising steps per image; ddim needs about 50."""
     guidance_scale: float = 7.5
     """Classifier-free guidance of the opponent; 1 = none, the distribution that the theory speaks of."""
-    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
-    """checkpoint = the scheduler that the base checkpoint names."""
+    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "dpmpp"
+    """dpmpp = DPM-Solver++ of second order; checkpoint = the scheduler that the base checkpoint names."""
     eta: float = 0.0
     """Noise that each step of ddim adds, in [0, 1]: 0 = none, 1 = as much as DDPM."""
     generation_batch_size: int = 8
@@ -47,7 +47,9 @@ class SamplingSettings:
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta {self.eta} must be between 0 and 1")
         if self.eta > 0 and self.sampler != "ddim":
-            raise InputError(f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: leave it out")
+            raise InputError(
+                f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: give --sampler ddim"
+            )
         if self.guidance_scale < 0:
             raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative")
 
@@ -65,7 +67,20 @@ def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -
     return made
 
 
-def draw_images(
+@dataclass(frozen=True)
+class Drawn:
+    """A batch of images.
+
+    Attributes:
+        states: each image's latents x_T, ..., x_0, (images, steps + 1, channels, height, width) in fp16 on the CPU;
+            None unless they were asked for.
+    """
+
+    images: list[Image.Image]
+    states: Tensor | None = None
+
+
+def draw_batches(
     pipeline: Any,
     prompts: list[str],
     seeds: list[int],
@@ -76,24 +91,21 @@ def draw_images(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     eta: float = 0.0,
-    states: list[Tensor] | None = None,
-    done: Callable[[int], None] = lambda images: None,
-) -> list[Image.Image]:
+    keep_states: bool = False,
+) -> Iterator[Drawn]:
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
 
     Args:
         resolution: height and width, px.
         guidance_scale: 1 or less = without guidance.
-        states: gets each image's latents x_T, ..., x_0, (steps + 1, channels, height, width) in fp16 on the CPU. For
-            samplers that do not scale the UNet's input, such as DDIM.
+        keep_states: for samplers that do not scale the UNet's input, such as DDIM.
 
     Raises:
         FloatingPointError: an image that is not finite.
     """
-    images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        recorder = _Recorder(pipeline.unet, len(prompts[part])) if states is not None else None
+        recorder = _Recorder(pipeline.unet, len(prompts[part])) if keep_states else None
         with torch.no_grad(), autocast(), recorder or nullcontext():
             latents = pipeline(
                 prompts[part],
@@ -106,10 +118,28 @@ def draw_images(
                 callback_on_step_end=recorder.after_step if recorder is not None else None,
                 output_type="latent",
             ).images
-        if recorder is not None and states is not None:
-            states += torch.stack(recorder.states, dim=1)
+        states = torch.stack(recorder.states, dim=1) if recorder is not None else None
         pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompt[:60]) for prompt in prompts[part]])
-        images += to_images(pixels)
+        yield Drawn(to_images(pixels), states)
+
+
+def draw_images(
+    pipeline: Any,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    done: Callable[[int], None] = lambda images: None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """The images of `draw_batches`, in one list.
+
+    Args:
+        done: is told how many there are so far.
+        settings: of `draw_batches`.
+    """
+    images: list[Image.Image] = []
+    for drawn in draw_batches(pipeline, prompts, seeds, **settings):
+        images += drawn.images
         done(len(images))
     return images
 

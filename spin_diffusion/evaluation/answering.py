@@ -28,6 +28,7 @@ from spin_diffusion.evaluation.specs import check_specs, describe, parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, seed_from, shard_name, write_rows
+from spin_diffusion.selfplay.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the answer), the same for every model"
 
@@ -127,8 +128,7 @@ def draw_answers(
     chunks = [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
     paths = [folder / "answers" / f"{shard_name(number, len(chunks))}.parquet" for number in range(len(chunks))]
     told, done = progress.phase(f"{model}: answer" if model else "answer", len(rows)), 0
-    for number in range(accelerator.process_index, len(chunks), accelerator.num_processes):
-        chunk, path = chunks[number], paths[number]
+    for chunk, path in shared_out(list(zip(chunks, paths, strict=True)), accelerator):
         belongs = {"protocol": protocol["id"], "requests": _hash(chunk), "weights": weights_sha256}
         if not _belongs(path, belongs):
             answered = _answered(chunk, draw(chunk, partial(_tell, told, done, accelerator.num_processes)))

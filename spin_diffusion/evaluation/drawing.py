@@ -19,6 +19,7 @@ from spin_diffusion.evaluation.alarms import measure_image
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json, seed_from, shard_name, write_file, write_json
+from spin_diffusion.selfplay.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
 ROWS_PER_SHARD = 64
@@ -95,8 +96,8 @@ def draw_pictures(
     for scale in protocol["guidance_scales"]:
         folder = directory / folder_of(scale)
         progress, done = bar(scale, len(wanted)), 0
-        for number in range(accelerator.process_index, len(chunks), accelerator.num_processes):
-            index, rows = folder / f"{shard_name(number, len(chunks))}.jsonl", chunks[number]
+        for number, rows in shared_out(list(enumerate(chunks)), accelerator):
+            index = folder / f"{shard_name(number, len(chunks))}.jsonl"
             if not index.is_file():
                 told = partial(_tell, progress, done, accelerator.num_processes)
                 pictures = _draw_all(draw, rows, scale, told)

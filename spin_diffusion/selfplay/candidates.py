@@ -18,6 +18,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.run_dir import read_rows, rows_metadata, seed_from, write_rows
 from spin_diffusion.selfplay.samples import rows_in, shards
+from spin_diffusion.selfplay.sharing import shared_out
 
 CHOICES = "choices"
 
@@ -123,7 +124,7 @@ def judge_shards(
     A shard is judged whole by one process, so the choices do not depend on how many there are.
     """
     done = 0
-    for path in shards(source, ".parquet")[accelerator.process_index :: accelerator.num_processes]:
+    for path in shared_out(shards(source, ".parquet"), accelerator):
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
             write_rows(out, choose(read_rows(path), judge), metadata)

@@ -3,6 +3,7 @@
 Shard i of a round's samples answers shard i of the real ones row by row, so a pair is a (shard, row).
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_rows,
     write_tensors,
 )
+from spin_diffusion.selfplay.sharing import shared_out
 from spin_diffusion.selfplay.train import Pairs
 
 T = TypeVar("T")
@@ -185,7 +187,7 @@ def draw_shards(
         draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
     """
     done = made = 0
-    for path in _mine(shards(source / "samples", ".parquet"), accelerator):
+    for path in shared_out(shards(source / "samples", ".parquet"), accelerator):
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
             rows = ask(read_rows(path, columns=list(columns)))
@@ -207,7 +209,7 @@ def merge_shards(
     sources: list[Path], target: Path, key: Callable[[Row], Any], metadata: dict[str, str], accelerator: Accelerator
 ) -> None:
     """Shards of the same names in several folders as one folder, each shard's rows in the order of `key`."""
-    for path in _mine(shards(sources[0], ".parquet"), accelerator):
+    for path in shared_out(shards(sources[0], ".parquet"), accelerator):
         out = target / path.name
         if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
             write_rows(
@@ -231,7 +233,7 @@ def encode_shards(
         rows_of: the rows of a shard that are wanted.
     """
     done = made = 0
-    for path in _mine(shards(source, ".parquet"), accelerator):
+    for path in shared_out(shards(source, ".parquet"), accelerator):
         out = target / f"{path.stem}.safetensors"
         if not out.is_file():
             rows = rows_of(path)
@@ -259,7 +261,7 @@ def score_shards(
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
     done, metadata = 0, {"opponent": opponent}
-    for path in _mine(shards(source, ".safetensors"), accelerator):
+    for path in shared_out(shards(source, ".safetensors"), accelerator):
         out = target / path.name
         tensors = {name: tensor[part.places] for name, tensor in _of_side(load_file(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
@@ -294,14 +296,12 @@ def score_draws(
         batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
-    first, metadata, done = 0, {"opponent": opponent}, 0
-    for number, path in enumerate(shards(source, ".parquet")):
-        rows = len(range(rows_in(path))[part.places])
-        here = list(range(first, first + rows))
-        first += rows
+    metadata, done = {"opponent": opponent}, 0
+    sizes = [(path, len(range(rows_in(path))[part.places])) for path in shards(source, ".parquet")]
+    first = itertools.accumulate((rows for _, rows in sizes), initial=0)
+    for (path, rows), start_of_shard in shared_out(list(zip(sizes, first, strict=False)), accelerator):
+        here = list(range(start_of_shard, start_of_shard + rows))
         outs = [target / side / f"{path.stem}.safetensors" for side in ("real", "generated")]
-        if number % accelerator.num_processes != accelerator.process_index:
-            continue
         if not all(out.is_file() and tensors_metadata(out) == metadata for out in outs):
             by_draw = []
             for draw in range(pairs.draws):
@@ -329,14 +329,10 @@ def _sides(found: list[Any]) -> list[list[Tensor]]:
 def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelerator: Accelerator) -> None:
     """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
     weights = torch.tensor(list(sources.values()))
-    for path in _mine(shards(next(iter(sources)), ".safetensors"), accelerator):
+    for path in shared_out(shards(next(iter(sources)), ".safetensors"), accelerator):
         scores = torch.stack([load_file(folder / path.name)["opponent_score"] for folder in sources])
         write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
     accelerator.wait_for_everyone()
-
-
-def _mine(paths: list[Path], accelerator: Accelerator) -> list[Path]:
-    return paths[accelerator.process_index :: accelerator.num_processes]
 
 
 # Pairs

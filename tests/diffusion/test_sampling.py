@@ -1,0 +1,78 @@
+"""Drawing: the default sampler, files written beside it, memory that does not hold a batch, a compiled UNet."""
+
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+
+from spin_diffusion.diffusion import images
+from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings
+from tests.playing import make_game
+from tests.tiny import BETAS
+
+
+def test_by_default_25_steps_of_the_second_order_solver():
+    settings = SamplingSettings()
+    sampler = SAMPLERS[settings.sampler](BETAS)
+    assert settings.num_inference_steps == 25 and isinstance(sampler, DPMSolverMultistepScheduler)
+    assert (sampler.config.algorithm_type, sampler.config.solver_order) == ("dpmsolver++", 2)
+
+
+def test_the_files_are_the_drawn_images_in_the_order_of_the_rows(sdxl_dir):
+    game = make_game(sdxl_dir)
+    rows = [{"id": str(number), "prompt": f"fox {number}"} for number in range(5)]
+    told: list[int] = []
+    made = game.generate(rows, [7, 8, 9, 10, 11], told.append)
+    drawn = game.draw(game.opponent, [row["prompt"] for row in rows], [7, 8, 9, 10, 11], 3.0)
+    assert [row["image"] for row in made] == [images.to_bytes(image, game.images) for image in drawn]
+    assert [row["seed"] for row in made] == [7, 8, 9, 10, 11] and told == [2, 4, 5]
+
+
+def test_a_batch_that_memory_does_not_hold_is_decoded_in_parts(sdxl_dir, monkeypatch):
+    vae = make_game(sdxl_dir).pipeline.vae
+    latents = torch.randn(7, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = images.decode_latents(vae, latents, list("abcdefg"))
+    decode, sizes, most = vae.decode, [], 2
+
+    def decode_few(part):
+        if len(part) > most:
+            raise torch.OutOfMemoryError("too many")
+        sizes.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(vae, "decode", decode_few)
+    assert torch.allclose(images.decode_latents(vae, latents, list("abcdefg")), whole, atol=1e-5)
+    assert sizes == [2, 2, 2, 1]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        images.decode_latents(vae, latents, list("abcdefg"))
+
+
+@pytest.mark.parametrize("how", ["blocks", "whole"])
+def test_a_compiled_unet_draws_the_same_and_is_saved_under_its_names(how, sdxl_dir, tmp_path, monkeypatch):
+    compiled: list[object] = []
+
+    def interpreted(function, **settings):
+        compiled.append(function)
+        return torch_compile(function, **settings, backend="eager")  # the graph is made; no compiler is needed
+
+    torch_compile = torch.compile
+    plain = make_game(sdxl_dir)
+    monkeypatch.setattr(torch, "compile", interpreted)
+    game = make_game(sdxl_dir, compile=how)
+    blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in game.player.modules())
+    assert len(compiled) == 2 * (blocks if how == "blocks" else 1)  # the player's and the opponent's
+    rows = [{"id": "a", "prompt": "a fox"}]
+    assert game.generate(rows, [3])[0]["image"] == plain.generate(rows, [3])[0]["image"]
+    game.save(tmp_path)
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert saved.state_dict().keys() == plain.player.state_dict().keys()
+    game.promote()
+    assert game.opponent_hash() == game.player_hash() == plain.player_hash()
+
+
+def test_drawing_does_not_keep_states_that_nobody_asked_for(sdxl_dir, monkeypatch):
+    game = make_game(sdxl_dir)
+    monkeypatch.setattr("spin_diffusion.diffusion.sampling._Recorder", partial(pytest.fail, "states were kept"))
+    assert len(game.generate([{"id": "a", "prompt": "a fox"}], [3])) == 1
