@@ -2,9 +2,13 @@
 
 import errno
 import os
+import signal
+import socket
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from spin_diffusion.input_error import InputError
 
@@ -20,7 +24,8 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        command(argv)
+        with _last_words():
+            command(argv)
         return 0
     except (InputError, FloatingPointError) as error:
         raised, message = error, str(error)
@@ -29,13 +34,59 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         reasons = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
         reason = next((os.strerror(n) for n in reasons if getattr(error, "errno", None) == n), None)
         reason = reason or next((os.strerror(n) for n in reasons if os.strerror(n) in str(error)), None)
-        if reason is None:
+        if reason is None and not _lost_another(error):
             raise
         raised = error
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""
         message = f"{reason}{where}: make room or give another --output_dir, then run the same command again"
+        if reason is None:
+            message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
     if "--debug" in argv or "--debug=true" in argv:
         traceback.print_exception(raised)
-    rank = f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{rank}error: {message}", file=sys.stderr)
+    print(f"{_who()}error: {message}", file=sys.stderr)
     return 2
+
+
+_KEPT = "What is finished is kept; the same command goes on from there."
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether the error is what torch's exchange between processes says when one of them is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return of_torch or any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
+def _who() -> str:
+    return f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """Say what to do when the process is told to end: by a launcher, as another process died, or by a scheduler.
+
+    A handler in Python would wait until the main thread is back from whatever it does in the device's libraries, for
+    ever if that is an exchange with a dead process. The byte that Python writes when a signal comes wakes a thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def wait() -> None:
+        while number := reader.recv(1):
+            if number == bytes([signal.SIGTERM]):
+                print(f"\n{_who()}told to stop (SIGTERM). {_KEPT}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    woken = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGTERM, before)
+        writer.close()

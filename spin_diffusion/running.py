@@ -27,7 +27,7 @@ from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.rounds import Evaluate, Probe, RoundSettings, objectives_of, play, source_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
-from spin_diffusion.selfplay.train import TrainSettings, of_round, steps_of_round
+from spin_diffusion.selfplay.train import TrainSettings, of_round, pairs_per_step, steps_of_round
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ HARMLESS = {
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
     "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
     "encodings_dir", "matrix_flops_per_second",
+    # How a step's pairs are split, which the number of processes decides too; `write_manifest` checks their number
+    "train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -223,8 +225,10 @@ def needs_losers(config: AnyConfig) -> bool:
     return "data" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
 
 
-def write_manifest(output_dir: Path, base: str, weights: str, data: dict[str, Any], accelerator: Accelerator) -> None:
-    """Lineage of the run; a base other than the one it was started with is refused.
+def write_manifest(
+    output_dir: Path, base: str, weights: str, data: dict[str, Any], config: AnyConfig, accelerator: Accelerator
+) -> None:
+    """Lineage of the run; a base or a global batch other than the one it was started with is refused.
 
     Args:
         base, weights: path or hub id, and the hash of its weights.
@@ -234,13 +238,21 @@ def write_manifest(output_dir: Path, base: str, weights: str, data: dict[str, An
     content = {
         "base": {"name": base, "weights": weights},
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
+        "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
     if path.is_file():
-        if read_json(path)["base"]["weights"] != weights:
+        begun = read_json(path)
+        if begun["base"]["weights"] != weights:
             raise InputError(
                 f"the weights of {base} are not the ones that this run was started with: restore them, or start in "
                 "another --output_dir"
+            )
+        if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
+            raise InputError(
+                f"{output_dir} was started with {begun['pairs_per_step']} pairs in each optimizer step, this command "
+                f"has {content['pairs_per_step']}: change --train_batch_size, --gradient_accumulation_steps or the "
+                "number of processes to keep their product, or start in another --output_dir"
             )
     elif accelerator.is_main_process:
         write_json(path, content)
@@ -250,7 +262,7 @@ def write_manifest(output_dir: Path, base: str, weights: str, data: dict[str, An
 def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
     """For the header: the batch, and each round's steps, rate and beta."""
     training, rounds, world = config.training, config.rounds, accelerator.num_processes
-    batch = training.train_batch_size * training.gradient_accumulation_steps * world
+    batch = pairs_per_step(training, world)
     lines = [
         f"Batch      {batch} pairs a step = {training.train_batch_size} x {training.gradient_accumulation_steps} "
         f"accumulation x {world} process{'es' if world > 1 else ''} on {accelerator.device.type}, "

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,19 +21,24 @@ from spin_diffusion.evaluation.report.reading import read_results
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def play(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> str:
+def start(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
     path = folder / "config.yaml"
-    folder.mkdir()
     path.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [*command, str(ROOT / "training" / script), "--config", str(path)],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+
+
+def play(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> str:
+    run = start(config, folder, processes, script)
+    said, complained = run.communicate(timeout=300)
+    assert run.returncode == 0, complained[-6000:]
+    return said
 
 
 @pytest.fixture(scope="module", params=["adamw", "sgd"])
@@ -150,3 +158,47 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
         base = load_file(sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
         moved = max((one[name] - base[name].float()).abs().max() for name in one)
     assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 0.01 * moved
+
+
+def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(sdxl_dir, tiny_parquet, tmp_path):
+    config = {
+        "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
+        "rounds": 1, "max_train_steps": 80, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
+        "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0,
+        "checkpointing_steps": 2, "checkpoints_total_limit": 2,
+    }  # fmt: skip
+    run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2)
+    training = tmp_path / "two" / "out" / "round-1"
+    until = time.monotonic() + 120
+    while not (training / "checkpoint-4").is_dir():
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True)
+    killed = int(found.stdout.split()[1])
+    os.kill(killed, signal.SIGKILL)
+    _, complained = run.communicate(timeout=60)
+    assert run.returncode != 0
+    # The other one notices first, or is told first
+    assert "another process of this job ended" in complained or "told to stop (SIGTERM)" in complained
+    assert "the same command goes on from there" in complained and "Traceback" not in complained.split("torch/dist")[0]
+    assert f"exitcode  : -9 (pid: {killed})" in complained  # the launcher names the one that died
+    # The same global batch on one process, on two and on four
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    assert json.loads((training / "round.json").read_text())["state"] == "CACHED"
+    other = start(config | {"train_batch_size": 3}, tmp_path / "one", 1)
+    refused = other.communicate(timeout=120)[1]
+    assert other.returncode != 0 and "4 pairs in each optimizer step, this command has 3" in refused
+    shared = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}
+    for name, (processes, batch) in shared.items():
+        said = play(config | {"train_batch_size": batch}, tmp_path / name, processes)
+        assert "Resuming from round-1/checkpoint-" in said
+        assert f"4 pairs a step = {batch} x 1 accumulation x {processes} process" in said
+    play(config | {"train_batch_size": 4}, tmp_path / "unbroken", 1)
+    saved = "unet/diffusion_pytorch_model.safetensors"
+    unbroken = load_file(tmp_path / "unbroken" / "out" / saved)
+    base = load_file(sdxl_dir / saved)
+    moved = max((unbroken[name] - base[name].float()).abs().max() for name in unbroken)
+    for name in shared:
+        ended = load_file(tmp_path / name / "out" / saved)
+        assert moved > 0 and max((unbroken[key] - ended[key]).abs().max() for key in ended) < 0.01 * moved, name

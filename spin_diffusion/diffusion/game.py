@@ -212,8 +212,8 @@ class DiffusionGame:
         # Files are compressed while the next images are drawn
         with self._as_opponent(), ThreadPoolExecutor() as writers:
             prompts = [row["prompt"] for row in rows]
-            pipeline, settings = self._drawing(self.opponent, self.sampling.guidance_scale)
-            for drawn in draw_batches(pipeline, prompts, seeds, keep_states=self.steps is not None, **settings):
+            pipeline, how = self._drawing(self.opponent, self.sampling.guidance_scale)
+            for drawn in draw_batches(pipeline, prompts, seeds, keep_states=self.steps is not None, **how):
                 files += [writers.submit(images.to_bytes, image, self.images) for image in drawn.images]
                 states += drawn.states if drawn.states is not None else []
                 done(len(files))

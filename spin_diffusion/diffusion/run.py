@@ -85,7 +85,7 @@ def run(config: Config, family_name: str) -> None:
         curation.forget()
     pairs = manifest["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
-    write_manifest(output_dir, base, game.base_hash, manifest, accelerator)
+    write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 

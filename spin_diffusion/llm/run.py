@@ -87,7 +87,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
         )  # fmt: skip
     pairs = manifest["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
-    write_manifest(output_dir, base, weights_hash(game.model), manifest, accelerator)
+    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with

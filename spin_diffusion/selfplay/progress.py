@@ -20,9 +20,11 @@ class Bars(Progress):
 
     def __init__(self, every_s: float = 15.0) -> None:
         self.every_s = every_s
+        self._last: Callable[[], None] = lambda: None
 
     def phase(self, name: str, total: int) -> Callable[[int, str], None]:
-        """A bar of `total` steps (0 = unknown), closed when its last step is done."""
+        """A bar of `total` steps (0 = unknown), closed when its last step is done, or the next phase begins."""
+        self._last()
         terminal = sys.stderr.isatty()
         bar = tqdm(
             total=total or None,
@@ -43,4 +45,6 @@ class Bars(Progress):
                 bar.set_postfix_str(text or f"{total / max(time.monotonic() - started, 1e-9):.1f}/s")
                 bar.close()
 
+        # Of work that several processes share, the one with the bar only guesses how much the others have done
+        self._last = lambda: None if bar.disable else update(total or bar.n)
         return update

@@ -201,13 +201,13 @@ def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int)
     if steps is None:
         epochs = of_round(settings.num_train_epochs, round_)
         assert epochs is not None, "the configuration checks that one of the two is given"
-        steps = max(1, math.ceil(epochs * pairs / _global_batch(settings, world)))
+        steps = max(1, math.ceil(epochs * pairs / pairs_per_step(settings, world)))
     return steps, of_round(settings.lr_warmup_steps, round_) or round(settings.lr_warmup_ratio * steps)
 
 
 def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
     """Pairs in each optimizer step of `world` processes; InputError when there are fewer pairs than that."""
-    per_step = _global_batch(settings, world)
+    per_step = pairs_per_step(settings, world)
     if pairs < per_step:
         raise InputError(
             f"{pairs} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
@@ -623,7 +623,7 @@ def _save_checkpoint(
             json.dumps(
                 {
                     "step": step,
-                    "global_batch": _global_batch(settings, accelerator.num_processes),
+                    "global_batch": pairs_per_step(settings, accelerator.num_processes),
                     "ema_steps": ema.optimization_step if ema is not None else 0,
                     "history": history,
                     "anchors": anchors,
@@ -648,7 +648,7 @@ def _load_checkpoint(
         raise InputError(f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again")
     verify_hashes(read_json(hashes), path)
     state = read_json(path / "trainer.json")
-    batch = _global_batch(settings, accelerator.num_processes)
+    batch = pairs_per_step(settings, accelerator.num_processes)
     if state["global_batch"] != batch:
         raise InputError(
             f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has {batch}: change "
@@ -718,7 +718,8 @@ def _load_weights(path: Path, accelerator: Accelerator) -> list[Tensor]:
     return [found[name].to(accelerator.device) for name in sorted(found)]
 
 
-def _global_batch(settings: TrainSettings, world: int) -> int:
+def pairs_per_step(settings: TrainSettings, world: int) -> int:
+    """Of all processes together."""
     return settings.train_batch_size * settings.gradient_accumulation_steps * world
 
 

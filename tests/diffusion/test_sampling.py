@@ -1,5 +1,6 @@
 """Drawing: the default sampler, files written beside it, memory that does not hold a batch, a compiled UNet."""
 
+import json
 from functools import partial
 
 import pytest
@@ -27,6 +28,7 @@ def test_the_files_are_the_drawn_images_in_the_order_of_the_rows(sdxl_dir):
     drawn = game.draw(game.opponent, [row["prompt"] for row in rows], [7, 8, 9, 10, 11], 3.0)
     assert [row["image"] for row in made] == [images.to_bytes(image, game.images) for image in drawn]
     assert [row["seed"] for row in made] == [7, 8, 9, 10, 11] and told == [2, 4, 5]
+    assert json.loads(made[0]["sampler"])["num_inference_steps"] == 2
 
 
 def test_a_batch_that_memory_does_not_hold_is_decoded_in_parts(sdxl_dir, monkeypatch):
