@@ -154,6 +154,9 @@ class RunEvaluator:
         if not self.active:
             return []
         results, comparisons = self.last or self._report()
+        if ledger := self._ledger():  # the last round's is whole only now
+            write_json(self.output_dir / "results.json", results | {"ledger": ledger})
+            write_report(self.output_dir)
         if comparisons:
             print_table(comparisons)
             markdown = as_markdown(comparisons)

@@ -160,17 +160,19 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
     assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 0.01 * moved
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(sdxl_dir, tiny_parquet, tmp_path):
     config = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
-        "rounds": 1, "max_train_steps": 80, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
+        "rounds": 1, "max_train_steps": 24, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
         "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0,
-        "checkpointing_steps": 2, "checkpoints_total_limit": 2,
+        "checkpointing_steps": 3, "checkpoints_total_limit": 2,
     }  # fmt: skip
     run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2)
     training = tmp_path / "two" / "out" / "round-1"
     until = time.monotonic() + 120
-    while not (training / "checkpoint-4").is_dir():
+    while not (training / "checkpoint-3").is_dir():
         assert run.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True)
@@ -182,14 +184,14 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(sdxl_
     assert "another process of this job ended" in complained or "told to stop (SIGTERM)" in complained
     assert "the same command goes on from there" in complained and "Traceback" not in complained.split("torch/dist")[0]
     assert f"exitcode  : -9 (pid: {killed})" in complained  # the launcher names the one that died
-    # The same global batch on one process, on two and on four
+    # The same global batch on one process and on four
     shutil.copytree(tmp_path / "two", tmp_path / "four")
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert json.loads((training / "round.json").read_text())["state"] == "CACHED"
     other = start(config | {"train_batch_size": 3}, tmp_path / "one", 1)
     refused = other.communicate(timeout=120)[1]
     assert other.returncode != 0 and "4 pairs in each optimizer step, this command has 3" in refused
-    shared = {"one": (1, 4), "two": (2, 2), "four": (4, 1)}
+    shared = {"one": (1, 4), "four": (4, 1)}
     for name, (processes, batch) in shared.items():
         said = play(config | {"train_batch_size": batch}, tmp_path / name, processes)
         assert "Resuming from round-1/checkpoint-" in said

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from spin_diffusion.diffusion.cost import count_units
+from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
@@ -33,6 +35,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
         "learning_rate": [1e-4, 5e-5],
         "beta": 2000,
         "num_inference_steps": 2,
+        "sampler": "ddim",
         "guidance_scale": 3,
         "validation_prompts": str(tiny_prompts),
         "validation_guidance_scales": [1, 3],
@@ -89,6 +92,36 @@ def test_runs_that_differ_in_their_seed_make_one_table(settings, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "spin round 1" in printed and "4 prompts x 2 images" in printed
     refused(capsys, main([str(tmp_path / "nowhere")]), "not a run's folder")
+
+
+def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys):
+    settings |= {"rounds": 2, "matrix_flops_per_second": 1e12}
+    assert play(tmp_path, settings, script="plan.py") == 0
+    printed = capsys.readouterr().out
+    assert "Time" in printed and "for 24 real samples on 1 process" in printed
+    assert "free in" in printed and "of this machine" in printed
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"plan.json"}
+    assert play(tmp_path, settings) == 0
+    planned = {entry["round"]: entry for entry in read_json(out / "plan.json")["rounds"]}
+    told = read_results(out / "results.json")["ledger"]
+    phases = ["generated", "cached", "trained", "evaluated", "overhead"]
+    assert [(entry["round"], entry["phase"]) for entry in told] == [(k, phase) for k in (1, 2) for phase in phases]
+    samples = {"generated": 24, "cached": 24, "trained": 2 * 4}
+    for entry in told:
+        assert entry["seconds"] > 0 and entry["predicted_seconds"] == planned[entry["round"]].get(entry["phase"])
+        assert entry["samples"] == samples.get(entry["phase"])
+        if entry["phase"] in samples:
+            assert entry["samples_per_second"] == pytest.approx(entry["samples"] / entry["seconds"], rel=0.05)
+            assert entry["matrix_share"] == pytest.approx(entry["flops"] / entry["seconds"] / 1e12, rel=0.05)
+            assert entry["peak_memory_bytes"] > 1e8
+    rounds = [read_json(out / f"round-{k}" / "round.json")["ledger"] for k in (1, 2)]
+    # A step is a player's forward and backward pass and an opponent's forward pass over both images of its pairs
+    unit = count_units(*load_checkpoint(settings["pretrained_model_name_or_path"]), 32)
+    assert rounds[0]["trained"]["flops"] == 2 * 4 * 2 * (2 * unit.unet + unit.unet_backward)
+    assert rounds[0]["generated"]["flops"] == rounds[1]["generated"]["flops"]
+    page = (out / "report.html").read_text()
+    assert "Time and work" in page and "draw the opponent\u2019s samples" in page and "everything else" in page
 
 
 def test_the_page_and_the_card_show_every_model(settings, tmp_path):

@@ -208,7 +208,7 @@ def works_of(config: Config, rows: int, steps: list[int], zeros_for_empty: bool)
 
 
 def run_flops(config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool) -> int:
-    """FLOPs of a run, with the encoding of the real images."""
+    """FLOPs of a run, with the encoding of the real images and of their prompts."""
     works = works_of(config, rows, steps, zeros_for_empty)
     return _before(config, unit, rows, works) + sum(work.steps * step_flops(unit, work) for work in works)
 
@@ -227,4 +227,5 @@ def _before(config: Config, unit: UnitCosts, rows: int, works: list[RoundWork]) 
     encoded = rows * (2 if losers else 1)
     trips = encoded if config.images.vae_round_trip else 0
     real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
-    return real + sum(generation_flops(unit, work) for work in works)
+    text = rows * unit.text if config.caches.cache_text_embeddings else 0
+    return real + text + sum(generation_flops(unit, work) for work in works)

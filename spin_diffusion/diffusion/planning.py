@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, read_examples
@@ -304,7 +303,7 @@ def _pictures_of_evaluation(config: Config) -> int:
     return prompts * settings.num_validation_images * len(settings.validation_guidance_scales or [0])
 
 
-def lines(config: Config, plan: dict[str, Any], accelerator: Accelerator) -> list[str]:
+def lines(config: Config, plan: dict[str, Any], device: torch.device) -> list[str]:
     """The plan for people."""
     total = plan["encode_real_seconds"]
     told = [f"{'round':>5}  {'draw':>9}  {'encode':>9}  {'train':>9}  {'evaluate':>9}"]
@@ -317,7 +316,7 @@ def lines(config: Config, plan: dict[str, Any], accelerator: Accelerator) -> lis
     told.append(_fits("Disk", plan["disk_bytes"], plan["free_bytes"], f"free in {config.run.output_dir}",
                       "lower --checkpoints_total_limit or --max_train_samples"))  # fmt: skip
     peak = max(plan["memory_bytes"].values())
-    where = "of the GPU" if accelerator.device.type == "cuda" else "of this machine"
+    where = "of the GPU" if device.type == "cuda" else "of this machine"
     told.append(_fits("Memory", peak, plan["device_bytes"], where, "lower --train_batch_size"))
     return told
 

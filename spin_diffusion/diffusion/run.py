@@ -159,7 +159,7 @@ def plan(config: Config) -> None:
     game = open_game(config, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
     found = make_plan(config, game, progress)
-    for line in lines(config, found, accelerator):
+    for line in lines(config, found, accelerator.device):
         accelerator.print(line)
 
 

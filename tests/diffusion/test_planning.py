@@ -9,6 +9,7 @@ from spin_diffusion.diffusion.planning import Rates, disk, predict, probe
 from spin_diffusion.input_error import InputError
 from tests.playing import examples, make_game
 
+GB = 10**9
 RATES = Rates(
     denoise=0.1, finish=1.0, encode=0.5, pair=2.0, update=3.0, score=0.25, image_bytes=10, picture_bytes=20,
     latent_bytes=100, prompt_bytes=7, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
@@ -90,13 +91,14 @@ def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):
 def test_what_does_not_fit_is_said():
     plan = {
         "encode_real_seconds": 1.0, "rounds": predict(config(), RATES, 12, 6, 1), "rows": 12, "processes": 1,
-        "disk_bytes": 3e9, "free_bytes": 2e9, "memory_bytes": {"drawing": 1e9, "training": 2e9}, "device_bytes": 8e9,
+        "disk_bytes": 3 * GB, "free_bytes": 2 * GB, "memory_bytes": {"drawing": GB, "training": 2 * GB},
+        "device_bytes": 8 * GB,
     }  # fmt: skip
-    accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
-    told = planning.lines(config(), plan, accelerator)
+    cpu = torch.device("cpu")
+    told = planning.lines(config(), plan, cpu)
     assert "3.00 GB of 2.0 GB free" in told[-2] and "does NOT fit; lower" in told[-2]
     assert "2.00 GB of 8.0 GB of this machine" in told[-1] and "NOT" not in told[-1]
-    assert "NOT" in planning.lines(config(), replace_bytes(plan, 1e9), accelerator)[-1]
+    assert "NOT" in planning.lines(config(), replace_bytes(plan, GB), cpu)[-1]
 
 
 def replace_bytes(plan, there):

@@ -149,11 +149,12 @@ def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cos
     assert (plan.steps_per_round("tiny", "spin"), plan.steps_per_round("tiny", "sft")) == (2, 4)
     # Two rounds of 8 images at 2 steps with guidance, whose prompts are encoded, and which are decoded and encoded
     drawing = 2 * 8 * (4 * 10 + 2 * 1 + 3 + 5)
-    a_step = 4 * (10 + 20 + 10) + 2 * 1
+    real = 8 * (3 + 1)  # images and prompts, encoded once
+    a_step = 4 * (10 + 20 + 10)
     budget = run_flops(spin, UNIT, 8, [2, 2], zeros_for_empty=False)
-    assert budget == 8 * 3 + drawing + 4 * a_step
+    assert budget == real + drawing + 4 * a_step
     steps = steps_for(sft, UNIT, 8, budget, zeros_for_empty=False)
-    assert steps == (budget - 8 * 3) // (2 * (10 + 20) + 2 * 1)
+    assert steps == (budget - real) // (2 * (10 + 20))
     assert run_flops(sft, UNIT, 8, [steps], False) <= budget < run_flops(sft, UNIT, 8, [steps + 1], False)
     assert steps_for(spin, UNIT, 8, budget, False) == 2
     assert steps_for(spin, UNIT, 8, drawing // 2, False) == 0
