@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
+
 from spin_diffusion.data import table
 from spin_diffusion.data.images import check_image
 from spin_diffusion.data.report import FILTERED, REPEATED_EXAMPLE, REPEATED_PROMPT, LeftOut, ReadReport
@@ -80,7 +82,7 @@ def _examples(
     wanted = dict.fromkeys(plan.columns)
     if settings.filter_column is not None:
         wanted[settings.filter_column] = None
-    seen: set[bytes] = set()
+    seen = Seen()
     return usable(
         source,
         tuple(wanted),
@@ -142,7 +144,7 @@ def _bad_rows(source: Source, report: ReadReport) -> str:
     )
 
 
-def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: set[bytes]) -> Example:
+def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: "Seen") -> Example:
     """Check one row, the cheap checks first. Raises LeftOut if it is not to be used; otherwise `seen` knows it."""
     if settings.filter_column is not None:
         _check_filter(row.values.get(settings.filter_column), settings)
@@ -180,8 +182,30 @@ def _check_filter(value: object, settings: DataSettings) -> None:
 
 
 def short_hash(*parts: bytes) -> bytes:
-    """16 bytes of the parts one after the other; all that is kept of an example to recognise it again."""
+    """16 bytes of the parts one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)
     return digest.digest()
+
+
+class Seen:
+    """Hashes that were seen before: 8 bytes of each are kept, of which two among a million agree with a probability of
+    3e-8. A set of them would take ten times as much memory."""
+
+    def __init__(self, most_fresh: int = 65536) -> None:
+        self.most_fresh = most_fresh
+        self.fresh: set[int] = set()
+        self.settled = np.zeros(0, np.uint64)
+
+    def __contains__(self, digest: bytes) -> bool:
+        number = int.from_bytes(digest[:8], "big")
+        place = np.searchsorted(self.settled, np.uint64(number))
+        return number in self.fresh or (place < len(self.settled) and int(self.settled[place]) == number)
+
+    def add(self, digest: bytes) -> None:
+        """It is seen from now on."""
+        self.fresh.add(int.from_bytes(digest[:8], "big"))
+        if len(self.fresh) >= self.most_fresh:
+            self.settled = np.union1d(self.settled, np.fromiter(self.fresh, np.uint64, len(self.fresh)))
+            self.fresh = set()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
 
-from spin_diffusion.data.reading import short_hash, usable
+from spin_diffusion.data.reading import Seen, short_hash, usable
 from spin_diffusion.data.report import (
     ANSWER_IS_PROMPT,
     EMPTY_ANSWER,
@@ -218,7 +218,7 @@ def _all_examples(settings: TextDataSettings, limit: int | None, report: ReadRep
 
 def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[Row], TextExample]:
     """From row to example. It remembers the rows it has seen, and whether the first was a chat."""
-    seen: set[bytes] = set()
+    seen = Seen()
     first: list[TextExample] = []
 
     def example_of(row: Row) -> TextExample:

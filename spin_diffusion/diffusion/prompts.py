@@ -1,22 +1,26 @@
 """Prompts as the denoiser's inputs: encoded on the spot, or each distinct one once, kept in memory-mapped files."""
 
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
+from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
 from spin_diffusion.selfplay.sharing import shared_out
 
-PER_FILE, PER_BATCH = 256, 32
+PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
 
 
 class Prompts:
@@ -30,8 +34,9 @@ class Prompts:
         self.device = pipeline.text_encoder.device
         with torch.no_grad(), autocast():
             self._unconditional: Embedded = family.unconditional(pipeline)
-        self._places: dict[str, tuple[int, int]] = {}
-        self._files: list[Any] = []
+        # Of each kept prompt the hash, sorted, and its place: 12 bytes, however long it is
+        self._hashes, self._places = np.zeros(0, np.uint64), np.zeros(0, np.int32)
+        self._file: Callable[[int], Any] = lambda number: None
 
     def conditioning(self, prompts: list[str], dropped: list[bool], frames: Frames) -> Conditioning:
         """What the denoiser is told; where `dropped`, that of the sampler's unconditional half.
@@ -39,8 +44,8 @@ class Prompts:
         Args:
             frames: one or several per prompt, all prompts in order each time.
         """
-        kept = bool(self._places) and all(prompt in self._places for prompt in prompts)
-        embedded = self._kept(prompts) if kept else self.family.embed(self.pipeline, prompts)
+        places = self._find(prompts)
+        embedded = self._kept(places) if places is not None else self.family.embed(self.pipeline, prompts)
         drop = torch.tensor(dropped, device=self.device)
         copies = len(frames) // len(prompts)
         for name, empty in self._unconditional.items():
@@ -53,37 +58,47 @@ class Prompts:
     def keep(
         self,
         folder: Path,
-        prompts: list[str],
+        prompts: Sequence[str],
         accelerator: Accelerator,
         dtype: torch.dtype,
-        progress: Callable[[int, str], None] = lambda done, text: None,
+        progress: Progress | None = None,
     ) -> None:
         """Encode every distinct prompt once, all processes together; what `folder` has of the same encoders stays.
 
         Args:
+            prompts: gone through several times, and never held as a whole.
             dtype: in which embeddings are kept: the one that autocast hands to the denoiser.
         """
-        distinct = list(dict.fromkeys(prompts))
-        parts = [distinct[start : start + PER_FILE] for start in range(0, len(distinct), PER_FILE)]
+        every = np.fromiter((_number(prompt) for prompt in prompts), np.uint64)
+        hashes, first = np.unique(every, return_index=True)
+        is_first = np.zeros(len(every), bool)
+        is_first[first] = True
+
+        def parts() -> Iterator[list[str]]:
+            distinct = (prompt for prompt, new in zip(prompts, is_first, strict=True) if new)
+            while part := list(itertools.islice(distinct, PER_FILE)):
+                yield part
+
         encoders = self._encoders_hash(dtype)
-        paths = [folder / f"{_key(encoders, part)}.safetensors" for part in parts]
-        world, done = accelerator.num_processes, 0
-        for part, path in shared_out(list(zip(parts, paths, strict=True)), accelerator):
-            if not path.is_file():
-                write_shared_tensors(path, self._encode(part, dtype))
+        paths = [folder / f"{_key(encoders, part)}.safetensors" for part in parts()]
+        bar = (progress or Progress()).phase("encode the prompts", len(hashes))
+        walk, done = enumerate(parts()), 0
+        for number in shared_out(range(len(paths)), accelerator):
+            part = next(part for place, part in walk if place == number)
+            if not paths[number].is_file():
+                write_shared_tensors(paths[number], self._encode(part, dtype))
             done += len(part)
-            progress(min(done * world, len(distinct)), "")
+            bar(min(done * accelerator.num_processes, len(hashes)), "")
         accelerator.wait_for_everyone()
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._places = {
-            prompt: (number, place) for number, part in enumerate(parts) for place, prompt in enumerate(part)
-        }
+        self._file = functools.lru_cache(maxsize=FILES_OPEN)(lambda number: safe_open(paths[number], framework="pt"))
+        self._hashes = hashes
+        self._places = np.argsort(np.argsort(first)).astype(np.int32)  # in the order in which they came first
 
     def put_away(self) -> bool:
         """Free the device of the encoders if their work is kept; whether it is."""
-        if self._places:
+        if len(self._hashes):
             self._move(torch.device("cpu"))
-        return bool(self._places)
+        return len(self._hashes) > 0
 
     def bring_back(self) -> None:
         """Put the encoders where they were."""
@@ -111,12 +126,26 @@ class Prompts:
             found = [self.family.embed(self.pipeline, batch) for batch in batches]
         return {name: torch.cat([each[name].to(dtype).cpu() for each in found]) for name in found[0]}
 
-    def _kept(self, prompts: list[str]) -> Embedded:
-        places = [self._places[prompt] for prompt in prompts]
+    def _find(self, prompts: list[str]) -> list[int] | None:
+        """Where they are kept; None when one is not."""
+        wanted = np.array([_number(prompt) for prompt in prompts], np.uint64)
+        found = np.searchsorted(self._hashes, wanted)
+        if not len(self._hashes) or (found == len(self._hashes)).any() or (self._hashes[found] != wanted).any():
+            return None
+        return self._places[found].tolist()
+
+    def _kept(self, places: list[int]) -> Embedded:
         return {
-            name: torch.stack([self._files[file].get_slice(name)[place] for file, place in places]).to(self.device)
+            name: torch.stack([self._file(place // PER_FILE).get_slice(name)[place % PER_FILE] for place in places]).to(
+                self.device
+            )
             for name in self._unconditional
         }
+
+
+def _number(prompt: str) -> int:
+    """64 bits of a prompt's hash: of a million prompts two are alike with a probability of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _key(encoders: str, prompts: list[str]) -> str:

@@ -38,8 +38,7 @@ from spin_diffusion.running import (
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.run_dir import read_rows
-from spin_diffusion.selfplay.samples import prepare, shards
+from spin_diffusion.selfplay.samples import Column, prepare
 from spin_diffusion.selfplay.train import check_batch, of_round, steps_of_round
 
 
@@ -134,14 +133,8 @@ def _costs(config: Config, game: DiffusionGame, pairs: int) -> Callable[[RoundSe
 def _keep_prompts(config: Config, game: DiffusionGame, output_dir: Path, progress: Progress) -> None:
     """Encode the prompts of all real samples."""
     folder = Path(config.caches.encodings_dir or output_dir / "encodings") / "prompts"
-    prompts = [
-        row["prompt"]
-        for path in shards(output_dir / "data" / "samples", ".parquet")
-        for row in read_rows(path, columns=["prompt"])
-    ]
     dtype = autocast_dtype(game.accelerator.mixed_precision) or torch.float32
-    bar = progress.phase("encode the prompts", len(set(prompts)))
-    game.prompts.keep(folder, prompts, game.accelerator, dtype, bar)
+    game.prompts.keep(folder, Column(output_dir / "data", "prompt"), game.accelerator, dtype, progress)
 
 
 def plan(config: Config) -> None:

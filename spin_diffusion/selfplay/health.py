@@ -52,11 +52,14 @@ def check_finite(
     *,
     step: int,
     levels: Float[Tensor, " pairs"],
-    ids: list[str],
+    ids: Callable[[], list[str]],
     round_: int,
     level_name: str,
 ) -> None:
     """Stop the run when the loss or the gradient is not finite.
+
+    Args:
+        ids: of the samples, when they are wanted.
 
     Raises:
         FloatingPointError: with round, step, range of levels and sample ids.
@@ -65,7 +68,8 @@ def check_finite(
         return
     what = "loss" if not isfinite(loss) else "gradient norm"
     value = loss if not isfinite(loss) else gradient_norm
-    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    names = ids()
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise FloatingPointError(
         f"round {round_}, step {step}: the {what} is {value} ({level_name} {levels.min():.3f} to {levels.max():.3f} of "
         f"their range, samples {shown}); lower --learning_rate, use --mixed_precision no, or look at these samples"

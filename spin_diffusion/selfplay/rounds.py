@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -457,12 +458,12 @@ class _Round:
 
     def _drawn_by(self) -> dict[str, int]:
         """How many of the samples to train on each self drew, by its round; the samples name their own."""
-        hashes = [
+        drawn = Counter(
             row["opponent"]
             for path in shards(self.sets[0].folder / SAMPLES, ".parquet")
             for row in (read_rows(path, columns=["opponent"]) if rows_in(path) else [])
-        ]
-        return {str(found["round"]): hashes.count(found["hash"]) for found in self.record["opponent"]["members"]}
+        )
+        return {str(found["round"]): drawn[found["hash"]] for found in self.record["opponent"]["members"]}
 
     def _judged(self) -> dict[str, Any]:
         """What the choices for the pairs to train on come to; InputError when too few are left."""

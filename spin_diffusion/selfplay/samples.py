@@ -3,9 +3,11 @@
 Shard i of a round's samples answers shard i of the real ones row by row, so a pair is a (shard, row).
 """
 
+import bisect
+import functools
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +44,8 @@ from spin_diffusion.selfplay.train import Pairs
 T = TypeVar("T")
 ENCODED = "encoded"
 """Folder of the tensors that scoring needs of the samples beside it."""
+IN_MEMORY = 64
+"""Shards of a kind that are read, or mapped, at a time while pairs are taken at random."""
 
 
 def prepare(
@@ -370,17 +374,12 @@ def open_pairs(
     if choices is not None:
         assert generated is not None and copies == 1
         return _open_chosen(data, real, generated, part, choices)
-    ids, prompts, places = [], [], []
-    for number, path in enumerate(shards(data / "samples", ".parquet")):
-        for place, row in enumerate(read_rows(path, columns=["id", "prompt"])[part.places]):
-            ids.append(row["id"])
-            prompts.append(row["prompt"])
-            places.append((number, place))
+    ids, prompts = Column(data, "id", part), Column(data, "prompt", part)
     sides = [_Tensors(side) for side in (real, generated) if side is not None]
     has_copies = generated is not None and not generated.prefix  # a data set's own worse samples lie in its own rows
 
     def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        kept = [places[index] for index in indices]
+        kept = [ids.place_of(index) for index in indices]
         in_data = [(number, part.index + place * part.of) for number, place in kept]
         drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
         found = [sides[0].rows(in_data, kept)]
@@ -426,17 +425,54 @@ def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: P
     return Pairs(ids, prompts, fetch)
 
 
+class Column(Sequence[str]):
+    """A text of all real rows of a part, read from the shards when it is asked for; a few shards are in memory."""
+
+    def __init__(self, data: Path, name: str, part: Part | None = None) -> None:
+        part = part or Part()
+        paths = shards(data / "samples", ".parquet")
+        counts = [len(range(rows_in(path))[part.places]) for path in paths]
+        self.starts = [0, *itertools.accumulate(counts)]
+
+        @functools.lru_cache(maxsize=IN_MEMORY)
+        def texts(shard: int) -> list[str]:
+            return [row[name] for row in read_rows(paths[shard], columns=[name])[part.places]]
+
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Its shard, and its place among the rows of the part there."""
+        shard = bisect.bisect_right(self.starts, index) - 1
+        return shard, index - self.starts[shard]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard, place = self.place_of(index)
+        return self.texts(shard)[place]
+
+
+def _opened(folder: Path) -> tuple[Callable[[int], Any], int]:
+    """From the number of a tensor shard in a folder to its memory map, some of which are kept; how many there are."""
+    paths = shards(folder, ".safetensors")
+    return functools.lru_cache(maxsize=IN_MEMORY)(lambda shard: safe_open(paths[shard], framework="pt")), len(paths)
+
+
 class _Tensors:
     """Rows of tensors in a folder of safetensors shards, read through memory maps."""
 
     def __init__(self, side: Side) -> None:
         self.prefix = side.prefix
-        self.files = [safe_open(path, framework="pt") for path in shards(side.tensors, ".safetensors")]
-        kept = shards(side.kept, ".safetensors") if side.kept is not None else []
-        self.kept = [safe_open(path, framework="pt") for path in kept]
-        scores = shards(side.scores, ".safetensors") if side.scores is not None else []
-        self.scores = [load_file(path)["opponent_score"] for path in scores]
-        names = next((list(file.keys()) for file in self.files if file.keys()), [])  # a shard may have no rows
+        self.file, count = _opened(side.tensors)
+        self.kept = _opened(side.kept)[0] if side.kept is not None else None
+        self.score = _opened(side.scores)[0] if side.scores is not None else None
+        found = (list(self.file(shard).keys()) for shard in range(count))
+        names = next((keys for keys in found if keys), [])  # a shard may have no rows
         self.names = sorted(_of_side({name: name for name in names}, side.prefix).values())
         if not self.names:
             raise InputError(
@@ -449,14 +485,14 @@ class _Tensors:
         Rows of unequal length are filled up with 0 at their end.
         """
         found = {
-            name.removeprefix(self.prefix): _stacked([self.files[s].get_slice(name)[p] for s, p in places])
+            name.removeprefix(self.prefix): _stacked([self.file(s).get_slice(name)[p] for s, p in places])
             for name in self.names
         }
-        if self.kept:
-            for name in self.kept[0].keys():
-                found[name] = torch.stack([self.kept[s].get_slice(name)[p] for s, p in places])
-        if self.scores:
-            found["opponent_score"] = torch.stack([self.scores[s][p] for s, p in scored])
+        if self.kept is not None:
+            for name in self.kept(places[0][0]).keys():
+                found[name] = torch.stack([self.kept(s).get_slice(name)[p] for s, p in places])
+        if self.score is not None:
+            found["opponent_score"] = torch.stack([self.score(s).get_slice("opponent_score")[p] for s, p in scored])
         return found
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,15 +149,15 @@ def trained_parameters(game: Game) -> list[nn.Parameter]:
 
 @dataclass
 class Pairs:
-    """All pairs of a round: ids and prompts in memory, tensors read on demand by `fetch`."""
+    """All pairs of a round, read on demand: tensors by `fetch`."""
 
-    ids: list[str]
-    prompts: list[str]
+    ids: Sequence[str]
+    prompts: Sequence[str]
     fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
     draws: int = 0
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
-    epochs: dict[int, list[int]] = field(default_factory=dict)
+    epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
         """The pairs at these positions of the round's endless stream: one permutation of all pairs after another."""
@@ -186,8 +186,8 @@ class Pairs:
             # Two epochs are enough for a batch that lies across them
             self.epochs = {known: order for known, order in self.epochs.items() if abs(known - epoch) == 1}
             generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
-            self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator).tolist()
-        return self.epochs[epoch][place]
+            self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator)
+        return int(self.epochs[epoch][place])
 
 
 def of_round(value: Any, round_: int) -> Any:
@@ -357,7 +357,12 @@ def _take_step(
         What is logged of the pairs of all processes, (pairs, columns) on the CPU, and the gradient's norm before
         clipping.
     """
-    records, ids, rank, world = [], [], accelerator.process_index, accelerator.num_processes
+    records, rank, world = [], accelerator.process_index, accelerator.num_processes
+
+    def ids() -> list[str]:
+        micros = range(settings.gradient_accumulation_steps)
+        return [id_ for micro in micros for id_ in _ids_everywhere(pairs, step, micro, plan, settings, world)]
+
     gradient_norm = torch.zeros(())
     for micro in range(settings.gradient_accumulation_steps):
         batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
@@ -374,7 +379,6 @@ def _take_step(
             else:
                 accelerator.backward(losses.mean())
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
-            ids += _ids_everywhere(pairs, step, micro, plan, settings, world)
             if accelerator.sync_gradients:
                 limit = settings.max_grad_norm or float("inf")
                 gradient_norm = accelerator.clip_grad_norm_(player.parameters(), limit)

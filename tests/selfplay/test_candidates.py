@@ -109,7 +109,11 @@ def test_the_share_of_the_prompts_is_a_function_of_seed_round_and_id():
     assert {candidates(4, 1.0).drawn_for(0, 1, str(i)) for i in range(100)} == {4}
 
 
-def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tmp_path):
+def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tmp_path, monkeypatch):
+    def taking_turns(things, accelerator):
+        return things[accelerator.process_index :: accelerator.num_processes]
+
+    monkeypatch.setattr("spin_diffusion.selfplay.candidates.shared_out", taking_turns)
     for number in range(3):
         rows = [row | {"image": f"{number} {row}".encode()} for row in drawn(3, 1, 3)]
         write_rows(tmp_path / "samples" / f"{run_dir.shard_name(number, 3)}.parquet", rows, {})

@@ -33,14 +33,20 @@ def test_a_round_that_starts_with_unequal_models_is_stopped(r, loss):
 def test_what_is_not_finite_stops_the_run_with_step_timesteps_and_samples(loss, norm, what):
     with pytest.raises(FloatingPointError) as error:
         health.check_finite(
-            loss, norm, step=7, levels=torch.tensor([0.1, 0.9]), ids=["a1", "b2"], round_=2, level_name="timesteps"
+            loss,
+            norm,
+            step=7,
+            levels=torch.tensor([0.1, 0.9]),
+            ids=lambda: ["a1", "b2"],
+            round_=2,
+            level_name="timesteps",
         )
     for part in ("round 2", "step 7", what, "0.100", "0.900", "a1, b2"):
         assert part in str(error.value)
 
 
 def test_finite_values_pass():
-    health.check_finite(0.5, 3.0, step=0, levels=torch.tensor([0.5]), ids=["a"], round_=1, level_name="timesteps")
+    health.check_finite(0.5, 3.0, step=0, levels=torch.tensor([0.5]), ids=list, round_=1, level_name="timesteps")
 
 
 # The rules: each in a round where it fires and in one where it does not

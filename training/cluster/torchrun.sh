@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Several machines without a scheduler. On every one of them the same command, the first one's address given:
+#
+#   HEAD=10.0.0.1 NODES=2 GPUS=8 training/cluster/torchrun.sh --config training/configs/sdxl_pickapic.yaml
+#
+# The output folder must be on a file system that all machines see. On CPUs: ACCELERATE_USE_CPU=1 and GPUS = processes
+# per machine. A machine that is lost ends the job on all of them; the same command goes on from there, on another number
+# of machines too as long as the pairs in a step stay the same.
+set -euo pipefail
+
+: "${HEAD:?the address of the first machine}" "${NODES:?how many machines}" "${GPUS:?GPUs of each machine}"
+: "${PORT:=29400}" "${JOB:=spin}" "${SCRIPT:=training/train_spin_sdxl.py}" "${PYTHON:=.venv/bin/python}"
+
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc_per_node "$GPUS" \
+    --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id "$JOB" "$SCRIPT" "$@"
