@@ -201,7 +201,7 @@ class Seen:
     def __contains__(self, digest: bytes) -> bool:
         number = int.from_bytes(digest[:8], "big")
         place = np.searchsorted(self.settled, np.uint64(number))
-        return number in self.fresh or (place < len(self.settled) and int(self.settled[place]) == number)
+        return number in self.fresh or bool(place < len(self.settled) and self.settled[place] == number)
 
     def add(self, digest: bytes) -> None:
         """It is seen from now on."""
