@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-llm install lint test test-slow toy-table compare-toy
+.PHONY: demo demo-llm install lint test test-slow compare-toy
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
@@ -15,18 +15,6 @@ demo-llm: install
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
 		--config training/configs/toy_llm.yaml
 	$(BIN)/python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
-
-## Both bases, SPIN, SPACE and SFT, three seeds, guidance 1 to 3, on the toy world: hours; running it again goes on
-toy-table: install
-	set -e; for seed in 0 1 2; do for base in plateau sloppy; do for objective in spin space; do \
-		[ $$objective = spin ] && rivals="[sft]" || rivals="[]"; \
-		$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
-			--config training/configs/toy_sdxl.yaml --pretrained_model_name_or_path assets/toy_world/$$base \
-			--objective $$objective --compare_with "$$rivals" --seed $$seed --max_validation_prompts 100 --num_validation_images 1 \
-			--validation_guidance_scales "[1, 2, 3]" --output_dir runs/table/$$base-$$objective-$$seed; \
-	done; done; done; \
-	for base in plateau sloppy; do $(BIN)/python evaluation/table.py \
-		runs/table/$$base-spin-* runs/table/$$base-space-* --sweep 1 3; done
 
 ## Methods against each other on the toy world: equal steps, equal compute, each at its best rate; in runs/comparison-toy
 compare-toy: install

@@ -82,18 +82,6 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert "spin round 2" in capsys.readouterr().out
 
 
-def test_runs_that_differ_in_their_seed_make_one_table(settings, tmp_path, capsys):
-    runs = [str(tmp_path / f"seed-{seed}") for seed in range(2)]
-    for seed, folder in enumerate(runs):
-        assert play(tmp_path, settings | {"seed": seed, "output_dir": folder}) == 0
-    capsys.readouterr()
-    main = runpy.run_path(str(ROOT / "evaluation" / "table.py"))["main"]
-    assert main([*runs, "--markdown"]) == 0
-    printed = capsys.readouterr().out
-    assert "spin round 1" in printed and "4 prompts x 2 images" in printed
-    refused(capsys, main([str(tmp_path / "nowhere")]), "not a run's folder")
-
-
 def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys):
     settings |= {"rounds": 2, "matrix_flops_per_second": 1e12}
     assert play(tmp_path, settings, script="plan.py") == 0

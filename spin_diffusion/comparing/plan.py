@@ -89,7 +89,10 @@ class Plan:
 
     def about(self, kind: str, name: str) -> str:
         """What the file says of a world or a method."""
-        return str((getattr(self.settings, kind)[name] or {}).get("about") or "")
+        found = (getattr(self.settings, kind)[name] or {}).get("about") or ""
+        if isinstance(found, dict):  # the parser reads a text with a colon as names and values
+            found = "; ".join(f"{key}: {value}" for key, value in found.items())
+        return str(found)
 
     def rates(self, world: str, method: str) -> list[float]:
         """The grid of a method in a world, from low to high: its own, or the world's, or everybody's."""

@@ -223,44 +223,6 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(parts)
 
 
-def sweep_as_markdown(rows: Sequence[Row], baseline: str, scales: Sequence[float], decimals: int = 3) -> str:
-    """One table per scorer: a line per model, at each of `scales` and at its own best of all guidance scales.
-
-    Self-play sharpens the conditional model, so its best guidance is lower than its base's; at one scale alone a
-    comparison would favour one of them. At its best a model is compared with the baseline at the baseline's best.
-    """
-    parts = []
-    for scorer in _distinct(row.scorer for row in rows):
-        by_model: dict[str, dict[float | None, Row]] = {}
-        for row in rows:
-            if row.scorer == scorer:
-                by_model.setdefault(row.model, {})[row.guidance_scale] = row
-        best = {model: max(of.values(), key=lambda row: row.scores.mean()) for model, of in by_model.items()}
-        num_prompts, num_images = best[baseline].scores.shape
-        head = [f"guidance {scale:g} | to base" for scale in scales]
-        parts += [
-            f"**{_escaped(scorer)}**, {num_prompts} prompts x {num_images} images",
-            "",
-            f"| model | {' | '.join(head)} | its best guidance | to base at its best |",
-            "|---|" + "---:|" * (2 * len(scales) + 2),
-        ]
-        for model, of in by_model.items():
-            cells = []
-            for row, base in [*((of[s], by_model[baseline][s]) for s in scales), (best[model], best[baseline])]:
-                mean = f"{row.scores.mean():.{decimals}f}"
-                cells.append(mean if len(cells) < 2 * len(scales) else f"{mean} at {row.guidance_scale:g}")
-                if model == baseline:
-                    interval = mean_interval(row.scores)
-                    cells.append(f"in [{interval.low:.{decimals}f}, {interval.high:.{decimals}f}]")
-                    continue
-                difference = paired_difference(row.scores, base.scores)
-                said = _difference(difference, decimals, " ")
-                cells.append(f"**{said}**" if _direction(difference) else said)
-            parts.append(f"| {_escaped(model)} | {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join(parts)
-
-
 def _title(comparisons: list[Comparison]) -> str:
     sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.samples}" for c in comparisons)
     return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % bootstrap over prompts, seeds shared"

@@ -4,16 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-import yaml
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.comparison import Comparison, Row
+from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.drawing import Draw, draw_pictures, protocol_of, requests
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.evaluation.protocols import is_of_answers, samples_per_prompt
-from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.protocols import is_of_answers
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
@@ -137,48 +133,3 @@ def promotion(results: dict[str, Any], promote_if: PromoteIf) -> tuple[bool, str
     if promote_if == "improved" and not any(v["verdict"] == "improved" for v in results["verdicts"]):
         return False, "; ".join(dict.fromkeys(v["reason"] for v in results["verdicts"]))
     return True, ""
-
-
-# The table of several runs that differ in their seed alone
-
-
-def rows_of_runs(output_dirs: list[Path]) -> list[Row]:
-    """The scores of all models of runs that differ in seed and objective alone; the seeds' images lie side by side.
-
-    Raises:
-        InputError: a folder that is not a finished run, or runs that differ in more than that.
-    """
-    by_seed: dict[tuple[str, float | None, str], dict[int, Row]] = {}
-    for directory in output_dirs:
-        if not (directory / "config.yaml").is_file():
-            raise InputError(f"{directory} is not a run's folder: it has no config.yaml")
-        config = yaml.safe_load((directory / "config.yaml").read_text())
-        if not (directory / f"round-{config['rounds']}" / "evaluation").is_dir():
-            raise InputError(f"{directory} is not finished: its last round has no scores; run its command again")
-        for row in _rows_of_run(directory):
-            # Runs of one seed share their base: it counts once
-            by_seed.setdefault((row.model, row.guidance_scale, row.scorer), {}).setdefault(config["seed"], row)
-    seeds = {seed for of_seed in by_seed.values() for seed in of_seed}
-    for (model, *_), of_seed in by_seed.items():
-        if set(of_seed) != seeds or len({len(row.scores) for row in of_seed.values()}) > 1:
-            raise InputError(f"the runs differ in more than seed and objective: {model!r} is not alike in all of them")
-    return [
-        Row(model, scale, scorer, np.concatenate([of_seed[s].scores for s in sorted(seeds)], axis=1), role=role)
-        for (model, scale, scorer), of_seed in by_seed.items()
-        for role in [of_seed[min(seeds)].role]
-    ]
-
-
-def _rows_of_run(directory: Path) -> list[Row]:
-    results = read_results(directory / "results.json")
-    roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
-    samples = samples_per_prompt(results["protocol"])
-    scores: dict[tuple[str, float | None, str], dict[str, list[float]]] = {}
-    for row in pq.read_table(directory / "scores.parquet").to_pylist():
-        of_row = scores.setdefault((row["model"], row["guidance_scale"], row["scorer"]), {})
-        of_row.setdefault(row["id"], []).append(row["score"])
-    return [
-        Row(model, scale, scorer, np.array([of_row[id_] for id_ in sorted(of_row)]), roles[scorer])
-        for (model, scale, scorer), of_row in scores.items()
-        if all(len(of_prompt) == samples for of_prompt in of_row.values())
-    ]

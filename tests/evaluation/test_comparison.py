@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table, sweep_as_markdown
+from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table
 from spin_diffusion.evaluation.statistics import Interval, holm, mean_interval, paired_difference, sign_test_p
 from spin_diffusion.input_error import InputError
 
@@ -157,19 +157,3 @@ def test_decimals_follow_the_width_of_the_intervals() -> None:
     assert "20.95 [20.63, 21.27]" in as_markdown([row(20.95, 0.32)])
     assert "0.27512 [0.27481, 0.27543]" in as_markdown([row(0.27512, 0.00031)])
     assert "5200 [4900, 5500]" in as_markdown([row(5200.0, 300.0)])
-
-
-def test_the_sweep_compares_each_model_at_its_best_guidance() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0, 0.01, (60, 2))
-    rows = [
-        Row("base", 1.0, "judge", 0.2 + noise),
-        Row("base", 3.0, "judge", 0.6 + noise),
-        Row("tuned", 1.0, "judge", 0.7 + noise),
-        Row("tuned", 3.0, "judge", 0.5 + noise),
-    ]
-    said = sweep_as_markdown(rows, "base", [1.0, 3.0])
-    tuned = next(line for line in said.splitlines() if line.startswith("| tuned"))
-    cells = [cell.strip(" *") for cell in tuned.split("|")[2:-1]]
-    assert cells[1].startswith("+0.500") and cells[3].startswith("-0.100")
-    assert cells[4].endswith("at 1") and cells[5].startswith("+0.100")
