@@ -39,6 +39,7 @@ def prediction(unet, game) -> torch.Tensor:
 
 
 def test_only_the_player_s_adapter_is_trained_and_there_is_one_unet(sdxl_dir):
+    gc.collect()  # what earlier tests left must not vanish between the two counts
     before = sum(isinstance(found, UNet2DConditionModel) for found in gc.get_objects())
     game = make_game(sdxl_dir, lora=LORA)
     assert game.opponent is game.player

@@ -252,7 +252,7 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
     plain = samples_module._Tensors.rows
 
     def watched(self, places, scored):
-        asked.append(self.files)
+        asked.append(self)
         return plain(self, places, scored)
 
     encoded = tmp_path / "encoded"
@@ -264,7 +264,7 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
     pairs = open_pairs(tmp_path / "data", data, Side(encoded), Part(), 1, tmp_path / "round-1" / CHOICES)
     monkeypatch.setattr(samples_module._Tensors, "rows", watched)
     pairs.fetch(list(range(10)))
-    assert len({id(files) for files in asked}) == 1
+    assert len({id(tensors) for tensors in asked}) == 1
 
 
 def test_candidates_of_a_pool_say_who_drew_each(sdxl_dir, tmp_path):

@@ -125,7 +125,7 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
     [
         (["--fixed_draws", "-1"], "at least 0"),
         (["--fixed_draws", "1", "--refresh_opponent_steps", "5"], "leave one of them out"),
-        (["--fixed_draws", "1", "--trajectory", "steps"], "of --trajectory forward"),
+        (["--fixed_draws", "1", "--trajectory", "steps", "--sampler", "ddim"], "of --trajectory forward"),
         (["--fixed_draws", "1", "--use_lora", "true", "--lora_dropout", "0.1"], "set it to 0"),
         (["--fixed_draws", "1", "--num_candidates", "2", "--candidate_scorer", "pickscore"], "not made for candidates"),
     ],

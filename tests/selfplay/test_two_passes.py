@@ -84,6 +84,6 @@ def test_one_sides_activations_are_in_memory_at_a_time(sdxl_dir):
 
 
 def test_what_would_not_be_the_same_is_refused():
-    for flags in (["--trajectory", "steps"], ["--use_lora", "true", "--lora_dropout", "0.1"]):
+    for flags in (["--trajectory", "steps", "--sampler", "ddim"], ["--use_lora", "true", "--lora_dropout", "0.1"]):
         with pytest.raises(InputError, match="--two_passes"):
             parse_config(["--pretrained_model_name_or_path", "base", "--two_passes", "true", *flags])
