@@ -11,32 +11,14 @@ prompts in one call); ours draws batches in the run's precision.
 import argparse
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
-from models import MODELS, build
-from timing import alternate, count_flops, machine, matrix_rate, paired_ratio, report, summary
+from models import MODELS, build, family_of
+from timing import alternate, machine, paired_ratio, report, summary
 
+from spin_diffusion.diffusion.cost import count_units, matrix_rate
 from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
-
-
-def flops_of_an_image(pipeline: Any, latent_px: int, steps: int, guided: bool) -> int:
-    """Counted on the real networks: the UNet's steps, twice with guidance, and the VAE's decoder."""
-    config = dict(pipeline.unet.config)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        vae = type(pipeline.vae).from_config(dict(pipeline.vae.config))
-        latents = torch.empty(1, config["in_channels"], latent_px, latent_px)
-        inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"])}
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.zeros(1, 6)}
-        t = torch.zeros(1, dtype=torch.long)
-    with torch.no_grad():
-        step = count_flops(lambda: unet(latents, t, **inputs))
-        return step * steps * (2 if guided else 1) + count_flops(lambda: vae.decode(latents))
 
 
 def main() -> None:
@@ -56,7 +38,6 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
     pipeline, resolution = build(args.model, args.device)
     resolution = args.resolution or resolution
-    latent_px = resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     count = args.images or args.batch_size
     prompts = [f"a red circle and {number} squares" for number in range(count)]
     stock = copy.deepcopy(pipeline)
@@ -79,9 +60,10 @@ def main() -> None:
                 guidance_scale=args.guidance_scale,
             )  # fmt: skip
 
-    seconds = alternate({"ours": ours, "diffusers": diffusers}, args.repeats, args.device, warmup=1)
-    flops = flops_of_an_image(pipeline, latent_px, args.num_inference_steps, args.guidance_scale > 1)
-    peak = matrix_rate(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    seconds = alternate({"ours": ours, "diffusers": diffusers}, args.repeats, accelerator.device, warmup=1)
+    unit = count_units(family_of(pipeline), pipeline, resolution)
+    flops = args.num_inference_steps * (2 if args.guidance_scale > 1 else 1) * unit.unet + unit.vae_decode
+    peak = matrix_rate(accelerator.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     report(
         {
             "benchmark": "generate", "model": args.model, "resolution": resolution, "images": count,

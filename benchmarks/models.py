@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,9 +16,16 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from spin_diffusion.diffusion.families import sd, sdxl
+
 HERE = Path(__file__).parent
 TOY = HERE.parent / "assets" / "toy_world" / "sloppy"
 MODELS = ("toy", "sd15", "sdxl")
+
+
+def family_of(pipeline: Any) -> ModuleType:
+    """The module that speaks for models of this kind."""
+    return sdxl if hasattr(pipeline, "text_encoder_2") else sd
 
 
 def build(name: str, device: str) -> tuple[Any, int]:

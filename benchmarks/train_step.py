@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
-from models import MODELS, build
-from timing import alternate, count_flops, machine, matrix_rate, paired_ratio, report, summary
+from models import MODELS, build, family_of
+from timing import alternate, machine, paired_ratio, report, summary
 from torch.nn.functional import logsigmoid, mse_loss
 
-from spin_diffusion.diffusion.families import sd, sdxl
+from spin_diffusion.diffusion.cost import count_units, matrix_rate
 from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
@@ -33,9 +32,8 @@ BETA, LEARNING_RATE = 2000.0, 1e-8
 
 def ours(pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any]) -> Callable:
     """This project's step on cached latents."""
-    family = sdxl if hasattr(pipeline, "text_encoder_2") else sd
     game = DiffusionGame(
-        family, pipeline, "benchmark",
+        family_of(pipeline), pipeline, "benchmark",
         images=ImageSettings(resolution=resolution), sampling=SamplingSettings(), denoiser=DenoiserSettings(),
         accelerator=accelerator, **options,
     )  # fmt: skip
@@ -97,24 +95,6 @@ def plain(
     return step
 
 
-def flops_of_a_pair(config: dict[str, Any], latent_px: int, tokens: int = 77) -> int:
-    """Of the UNets alone, counted on the real network: player forward and backward, opponent forward, two images."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        noisy, t = torch.empty(2, config["in_channels"], latent_px, latent_px), torch.zeros(2, dtype=torch.long)
-        inputs = {"encoder_hidden_states": torch.empty(2, tokens, config["cross_attention_dim"])}
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(2, pooled), "time_ids": torch.zeros(2, 6)}
-
-    def forward() -> torch.Tensor:
-        return unet(noisy, t, **inputs).sample
-
-    with torch.no_grad():
-        opponent = count_flops(forward)
-    return count_flops(lambda: forward().sum().backward()) + opponent
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="toy")
@@ -142,13 +122,14 @@ def main() -> None:
     ]
     batch = Batch([str(n) for n in range(args.batch_size)], prompts, *sides, list(range(args.batch_size)))
     options = {"gradient_checkpointing": args.gradient_checkpointing}
-    flops = flops_of_a_pair(dict(pipeline.unet.config), latent_px)
+    unit = count_units(family_of(pipeline), pipeline, resolution)
+    flops = 2 * (2 * unit.unet + unit.unet_backward)  # two images: player forward and backward, opponent forward
 
     contenders = {"ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options)}
     if not args.only_ours:
         contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
-    seconds = alternate(contenders, args.repeats, args.device)
-    peak = matrix_rate(args.device, dtype)
+    seconds = alternate(contenders, args.repeats, accelerator.device)
+    peak = matrix_rate(accelerator.device, dtype)
     report(
         {
             "benchmark": "train_step", "model": args.model, "resolution": resolution, "pairs": args.batch_size,

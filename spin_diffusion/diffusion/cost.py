@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_diffusion.diffusion.families import Conditioning
+from spin_diffusion.selfplay.ledger import wait_for
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
         a @ b
-        _wait_for(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:

@@ -1,6 +1,5 @@
 """What a run will take: a probe of one batch of each kind, times how often the settings ask for it."""
 
-import io
 import os
 import shutil
 import time
@@ -13,12 +12,14 @@ import torch
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, read_examples
+from spin_diffusion.diffusion.cost import work_of
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.images import ImageSettings, to_bytes
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import needs_losers, rivals
 from spin_diffusion.selfplay.game import Batch
-from spin_diffusion.selfplay.ledger import peak_memory
+from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory, wait_for
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.rounds import objectives_of, source_of
@@ -129,7 +130,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     prompts = [row["prompt"] for row in drawn_batch]
 
     # Drawing: two lengths tell a step from the rest
-    _forget_peak(device)
+    forget_peak_memory(device)
     short, long = 1, 3
 
     def draw(steps: int) -> list[Any]:
@@ -146,7 +147,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     encoded = game.encode(rows)
     told = game.prompts.family.embed(game.pipeline, prompts[:1])
 
-    _forget_peak(device)
+    forget_peak_memory(device)
     pair, update, score, checkpoint_bytes = _probe_training(config, game, rows, encoded)
     parameters = trained_parameters(game)
     saved = game.player.parameters() if game.adapters is None else parameters
@@ -158,7 +159,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
         update=update,
         score=score,
         image_bytes=sum(len(row["image"]) for row in rows) // len(rows),
-        picture_bytes=len(_png(pictures[0])),
+        picture_bytes=len(to_bytes(pictures[0], ImageSettings(image_format="png"))),
         latent_bytes=sum(t.numel() * t.element_size() for t in encoded.values()) // len(rows),
         prompt_bytes=sum(t.numel() * 2 for t in told.values()),
         player_bytes=sum(p.numel() * p.element_size() for p in saved),
@@ -230,8 +231,7 @@ def _seconds(call: Any, device: torch.device) -> float:
     for _ in range(3):
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
         if time.perf_counter() - begun > PROBE_SECONDS:
             break
@@ -254,12 +254,8 @@ def predict(config: Config, rates: Rates, pairs: int, pictures: int, world: int)
     found: list[dict[str, float | int]] = []
     for k in range(1, config.rounds.rounds + 1):
         source = source_of(config.rounds, of_round(config.rounds.objective, k))
-        per_prompt = config.rounds.num_generated
-        if config.candidates.num_candidates:
-            share = config.candidates.candidate_share
-            per_prompt = config.candidates.num_candidates * share + 1 - share
-        drawn = pairs * per_prompt if source == "opponent" else 0
         steps, _ = steps_of_round(config.training, k, pairs, world)
+        drawn = work_of(config.flat(), source, pairs, steps).drawn
         visited = steps * config.training.train_batch_size * config.training.gradient_accumulation_steps
         evaluated = pictures if k == config.rounds.rounds or config.evaluation.eval_every_round else 0
         found.append(
@@ -332,24 +328,11 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def _device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _existing(path: Path) -> Path:
     return next(found for found in (path, *path.absolute().parents) if found.exists())
-
-
-def _png(image: Any) -> bytes:
-
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

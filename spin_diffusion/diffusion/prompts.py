@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from spin_diffusion.data.reading import short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
@@ -145,7 +146,7 @@ class Prompts:
 
 def _number(prompt: str) -> int:
     """64 bits of a prompt's hash: of a million prompts two are alike with a probability of 3e-8."""
-    return int.from_bytes(hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(short_hash(prompt.encode("utf-8", "surrogatepass"))[:8], "big")
 
 
 def _key(encoders: str, prompts: list[str]) -> str:

@@ -30,8 +30,7 @@ class Stopwatch:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        forget_peak_memory(accelerator.device)
 
     def entry(
         self, seconds: float, samples: int | None, flops: int | None, matrix_rate: float | None
@@ -62,6 +61,18 @@ class Stopwatch:
 def everywhere(samples: int, accelerator: Accelerator) -> int:
     """The sum over all processes."""
     return int(accelerator.reduce(torch.tensor(samples, device=accelerator.device)).item())
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` of a GPU begin anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
