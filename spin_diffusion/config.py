@@ -20,8 +20,8 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
 from spin_diffusion.selfplay.candidates import CandidateSettings
-from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ def _check_trajectory(config: Config) -> None:
         raise InputError(f"{flag} keeps the trajectories of one opponent, not of --opponent {config.rounds.opponent}")
     if config.candidates.num_candidates:
         raise InputError(f"{flag} has no way for the real side of candidates: leave --num_candidates out")
+    if config.images.random_flip:
+        raise InputError(f"{flag} keeps the denoising steps of images as they were drawn: leave --random_flip out")
     for name in objectives_of(config.rounds) + [name for name in config.run.compare_with or []]:
         if source_of(config.rounds, name) == "data":
             raise InputError(

@@ -18,11 +18,12 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig, rivals
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
+from spin_diffusion.selfplay.one_round import FINAL
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import FINAL, Evaluate, Judgement
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, write_file, write_json
 from spin_diffusion.selfplay.samples import shards
-from spin_diffusion.selfplay.train import of_round
+from spin_diffusion.selfplay.table import Evaluate, Judgement
+from spin_diffusion.selfplay.train_settings import of_round
 
 _CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "implicit_accuracy", "saturation")
 

@@ -25,9 +25,11 @@ from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import Evaluate, Probe, RoundSettings, objectives_of, play, source_of
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
-from spin_diffusion.selfplay.train import TrainSettings, of_round, pairs_per_step, steps_of_round
+from spin_diffusion.selfplay.table import Evaluate, Probe
+from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class AnyConfig(Protocol):
     training: TrainSettings
     run: RunSettings
 
-    def flat(self) -> dict[str, Any]: ...
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flag."""
+        ...
 
 
 # A change of these does not change the result, or only continues it

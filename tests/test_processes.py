@@ -34,6 +34,11 @@ def start(config: dict, folder: Path, processes: int, script: str = "train_spin_
     )  # fmt: skip
 
 
+def learning_rates(run: Path) -> list[float]:
+    """Of every step of the first round."""
+    return [json.loads(line)["lr"] for line in (run / "round-1" / "metrics.jsonl").read_text().splitlines()]
+
+
 def play(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> str:
     run = start(config, folder, processes, script)
     said, complained = run.communicate(timeout=300)
@@ -139,8 +144,12 @@ def test_every_process_leaves_its_state_in_a_checkpoint(both):
         ({"two_passes": True, "fixed_draws": 1}, "unet/diffusion_pytorch_model.safetensors"),
         ({"use_lora": True, "rank": 2, "gradient_checkpointing": True}, "lora/pytorch_lora_weights.safetensors"),
         ({"trajectory": "exact", "eta": 1.0, "sampler": "ddim"}, "unet/diffusion_pytorch_model.safetensors"),
+        (
+            {"fully_shard": True, "use_ema": True, "gradient_checkpointing": True},
+            "unet/diffusion_pytorch_model.safetensors",
+        ),
     ],
-    ids=["two_passes", "lora", "exact"],
+    ids=["two_passes", "lora", "exact", "in_parts"],
 )
 def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir, tiny_parquet, tmp_path):
     config = mode | {
@@ -148,7 +157,7 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
         "rounds": 1, "max_train_steps": 3, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
         "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-3,
     }  # fmt: skip
-    play(config | {"train_batch_size": 4}, tmp_path / "one", 1)
+    play(config | {"train_batch_size": 4, "fully_shard": False}, tmp_path / "one", 1)
     said = play(config | {"train_batch_size": 2}, tmp_path / "two", 2)
     assert "x 2 processes on cpu" in said
     one, two = (load_file(tmp_path / name / "out" / saved) for name in ("one", "two"))
@@ -162,12 +171,14 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(sdxl_dir, tiny_parquet, tmp_path):
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in_parts"])
+def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(in_parts, sdxl_dir, tiny_parquet, tmp_path):
     config = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
         "rounds": 1, "max_train_steps": 24, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
         "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0,
-        "checkpointing_steps": 3, "checkpoints_total_limit": 2,
+        "checkpointing_steps": 3, "checkpoints_total_limit": 2, "fully_shard": in_parts,
+        "lr_scheduler": "linear", "lr_warmup_steps": 2,
     }  # fmt: skip
     run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2)
     training = tmp_path / "two" / "out" / "round-1"
@@ -184,23 +195,29 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(sdxl_
     assert "another process of this job ended" in complained or "told to stop (SIGTERM)" in complained
     assert "the same command goes on from there" in complained and "Traceback" not in complained.split("torch/dist")[0]
     assert f"exitcode  : -9 (pid: {killed})" in complained  # the launcher names the one that died
-    # The same global batch on one process and on four
-    shutil.copytree(tmp_path / "two", tmp_path / "four")
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    # The same global batch on other numbers of processes; one alone has nothing to share a player out to
+    shared = {"two_again": (2, 2), "four": (4, 1)} if in_parts else {"one": (1, 4), "four": (4, 1)}
+    for name in {*shared, "one"}:
+        shutil.copytree(tmp_path / "two", tmp_path / name)
     assert json.loads((training / "round.json").read_text())["state"] == "CACHED"
     other = start(config | {"train_batch_size": 3}, tmp_path / "one", 1)
     refused = other.communicate(timeout=120)[1]
-    assert other.returncode != 0 and "4 pairs in each optimizer step, this command has 3" in refused
-    shared = {"one": (1, 4), "four": (4, 1)}
+    why = "launch two or more" if in_parts else "4 pairs in each optimizer step, this command has 3"
+    assert other.returncode != 0 and why in refused
     for name, (processes, batch) in shared.items():
         said = play(config | {"train_batch_size": batch}, tmp_path / name, processes)
         assert "Resuming from round-1/checkpoint-" in said
         assert f"4 pairs a step = {batch} x 1 accumulation x {processes} process" in said
-    play(config | {"train_batch_size": 4}, tmp_path / "unbroken", 1)
+    if in_parts:
+        other = start(config | {"train_batch_size": 4}, tmp_path / "one", 1)
+        assert "--fully_shard shares the player out over processes" in other.communicate(timeout=120)[1]
+    play(config | {"train_batch_size": 4, "fully_shard": False}, tmp_path / "unbroken", 1)
     saved = "unet/diffusion_pytorch_model.safetensors"
     unbroken = load_file(tmp_path / "unbroken" / "out" / saved)
     base = load_file(sdxl_dir / saved)
     moved = max((unbroken[name] - base[name].float()).abs().max() for name in unbroken)
+    rates = {name: learning_rates(tmp_path / name / "out") for name in {*shared, "unbroken"}}
     for name in shared:
+        assert rates[name] == rates["unbroken"] and len(rates[name]) == 24
         ended = load_file(tmp_path / name / "out" / saved)
         assert moved > 0 and max((unbroken[key] - ended[key]).abs().max() for key in ended) < 0.01 * moved, name

@@ -213,6 +213,7 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
         (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
         (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),
+        (["--trajectory", "steps", "--sampler", "ddim", "--random_flip", "true"], ["--trajectory", "--random_flip"]),
         (["--trajectory", "steps", "--num_candidates", "2"], ["--trajectory steps", "--num_candidates"]),
         (["--trajectory", "steps", "--objective", "dpo"], ["--trajectory steps", "--objective dpo"]),
         (["--trajectory", "steps", "--trajectory_weights", "sampler"], ["--trajectory_weights sampler", "--eta"]),
@@ -222,6 +223,21 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings, *argv), *parts)
+
+
+def test_the_attention_kernel_is_measured(tmp_path, settings, capsys):
+    options = (
+        "--rounds",
+        "1",
+        "--attention_kernel",
+        "measure",
+        "--random_flip",
+        "true",
+        "--validation_prompts",
+        "null",
+    )
+    assert play(tmp_path, settings, *options) == 0
+    assert "was the fastest kernel here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("kind", "eta"), [("steps", 0), ("exact", 1)])
@@ -328,6 +344,17 @@ def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, ca
 def test_a_command_that_was_refused_can_be_corrected_in_the_same_folder(wrong, settings, tmp_path):
     assert play(tmp_path, settings | wrong) == 2
     assert play(tmp_path, settings) == 0
+
+
+def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(settings, tmp_path, capsys):
+    settings |= {"rounds": 1, "validation_prompts": None}
+    batch = settings["train_batch_size"]
+    assert play(tmp_path, settings) == 0
+    refused(
+        capsys, play(tmp_path, settings, "--train_batch_size", str(batch + 1)),
+        f"{batch} pairs in each optimizer step, this command has {batch + 1}", "--gradient_accumulation_steps",
+    )  # fmt: skip
+    assert play(tmp_path, settings, "--train_batch_size", "1", "--gradient_accumulation_steps", str(batch)) == 0
 
 
 def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):

@@ -48,6 +48,7 @@ class View:
 
     @property
     def name(self) -> str:
+        """Of its folder."""
         return f"{self.prompts}-round-{self.round}-guidance-{self.guidance_scale:g}"
 
 

@@ -18,8 +18,8 @@ from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import HARMLESS
-from spin_diffusion.selfplay.rounds import source_of
-from spin_diffusion.selfplay.train import of_round
+from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.train_settings import of_round
 
 # The comparison scores by itself, and asks for nothing else of a run
 QUIET = {
@@ -40,6 +40,7 @@ class Cell:
 
     @property
     def seed(self) -> int:
+        """Of the training run."""
         return self.training["seed"]
 
     @property

@@ -35,6 +35,7 @@ class FileKind:
     open: Callable[[str, Sequence[Path]], Source]
 
     def matches(self, path: Path) -> bool:
+        """Whether a file is one of these by its name."""
         return path.name.lower().endswith(self.suffixes)
 
 

@@ -51,13 +51,15 @@ class RoundWork:
     drawn: int
     """Images that the opponent draws."""
     encoded: int
-    """Images that pass the VAE's encoder."""
+    """Images that pass the VAE's encoder, `views` times each."""
     decoded: int
     """Images that pass the VAE's decoder."""
     denoisings: int
     """Calls of the UNet for each image drawn: sampler steps, twice with guidance."""
     prompts_per_image: int = 1
     """Prompts encoded for each image drawn: 2 where guidance needs the empty one's embedding."""
+    views: int = 1
+    """2 where an image's mirror image is encoded as well."""
     scored_once: int = 0
     """Noised images that the opponent scores before the first step."""
     forwards: int = 1
@@ -76,7 +78,7 @@ def step_flops(unit: UnitCosts, work: RoundWork) -> int:
 def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
     """FLOPs before the first step of a round: drawing the opponent's images and encoding them."""
     drawing = work.drawn * (work.denoisings * unit.unet + work.prompts_per_image * unit.text)
-    return drawing + work.encoded * unit.vae_encode + work.decoded * unit.vae_decode
+    return drawing + work.encoded * work.views * unit.vae_encode + work.decoded * unit.vae_decode
 
 
 def round_flops(unit: UnitCosts, work: RoundWork) -> int:
@@ -90,7 +92,8 @@ def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pair
     if phase == "generated":
         return samples * (work.denoisings * unit.unet + work.prompts_per_image * unit.text + unit.vae_decode)
     if phase == "cached":
-        return samples * unit.vae_encode + round(work.scored_once * unit.unet * samples / max(work.encoded, 1))
+        scored = round(work.scored_once * unit.unet * samples / max(work.encoded, 1))
+        return samples * work.views * unit.vae_encode + scored
     return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
 
 
@@ -140,6 +143,7 @@ def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_
         drawn=drawn,
         # Of several candidates two are kept, whose encodings are trained on
         encoded=min(drawn, 2 * rows) if candidates else drawn,
+        views=2 if flat.get("random_flip") else 1,
         decoded=drawn,
         denoisings=flat["num_inference_steps"] * (2 if guided else 1),
         prompts_per_image=1 if zeros_for_empty or not guided else 2,

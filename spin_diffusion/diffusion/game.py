@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
+from spin_diffusion.diffusion.attention import Kernel
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import encoded_once
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
@@ -64,6 +66,9 @@ class DenoiserSettings:
     compile: Literal["no", "blocks", "whole"] = "no"
     """torch.compile for the UNet: its transformer blocks (seconds to compile), or all of it (minutes). It pays where
     rounds are long; needs a C++ compiler on a CPU."""
+    attention_kernel: Kernel = "torch"
+    """torch's attention: as torch chooses, the fastest by a measurement at the start (measure), or flash, efficient,
+    cudnn, math. Kernels round differently, so one that is measured may change the last digits between machines."""
     enable_xformers_memory_efficient_attention: bool = False
     """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
 
@@ -80,6 +85,10 @@ class DenoiserSettings:
             self.timestep_weights and min(self.timestep_weights) >= 0 and max(self.timestep_weights) > 0
         ):
             raise InputError(f"--timestep_weights {self.timestep_weights} must be numbers of at least 0, not all 0")
+
+
+MIRRORED = "mirrored_"
+"""Before the names of a mirror image's tensors."""
 
 
 def example_id(example: Example) -> str:
@@ -236,19 +245,23 @@ class DiffusionGame:
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
         """Latents (fp16: a thousandth of their spread is far below the noise they get) and frames of stored images."""
         encoded = {}
-        for prefix in ("", "loser_") if "loser_image" in rows[0] else ("",):
-            encode = partial(self._latents, rows, prefix)
+        prefixes = ("", "loser_") if "loser_image" in rows[0] else ("",)
+        for prefix, mirrored in product(prefixes, (False, True) if self.images.random_flip else (False,)):
+            encode = partial(self._latents, rows, prefix, mirrored)
+            frames = [row[f"{prefix}frame"] for row in rows]
+            name = prefix
+            if mirrored:
+                name, frames = f"{prefix}{MIRRORED}", [images.mirrored_frame(frame) for frame in frames]
             if self.shared_latents is not None:
                 how = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
-                encoded[f"{prefix}latents"] = encoded_once(
-                    self.shared_latents, self.vae_hash, how, rows, encode, prefix
-                )
+                how |= {"mirrored": True} if mirrored else {}
+                encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
             else:
-                encoded[f"{prefix}latents"] = encode()
-            encoded[f"{prefix}frame"] = torch.tensor([row[f"{prefix}frame"] for row in rows], dtype=torch.int32)
+                encoded[f"{name}latents"] = encode()
+            encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
         return encoded
 
-    def _latents(self, rows: list[Row], prefix: str) -> Tensor:
+    def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
         self._bring_back()
         vae, size = self.pipeline.vae, self.images.vae_encode_batch_size
         encoded = []
@@ -260,7 +273,10 @@ class DiffusionGame:
             if self.images.vae_round_trip and not part[0]["drawn"]:
                 decoded = images.to_images(images.decode_latents(vae, latents, names))
                 stored = [images.open_image(images.to_bytes(image, self.images)) for image in decoded]
-                latents = images.encode_pixels(vae, images.to_pixels(stored), names)
+                pixels = images.to_pixels(stored)
+                latents = images.encode_pixels(vae, pixels, names)
+            if mirrored:
+                latents = images.encode_pixels(vae, pixels.flip(-1), names)
             encoded.append(latents.cpu())
         return torch.cat(encoded).half()
 
@@ -307,6 +323,7 @@ class DiffusionGame:
         """What both models are asked of a batch: all its images, noised."""
         sides = [batch.real, batch.generated] if batch.generated else [batch.real]
         device = self.accelerator.device
+        sides = [_as_visited(side, batch.seeds) for side in sides]
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
         draws = draw(
             batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
@@ -414,11 +431,15 @@ class DiffusionGame:
     def _put_away(self) -> None:
         """Off the device with what training does not need, where prompts are kept."""
         if self.prompts.put_away():
-            self.pipeline.vae.to("cpu")
+            self._move_vae(torch.device("cpu"))
 
     def _bring_back(self) -> None:
         self.prompts.bring_back()
-        self.pipeline.vae.to(self.accelerator.device)
+        self._move_vae(self.accelerator.device)
+
+    def _move_vae(self, device: torch.device) -> None:
+        if self.pipeline.vae.device != device:  # to look through all its weights takes a twentieth of a small step
+            self.pipeline.vae.to(device)
 
     def release_opponent(self) -> None:
         """Free its memory; with adapters it has next to none of its own."""
@@ -446,13 +467,13 @@ class DiffusionGame:
         return checkpoint(again, *inputs, use_reentrant=False)
 
     @torch.no_grad()
-    def distance(self) -> float | None:
+    def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
         """Relative, of all weights or of the adapters'; under autocast an opponent's weights are rounded, which alone
         makes about 0.002. None when the opponent was released."""
         if self.opponent is None:
             return None
         moved = length = 0.0
-        pairs = zip(self.player.parameters(), self.opponent.parameters(), strict=True)
+        pairs = zip(weights or self.player.parameters(), self.opponent.parameters(), strict=True)
         if self.adapters is not None:
             pairs = zip(self.adapters.parameters(PLAYER), self.adapters.parameters(OPPONENT), strict=True)
         for player, opponent in pairs:
@@ -573,6 +594,19 @@ class DiffusionGame:
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
+
+
+def _as_visited(side: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
+    """One side of a batch, in which half of the pairs are the mirror images, where these are there."""
+    if f"{MIRRORED}latents" not in side:
+        return side
+    flips = torch.tensor([seed_from(seed, "flip") % 2 == 1 for seed in seeds])
+
+    def chosen(name: str) -> Tensor:
+        as_is = side[name]
+        return torch.where(flips.to(as_is.device).view(-1, *[1] * (as_is.dim() - 1)), side[MIRRORED + name], as_is)
+
+    return side | {"latents": chosen("latents"), "frame": chosen("frame")}
 
 
 def _one_to_one(batch: Batch) -> Batch:

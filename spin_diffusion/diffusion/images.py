@@ -31,6 +31,9 @@ class ImageSettings:
     """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
     center_crop: bool = True
     """Crop the middle; otherwise a place that is drawn from the image's hash."""
+    random_flip: bool = False
+    """Mirror both images of a pair at half of its visits; both orientations are encoded. Not where left and right
+    matter, as in writing."""
     image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
     """How images are resized."""
     image_format: Literal["jpeg", "png"] = "jpeg"
@@ -75,6 +78,13 @@ def crop(image: Image.Image, size: int, place: float, settings: ImageSettings) -
     left = round((resized.width - size) * place)
     top = round((resized.height - size) * place)
     return resized.crop((left, top, left + size, top + size)), [height, width, top, left, size, size]
+
+
+def mirrored_frame(frame: list[int]) -> list[int]:
+    """The frame of the mirror image of what `crop` returned: the crop's left is counted from the other side."""
+    height, width, top, left, size, _ = frame
+    resized = max(size, round(width * size / min(width, height)))
+    return [height, width, top, resized - size - left, size, size]
 
 
 def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:

@@ -15,9 +15,9 @@ from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import OBJECTIVES
-from spin_diffusion.selfplay.rounds import objectives_of
+from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file
-from spin_diffusion.selfplay.train import of_round, steps_of_round
+from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 
 UPLOADED = ["README.md", "config.yaml", "manifest.json", "report.html", "results.json", "samples.png", "unet/**",
             "lora/**"]  # fmt: skip

@@ -18,13 +18,15 @@ from spin_diffusion.diffusion.images import ImageSettings, to_bytes
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import needs_losers, rivals
+from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory, wait_for
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.rounds import objectives_of, source_of
+from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.run_dir import seed_from, write_json
-from spin_diffusion.selfplay.train import check_batch, make_optimizer, of_round, steps_of_round, trained_parameters
+from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.trainee import Trainee, trained_parameters
 
 PROBE_SECONDS = 20.0
 """The most that each of the probe's three parts takes, beyond its first two calls."""
@@ -197,25 +199,22 @@ def _probe_training(
     beta = of_round(config.rounds.beta, 1)
     mu = of_round(config.rounds.mu, 1) or float(config.rounds.num_generated)
     loss = bind(objective, **{"beta": beta, "mu": mu} | (config.rounds.objective_options or {}))
-    parameters = trained_parameters(game)
-    optimizer = make_optimizer(parameters, 1e-12, config.training)  # so small that nothing is learnt here
+    # A rate so small that nothing is learnt here
+    trainee = (Fused if config.training.fused_backward else Trainee)(game, 1e-12, config.training, game.accelerator)
 
     def passes() -> None:
-        game.accelerator.backward(loss(game.scores(game.player, batch).scores).mean())
+        game.accelerator.backward(loss(game.scores(trainee.model, batch).scores).mean())
 
     def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad()
 
     passes()
     step()  # the optimizer's state is there from here on
     pair, update = _seconds(passes, device) / size, _seconds(step, device)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    state = sum(
-        t.numel() * t.element_size()
-        for kept in optimizer.state.values() for t in kept.values() if isinstance(t, torch.Tensor)
-    )  # fmt: skip
-    optimizer.zero_grad(set_to_none=True)
+    weights = sum(p.numel() * p.element_size() for p in trainee.parameters)
+    state = sum(t.numel() * t.element_size() for t in trainee.optimizer_state())
+    trainee.finish()
     return pair, update, score, weights + state
 
 
@@ -255,14 +254,14 @@ def predict(config: Config, rates: Rates, pairs: int, pictures: int, world: int)
     for k in range(1, config.rounds.rounds + 1):
         source = source_of(config.rounds, of_round(config.rounds.objective, k))
         steps, _ = steps_of_round(config.training, k, pairs, world)
-        drawn = work_of(config.flat(), source, pairs, steps).drawn
+        work = work_of(config.flat(), source, pairs, steps)
         visited = steps * config.training.train_batch_size * config.training.gradient_accumulation_steps
         evaluated = pictures if k == config.rounds.rounds or config.evaluation.eval_every_round else 0
         found.append(
             {
                 "round": k,
-                "generated": drawn * image / world,
-                "cached": (drawn * rates.encode + pairs * config.denoiser.fixed_draws * rates.score) / world,
+                "generated": work.drawn * image / world,
+                "cached": (work.encoded * rates.encode + pairs * config.denoiser.fixed_draws * rates.score) / world,
                 "trained": visited * rates.pair + steps * rates.update,
                 "evaluated": evaluated * (rates.finish + steps_of_pictures * rates.denoise) / world,
             }
@@ -277,14 +276,15 @@ def disk(config: Config, rates: Rates, rows: int, pictures: int) -> int:
     data = rows * (rates.image_bytes + rates.latent_bytes + rates.prompt_bytes)
     total = data
     for name in runs:
-        drawn = pairs * config.rounds.num_generated if source_of(config.rounds, name) == "opponent" else 0
-        total += rounds * (drawn * rates.image_bytes + pictures * rates.picture_bytes + rates.player_bytes)
+        work = work_of(config.flat(), source_of(config.rounds, name), pairs, 1)
+        total += rounds * (work.drawn * rates.image_bytes + pictures * rates.picture_bytes + rates.player_bytes)
         total += rates.player_bytes  # the top folder's
     # Of one round at a time: encodings, trajectories, checkpoints and the one that is being written
     steps = max(steps_of_round(config.training, k, pairs, 1)[0] for k in range(1, rounds + 1))
     made = max(0, (steps - 1) // config.training.checkpointing_steps)
     kept = min(made, config.training.checkpoints_total_limit or made)
-    total += pairs * config.rounds.num_generated * rates.latent_bytes
+    encoded = max(work_of(config.flat(), source_of(config.rounds, name), pairs, 1).encoded for name in runs)
+    total += encoded * rates.latent_bytes
     if config.trajectory.trajectory != "forward":
         total += pairs * rates.latent_bytes * (config.sampling.num_inference_steps + 1)
     return total + (kept + (1 if made else 0)) * rates.checkpoint_bytes

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
+from spin_diffusion.diffusion.attention import attention
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, matrix_rate, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
@@ -35,11 +36,13 @@ from spin_diffusion.running import (
     tracked,
     write_manifest,
 )
+from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.samples import Column, prepare
-from spin_diffusion.selfplay.train import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.sharded import check_sharding
+from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 
 
 def run(config: Config, family_name: str) -> None:
@@ -83,15 +86,31 @@ def run(config: Config, family_name: str) -> None:
     if curation and accelerator.is_main_process:
         curation.forget()
     pairs = manifest["rows"] // config.rounds.real_parts
-    check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
+    # Now, not after a night of drawing
+    check_batch(pairs, config.training, accelerator.num_processes)
+    check_fused(config.training, accelerator)
+    check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
     if config.caches.cache_text_embeddings:
         _keep_prompts(config, game, output_dir, progress)
+    with attention(
+        config.denoiser.attention_kernel, game.player, game.resolution // game.latent_px,
+        2 * config.training.train_batch_size, accelerator, autocast_dtype(accelerator.mixed_precision),
+    ) as kernel:  # fmt: skip
+        if config.denoiser.attention_kernel == "measure":
+            accelerator.print(f"Attention: {kernel} was the fastest kernel here")
+        _play(config, game, prompts, output_dir, progress, manifest["rows"], pairs)
 
-    # The rounds, and what they are compared with
+
+def _play(
+    config: Config, game: DiffusionGame, prompts: PromptSet | None, output_dir: Path, progress: Progress, rows: int,
+    pairs: int,
+) -> None:  # fmt: skip
+    """The rounds on prepared data, what they are compared with, and what is told of them."""
+    accelerator, base = game.accelerator, game.base
     accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
     evaluator.base()
@@ -102,7 +121,7 @@ def run(config: Config, family_name: str) -> None:
     )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
-        write_model_card(output_dir, config, game.family.PIPELINE.__name__, manifest["rows"], comparisons)
+        write_model_card(output_dir, config, game.family.PIPELINE.__name__, rows, comparisons)
         _tell_where(records, output_dir, base, game.family.PIPELINE.__name__)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
@@ -149,6 +168,7 @@ def plan(config: Config) -> None:
     quiet_libraries()
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    check_fused(config.training, accelerator)
     game = open_game(config, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
     found = make_plan(config, game, progress)

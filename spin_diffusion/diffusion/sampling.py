@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from spin_diffusion.diffusion.images import decode_latents, to_images
 from spin_diffusion.input_error import InputError
@@ -104,23 +104,31 @@ def draw_batches(
         FloatingPointError: an image that is not finite.
     """
     for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        recorder = _Recorder(pipeline.unet, len(prompts[part])) if keep_states else None
+        part = list(range(start, min(start + batch_size, len(prompts))))
+        count = len(part)
+        if is_compiled(pipeline.unet):
+            part += [part[-1]] * (batch_size - count)  # every other size of a batch would be compiled anew
+        recorder = _Recorder(pipeline.unet, len(part)) if keep_states else None
         with torch.no_grad(), autocast(), recorder or nullcontext():
             latents = pipeline(
-                prompts[part],
+                [prompts[place] for place in part],
                 height=resolution,
                 width=resolution,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
                 eta=eta,
                 callback_on_step_end=recorder.after_step if recorder is not None else None,
                 output_type="latent",
-            ).images
-        states = torch.stack(recorder.states, dim=1) if recorder is not None else None
-        pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompt[:60]) for prompt in prompts[part]])
+            ).images[:count]
+        states = torch.stack(recorder.states, dim=1)[:count] if recorder is not None else None
+        pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompts[place][:60]) for place in part[:count]])
         yield Drawn(to_images(pixels), states)
+
+
+def is_compiled(network: nn.Module) -> bool:
+    """Whether torch.compile was asked for it, or for a part of it."""
+    return any(getattr(module, "_compiled_call_impl", None) is not None for module in network.modules())
 
 
 def draw_images(

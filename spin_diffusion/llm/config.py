@@ -11,8 +11,8 @@ from spin_diffusion.parsing import parse_sections
 from spin_diffusion.running import RunSettings, check_ranges
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
 from spin_diffusion.selfplay.opponents import OpponentName
-from spin_diffusion.selfplay.rounds import RoundSettings, objectives_of
-from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
+from spin_diffusion.selfplay.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)

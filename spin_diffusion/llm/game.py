@@ -7,7 +7,7 @@ and no opponent is in memory while the player is trained: until then the player'
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,7 +193,7 @@ class LanguageGame:
         raise NotImplementedError
 
     @torch.no_grad()
-    def distance(self) -> float | None:
+    def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
         """Relative, of the adapters; the weights of an opponent without one are not in memory."""
         if not self.settings.use_peft:
             return None

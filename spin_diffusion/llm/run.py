@@ -25,12 +25,14 @@ from spin_diffusion.running import (
     tracked,
     write_manifest,
 )
+from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.rounds import objectives_of
+from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
-from spin_diffusion.selfplay.train import check_batch
+from spin_diffusion.selfplay.sharded import check_sharding
+from spin_diffusion.selfplay.train_settings import check_batch
 
 
 def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
@@ -86,7 +88,10 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
             config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
         )  # fmt: skip
     pairs = manifest["rows"] // config.rounds.real_parts
-    check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
+    # Now, not after a night of drawing
+    check_batch(pairs, config.training, accelerator.num_processes)
+    check_fused(config.training, accelerator)
+    check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
     write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 

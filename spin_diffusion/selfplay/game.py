@@ -5,7 +5,7 @@ to turn stored rows into tensors, and how to score pairs under both models. Roun
 nothing else of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -106,9 +106,13 @@ class Game(Protocol):
         """Nobody asks for the opponent until the next `promote`."""
         ...
 
-    def distance(self) -> float | None:
+    def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
         """Length of the way from the opponent's trained weights to the player's, relative to the opponent's length;
-        None where no opponent is in memory."""
+        None where no opponent is in memory.
+
+        Args:
+            weights: the player's weights as they are now, in the order of its parameters; None = they are its own.
+        """
         ...
 
     def opponent_hash(self) -> str:

@@ -14,7 +14,7 @@ from scipy.stats import sem, t
 
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores
-from spin_diffusion.selfplay.train import Pairs
+from spin_diffusion.selfplay.pairs import Pairs
 
 
 @torch.no_grad()

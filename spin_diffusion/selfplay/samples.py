@@ -8,6 +8,7 @@ import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
+from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     commit,
@@ -39,7 +41,6 @@ from spin_diffusion.selfplay.run_dir import (
     write_tensors,
 )
 from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.selfplay.train import Pairs
 
 T = TypeVar("T")
 ENCODED = "encoded"
@@ -191,20 +192,31 @@ def draw_shards(
         draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
     """
     done = made = 0
-    for path in shared_out(shards(source / "samples", ".parquet"), accelerator):
-        out = target / path.name
-        if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
-            rows = ask(read_rows(path, columns=list(columns)))
-            here = done
-            drawn = draw(rows, lambda samples, here=here: progress((here + samples) * accelerator.num_processes, ""))
-            kept = [row.pop(KEPT) for row in drawn if KEPT in row]
-            if kept:  # before the rows, whose file says that the shard is complete
-                tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
-                write_tensors(target.parent / KEPT / f"{path.stem}.safetensors", tensors, {})
-            write_rows(out, drawn, metadata)
-            made += len(drawn)
-        done += rows_in(out)
-        progress(done * accelerator.num_processes, "")
+
+    def write(out: Path, drawn: list[Row]) -> None:
+        kept = [row.pop(KEPT) for row in drawn if KEPT in row]
+        if kept:  # before the rows, whose file says that the shard is complete
+            tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
+            write_tensors(target.parent / KEPT / f"{out.stem}.safetensors", tensors, {})
+        write_rows(out, drawn, metadata)
+
+    # A shard is written while the next one is drawn: two are in memory at most
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for path in shared_out(shards(source / "samples", ".parquet"), accelerator):
+            out = target / path.name
+            if out.is_file() and metadata.items() <= rows_metadata(out).items():
+                done += rows_in(out)
+            else:
+                rows, here = ask(read_rows(path, columns=list(columns))), done
+                drawn = draw(rows, lambda samples, h=here: progress((h + samples) * accelerator.num_processes, ""))
+                if writing is not None:
+                    writing.result()
+                made, done = made + len(drawn), done + len(drawn)
+                writing = writer.submit(write, out, drawn)
+            progress(done * accelerator.num_processes, "")
+        if writing is not None:
+            writing.result()
     accelerator.wait_for_everyone()
     return made
 

@@ -5,100 +5,28 @@ run, or one on another number of processes with the same global batch, sees the 
 """
 
 import json
-import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
+from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
+from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
-from spin_diffusion.selfplay.run_dir import (
-    commit,
-    file_hashes,
-    part_of,
-    read_json,
-    seed_from,
-    verify_hashes,
-    write_file,
-)
-
-CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
-
-
-@dataclass(frozen=True)
-class TrainSettings(health.HealthSettings):
-    """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
-
-    max_train_steps: int | list[int] | None = 500
-    """Optimizer steps in each round; None = --num_train_epochs."""
-    num_train_epochs: float | list[float] | None = None
-    """Times that a round sees each real sample, where --max_train_steps is None."""
-    train_batch_size: int = 1
-    """Pairs per process and forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float | list[float] = 2e-5
-    """Initial learning rate (after warm-up)."""
-    scale_lr: bool = False
-    """Multiply the learning rate by accumulation steps x batch size x processes."""
-    lr_scheduler: str = "constant_with_warmup"
-    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
-    lr_warmup_steps: int | list[int] = 0
-    """Optimizer steps of warm-up in each round."""
-    lr_warmup_ratio: float = 0.0
-    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
-    lr_num_cycles: int = 1
-    """Restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
-    """Power of the polynomial schedule."""
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
-    """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
-    adam_beta1: float = 0.9
-    """First moment's decay."""
-    adam_beta2: float = 0.999
-    """Second moment's decay."""
-    adam_weight_decay: float = 1e-2
-    """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
-    use_ema: bool = False
-    """Promote an exponential moving average of the player's weights over the round instead of its last weights."""
-    ema_decay: float = 0.9999
-    """Largest decay of that average."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work."""
-    two_passes: bool = False
-    """Compute the gradient of one side of the pairs after the other: half the activations, one more forward pass."""
-    allow_tf32: bool = False
-    """TF32 matrix products on Ampere and later GPUs."""
-    refresh_opponent_steps: int | None = None
-    """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
-    (New samples as well: shorter rounds.)"""
-    checkpointing_steps: int = 500
-    """Optimizer steps between checkpoints within a round."""
-    checkpoints_total_limit: int | None = None
-    """Checkpoints kept of a round in training; the oldest go first."""
-    keep_checkpoints: bool = False
-    """Keep a round's checkpoints after it has been promoted."""
-    resume_from_checkpoint: str = "latest"
-    """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
+from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.selfplay.run_dir import seed_from, write_file
+from spin_diffusion.selfplay.sharded import Sharded, wants_shards, whole
+from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
+from spin_diffusion.selfplay.trainee import Average, Trainee
 
 
 @dataclass(frozen=True)
@@ -118,103 +46,6 @@ class RoundPlan:
     """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
     margin_dropout: float = 0.0
     """Share of the pairs whose generated side takes no part in a step."""
-
-
-class Average:
-    """An exponential moving average of weights that outlives a round: the opponent `ema`.
-
-    Unlike `--use_ema` it has a constant decay and no warm-up, since it starts from the last opponent's weights.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.weights = [parameter.detach().clone() for parameter in parameters]
-
-    @torch.no_grad()
-    def step(self, parameters: list[nn.Parameter]) -> None:
-        """Move towards the parameters by 1 - decay."""
-        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in parameters], 1 - self.decay)
-
-    @torch.no_grad()
-    def copy_to(self, parameters: list[nn.Parameter]) -> None:
-        """Write the average into the parameters."""
-        for parameter, weight in zip(parameters, self.weights, strict=True):
-            parameter.copy_(weight)
-
-
-def trained_parameters(game: Game) -> list[nn.Parameter]:
-    """What of the player is trained."""
-    return [parameter for parameter in game.player.parameters() if parameter.requires_grad]
-
-
-@dataclass
-class Pairs:
-    """All pairs of a round, read on demand: tensors by `fetch`."""
-
-    ids: Sequence[str]
-    prompts: Sequence[str]
-    fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
-    draws: int = 0
-    """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
-    scores are kept as (rows, K)."""
-    epochs: dict[int, Tensor] = field(default_factory=dict)
-
-    def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
-        """The pairs at these positions of the round's endless stream: one permutation of all pairs after another."""
-        indices = [self._index(position, seed, round_) for position in positions]
-        if self.draws:
-            visits = [position // len(self.ids) for position in positions]
-            return self.at_draws(indices, [visit % self.draws for visit in visits], seed, round_)
-        real, generated = self.fetch(indices)
-        seeds = [seed_from(seed, "pair", round_, position) for position in positions]
-        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
-
-    def at_draws(self, indices: list[int], draws: list[int], seed: int, round_: int) -> Batch:
-        """These pairs, each at one of its own draws."""
-        real, generated = self.fetch(indices)
-        for side in (real, generated):
-            if "opponent_score" in side:
-                kept = side["opponent_score"]
-                places = torch.tensor(draws).repeat_interleave(len(kept) // len(draws))
-                side["opponent_score"] = kept.gather(1, places[:, None]).squeeze(1)
-        seeds = [seed_from(seed, "draw", round_, self.ids[i], k) for i, k in zip(indices, draws, strict=True)]
-        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
-
-    def _index(self, position: int, seed: int, round_: int) -> int:
-        epoch, place = divmod(position, len(self.ids))
-        if epoch not in self.epochs:
-            # Two epochs are enough for a batch that lies across them
-            self.epochs = {known: order for known, order in self.epochs.items() if abs(known - epoch) == 1}
-            generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
-            self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator)
-        return int(self.epochs[epoch][place])
-
-
-def of_round(value: Any, round_: int) -> Any:
-    """A setting's value in a round: a list holds one per round and repeats its last."""
-    return value[min(round_, len(value)) - 1] if isinstance(value, list) else value
-
-
-def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int) -> tuple[int, int]:
-    """Optimizer steps of a round of so many pairs on `world` processes, and how many of them are warm-up."""
-    steps = of_round(settings.max_train_steps, round_)
-    if steps is None:
-        epochs = of_round(settings.num_train_epochs, round_)
-        assert epochs is not None, "the configuration checks that one of the two is given"
-        steps = max(1, math.ceil(epochs * pairs / pairs_per_step(settings, world)))
-    return steps, of_round(settings.lr_warmup_steps, round_) or round(settings.lr_warmup_ratio * steps)
-
-
-def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
-    """Pairs in each optimizer step of `world` processes; InputError when there are fewer pairs than that."""
-    per_step = pairs_per_step(settings, world)
-    if pairs < per_step:
-        raise InputError(
-            f"{pairs} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
-            f"{settings.gradient_accumulation_steps} accumulation steps x {world} processes): lower --train_batch_size "
-            "or --gradient_accumulation_steps, or give more examples"
-        )
-    return per_step
 
 
 def train(
@@ -238,87 +69,72 @@ def train(
     """
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
 
-    # The optimizer and the schedule of this round
-    player = game.player
-    trained = trained_parameters(game)
-    optimizer = make_optimizer(trained, plan.learning_rate * (per_step if settings.scale_lr else 1), settings)
+    seat = Sharded if wants_shards(settings, accelerator) else Fused if settings.fused_backward else Trainee
+    trainee = seat(game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator)
     schedule = get_scheduler(
         settings.lr_scheduler,
-        optimizer=optimizer,
+        optimizer=trainee.schedulable,
         num_warmup_steps=plan.warmup_steps,
         num_training_steps=plan.steps,
         num_cycles=settings.lr_num_cycles,
         power=settings.lr_power,
     )
-    ema = EMAModel(trained, decay=settings.ema_decay) if settings.use_ema else None
-    wrapped, optimizer = accelerator.prepare(player, optimizer)
-    if accelerator.scaler is not None and (fresh := type(accelerator.scaler)().state_dict()):
-        accelerator.scaler.load_state_dict(fresh)  # the last round's scale must not depend on whether it was resumed
-    if ema is not None:
-        ema.to(accelerator.device)
 
     # Go on where a killed run stopped
-    history: list[dict[str, Any]] = []
-    anchors: list[dict[str, Any]] = []
     anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
-    with _player_in_checkpoints(accelerator, game):
-        checkpoint = _newest_checkpoint(directory, settings.resume_from_checkpoint)
-        first_step = 0
-        if checkpoint is not None:
-            first_step, history, anchors = _load_checkpoint(checkpoint, game, accelerator, ema, average, settings)
-            schedule.last_epoch = first_step  # the optimizer's state already holds this step's rate
+    checkpoints = Checkpoints(directory, trainee, average, per_step)
+    first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
+    schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
-        ended: health.Finding | None = None
-        snapshots = _Snapshots(directory, game, accelerator, ema, average) if health.rolls_back(settings) else None
-        for step in range(first_step, plan.steps):
-            if snapshots is not None and step % health.WINDOW_STEPS == 0:
-                snapshots.take(step)
-            started = time.perf_counter()
-            lr = optimizer.param_groups[0]["lr"]
-            if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
-                before = anchors[-1]["hash"] if anchors else anchor_hash
-                assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
-                anchors.append({"step": step, "hash": _refresh_opponent(game, directory, accelerator)})
-            metrics, gradient_norm = _take_step(step, game, wrapped, optimizer, pairs, plan, settings, accelerator)
-            schedule.step()
-            if ema is not None:
-                ema.step(trained)
-            if average is not None:
-                average.step(trained)
+    ended: health.Finding | None = None
+    snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings) else None
+    for step in range(first_step, plan.steps):
+        if snapshots is not None and step % health.WINDOW_STEPS == 0:
+            snapshots.take(step)
+        started = time.perf_counter()
+        lr = trainee.optimizer.param_groups[0]["lr"]
+        if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
+            before = anchors[-1]["hash"] if anchors else anchor_hash
+            assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
+            anchors.append({"step": step, "hash": checkpoints.new_anchor()})
+        metrics, gradient_norm = _take_step(
+            step, game, trainee.model, trainee.optimizer, pairs, plan, settings, accelerator
+        )
+        schedule.step()
+        if trainee.ema is not None:
+            trainee.ema.step(trainee.parameters)
+        if average is not None:
+            average.step(trainee.parameters)
 
-            # What the step said
-            entry = _summary(metrics, plan.beta) | {
-                "grad_norm": gradient_norm,
-                "lr": lr,
-                "pairs_per_second": per_step / (time.perf_counter() - started),
-            }
-            if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
-                distance = game.distance()
-                entry |= {} if distance is None else {"distance": distance}
-            history.append({"step": step + 1} | entry)
-            accelerator.log(_flat(entry, plan.name), step=step + 1)
-            found = health.findings(history, plan.beta, settings)
-            for one in found:
-                sentence = one.sentence + (game.remedy if one.rule.startswith("forgetting") else "")
-                history[-1].setdefault("findings", {})[one.rule] = sentence
-                accelerator.print(f"Round {plan.round_}, step {step + 1}, {one.rule}: {sentence}")
-            ended = health.gravest(found)
-            progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
+        # What the step said
+        entry = _summary(metrics, plan.beta) | {
+            "grad_norm": gradient_norm,
+            "lr": lr,
+            "pairs_per_second": per_step / (time.perf_counter() - started),
+        }
+        if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
+            distance = trainee.distance()
+            entry |= {} if distance is None else {"distance": distance}
+        history.append({"step": step + 1} | entry)
+        accelerator.log(_flat(entry, plan.name), step=step + 1)
+        found = health.findings(history, plan.beta, settings)
+        for one in found:
+            sentence = one.sentence + (game.remedy if one.rule.startswith("forgetting") else "")
+            history[-1].setdefault("findings", {})[one.rule] = sentence
+            accelerator.print(f"Round {plan.round_}, step {step + 1}, {one.rule}: {sentence}")
+        ended = health.gravest(found)
+        progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
 
-            done = ended is not None or step + 1 == plan.steps
-            if not done and (step + 1) % settings.checkpointing_steps == 0:
-                _save_checkpoint(directory, step + 1, accelerator, ema, average, settings, history, anchors)
-            if done:
-                break
-        kept_step = history[-1]["step"]
-        if ended is not None and ended.action == "roll_back" and snapshots is not None:
-            kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
+        done = ended is not None or step + 1 == plan.steps
+        if not done and (step + 1) % settings.checkpointing_steps == 0:
+            checkpoints.save(step + 1, history, anchors)
+        if done:
+            break
+    kept_step = history[-1]["step"]
+    if ended is not None and ended.action == "roll_back" and snapshots is not None:
+        kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
 
-    if ema is not None:
-        ema.copy_to(trained)
-    accelerator.wait_for_everyone()
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # gives the player its own forward back
-    accelerator.free_memory()
+    trainee.finish()
     if accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
@@ -381,7 +197,10 @@ def _take_step(
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
                 limit = settings.max_grad_norm or float("inf")
-                gradient_norm = accelerator.clip_grad_norm_(player.parameters(), limit)
+                if settings.fused_backward:
+                    gradient_norm = optimizer.gradient_norm()
+                else:
+                    gradient_norm = whole(accelerator.clip_grad_norm_(player.parameters(), limit))
                 # The one wait for the device in a step
                 metrics = accelerator.gather(torch.cat(records)).cpu()
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
@@ -445,24 +264,6 @@ def _without_some_margins(scores: PairScores, seeds: list[int], share: float) ->
     dropped = torch.tensor([seed_from(seed, "margin") / 2**63 < share for seed in seeds])
     copies = len(scores.player_real) // len(seeds)
     return without_margin(scores, dropped.repeat_interleave(copies).to(scores.player_real.device))
-
-
-def _refresh_opponent(game: Game, directory: Path, accelerator: Accelerator) -> str:
-    """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
-    game.save(directory / ANCHOR, prove=False)
-    accelerator.wait_for_everyone()
-    game.promote()
-    return game.opponent_hash()
-
-
-def _seat_anchor(checkpoint: Path, expected: str, game: Game, accelerator: Accelerator) -> None:
-    """Seat the opponent that anchored the scores when a checkpoint was made, in place of the round's first."""
-    game.restore(checkpoint / ANCHOR)
-    game.promote()
-    assert game.opponent_hash() == expected, f"{checkpoint}: its anchor is not the one that it was made with"
-    if accelerator.is_main_process:
-        shutil.copytree(checkpoint / ANCHOR, checkpoint.parent / ANCHOR, dirs_exist_ok=True)
-    accelerator.wait_for_everyone()
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:
@@ -539,216 +340,3 @@ def _flat(entry: dict[str, Any], prefix: str) -> dict[str, float]:
         else:
             flat[f"{prefix}/{names.get(key, key)}"] = value
     return flat
-
-
-def make_optimizer(
-    parameters: list[nn.Parameter], learning_rate: float, settings: TrainSettings
-) -> torch.optim.Optimizer:
-    """The settings' optimizer; InputError names a missing extra."""
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    if settings.optimizer == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
-            parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay, scale_parameter=False,
-            relative_step=False, warmup_init=False,
-        )  # fmt: skip
-    if settings.optimizer == "rmsprop":
-        return torch.optim.RMSprop(
-            parameters, lr=learning_rate, eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay
-        )
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay)
-    if settings.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise InputError(
-                "--optimizer adamw_8bit needs bitsandbytes: pip install 'spin-diffusion[8bit]', or use adafactor"
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(
-            parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-        )  # fmt: skip
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon,
-        fused=parameters[0].device.type == "cuda",  # one kernel for all weights
-    )  # fmt: skip
-
-
-@contextmanager
-def _player_in_checkpoints(accelerator: Accelerator, game: Game) -> Iterator[None]:
-    """Checkpoints hold the player as `game.save` writes it, so that each loads in a pipeline like a finished round."""
-
-    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], directory: str) -> None:
-        game.save(Path(directory), prove=False)
-        weights.clear()
-
-    def load(models: list[nn.Module], directory: str) -> None:
-        game.restore(Path(directory))
-        models.clear()
-
-    hooks = [accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _save_checkpoint(
-    directory: Path,
-    step: int,
-    accelerator: Accelerator,
-    ema: EMAModel | None,
-    average: Average | None,
-    settings: TrainSettings,
-    history: list[dict[str, Any]],
-    anchors: list[dict[str, Any]],
-) -> None:
-    path = directory / f"{CHECKPOINT}{step}"
-    part = part_of(path)
-    if accelerator.is_main_process:
-        if settings.checkpoints_total_limit is not None:
-            for old in _checkpoints(directory)[: -settings.checkpoints_total_limit + 1 or None]:
-                shutil.rmtree(old)
-        part.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))  # every rank: each has a random state of its own
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if ema is not None:
-            _save_weights(ema.shadow_params, part / "ema.safetensors")
-        if average is not None:
-            _save_weights(average.weights, part / "average.safetensors")
-        if anchors:
-            shutil.copytree(directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
-        (part / "trainer.json").write_text(
-            json.dumps(
-                {
-                    "step": step,
-                    "global_batch": pairs_per_step(settings, accelerator.num_processes),
-                    "ema_steps": ema.optimization_step if ema is not None else 0,
-                    "history": history,
-                    "anchors": anchors,
-                }
-            )
-        )
-        (part / "hashes.json").write_text(json.dumps(file_hashes([part], part), indent=2))
-        commit(path)
-    accelerator.wait_for_everyone()
-
-
-def _load_checkpoint(
-    path: Path,
-    game: Game,
-    accelerator: Accelerator,
-    ema: EMAModel | None,
-    average: Average | None,
-    settings: TrainSettings,
-) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
-    hashes = path / "hashes.json"
-    if not hashes.is_file():
-        raise InputError(f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again")
-    verify_hashes(read_json(hashes), path)
-    state = read_json(path / "trainer.json")
-    batch = pairs_per_step(settings, accelerator.num_processes)
-    if state["global_batch"] != batch:
-        raise InputError(
-            f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has {batch}: change "
-            "--train_batch_size, --gradient_accumulation_steps or the number of processes to keep their product"
-        )
-    if state["anchors"]:
-        _seat_anchor(path, state["anchors"][-1]["hash"], game, accelerator)
-    accelerator.load_state(str(path))
-    if ema is not None:
-        ema.shadow_params = _load_weights(path / "ema.safetensors", accelerator)
-        ema.optimization_step = state["ema_steps"]
-    if average is not None:
-        average.weights = _load_weights(path / "average.safetensors", accelerator)
-    accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
-    return state["step"], state["history"], state["anchors"]
-
-
-class _Snapshots:
-    """The player at the last two multiples of the rules' window, to go back to what no rule has looked at yet."""
-
-    def __init__(
-        self, directory: Path, game: Game, accelerator: Accelerator, ema: EMAModel | None, average: Average | None
-    ) -> None:
-        self.folder, self.game, self.accelerator = directory / HEALTHY, game, accelerator
-        self.ema, self.average = ema, average
-
-    def take(self, step: int) -> None:
-        """Keep the player as it is before this step, in place of the one of three windows ago."""
-        target = self.folder / str(step)
-        if not (target / "complete").is_file():
-            self.game.save(target, prove=False)
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                if self.ema is not None:
-                    _save_weights(self.ema.shadow_params, target / "ema.safetensors")
-                if self.average is not None:
-                    _save_weights(self.average.weights, target / "average.safetensors")
-                (target / "complete").touch()
-        if self.accelerator.is_main_process:
-            for old in self._steps():
-                if 0 < old <= step - 3 * health.WINDOW_STEPS:
-                    shutil.rmtree(self.folder / str(old))
-        self.accelerator.wait_for_everyone()
-
-    def go_back(self, before: int) -> int:
-        """Put the newest player of at most this step back, or the round's first; its step."""
-        step = max(found for found in self._steps() if found <= max(before, 0))
-        source = self.folder / str(step)
-        self.game.restore(source)
-        if self.ema is not None:
-            self.ema.shadow_params = _load_weights(source / "ema.safetensors", self.accelerator)
-        if self.average is not None:
-            self.average.weights = _load_weights(source / "average.safetensors", self.accelerator)
-        self.accelerator.wait_for_everyone()
-        return step
-
-    def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else []
-
-
-def _save_weights(weights: list[Tensor], path: Path) -> None:
-    save_file({f"{place:05d}": tensor.contiguous() for place, tensor in enumerate(weights)}, path)
-
-
-def _load_weights(path: Path, accelerator: Accelerator) -> list[Tensor]:
-    found = load_file(path)
-    return [found[name].to(accelerator.device) for name in sorted(found)]
-
-
-def pairs_per_step(settings: TrainSettings, world: int) -> int:
-    """Of all processes together."""
-    return settings.train_batch_size * settings.gradient_accumulation_steps * world
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in directory.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
-
-
-def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
-    found = _checkpoints(directory)
-    if wanted == "latest":
-        return found[-1] if found else None
-    named = [path for path in found if path.name == Path(wanted).name]
-    if found and not named:
-        raise InputError(
-            f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
-            "give one of these, or latest"
-        )
-    return named[0] if named else None
-
-
-def remove_checkpoints(directory: Path) -> None:
-    """Delete a round's checkpoints, snapshots and last anchor, which are of no use once its player is saved."""
-    for path in _checkpoints(directory):
-        shutil.rmtree(path)
-    for name in (ANCHOR, HEALTHY):
-        shutil.rmtree(directory / name, ignore_errors=True)

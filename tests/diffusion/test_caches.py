@@ -48,6 +48,19 @@ def test_kept_prompts_are_the_encoders_own_and_dropped_ones_the_samplers(base, t
     assert not torch.equal(kept.tokens[0], kept.tokens[1]) and torch.equal(kept.tokens[0], kept.tokens[2])
 
 
+def test_of_many_prompts_each_finds_its_own(base, tmp_path):
+    # Found by hash, kept in the order of the data: enough of them that one order does not pass for its inverse
+    prompts = [f"a fox number {number}" for number in range(12)]
+    game = make_game(base)
+    keep(game, tmp_path, prompts)
+    frames = FRAMES[:1].repeat(len(prompts), 1)
+    kept = game.prompts.conditioning(prompts, [False] * len(prompts), frames)
+    fresh = make_game(base).prompts.conditioning(prompts, [False] * len(prompts), frames)
+    assert torch.allclose(kept.tokens, fresh.tokens, atol=1e-6)
+    apart = torch.cdist(fresh.tokens.flatten(1), fresh.tokens.flatten(1)) + torch.eye(len(prompts))
+    assert apart.min() > 1e-3
+
+
 def test_under_autocast_a_kept_prompt_gives_the_denoiser_the_same_bits(sdxl_dir, tmp_path):
     game = make_game(sdxl_dir, precision="bf16")
     x_t, t = torch.randn(1, 4, 16, 16), torch.tensor([500])

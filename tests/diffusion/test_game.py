@@ -233,3 +233,13 @@ def test_resolutions_that_the_unet_cannot_take_are_refused(sdxl_dir):
     with pytest.raises(InputError, match="multiple of 8"):
         ImageSettings(resolution=30)
     assert replace(game.images, resolution=64).resolution == 64
+
+
+def test_samples_are_the_opponents_whatever_the_player_has_become(base):
+    game = make_game(base)
+    rows = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a hen"}]
+    before = [row["image"] for row in game.generate(rows, [1, 2])]
+    nudge(game.player)
+    assert [row["image"] for row in game.generate(rows, [1, 2])] == before
+    game.promote()
+    assert [row["image"] for row in game.generate(rows, [1, 2])] != before

@@ -97,6 +97,19 @@ def test_dropout_drops_in_scores_alone_and_depends_on_the_pairs(sdxl_dir):
     assert torch.equal(prediction(game.player, game), prediction(still.player, still))
 
 
+def test_the_masks_are_a_function_of_the_seed(sdxl_dir):
+    game = make_game(sdxl_dir, lora=LORA)
+    move(game)
+
+    def predicted(seed: int) -> torch.Tensor:
+        with game.adapters.dropping(seed):
+            return prediction(game.player, game)
+
+    first = predicted(1)
+    torch.rand(3)  # whatever else was drawn in between
+    assert torch.equal(predicted(1), first) and not torch.allclose(predicted(2), first)
+
+
 def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
     game = make_game(sdxl_dir, lora=replace(LORA, lora_dropout=0.0))
     first, base = game.opponent_hash(), prediction(game.player, game)

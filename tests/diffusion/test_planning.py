@@ -38,18 +38,18 @@ def test_processes_share_the_images_and_each_trains_its_own_pairs():
 
 
 @pytest.mark.parametrize(
-    ("flags", "drawn", "scored"),
+    ("flags", "drawn", "encoded", "scored"),
     [
-        (["--objective", "sft"], 0, 0),
-        (["--num_generated", "3"], 36, 0),
-        (["--num_candidates", "4", "--candidate_scorer", "pickscore", "--candidate_share", "0.5"], 30, 0),
-        (["--fixed_draws", "2"], 12, 12 * 2),
+        (["--objective", "sft"], 0, 0, 0),
+        (["--num_generated", "3"], 36, 36, 0),
+        (["--num_candidates", "4", "--candidate_scorer", "pickscore", "--candidate_share", "0.5"], 30, 24, 0),
+        (["--fixed_draws", "2"], 12, 12, 12 * 2),
     ],
 )
-def test_every_source_of_images_is_counted(flags, drawn, scored):
+def test_every_source_of_images_is_counted(flags, drawn, encoded, scored):
     entry = predict(config(*flags), RATES, pairs=12, pictures=0, world=1)[0]
     assert entry["generated"] == pytest.approx(drawn * 2.0)
-    assert entry["cached"] == pytest.approx(drawn * 0.5 + scored * 0.25)
+    assert entry["cached"] == pytest.approx(encoded * 0.5 + scored * 0.25)
 
 
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
@@ -58,15 +58,20 @@ def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     assert disk(settings, RATES, 12, 6) == data + rounds + 12 * 100 + (3 + 1) * 3000
     limited = config("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
     assert disk(settings, RATES, 12, 6) - disk(limited, RATES, 12, 6) == 2 * 3000
+    candidates = config(
+        "--checkpointing_steps", "1", "--num_candidates", "4", "--candidate_scorer", "pickscore",
+        "--candidate_share", "0.5",
+    )  # fmt: skip
+    assert disk(candidates, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (30 - 12) * 10 + (24 - 12) * 100
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
     assert disk(rival, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (6 * 20 + 1000) + 1000
 
 
-@pytest.mark.parametrize("fixed_draws", [0, 1])
-def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fixed_draws):
+@pytest.mark.parametrize(("fixed_draws", "flags"), [(0, ()), (1, ()), (0, ("--fused_backward", "true"))])
+def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fixed_draws, flags):
     game = make_game(sdxl_dir, fixed_draws=fixed_draws)
     before = game.player_hash()
-    settings = config("--fixed_draws", str(fixed_draws), "--generation_batch_size", "2")
+    settings = config("--fixed_draws", str(fixed_draws), "--generation_batch_size", "2", "--max_grad_norm", "0", *flags)
     rates = probe(settings, game, list(examples(2)))
     assert min(rates.denoise, rates.encode, rates.pair, rates.update) > 0 and (rates.score > 0) == (fixed_draws > 0)
     weights = 4 * sum(parameter.numel() for parameter in game.player.parameters())

@@ -65,13 +65,41 @@ def test_a_compiled_unet_draws_the_same_and_is_saved_under_its_names(how, sdxl_d
     game = make_game(sdxl_dir, compile=how)
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in game.player.modules())
     assert len(compiled) == 2 * (blocks if how == "blocks" else 1)  # the player's and the opponent's
-    rows = [{"id": "a", "prompt": "a fox"}]
-    assert game.generate(rows, [3])[0]["image"] == plain.generate(rows, [3])[0]["image"]
+    rows = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a hen"}]
+    drawn, expected = game.generate(rows, [3, 4]), plain.generate(rows, [3, 4])
+    assert [row["image"] for row in drawn] == [row["image"] for row in expected]
     game.save(tmp_path)
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     assert saved.state_dict().keys() == plain.player.state_dict().keys()
     game.promote()
     assert game.opponent_hash() == game.player_hash() == plain.player_hash()
+
+
+def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):
+    sizes: list[int] = []
+
+    def interpreted(function, **settings):
+        compiled = torch_compile(function, **settings, backend="eager")
+
+        def watched(sample, *inputs, **named):
+            sizes.append(len(sample))
+            return compiled(sample, *inputs, **named)
+
+        return watched
+
+    torch_compile = torch.compile
+    plain = make_game(sdxl_dir)
+    monkeypatch.setattr(torch, "compile", interpreted)
+    game = make_game(sdxl_dir, compile="whole")
+    rows = [{"id": str(number), "prompt": f"fox {number}"} for number in range(5)]
+    seeds = [7, 8, 9, 10, 11]
+    drawn, expected = game.generate(rows, seeds), plain.generate(rows, seeds)
+    assert len(sizes) == 6 and set(sizes) == {4}  # always two images, with and without their prompts
+    for found, other in zip(drawn, expected, strict=True):
+        difference = images.to_pixels([images.open_image(found["image"])]) - images.to_pixels(
+            [images.open_image(other["image"])]
+        )
+        assert found["id"] == other["id"] and difference.abs().mean() < 0.01  # the batch changes rounding only
 
 
 def test_drawing_does_not_keep_states_that_nobody_asked_for(sdxl_dir, monkeypatch):

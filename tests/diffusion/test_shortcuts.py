@@ -28,8 +28,9 @@ from spin_diffusion.diffusion.shortcuts import (
 from spin_diffusion.evaluating import RunEvaluator
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.rounds import Probe, play
+from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, write_json
+from spin_diffusion.selfplay.table import Probe
 from tests.playing import ROUNDS, TRAINING, examples, make_game, prepare_data
 
 
@@ -357,7 +358,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay import rounds
+    from spin_diffusion.selfplay import one_round as rounds
 
     (unbroken,) = play_with(sdxl_dir, tmp_path / "unbroken", Counting())
 
@@ -376,7 +377,7 @@ def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sd
 
 
 def test_a_run_killed_before_the_probes_commit_asks_again(sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay import rounds
+    from spin_diffusion.selfplay import one_round as rounds
 
     def dying(path, content):
         if "shortcut" in content:

@@ -10,6 +10,7 @@ import torch
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay import train as train_module
+from spin_diffusion.selfplay.health import Finding
 from spin_diffusion.selfplay.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
@@ -229,6 +230,20 @@ def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, m
         sdxl_dir, tmp_path / "plain", quick, 4
     )
     assert not (tmp_path / "back/round-1/healthy").exists()
+
+
+def test_a_rule_in_the_middle_of_a_window_has_looked_back_a_whole_one(sdxl_dir, tmp_path, monkeypatch, quick):
+    def at_step_five(history, beta, settings):
+        return [Finding("distance", "roll_back", "moved")] if len(history) == 5 else []
+
+    monkeypatch.setattr(health, "findings", at_step_five)
+    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, on_distance="roll_back"), rounds=1)
+    assert records[0]["training"]["ended_by"]["kept_step"] == 2  # 5 - 2 = 3, and players are kept at 0, 2, 4
+    monkeypatch.undo()
+    monkeypatch.setattr(health, "WINDOW_STEPS", 2)
+    assert file_hash(tmp_path / "back/round-1/unet/diffusion_pytorch_model.safetensors") == player_after(
+        sdxl_dir, tmp_path / "plain", quick, 2
+    )
 
 
 def test_a_round_rolled_back_to_its_start_is_rejected_and_says_why(sdxl_dir, tmp_path, monkeypatch, quick, capsys):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay import rounds as rounds_module
+from spin_diffusion.selfplay import one_round as rounds_module
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
 from tests.playing import TRAINING, make_game, play_all

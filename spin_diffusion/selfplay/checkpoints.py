@@ -1,0 +1,183 @@
+"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to, its last anchor.
+
+Each appears whole or not at all, and a checkpoint is read only if every byte of it is as it was written.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay import health
+from spin_diffusion.selfplay.run_dir import commit, file_hashes, part_of, read_json, verify_hashes
+from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
+
+CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
+_AVERAGE, _EMA, _HASHES, _TRAINER = "average.safetensors", "ema.safetensors", "hashes.json", "trainer.json"
+
+
+class Checkpoints:
+    """A round's checkpoints and its last anchor.
+
+    Args:
+        average: the opponent's moving average, which a checkpoint holds as well.
+        global_batch: pairs in each optimizer step, which a resumed run must keep.
+    """
+
+    def __init__(self, directory: Path, trainee: Trainee, average: Average | None, global_batch: int) -> None:
+        self.directory, self.trainee, self.average = directory, trainee, average
+        self.global_batch = global_batch
+        self.game, self.accelerator = trainee.game, trainee.accelerator
+
+    def save(self, step: int, history: list[dict[str, Any]], anchors: list[dict[str, Any]]) -> None:
+        """Write checkpoint `step` with what the log and the anchors are by now, in place of the oldest."""
+        path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
+        part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
+        if main:
+            if limit is not None:
+                for old in _checkpoints(self.directory)[: -limit + 1 or None]:
+                    shutil.rmtree(old)
+            part.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.trainee.save(part)
+        self.accelerator.wait_for_everyone()
+        if main:
+            if self.average is not None:
+                save_weights(self.average.weights, part / _AVERAGE)
+            if anchors:
+                shutil.copytree(self.directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
+            state = {
+                "step": step,
+                "kind": self.trainee.kind,
+                "global_batch": self.global_batch,
+                "lr": self.trainee.optimizer.param_groups[0]["lr"],
+                "ema_steps": ema.optimization_step if ema is not None else 0,
+                "history": history,
+                "anchors": anchors,
+            }
+            (part / _TRAINER).write_text(json.dumps(state))
+            (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))
+            commit(path)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors."""
+        path = _newest_checkpoint(self.directory, wanted)
+        if path is None:
+            return 0, [], []
+        if not (path / _HASHES).is_file():
+            raise InputError(
+                f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again"
+            )
+        verify_hashes(read_json(path / _HASHES), path)
+        state = read_json(path / _TRAINER)
+        if state["global_batch"] != self.global_batch:
+            raise InputError(
+                f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has "
+                f"{self.global_batch}: change --train_batch_size, --gradient_accumulation_steps or the number of "
+                "processes to keep their product"
+            )
+        if state.get("kind", "whole") != self.trainee.kind:
+            raise InputError(
+                f"{path} holds the player {state['kind']}, this run trains it {self.trainee.kind}: launch it as "
+                "before until the round is done, or delete the checkpoint"
+            )
+        if state["anchors"]:
+            self._seat_anchor(path, state["anchors"][-1]["hash"])
+        self.trainee.load(path)
+        for group in self.trainee.optimizer.param_groups:
+            group["lr"] = state["lr"]
+        if self.trainee.ema is not None:
+            self.trainee.ema.optimization_step = state["ema_steps"]
+        if self.average is not None:
+            self.average.weights = load_weights(path / _AVERAGE, self.accelerator)
+        self.accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
+        return state["step"], state["history"], state["anchors"]
+
+    def new_anchor(self) -> str:
+        """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
+        self.trainee.gather()
+        self.game.save(self.directory / ANCHOR, prove=False)
+        self.accelerator.wait_for_everyone()
+        self.game.promote()
+        return self.game.opponent_hash()
+
+    def _seat_anchor(self, checkpoint: Path, expected: str) -> None:
+        """Seat the opponent that anchored the scores when a checkpoint was made, in place of the round's first."""
+        self.game.restore(checkpoint / ANCHOR)
+        self.game.promote()
+        assert self.game.opponent_hash() == expected, f"{checkpoint}: its anchor is not the one that it was made with"
+        if self.accelerator.is_main_process:
+            shutil.copytree(checkpoint / ANCHOR, self.directory / ANCHOR, dirs_exist_ok=True)
+        self.accelerator.wait_for_everyone()
+
+
+class Snapshots:
+    """The player at the last two multiples of the rules' window, to go back to what no rule has looked at yet."""
+
+    def __init__(self, directory: Path, trainee: Trainee, average: Average | None) -> None:
+        self.folder, self.trainee, self.average = directory / HEALTHY, trainee, average
+        self.game, self.accelerator = trainee.game, trainee.accelerator
+
+    def take(self, step: int) -> None:
+        """Keep the player as it is before this step, in place of the one of three windows ago."""
+        target, ema = self.folder / str(step), self.trainee.ema
+        if not (target / "complete").is_file():
+            self.trainee.gather()
+            self.game.save(target, prove=False)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                if ema is not None:
+                    save_weights(ema.shadow_params, target / _EMA)
+                if self.average is not None:
+                    save_weights(self.average.weights, target / _AVERAGE)
+                (target / "complete").touch()
+        if self.accelerator.is_main_process:
+            for old in self._steps():
+                if 0 < old <= step - 3 * health.WINDOW_STEPS:
+                    shutil.rmtree(self.folder / str(old))
+        self.accelerator.wait_for_everyone()
+
+    def go_back(self, before: int) -> int:
+        """Put the newest player of at most this step back, or the round's first; its step."""
+        step = max(found for found in self._steps() if found <= max(before, 0))
+        source, ema = self.folder / str(step), self.trainee.ema
+        self.game.restore(source)
+        self.trainee.scatter()
+        if ema is not None:
+            ema.shadow_params = load_weights(source / _EMA, self.accelerator)
+        if self.average is not None:
+            self.average.weights = load_weights(source / _AVERAGE, self.accelerator)
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else []
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in directory.glob(f"{CHECKPOINT}*") if p.name.removeprefix(CHECKPOINT).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+
+
+def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
+    found = _checkpoints(directory)
+    if wanted == "latest":
+        return found[-1] if found else None
+    named = [path for path in found if path.name == Path(wanted).name]
+    if found and not named:
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
+            "give one of these, or latest"
+        )
+    return named[0] if named else None
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Delete a round's checkpoints, snapshots and last anchor, which are of no use once its player is saved."""
+    for path in _checkpoints(directory):
+        shutil.rmtree(path)
+    for name in (ANCHOR, HEALTHY):
+        shutil.rmtree(directory / name, ignore_errors=True)

@@ -1,0 +1,597 @@
+"""One round of self-play, state by state.
+
+A state is committed by replacing the round's `round.json` once the state's files are complete and hashed. Running again
+goes on at the first state that is not committed.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.candidates import CHOICES, chosen_samples, judge_shards, summary
+from spin_diffusion.selfplay.checkpoints import remove_checkpoints
+from spin_diffusion.selfplay.game import KEPT, Row
+from spin_diffusion.selfplay.gap import held_out_gap
+from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
+from spin_diffusion.selfplay.objectives import Loss, ObjectiveName, bind, with_anchor
+from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
+from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.run_dir import (
+    commit,
+    file_hashes,
+    part_of,
+    read_json,
+    read_rows,
+    seed_from,
+    verify_hashes,
+    write_json,
+)
+from spin_diffusion.selfplay.samples import (
+    ENCODED,
+    Part,
+    Side,
+    data_manifest,
+    draw_shards,
+    encode_shards,
+    merge_shards,
+    mix_scores,
+    open_pairs,
+    rows_in,
+    score_draws,
+    score_shards,
+    shards,
+)
+from spin_diffusion.selfplay.table import EMA, Table
+from spin_diffusion.selfplay.train import RoundPlan, train
+from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.trainee import Average, trained_parameters
+
+STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
+
+FINAL = ("PROMOTED", "REJECTED")
+
+SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
+DRAWN_BY, SCORED_BY = "drawn_by", "scored_by"
+"""What each member of a mixture did by itself; removed when the round is finished."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Real samples, and where the opponent's samples for them go in a round."""
+
+    data: Path
+    folder: Path
+    part: Part
+    title: str
+
+
+class Round:
+    """One round: its record on the disk and the steps that are still to be taken."""
+
+    def __init__(self, table: Table, k: int, promoted: list[int]) -> None:
+        self.table, self.k = table, k
+        self.game, self.accelerator, self.rounds = table.game, table.accelerator, table.rounds
+        self.directory = table.output_dir / f"round-{k}"
+        self.objective: ObjectiveName = of_round(self.rounds.objective, k)
+        self.source = source_of(self.rounds, self.objective)
+        self.candidates = table.candidates if self.source == "opponent" else None
+        self.title = f"{self.objective} round {k}"
+        self.parent = promoted[-1] if promoted else 0
+        self.mixture = OPPONENTS[self.rounds.opponent](promoted, self.rounds.pool_weights)
+        self.anchors: Mixture = {0: 1.0} if self.rounds.anchor == "base" else self.mixture
+        if not self.game.keeps_scores:
+            self.anchors = {max(self.anchors): 1.0}  # one self has to be there for every score: the newest
+        part = Part((k - 1) % self.rounds.real_parts, self.rounds.real_parts)
+        self.sets = [_Samples(table.data, self.directory, part, self.title)]
+        if table.held_out is not None and self.source != "data":  # held-out samples come without worse ones
+            self.sets.append(_Samples(table.held_out, self.directory / HELD_OUT, Part(), f"{self.title}: held out"))
+        path = self.directory / "round.json"
+        self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
+
+    def run(self) -> dict[str, Any]:
+        """Take every step that is not committed yet."""
+        # All have read the record before one of them changes it: otherwise a late one would skip a step
+        self.accelerator.wait_for_everyone()
+        data_hash = data_manifest(self.table.data)["hash"]
+        if self.record and self.record["data_hash"] != data_hash:
+            raise InputError(
+                f"{self.directory} was trained on other data (hash {self.record['data_hash'][:12]}, now "
+                f"{data_hash[:12]}): restore {self.table.data}, or start in another --output_dir"
+            )
+        if self.record:
+            verify_hashes(self._unremoved(self.record["files"]), self.table.output_dir)
+        if not self.finished:
+            if not self._reached("PLANNED"):
+                self._commit("PLANNED", round=self.k, parent=self.parent, data_hash=data_hash, files={}, seconds={})
+            for state, step in (
+                ("OPPONENT", self._choose_opponent),
+                ("GENERATED", self._generate),
+                ("CACHED", self._cache),
+                ("TRAINED", self._train),
+                ("EVALUATED", self._evaluate),
+                ("PROMOTED", self._promote),
+            ):
+                if not self._reached(state):
+                    if state == "TRAINED":
+                        self._probe()
+                    self._take(state, step)
+        self._clean()
+        return self.record
+
+    def _take(self, state: str, step: Callable[[], dict[str, Any]]) -> None:
+        """One step and its commit, with what it took."""
+        stopwatch, started, phase = Stopwatch(self.accelerator), time.perf_counter(), state.lower()
+        results = step()
+        seconds = time.perf_counter() - started
+        samples = results.pop("worked_on", None)
+        samples = samples if samples is None else everywhere(samples, self.accelerator)
+        costs = self.table.costs
+        flops = costs.flops(self.k, phase, samples) if costs is not None and samples else None
+        entry = stopwatch.entry(seconds, samples, flops, costs.matrix_rate if costs is not None else None)
+        self._commit(
+            results.pop("state", state),
+            seconds=self.record["seconds"] | {phase: entry["seconds"]},
+            ledger=self.record.get("ledger", {}) | {phase: entry},
+            files=self.record["files"] | results.pop("files", {}),
+            **results,
+        )
+
+    @property
+    def scores_kept(self) -> bool:
+        """Whether the opponent's scores are computed before the player is trained."""
+        return self.game.keeps_scores or self.game.fixed_draws > 0
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record) and self.record["state"] in FINAL
+
+    # The record
+
+    def _reached(self, state: str) -> bool:
+        return self.finished or bool(self.record) and STATES.index(state) <= STATES.index(self.record["state"])
+
+    def _commit(self, state: str, **fields: Any) -> None:
+        self.record = self.record | fields | {"state": state}
+        if self.accelerator.is_main_process:
+            write_json(self.directory / "round.json", self.record)
+        self.accelerator.wait_for_everyone()
+
+    def _unremoved(self, files: dict[str, str]) -> dict[str, str]:
+        """The files that a round still has: a finished one has removed what its samples give again."""
+        removed = {ENCODED, KEPT} if self.finished else set()
+        return {name: digest for name, digest in files.items() if not removed & set(Path(name).parent.parts)}
+
+    def _clean(self) -> None:
+        """Remove what a finished round does not need: encodings, which the samples give again, what was kept for its
+        training alone, and checkpoints."""
+        if self.accelerator.is_main_process:
+            for samples in self.sets:
+                for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
+                    shutil.rmtree(samples.folder / name, ignore_errors=True)
+            if not self.table.training.keep_checkpoints:
+                remove_checkpoints(self.directory)
+        self.accelerator.wait_for_everyone()
+
+    # The steps
+
+    def _choose_opponent(self) -> dict[str, Any]:
+        hashes = {k: self.table.seat_opponent(k) for k in sorted({*self.mixture, *self.anchors})}
+
+        def described(selves: Mixture) -> list[dict[str, Any]]:
+            return [{"round": k, "weight": weight, "hash": hashes[k]} for k, weight in sorted(selves.items())]
+
+        members, anchors = described(self.mixture), described(self.anchors)
+        return {
+            "opponent": {
+                "rule": self.rounds.opponent,
+                "round": max(self.anchors),
+                "hash": _hash_of(members),
+                "members": members,
+                "anchors": anchors,
+            }
+        }
+
+    def _seat(self, k: int) -> str:
+        """Self k as the opponent, which must be the one that the round was started with; its hash."""
+        found = self.table.seat_opponent(k)
+        known = [*self.record["opponent"]["members"], *self.record["opponent"]["anchors"]]
+        expected = next(self_["hash"] for self_ in known if self_["round"] == k)
+        assert found == expected, f"round {self.k}: the opponent is not the one that the round was started with"
+        return found
+
+    def _generate(self) -> dict[str, Any]:
+        if self.source != "opponent":
+            return {"generated": self.source}
+        metadata = {
+            "opponent": self.record["opponent"]["hash"], "data": self.record["data_hash"], "round": str(self.k)
+        }  # fmt: skip
+        judge = None
+        if self.candidates is not None:
+            metadata |= self.candidates.metadata
+            judge = self.candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
+        drawn = 0
+        for samples in self.sets:
+            if len(self.mixture) == 1:
+                drawn += self._draw(samples, samples.folder / SAMPLES, max(self.mixture), metadata)
+                continue
+            by_member = {k: samples.folder / DRAWN_BY / str(k) for k in self.mixture}
+            for k, folder in by_member.items():
+                drawn += self._draw(samples, folder, k, metadata)
+            merge_shards(
+                list(by_member.values()), samples.folder / SAMPLES, lambda row: (row["place"], row["k"]), metadata,
+                self.accelerator,
+            )  # fmt: skip
+        made: dict[str, Any] = {
+            "generated": self.source,
+            "drawn": self._drawn_by(),
+            "worked_on": drawn,
+            "files": self._hashes(SAMPLES) | self._hashes(KEPT),
+        }
+        if self.candidates is None or judge is None:
+            return made
+        for samples in self.sets:
+            bar = self.table.progress.phase(f"{samples.title}: judge the candidates", self._num_drawn(samples))
+            judge_shards(
+                samples.folder / SAMPLES, samples.folder / CHOICES, judge, metadata | {"judge": self.candidates.judge},
+                self.accelerator, bar,
+            )  # fmt: skip
+        return made | {"candidates": self._judged(), "files": made["files"] | self._hashes(CHOICES)}
+
+    def _drawn_by(self) -> dict[str, int]:
+        """How many of the samples to train on each self drew, by its round; the samples name their own."""
+        drawn = Counter(
+            row["opponent"]
+            for path in shards(self.sets[0].folder / SAMPLES, ".parquet")
+            for row in (read_rows(path, columns=["opponent"]) if rows_in(path) else [])
+        )
+        return {str(found["round"]): drawn[found["hash"]] for found in self.record["opponent"]["members"]}
+
+    def _judged(self) -> dict[str, Any]:
+        """What the choices for the pairs to train on come to; InputError when too few are left."""
+        assert self.candidates is not None
+        found = summary(self.directory / CHOICES)
+        ties = f"{found['ties_left_out']:.0%} of {found['self_labelled']} left out, all of one score"
+        if found["self_labelled"]:
+            self.accelerator.print(
+                f"{self.title}: candidates' best {found['mean_best']:+.4f}, worst {found['mean_worst']:+.4f} on "
+                f"average ({ties})"
+            )
+        try:
+            check_batch(found["pairs"], self.table.training, self.accelerator.num_processes)
+        except InputError as error:
+            raise InputError(f"round {self.k}: {error} (candidates: {ties}, by {self.candidates.judge})") from None
+        settings = {"num": self.candidates.num, "share": self.candidates.share, "judge": self.candidates.judge}
+        return settings | found
+
+    def _num_drawn(self, samples: _Samples) -> int:
+        """Samples of the opponent, on average over the seeds that choose which prompts get candidates."""
+        each = self.candidates.drawn_on_average if self.candidates is not None else self.rounds.num_generated
+        return round(samples.part.count(samples.data) * each)
+
+    def _copies(self, id_: str) -> int:
+        """Samples that the opponent draws for a real one."""
+        if self.candidates is None:
+            return self.rounds.num_generated
+        return self.candidates.drawn_for(self.rounds.seed, self.k, id_)
+
+    def _draw(self, samples: _Samples, target: Path, k: int, metadata: dict[str, str]) -> int:
+        """The samples that member k of the mixture draws; how many this process drew."""
+        opponent = self._seat(k)
+        seed = self.rounds.seed
+
+        def ask(real: list[Row]) -> list[Row]:
+            return [
+                row | {"place": place, "k": copy}
+                for place, row in enumerate(real[samples.part.places])
+                for copy in range(self._copies(row["id"]))
+                if member(self.mixture, seed, self.k, row["id"], copy) == k
+            ]
+
+        def draw(rows: list[Row], done: Callable[[int], None]) -> list[Row]:
+            seeds = [seed_from(seed, self.k, row["id"], row["k"]) for row in rows]
+            drawn = self.game.generate(rows, seeds, done) if rows else []
+            return [
+                found | {"place": row["place"], "k": row["k"], "opponent": opponent}
+                for found, row in zip(drawn, rows, strict=True)
+            ]
+
+        share = f" by {describe({k: 1.0})}" if len(self.mixture) > 1 else ""
+        total = round(self._num_drawn(samples) * self.mixture[k])
+        bar = self.table.progress.phase(f"{samples.title}: generate{share}", total)
+        return draw_shards(samples.data, target, ask, draw, metadata, self.game.prompt_columns, self.accelerator, bar)
+
+    def _cache(self) -> dict[str, Any]:
+        encoded = 0
+        for samples in self.sets:
+            if self.source == "opponent":
+                wanted = {}
+                if self.candidates is not None:
+                    choices = samples.folder / CHOICES
+                    wanted["rows_of"] = lambda path, choices=choices: chosen_samples(path, choices / path.name)
+                encoded += encode_shards(
+                    samples.folder / SAMPLES, samples.folder / ENCODED, self.game, self.accelerator,
+                    self.table.progress.phase(f"{samples.title}: encode", self._num_drawn(samples)), **wanted,
+                )  # fmt: skip
+            if self.game.keeps_scores:
+                self._score(samples)
+            elif self.game.fixed_draws:
+                self._score_draws(samples)
+        files = self._hashes(ENCODED) | (self._hashes(SCORES) if self.scores_kept else {})
+        return {"worked_on": encoded, "files": files}
+
+    def _score_draws(self, samples: _Samples) -> None:
+        """The opponent's scores of all pairs at their fixed draws."""
+        opponent = self._seat(max(self.anchors))
+        total = samples.part.count(samples.data)
+        bar = self.table.progress.phase(f"{samples.title}: score {self.game.fixed_draws} draws of each pair", total)
+        score_draws(
+            samples.data / "samples", samples.folder / SCORES, self._pairs(samples, scored=False), samples.part,
+            self.game, self.rounds.seed, self.k, self.table.training.train_batch_size, opponent, self.accelerator, bar,
+        )  # fmt: skip
+
+    def _score(self, samples: _Samples) -> None:
+        """The opponent's scores of both sides, which do not change while the player is trained."""
+        sides = {"real": (samples.data / ENCODED, samples.part, "")}
+        if self.source == "opponent":
+            sides["generated"] = (samples.folder / ENCODED, Part(), "")
+        elif self.source == "data":
+            sides["generated"] = (samples.data / ENCODED, samples.part, "loser_")
+        single = len(self.anchors) == 1
+        for k in self.anchors:
+            opponent = self._seat(k)
+            for side, (source, part, prefix) in sides.items():
+                target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
+                total = samples.part.count(samples.data) * (self.rounds.num_generated if side == "generated" else 1)
+                bar = self.table.progress.phase(f"{samples.title}: score the {side} samples", total)
+                score_shards(source, target, self.game, part, prefix, opponent, self.accelerator, bar)
+        for side in sides if not single else ():
+            by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in self.anchors.items()}
+            mixture = _hash_of(self.record["opponent"]["anchors"])
+            mix_scores(by_member, samples.folder / SCORES / side, mixture, self.accelerator)
+
+    def _probe(self) -> None:
+        """Let the probe look at the samples, once in a round."""
+        probe = self.table.probe
+        if probe is None or probe.samples == 0 or self.source != "opponent":
+            return
+        if "shortcut" not in self.record:
+            started = time.perf_counter()
+            found = [probe(*self._sampled_pairs(probe.samples))] if self.accelerator.is_main_process else [None]
+            found = broadcast_object_list(found)[0]
+            seconds = self.record["seconds"] | {"probed": round(time.perf_counter() - started, 3)}
+            self._commit("CACHED", seconds=seconds, shortcut=found)
+        found = self.record["shortcut"]
+        for line in found["lines"]:
+            self.accelerator.print(f"{self.title}, before training: {line}")
+        if probe.stops and found["state"] == "warn":
+            raise InputError(f"{self.title} is not trained (--on_shortcut stop): {found['lines'][0]}")
+
+    def _sampled_pairs(self, most: int) -> tuple[list[Row], list[Row]]:
+        """At most so many real rows, evenly from all of the round, and the first generated row of each."""
+        samples = self.sets[0]
+        total = samples.part.count(samples.data)
+        wanted = {i * total // min(most, total) for i in range(min(most, total))}
+        real: list[Row] = []
+        generated: list[Row] = []
+        before = 0
+        for path in shards(samples.data / "samples", ".parquet"):
+            count = len(range(rows_in(path))[samples.part.places])
+            places = [place for place in range(count) if before + place in wanted]
+            before += count
+            if places:
+                rows = read_rows(path)[samples.part.places]
+                drawn = read_rows(samples.folder / SAMPLES / path.name)
+                first = {row["place"]: row for row in drawn if row["k"] == 0}
+                real += [rows[place] for place in places]
+                generated += [first[place] for place in places]
+        return real, generated
+
+    def _train(self) -> dict[str, Any]:
+        game, beta = self.game, of_round(self.rounds.beta, self.k)
+        average = self._average_so_far()
+        before = None if self.scores_kept else self._seat(max(self.anchors))
+        self.table.seat_player(self.table.folder(self.parent))
+        mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
+        loss = bind(self.objective, **{"beta": beta, "mu": mu} | (self.rounds.objective_options or {}))
+        pairs = self._pairs(self.sets[0])
+        steps, warmup_steps = steps_of_round(
+            self.table.training, self.k, len(pairs.ids), self.accelerator.num_processes
+        )
+        plan = RoundPlan(
+            name=f"{self.objective}/round-{self.k}",
+            round_=self.k,
+            seed=self.rounds.seed,
+            steps=steps,
+            learning_rate=of_round(self.table.training.learning_rate, self.k),
+            warmup_steps=warmup_steps,
+            beta=beta,
+            loss=with_anchor(loss, self.rounds.sft_weight * beta),
+            anchored_at_player=self.anchors == {self.parent: 1.0}
+            and (self.rounds.opponent != "ema" or self.parent == 0 or self.rounds.anchor == "base"),
+            margin_dropout=0.0 if self.source == "none" else self.rounds.margin_dropout,
+        )
+        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
+        self.table.before_training()
+        if game.fixed_draws:
+            game.release_opponent()
+            self.table.opponent_has_moved()
+            visits = steps * check_batch(len(pairs.ids), self.table.training, self.accelerator.num_processes)
+            visits /= len(pairs.ids) * game.fixed_draws
+            gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
+            self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
+        training = train(
+            game,
+            pairs,
+            plan,
+            # Without a generated side there is nothing to tell apart
+            replace(self.table.training, stop_at_saturation=None) if self.source == "none" else self.table.training,
+            self.accelerator,
+            self.directory,
+            lambda done, total, text: bar(done, text),
+            average,
+        )
+        if before is None:
+            verify_hashes(self.record["files"], self.table.output_dir)  # the kept scores are among them
+        else:
+            refreshed = training["anchors"]
+            if refreshed:
+                self.table.opponent_has_moved()
+                before = refreshed[-1]["hash"]
+            assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
+        ended = training["ended_by"]
+        how = ""
+        if ended is not None:
+            kept = f", the player as it was at step {ended['kept_step']}" if ended["action"] == "roll_back" else ""
+            how = f", ended by {ended['rule']}{kept}"
+        self.accelerator.print(
+            f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
+            f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
+        )
+        saved = game.save(self.directory)
+        self.accelerator.wait_for_everyone()
+        self.table.after_training(self.directory)
+        gap = self._gap(loss)
+        if average is not None:
+            saved = [*saved, *self._save_average(average)]
+        pairs_here = (training["steps"] - training["resumed_from"]) * (
+            self.table.training.train_batch_size * self.table.training.gradient_accumulation_steps
+        )
+        files = file_hashes(saved, self.table.output_dir)
+        return {"training": training, "worked_on": pairs_here, "files": files} | gap
+
+    def _average_so_far(self) -> Average | None:
+        """For the opponent ema: the average as the opponent of this round is it."""
+        if self.rounds.opponent != "ema":
+            return None
+        self.table.seat_opponent(self.parent)
+        folder = self.table.folder(self.parent)
+        self.table.seat_player(folder / EMA if self.parent else folder)
+        return Average(trained_parameters(self.game), self.rounds.opponent_ema_decay)
+
+    def _save_average(self, average: Average) -> list[Path]:
+        """The average after the round, as the next opponent; the player is put back."""
+        average.copy_to(trained_parameters(self.game))
+        saved = self.game.save(self.directory / EMA)
+        self.accelerator.wait_for_everyone()
+        self.table.after_training(self.directory / EMA)
+        self.table.seat_player(self.directory)
+        return saved
+
+    def _gap(self, loss: Loss) -> dict[str, Any]:
+        """How well the player tells held-out samples apart."""
+        if len(self.sets) == 1:
+            return {}
+        gap = held_out_gap(
+            self.game, self._pairs(self.sets[1]), loss, self.table.training.train_batch_size, self.rounds.seed,
+            self.k, self.accelerator,
+        )  # fmt: skip
+        self.accelerator.print(
+            f"{self.title}: held-out gap {gap['mean']:+.4f} nats [{gap['low']:+.4f}, {gap['high']:+.4f}] over "
+            f"{gap['num_samples']} samples" + ("" if gap["low"] > 0 else "; nothing is learnt that carries over")
+        )
+        return {"held_out_gap": gap}
+
+    def _pairs(self, samples: _Samples, scored: bool = True) -> Pairs:
+        """
+        Args:
+            scored: with the opponent's scores, where they are kept.
+        """
+
+        def scores(side: str) -> Path | None:
+            return samples.folder / SCORES / side if self.scores_kept and scored else None
+
+        kept = samples.folder / KEPT
+        generated = {
+            "opponent": Side(samples.folder / ENCODED, scores("generated"), kept=kept if kept.is_dir() else None),
+            "data": Side(samples.data / ENCODED, scores("generated"), "loser_"),
+            "none": None,
+        }[self.source]
+        if self.source == "opponent":
+            self._check_samples(samples.folder / SAMPLES)
+        real = Side(samples.data / ENCODED, scores("real"))
+        choices = samples.folder / CHOICES if self.candidates is not None else None
+        return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices,
+                          self.game.fixed_draws)  # fmt: skip
+
+    def _check_samples(self, folder: Path) -> None:
+        """A sample is trained on only when one of this round's opponents drew it."""
+        known = {found["hash"] for found in self.record["opponent"]["members"]}
+        for path in shards(folder, ".parquet"):
+            for row in read_rows(path, columns=["id", "opponent"]) if rows_in(path) else []:
+                if row["opponent"] not in known:
+                    raise InputError(
+                        f"{path}: sample {row['id']} was drawn by another opponent ({str(row['opponent'])[:12]}) than "
+                        f"round {self.k}'s ({', '.join(sorted(digest[:12] for digest in known))}): delete "
+                        f"{path.parent} and round.json beside it"
+                    )
+
+    def _evaluate(self) -> dict[str, Any]:
+        gap = self.record.get("held_out_gap")
+        learnt = self.rounds.stop_when_learnt and gap is not None and gap["low"] <= 0
+        reason = None
+        if learnt:
+            reason = f"its held-out gap {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] is not above 0"
+        ended = self.record["training"]["ended_by"]
+        if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:
+            reason = f"it was rolled back to its start, {ended['rule']}: {ended['sentence']}"
+        if self.table.evaluate is None:
+            return {"metrics": {}, "rejected_because": reason, "learnt": learnt}
+        self.table.seat_player(self.directory)
+        judged = self.table.evaluate(self.k, self.directory / "evaluation", self.parent)
+        self.accelerator.wait_for_everyone()
+        # Media are not hashed here: the evaluation's own records hold their hashes
+        records = [
+            path
+            for path in sorted((self.directory / "evaluation").rglob("*"))
+            if path.suffix in (".json", ".jsonl", ".parquet")
+        ]
+        return {
+            "metrics": judged.metrics,
+            "rejected_because": reason or (None if judged.promote else judged.reason),
+            "learnt": learnt,
+            "files": file_hashes(records, self.table.output_dir),
+        }
+
+    def _promote(self) -> dict[str, Any]:
+        reason = self.record["rejected_because"]
+        if reason is not None:
+            self.accelerator.print(
+                f"round {self.k} is rejected ({reason}): the player of "
+                f"{f'round {self.parent}' if self.parent else 'the base'} plays on"
+            )
+            return {"state": "REJECTED", "decision": "rejected"}
+        if self.accelerator.is_main_process:
+            for path in (self.directory / name for name in self._saved_names()):
+                target = self.table.output_dir / path.name
+                shutil.copytree(path, part_of(target), dirs_exist_ok=True)
+                commit(target)
+        return {"decision": "promoted"}
+
+    def _saved_names(self) -> list[str]:
+        """Top-level names in the round's folder that `game.save` wrote."""
+        prefix = f"{self.directory.name}/"
+        names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
+        return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, "evaluation"})
+
+    def _hashes(self, name: str) -> dict[str, str]:
+        """Of all files in the folders of this name."""
+        self.accelerator.wait_for_everyone()
+        folders = [samples.folder / name for samples in self.sets]
+        return file_hashes([folder for folder in folders if folder.is_dir()], self.table.output_dir)
+
+
+def _hash_of(members: list[dict[str, Any]]) -> str:
+    """One hash for the opponent: its own, or one over the hashes and weights of a mixture's members."""
+    if len(members) == 1:
+        return members[0]["hash"]
+    return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()

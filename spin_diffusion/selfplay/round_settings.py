@@ -1,0 +1,61 @@
+"""How the rounds are played: the settings, and what of them holds in a round."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
+from spin_diffusion.selfplay.opponents import OpponentName
+from spin_diffusion.selfplay.train_settings import of_round
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """The game that is played. A list holds one value per round; when it is shorter, its last value repeats."""
+
+    rounds: int = 3
+    """Rounds of self-play, counted from 1."""
+    objective: ObjectiveName | list[ObjectiveName] = "spin"
+    """spin, space, bco, nca, hinge, ipo, sspo, kto, mapo and dro play the opponent; dpo uses the data set's own worse
+    samples; sft uses none."""
+    objective_options: dict[str, float] | None = None
+    """Further numbers of the objective, such as {"threshold": 0.001} for dro, {"weight": 0.1} for mapo."""
+    generated_from: Literal["opponent", "data"] | None = None
+    """Where the generated side comes from; default: the objective's own place. data = the data set's worse samples."""
+    beta: float | list[float] = 5000.0
+    """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
+    num_generated: int = 1
+    """Samples that the opponent draws for each real one."""
+    mu: float | list[float] | None = None
+    """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
+    sft_weight: float = 0.0
+    """Add this times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
+    margin_dropout: float = 0.0
+    """Share of the pairs, in [0, 1), whose generated side takes no part in a step."""
+    opponent: OpponentName = "latest"
+    """Which earlier selves draw the generated samples and anchor the score: latest, base, last_two (half each), pool
+    (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
+    pool_weights: list[float] | None = None
+    """Of the newest self in the pool, the one before it, ...; the last repeats. Default: all alike."""
+    opponent_ema_decay: float = 0.99
+    """Of the opponent ema, in [0, 1): it keeps this share of itself at every step of the player."""
+    anchor: Literal["opponent", "base"] = "opponent"
+    """Whose score the player's is compared with: the opponent that drew the samples, or always the base."""
+    real_parts: int = 1
+    """Split the real samples into this many parts; round k plays with part k and sees it for the first time."""
+    samples_per_shard: int = 64
+    """Real samples per file, and what is drawn for them; what a killed process loses at most."""
+    stop_when_learnt: bool = False
+    """End the run with a round whose held-out gap is not above 0; that round is rejected. Needs held-out samples."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+
+
+def objectives_of(rounds: RoundSettings) -> list[ObjectiveName]:
+    """The objectives of the rounds, each once."""
+    return list(dict.fromkeys(of_round(rounds.objective, k) for k in range(1, rounds.rounds + 1)))
+
+
+def source_of(rounds: RoundSettings, objective: ObjectiveName) -> Literal["opponent", "data", "none"]:
+    """Where the generated side comes from when an objective is trained."""
+    own = OBJECTIVES[objective].generated
+    return own if own == "none" else rounds.generated_from or own

@@ -1,0 +1,109 @@
+"""How a round is trained: the settings of the loop, and what of them holds in a round."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay import health
+
+
+@dataclass(frozen=True)
+class TrainSettings(health.HealthSettings):
+    """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
+
+    max_train_steps: int | list[int] | None = 500
+    """Optimizer steps in each round; None = --num_train_epochs."""
+    num_train_epochs: float | list[float] | None = None
+    """Times that a round sees each real sample, where --max_train_steps is None."""
+    train_batch_size: int = 1
+    """Pairs per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float | list[float] = 2e-5
+    """Initial learning rate (after warm-up)."""
+    scale_lr: bool = False
+    """Multiply the learning rate by accumulation steps x batch size x processes."""
+    lr_scheduler: str = "constant_with_warmup"
+    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
+    lr_warmup_steps: int | list[int] = 0
+    """Optimizer steps of warm-up in each round."""
+    lr_warmup_ratio: float = 0.0
+    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
+    """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
+    use_ema: bool = False
+    """Promote an exponential moving average of the player's weights over the round instead of its last weights."""
+    ema_decay: float = 0.9999
+    """Largest decay of that average."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    two_passes: bool = False
+    """Compute the gradient of one side of the pairs after the other: half the activations, one more forward pass."""
+    fused_backward: bool = False
+    """Update each weight in the backward pass and let its gradient go: 4 bytes a weight less. For one process, with
+    --max_grad_norm 0 and no accumulation."""
+    fully_shard: bool = False
+    """Share the player's weights, gradients and optimizer state out over the processes while it is trained. An
+    accelerate config for FSDP says so as well."""
+    allow_tf32: bool = False
+    """TF32 matrix products on Ampere and later GPUs."""
+    refresh_opponent_steps: int | None = None
+    """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
+    (New samples as well: shorter rounds.)"""
+    checkpointing_steps: int = 500
+    """Optimizer steps between checkpoints within a round."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept of a round in training; the oldest go first."""
+    keep_checkpoints: bool = False
+    """Keep a round's checkpoints after it has been promoted."""
+    resume_from_checkpoint: str = "latest"
+    """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
+
+
+def of_round(value: Any, round_: int) -> Any:
+    """A setting's value in a round: a list holds one per round and repeats its last."""
+    return value[min(round_, len(value)) - 1] if isinstance(value, list) else value
+
+
+def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int) -> tuple[int, int]:
+    """Optimizer steps of a round of so many pairs on `world` processes, and how many of them are warm-up."""
+    steps = of_round(settings.max_train_steps, round_)
+    if steps is None:
+        epochs = of_round(settings.num_train_epochs, round_)
+        assert epochs is not None, "the configuration checks that one of the two is given"
+        steps = max(1, math.ceil(epochs * pairs / pairs_per_step(settings, world)))
+    return steps, of_round(settings.lr_warmup_steps, round_) or round(settings.lr_warmup_ratio * steps)
+
+
+def pairs_per_step(settings: TrainSettings, world: int) -> int:
+    """Of all processes together."""
+    return settings.train_batch_size * settings.gradient_accumulation_steps * world
+
+
+def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
+    """Pairs in each optimizer step of `world` processes; InputError when there are fewer pairs than that."""
+    per_step = pairs_per_step(settings, world)
+    if pairs < per_step:
+        raise InputError(
+            f"{pairs} pairs are fewer than one batch of {per_step} ({settings.train_batch_size} per process x "
+            f"{settings.gradient_accumulation_steps} accumulation steps x {world} processes): lower --train_batch_size "
+            "or --gradient_accumulation_steps, or give more examples"
+        )
+    return per_step

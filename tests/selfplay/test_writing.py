@@ -1,0 +1,58 @@
+"""Shards are written while the next ones are drawn, each whole, two in memory at most."""
+
+import threading
+
+import pytest
+from accelerate import Accelerator
+
+from spin_diffusion.selfplay import samples
+from spin_diffusion.selfplay.run_dir import read_rows, write_rows
+from spin_diffusion.selfplay.samples import draw_shards
+
+NAMES = [f"{number:05d}-of-00003.parquet" for number in range(3)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    for number, name in enumerate(NAMES):
+        write_rows(tmp_path / "data" / "samples" / name, [{"id": f"{number}", "prompt": "fox"}], {})
+    return tmp_path
+
+
+def drawn_with(data, draw):
+    return draw_shards(
+        data / "data", data / "drawn", lambda rows: rows, draw, {"round": "1"}, ("id", "prompt"),
+        Accelerator(cpu=True), lambda done, text: None,
+    )  # fmt: skip
+
+
+def test_the_next_shard_is_drawn_before_the_last_one_is_written_and_no_further(data, monkeypatch):
+    second_is_drawn, write, events = threading.Event(), samples.write_rows, []
+
+    def slow(path, rows, metadata):
+        if path.name == NAMES[0]:
+            assert second_is_drawn.wait(30)
+        write(path, rows, metadata)
+        events.append(f"wrote {rows[0]['id']}")
+
+    def draw(rows, done):
+        events.append(f"drew {rows[0]['id']}")
+        if rows[0]["id"] == "1":
+            second_is_drawn.set()
+        return rows
+
+    monkeypatch.setattr(samples, "write_rows", slow)
+    assert drawn_with(data, draw) == 3
+    assert events.index("drew 1") < events.index("wrote 0") < events.index("drew 2")
+    assert [read_rows(data / "drawn" / name)[0]["id"] for name in NAMES] == ["0", "1", "2"]
+
+
+def test_a_shard_that_cannot_be_written_ends_the_drawing(data, monkeypatch):
+    def full(path, rows, metadata):
+        raise OSError(28, "No space left on device")
+
+    drew = []
+    monkeypatch.setattr(samples, "write_rows", full)
+    with pytest.raises(OSError, match="No space"):
+        drawn_with(data, lambda rows, done: drew.append(rows[0]["id"]) or rows)
+    assert drew == ["0", "1"] and not (data / "drawn" / NAMES[0]).exists()
