@@ -3,13 +3,17 @@
     python benchmarks/train_step.py --model toy --device cpu
     python benchmarks/train_step.py --model sdxl --device cuda --batch_size 4 --json benchmarks/results/sdxl.json
 
-The plain loop encodes both images and the captions at every step, keeps a second UNet in fp32, and sends both images of
-a pair through each model in one batch. Both train all weights with AdamW on the same pairs, noise and loss.
+`ours` is a step of a run at its defaults: latents and prompts encoded before, the opponent beside the player; with
+`ours_fixed_draws` (`--fixed_draws`) the opponent's errors are known as well. The plain loop
+encodes both images and the captions at every step, keeps a second UNet in fp32, and sends both images of a pair through
+each model in one batch. Both train all weights with AdamW on the same pairs, noise and loss.
 """
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +34,19 @@ BETA, LEARNING_RATE = 2000.0, 1e-8
 """So small a rate that the loss of a random network stays finite over any number of steps."""
 
 
-def ours(pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any]) -> Callable:
-    """This project's step on cached latents."""
+def ours(
+    pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any], folder: Path
+) -> Callable:
+    """This project's step on cached latents and prompts, which are kept in `folder`."""
     game = DiffusionGame(
         family_of(pipeline), pipeline, "benchmark",
         images=ImageSettings(resolution=resolution), sampling=SamplingSettings(), denoiser=DenoiserSettings(),
         accelerator=accelerator, **options,
     )  # fmt: skip
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    game.prompts.keep(folder, batch.prompts, accelerator, dtype)
+    if "opponent_score" in batch.real:
+        game.release_opponent()
     optimizer = torch.optim.AdamW(game.player.parameters(), lr=LEARNING_RATE, fused=accelerator.device.type == "cuda")
 
     def step() -> None:
@@ -104,6 +114,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="px; default: the model's own")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--fixed_draws", action="store_true", help="also with the opponent's errors known")
     parser.add_argument("--only_ours", action="store_true", help="where the plain loop does not fit in memory")
     args = parser.parse_args()
 
@@ -123,12 +134,21 @@ def main() -> None:
     batch = Batch([str(n) for n in range(args.batch_size)], prompts, *sides, list(range(args.batch_size)))
     options = {"gradient_checkpointing": args.gradient_checkpointing}
     unit = count_units(family_of(pipeline), pipeline, resolution)
-    flops = 2 * (2 * unit.unet + unit.unet_backward)  # two images: player forward and backward, opponent forward
-
-    contenders = {"ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options)}
-    if not args.only_ours:
-        contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
-    seconds = alternate(contenders, args.repeats, accelerator.device)
+    known = {"opponent_score": torch.full((args.batch_size,), -0.5)}
+    fixed = replace(batch, real=batch.real | known, generated=batch.generated | known)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder)
+        contenders = {"ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options, kept)}
+        if args.fixed_draws:
+            contenders["ours_fixed_draws"] = ours(
+                copy.deepcopy(pipeline), resolution, fixed, accelerator, options, kept
+            )
+        if not args.only_ours:
+            contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
+        seconds = alternate(contenders, args.repeats, accelerator.device)
+    # Two images a pair: player forward and backward, opponent forward unless its errors are known
+    opponents = {name: 0 if name == "ours_fixed_draws" else 1 for name in seconds}
+    flops = {name: 2 * ((1 + asked) * unit.unet + unit.unet_backward) for name, asked in opponents.items()}
     peak = matrix_rate(accelerator.device, dtype)
     report(
         {
@@ -138,8 +158,12 @@ def main() -> None:
             "unet_flops_of_a_pair": flops, "matrix_flops_per_second": peak,
             "seconds": {name: summary(times) for name, times in seconds.items()},
             "pairs_per_second": {n: args.batch_size / summary(s)["median"] for n, s in seconds.items()},
-            "mfu": {n: flops * args.batch_size / summary(s)["median"] / peak for n, s in seconds.items()},
-            "times_faster": paired_ratio(seconds["ours"], seconds["plain"]) if "plain" in seconds else None,
+            "mfu": {n: flops[n] * args.batch_size / summary(s)["median"] / peak for n, s in seconds.items()},
+            "times_faster": {
+                name: paired_ratio(times, seconds["plain"])
+                for name, times in seconds.items()
+                if "plain" in seconds and name != "plain"
+            },
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else None,
         },
         args.json,
