@@ -46,7 +46,9 @@ def direct(monkeypatch) -> None:
 def test_the_player_is_the_one_that_it_would_be_with_the_opponent_beside_it(rounds, sdxl_dir, tmp_path, monkeypatch):
     def play_with(folder):
         game = make_game(sdxl_dir, fixed_draws=2, proportion_empty_prompts=0.3, winner_preserving_mu=0.5)
-        return play_all(sdxl_dir, folder, replace(TRAINING, max_train_steps=6), game, **rounds)
+        # Not Adam, whose division by the gradient's size would magnify rounding
+        training = replace(TRAINING, max_train_steps=6, optimizer="sgd", learning_rate=1e-3)
+        return play_all(sdxl_dir, folder, training, game, **rounds)
 
     kept = play_with(tmp_path / "kept")
     with monkeypatch.context() as patch:
@@ -56,8 +58,8 @@ def test_the_player_is_the_one_that_it_would_be_with_the_opponent_beside_it(roun
     base = make_game(sdxl_dir).player.state_dict()
     moved = max((theirs[name] - base[name]).abs().max() for name in theirs)
     apart = max((ours[name] - theirs[name]).abs().max() for name in theirs)
-    # Rounding alone, which Adam magnifies: the two score in batches of other pairs
-    assert apart < 0.05 * moved, (apart, moved)
+    # Rounding alone: the two score in batches of other pairs
+    assert apart < 0.001 * moved, (apart, moved)
     for one, other in zip(kept, beside, strict=True):
         assert one["training"]["r_real"] == pytest.approx(other["training"]["r_real"], abs=1e-5)
 
