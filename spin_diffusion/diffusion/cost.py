@@ -7,7 +7,7 @@ plain fine-tuning makes for its logs is left out, and so is every evaluation.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,12 @@ class UnitCosts:
     """The text encoders, one prompt."""
     vae_encode: int
     vae_decode: int
+
+    def of_area(self, share: float) -> "UnitCosts":
+        """For images of another area, in parts of this one's; attention's share, which falls faster, is counted a
+        little high."""
+        per_image = ("unet", "unet_backward", "unet_backward_inputs", "vae_encode", "vae_decode")
+        return replace(self, **{name: round(getattr(self, name) * share) for name in per_image})
 
 
 @dataclass(frozen=True)

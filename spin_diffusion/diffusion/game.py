@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.attention import Kernel
+from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size, unpacked
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import encoded_once
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
@@ -41,7 +42,7 @@ from spin_diffusion.diffusion.trajectory import (
 )
 from spin_diffusion.diffusion.weighting import timestep_weights
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import KEPT, Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 
@@ -119,7 +120,6 @@ class DiffusionGame:
     """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
 
     keeps_scores = False  # a score is taken at one noise level and one noise
-    prompt_columns = ("id", "prompt")
     level_name = "timesteps"
     remedy = ", or set --winner_preserving_mu 0.9"
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
@@ -161,11 +161,21 @@ class DiffusionGame:
             self.step_weights = step_weights(self.steps, self.trajectory.trajectory_weights)
         self.resolution = images.resolution or family.RESOLUTION
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        if self.resolution % (self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)):
+        multiple = self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        if self.resolution % multiple:
+            raise InputError(f"--resolution {self.resolution}: {base} needs a multiple of {multiple}")
+        self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
+        if self.has_sizes and self.steps is not None:
             raise InputError(
-                f"--resolution {self.resolution}: {base} needs a multiple of "
-                f"{self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)}"
+                f"--max_aspect_ratio {images.max_aspect_ratio:g}: the kept trajectories of --trajectory "
+                f"{self.trajectory.trajectory} are of one size; leave one of the two out"
             )
+        if self.has_sizes and denoiser.compile != "no":
+            raise InputError(
+                f"--max_aspect_ratio {images.max_aspect_ratio:g}: --compile {denoiser.compile} would compile the UNet "
+                f"for each of {len(self.sizes)} sizes; leave one of the two out"
+            )
+        self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
@@ -193,53 +203,68 @@ class DiffusionGame:
             self.opponent = self._opponent_of_player()
         _compile(self.player, denoiser.compile)
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether images differ in size."""
+        return len(self.sizes) > 1
+
     # Real samples
 
     def real_rows(self, examples: Iterable[Example]) -> Iterator[Row]:
         """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
         for example in examples:
             row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
-            row |= self._stored(example.image, row["id"], "")
+            image = images.upright(images.open_image(example.image))
+            size = nearest(self.sizes, image.height, image.width)
+            row |= self._stored(image, size, row["id"], "")
             if example.loser is not None:
-                row |= self._stored(example.loser, row["id"], "loser_")
+                row |= self._stored(images.upright(images.open_image(example.loser)), size, row["id"], "loser_")
             yield row
 
-    def _stored(self, data: bytes, id_: str, prefix: str) -> Row:
+    def _stored(self, image: Image.Image, size: Size, id_: str, prefix: str) -> Row:
         place = 0.5 if self.images.center_crop else int(id_[:8], 16) / 0xFFFFFFFF
-        image, frame = images.crop(images.open_image(data), self.resolution, place, self.images)
-        return {f"{prefix}image": images.to_bytes(image, self.images), f"{prefix}frame": frame}
+        cropped, frame = images.crop(image, size, place, self.images)
+        return {f"{prefix}image": images.to_bytes(cropped, self.images), f"{prefix}frame": frame}
 
     # The contract
 
     def generate(
         self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = lambda samples: None
     ) -> list[Row]:
-        """One image by the opponent per row, stored in the codec of the real ones."""
+        """One image by the opponent per row, in the size of the real one, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        states: list[Tensor] = []
-        files: list[Future[bytes]] = []
+        sizes = [_size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
+        states: dict[int, Tensor] = {}
+        files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
         with self._as_opponent(), ThreadPoolExecutor() as writers:
-            prompts = [row["prompt"] for row in rows]
             pipeline, how = self._drawing(self.opponent, self.sampling.guidance_scale)
-            for drawn in draw_batches(pipeline, prompts, seeds, keep_states=self.steps is not None, **how):
-                files += [writers.submit(images.to_bytes, image, self.images) for image in drawn.images]
-                states += drawn.states if drawn.states is not None else []
-                done(len(files))
+            how["keep_states"] = self.steps is not None
+            for size, places in places_by_size(sizes).items():
+                prompts, of_rows = [rows[place]["prompt"] for place in places], iter(places)
+                for drawn in draw_batches(
+                    pipeline, prompts, [seeds[place] for place in places], **how | {"resolution": size}
+                ):
+                    for number, image in enumerate(drawn.images):
+                        place = next(of_rows)
+                        files[place] = writers.submit(images.to_bytes, image, self.images)
+                        if drawn.states is not None:
+                            states[place] = drawn.states[number]
+                    done(len(files))
         made = [
             {
                 "id": row["id"],
                 "prompt": row["prompt"],
                 "drawn": True,
                 "seed": seed,
-                "image": file.result(),
-                "frame": [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution],
+                "image": files[place].result(),
+                "frame": [*size, 0, 0, *size],
                 "sampler": settings,
             }
-            for row, seed, file in zip(rows, seeds, files, strict=True)
+            for place, (row, seed, size) in enumerate(zip(rows, seeds, sizes, strict=True))
         ]
-        for row, kept in zip(made, states, strict=bool(states)):
-            row[KEPT] = {"states": kept}
+        for place, kept in states.items():
+            made[place][KEPT] = {"states": kept}
         return made
 
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
@@ -255,18 +280,27 @@ class DiffusionGame:
             if self.shared_latents is not None:
                 how = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
                 how |= {"mirrored": True} if mirrored else {}
+                how |= {"cells": self._cells} if self.has_sizes else {}
                 encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
             else:
                 encoded[f"{name}latents"] = encode()
             encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
+        if self.has_sizes:
+            encoded[KIND] = torch.tensor([self.sizes.index(_size_of(row)) for row in rows], dtype=torch.int32)
         return encoded
+
+    @property
+    def _cells(self) -> int:
+        """Of a channel of the largest latents."""
+        return (self.resolution // self.latent_px) ** 2
 
     def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
         self._bring_back()
-        vae, size = self.pipeline.vae, self.images.vae_encode_batch_size
-        encoded = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
+        vae, most = self.pipeline.vae, self.images.vae_encode_batch_size
+        encoded: dict[int, Tensor] = {}
+        by_size = places_by_size(_size_of(row, prefix) for row in rows).values()
+        for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
+            part = [rows[place] for place in places]
             names = [row["id"] for row in part]
             pixels = images.to_pixels([images.open_image(row[f"{prefix}image"]) for row in part])
             latents = images.encode_pixels(vae, pixels, names)
@@ -277,15 +311,21 @@ class DiffusionGame:
                 latents = images.encode_pixels(vae, pixels, names)
             if mirrored:
                 latents = images.encode_pixels(vae, pixels.flip(-1), names)
-            encoded.append(latents.cpu())
-        return torch.cat(encoded).half()
+            encoded |= zip(places, latents.cpu().half(), strict=True)
+        in_order = [encoded[place] for place in range(len(rows))]
+        return packed(in_order, self._cells) if self.has_sizes else torch.stack(in_order)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Scores at one (t, eps) per pair, shared by its images and both models; all images in one batch."""
+        """Scores at one (t, eps) per pair, shared by its images and both models; all images of a size in one batch."""
         batch = _one_to_one(batch)
         self._put_away()
         if self.steps is not None:
             return self._trajectory_scores(player, batch)
+        parts = _by_kind(batch)
+        return _in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
+
+    def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
+        """Of pairs of one size."""
         question = self._question(batch)
         if "opponent_score" in batch.real:
             known = [side["opponent_score"] for side in (batch.real, batch.generated) if side]
@@ -315,8 +355,13 @@ class DiffusionGame:
         """The opponent's scores of both sides at the batch's draws."""
         rows = len(batch.ids)
         batch = _one_to_one(batch)
-        found = self._ask_opponent(self._question(batch), batch)
-        real, drawn = found[: len(batch.ids)], found[len(batch.ids) :]
+        real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
+        drawn = drawn if batch.generated else drawn[:0]
+        for places, part in _by_kind(batch):
+            found = self._ask_opponent(self._question(part), part)
+            real[places] = found[: len(places)]
+            if batch.generated:
+                drawn[places] = found[len(places) :]
         return real[:: len(batch.ids) // rows], drawn  # a real row has one score, however many rows it meets
 
     def _question(self, batch: Batch) -> "_Question":
@@ -325,6 +370,9 @@ class DiffusionGame:
         device = self.accelerator.device
         sides = [_as_visited(side, batch.seeds) for side in sides]
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
+        if self.has_sizes:
+            height, width = self.sizes[int(batch.real[KIND][0])]
+            x_0 = unpacked(x_0, height // self.latent_px, width // self.latent_px)
         draws = draw(
             batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
         )
@@ -607,6 +655,43 @@ def _as_visited(side: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
         return torch.where(flips.to(as_is.device).view(-1, *[1] * (as_is.dim() - 1)), side[MIRRORED + name], as_is)
 
     return side | {"latents": chosen("latents"), "frame": chosen("frame")}
+
+
+def _size_of(row: Row, prefix: str = "") -> Size:
+    """Of a stored image, from its frame."""
+    height, width = row[f"{prefix}frame"][4:]
+    return height, width
+
+
+def _by_kind(batch: Batch) -> list[tuple[list[int], Batch]]:
+    """A batch in parts of one kind each, with the places of their pairs; one to one."""
+    if KIND not in batch.real or (batch.real[KIND] == batch.real[KIND][0]).all():
+        return [(list(range(len(batch.ids))), batch)]
+    parts = []
+    for kind in batch.real[KIND].unique():
+        places = (batch.real[KIND] == kind).nonzero().flatten().tolist()
+        real, generated = (
+            {name: tensor[places] for name, tensor in side.items()} for side in (batch.real, batch.generated)
+        )
+        ids, prompts, seeds = ([each[place] for place in places] for each in (batch.ids, batch.prompts, batch.seeds))
+        parts.append((places, Batch(ids, prompts, real, generated, seeds)))
+    return parts
+
+
+def _in_order(parts: list[ScoredBatch], places: list[list[int]]) -> ScoredBatch:
+    """The scores of parts of a batch, back at the places of their pairs."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([place for part in places for place in part]).argsort()
+
+    def together(found: list[Tensor]) -> Tensor:
+        return torch.cat(found)[order.to(found[0].device)]
+
+    scores = PairScores(
+        *(together([getattr(part.scores, field.name) for part in parts]) for field in fields(PairScores))
+    )
+    scales = [part.generated_scale for part in parts if part.generated_scale is not None]
+    return ScoredBatch(scores, together([part.level for part in parts]), together(scales) if scales else None)
 
 
 def _one_to_one(batch: Batch) -> Batch:

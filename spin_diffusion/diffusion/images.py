@@ -1,8 +1,8 @@
 """Images on their way to latents: crop, codec, VAE. Both sides of a pair take the same way.
 
 A codec's or a decoder's fingerprint that only one side carries would let the player win without learning anything about
-content. So a real image is cropped to the training resolution and stored in the very format in which the opponent's
-images are stored, and on request (`vae_round_trip`) also passes the decoder that drew the opponent's.
+content. So a real image is cropped to a size that the opponent draws, is stored in the very format in which the
+opponent's images are, and on request (`vae_round_trip`) also passes the decoder that drew the opponent's.
 """
 
 import io
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.input_error import InputError
 
 Pixels = Float[Tensor, "batch 3 height width"]
@@ -29,6 +30,10 @@ class ImageSettings:
 
     resolution: int | None = None
     """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
+    max_aspect_ratio: float = 1.0
+    """1 = every image is cropped to a square. Above: to the nearest in shape of some sizes with about as many pixels,
+    whose long side is up to so many times the short one; the opponent draws each of its images in the size of the real
+    one. SDXL was trained up to 4."""
     center_crop: bool = True
     """Crop the middle; otherwise a place that is drawn from the image's hash."""
     random_flip: bool = False
@@ -48,43 +53,55 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        if not self.max_aspect_ratio >= 1:
+            raise InputError(f"--max_aspect_ratio {self.max_aspect_ratio} must be at least 1, which means squares")
         if not 1 <= self.jpeg_quality <= 100:
             raise InputError(f"--jpeg_quality {self.jpeg_quality} must be between 1 and 100")
 
 
-def crop(image: Image.Image, size: int, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
-    """The image as RGB, its short side resized to `size` px, cropped to a square; and its frame.
-
-    Args:
-        place: where along the longer side the crop lies, in [0, 1]; 0.5 is the middle.
-
-    Returns:
-        The square, and [original height, original width, top, left, size, size] in px (SDXL's micro-conditioning; top
-        and left are counted in the resized image, as SDXL was trained).
-    """
+def upright(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned as its EXIF data say, on white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "P"):
         # Transparency would otherwise show whatever colour lies under it
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
-    image = image.convert("RGB")
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
+    """The image, resized until it just covers the target and cropped to it; and its frame.
+
+    Args:
+        target: height and width, px.
+        place: where along the side that is too long the crop lies, in [0, 1]; 0.5 is the middle.
+
+    Returns:
+        The crop, and [original height, original width, top, left, target height, target width] in px (SDXL's
+        micro-conditioning; top and left are counted in the resized image, as SDXL was trained).
+    """
     width, height = image.size
-    scale = size / min(width, height)
-    resized = image.resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))),
-        Image.Resampling[settings.image_interpolation_mode.upper()],
-    ) if scale != 1 else image  # fmt: skip
-    left = round((resized.width - size) * place)
-    top = round((resized.height - size) * place)
-    return resized.crop((left, top, left + size, top + size)), [height, width, top, left, size, size]
+    covering = _covering(height, width, target)
+    if covering != (height, width):
+        how = Image.Resampling[settings.image_interpolation_mode.upper()]
+        image = image.resize((covering[1], covering[0]), how)
+    top, left = (round((side - wanted) * place) for side, wanted in zip(covering, target, strict=True))
+    box = (left, top, left + target[1], top + target[0])
+    return image.crop(box), [height, width, top, left, *target]
+
+
+def _covering(height: int, width: int, target: Size) -> Size:
+    """The smallest size of the same shape that covers the target."""
+    scale = max(target[0] / height, target[1] / width)
+    return max(target[0], round(height * scale)), max(target[1], round(width * scale))
 
 
 def mirrored_frame(frame: list[int]) -> list[int]:
     """The frame of the mirror image of what `crop` returned: the crop's left is counted from the other side."""
-    height, width, top, left, size, _ = frame
-    resized = max(size, round(width * size / min(width, height)))
-    return [height, width, top, resized - size - left, size, size]
+    height, width, top, left, *target = frame
+    _, resized = _covering(height, width, (target[0], target[1]))
+    return [height, width, top, resized - target[1] - left, *target]
 
 
 def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:

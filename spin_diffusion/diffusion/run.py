@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.attention import attention
+from spin_diffusion.diffusion.buckets import area_share, told
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, matrix_rate, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
@@ -40,7 +42,7 @@ from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.samples import Column, prepare
+from spin_diffusion.selfplay.samples import ENCODED, Column, Part, kinds_of, prepare
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 
@@ -90,8 +92,14 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)
     check_fused(config.training, accelerator)
     check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
+    if game.has_sizes and config.training.fully_shard and config.training.train_batch_size > 1:
+        raise InputError(
+            f"--max_aspect_ratio {config.images.max_aspect_ratio:g}: batches of several sizes take several passes, and "
+            f"with --fully_shard all processes must take as many: set --train_batch_size 1 instead of "
+            f"{config.training.train_batch_size}, or leave --fully_shard out"
+        )
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
-    accelerator.print(_header(config, game, manifest) + round_lines(config, manifest["rows"], accelerator))
+    accelerator.print(_header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
     if config.caches.cache_text_embeddings:
@@ -114,10 +122,11 @@ def _play(
     accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
     evaluator.base()
+    kinds = kinds_of(output_dir / "data" / ENCODED, Part())
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
         candidates=candidates_of(config.candidates, str(accelerator.device)),
-        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe), costs=_costs(config, game, pairs),
+        probe=ShortcutProbe(game.pipeline.vae, config.images, config.probe), costs=_costs(config, game, pairs, kinds),
     )  # fmt: skip
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
@@ -127,10 +136,16 @@ def _play(
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
 
 
-def _costs(config: Config, game: DiffusionGame, pairs: int) -> Callable[[RoundSettings], Costs]:
-    """For the ledgers: what the phases of rounds of so many pairs take, by the rounds' settings."""
+def _costs(config: Config, game: DiffusionGame, pairs: int, kinds: Tensor | None) -> Callable[[RoundSettings], Costs]:
+    """For the ledgers: what the phases of rounds of so many pairs take, by the rounds' settings.
+
+    Args:
+        kinds: of the real images, where they differ in size.
+    """
     game.prompts.bring_back()
     unit = count_units(game.family, game.pipeline, game.resolution)
+    if kinds is not None:
+        unit = unit.of_area(area_share(game.sizes, kinds))
     rate = config.run.matrix_flops_per_second or matrix_rate(
         game.accelerator.device, autocast_dtype(game.accelerator.mixed_precision) or torch.float32
     )
@@ -263,13 +278,20 @@ def _curation(
     )
 
 
-def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any]) -> str:
+def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
+    """For the header: how many real images have which size, where they differ."""
+    kinds = kinds_of(output_dir / "data" / ENCODED, Part())
+    return f"Sizes      {told(game.sizes, kinds)}\n" if kinds is not None else ""
+
+
+def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
     curated = manifest["left_out"].get("curation")
     return (
         f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
         f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
         f"{game.noising.prediction_type})\n"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
+        f"{_sizes_line(game, output_dir)}"
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditio
 from PIL import Image
 from torch import Tensor, nn
 
+from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.images import decode_latents, to_images
 from spin_diffusion.input_error import InputError
 
@@ -85,7 +86,7 @@ def draw_batches(
     prompts: list[str],
     seeds: list[int],
     *,
-    resolution: int,
+    resolution: int | Size,
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
@@ -96,13 +97,14 @@ def draw_batches(
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
 
     Args:
-        resolution: height and width, px.
+        resolution: height and width, px; one number for both, or two.
         guidance_scale: 1 or less = without guidance.
         keep_states: for samplers that do not scale the UNet's input, such as DDIM.
 
     Raises:
         FloatingPointError: an image that is not finite.
     """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     for start in range(0, len(prompts), batch_size):
         part = list(range(start, min(start + batch_size, len(prompts))))
         count = len(part)
@@ -112,8 +114,8 @@ def draw_batches(
         with torch.no_grad(), autocast(), recorder or nullcontext():
             latents = pipeline(
                 [prompts[place] for place in part],
-                height=resolution,
-                width=resolution,
+                height=height,
+                width=width,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seeds[place]) for place in part],

@@ -249,7 +249,12 @@ class ShortcutProbe:
         return self.settings.on_shortcut == "stop"
 
     def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
-        """What the probe says of pairs of stored rows; see `report`."""
+        """What the probe says of pairs of stored rows, of those of the most frequent size; see `report`."""
+        sizes = [tuple(row["frame"][4:]) for row in real]
+        most = max(sizes, key=sizes.count, default=None)
+        real, generated = (
+            [row for row, size in zip(rows, sizes, strict=True) if size == most] for rows in (real, generated)
+        )
         if len(real) < MIN_PAIRS:
             return not_run(len(real))
         latent_px = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -266,7 +271,7 @@ def not_run(pairs: int) -> dict[str, Any]:
     return {
         "state": "not run",
         "samples": pairs,
-        "lines": [f"the shortcut probe was not run: {pairs} pairs are fewer than {MIN_PAIRS}"],
+        "lines": [f"the shortcut probe was not run: {pairs} pairs of one size are fewer than {MIN_PAIRS}"],
     }
 
 

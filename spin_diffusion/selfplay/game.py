@@ -21,6 +21,10 @@ Row = dict[str, Any]
 KEPT = "kept"
 """Of a row that `generate` returns: tensors by name, for the training of this round alone."""
 
+KIND = "kind"
+"""Name of an encoded tensor, (rows,) of whole numbers, that a game may write: samples of one kind are scored in one
+pass, those of several kinds in several."""
+
 
 @dataclass(frozen=True)
 class Batch:

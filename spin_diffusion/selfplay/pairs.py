@@ -9,6 +9,10 @@ from torch import Tensor
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.run_dir import seed_from
 
+TOGETHER = 8
+"""Pairs of one kind that lie side by side in the stream: twice as many samples make a batch that is as fast as larger
+ones."""
+
 
 @dataclass
 class Pairs:
@@ -20,6 +24,8 @@ class Pairs:
     draws: int = 0
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
+    kinds: Tensor | None = None
+    """Of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
     epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
@@ -49,5 +55,29 @@ class Pairs:
             # Two epochs are enough for a batch that lies across them
             self.epochs = {known: order for known, order in self.epochs.items() if abs(known - epoch) == 1}
             generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
-            self.epochs[epoch] = torch.randperm(len(self.ids), generator=generator)
+            order = torch.randperm(len(self.ids), generator=generator)
+            if self.kinds is not None:
+                order = side_by_side(order, self.kinds, -epoch * len(self.ids) % TOGETHER, generator)
+            self.epochs[epoch] = order
         return int(self.epochs[epoch][place])
+
+
+def side_by_side(order: Tensor, kinds: Tensor, before: int, generator: torch.Generator) -> Tensor:
+    """The same pairs in another order: `TOGETHER` of one kind at a time, in random turns.
+
+    What is left over of each kind comes at the end, but for `before` of it, which comes first: with it a batch that was
+    begun by the epoch before is full, and the next ones are of one kind.
+
+    Args:
+        order: a random permutation of all pairs.
+        kinds: of each pair.
+    """
+    runs, rest = [], []
+    for kind in kinds.unique():
+        mine = order[kinds[order] == kind]
+        full = len(mine) // TOGETHER * TOGETHER
+        runs += mine[:full].split(TOGETHER) if full else ()
+        rest.append(mine[full:])
+    turns = torch.randperm(len(runs), generator=generator).tolist()
+    left_over = torch.cat([rest[kind] for kind in torch.randperm(len(rest), generator=generator).tolist()])
+    return torch.cat([left_over[:before], *(runs[turn] for turn in turns), left_over[before:]])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import KEPT, Game, Row
+from spin_diffusion.selfplay.game import KEPT, KIND, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.progress import Progress
@@ -399,7 +399,17 @@ def open_pairs(
             found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
-    return Pairs(ids, prompts, fetch, draws)
+    return Pairs(ids, prompts, fetch, draws, kinds=kinds_of(real.tensors, part))
+
+
+def kinds_of(encoded: Path, part: Part) -> Tensor | None:
+    """The kind of each sample of a part, where its game says that samples of one kind are better scored together."""
+    found = []
+    for path in shards(encoded, ".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if KIND in file.keys():
+                found.append(file.get_tensor(KIND)[part.places])
+    return torch.cat(found) if found else None
 
 
 def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: Path) -> Pairs:
@@ -434,7 +444,11 @@ def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: P
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
         return together, drawn.rows(others, others)
 
-    return Pairs(ids, prompts, fetch)
+    kinds = kinds_of(real.tensors, part)
+    if kinds is not None:
+        starts = Column(data, "id", part).starts
+        kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]
+    return Pairs(ids, prompts, fetch, kinds=kinds)
 
 
 class Column(Sequence[str]):

@@ -35,11 +35,11 @@ def test_a_mirrored_latent_is_that_of_the_mirrored_image(sdxl_dir):
 def test_the_mirrored_frame_is_that_of_a_crop_of_the_mirror_image(size, place):
     image = Image.effect_noise(size, 50)
     settings = ImageSettings(image_interpolation_mode="bilinear")
-    square, frame = crop(image, 32, place, settings)
+    square, frame = crop(image, (32, 32), place, settings)
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # From the other side the same crop lies at the rest of the way
     wide = size[0] > size[1]
-    other, other_frame = crop(flipped, 32, 1 - place if wide else place, settings)
+    other, other_frame = crop(flipped, (32, 32), 1 - place if wide else place, settings)
     assert mirrored_frame(frame) == other_frame
     assert other.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == square.tobytes()
 

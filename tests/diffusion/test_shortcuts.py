@@ -343,7 +343,7 @@ def test_too_few_pairs_are_not_judged_and_it_is_said(sdxl_dir, tmp_path, capsys)
     game = make_game(sdxl_dir)
     (record,) = play_with(sdxl_dir, tmp_path, ShortcutProbe(game.pipeline.vae, game.images, ProbeSettings()))
     assert record["shortcut"]["state"] == "not run" and record["shortcut"]["samples"] == 10
-    assert "the shortcut probe was not run: 10 pairs are fewer than 32" in capsys.readouterr().out
+    assert "the shortcut probe was not run: 10 pairs of one size are fewer than 32" in capsys.readouterr().out
     assert record["state"] == "PROMOTED"
 
 
