@@ -91,6 +91,8 @@ def _check(config: Config) -> None:
         )
     if config.trajectory.trajectory != "forward":
         _check_trajectory(config)
+    if config.images.max_aspect_ratio > 1:
+        _check_sizes(config)
     _check_candidates(config.candidates, config.rounds)
     if config.training.two_passes:
         if config.trajectory.trajectory != "forward":
@@ -102,6 +104,21 @@ def _check(config: Config) -> None:
             )
     if config.denoiser.fixed_draws:
         _check_fixed_draws(config)
+
+
+def _check_sizes(config: Config) -> None:
+    flag = f"--max_aspect_ratio {config.images.max_aspect_ratio:g}"
+    if config.denoiser.compile != "no":
+        raise InputError(
+            f"{flag}: --compile {config.denoiser.compile} would compile the UNet anew for every size of its images: "
+            "leave one of the two out"
+        )
+    if config.training.fully_shard and config.training.train_batch_size > 1:
+        raise InputError(
+            f"{flag}: a batch of several sizes takes several passes, and with --fully_shard all processes must take as "
+            f"many: set --train_batch_size 1 instead of {config.training.train_batch_size}, with more "
+            "--gradient_accumulation_steps"
+        )
 
 
 def _check_trajectory(config: Config) -> None:
@@ -118,6 +135,8 @@ def _check_trajectory(config: Config) -> None:
         raise InputError(f"{flag} has no way for the real side of candidates: leave --num_candidates out")
     if config.images.random_flip:
         raise InputError(f"{flag} keeps the denoising steps of images as they were drawn: leave --random_flip out")
+    if config.images.max_aspect_ratio > 1:
+        raise InputError(f"{flag} keeps the denoising steps of images of one size: leave --max_aspect_ratio out")
     for name in objectives_of(config.rounds) + [name for name in config.run.compare_with or []]:
         if source_of(config.rounds, name) == "data":
             raise InputError(

@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from spin_diffusion.evaluation.report.reading import read_results
+from tests.tiny import write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,8 +149,9 @@ def test_every_process_leaves_its_state_in_a_checkpoint(both):
             {"fully_shard": True, "use_ema": True, "gradient_checkpointing": True},
             "unet/diffusion_pytorch_model.safetensors",
         ),
+        ({"max_aspect_ratio": 2.0, "random_flip": True}, "unet/diffusion_pytorch_model.safetensors"),
     ],
-    ids=["two_passes", "lora", "exact", "in_parts"],
+    ids=["two_passes", "lora", "exact", "in_parts", "sizes"],
 )
 def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir, tiny_parquet, tmp_path):
     config = mode | {
@@ -157,8 +159,11 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
         "rounds": 1, "max_train_steps": 3, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
         "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-3,
     }  # fmt: skip
+    if "max_aspect_ratio" in mode:
+        config["dataset_name"] = str(write_parquet(tmp_path / "sizes.parquet", shapes=[(40, 40), (64, 40), (32, 80)]))
     play(config | {"train_batch_size": 4, "fully_shard": False}, tmp_path / "one", 1)
     said = play(config | {"train_batch_size": 2}, tmp_path / "two", 2)
+    assert ("Sizes      " in said) == ("max_aspect_ratio" in mode)
     assert "x 2 processes on cpu" in said
     one, two = (load_file(tmp_path / name / "out" / saved) for name in ("one", "two"))
     if "use_lora" in mode:

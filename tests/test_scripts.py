@@ -214,6 +214,13 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
         (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),
         (["--trajectory", "steps", "--sampler", "ddim", "--random_flip", "true"], ["--trajectory", "--random_flip"]),
+        (["--trajectory", "steps", "--sampler", "ddim", "--max_aspect_ratio", "2"], ["--trajectory", "one size"]),
+        (["--max_aspect_ratio", "0.5"], ["--max_aspect_ratio 0.5", "at least 1"]),
+        (["--max_aspect_ratio", "2", "--compile", "blocks"], ["--max_aspect_ratio 2", "--compile blocks"]),
+        (
+            ["--max_aspect_ratio", "2", "--fully_shard", "true", "--train_batch_size", "2"],
+            ["--max_aspect_ratio 2", "--train_batch_size 1"],
+        ),
         (["--trajectory", "steps", "--num_candidates", "2"], ["--trajectory steps", "--num_candidates"]),
         (["--trajectory", "steps", "--objective", "dpo"], ["--trajectory steps", "--objective dpo"]),
         (["--trajectory", "steps", "--trajectory_weights", "sampler"], ["--trajectory_weights sampler", "--eta"]),

@@ -6,6 +6,7 @@ Every `build_*` writes a pipeline folder of 1 to 2 MB that draws 32-px images fr
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -177,17 +178,21 @@ def _clip_bytes() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(unprintable))]
 
 
-def write_parquet(path: Path, seed: int = 0) -> Path:
+def write_parquet(path: Path, seed: int = 0, shapes: Sequence[tuple[int, int]] = ((IMAGE_PX, IMAGE_PX),)) -> Path:
     """Write 24 rows with the columns of Pick-a-Pic: distinct captions, no ties, the winner on either side.
 
     The winner of a row is noise around the colour that its caption names, the loser is grey noise: a test can see which
     image was taken. `label_0` is 1.0 where jpg_0 won and 0.0 where jpg_1 won.
+
+    Args:
+        shapes: heights and widths that the rows' images have in turn.
     """
     rng = np.random.default_rng(seed)
     rows = []
     for i, (thing, colour) in enumerate((thing, colour) for thing in THINGS for colour in COLOURS):
-        winner = _jpeg(np.array(COLOURS[colour]) + rng.normal(0, 12, (IMAGE_PX, IMAGE_PX, 3)))
-        loser = _jpeg(128 + rng.normal(0, 12, (IMAGE_PX, IMAGE_PX, 1)).repeat(3, axis=2))
+        shape = shapes[i % len(shapes)]
+        winner = _jpeg(np.array(COLOURS[colour]) + rng.normal(0, 12, (*shape, 3)))
+        loser = _jpeg(128 + rng.normal(0, 12, (*shape, 1)).repeat(3, axis=2))
         is_first = bool(rng.random() < 0.5) if i > 1 else i == 0  # both sides occur whatever the seed
         rows.append(
             {

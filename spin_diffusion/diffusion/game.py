@@ -165,16 +165,7 @@ class DiffusionGame:
         if self.resolution % multiple:
             raise InputError(f"--resolution {self.resolution}: {base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
-        if self.has_sizes and self.steps is not None:
-            raise InputError(
-                f"--max_aspect_ratio {images.max_aspect_ratio:g}: the kept trajectories of --trajectory "
-                f"{self.trajectory.trajectory} are of one size; leave one of the two out"
-            )
-        if self.has_sizes and denoiser.compile != "no":
-            raise InputError(
-                f"--max_aspect_ratio {images.max_aspect_ratio:g}: --compile {denoiser.compile} would compile the UNet "
-                f"for each of {len(self.sizes)} sizes; leave one of the two out"
-            )
+        assert not (self.has_sizes and (self.steps is not None or denoiser.compile != "no")), "one size only"
         self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):

@@ -92,12 +92,6 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)
     check_fused(config.training, accelerator)
     check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
-    if game.has_sizes and config.training.fully_shard and config.training.train_batch_size > 1:
-        raise InputError(
-            f"--max_aspect_ratio {config.images.max_aspect_ratio:g}: batches of several sizes take several passes, and "
-            f"with --fully_shard all processes must take as many: set --train_batch_size 1 instead of "
-            f"{config.training.train_batch_size}, or leave --fully_shard out"
-        )
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
