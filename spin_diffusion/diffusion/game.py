@@ -277,7 +277,9 @@ class DiffusionGame:
                 encoded[f"{name}latents"] = encode()
             encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
         if self.has_sizes:
-            encoded[KIND] = torch.tensor([self.sizes.index(_size_of(row)) for row in rows], dtype=torch.int32)
+            for prefix in prefixes:
+                kinds = [self.sizes.index(_size_of(row, prefix)) for row in rows]
+                encoded[f"{prefix}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
         return encoded
 
     @property

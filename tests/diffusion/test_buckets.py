@@ -274,13 +274,15 @@ def test_without_kinds_the_stream_is_as_it_was():
     [{}, {"objective": "dpo"}, {"num_generated": 2, "objective": "space"}, {"real_parts": 2}],
     ids=["spin", "dpo", "space", "parts"],
 )
-def test_rounds_with_several_sizes_are_played(options, sdxl_dir, tmp_path):
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_rounds_with_several_sizes_are_played(two_passes, options, sdxl_dir, tmp_path):
     game = game_of_sizes(sdxl_dir)
     losers = options.get("objective") == "dpo"
     prepare(tmp_path / "data", lambda: game.real_rows(pictures(24, losers)), {}, 4, game, game.accelerator)
     kinds = kinds_of(tmp_path / "data" / "encoded", Part())
     assert len(kinds) == 24 and len(set(kinds.tolist())) >= 3
-    records = play(game, tmp_path / "data", tmp_path, replace(ROUNDS, **options), TRAINING, game.accelerator)
+    training = replace(TRAINING, two_passes=two_passes)
+    records = play(game, tmp_path / "data", tmp_path, replace(ROUNDS, **options), training, game.accelerator)
     assert [record["state"] for record in records] == ["PROMOTED"] * 2
     if losers:
         return
