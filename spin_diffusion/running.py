@@ -17,10 +17,12 @@ import transformers
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import set_seed
+from torch import nn
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.candidates import Candidates
+from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
@@ -28,8 +30,10 @@ from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
+from spin_diffusion.selfplay.sharded import check_sharding, wants_shards
 from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
+from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
 
 
 @dataclass(frozen=True)
@@ -207,16 +211,34 @@ def _forget_false_start(config: AnyConfig, output_dir: Path) -> None:
 def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
     report_to = None if config.run.report_to == "none" else config.run.report_to
     try:
-        return Accelerator(
-            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-            mixed_precision=config.training.mixed_precision,
-            log_with=report_to,
-            project_dir=str(output_dir / config.run.logging_dir),
-            # One process may read the data while the others wait
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-        )
+        with as_plain_processes():
+            return Accelerator(
+                gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+                mixed_precision=config.training.mixed_precision,
+                log_with=report_to,
+                project_dir=str(output_dir / config.run.logging_dir),
+                # One process may read the data while the others wait
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+            )
     except (ValueError, ImportError) as error:
         raise InputError(str(error).splitlines()[0]) from error
+
+
+def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator, scores_again: bool = False) -> None:
+    """InputError names what the processes at hand, or the way of training asked for, cannot do.
+
+    Args:
+        scores_again: whether the game scores parts of a batch again in the backward pass.
+    """
+    moving_average = config.rounds.opponent == "ema"
+    check_fused(config.training, accelerator)
+    check_zero(player, config.training, accelerator, moving_average)
+    check_sharding(player, config.training, accelerator, moving_average)
+    if scores_again and (launched_stage() or wants_shards(config.training, accelerator)):
+        raise InputError(
+            "--trajectory exact computes its scores again in the backward pass, which needs whole weights on every "
+            "process: take --trajectory steps, or launch with training/accelerate/eight_gpus.yaml"
+        )
 
 
 def rivals(config: AnyConfig) -> list[str]:

@@ -22,13 +22,19 @@ from tests.tiny import write_parquet
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def start(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> subprocess.Popen:
+def start(
+    config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py", launched: dict | None = None
+) -> subprocess.Popen:
+    """
+    Args:
+        launched: what an accelerate config tells the processes by their environment.
+    """
     folder.mkdir(exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | (launched or {})
     return subprocess.Popen(
         [*command, str(ROOT / "training" / script), "--config", str(path)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -40,8 +46,10 @@ def learning_rates(run: Path) -> list[float]:
     return [json.loads(line)["lr"] for line in (run / "round-1" / "metrics.jsonl").read_text().splitlines()]
 
 
-def play(config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py") -> str:
-    run = start(config, folder, processes, script)
+def play(
+    config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py", launched: dict | None = None
+) -> str:
+    run = start(config, folder, processes, script, launched)
     said, complained = run.communicate(timeout=300)
     assert run.returncode == 0, complained[-6000:]
     return said
@@ -172,6 +180,30 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
         base = load_file(sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
         moved = max((one[name] - base[name].float()).abs().max() for name in one)
     assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 0.01 * moved
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(2, "no"), (3, "no"), (2, "bf16"), (3, "bf16"), ("fsdp", "bf16")])
+def test_zero_and_autocast_end_where_one_process_does(stage, precision, sdxl_dir, tiny_parquet, tmp_path):
+    config = {
+        "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
+        "rounds": 2, "max_train_steps": 3, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
+        "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-3,
+        "mixed_precision": precision, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    if stage == "fsdp":
+        config, launched = config | {"fully_shard": True}, {}
+    # At its first step it asserts that player and opponent score alike, under autocast too
+    said = play(config | {"train_batch_size": 2}, tmp_path / "two", 2, launched=launched)
+    assert "x 2 processes on cpu" in said
+    two = load_file(tmp_path / "two" / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    base = load_file(sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = max((two[name] - base[name].float()).abs().max() for name in two)
+    assert moved > 0
+    if precision == "no":
+        play(config | {"train_batch_size": 4}, tmp_path / "one", 1)
+        one = load_file(tmp_path / "one" / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert max((one[name] - two[name]).abs().max() for name in one) < 0.01 * moved
 
 
 @pytest.mark.slow

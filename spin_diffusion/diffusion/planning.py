@@ -203,15 +203,11 @@ def _probe_training(
     trainee = (Fused if config.training.fused_backward else Trainee)(game, 1e-12, config.training, game.accelerator)
 
     def passes() -> None:
-        game.accelerator.backward(loss(game.scores(trainee.model, batch).scores).mean())
-
-    def step() -> None:
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+        trainee.backward(loss(game.scores(trainee.model, batch).scores).mean())
 
     passes()
-    step()  # the optimizer's state is there from here on
-    pair, update = _seconds(passes, device) / size, _seconds(step, device)
+    trainee.step()  # the optimizer's state is there from here on
+    pair, update = _seconds(passes, device) / size, _seconds(trainee.step, device)
     weights = sum(p.numel() * p.element_size() for p in trainee.parameters)
     state = sum(t.numel() * t.element_size() for t in trainee.optimizer_state())
     trainee.finish()

@@ -29,6 +29,7 @@ from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import (
     check_folder,
+    check_training,
     needs_losers,
     play_with_rivals,
     quiet_libraries,
@@ -43,8 +44,9 @@ from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.samples import ENCODED, Column, Part, kinds_of, prepare
-from spin_diffusion.selfplay.sharded import check_sharding
+from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.zero import launched_stage
 
 
 def run(config: Config, family_name: str) -> None:
@@ -90,8 +92,7 @@ def run(config: Config, family_name: str) -> None:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    check_fused(config.training, accelerator)
-    check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
+    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
@@ -201,13 +202,17 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
     if family_name is not None and family.__name__.rsplit(".", 1)[-1] != family_name:
         right = family.__name__.rsplit(".", 1)[-1]
         raise InputError(f"{base} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
+    denoiser = config.denoiser
+    if launched_stage() or wants_shards(config.training, accelerator):
+        # A player in parts has the plain layout; an opponent of another one would round differently
+        denoiser = dataclasses.replace(denoiser, channels_last=False)
     return DiffusionGame(
         family,
         pipeline,
         base,
         images=config.images,
         sampling=config.sampling,
-        denoiser=config.denoiser,
+        denoiser=denoiser,
         trajectory=config.trajectory,
         lora=config.lora,
         accelerator=accelerator,

@@ -18,6 +18,7 @@ from spin_diffusion.llm.evaluating import AnswerEvaluator
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.running import (
     check_folder,
+    check_training,
     needs_losers,
     play_with_rivals,
     round_lines,
@@ -25,13 +26,11 @@ from spin_diffusion.running import (
     tracked,
     write_manifest,
 )
-from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
-from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import check_batch
 
 
@@ -90,8 +89,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    check_fused(config.training, accelerator)
-    check_sharding(game.player, config.training, accelerator, config.rounds.opponent == "ema")
+    check_training(config, game.player, accelerator)
     write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 

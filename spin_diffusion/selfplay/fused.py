@@ -81,6 +81,10 @@ class Fused(Trainee):
 
         return update
 
+    def clip(self) -> Tensor:
+        """The norm alone: the gradients are gone."""
+        return self.optimizer.gradient_norm()
+
     def optimizer_state(self) -> list[Tensor]:
         """Of all weights."""
         states = (kept for optimizer in self._each for kept in optimizer.state.values())

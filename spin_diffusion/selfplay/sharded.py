@@ -47,11 +47,6 @@ def check_sharding(player: nn.Module, settings: TrainSettings, accelerator: Acce
     Args:
         moving_average: whether the next opponent is an average of the player's weights (--opponent ema).
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError(
-            "DeepSpeed is not supported: launch with training/accelerate/fsdp2.yaml, which shares weights, gradients "
-            "and optimizer state out as ZeRO-3 does"
-        )
     if not wants_shards(settings, accelerator):
         return
     if accelerator.num_processes < 2:
@@ -98,6 +93,10 @@ class Sharded(Trainee):
             self.optimizer = self.accelerator.prepare(self.schedulable)
         self.parameters = list(self.model.parameters())
         assert any(isinstance(part, DTensor) for part in self.parameters), "nothing was sharded"
+
+    def clip(self) -> Tensor:
+        """Its norm is that of all parts."""
+        return whole(super().clip())
 
     def distance(self) -> float | None:
         """Of the whole weights, one tensor at a time."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
@@ -24,9 +24,10 @@ from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
-from spin_diffusion.selfplay.sharded import Sharded, wants_shards, whole
+from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee
+from spin_diffusion.selfplay.zero import Zero, launched_stage
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ def train(
     """
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
 
-    seat = Sharded if wants_shards(settings, accelerator) else Fused if settings.fused_backward else Trainee
+    seat = Trainee
+    if launched_stage():
+        seat = Zero
+    elif wants_shards(settings, accelerator):
+        seat = Sharded
+    elif settings.fused_backward:
+        seat = Fused
     trainee = seat(game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator)
     schedule = get_scheduler(
         settings.lr_scheduler,
@@ -97,9 +104,7 @@ def train(
             before = anchors[-1]["hash"] if anchors else anchor_hash
             assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
             anchors.append({"step": step, "hash": checkpoints.new_anchor()})
-        metrics, gradient_norm = _take_step(
-            step, game, trainee.model, trainee.optimizer, pairs, plan, settings, accelerator
-        )
+        metrics, gradient_norm = _take_step(step, trainee, pairs, plan)
         schedule.step()
         if trainee.ema is not None:
             trainee.ema.step(trainee.parameters)
@@ -157,22 +162,14 @@ def train(
     }
 
 
-def _take_step(
-    step: int,
-    game: Game,
-    player: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pairs: Pairs,
-    plan: RoundPlan,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-) -> tuple[Tensor, float]:
+def _take_step(step: int, trainee: Trainee, pairs: Pairs, plan: RoundPlan) -> tuple[Tensor, float]:
     """One optimizer step on one global batch.
 
     Returns:
         What is logged of the pairs of all processes, (pairs, columns) on the CPU, and the gradient's norm before
         clipping.
     """
+    game, settings, accelerator = trainee.game, trainee.settings, trainee.accelerator
     records, rank, world = [], accelerator.process_index, accelerator.num_processes
 
     def ids() -> list[str]:
@@ -182,25 +179,21 @@ def _take_step(
     gradient_norm = torch.zeros(())
     for micro in range(settings.gradient_accumulation_steps):
         batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
-        with accelerator.accumulate(player):
+        with trainee.accumulating():
             with torch.no_grad() if settings.two_passes else nullcontext():
-                scored = game.scores(player, batch)
+                scored = game.scores(trainee.model, batch)
             scores = _as_leaves(scored.scores) if settings.two_passes else scored.scores
             trained_on = _without_some_margins(scores, batch.seeds, plan.margin_dropout)
             losses = plan.loss(trained_on)
             if step == 0 and plan.anchored_at_player:
                 _check_start(trained_on, losses, plan, game.start_tolerance[accelerator.mixed_precision])
             if settings.two_passes:
-                _backward_by_sides(losses.mean(), scores, scored.generated_scale, game, player, batch, accelerator)
+                _backward_by_sides(losses.mean(), scores, scored.generated_scale, trainee, batch)
             else:
-                accelerator.backward(losses.mean())
+                trainee.backward(losses.mean())
             records.append(_record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
-                limit = settings.max_grad_norm or float("inf")
-                if settings.fused_backward:
-                    gradient_norm = optimizer.gradient_norm()
-                else:
-                    gradient_norm = whole(accelerator.clip_grad_norm_(player.parameters(), limit))
+                gradient_norm = trainee.clip()
                 # The one wait for the device in a step
                 metrics = accelerator.gather(torch.cat(records)).cpu()
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
@@ -209,8 +202,7 @@ def _take_step(
                     metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, _LEVEL], ids=ids,
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
-            optimizer.step()
-            optimizer.zero_grad()
+            trainee.step()
     return metrics, float(gradient_norm)
 
 
@@ -226,10 +218,8 @@ def _backward_by_sides(
     loss: Tensor,
     scores: PairScores,
     generated_scale: Tensor | None,
-    game: Game,
-    player: nn.Module,
+    trainee: Trainee,
     batch: Batch,
-    accelerator: Accelerator,
 ) -> None:
     """The gradient of a loss of known scores, one side of the pairs after the other.
 
@@ -253,8 +243,8 @@ def _backward_by_sides(
     for number, (side, gradient) in enumerate(passes):
         last = number + 1 == len(passes)
         # Gradients of several processes are gathered once, in the last of the backward passes
-        with nullcontext() if last else accelerator.no_sync(player):
-            accelerator.backward((game.scores(player, side).scores.player_real * gradient).sum())
+        with nullcontext() if last else trainee.accelerator.no_sync(trainee.model):
+            trainee.backward((trainee.game.scores(trainee.model, side).scores.player_real * gradient).sum())
 
 
 def _without_some_margins(scores: PairScores, seeds: list[int], share: float) -> PairScores:

@@ -4,6 +4,7 @@ Either every process has all of it (one process, or DDP), or each holds a part o
 state (`sharded`). Outside a round's training the game's player is always whole.
 """
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,25 @@ class Trainee:
         self.parameters = trained_parameters(self.game)
         self.schedulable = make_optimizer(self.parameters, self.learning_rate, self.settings)
         self.model, self.optimizer = self.accelerator.prepare(self.game.player, self.schedulable)
+
+    # A step: `accumulating` around each of its batches, in it `backward`, after the last `clip`, then `step`
+
+    def accumulating(self) -> AbstractContextManager[Any]:
+        """Around the work on a batch; says by `accelerator.sync_gradients` whether it is the last of a step."""
+        return self.accelerator.accumulate(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a batch's gradient."""
+        self.accelerator.backward(loss)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient; its norm before, on its device."""
+        return self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or float("inf"))
+
+    def step(self) -> None:
+        """Update the weights, if the last batch of a step was the last one, and forget its gradient."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def optimizer_state(self) -> list[Tensor]:
         """What the optimizer keeps of the weights on this process."""

@@ -1,5 +1,6 @@
 """A model trained in parts over gloo ends where one trained whole does, also after a change of the process count."""
 
+import builtins
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.selfplay.zero import check_zero
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
@@ -25,9 +27,12 @@ def steps(how: str, optimizer: str, folder: Path, number: int, processes: int) -
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launched = {}
+    if how.startswith("zero"):
+        launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how.removeprefix("zero")}
     run = subprocess.run(
         [*command, str(SCRIPT), how, optimizer, str(folder), str(number)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | launched, capture_output=True, text=True,
         timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-6000:]
@@ -54,13 +59,27 @@ def test_in_parts_ends_where_whole_weights_do_also_after_a_resume_on_four_proces
     assert min(moved) > 0  # the second half did train every tensor
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_under_zero_too(stage, optimizer, tmp_path):
+    whole = steps("whole", optimizer, tmp_path / "whole", 6, 1)
+    steps(f"zero{stage}", optimizer, tmp_path / "zero", 3, 2)
+    assert sorted(path.name for path in (tmp_path / "zero" / "checkpoint").iterdir()) == [
+        "zero.json", "zero.safetensors"
+    ]  # fmt: skip
+    ended = steps(f"zero{stage}", optimizer, tmp_path / "zero", 6, 4)
+    compared = [name for name in whole if not name.startswith("ema.") and not name.endswith(".step")]
+    assert set(compared) <= ended.keys() and any("exp_avg_sq" in name for name in compared) == (optimizer == "adamw")
+    for name in compared:
+        assert (ended[name] - whole[name]).abs().max() <= 1e-4 * whole[name].abs().max(), name
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"processes": 1}, "launch two or more"),
         ({"frozen": True}, "adapters are small"),
         ({"optimizer": "adafactor"}, "--optimizer adafactor works on whole weights: use adamw, rmsprop, sgd"),
-        ({"launched": DistributedType.DEEPSPEED}, "DeepSpeed is not supported"),
         ({"moving_average": True}, "--opponent ema averages whole weights"),
     ],
 )
@@ -73,3 +92,77 @@ def test_what_cannot_be_done_in_parts_is_refused_in_one_line(changed, said):
     with pytest.raises(InputError) as refused:
         check_sharding(player, settings, accelerator, changed.get("moving_average", False))
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "changed", "said"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "zero_stage: 1 must be 2 or 3"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, {}, "set its offload devices to none"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "leave deepspeed_config_file out"),
+        ({}, {"frozen": True}, "adapters are small"),
+        ({}, {"optimizer": "adafactor"}, "--optimizer adafactor works on whole weights: use adamw, rmsprop, sgd"),
+        ({}, {"precision": "fp16"}, "--mixed_precision fp16 cannot be used with it: use bf16"),
+        ({}, {"use_ema": True}, "--use_ema averages weights"),
+        ({}, {"moving_average": True}, "--opponent ema averages weights"),
+        ({}, {"fully_shard": True}, "--fully_shard is another way of saving memory"),
+        ({}, {"two_passes": True}, "--two_passes is another way of saving memory"),
+    ],
+)
+def test_what_cannot_be_done_under_zero_is_refused_in_one_line(environment, changed, said, monkeypatch):
+    for name, value in (ZERO | environment).items():
+        monkeypatch.setenv(name, value)
+    accelerator = create_autospec(Accelerator, instance=True)
+    accelerator.mixed_precision = changed.pop("precision", "bf16")
+    player = nn.Linear(2, 2).requires_grad_(not changed.pop("frozen", False))
+    moving_average = changed.pop("moving_average", False)
+    with pytest.raises(InputError) as refused:
+        check_zero(player, TrainSettings(**changed), accelerator, moving_average)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_without_deepspeed_its_extra_is_named(monkeypatch):
+    monkeypatch.setattr("builtins.__import__", _without("deepspeed", builtins.__import__))
+    check_zero(nn.Linear(2, 2), TrainSettings(), create_autospec(Accelerator, instance=True), False)  # not launched so
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"pip install 'spin-diffusion\[deepspeed\]'"):
+        check_zero(nn.Linear(2, 2), TrainSettings(), create_autospec(Accelerator, instance=True), False)
+
+
+def _without(missing, load):
+    def loads(name, *rest):
+        if name.split(".")[0] == missing:
+            raise ImportError(name)
+        return load(name, *rest)
+
+    return loads
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerates_launcher_tells_the_stage_of_our_configs(stage, tmp_path):
+    script = tmp_path / "says.py"
+    script.write_text(
+        "import os\n"
+        "from unittest.mock import create_autospec\n"
+        "from accelerate import Accelerator\n"
+        "from torch import nn\n"
+        "from spin_diffusion.selfplay.train_settings import TrainSettings\n"
+        "from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage\n"
+        "with as_plain_processes():\n"
+        "    accelerator = Accelerator()\n"
+        "check_zero(nn.Linear(2, 2), TrainSettings(), accelerator, False)\n"
+        "print(f'stage {launched_stage()}, {accelerator.num_processes}, {accelerator.distributed_type}, '\n"
+        "      f'{accelerator.mixed_precision}')\n"
+    )
+    config = Path(__file__).parents[2] / "training" / "accelerate" / f"zero{stage}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    run = subprocess.run(
+        [*command, "--num_processes", "2", "--main_process_port", "0", str(script)], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])}, timeout=200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count(f"stage {stage}, 2, DistributedType.MULTI_") == 2 and run.stdout.count(", bf16") == 2

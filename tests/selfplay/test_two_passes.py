@@ -10,6 +10,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.objectives import OBJECTIVES, bind
 from spin_diffusion.selfplay.train import Pairs, RoundPlan, _take_step
+from spin_diffusion.selfplay.trainee import Trainee
 from tests.diffusion.test_game import batch_of, nudge
 from tests.playing import TRAINING, make_game
 
@@ -47,8 +48,9 @@ def gradient(base, objective: str, two_passes: bool, copies: int = 1, margin_dro
         def step(self, closure=None):
             gradients.update({n: p.grad.clone() for n, p in game.player.named_parameters() if p.grad is not None})
 
-    wrapped, optimizer = game.accelerator.prepare(game.player, Keep(game.player.parameters(), lr=0.0))
-    metrics, norm = _take_step(1, game, wrapped, optimizer, OneBatch(batch), plan, settings, game.accelerator)
+    trainee = Trainee(game, 0.0, settings, game.accelerator)
+    trainee.optimizer = Keep(game.player.parameters(), lr=0.0)
+    metrics, norm = _take_step(1, trainee, OneBatch(batch), plan)
     return gradients, metrics, norm, rows
 
 
