@@ -1,6 +1,7 @@
 """What every kind of run shares: where results go, which settings may change, and how it is started."""
 
 import dataclasses
+import logging
 import platform
 import shutil
 import warnings
@@ -179,6 +180,8 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # Where it is installed accelerate loads it, asked or not
+    logging.getLogger("DeepSpeed").disabled = not launched_stage()
 
 
 def start(config: AnyConfig, output_dir: Path) -> Accelerator:

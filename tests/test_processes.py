@@ -208,8 +208,10 @@ def test_zero_and_autocast_end_where_one_process_does(stage, precision, sdxl_dir
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in_parts"])
-def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(in_parts, sdxl_dir, tiny_parquet, tmp_path):
+@pytest.mark.parametrize("how", ["whole", "in_parts", "zero3"])
+def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(how, sdxl_dir, tiny_parquet, tmp_path):
+    in_parts = how == "in_parts"
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} if how == "zero3" else None
     config = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
         "rounds": 1, "max_train_steps": 24, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
@@ -217,7 +219,7 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(in_pa
         "checkpointing_steps": 3, "checkpoints_total_limit": 2, "fully_shard": in_parts,
         "lr_scheduler": "linear", "lr_warmup_steps": 2,
     }  # fmt: skip
-    run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2)
+    run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2, launched=launched)
     training = tmp_path / "two" / "out" / "round-1"
     until = time.monotonic() + 120
     while not (training / "checkpoint-3").is_dir():
@@ -233,7 +235,7 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(in_pa
     assert "the same command goes on from there" in complained and "Traceback" not in complained.split("torch/dist")[0]
     assert f"exitcode  : -9 (pid: {killed})" in complained  # the launcher names the one that died
     # The same global batch on other numbers of processes; one alone has nothing to share a player out to
-    shared = {"two_again": (2, 2), "four": (4, 1)} if in_parts else {"one": (1, 4), "four": (4, 1)}
+    shared = {"two_again": (2, 2), "four": (4, 1)} if how != "whole" else {"one": (1, 4), "four": (4, 1)}
     for name in {*shared, "one"}:
         shutil.copytree(tmp_path / "two", tmp_path / name)
     assert json.loads((training / "round.json").read_text())["state"] == "CACHED"
@@ -242,7 +244,7 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(in_pa
     why = "launch two or more" if in_parts else "4 pairs in each optimizer step, this command has 3"
     assert other.returncode != 0 and why in refused
     for name, (processes, batch) in shared.items():
-        said = play(config | {"train_batch_size": batch}, tmp_path / name, processes)
+        said = play(config | {"train_batch_size": batch}, tmp_path / name, processes, launched=launched)
         assert "Resuming from round-1/checkpoint-" in said
         assert f"4 pairs a step = {batch} x 1 accumulation x {processes} process" in said
     if in_parts:

@@ -16,6 +16,7 @@ from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, 
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.one_round import Part
 from spin_diffusion.selfplay.pairs import TOGETHER, Pairs
@@ -239,6 +240,14 @@ def test_sdxl_is_told_the_sizes(sdxl_dir, monkeypatch):
     assert sum(len(time_ids) for _, time_ids in told_ids) == 12
 
 
+def test_the_shared_cache_tells_packed_latents_from_square_ones(sdxl_dir, tmp_path):
+    square, sizes = make_game(sdxl_dir), game_of_sizes(sdxl_dir)
+    for game in (square, sizes):
+        game.shared_latents, game.vae_hash = tmp_path, "a hash"
+    rows = list(square.real_rows(Example(f"{n}", next(pictures(1)).image, None, f"row {n}") for n in range(2)))
+    assert square.encode(rows)["latents"].dim() == 4 and sizes.encode(rows)["latents"].dim() == 3
+
+
 # The stream
 
 
@@ -292,6 +301,30 @@ def test_rounds_with_several_sizes_are_played(two_passes, options, sdxl_dir, tmp
         drawn = read_rows(tmp_path / "round-1" / "samples" / path.name)
         for row in drawn:
             assert row["frame"][4:] == real[row["place"]]["frame"][4:]
+
+
+def test_kinds_are_those_of_the_pairs_of_a_part_and_of_candidates(sdxl_dir, tmp_path):
+    game = game_of_sizes(sdxl_dir)
+    prepare(tmp_path / "data", lambda: game.real_rows(pictures(24)), {}, 7, game, game.accelerator)
+    candidates = Candidates(2, 0.5, "by bytes", lambda: lambda rows: [float(len(row["image"])) for row in rows])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        taken = Pairs.batch
+        patch.setattr(
+            Pairs, "batch", lambda self, *given: seen.append((self.kinds, taken(self, *given), self.ids)) or seen[-1][1]
+        )
+        play(
+            game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=2, real_parts=2), TRAINING, game.accelerator,
+            candidates=candidates,
+        )  # fmt: skip
+    sizes = {}
+    for path in sorted((tmp_path / "data" / "samples").glob("*.parquet")):
+        sizes |= {row["id"]: tuple(row["frame"][4:]) for row in read_rows(path)}
+    assert len(seen) == 8
+    for kinds, batch, ids in seen:
+        assert len(kinds) == len(ids) > 2
+        assert [game.sizes[kind] for kind in kinds.tolist()] == [sizes[id_] for id_ in ids]
+        assert [game.sizes[kind] for kind in batch.real["kind"].tolist()] == [sizes[id_] for id_ in batch.ids]
 
 
 # Refusals and figures

@@ -162,7 +162,8 @@ def test_accelerates_launcher_tells_the_stage_of_our_configs(stage, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     run = subprocess.run(
         [*command, "--num_processes", "2", "--main_process_port", "0", str(script)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(Path(__file__).parents[2])}, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(SCRIPT.parents[2])},
+        timeout=200,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count(f"stage {stage}, 2, DistributedType.MULTI_") == 2 and run.stdout.count(", bf16") == 2
