@@ -1,6 +1,7 @@
 """The pairs of a round as an endless stream, whose order and randomness do not depend on the processes."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,10 @@ class Pairs:
         seeds = [seed_from(seed, "draw", round_, self.ids[i], k) for i, k in zip(indices, draws, strict=True)]
         return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
 
+    def ids_at(self, positions: list[int], seed: int, round_: int) -> list[str]:
+        """The ids of the pairs at these positions."""
+        return [self.ids[self._index(position, seed, round_)] for position in positions]
+
     def _index(self, position: int, seed: int, round_: int) -> int:
         epoch, place = divmod(position, len(self.ids))
         if epoch not in self.epochs:
@@ -60,6 +65,32 @@ class Pairs:
                 order = side_by_side(order, self.kinds, -epoch * len(self.ids) % TOGETHER, generator)
             self.epochs[epoch] = order
         return int(self.epochs[epoch][place])
+
+
+class ReadAhead:
+    """Pairs of which the next batch of the stream is read while the last one is worked on."""
+
+    def __init__(self, pairs: Pairs, stride: int) -> None:
+        """
+        Args:
+            stride: places in the stream from one batch of a process to its next one.
+        """
+        self.pairs, self.stride = pairs, stride
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._next: tuple[list[int], Future[Batch]] | None = None
+
+    def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
+        """As `Pairs.batch`."""
+        ahead, self._next = self._next, None
+        known = ahead is not None and ahead[0] == positions
+        found = ahead[1].result() if known else self.pairs.batch(positions, seed, round_)
+        following = [position + self.stride for position in positions]
+        self._next = following, self._reader.submit(self.pairs.batch, following, seed, round_)
+        return found
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reader.shutdown(cancel_futures=True)
 
 
 def side_by_side(order: Tensor, kinds: Tensor, before: int, generator: torch.Generator) -> Tensor:

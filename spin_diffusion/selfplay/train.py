@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
-from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
@@ -93,6 +94,7 @@ def train(
     first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
+    ahead = ReadAhead(pairs, settings.train_batch_size * accelerator.num_processes)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings) else None
     for step in range(first_step, plan.steps):
@@ -104,7 +106,7 @@ def train(
             before = anchors[-1]["hash"] if anchors else anchor_hash
             assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
             anchors.append({"step": step, "hash": checkpoints.new_anchor()})
-        metrics, gradient_norm = _take_step(step, trainee, pairs, plan)
+        metrics, gradient_norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
         if trainee.ema is not None:
             trainee.ema.step(trainee.parameters)
@@ -135,6 +137,7 @@ def train(
             checkpoints.save(step + 1, history, anchors)
         if done:
             break
+    ahead.close()
     kept_step = history[-1]["step"]
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
         kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
@@ -162,7 +165,7 @@ def train(
     }
 
 
-def _take_step(step: int, trainee: Trainee, pairs: Pairs, plan: RoundPlan) -> tuple[Tensor, float]:
+def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -> tuple[Tensor, float]:
     """One optimizer step on one global batch.
 
     Returns:
@@ -172,13 +175,9 @@ def _take_step(step: int, trainee: Trainee, pairs: Pairs, plan: RoundPlan) -> tu
     game, settings, accelerator = trainee.game, trainee.settings, trainee.accelerator
     records, rank, world = [], accelerator.process_index, accelerator.num_processes
 
-    def ids() -> list[str]:
-        micros = range(settings.gradient_accumulation_steps)
-        return [id_ for micro in micros for id_ in _ids_everywhere(pairs, step, micro, plan, settings, world)]
-
     gradient_norm = torch.zeros(())
     for micro in range(settings.gradient_accumulation_steps):
-        batch = pairs.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
+        batch = ahead.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
         with trainee.accumulating():
             with torch.no_grad() if settings.two_passes else nullcontext():
                 scored = game.scores(trainee.model, batch)
@@ -199,7 +198,8 @@ def _take_step(step: int, trainee: Trainee, pairs: Pairs, plan: RoundPlan) -> tu
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
                 norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
-                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, _LEVEL], ids=ids,
+                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, _LEVEL],
+                    ids=partial(_ids_everywhere, ahead.pairs, step, plan, settings, world),
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
             trainee.step()
@@ -262,13 +262,13 @@ def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world:
     return list(range(start, start + settings.train_batch_size))
 
 
-def _ids_everywhere(
-    pairs: Pairs, step: int, micro: int, plan: RoundPlan, settings: TrainSettings, world: int
-) -> list[str]:
+def _ids_everywhere(pairs: Pairs, step: int, plan: RoundPlan, settings: TrainSettings, world: int) -> list[str]:
+    """Of a step, in the order in which the processes' metrics are gathered."""
     return [
-        pairs.ids[pairs._index(position, plan.seed, plan.round_)]
+        id_
         for rank in range(world)
-        for position in _positions(step, micro, settings, rank, world)
+        for micro in range(settings.gradient_accumulation_steps)
+        for id_ in pairs.ids_at(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
     ]
 
 

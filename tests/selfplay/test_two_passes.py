@@ -9,6 +9,7 @@ from spin_diffusion.config import parse_config
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.objectives import OBJECTIVES, bind
+from spin_diffusion.selfplay.pairs import ReadAhead
 from spin_diffusion.selfplay.train import Pairs, RoundPlan, _take_step
 from spin_diffusion.selfplay.trainee import Trainee
 from tests.diffusion.test_game import batch_of, nudge
@@ -50,7 +51,7 @@ def gradient(base, objective: str, two_passes: bool, copies: int = 1, margin_dro
 
     trainee = Trainee(game, 0.0, settings, game.accelerator)
     trainee.optimizer = Keep(game.player.parameters(), lr=0.0)
-    metrics, norm = _take_step(1, trainee, OneBatch(batch), plan)
+    metrics, norm = _take_step(1, trainee, ReadAhead(OneBatch(batch), 4), plan)
     return gradients, metrics, norm, rows
 
 
