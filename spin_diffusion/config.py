@@ -8,7 +8,7 @@ from typing import Any
 
 from spin_diffusion.data import DataSettings
 from spin_diffusion.diffusion.curation import CurationSettings
-from spin_diffusion.diffusion.game import DenoiserSettings
+from spin_diffusion.diffusion.denoiser import DenoiserSettings
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import CacheSettings
 from spin_diffusion.diffusion.lora import LoraSettings

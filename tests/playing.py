@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.data import Example
+from spin_diffusion.diffusion.denoiser import DenoiserSettings
 from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.game import DenoiserSettings, DiffusionGame
+from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.lora import LoraSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings

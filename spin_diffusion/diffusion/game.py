@@ -1,17 +1,16 @@
 """DiffusionGame: the rounds' contract (`selfplay.game.Game`) for text-to-image diffusion models with a UNet."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
-from spin_diffusion.diffusion.attention import Kernel
+from spin_diffusion.diffusion.batches import MIRRORED, as_visited, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size, unpacked
+from spin_diffusion.diffusion.denoiser import (
+    DenoiserSettings,
+    autocast_dtype,
+    compile_unet,
+    enable_xformers,
+    opponent_of,
+)
 from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import encoded_once
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
@@ -45,51 +51,6 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
-
-
-@dataclass(frozen=True)
-class DenoiserSettings:
-    """How the denoiser is scored and run."""
-
-    proportion_empty_prompts: float = 0.0
-    """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
-    winner_preserving_mu: float | None = None
-    """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
-    snr_gamma: float | None = None
-    """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
-    timestep_weights: list[float] | None = None
-    """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
-    fixed_draws: int = 0
-    """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
-    once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit."""
-    channels_last: bool = True
-    """Memory layout of the UNet; faster convolutions on most hardware."""
-    compile: Literal["no", "blocks", "whole"] = "no"
-    """torch.compile for the UNet: its transformer blocks (seconds to compile), or all of it (minutes). It pays where
-    rounds are long; needs a C++ compiler on a CPU."""
-    attention_kernel: Kernel = "torch"
-    """torch's attention: as torch chooses, the fastest by a measurement at the start (measure), or flash, efficient,
-    cudnn, math. Kernels round differently, so one that is measured may change the last digits between machines."""
-    enable_xformers_memory_efficient_attention: bool = False
-    """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
-        if self.fixed_draws < 0:
-            raise InputError(f"--fixed_draws {self.fixed_draws} must be at least 0")
-        if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
-            raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise InputError(f"--snr_gamma {self.snr_gamma} must be above 0")
-        if self.timestep_weights is not None and not (
-            self.timestep_weights and min(self.timestep_weights) >= 0 and max(self.timestep_weights) > 0
-        ):
-            raise InputError(f"--timestep_weights {self.timestep_weights} must be numbers of at least 0, not all 0")
-
-
-MIRRORED = "mirrored_"
-"""Before the names of a mirror image's tensors."""
 
 
 def example_id(example: Example) -> str:
@@ -179,7 +140,7 @@ class DiffusionGame:
         if gradient_checkpointing:
             self.player.enable_gradient_checkpointing()
         if denoiser.enable_xformers_memory_efficient_attention:
-            _enable_xformers(self.player)
+            enable_xformers(self.player)
         # Never in training mode: dropout would make the two models' scores differ at step 0
         self.base_hash = weights_hash(self.player)
         self.adapters: Adapters | None = None
@@ -192,7 +153,7 @@ class DiffusionGame:
         else:
             self.player.requires_grad_(True).eval()
             self.opponent = self._opponent_of_player()
-        _compile(self.player, denoiser.compile)
+        compile_unet(self.player, denoiser.compile)
 
     @property
     def has_sizes(self) -> bool:
@@ -310,12 +271,12 @@ class DiffusionGame:
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Scores at one (t, eps) per pair, shared by its images and both models; all images of a size in one batch."""
-        batch = _one_to_one(batch)
+        batch = one_to_one(batch)
         self._put_away()
         if self.steps is not None:
             return self._trajectory_scores(player, batch)
-        parts = _by_kind(batch)
-        return _in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
+        parts = by_kind(batch)
+        return in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Of pairs of one size."""
@@ -347,10 +308,10 @@ class DiffusionGame:
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""
         rows = len(batch.ids)
-        batch = _one_to_one(batch)
+        batch = one_to_one(batch)
         real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
         drawn = drawn if batch.generated else drawn[:0]
-        for places, part in _by_kind(batch):
+        for places, part in by_kind(batch):
             found = self._ask_opponent(self._question(part), part)
             real[places] = found[: len(places)]
             if batch.generated:
@@ -361,7 +322,7 @@ class DiffusionGame:
         """What both models are asked of a batch: all its images, noised."""
         sides = [batch.real, batch.generated] if batch.generated else [batch.real]
         device = self.accelerator.device
-        sides = [_as_visited(side, batch.seeds) for side in sides]
+        sides = [as_visited(side, batch.seeds) for side in sides]
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
         if self.has_sizes:
             height, width = self.sizes[int(batch.real[KIND][0])]
@@ -465,8 +426,8 @@ class DiffusionGame:
             self.opponent = self._opponent_of_player()
 
     def _opponent_of_player(self) -> UNet2DConditionModel:
-        opponent = _opponent_of(self.player, self.accelerator.mixed_precision)
-        _compile(opponent, self.denoiser.compile)
+        opponent = opponent_of(self.player, self.accelerator.mixed_precision)
+        compile_unet(opponent, self.denoiser.compile)
         return opponent
 
     def _put_away(self) -> None:
@@ -637,105 +598,7 @@ class DiffusionGame:
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
 
 
-def _as_visited(side: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
-    """One side of a batch, in which half of the pairs are the mirror images, where these are there."""
-    if f"{MIRRORED}latents" not in side:
-        return side
-    flips = torch.tensor([seed_from(seed, "flip") % 2 == 1 for seed in seeds])
-
-    def chosen(name: str) -> Tensor:
-        as_is = side[name]
-        return torch.where(flips.to(as_is.device).view(-1, *[1] * (as_is.dim() - 1)), side[MIRRORED + name], as_is)
-
-    return side | {"latents": chosen("latents"), "frame": chosen("frame")}
-
-
 def _size_of(row: Row, prefix: str = "") -> Size:
     """Of a stored image, from its frame."""
     height, width = row[f"{prefix}frame"][4:]
     return height, width
-
-
-def _by_kind(batch: Batch) -> list[tuple[list[int], Batch]]:
-    """A batch in parts of one kind each, with the places of their pairs; one to one."""
-    if KIND not in batch.real or (batch.real[KIND] == batch.real[KIND][0]).all():
-        return [(list(range(len(batch.ids))), batch)]
-    parts = []
-    for kind in batch.real[KIND].unique():
-        places = (batch.real[KIND] == kind).nonzero().flatten().tolist()
-        real, generated = (
-            {name: tensor[places] for name, tensor in side.items()} for side in (batch.real, batch.generated)
-        )
-        ids, prompts, seeds = ([each[place] for place in places] for each in (batch.ids, batch.prompts, batch.seeds))
-        parts.append((places, Batch(ids, prompts, real, generated, seeds)))
-    return parts
-
-
-def _in_order(parts: list[ScoredBatch], places: list[list[int]]) -> ScoredBatch:
-    """The scores of parts of a batch, back at the places of their pairs."""
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([place for part in places for place in part]).argsort()
-
-    def together(found: list[Tensor]) -> Tensor:
-        return torch.cat(found)[order.to(found[0].device)]
-
-    scores = PairScores(
-        *(together([getattr(part.scores, field.name) for part in parts]) for field in fields(PairScores))
-    )
-    scales = [part.generated_scale for part in parts if part.generated_scale is not None]
-    return ScoredBatch(scores, together([part.level for part in parts]), together(scales) if scales else None)
-
-
-def _one_to_one(batch: Batch) -> Batch:
-    """The batch with each real row as often as it has generated ones, all at its noise."""
-    if not batch.generated or len(next(iter(batch.generated.values()))) == len(batch.ids):
-        return batch
-    copies = len(next(iter(batch.generated.values()))) // len(batch.ids)
-    return Batch(
-        *([value for value in values for _ in range(copies)] for values in (batch.ids, batch.prompts)),
-        {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in batch.real.items()},
-        batch.generated,
-        [seed for seed in batch.seeds for _ in range(copies)],
-    )
-
-
-def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
-    """In which linear layers and convolutions are computed; None = as they are."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-
-
-def _opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:
-    """A frozen copy. Under autocast, linear and convolution weights are kept in the dtype to which autocast would cast
-    the player's at every call: the same numbers in half the memory. Norms stay fp32, as autocast computes them."""
-    opponent = copy.deepcopy(player).requires_grad_(False).eval()
-    dtype = autocast_dtype(mixed_precision)
-    if dtype is not None:
-        for module in opponent.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(dtype)
-    return opponent
-
-
-def _compile(unet: UNet2DConditionModel, how: Literal["no", "blocks", "whole"]) -> None:
-    """Compile in place, so that no weight changes its name; a copy of a compiled UNet is not compiled."""
-    if how == "blocks":
-        unet.compile_repeated_blocks(dynamic=False)
-    elif how == "whole":
-        unet.compile(dynamic=False)
-
-
-def _enable_xformers(unet: UNet2DConditionModel) -> None:
-    """Switch to xformers' attention, where its kernels load.
-
-    Raises:
-        InputError: not installed, or not able to run here.
-    """
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except Exception as error:  # ModuleNotFoundError, ValueError and kernel errors alike
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({reason}); leave the flag out to "
-            "use torch's own attention, or pip install 'spin-diffusion[xformers]' on a CUDA machine"
-        ) from error

@@ -18,9 +18,10 @@ from spin_diffusion.diffusion.buckets import area_share, told
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, matrix_rate, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
+from spin_diffusion.diffusion.denoiser import autocast_dtype
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.game import DiffusionGame, autocast_dtype, example_id
+from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
 from spin_diffusion.diffusion.planning import lines, make_plan
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
