@@ -399,7 +399,7 @@ def open_pairs(
             found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
-    return Pairs(ids, prompts, fetch, draws, kinds=kinds_of(real.tensors, part))
+    return Pairs(ids, prompts, fetch, draws, kinds=kinds_of(real.tensors, part) if KIND in sides[0].names else None)
 
 
 def kinds_of(encoded: Path, part: Part) -> Tensor | None:
@@ -407,8 +407,11 @@ def kinds_of(encoded: Path, part: Part) -> Tensor | None:
     found = []
     for path in shards(encoded, ".safetensors"):
         with safe_open(path, framework="pt") as file:
-            if KIND in file.keys():
+            names = file.keys()
+            if KIND in names:
                 found.append(file.get_tensor(KIND)[part.places])
+            elif names:  # a shard may have no rows
+                return None
     return torch.cat(found) if found else None
 
 
@@ -444,7 +447,7 @@ def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: P
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
         return together, drawn.rows(others, others)
 
-    kinds = kinds_of(real.tensors, part)
+    kinds = kinds_of(real.tensors, part) if KIND in in_data.names else None
     if kinds is not None:
         starts = Column(data, "id", part).starts
         kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]
