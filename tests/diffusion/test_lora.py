@@ -224,11 +224,11 @@ def test_two_rounds_and_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path
     first = [id(parameter) for parameter in game.adapters.parameters(PLAYER)]
     seen = []
 
-    def watching(step, game_, player, optimizer, *args):
-        seen.append([id(parameter) for group in optimizer.param_groups for parameter in group["params"]])
-        before = prediction(game_.player, game_)
-        found = take_step(step, game_, player, optimizer, *args)
-        assert not torch.equal(prediction(game_.player, game_), before)
+    def watching(step, trainee, *args):
+        seen.append([id(parameter) for group in trainee.optimizer.param_groups for parameter in group["params"]])
+        before = prediction(trainee.game.player, trainee.game)
+        found = take_step(step, trainee, *args)
+        assert not torch.equal(prediction(trainee.game.player, trainee.game), before)
         return found
 
     monkeypatch.setattr(train_module, "_take_step", watching)
