@@ -30,25 +30,28 @@ from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.sampling import SamplingSettings
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.selfplay.optimizers import make_optimizer
+from spin_diffusion.selfplay.train_settings import TrainSettings
 
 BETA, LEARNING_RATE = 2000.0, 1e-8
 """So small a rate that the loss of a random network stays finite over any number of steps."""
 
 
 def ours(
-    pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any], folder: Path
-) -> Callable:
+    pipeline: Any, resolution: int, batch: Batch, accelerator: Accelerator, options: dict[str, Any], folder: Path,
+    compiled: str = "no",
+) -> Callable:  # fmt: skip
     """This project's step on cached latents and prompts, which are kept in `folder`."""
     game = DiffusionGame(
         family_of(pipeline), pipeline, "benchmark",
-        images=ImageSettings(resolution=resolution), sampling=SamplingSettings(), denoiser=DenoiserSettings(),
-        accelerator=accelerator, **options,
+        images=ImageSettings(resolution=resolution), sampling=SamplingSettings(),
+        denoiser=DenoiserSettings(compile=compiled), accelerator=accelerator, **options,
     )  # fmt: skip
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     game.prompts.keep(folder, batch.prompts, accelerator, dtype)
     if "opponent_score" in batch.real:
         game.release_opponent()
-    optimizer = torch.optim.AdamW(game.player.parameters(), lr=LEARNING_RATE, fused=accelerator.device.type == "cuda")
+    optimizer = make_optimizer(list(game.player.parameters()), LEARNING_RATE, TrainSettings())
 
     def step() -> None:
         loss = spin(game.scores(game.player, batch).scores, BETA).mean()
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="timed steps of each")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--fixed_draws", action="store_true", help="also with the opponent's errors known")
+    parser.add_argument("--compile", choices=("no", "blocks", "whole"), default="no", help="of ours")
     parser.add_argument("--only_ours", action="store_true", help="where the plain loop does not fit in memory")
     args = parser.parse_args()
 
@@ -139,10 +143,12 @@ def main() -> None:
     fixed = replace(batch, real=batch.real | known, generated=batch.generated | known)
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder)
-        contenders = {"ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options, kept)}
+        contenders = {
+            "ours": ours(copy.deepcopy(pipeline), resolution, batch, accelerator, options, kept, args.compile)
+        }
         if args.fixed_draws:
             contenders["ours_fixed_draws"] = ours(
-                copy.deepcopy(pipeline), resolution, fixed, accelerator, options, kept
+                copy.deepcopy(pipeline), resolution, fixed, accelerator, options, kept, args.compile
             )
         if not args.only_ours:
             contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
@@ -155,7 +161,7 @@ def main() -> None:
         {
             "benchmark": "train_step", "model": args.model, "resolution": resolution, "pairs": args.batch_size,
             "precision": accelerator.mixed_precision, "gradient_checkpointing": args.gradient_checkpointing,
-            "machine": machine(args.device),
+            "compile": args.compile, "machine": machine(args.device),
             "unet_flops_of_a_pair": flops, "matrix_flops_per_second": peak,
             "seconds": {name: summary(times) for name, times in seconds.items()},
             "pairs_per_second": {n: args.batch_size / summary(s)["median"] for n, s in seconds.items()},
