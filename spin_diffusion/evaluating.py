@@ -261,7 +261,7 @@ class RunEvaluator:
                     if phase in ledger and ledger[phase]["samples"] != 0:
                         said = {"model": name, "round": k, "phase": phase, "predicted_seconds": predicted.get(phase)}
                         found.append(said | ledger[phase])
-                overhead = sum(entry["seconds"] for phase, entry in ledger.items() if phase not in COUNTED)
+                overhead = sum(took for phase, took in record.get("seconds", {}).items() if phase not in COUNTED)
                 if record.get("state") in FINAL:
                     nothing = dict.fromkeys(("predicted_seconds", "samples", "samples_per_second", "flops",
                                              "matrix_share", "peak_memory_bytes"))  # fmt: skip

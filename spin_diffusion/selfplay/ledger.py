@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-COUNTED = ("generated", "cached", "trained", "evaluated")
+COUNTED = ("generated", "cached", "probed", "trained", "evaluated")
 """Phases that do a round's work; the rest of its time is overhead."""
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from spin_diffusion.selfplay.samples import (
     score_shards,
     shards,
 )
-from spin_diffusion.selfplay.table import EMA, Table
+from spin_diffusion.selfplay.table import EMA, Probe, Table
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
@@ -61,6 +62,8 @@ STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", 
 FINAL = ("PROMOTED", "REJECTED")
 
 SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
+BETWEEN = "between"
+"""Of `seconds`: what no step took."""
 DRAWN_BY, SCORED_BY = "drawn_by", "scored_by"
 """What each member of a mixture did by itself; removed when the round is finished."""
 
@@ -100,6 +103,7 @@ class Round:
 
     def run(self) -> dict[str, Any]:
         """Take every step that is not committed yet."""
+        self._marked = time.perf_counter()
         # All have read the record before one of them changes it: otherwise a late one would skip a step
         self.accelerator.wait_for_everyone()
         data_hash = data_manifest(self.table.data)["hash"]
@@ -128,11 +132,17 @@ class Round:
         self._clean()
         return self.record
 
-    def _take(self, state: str, step: Callable[[], dict[str, Any]]) -> None:
-        """One step and its commit, with what it took."""
-        stopwatch, started, phase = Stopwatch(self.accelerator), time.perf_counter(), state.lower()
+    def _take(self, state: str, step: Callable[[], dict[str, Any]], phase: str | None = None) -> None:
+        """One step and its commit, with what it took and what lay between it and the one before.
+
+        Args:
+            phase: its name in the ledger; None = the state's.
+        """
+        stopwatch, started, phase = Stopwatch(self.accelerator), time.perf_counter(), phase or state.lower()
+        between = self.record["seconds"].get(BETWEEN, 0.0) + started - self._marked
         results = step()
-        seconds = time.perf_counter() - started
+        self._marked = time.perf_counter()
+        seconds = self._marked - started
         samples = results.pop("worked_on", None)
         samples = samples if samples is None else everywhere(samples, self.accelerator)
         costs = self.table.costs
@@ -140,7 +150,7 @@ class Round:
         entry = stopwatch.entry(seconds, samples, flops, costs.matrix_rate if costs is not None else None)
         self._commit(
             results.pop("state", state),
-            seconds=self.record["seconds"] | {phase: entry["seconds"]},
+            seconds=self.record["seconds"] | {phase: entry["seconds"], BETWEEN: round(between, 3)},
             ledger=self.record.get("ledger", {}) | {phase: entry},
             files=self.record["files"] | results.pop("files", {}),
             **results,
@@ -365,16 +375,18 @@ class Round:
         if probe is None or probe.samples == 0 or self.source != "opponent":
             return
         if "shortcut" not in self.record:
-            started = time.perf_counter()
-            found = [probe(*self._sampled_pairs(probe.samples))] if self.accelerator.is_main_process else [None]
-            found = broadcast_object_list(found)[0]
-            seconds = self.record["seconds"] | {"probed": round(time.perf_counter() - started, 3)}
-            self._commit("CACHED", seconds=seconds, shortcut=found)
+            self._take("CACHED", partial(self._look, probe), "probed")
         found = self.record["shortcut"]
         for line in found["lines"]:
             self.accelerator.print(f"{self.title}, before training: {line}")
         if probe.stops and found["state"] == "warn":
             raise InputError(f"{self.title} is not trained (--on_shortcut stop): {found['lines'][0]}")
+
+    def _look(self, probe: Probe) -> dict[str, Any]:
+        """What the probe says, by the main process."""
+        real, generated = self._sampled_pairs(probe.samples) if self.accelerator.is_main_process else ([], [])
+        found = [probe(real, generated)] if self.accelerator.is_main_process else [None]
+        return {"shortcut": broadcast_object_list(found)[0], "worked_on": len(real)}
 
     def _sampled_pairs(self, most: int) -> tuple[list[Row], list[Row]]:
         """At most so many real rows, evenly from all of the round, and the first generated row of each."""

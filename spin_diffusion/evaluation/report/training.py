@@ -123,8 +123,8 @@ def event_rows(results: tables.Results) -> list[EventRow]:
 
 
 _PHASES = {
-    "generated": "draw the opponent\u2019s samples", "cached": "encode them", "trained": "train the player",
-    "evaluated": "evaluate", "overhead": "everything else",
+    "generated": "draw the opponent\u2019s samples", "cached": "encode them", "probed": "look for shortcuts",
+    "trained": "train the player", "evaluated": "evaluate", "overhead": "everything else",
 }  # fmt: skip
 
 
