@@ -58,6 +58,10 @@ def _world(comparison: Comparison, world: str) -> dict[str, Any]:
         reference = scores[comparison.settings.reference]
         rivals = max(1, len(entries) - 1)
         rows = [_row(comparison, entry, scores[entry.method], base, reference, rivals) for entry in entries]
+        if comparison.settings.test_rounds:
+            of_reference = _rounds_of(comparison, next(e for e in entries if e.method == comparison.settings.reference))
+            for entry, row in zip(entries, rows, strict=True):
+                row["by_round"] = _by_round(comparison, entry, base, of_reference, rivals)
         budgets.append({"budget": budget, "total_steps": comparison.plan.total_steps(world), "rows": rows})
     return {
         "usual_guidance": comparison.plan.usual_guidance(world),
@@ -138,6 +142,42 @@ def _over_rounds(
                 mode: _difference(at_best[mode], reference[mode], rivals) for mode in MODES
             }
     return said
+
+
+def _rounds_of(comparison: Comparison, entry: Entry) -> dict[int, tuple[float, dict[str, Values]]]:
+    """Round -> its best guidance scale on validation prompts, with the first seed, and its scores on test prompts."""
+    found = {}
+    for k in range(1, (entry.cells[0].rounds if entry.cells else 0) + 1):
+        means = comparison.means(entry.cells[0], k)
+        if means:
+            scale = best_guidance(means)
+            found[k] = (scale, _scores(comparison, entry.cells, k, scale))
+    return found
+
+
+def _by_round(
+    comparison: Comparison,
+    entry: Entry,
+    base: dict[str, Values],
+    of_reference: dict[int, tuple[float, dict[str, Values]]],
+    rivals: int,
+) -> list[dict[str, Any]]:
+    """Every round on test prompts, against the base and against the reference: after as many rounds if it has as
+    many, else after its last one."""
+    rows, mine = [], _rounds_of(comparison, entry)
+    as_many = mine.keys() == of_reference.keys()
+    for k, (scale, scores) in mine.items():
+        row = {
+            "round": k,
+            "best_guidance": scale,
+            "scores": {mode: _described(scores[mode]) for mode in MODES},
+            "to_base": {mode: _difference(scores[mode], base[mode], rivals) for mode in MODES},
+        }
+        if entry.method != comparison.settings.reference and of_reference:
+            of_k = of_reference[k if as_many else max(of_reference)][1]
+            row["to_reference"] = {mode: _difference(scores[mode], of_k[mode], rivals) for mode in MODES}
+        rows.append(row)
+    return rows
 
 
 def _failures(comparison: Comparison, entry: Entry) -> list[str]:

@@ -74,9 +74,11 @@ class Comparison:
         rows = read_view(self.folder(cell), view)
         return None if rows is None else float(np.mean([row[self.scorers[0]] for row in rows]))
 
-    def means(self, cell: Cell) -> dict[float, float] | None:
-        """Guidance scale -> mean on validation prompts after the last round; None = a run without an end."""
-        found = {s: self.mean(cell, View("validation", cell.rounds, s)) for s in self.scales(cell.world)}
+    def means(self, cell: Cell, round_: int | None = None) -> dict[float, float] | None:
+        """Guidance scale -> mean on validation prompts after a round, by default the last one; None = a run without
+        an end."""
+        last = cell.rounds if round_ is None else round_
+        found = {s: self.mean(cell, View("validation", last, s)) for s in self.scales(cell.world)}
         return None if None in found.values() else {s: mean for s, mean in found.items() if mean is not None}
 
     def validation(self, cell: Cell) -> list[View]:
@@ -145,6 +147,13 @@ class Comparison:
             views = [View("test", cell.rounds, scale) for scale in self.scales(cell.world)]
             if self.settings.every_round:
                 views += [View("validation", k, usual) for k in range(1, cell.rounds + 1)]
+            if self.settings.test_rounds:
+                views += [View("test", k, scale) for k in range(1, cell.rounds) for scale in self.scales(cell.world)]
+                if cell.seed == self.settings.all_seeds[0]:
+                    views += [
+                        View("validation", k, scale) for k in range(1, cell.rounds) for scale in self.scales(cell.world)
+                    ]
+            views = list(dict.fromkeys(views))
             tasks.append(self.task(cell, views))
         return tasks
 

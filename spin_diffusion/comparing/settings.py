@@ -64,6 +64,9 @@ class CompareSettings:
     """Denoising steps of the pictures; default: the training settings'."""
     every_round: bool = True
     """Score every round on validation prompts at the usual guidance, and the best one on test prompts too."""
+    test_rounds: bool = False
+    """Score every round on test prompts at every scale, each round with its own best scale: a table round by round,
+    against the reference after as many rounds if it has as many, else after its last."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers; the first one chooses."""
     jobs: int = 1

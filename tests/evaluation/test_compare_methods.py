@@ -271,6 +271,50 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     assert lost.read_bytes() == whole and (tmp_path / "redness.py.calls").stat().st_size == calls + 4
 
 
+def test_every_round_is_tested_against_the_reference_after_as_many_rounds(config, tmp_path):
+    given = yaml.safe_load(config.read_text())
+    given["methods"]["sft"]["rounds"] = 2
+    given |= {"learning_rates": [1e-4], "budget": "steps", "every_round": False, "test_rounds": True, "seeds": [0]}
+    config.write_text(yaml.safe_dump(given))
+    assert run("--config", str(config)) == 0
+    out = tmp_path / "out"
+    sft, spin = json.loads((out / "comparison.json").read_text())["worlds"][0]["budgets"][0]["rows"]
+
+    def means(method: str, k: int, scale: float) -> dict[int, np.ndarray]:
+        found = {}
+        for row in pq.read_table(out / "cells.parquet").to_pylist():
+            if (row["method"], row["prompts"], row["round"], row["guidance_scale"]) == (method, "test", k, scale):
+                found.setdefault((row["training_seed"], row["id"]), []).append(row["redness"])
+        return {key: np.mean(scores) for key, scores in found.items()}
+
+    assert [found["round"] for found in spin["by_round"]] == [1, 2]
+    assert "to_reference" not in sft["by_round"][0]
+    for k, found in enumerate(spin["by_round"], 1):
+        for mode, scale in (("guidance 1", 1.0), ("usual", 3.0), ("best", found["best_guidance"])):
+            mine, theirs = (
+                means("spin", k, scale),
+                means("sft", k, {"best": sft["by_round"][k - 1]["best_guidance"]}.get(mode, scale)),
+            )
+            assert found["scores"][mode]["mean"] == pytest.approx(np.mean(list(mine.values())))
+            apart = np.mean([mine[key] - theirs[key] for key in mine])
+            assert found["to_reference"][mode]["mean"] == pytest.approx(apart)
+    last = spin["by_round"][-1]
+    assert last["scores"]["usual"] == spin["scores"]["usual"] and last["to_base"]["usual"] == spin["to_base"]["usual"]
+    markdown, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
+    assert f"| spin | 1 | {spin['by_round'][0]['scores']['guidance 1']['mean']:.3f} |" in markdown
+    assert "round by round" in page
+
+    # With fewer rounds, the reference stands where it ends
+    given["methods"]["sft"]["rounds"] = 1
+    config.write_text(yaml.safe_dump(given))
+    assert run("--config", str(config)) == 0
+    sft, spin = json.loads((out / "comparison.json").read_text())["worlds"][0]["budgets"][0]["rows"]
+    assert [len(row["by_round"]) for row in (sft, spin)] == [1, 2]
+    mine, theirs = means("spin", 1, 3.0), means("sft", 1, 3.0)
+    apart = np.mean([mine[key] - theirs[key] for key in mine])
+    assert spin["by_round"][0]["to_reference"]["usual"]["mean"] == pytest.approx(apart)
+
+
 def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypatch):
     train = cells._train
 

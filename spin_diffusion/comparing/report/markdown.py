@@ -5,6 +5,7 @@ from typing import Any
 from spin_diffusion.comparing.report.tables import (
     Table,
     Text,
+    by_round_table,
     failures,
     findings,
     how,
@@ -24,8 +25,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         for budget in world["budgets"]:
             steps = f", {budget['total_steps']} optimizer steps" if budget["budget"] == "steps" else ""
             lines += [f"### Equal {budget['budget']}{steps}", "", " ".join(findings(results, world, budget)), ""]
-            tables = [scores_table(results, world, budget), rounds_table(results, world, budget)]
-            tables.append(seeds_table(results, world, budget))
+            kinds = (scores_table, by_round_table, rounds_table, seeds_table)
+            tables = [of(results, world, budget) for of in kinds]
             for table in tables:
                 if table is not None:
                     lines += [*_table(table), ""]

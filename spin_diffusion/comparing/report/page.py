@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from spin_diffusion.comparing.report.tables import (
     Table,
+    by_round_table,
     failures,
     findings,
     how,
@@ -73,11 +74,12 @@ def _panel(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any
         if points:
             label = f"{scorer} against cost, {called}"
             charts.append((label, plots.cost_scatter(f"cost-{mode.replace(' ', '-')}-{name}", label, points, scorer)))
-    found = [scores_table(results, world, budget), rounds_table(results, world, budget)]
+    kinds = (scores_table, by_round_table, rounds_table, seeds_table)
+    found = [of(results, world, budget) for of in kinds]
     return Panel(
         f"Equal {budget['budget']}",
         findings(results, world, budget),
-        [table for table in [*found, seeds_table(results, world, budget)] if table is not None],
+        [table for table in found if table is not None],
         [(plots.legend_key(style), row["method"]) for style, row in rows],
         charts,
     )

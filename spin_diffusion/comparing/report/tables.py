@@ -140,6 +140,35 @@ def rounds_table(results: dict[str, Any], world: dict[str, Any], budget: dict[st
     return Table(f"{world['name']}, equal {budget['budget']}: rounds", head, table)
 
 
+def by_round_table(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any]) -> Table | None:
+    """Every round on test prompts, against base and reference; None where only the last one was tested."""
+    rows = [row for row in budget["rows"] if row.get("by_round")]
+    if not rows:
+        return None
+    reference, modes, base = results["settings"]["reference"], mode_names(world), world["base"]
+    head = ["method", "round"]
+    for name in modes.values():
+        head += [name, "to base", f"to {reference}"]
+    first = [Text("base", is_number=False), Text("0")]
+    for mode in modes:
+        at = _at(base["best_guidance"]) if mode == "best" else ""
+        first += [number(base["scores"][mode], at), Text(""), Text("")]
+    table = [first]
+    for row in rows:
+        for found in row["by_round"]:
+            cells = [Text(row["method"], is_number=False), Text(str(found["round"]))]
+            for mode in modes:
+                at = _at(found["best_guidance"]) if mode == "best" else ""
+                against = found.get("to_reference")
+                cells += [
+                    number(found["scores"][mode], at),
+                    difference(found["to_base"][mode]),
+                    difference(against[mode]) if against else Text(""),
+                ]
+            table.append(cells)
+    return Table(f"{world['name']}, equal {budget['budget']}: round by round", head, table)
+
+
 def findings(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     """Who is ahead of the reference, and who behind, at each guidance scale; whatever it is."""
     reference, said = results["settings"]["reference"], []
