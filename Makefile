@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-llm install lint test test-slow compare-toy
+.PHONY: demo demo-llm install lint test test-slow compare-toy rounds-toy
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
@@ -19,6 +19,10 @@ demo-llm: install
 ## Methods against each other on the toy world: equal steps, equal compute, each at its best rate; in runs/comparison-toy
 compare-toy: install
 	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/compare_toy.yaml --jobs 2
+
+## Fine-tuning, SPIN and SPACE round by round on two bases, three seeds; in runs/rounds-toy
+rounds-toy: install
+	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/rounds_toy.yaml --jobs 2
 
 ## Install, then lint and the tests (a few minutes)
 test: install lint
