@@ -18,6 +18,7 @@ from models import MODELS, build, family_of
 from timing import alternate, machine, paired_ratio, report, summary
 
 from spin_diffusion.diffusion.cost import count_units, matrix_rate
+from spin_diffusion.diffusion.denoiser import compile_unet
 from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=7.5)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns of each")
     parser.add_argument("--reference_batched", action="store_true", help="diffusers draws all prompts in one call")
+    parser.add_argument("--compile", choices=("no", "blocks", "whole"), default="no", help="of ours")
     args = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
@@ -45,6 +47,7 @@ def main() -> None:
         stock.to(dtype=torch.float16)  # as the documentation loads it
     stock.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
+    compile_unet(pipeline.unet, args.compile)
     made = sampling_pipeline(pipeline, pipeline.unet, SamplingSettings().sampler)
 
     def ours() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
             "benchmark": "generate", "model": args.model, "resolution": resolution, "images": count,
             "batch_size": args.batch_size, "steps": args.num_inference_steps, "guidance": args.guidance_scale,
             "reference_batched": args.reference_batched, "precision": accelerator.mixed_precision,
-            "machine": machine(args.device),
+            "compile": args.compile, "machine": machine(args.device),
             "flops_of_an_image": flops, "matrix_flops_per_second": peak,
             "seconds": {name: summary(times) for name, times in seconds.items()},
             "images_per_second": {n: count / summary(s)["median"] for n, s in seconds.items()},
