@@ -182,6 +182,7 @@ def test_the_tally_has_the_exact_sign_test(open_page, candidate: int, baseline: 
 def test_the_page_does_not_scroll_sideways(open_page, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 800})
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert page.evaluate("[...document.querySelectorAll('.alarms')].every(box => box.scrollWidth <= box.clientWidth)")
     for name in ("Best wins", "Random"):
         page.get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
