@@ -146,7 +146,7 @@ class DiffusionGame:
         self.adapters: Adapters | None = None
         if lora is not None and lora.use_lora:
             self.player.eval()
-            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision))
+            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision), self.base_hash)
             if gradient_checkpointing:
                 self.player.enable_gradient_checkpointing(self._checkpoint)
             self.opponent: UNet2DConditionModel | None = self.player
