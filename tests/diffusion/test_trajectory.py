@@ -106,6 +106,18 @@ def test_the_posterior_s_noise_averages_out_of_the_implied_noise():
     assert found.std(dim=0).mean().item() == pytest.approx(spread.item(), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["steps", "exact"])
+def test_a_step_of_the_real_side_has_a_noise_of_its_own(kind):
+    steps = read_steps(sampler(), 10, 1.0)
+    draws = draw_steps([3, 4], (4, 2, 2), 10, kind, 0.0)
+    noises = draws.noises.clone()
+    noises[:, 0] = 0  # that of x_t, or of x_T: what is left in the step is what it adds itself
+    pair = next(true_pairs(torch.zeros(2, 4, 2, 2), None, replace(draws, noises=noises), steps, kind))
+    assert (pair.x_t == 0).all()
+    sigma = steps.sigma[pair.step].float()[:, None, None, None]
+    assert torch.allclose(pair.x_prev, sigma * draws.noises[:, 1]) and (sigma > 0).all()
+
+
 def test_without_added_noise_the_real_trajectory_has_one_noise():
     steps = read_steps(sampler(), 10, 0.0)
     x_0, noises = normal(2, 4, 2, 2), normal(2, 11, 4, 2, 2, seed=1)
