@@ -544,7 +544,7 @@ class Round:
         real = Side(samples.data / ENCODED, scores("real"))
         choices = samples.folder / CHOICES if self.candidates is not None else None
         return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices,
-                          self.game.fixed_draws)  # fmt: skip
+                          self.game.fixed_draws, self.game.kept_part)  # fmt: skip
 
     def _check_samples(self, folder: Path) -> None:
         """A sample is trained on only when one of this round's opponents drew it."""

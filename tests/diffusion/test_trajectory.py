@@ -369,6 +369,28 @@ def test_rounds_keep_trajectories_while_they_need_them(sdxl_dir, tmp_path, kind)
     assert not (tmp_path / "round-2" / KEPT).exists() and (tmp_path / "round-2" / "samples").is_dir()
 
 
+def test_of_a_trajectory_only_the_two_states_of_a_step_are_read(sdxl_dir, tmp_path, monkeypatch):
+    weights, read = [], []
+    for part in ("step", "whole"):
+        game = trajectory_game(sdxl_dir, "steps")
+        if part == "whole":
+            monkeypatch.setattr(game, "kept_part", lambda seed: slice(None))
+        scores, shapes = game.scores, set()
+
+        def watched(player, batch, scores=scores, shapes=shapes):
+            shapes.add(tuple(batch.generated["states"].shape[:2]))
+            return scores(player, batch)
+
+        monkeypatch.setattr(game, "scores", watched)
+        training = replace(TRAINING, max_train_steps=4)
+        play_all(sdxl_dir, tmp_path / part, game=game, training=training, rounds=1, num_generated=2)
+        weights.append(file_hash(tmp_path / part / "round-1/unet/diffusion_pytorch_model.safetensors"))
+        read.append(shapes)
+    pairs = 2 * TRAINING.train_batch_size
+    assert read == [{(pairs, 2)}, {(pairs, len(game.steps) + 1)}] and len(game.steps) > 1
+    assert weights[0] == weights[1]
+
+
 def test_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):
     training = replace(TRAINING, max_train_steps=2)
     play_all(sdxl_dir, tmp_path / "whole", game=trajectory_game(sdxl_dir, "exact"), training=training)
