@@ -118,6 +118,12 @@ def test_a_step_of_the_real_side_has_a_noise_of_its_own(kind):
     assert torch.allclose(pair.x_prev, sigma * draws.noises[:, 1]) and (sigma > 0).all()
 
 
+def test_every_step_of_the_sampler_is_drawn_equally_often():
+    draws = draw_steps(list(range(2000)), (1, 1, 1), 10, "steps", 0.0)
+    counts = torch.bincount(draws.step, minlength=10)
+    assert len(counts) == 10 and counts.min() > 150 and counts.max() < 250  # 200, give or take 13
+
+
 def test_without_added_noise_the_real_trajectory_has_one_noise():
     steps = read_steps(sampler(), 10, 0.0)
     x_0, noises = normal(2, 4, 2, 2), normal(2, 11, 4, 2, 2, seed=1)
