@@ -41,6 +41,7 @@ from spin_diffusion.diffusion.trajectory import (
     TrajectorySettings,
     as_noise,
     draw_steps,
+    drawn_step,
     implied_noise,
     read_steps,
     step_weights,
@@ -146,7 +147,7 @@ class DiffusionGame:
         self.adapters: Adapters | None = None
         if lora is not None and lora.use_lora:
             self.player.eval()
-            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision))
+            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision), self.base_hash)
             if gradient_checkpointing:
                 self.player.enable_gradient_checkpointing(self._checkpoint)
             self.opponent: UNet2DConditionModel | None = self.player
@@ -413,6 +414,13 @@ class DiffusionGame:
         return ScoredBatch(
             PairScores(player_real, player_generated, opponent_real, opponent_generated), level.to(device)
         )
+
+    def kept_part(self, seed: int) -> slice:
+        """Of a trajectory the two states around the step that `steps` draws; all of it for `exact`."""
+        if self.steps is None or self.trajectory.trajectory == "exact":
+            return slice(None)
+        step = drawn_step(torch.Generator().manual_seed(seed), len(self.steps))
+        return slice(step, step + 2)
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """Not asked for: see `keeps_scores`."""

@@ -73,6 +73,9 @@ def run(config: Config, family_name: str) -> None:
     def read() -> Iterator[Example]:
         return read_examples(config.data, with_losers=with_losers, report=report)
 
+    # `prepare` asks the main process alone for the real samples
+    if curation and not any((output_dir / "data" / name).exists() for name in ("samples", "manifest.json")):
+        curation.score(accelerator)
     manifest = prepare(
         output_dir / "data",
         lambda: game.real_rows(curation.take(read) if curation else read()),

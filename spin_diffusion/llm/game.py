@@ -184,6 +184,10 @@ class LanguageGame:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
 
+    def kept_part(self, seed: int) -> slice:
+        """Everything: nothing is kept."""
+        return slice(None)
+
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Not asked for: see `fixed_draws`."""
         raise NotImplementedError

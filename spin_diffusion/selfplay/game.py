@@ -101,6 +101,11 @@ class Game(Protocol):
         """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
         ...
 
+    def kept_part(self, seed: int) -> slice:
+        """Of what `generate` kept of a sample: the places along each tensor's first axis that `scores` asks for at this
+        seed. The others are not read."""
+        ...
+
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32. Only
         asked for with `fixed_draws`; `scores` finds them as `opponent_score` afterwards."""

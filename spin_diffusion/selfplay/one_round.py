@@ -228,6 +228,7 @@ class Round:
         judge = None
         if self.candidates is not None:
             metadata |= self.candidates.metadata
+            self._check_judge(self.candidates.judge)
             judge = self.candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
         drawn = 0
         for samples in self.sets:
@@ -256,6 +257,16 @@ class Round:
                 self.accelerator, bar,
             )  # fmt: skip
         return made | {"candidates": self._judged(), "files": made["files"] | self._hashes(CHOICES)}
+
+    def _check_judge(self, judge: str) -> None:
+        """One judge for all rounds: InputError when an earlier one was played with another."""
+        for earlier in range(1, self.k):
+            before = read_json(self.table.output_dir / f"round-{earlier}" / "round.json").get("candidates", {})
+            if before.get("judge", judge) != judge:
+                raise InputError(
+                    f"round {self.k} would have another judge of candidates than round {earlier} (then "
+                    f"{before['judge']}, now {judge}): restore the file, or start in another --output_dir"
+                )
 
     def _drawn_by(self) -> dict[str, int]:
         """How many of the samples to train on each self drew, by its round; the samples name their own."""
@@ -533,7 +544,7 @@ class Round:
         real = Side(samples.data / ENCODED, scores("real"))
         choices = samples.folder / CHOICES if self.candidates is not None else None
         return open_pairs(samples.data, real, generated, samples.part, self.rounds.num_generated, choices,
-                          self.game.fixed_draws)  # fmt: skip
+                          self.game.fixed_draws, self.game.kept_part)  # fmt: skip
 
     def _check_samples(self, folder: Path) -> None:
         """A sample is trained on only when one of this round's opponents drew it."""

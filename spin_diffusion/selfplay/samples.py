@@ -372,8 +372,9 @@ class Side:
 
 
 def open_pairs(
-    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None, draws: int = 0
-) -> Pairs:
+    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None,
+    draws: int = 0, kept_part: Callable[[int], slice] | None = None,
+) -> Pairs:  # fmt: skip
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
     Args:
@@ -382,24 +383,28 @@ def open_pairs(
         choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
             holds these alone.
         draws: fixed draws of each pair.
+        kept_part: `Game.kept_part`.
     """
+    kept_part = kept_part if generated is not None and generated.kept is not None else None
     if choices is not None:
         assert generated is not None and copies == 1
-        return _open_chosen(data, real, generated, part, choices)
+        return _open_chosen(data, real, generated, part, choices, kept_part)
     ids, prompts = Column(data, "id", part), Column(data, "prompt", part)
     sides = [_Tensors(side) for side in (real, generated) if side is not None]
     has_copies = generated is not None and not generated.prefix  # a data set's own worse samples lie in its own rows
 
-    def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kept = [ids.place_of(index) for index in indices]
         in_data = [(number, part.index + place * part.of) for number, place in kept]
         drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
         found = [sides[0].rows(in_data, kept)]
         if len(sides) == 2:
-            found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
+            of_drawn = parts and [one for one in parts for _ in range(copies)]
+            found.append(sides[1].rows(drawn, drawn, of_drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
-    return Pairs(ids, prompts, fetch, draws, kinds=kinds_of(real.tensors, part) if KIND in sides[0].names else None)
+    kinds = kinds_of(real.tensors, part) if KIND in sides[0].names else None
+    return Pairs(ids, prompts, fetch, draws, kinds, kept_part)
 
 
 def kinds_of(encoded: Path, part: Part) -> Tensor | None:
@@ -415,7 +420,9 @@ def kinds_of(encoded: Path, part: Part) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: Path) -> Pairs:
+def _open_chosen(
+    data: Path, real: Side, generated: Side, part: Part, choices: Path, kept_part: Callable[[int], slice] | None
+) -> Pairs:
     """The pairs of candidates, and those of real samples and generated ones beside them."""
     ids, prompts, places = [], [], []
     in_data, drawn = _Tensors(real), _Tensors(generated)
@@ -435,7 +442,7 @@ def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: P
             next_drawn += len(both)
             places.append(((number, choice["place"]), lies.get(choice["real"]), lies[choice["generated"]]))
 
-    def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found = []
         for index in indices:
             (number, place), best, _ = places[index]
@@ -445,13 +452,13 @@ def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: P
                 found.append(drawn.rows([best], [best]))
         others = [places[index][2] for index in indices]
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
-        return together, drawn.rows(others, others)
+        return together, drawn.rows(others, others, parts)
 
     kinds = kinds_of(real.tensors, part) if KIND in in_data.names else None
     if kinds is not None:
         starts = Column(data, "id", part).starts
         kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]
-    return Pairs(ids, prompts, fetch, kinds=kinds)
+    return Pairs(ids, prompts, fetch, kinds=kinds, kept_part=kept_part)
 
 
 class Column(Sequence[str]):
@@ -508,18 +515,26 @@ class _Tensors:
                 f"{side.tensors} has no worse samples, which --objective dpo needs: give a data set with pairs"
             )
 
-    def rows(self, places: list[tuple[int, int]], scored: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def rows(
+        self, places: list[tuple[int, int]], scored: list[tuple[int, int]], parts: list[slice] | None = None
+    ) -> dict[str, Tensor]:
         """The rows at (shard, place), by name without the prefix, with the scores at the places `scored`.
 
         Rows of unequal length are filled up with 0 at their end.
+
+        Args:
+            parts: of each row's kept tensors what is read along their first axis; None = all.
         """
         found = {
             name.removeprefix(self.prefix): _stacked([self.file(s).get_slice(name)[p] for s, p in places])
             for name in self.names
         }
         if self.kept is not None:
+            wanted = parts or [slice(None)] * len(places)
             for name in self.kept(places[0][0]).keys():
-                found[name] = torch.stack([self.kept(s).get_slice(name)[p] for s, p in places])
+                found[name] = torch.stack(
+                    [self.kept(s).get_slice(name)[p, part] for (s, p), part in zip(places, wanted, strict=True)]
+                )
         if self.score is not None:
             found["opponent_score"] = torch.stack([self.score(s).get_slice("opponent_score")[p] for s, p in scored])
         return found

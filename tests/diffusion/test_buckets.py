@@ -93,6 +93,12 @@ def test_a_size_is_the_longest_short_side_that_fits():
     assert {size for size in bucket_sizes(1024, 32, 3.0) if size[1] >= size[0]} == longest
 
 
+def test_the_nearest_size_is_the_one_that_crops_least_off():
+    # 1.45 : 1 loses 31 % as a square, 27 % as 2 : 1, though 1.45 is nearer to 1 than to 2
+    assert nearest([(64, 64), (32, 64)], 100, 145) == (32, 64)
+    assert nearest([(64, 64), (64, 32)], 145, 100) == (64, 32)
+
+
 def test_the_nearest_size_is_nearest_in_shape():
     sizes = [(64, 64), (48, 80), (80, 48)]
     assert nearest(sizes, 100, 100) == (64, 64)

@@ -251,9 +251,9 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
     asked = []
     plain = samples_module._Tensors.rows
 
-    def watched(self, places, scored):
+    def watched(self, places, scored, parts=None):
         asked.append(self)
-        return plain(self, places, scored)
+        return plain(self, places, scored, parts)
 
     encoded = tmp_path / "encoded"
     samples_module.encode_shards(
