@@ -44,8 +44,10 @@ from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.samples import ENCODED, Column, Part, kinds_of, prepare
+from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.sharded import wants_shards
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.zero import launched_stage
 

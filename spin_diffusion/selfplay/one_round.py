@@ -37,21 +37,20 @@ from spin_diffusion.selfplay.run_dir import (
     verify_hashes,
     write_json,
 )
-from spin_diffusion.selfplay.samples import (
+from spin_diffusion.selfplay.samples import data_manifest
+from spin_diffusion.selfplay.shards import (
     ENCODED,
     Part,
-    Side,
-    data_manifest,
     draw_shards,
     encode_shards,
     merge_shards,
     mix_scores,
-    open_pairs,
     rows_in,
     score_draws,
     score_shards,
     shards,
 )
+from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.table import EMA, Probe, Table
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
