@@ -119,6 +119,11 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
+def through_codec(images: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
+    """The images as they come back when they are stored."""
+    return [open_image(to_bytes(image.convert("RGB"), settings)) for image in images]
+
+
 def to_pixels(images: list[Image.Image]) -> Pixels:
     """Images of one size as RGB in [-1, 1]."""
     stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
@@ -144,6 +149,23 @@ def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return _finite(((latents - shift) * vae.config.scaling_factor).contiguous(), names, "encoded")
+
+
+def encode_images(
+    vae: AutoencoderKL, images: list[Image.Image], settings: ImageSettings, names: list[str], *,
+    round_trip: bool = False, mirrored: bool = False,
+) -> Float[Tensor, "batch channels h w"]:  # fmt: skip
+    """Scaled latents of images of one size, fp32.
+
+    Args:
+        round_trip: pass the VAE and the codec once before.
+        mirrored: of their mirror images.
+    """
+    pixels = to_pixels(images)
+    if round_trip:
+        drawn = to_images(decode_latents(vae, encode_pixels(vae, pixels, names), names))
+        pixels = to_pixels(through_codec(drawn, settings))
+    return encode_pixels(vae, pixels.flip(-1) if mirrored else pixels, names)
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from PIL import Image
 from scipy import stats
 from torch import Tensor
 
@@ -218,16 +217,10 @@ def encode_stored(
         part = rows[start : start + size]
         names = [row["id"] for row in part]
         opened = [images.open_image(row["image"]) for row in part]
-        latents = images.encode_pixels(vae, images.to_pixels(_again(opened, settings) if codec else opened), names)
-        if round_trip:
-            drawn = images.to_images(images.decode_latents(vae, latents, names))
-            latents = images.encode_pixels(vae, images.to_pixels(_again(drawn, settings)), names)
-        found.append(latents.cpu())
+        if codec:
+            opened = images.through_codec(opened, settings)
+        found.append(images.encode_images(vae, opened, settings, names, round_trip=round_trip).cpu())
     return torch.cat(found).half().float()
-
-
-def _again(opened: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
-    return [images.open_image(images.to_bytes(image.convert("RGB"), settings)) for image in opened]
 
 
 @dataclass(frozen=True)
