@@ -162,6 +162,7 @@ class Round:
 
     @property
     def finished(self) -> bool:
+        """Whether it was promoted or rejected."""
         return bool(self.record) and self.record["state"] in FINAL
 
     # The record
@@ -408,17 +409,54 @@ class Round:
         return real, generated
 
     def _train(self) -> dict[str, Any]:
-        game, beta = self.game, of_round(self.rounds.beta, self.k)
+        game, settings = self.game, self.table.training
         average = self._average_so_far()
         before = None if self.scores_kept else self._seat(max(self.anchors))
         self.table.seat_player(self.table.folder(self.parent))
-        mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
-        loss = bind(self.objective, **{"beta": beta, "mu": mu} | (self.rounds.objective_options or {}))
-        pairs = self._pairs(self.sets[0])
-        steps, warmup_steps = steps_of_round(
-            self.table.training, self.k, len(pairs.ids), self.accelerator.num_processes
+        loss, pairs = self._loss(), self._pairs(self.sets[0])
+        plan = self._plan(loss, len(pairs.ids))
+        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
+        self.table.before_training()
+        if game.fixed_draws:
+            self._release_opponent(plan.steps, len(pairs.ids))
+        training = train(
+            game,
+            pairs,
+            plan,
+            # Without a generated side there is nothing to tell apart
+            replace(settings, stop_at_saturation=None) if self.source == "none" else settings,
+            self.accelerator,
+            self.directory,
+            lambda done, total, text: bar(done, text),
+            average,
         )
-        plan = RoundPlan(
+        self._check_opponent(before, training)
+        self._tell_training(training)
+        saved = game.save(self.directory)
+        self.accelerator.wait_for_everyone()
+        self.table.after_training(self.directory)
+        gap = self._gap(loss)
+        if average is not None:
+            saved = [*saved, *self._save_average(average)]
+        pairs_here = (training["steps"] - training["resumed_from"]) * (
+            settings.train_batch_size * settings.gradient_accumulation_steps
+        )
+        files = file_hashes(saved, self.table.output_dir)
+        return {"training": training, "worked_on": pairs_here, "files": files} | gap
+
+    def _loss(self) -> Loss:
+        """The round's objective with its settings."""
+        settings = {
+            "beta": of_round(self.rounds.beta, self.k),
+            "mu": of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated),
+        }
+        return bind(self.objective, **settings | (self.rounds.objective_options or {}))
+
+    def _plan(self, loss: Loss, pairs: int) -> RoundPlan:
+        """What the training loop needs to know, with so many pairs to train on."""
+        beta = of_round(self.rounds.beta, self.k)
+        steps, warmup_steps = steps_of_round(self.table.training, self.k, pairs, self.accelerator.num_processes)
+        return RoundPlan(
             name=f"{self.objective}/round-{self.k}",
             round_=self.k,
             seed=self.rounds.seed,
@@ -431,36 +469,28 @@ class Round:
             and (self.rounds.opponent != "ema" or self.parent == 0 or self.rounds.anchor == "base"),
             margin_dropout=0.0 if self.source == "none" else self.rounds.margin_dropout,
         )
-        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
-        self.table.before_training()
-        if game.fixed_draws:
-            game.release_opponent()
-            self.table.opponent_has_moved()
-            visits = steps * check_batch(len(pairs.ids), self.table.training, self.accelerator.num_processes)
-            visits /= len(pairs.ids) * game.fixed_draws
-            gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
-            self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
-        training = train(
-            game,
-            pairs,
-            plan,
-            # Without a generated side there is nothing to tell apart
-            replace(self.table.training, stop_at_saturation=None) if self.source == "none" else self.table.training,
-            self.accelerator,
-            self.directory,
-            lambda done, total, text: bar(done, text),
-            average,
-        )
+
+    def _release_opponent(self, steps: int, pairs: int) -> None:
+        """With fixed draws it has said all that it is asked; whether that was worth it is printed."""
+        self.game.release_opponent()
+        self.table.opponent_has_moved()
+        visits = steps * check_batch(pairs, self.table.training, self.accelerator.num_processes)
+        visits /= pairs * self.game.fixed_draws
+        gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
+        self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
+
+    def _check_opponent(self, before: str | None, training: dict[str, Any]) -> None:
+        """It is what it was, whose hash was `before` (None = its scores were kept), or what it was refreshed to."""
         if before is None:
             verify_hashes(self.record["files"], self.table.output_dir)  # the kept scores are among them
-        else:
-            refreshed = training["anchors"]
-            if refreshed:
-                self.table.opponent_has_moved()
-                before = refreshed[-1]["hash"]
-            assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
-        ended = training["ended_by"]
-        how = ""
+            return
+        if training["anchors"]:
+            self.table.opponent_has_moved()
+            before = training["anchors"][-1]["hash"]
+        assert self.game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
+
+    def _tell_training(self, training: dict[str, Any]) -> None:
+        ended, how = training["ended_by"], ""
         if ended is not None:
             kept = f", the player as it was at step {ended['kept_step']}" if ended["action"] == "roll_back" else ""
             how = f", ended by {ended['rule']}{kept}"
@@ -468,17 +498,6 @@ class Round:
             f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
             f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
         )
-        saved = game.save(self.directory)
-        self.accelerator.wait_for_everyone()
-        self.table.after_training(self.directory)
-        gap = self._gap(loss)
-        if average is not None:
-            saved = [*saved, *self._save_average(average)]
-        pairs_here = (training["steps"] - training["resumed_from"]) * (
-            self.table.training.train_batch_size * self.table.training.gradient_accumulation_steps
-        )
-        files = file_hashes(saved, self.table.output_dir)
-        return {"training": training, "worked_on": pairs_here, "files": files} | gap
 
     def _average_so_far(self) -> Average | None:
         """For the opponent ema: the average as the opponent of this round is it."""
