@@ -49,6 +49,7 @@ from spin_diffusion.selfplay.shards import (
     score_draws,
     score_shards,
     shards,
+    some_pairs,
 )
 from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.table import EMA, Probe, Table
@@ -384,29 +385,12 @@ class Round:
 
     def _look(self, probe: Probe) -> dict[str, Any]:
         """What the probe says, by the main process."""
-        real, generated = self._sampled_pairs(probe.samples) if self.accelerator.is_main_process else ([], [])
-        found = [probe(real, generated)] if self.accelerator.is_main_process else [None]
+        real, found = [], [None]
+        if self.accelerator.is_main_process:
+            samples = self.sets[0]
+            real, generated = some_pairs(samples.data, samples.folder / SAMPLES, samples.part, probe.samples)
+            found = [probe(real, generated)]
         return {"shortcut": broadcast_object_list(found)[0], "worked_on": len(real)}
-
-    def _sampled_pairs(self, most: int) -> tuple[list[Row], list[Row]]:
-        """At most so many real rows, evenly from all of the round, and the first generated row of each."""
-        samples = self.sets[0]
-        total = samples.part.count(samples.data)
-        wanted = {i * total // min(most, total) for i in range(min(most, total))}
-        real: list[Row] = []
-        generated: list[Row] = []
-        before = 0
-        for path in shards(samples.data / "samples", ".parquet"):
-            count = len(range(rows_in(path))[samples.part.places])
-            places = [place for place in range(count) if before + place in wanted]
-            before += count
-            if places:
-                rows = read_rows(path)[samples.part.places]
-                drawn = read_rows(samples.folder / SAMPLES / path.name)
-                first = {row["place"]: row for row in drawn if row["k"] == 0}
-                real += [rows[place] for place in places]
-                generated += [first[place] for place in places]
-        return real, generated
 
     def _train(self) -> dict[str, Any]:
         game, settings = self.game, self.table.training

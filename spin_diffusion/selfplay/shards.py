@@ -236,6 +236,25 @@ def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelera
     accelerator.wait_for_everyone()
 
 
+def some_pairs(data: Path, drawn: Path, part: Part, most: int) -> tuple[list[Row], list[Row]]:
+    """At most so many real rows, evenly from all of the part, and the first row that was drawn for each."""
+    total = part.count(data)
+    wanted = {i * total // min(most, total) for i in range(min(most, total))}
+    real: list[Row] = []
+    generated: list[Row] = []
+    before = 0
+    for path in shards(data / "samples", ".parquet"):
+        count = len(range(rows_in(path))[part.places])
+        places = [place for place in range(count) if before + place in wanted]
+        before += count
+        if places:
+            rows = read_rows(path)[part.places]
+            first = {row["place"]: row for row in read_rows(drawn / path.name) if row["k"] == 0}
+            real += [rows[place] for place in places]
+            generated += [first[place] for place in places]
+    return real, generated
+
+
 def of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:
     """The tensors of one side by their names without the prefix."""
     if prefix:
