@@ -32,7 +32,7 @@ from spin_diffusion.diffusion.denoiser import (
     opponent_of,
 )
 from spin_diffusion.diffusion.images import ImageSettings
-from spin_diffusion.diffusion.latents import encoded_once
+from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
@@ -196,7 +196,7 @@ class DiffusionGame:
     ) -> list[Row]:
         """One image by the opponent per row, in the size of the real one, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        sizes = [_size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
+        sizes = [size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
         states: dict[int, Tensor] = {}
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
@@ -250,7 +250,7 @@ class DiffusionGame:
             encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
         if self.has_sizes:
             for prefix in prefixes:
-                kinds = [self.sizes.index(_size_of(row, prefix)) for row in rows]
+                kinds = [self.sizes.index(size_of(row, prefix)) for row in rows]
                 encoded[f"{prefix}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
         return encoded
 
@@ -262,19 +262,11 @@ class DiffusionGame:
     def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
         """Of the images of one side, (rows, channels, ...) fp16 on the CPU; packed where they differ in size."""
         self._bring_back()
-        most = self.images.vae_encode_batch_size
-        encoded: dict[int, Tensor] = {}
-        by_size = places_by_size(_size_of(row, prefix) for row in rows).values()
-        for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
-            part = [rows[place] for place in places]
-            latents = images.encode_images(
-                self.pipeline.vae, [images.open_image(row[f"{prefix}image"]) for row in part], self.images,
-                [row["id"] for row in part], round_trip=self.images.vae_round_trip and not part[0]["drawn"],
-                mirrored=mirrored,
-            )  # fmt: skip
-            encoded |= zip(places, latents.cpu().half(), strict=True)
-        in_order = [encoded[place] for place in range(len(rows))]
-        return packed(in_order, self._cells) if self.has_sizes else torch.stack(in_order)
+        encoded = latents_of(
+            self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored,
+            round_trip=self.images.vae_round_trip and not rows[0]["drawn"],
+        )  # fmt: skip
+        return packed(encoded, self._cells) if self.has_sizes else torch.stack(encoded)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Scores of both images of each pair by both models, on the same inputs; all images of a size in one batch."""
@@ -608,9 +600,3 @@ class DiffusionGame:
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
-
-
-def _size_of(row: Row, prefix: str = "") -> Size:
-    """Of a stored image, from its frame."""
-    height, width = row[f"{prefix}frame"][4:]
-    return height, width

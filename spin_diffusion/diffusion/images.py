@@ -151,23 +151,6 @@ def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float
     return _finite(((latents - shift) * vae.config.scaling_factor).contiguous(), names, "encoded")
 
 
-def encode_images(
-    vae: AutoencoderKL, images: list[Image.Image], settings: ImageSettings, names: list[str], *,
-    round_trip: bool = False, mirrored: bool = False,
-) -> Float[Tensor, "batch channels h w"]:  # fmt: skip
-    """Scaled latents of images of one size, fp32.
-
-    Args:
-        round_trip: pass the VAE and the codec once before.
-        mirrored: of their mirror images.
-    """
-    pixels = to_pixels(images)
-    if round_trip:
-        drawn = to_images(decode_latents(vae, encode_pixels(vae, pixels, names), names))
-        pixels = to_pixels(through_codec(drawn, settings))
-    return encode_pixels(vae, pixels.flip(-1) if mirrored else pixels, names)
-
-
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h w"], names: list[str]) -> Pixels:
     """Scaled latents back to pixels in [-1, 1], fp32; in parts where the device's memory does not hold them at once.

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.latents import latents_of
 from spin_diffusion.evaluation.statistics import Interval, paired_difference
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
@@ -211,16 +211,7 @@ def encode_stored(
         round_trip: pass the VAE and the codec once before.
         codec: pass the codec once more before anything else.
     """
-    found = []
-    size = settings.vae_encode_batch_size
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        names = [row["id"] for row in part]
-        opened = [images.open_image(row["image"]) for row in part]
-        if codec:
-            opened = images.through_codec(opened, settings)
-        found.append(images.encode_images(vae, opened, settings, names, round_trip=round_trip).cpu())
-    return torch.cat(found).half().float()
+    return torch.stack(latents_of(vae, rows, settings, round_trip=round_trip, codec=codec)).float()
 
 
 @dataclass(frozen=True)
