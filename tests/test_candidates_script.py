@@ -125,6 +125,20 @@ def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, mon
     assert [(row["real"], row["generated"]) for row in before] == [(row["generated"], row["real"]) for row in after]
 
 
+def test_a_file_that_changed_between_the_rounds_is_refused(asked, scorer, tmp_path, capsys):
+    assert play(tmp_path, asked) == 0
+    judged = read_json(tmp_path / "out" / "round-1" / "round.json")["candidates"]["judge"]
+    original = scorer.read_text()
+    scorer.write_text(original + "\n# another\n")
+    assert play(tmp_path, asked) == 0  # nothing is left to judge
+    code = play(tmp_path, asked | {"rounds": 2})
+    refused(capsys, code, f"another judge of candidates than round 1 (then {judged}", "another --output_dir")
+    assert not (tmp_path / "out" / "round-2" / "samples").exists()
+    scorer.write_text(original)
+    assert play(tmp_path, asked | {"rounds": 2}) == 0
+    assert read_json(tmp_path / "out" / "round-2" / "round.json")["candidates"]["judge"] == judged
+
+
 def test_two_processes_choose_the_same_as_one(asked, tmp_path):
     for count in (1, 2):
         settings_ = asked | {"train_batch_size": 4 // count, "candidate_share": 0.5}

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data import Example
@@ -30,6 +31,8 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_file, write_json, write_rows
+from spin_diffusion.selfplay.shards import rows_in
+from spin_diffusion.selfplay.sharing import shared_out
 
 IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""
@@ -159,7 +162,7 @@ def choose(
 
 @dataclass(eq=False)
 class Curation:
-    """The curation of one run's real images; only the main process reads and scores.
+    """The curation of one run's real images. All processes may score; the main one alone chooses.
 
     Attributes:
         settings: the rules; their scorer is given.
@@ -186,7 +189,8 @@ class Curation:
     """What was chosen, once `take` has been called."""
 
     def take(self, again: Callable[[], Iterator[Example]]) -> Iterator[Example]:
-        """The chosen examples in the order of the data set; everything is scored before the first is asked for.
+        """The chosen examples in the order of the data set; what is not scored yet is scored before the first is asked
+        for. Called on the main process alone.
 
         Args:
             again: reads the data set a second time; its examples are taken one by one.
@@ -195,7 +199,7 @@ class Curation:
             InputError: a scorer that cannot run, a threshold that leaves nothing, or a data set that changes while it
                 is read.
         """
-        self._score()
+        self.score(None)
         scores, ids, prompts = self._scored()
         choice = choose(scores, ids, prompts, self.settings)
         if not choice.chosen.any():
@@ -210,52 +214,81 @@ class Curation:
 
     # Scores
 
-    def _score(self) -> None:
+    def score(self, accelerator: Accelerator | None) -> None:
+        """Score what is not scored yet. Each process reads the whole data set and scores the files that fall to it; a
+        file is scored whole by one process, so the scores do not depend on how many there are.
+
+        Args:
+            accelerator: all of its processes call this; None = this process is alone.
+
+        Raises:
+            InputError: a scorer that cannot run, or a data set that is not the one that was begun with.
+        """
         spec = str(self.settings.curation_scorer)
         said_path, done_path = self.directory / "scorer.json", self.directory / "complete.json"
         decides = self.decides | {"curation_scorer": content_settings(self.settings)["curation_scorer"]}
         said = read_json(said_path) if said_path.is_file() else {}
-        if said.get("decides") == decides and done_path.is_file():
+        is_done = said.get("decides") == decides and done_path.is_file()
+        wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
+        is_main = accelerator is None or accelerator.is_main_process
+        wait()  # all have looked before one of them changes something
+        if is_done:
             return
         try:
             scorer = load_scorer(spec, self.device)
         except InputError as error:
             raise InputError(f"--curation_scorer {spec}: {error}") from None
         now = {"decides": decides, "checkpoint": dict(scorer.checkpoint)}
-        if said != now:
+        if said != now and is_main:
             said_path.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that seems to be whole
             shutil.rmtree(self.directory, ignore_errors=True)
             write_json(said_path, now)
+        wait()
         try:
-            count = self._score_shards(scorer)
+            self._score_shards(scorer, accelerator)
         except InputError as error:
             blamed = f"--curation_scorer {spec}: " if str(error).startswith("scorer ") else ""
             raise InputError(f"{blamed}{error}") from None
-        write_json(done_path, {"scored": count})
+        wait()
+        if is_main:
+            write_json(done_path, {"scored": self._count()})
+        wait()
         # The run needs the memory for itself
         del scorer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _score_shards(self, scorer: LoadedScorer) -> int:
+    def _score_shards(self, scorer: LoadedScorer, accelerator: Accelerator | None) -> None:
         bar = self.progress.phase(f"score the real samples by {scorer.name}", 0)
-        examples, count, number = self.read(), 0, 0
-        while True:
+        files = range(2**62)  # how many there will be is known at the end of the data set
+        processes = accelerator.num_processes if accelerator is not None else 1
+        examples, at, count = self.read(), 0, 0
+        for number in shared_out(files, accelerator) if accelerator is not None else files:
+            for _ in islice(examples, (number - at) * self.rows_per_shard):  # another process's
+                pass
+            at = number + 1
             path = self.directory / f"{number:05d}.parquet"
             shard = islice(examples, self.rows_per_shard)
             rows = self._scored_already(path, shard) if path.is_file() else []
             if not path.is_file():
                 while scored := self._scored_batch(scorer, list(islice(shard, BATCH))):
                     rows += scored
-                    bar(count + len(rows), "")
+                    bar((count + len(rows)) * processes, "")
                 if rows:
                     write_rows(path, rows, {})
             count += len(rows)
-            number += 1
-            bar(count, "")
+            bar(count * processes, "")
             if len(rows) < self.rows_per_shard:
-                return count
+                return
+
+    def _count(self) -> int:
+        """Of all scored examples; none of a data set that was longer may be left."""
+        by_number = {int(path.stem): rows_in(path) for path in self.directory.glob("*.parquet")}
+        counts = [by_number[number] for number in sorted(by_number)]
+        if sorted(by_number) != list(range(len(counts))) or any(rows < self.rows_per_shard for rows in counts[:-1]):
+            raise InputError(self._has_changed())
+        return sum(counts)
 
     def _scored_batch(self, scorer: LoadedScorer, examples: list[Example]) -> list[Row]:
         rows = list(self.stored(examples))

@@ -21,9 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import read_json
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"
+CONFIG = "lora_config.json"
+"""Beside the weights: the settings, and the hash of the base's weights that they were trained on."""
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -59,17 +62,20 @@ class LoraSettings:
 class Adapters:
     """The two adapters of a UNet. The player's are fp32 and trainable, whatever the dtype of the base."""
 
-    def __init__(self, unet: UNet2DConditionModel, settings: LoraSettings, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, settings: LoraSettings, dtype: torch.dtype | None, base_hash: str
+    ) -> None:
         """Add both to `unet`, equal and without effect.
 
         Args:
+            base_hash: of the UNet's weights, which a saved adapter is told to belong to.
             dtype: of the base's linear and convolution weights from here on, those that autocast would cast at every
                 call; None = as they are.
 
         Raises:
             InputError: no layer of a name in `lora_target_modules`.
         """
-        self.unet, self.settings = unet, settings
+        self.unet, self.settings, self.base_hash = unet, settings, base_hash
         if dtype is not None:
             for module in unet.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
@@ -193,18 +199,24 @@ class Adapters:
         metadata = {"lora_adapter_metadata": json.dumps(described, sort_keys=True, default=str)}
         tensors = {f"unet.{key}": tensor.cpu().contiguous() for key, tensor in weights.items()}
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
-        settings = asdict(self.settings) | {"rank": rank, "lora_alpha": alpha}
-        (folder / "lora_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        settings = asdict(self.settings) | {"rank": rank, "lora_alpha": alpha, "base": self.base_hash}
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
     def restore(self, folder: Path | None) -> None:
         """The player as saved in a folder, or as it was at first; its Parameters stay the same objects.
 
         Raises:
-            InputError: an adapter of another rank, or on other layers.
+            InputError: an adapter of another rank, on other layers, or of another base.
         """
         if folder is None:
             self._load(PLAYER, self._fresh)
             return
+        base = read_json(folder / CONFIG).get("base", self.base_hash) if (folder / CONFIG).is_file() else self.base_hash
+        if base != self.base_hash:
+            raise InputError(
+                f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this run's has "
+                f"{self.base_hash[:12]}): give that base, or start in another --output_dir"
+            )
         weights = {key.removeprefix("unet."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
         for key, tensor in self._fresh.items():
             if key not in weights or weights[key].shape != tensor.shape:

@@ -178,6 +178,11 @@ class TrajectoryDraws:
     dropped: list[bool]
 
 
+def drawn_step(generator: torch.Generator, num_steps: int) -> int:
+    """Which step `steps` takes: the first thing that is drawn with a pair's seed."""
+    return int(torch.randint(num_steps, (1,), generator=generator))
+
+
 def draw_steps(
     seeds: list[int], shape: tuple[int, ...], num_steps: int, kind: Literal["steps", "exact"], drop_probability: float
 ) -> TrajectoryDraws:
@@ -185,10 +190,10 @@ def draw_steps(
     step, noises, dropped = [], [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        step.append(torch.randint(num_steps, (1,), generator=generator))
+        step.append(drawn_step(generator, num_steps))
         dropped.append(torch.rand(1, generator=generator).item() < drop_probability)
         noises.append(torch.randn((2 if kind == "steps" else num_steps + 1, *shape), generator=generator))
-    return TrajectoryDraws(torch.cat(step), torch.stack(noises), dropped)
+    return TrajectoryDraws(torch.tensor(step), torch.stack(noises), dropped)
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,8 @@ def true_pairs(
 
     Args:
         x_0: real latents.
-        kept: the opponent's trajectories, one for each real latent; None = there is no generated side.
+        kept: the opponent's trajectories, one for each real latent, or for `steps` the two states around the drawn
+            step alone; None = there is no generated side.
     """
     rows = torch.arange(len(x_0))
     forward = forward_trajectory(x_0, draws.noises, steps) if kind == "exact" else None
@@ -226,5 +232,6 @@ def true_pairs(
         if kept is None:
             yield TruePair(x_t, x_prev, step)
         else:
-            x_t, x_prev = torch.cat([x_t, kept[rows, step].float()]), torch.cat([x_prev, kept[rows, step + 1].float()])
+            at = step if kept.shape[1] == len(steps) + 1 else torch.zeros_like(step)
+            x_t, x_prev = torch.cat([x_t, kept[rows, at].float()]), torch.cat([x_prev, kept[rows, at + 1].float()])
             yield TruePair(x_t, x_prev, step.repeat(2))

@@ -46,6 +46,11 @@ class Batch:
     generated: dict[str, Tensor]
     seeds: list[int]
 
+    @property
+    def sides(self) -> list[dict[str, Tensor]]:
+        """The sides that there are, the real one first."""
+        return [self.real, self.generated] if self.generated else [self.real]
+
 
 @dataclass(frozen=True)
 class ScoredBatch:
@@ -99,6 +104,11 @@ class Game(Protocol):
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
+        ...
+
+    def kept_part(self, seed: int) -> slice:
+        """Of what `generate` kept of a sample: the places along each tensor's first axis that `scores` asks for at this
+        seed. The others are not read."""
         ...
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:

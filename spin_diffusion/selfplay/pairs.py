@@ -21,12 +21,15 @@ class Pairs:
 
     ids: Sequence[str]
     prompts: Sequence[str]
-    fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    fetch: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
+    """Places of pairs -> tensors of both sides; with `kept_part` also what it says of each pair's seed."""
     draws: int = 0
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
     kinds: Tensor | None = None
     """Of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
+    kept_part: Callable[[int], slice] | None = None
+    """`Game.kept_part`, where something was kept of the generated samples."""
     epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
@@ -35,8 +38,9 @@ class Pairs:
         if self.draws:
             visits = [position // len(self.ids) for position in positions]
             return self.at_draws(indices, [visit % self.draws for visit in visits], seed, round_)
-        real, generated = self.fetch(indices)
         seeds = [seed_from(seed, "pair", round_, position) for position in positions]
+        parts = () if self.kept_part is None else ([self.kept_part(one) for one in seeds],)
+        real, generated = self.fetch(indices, *parts)
         return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
 
     def at_draws(self, indices: list[int], draws: list[int], seed: int, round_: int) -> Batch:

@@ -22,7 +22,8 @@ from spin_diffusion.selfplay.one_round import Part
 from spin_diffusion.selfplay.pairs import TOGETHER, Pairs
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_rows
-from spin_diffusion.selfplay.samples import kinds_of, prepare
+from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.stored_pairs import kinds_of
 from tests.diffusion.test_game import nudge
 from tests.playing import ROUNDS, TRAINING, make_game
 
@@ -91,6 +92,12 @@ def test_a_size_is_the_longest_short_side_that_fits():
     every = {(h, w) for h in range(64, 2049, 64) for w in range(1024, 2049, 64) if h * w <= 1024**2 and w / h <= 3}
     longest = {(max(h for h, other in every if other == w), w) for w in {w for _, w in every}}
     assert {size for size in bucket_sizes(1024, 32, 3.0) if size[1] >= size[0]} == longest
+
+
+def test_the_nearest_size_is_the_one_that_crops_least_off():
+    # 1.45 : 1 loses 31 % as a square, 27 % as 2 : 1, though 1.45 is nearer to 1 than to 2
+    assert nearest([(64, 64), (32, 64)], 100, 145) == (32, 64)
+    assert nearest([(64, 64), (64, 32)], 145, 100) == (64, 32)
 
 
 def test_the_nearest_size_is_nearest_in_shape():

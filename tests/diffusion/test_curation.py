@@ -29,7 +29,8 @@ from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.images import open_image
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
+from spin_diffusion.selfplay.run_dir import file_hash, file_hashes, read_json, read_rows
+from tests.test_processes import play as play_in_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +48,21 @@ def load(device):
 def score(images, prompts):
     CALLS.append((len(images), [image.size for image in images]))
     return torch.tensor([float(np.asarray(image.convert("L")).mean()) for image in images])
+"""
+
+NOTES = """
+import os
+import time
+from pathlib import Path
+
+plain = score
+
+
+def score(images, prompts):
+    time.sleep(0.3)  # long enough for the other process to take a file as well
+    with open(Path(__file__).with_name(f"{os.environ['LOCAL_RANK']}.scored"), "a") as file:
+        file.write(f"{len(images)}\\n")
+    return plain(images, prompts)
 """
 
 
@@ -238,6 +254,18 @@ def test_a_killed_scoring_goes_on_where_it_was(brightness, tmp_path, count, kill
     assert file_hash(killed.table) == file_hash(tmp_path / "whole" / "data" / "curation.parquet")
 
 
+def test_files_of_a_longer_data_set_are_not_taken_for_scores(brightness, tmp_path):
+    """As two processes leave them that are killed: the later file is there, the one before it is not."""
+    whole = make(tmp_path, Data(LEVELS), brightness, curation_top=2)
+    whole.score(None)
+    (whole.directory / "complete.json").unlink()
+    (whole.directory / "00001.parquet").unlink()
+    shorter = Data(LEVELS[:7])  # three in the file that is scored anew, and three in the one behind it
+    with pytest.raises(InputError, match="is not the one that was scored"):
+        make(tmp_path, shorter, brightness, curation_top=2).take(shorter)
+    assert not (whole.directory / "complete.json").exists()
+
+
 def test_what_is_scored_is_not_scored_again_when_the_rules_change(brightness, tmp_path, monkeypatch):
     data = Data(LEVELS)
     with pytest.raises(InputError) as error:
@@ -407,6 +435,23 @@ def test_the_script_plays_with_the_brightest_images_as_they_are_stored(settings,
     Path(settings["curation_scorer"]).write_text(BRIGHTNESS + "\n# another\n")
     code = play(tmp_path, settings, "--curation_top", "6")
     refused(capsys, code, "prepared with other settings (curation_scorer)")
+
+
+def test_two_processes_score_the_same_as_one_and_share_the_work(settings, tmp_path):
+    scorer = Path(settings["curation_scorer"])
+    scorer.write_text(BRIGHTNESS + NOTES)
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        play_in_processes(settings | {"train_batch_size": 2 // count, "curation_top": 6}, folder, count)
+        by_process = {path: sum(map(int, path.read_text().split())) for path in tmp_path.glob("*.scored")}
+        assert len(by_process) == count and sum(by_process.values()) == 24
+        for path in by_process:
+            path.unlink()
+        data = folder / "out" / "data"
+        found.append(file_hashes([data / "curation.parquet", data / "samples"], data))
+        assert not (folder / "out" / "curation").exists()
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_of_a_human_pair_the_winner_is_scored(settings, tmp_path, capsys):

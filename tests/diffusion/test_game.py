@@ -60,11 +60,10 @@ class Exact(torch.nn.Module):
 
     def __init__(self, game, known: torch.Tensor) -> None:
         super().__init__()
-        self.game, self.known = game, known
+        self.game, self.x_0 = game, torch.cat([known, known])
 
     def forward(self, x_t, t, **inputs):
-        abar = self.game.noising.abar[t][:, None, None, None]
-        x_0 = torch.cat([self.known, self.known])
+        abar, x_0 = self.game.noising.abar[t][:, None, None, None], self.x_0
         eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
         if self.game.noising.prediction_type == "epsilon":
             return (eps,)
@@ -122,6 +121,17 @@ def test_the_winner_preserving_rule_changes_gradients_and_no_value(sdxl_dir):
         gradients.append(game.player.conv_in.weight.grad.clone())
     assert torch.equal(values[0], values[1])
     assert not torch.allclose(gradients[0], gradients[1])
+
+
+def test_the_winner_preserving_rule_knows_which_side_is_the_real_one(sdxl_dir):
+    game = make_game(sdxl_dir, winner_preserving_mu=0.9)
+    batch = batch_of(game)
+    exact = Exact(game, batch.real["latents"].float())
+    exact.x_0 = torch.cat([batch.real["latents"], batch.generated["latents"]]).float()
+    off = torch.tensor([1.0] * 4 + [2.0] * 4)[:, None, None, None]  # errors of 1 everywhere, and of 2
+    scored = game.scores(lambda *inputs, **more: (exact(*inputs, **more)[0] + off,), batch)
+    # (1 - mu) |g_real|^2 / <g_real, g_generated> = 0.1 * 1 / 2
+    assert torch.allclose(scored.generated_scale, torch.full((4,), 0.05), rtol=1e-3)
 
 
 def test_without_a_generated_side_only_the_real_one_is_scored(sdxl_dir):

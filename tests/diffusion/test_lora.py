@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, WEIGHTS, LoraSettings
+from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, LoraSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin
-from spin_diffusion.selfplay.run_dir import file_hash, weights_hash
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, weights_hash, write_json
 from tests.diffusion.test_game import batch_of
 from tests.playing import TRAINING, make_game, play_all
 
@@ -247,3 +248,27 @@ def test_unknown_layers_and_other_ranks_are_refused(sdxl_dir, tmp_path):
     make_game(sdxl_dir, lora=LORA).save(tmp_path, prove=False)
     with pytest.raises(InputError, match="another rank"):
         make_game(sdxl_dir, lora=replace(LORA, rank=2)).restore(tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused_in_one_line(sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, lora=LORA)
+    game.save(tmp_path, prove=False)
+    for folder in ("lora", "lora_round"):
+        assert read_json(tmp_path / folder / CONFIG)["base"] == game.base_hash
+    other = DiffusionPipeline.from_pretrained(sdxl_dir)
+    with torch.no_grad():
+        other.unet.conv_in.bias.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    game = make_game(tmp_path / "other", lora=LORA)
+    move(game)
+    before = game.player_hash()
+    with pytest.raises(InputError, match=r"was trained on another base .*another --output_dir$") as error:
+        game.restore(tmp_path)
+    assert "\n" not in str(error.value) and game.player_hash() == before
+    AcceleratorState._reset_state()
+    make_game(sdxl_dir, lora=LORA, precision="bf16").restore(tmp_path)  # the same base, held in another dtype
+    written = read_json(tmp_path / "lora" / CONFIG)
+    del written["base"]  # as an earlier version wrote it
+    write_json(tmp_path / "lora" / CONFIG, written)
+    game.restore(tmp_path)
+    assert game.player_hash() != before

@@ -106,6 +106,24 @@ def test_the_posterior_s_noise_averages_out_of_the_implied_noise():
     assert found.std(dim=0).mean().item() == pytest.approx(spread.item(), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["steps", "exact"])
+def test_a_step_of_the_real_side_has_a_noise_of_its_own(kind):
+    steps = read_steps(sampler(), 10, 1.0)
+    draws = draw_steps([3, 4], (4, 2, 2), 10, kind, 0.0)
+    noises = draws.noises.clone()
+    noises[:, 0] = 0  # that of x_t, or of x_T: what is left in the step is what it adds itself
+    pair = next(true_pairs(torch.zeros(2, 4, 2, 2), None, replace(draws, noises=noises), steps, kind))
+    assert (pair.x_t == 0).all()
+    sigma = steps.sigma[pair.step].float()[:, None, None, None]
+    assert torch.allclose(pair.x_prev, sigma * draws.noises[:, 1]) and (sigma > 0).all()
+
+
+def test_every_step_of_the_sampler_is_drawn_equally_often():
+    draws = draw_steps(list(range(2000)), (1, 1, 1), 10, "steps", 0.0)
+    counts = torch.bincount(draws.step, minlength=10)
+    assert len(counts) == 10 and counts.min() > 150 and counts.max() < 250  # 200, give or take 13
+
+
 def test_without_added_noise_the_real_trajectory_has_one_noise():
     steps = read_steps(sampler(), 10, 0.0)
     x_0, noises = normal(2, 4, 2, 2), normal(2, 11, 4, 2, 2, seed=1)
@@ -355,6 +373,28 @@ def test_rounds_keep_trajectories_while_they_need_them(sdxl_dir, tmp_path, kind)
     names = records[1]["files"]
     assert sum(name.startswith(f"round-2/{KEPT}/") for name in names) == 3
     assert not (tmp_path / "round-2" / KEPT).exists() and (tmp_path / "round-2" / "samples").is_dir()
+
+
+def test_of_a_trajectory_only_the_two_states_of_a_step_are_read(sdxl_dir, tmp_path, monkeypatch):
+    weights, read = [], []
+    for part in ("step", "whole"):
+        game = trajectory_game(sdxl_dir, "steps")
+        if part == "whole":
+            monkeypatch.setattr(game, "kept_part", lambda seed: slice(None))
+        scores, shapes = game.scores, set()
+
+        def watched(player, batch, scores=scores, shapes=shapes):
+            shapes.add(tuple(batch.generated["states"].shape[:2]))
+            return scores(player, batch)
+
+        monkeypatch.setattr(game, "scores", watched)
+        training = replace(TRAINING, max_train_steps=4)
+        play_all(sdxl_dir, tmp_path / part, game=game, training=training, rounds=1, num_generated=2)
+        weights.append(file_hash(tmp_path / part / "round-1/unet/diffusion_pytorch_model.safetensors"))
+        read.append(shapes)
+    pairs = 2 * TRAINING.train_batch_size
+    assert read == [{(pairs, 2)}, {(pairs, len(game.steps) + 1)}] and len(game.steps) > 1
+    assert weights[0] == weights[1]
 
 
 def test_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):

@@ -161,6 +161,16 @@ def test_a_model_that_truly_gains_in_domain_seldom_sets_off_goodhart_however_man
     assert fired <= 5  # 1 or 2 expected; without the correction 11
 
 
+def test_a_chance_rise_of_one_of_many_in_domain_scorers_is_no_reason_to_believe_in_goodhart() -> None:
+    rng = np.random.default_rng(4)
+    roles: dict[str, Role] = {f"pleased {i}": "in-domain" for i in range(8)} | {"judge": "held-out"}
+    fired = 0
+    for _ in range(60):
+        differences = {name: rng.normal(size=100) - (name == "judge") for name in roles}
+        fired += goodhart(differences, roles, resamples=400).state == "alarm"
+    assert fired <= 5  # 1 or 2 expected; without the correction 11
+
+
 def test_beauty_against_the_prompt_is_an_alarm() -> None:
     world = World(4)
     base, other = world.scores(), world.scores()
@@ -304,6 +314,16 @@ def test_a_round_that_changes_nothing_is_advice_to_stop() -> None:
     assert stagnation(moved(same, sharpness=3.0), before, ROLES).state == "warn", "drift is no progress"
     assert stagnation(same, None, ROLES).state == "not run"
     assert stagnation({"sharpness": before["sharpness"]}, before, ROLES).state == "not run"
+
+
+def test_a_round_that_changes_nothing_seldom_seems_to_move_however_many_scorers_watch() -> None:
+    rng = np.random.default_rng(5)
+    roles: dict[str, Role] = {f"judge {i}": "held-out" for i in range(8)}
+    moving = 0
+    for _ in range(60):
+        before, after = ({name: rng.normal(size=(100, 1)) for name in roles} for _ in range(2))
+        moving += stagnation(after, before, roles, resamples=400).state == "ok"
+    assert moving <= 8  # 3 expected; without the correction 20
 
 
 def test_one_image_per_prompt_leaves_out_what_needs_pairs() -> None:

@@ -291,6 +291,7 @@ def test_a_scorer_needs_the_interval_and_the_sign_test() -> None:
     assert verdict(AROUND, 0.01, False) == "inconclusive"
     assert verdict(UP, 0.05, False) == verdict(DOWN, 0.05, False) == "inconclusive"
     assert verdict(Interval(0.1, 0.0, 0.2), 0.01, False) == "inconclusive"
+    assert verdict(Interval(-0.1, -0.2, 0.0), 0.01, False) == "inconclusive"
     assert verdict(Interval(0.0, 0.0, 0.0), 1.0, False) == "inconclusive", "all ties"
     assert verdict(UP, 0.01, True) == verdict(DOWN, 0.5, True) == "drift"
     for interval, p in ((Interval(np.nan, 0.0, 1.0), 0.5), (UP, 1.5), (UP, float("nan"))):

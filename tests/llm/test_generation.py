@@ -51,6 +51,17 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(size):
     assert draw(asked, [seed + 1 for seed in seeds], model) != expected
 
 
+def test_the_longest_prompts_come_first(monkeypatch):
+    """So that a batch that is too large for the memory is the first one, and not one after hours."""
+    model, asked, lengths = llama(), prompts(), []
+    plain = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: lengths.append(inputs["input_ids"].shape[1]) or plain(**inputs)
+    )
+    draw(asked, list(range(9)), model, generation_batch_size=2)
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == max(map(len, asked)) > lengths[-1]
+
+
 def test_samples_follow_the_models_distribution():
     model = llama()
     model.lm_head.weight.data *= 8  # far from uniform

@@ -84,6 +84,15 @@ def test_their_gradients_equal_the_plain_ones(build):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_logits_of_half_precision_are_summed_up_in_fp32():
+    model = llama().bfloat16()
+    model.lm_head.weight.data *= 8
+    ids, mask = rows()
+    found = answer_logprobs(model, ids, mask)
+    # A log-probability near -10 rounded to bf16 is off by up to 0.03
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), plain(model, ids, mask), atol=1e-4)
+
+
 def test_a_model_that_changes_its_logits_is_found_out():
     assert applies_head_to_hidden_states(llama()) and applies_head_to_hidden_states(gpt2())
     assert not applies_head_to_hidden_states(gemma2())

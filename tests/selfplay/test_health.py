@@ -137,6 +137,30 @@ def test_noise_around_zero_is_no_forgetting():
     assert health.forgetting(noisy, BETA, WATCHED) is None
 
 
+def test_a_single_step_of_told_apart_pairs_is_no_saturation():
+    assert health.saturation(history(saturation=lambda step: float(step == 39)), BETA, WATCHED) is None
+
+
+def test_errors_and_distances_are_those_of_now():
+    late = {"score_real": lambda step: -0.1 if step < 20 else -0.115, "r_real": lambda step: -0.015 * (step >= 20)}
+    assert health.error_growth(history(**late), BETA, WATCHED) is not None  # 15 % by now, 7 % over the whole round
+    over = {"score_real": lambda step: -0.1 if step >= 20 else -0.2, "r_real": lambda step: -0.1 * (step < 20)}
+    assert health.error_growth(history(**over), BETA, WATCHED) is None
+    assert health.distance(history(distance=lambda step: 0.3 if step == 39 else 0.1), BETA, WATCHED) is not None
+    assert health.distance(history(distance=lambda step: 0.1 if step == 39 else 0.3), BETA, WATCHED) is None
+
+
+def test_a_spike_is_held_against_the_steps_before_it_alone():
+    # The median of the 20 before is 2; with the spike in place of the oldest it would be 3
+    norms = [1.0] * 10 + [3.0] * 10 + [25.0]
+    assert health.gradient_spike(history(21, grad_norm=lambda step: norms[step]), BETA, WATCHED) is not None
+
+
+def test_pairs_told_apart_the_wrong_way_round_are_not_nothing():
+    wrong = FIRES["nothing_learnt"] | {"margin": -1e-3}
+    assert health.nothing_learnt(history(**wrong), BETA, WATCHED) is None
+
+
 def test_saturation_is_only_watched_for_when_asked():
     full = history(saturation=1.0)
     assert health.saturation(full, BETA, health.HealthSettings()) is None

@@ -8,7 +8,7 @@ import torch
 
 from spin_diffusion.running import lineage
 from spin_diffusion.selfplay import train as train_module
-from spin_diffusion.selfplay.opponents import OPPONENTS, pool
+from spin_diffusion.selfplay.opponents import OPPONENTS, mixture_score, pool
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
 from spin_diffusion.selfplay.train import Average
 from tests.playing import TRAINING, make_game, play_all
@@ -49,6 +49,12 @@ def test_rules_name_the_selves_and_their_shares():
 def test_a_pools_weights_go_from_the_newest_on_and_the_last_repeats():
     assert pool([1, 2, 4], [2.0, 1.0]) == pytest.approx({4: 0.4, 2: 0.2, 1: 0.2, 0: 0.2})
     assert pool([1, 2, 4], [1.0, 1.0, 0.0]) == pytest.approx({4: 0.5, 2: 0.5})
+
+
+def test_a_mixtures_score_is_the_logarithm_of_its_density():
+    density = torch.tensor([[0.2, 0.5], [0.6, 0.1]])
+    found = mixture_score(density.log(), torch.tensor([0.25, 0.75]))
+    assert torch.allclose(found.exp(), torch.tensor([0.25 * 0.2 + 0.75 * 0.6, 0.25 * 0.5 + 0.75 * 0.1]))
 
 
 def test_each_sample_of_a_pool_says_who_drew_it(sdxl_dir, tmp_path):

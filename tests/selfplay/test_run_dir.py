@@ -1,5 +1,7 @@
 """The run folder: seeds, hashes, atomic writes."""
 
+import os
+
 import pytest
 import torch
 
@@ -23,6 +25,38 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="full"):
         run_dir.write_file(path, failing)
     assert run_dir.read_json(path) == {"old": 1}
+
+
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_afterwards(tmp_path, monkeypatch):
+    path, events = tmp_path / "a.json", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("named") or replace(*paths))
+    run_dir.write_json(path, {"new": 1})
+    assert events == [path.stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, killed_at):
+    path, renames = tmp_path / "unet", []
+    path.mkdir()
+    (path / "a").write_text("old")
+    run_dir.part_of(path).mkdir()
+    (run_dir.part_of(path) / "a").write_text("new")
+    replace = os.replace
+
+    def dying(*paths):
+        renames.append(paths)
+        if len(renames) == killed_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_dir.commit(path)
+    run_dir.settle(tmp_path)
+    assert (path / "a").read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["unet"]
 
 
 def test_settling_removes_parts_and_gives_a_replaced_folder_back(tmp_path):
