@@ -31,7 +31,9 @@ from timing import machine, report
 from spin_diffusion.data import read_examples
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.diffusion.game import example_id
-from spin_diffusion.selfplay.samples import ENCODED, Column, Part, Side, open_pairs, prepare
+from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs
 
 
 def write_synthetic(path: Path, rows: int, at_a_time: int = 4096) -> None:

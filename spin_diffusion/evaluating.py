@@ -21,7 +21,7 @@ from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.one_round import FINAL
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, write_file, write_json
-from spin_diffusion.selfplay.samples import shards
+from spin_diffusion.selfplay.shards import shards
 from spin_diffusion.selfplay.table import Evaluate, Judgement
 from spin_diffusion.selfplay.train_settings import of_round
 

@@ -60,7 +60,7 @@ exact = _load("exact")
 language = exact.language
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def conversation(prompt: str, answer: str) -> list[dict[str, str]]:
@@ -76,7 +76,7 @@ def write_rows(path: Path, per_prompt: int, rng: random.Random) -> None:
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
 
 
-# Model ---------------------------------------------------------------------------------------------------------------
+# Model
 
 
 def new_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -191,7 +191,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
     model.eval()
 
 
-# The build -----------------------------------------------------------------------------------------------------------
+# The build
 
 
 def write_hashes(folder: Path) -> None:

@@ -67,7 +67,7 @@ oracle = _load("oracle")
 world = oracle.world
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def sample_captions(rng: np.random.Generator, number: int, held_out: bool, distinct: bool) -> list[str]:
@@ -152,7 +152,7 @@ def _to_model(pictures: Tensor, device: str) -> Tensor:
     return (pictures.to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
-# Models --------------------------------------------------------------------------------------------------------------
+# Models
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
@@ -270,7 +270,7 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
     )
 
 
-# Training ------------------------------------------------------------------------------------------------------------
+# Training
 
 
 def average_gradients(params: list[torch.nn.Parameter]) -> None:
@@ -494,7 +494,7 @@ def pipeline_score(folder: Path, prompts: list[str], guidance_scale: float, args
     return float(oracle.load()(images, prompts).mean())
 
 
-# The build -----------------------------------------------------------------------------------------------------------
+# The build
 
 
 def _progress(items, title: str) -> tqdm:

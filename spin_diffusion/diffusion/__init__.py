@@ -1,9 +1,16 @@
 """DiffusionGame: text-to-image models as players. One module per arrow of the method:
 
-families   prompt -> the denoiser's inputs (the only place where SD and SDXL differ)
-sampling   prompt -> the opponent's image
-images     image -> what is stored -> latents
-noising    latents -> noised at level t, and what the denoiser should say
-errors     prediction -> denoising error -> score
-game       all of it behind the contract that the rounds know
+curation     real images -> those that are played with
+families     prompt -> the denoiser's inputs (the only place where SD and SDXL differ); prompts keeps them
+sampling     prompt -> the opponent's image
+images       image -> what is stored -> latents, in sizes of buckets; latents shares them between runs
+noising      latents -> noised at level t, and what the denoiser should say; trajectory: the sampler's own steps instead
+denoiser     the player and its frozen copy, the opponent; lora: two adapters on one UNet; attention: their kernels
+errors       prediction -> denoising error -> score; weighting: how much each level counts
+batches      pairs -> passes through the denoiser -> the pairs' scores
+game         all of it behind the contract that the rounds know
+shortcuts    are real and generated images told apart by traces of the decoder alone?
+candidates   a scorer as the judge of the opponent's own images
+run          the main job; run_lines: what it prints; planning: what it will take, by cost; model_card: what it leaves
+evaluating   base, rounds and rivals in a run; evaluate: any models, from model_sources
 """

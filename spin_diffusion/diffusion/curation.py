@@ -31,7 +31,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_file, write_json, write_rows
-from spin_diffusion.selfplay.samples import rows_in
+from spin_diffusion.selfplay.shards import rows_in
 from spin_diffusion.selfplay.sharing import shared_out
 
 IdOf = Callable[[Example], str]

@@ -53,15 +53,19 @@ class Evaluator(RunEvaluator):
             )
 
     def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
+        """A model whose images and scores lie in `folder`."""
         return model_of(name, folder, role, round_, **said)
 
     def said_of(self, folder: Path, name: str) -> dict[str, Any]:
+        """What is known of a scorer of images, and whether it was run."""
         return read_scorer(folder / "scores", name)
 
     def weights_hash(self) -> str:
+        """Of the player's UNet, or of its adapter."""
         return self.game.player_hash()
 
     def draw_and_score(self, model: EvaluatedModel) -> None:
+        """The player's images of the run's prompts, and their scores."""
         assert self.evaluation is not None
         steps = self.evaluation.protocol["num_inference_steps"]
         self.evaluation.evaluate(
@@ -72,6 +76,7 @@ class Evaluator(RunEvaluator):
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
     ) -> tuple[dict[str, Any], list[Comparison]]:
+        """The results, with the curator's scorer as one that was aimed at."""
         assert self.evaluation is not None
         curator = self.config.curation.curation_scorer
         in_domain = [parse_spec(curator)[0]] if curator else []
@@ -80,6 +85,7 @@ class Evaluator(RunEvaluator):
         )
 
     def show(self, name: str, folder: Path) -> None:
+        """The gallery's images to TensorBoard, wandb or trackio."""
         pictures = self._gallery_pictures(folder)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":

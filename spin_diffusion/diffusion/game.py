@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,12 +32,13 @@ from spin_diffusion.diffusion.denoiser import (
     opponent_of,
 )
 from spin_diffusion.diffusion.images import ImageSettings
-from spin_diffusion.diffusion.latents import encoded_once
+from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
 from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_batches, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.trajectory import (
+    SamplerSteps,
     TrajectorySettings,
     as_noise,
     draw_steps,
@@ -66,14 +67,16 @@ class _Question:
 
     Attributes:
         inputs: the denoiser's other inputs.
+        read: from what the denoiser says to what is compared with `target`, fp32.
         weight: of each image's score.
         level: of each pair, in [0, 1).
     """
 
     x_t: Tensor
     t: Tensor
-    target: Tensor
     inputs: dict[str, Any]
+    read: Callable[[Tensor], Tensor]
+    target: Tensor
     weight: Tensor
     level: Tensor
 
@@ -112,6 +115,8 @@ class DiffusionGame:
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
         self.accelerator = accelerator
         self.base_options = base_options or {}
+
+        # What a score is taken on
         self.fixed_draws = denoiser.fixed_draws
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
         self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
@@ -121,6 +126,8 @@ class DiffusionGame:
             sampler = SAMPLERS["ddim"](dict(pipeline.scheduler.config))
             self.steps = read_steps(sampler, sampling.num_inference_steps, sampling.eta)
             self.step_weights = step_weights(self.steps, self.trajectory.trajectory_weights)
+
+        # The images' sizes
         self.resolution = images.resolution or family.RESOLUTION
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         multiple = self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
@@ -129,12 +136,17 @@ class DiffusionGame:
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
         assert not (self.has_sizes and (self.steps is not None or denoiser.compile != "no")), "one size only"
         self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
+
+        # All but the player is frozen
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
         self.prompts = Prompts(family, pipeline, accelerator.autocast)
         self.shared_latents = shared_latents
         self.vae_hash = weights_hash(pipeline.vae) if shared_latents is not None else ""
+
+        # The player, and the opponent: a copy of it, or another adapter on the same UNet. Never in training mode:
+        # dropout would make the two models' scores differ at step 0
         self.player: UNet2DConditionModel = pipeline.unet
         if denoiser.channels_last:
             self.player.to(memory_format=torch.channels_last)
@@ -142,7 +154,6 @@ class DiffusionGame:
             self.player.enable_gradient_checkpointing()
         if denoiser.enable_xformers_memory_efficient_attention:
             enable_xformers(self.player)
-        # Never in training mode: dropout would make the two models' scores differ at step 0
         self.base_hash = weights_hash(self.player)
         self.adapters: Adapters | None = None
         if lora is not None and lora.use_lora:
@@ -186,7 +197,7 @@ class DiffusionGame:
     ) -> list[Row]:
         """One image by the opponent per row, in the size of the real one, stored in the codec of the real ones."""
         settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        sizes = [_size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
+        sizes = [size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
         states: dict[int, Tensor] = {}
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
@@ -240,7 +251,7 @@ class DiffusionGame:
             encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
         if self.has_sizes:
             for prefix in prefixes:
-                kinds = [self.sizes.index(_size_of(row, prefix)) for row in rows]
+                kinds = [self.sizes.index(size_of(row, prefix)) for row in rows]
                 encoded[f"{prefix}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
         return encoded
 
@@ -250,61 +261,41 @@ class DiffusionGame:
         return (self.resolution // self.latent_px) ** 2
 
     def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
+        """Of the images of one side, (rows, channels, ...) fp16 on the CPU; packed where they differ in size."""
         self._bring_back()
-        vae, most = self.pipeline.vae, self.images.vae_encode_batch_size
-        encoded: dict[int, Tensor] = {}
-        by_size = places_by_size(_size_of(row, prefix) for row in rows).values()
-        for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
-            part = [rows[place] for place in places]
-            names = [row["id"] for row in part]
-            pixels = images.to_pixels([images.open_image(row[f"{prefix}image"]) for row in part])
-            latents = images.encode_pixels(vae, pixels, names)
-            if self.images.vae_round_trip and not part[0]["drawn"]:
-                decoded = images.to_images(images.decode_latents(vae, latents, names))
-                stored = [images.open_image(images.to_bytes(image, self.images)) for image in decoded]
-                pixels = images.to_pixels(stored)
-                latents = images.encode_pixels(vae, pixels, names)
-            if mirrored:
-                latents = images.encode_pixels(vae, pixels.flip(-1), names)
-            encoded |= zip(places, latents.cpu().half(), strict=True)
-        in_order = [encoded[place] for place in range(len(rows))]
-        return packed(in_order, self._cells) if self.has_sizes else torch.stack(in_order)
+        encoded = latents_of(
+            self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored,
+            round_trip=self.images.vae_round_trip and not rows[0]["drawn"],
+        )  # fmt: skip
+        return packed(encoded, self._cells) if self.has_sizes else torch.stack(encoded)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Scores at one (t, eps) per pair, shared by its images and both models; all images of a size in one batch."""
+        """Scores of both images of each pair by both models, on the same inputs; all images of a size in one batch."""
         batch = one_to_one(batch)
         self._put_away()
-        if self.steps is not None:
-            return self._trajectory_scores(player, batch)
         parts = by_kind(batch)
         return in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Of pairs of one size."""
-        question = self._question(batch)
-        if "opponent_score" in batch.real:
-            known = [side["opponent_score"] for side in (batch.real, batch.generated) if side]
-            opponent_scores = torch.cat(known).to(question.x_t.device)
-        else:
-            opponent_scores = self._ask_opponent(question, batch)
-        # One path for both models: the same inputs under the same autocast, compared in fp32
-        with self.accelerator.autocast(), self._dropping(batch):
-            eps_theta = player(question.x_t, question.t, **question.inputs)[0]
-        target, pairs = question.target, len(batch.ids)
-        player_scores = question.weight * errors.score(eps_theta, target)
+        """Of pairs of one size: the mean over what is asked of them."""
+        by_player, by_opponent, levels, scales = [], [], [], []
+        for question in self._questions(batch):
+            if "opponent_score" in batch.real:
+                by_opponent.append(torch.cat([side["opponent_score"] for side in batch.sides]).to(question.x_t.device))
+            else:
+                by_opponent.append(self._ask_opponent(question, batch))
+            found, scale = self._ask_player(player, question, batch)
+            by_player.append(found)
+            scales.append(scale)
+            levels.append(question.level)
+        player_scores, opponent_scores, level = (
+            torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
+        )
         if not batch.generated:
-            nothing = torch.zeros_like(opponent_scores)
-            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), question.level)
-        player_real, player_generated = player_scores.split(pairs)
-        scale = None
-        if self.denoiser.winner_preserving_mu is not None:
-            scale = errors.winner_preserving_scale(
-                eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
-            )
-            player_generated = errors.scale_gradient(player_generated, scale)
-        opponent_real, opponent_generated = opponent_scores.split(pairs)
-        scores = PairScores(player_real, player_generated, opponent_real, opponent_generated)
-        return ScoredBatch(scores, question.level, scale)
+            return ScoredBatch(PairScores.of_real(player_scores, opponent_scores), level)
+        pairs = len(batch.ids)
+        scores = PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs))
+        return ScoredBatch(scores, level, scales[0] if len(scales) == 1 else None)
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""
@@ -313,17 +304,25 @@ class DiffusionGame:
         real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
         drawn = drawn if batch.generated else drawn[:0]
         for places, part in by_kind(batch):
-            found = self._ask_opponent(self._question(part), part)
+            found = self._ask_opponent(self._noised(part), part)
             real[places] = found[: len(places)]
             if batch.generated:
                 drawn[places] = found[len(places) :]
         return real[:: len(batch.ids) // rows], drawn  # a real row has one score, however many rows it meets
 
-    def _question(self, batch: Batch) -> "_Question":
-        """What both models are asked of a batch: all its images, noised."""
-        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
+    # What both models are asked, and how
+
+    def _questions(self, batch: Batch) -> Iterator[_Question]:
+        """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored."""
+        if self.steps is None:
+            yield self._noised(batch)
+        else:
+            yield from self._on_trajectories(batch, self.steps)
+
+    def _noised(self, batch: Batch) -> _Question:
+        """All images of a batch, noised by the forward process."""
         device = self.accelerator.device
-        sides = [as_visited(side, batch.seeds) for side in sides]
+        sides = [as_visited(side, batch.seeds) for side in batch.sides]
         x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
         if self.has_sizes:
             height, width = self.sizes[int(batch.real[KIND][0])]
@@ -334,86 +333,94 @@ class DiffusionGame:
         t = draws.t.to(device).repeat(len(sides))
         eps = draws.eps.to(device).repeat(len(sides), 1, 1, 1)
         x_t, target = self.noising.noised_and_target(x_0, eps, t)
-        if self.denoiser.channels_last:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            conditioning = self.prompts.conditioning(
-                batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
-            )
-        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-        if conditioning.added:
-            inputs["added_cond_kwargs"] = conditioning.added
-        level = draws.t.to(device) / self.noising.num_timesteps
-        return _Question(x_t, t, target, inputs, self.weights.to(device)[t], level)
+        return _Question(
+            x_t=self._laid_out(x_t),
+            t=t,
+            inputs=self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])),
+            read=Tensor.float,
+            target=target,
+            weight=self.weights.to(device)[t],
+            level=draws.t.to(device) / self.noising.num_timesteps,
+        )
 
-    @torch.no_grad()
-    def _ask_opponent(self, question: "_Question", batch: Batch) -> Tensor:
-        """Its scores, real ones first."""
-        with self.accelerator.autocast(), self._as_opponent(), self._dropping(batch):
-            predicted = self.opponent(question.x_t, question.t, **question.inputs)[0]
-        return question.weight * errors.score(predicted, question.target)
-
-    def _trajectory_scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Scores on the sampler's own steps: the opponent's kept trajectories, and the real images' posterior ones.
-
-        Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
-        """
-        kind, steps = self.trajectory.trajectory, self.steps
-        assert steps is not None and kind != "forward"
-        device, pairs = self.accelerator.device, len(batch.ids)
-        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
+    def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[_Question]:
+        """The opponent's kept trajectories, and the real images' posterior ones, at the sampler's own steps."""
+        kind, device, pairs = self.trajectory.trajectory, self.accelerator.device, len(batch.ids)
+        assert kind != "forward"
         x_0 = batch.real["latents"].float()
         draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
-        with self.accelerator.autocast():
-            conditioning = self.prompts.conditioning(
-                batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])
-            )
-        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-        if conditioning.added:
-            inputs["added_cond_kwargs"] = conditioning.added
-
-        def score(model: Callable[..., Any], x_t: Tensor, target: Tensor, step: Tensor) -> Tensor:
-            with self.accelerator.autocast():
-                predicted = model(x_t, steps.t[step].to(device), **inputs)[0]
-            eps = as_noise(predicted, x_t, steps, step, self.noising.prediction_type)
-            weight = self.step_weights[step].float() * self.weights[steps.t[step]]
-            found = weight.to(device) * errors.score(eps, target)
-            if len(sides) == 1 or self.denoiser.winner_preserving_mu is None:
-                return found
-            scale = errors.winner_preserving_scale(
-                eps[:pairs], target[:pairs], eps[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
-            )
-            return torch.cat([found[:pairs], errors.scale_gradient(found[pairs:], scale)])
-
-        by_player, by_opponent, levels = [], [], []
+        inputs = self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in batch.sides]))
         for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
             x_t, step = pair.x_t.to(device), pair.step
             target = implied_noise(x_t, pair.x_prev.to(device), steps, step)
-            if self.denoiser.channels_last:
-                x_t = x_t.contiguous(memory_format=torch.channels_last)
-            # The second time, in the backward pass, the module itself: the wrapper that gathers gradients over several
-            # processes must not be entered while it does so
-            models = iter([player])
-            of_player = partial(lambda models, *inputs: score(next(models, self.player), *inputs), models)
-            with torch.no_grad(), self._as_opponent(), self._dropping(batch):
-                by_opponent.append(score(self.opponent, x_t, target, step))
-            with self._dropping(batch):
-                if kind == "exact" and torch.is_grad_enabled():
-                    by_player.append(self._checkpoint(of_player, x_t, target, step))
-                else:
-                    by_player.append(of_player(x_t, target, step))
-            levels.append(steps.t[step[:pairs]] / self.noising.num_timesteps)
-        player_scores, opponent_scores, level = (
-            torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
+            x_t = self._laid_out(x_t)
+            yield _Question(
+                x_t=x_t,
+                t=steps.t[step].to(device),
+                inputs=inputs,
+                read=partial(
+                    as_noise, x_t=x_t, steps=steps, step=step, prediction_type=self.noising.prediction_type
+                ),
+                target=target,
+                weight=(self.step_weights[step].float() * self.weights[steps.t[step]]).to(device),
+                level=(steps.t[step[:pairs]] / self.noising.num_timesteps).to(device),
+            )  # fmt: skip
+
+    def _inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Any]:
+        """The denoiser's inputs beside x_t and t."""
+        with self.accelerator.autocast():
+            conditioning = self.prompts.conditioning(prompts, dropped, frames)
+        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+        if conditioning.added:
+            inputs["added_cond_kwargs"] = conditioning.added
+        return inputs
+
+    def _laid_out(self, x_t: Tensor) -> Tensor:
+        """In the UNet's memory layout."""
+        return x_t.contiguous(memory_format=torch.channels_last) if self.denoiser.channels_last else x_t
+
+    def _predicted(self, model: Callable[..., Any], question: _Question) -> Tensor:
+        # One path for both models: the same inputs under the same autocast, compared in fp32
+        with self.accelerator.autocast():
+            said = model(question.x_t, question.t, **question.inputs)[0]
+        return question.read(said)
+
+    @torch.no_grad()
+    def _ask_opponent(self, question: _Question, batch: Batch) -> Tensor:
+        """Its scores, real ones first."""
+        with self._as_opponent(), self._dropping(batch):
+            predicted = self._predicted(self.opponent, question)
+        return question.weight * errors.score(predicted, question.target)
+
+    def _ask_player(
+        self, player: Callable[..., Any], question: _Question, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Its scores, real ones first, and by what the gradient of the generated ones is multiplied.
+
+        Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
+        """
+        # The second time, in the backward pass, the module itself: the wrapper that gathers gradients over several
+        # processes must not be entered while it does so
+        models = iter([player])
+
+        def ask(x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._player_scores(next(models, self.player), replace(question, x_t=x_t), batch)
+
+        with self._dropping(batch):
+            again = self.trajectory.trajectory == "exact" and torch.is_grad_enabled()
+            return self._checkpoint(ask, question.x_t) if again else ask(question.x_t)
+
+    def _player_scores(
+        self, player: Callable[..., Any], question: _Question, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        eps_theta, target, pairs = self._predicted(player, question), question.target, len(batch.ids)
+        scores = question.weight * errors.score(eps_theta, target)
+        if not batch.generated or self.denoiser.winner_preserving_mu is None:
+            return scores, None
+        scale = errors.winner_preserving_scale(
+            eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
         )
-        if not batch.generated:
-            nothing = torch.zeros_like(opponent_scores)
-            return ScoredBatch(PairScores(player_scores, nothing, opponent_scores, nothing), level.to(device))
-        player_real, player_generated = player_scores.split(pairs)
-        opponent_real, opponent_generated = opponent_scores.split(pairs)
-        return ScoredBatch(
-            PairScores(player_real, player_generated, opponent_real, opponent_generated), level.to(device)
-        )
+        return torch.cat([scores[:pairs], errors.scale_gradient(scores[pairs:], scale)]), scale
 
     def kept_part(self, seed: int) -> slice:
         """Of a trajectory the two states around the step that `steps` draws; all of it for `exact`."""
@@ -594,19 +601,10 @@ class DiffusionGame:
         x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
         frames = torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]])
         with torch.no_grad():
-            conditioning = self.prompts.conditioning(["a proof"], [False], frames)
-            inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-            if conditioning.added:
-                inputs["added_cond_kwargs"] = conditioning.added
+            inputs = self._inputs(["a proof"], [False], frames)
             t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
             with self.accelerator.autocast():
                 difference = (fresh(x_t, t, **inputs)[0] - self.player(x_t, t, **inputs)[0]).abs().max().item()
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
-
-
-def _size_of(row: Row, prefix: str = "") -> Size:
-    """Of a stored image, from its frame."""
-    height, width = row[f"{prefix}frame"][4:]
-    return height, width

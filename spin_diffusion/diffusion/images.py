@@ -119,6 +119,11 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
+def through_codec(images: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
+    """The images as they come back when they are stored."""
+    return [open_image(to_bytes(image.convert("RGB"), settings)) for image in images]
+
+
 def to_pixels(images: list[Image.Image]) -> Pixels:
     """Images of one size as RGB in [-1, 1]."""
     stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])

@@ -1,4 +1,4 @@
-"""Latents that runs share: found again by the content of the images, the VAE, and how images are encoded."""
+"""Stored rows -> latents: encoded, or found among those that runs share, by the images, the VAE and how it is done."""
 
 import hashlib
 import json
@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
+from spin_diffusion.diffusion import images
+from spin_diffusion.diffusion.buckets import Size, places_by_size
+from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.run_dir import write_shared_tensors
 
@@ -22,6 +26,45 @@ class CacheSettings:
     encodings_dir: str | None = None
     """A folder where runs share latents and text embeddings, each found by its content, VAE and text encoders.
     Default: each run has its own."""
+
+
+def size_of(row: Row, prefix: str = "") -> Size:
+    """Of a stored image, from its frame."""
+    height, width = row[f"{prefix}frame"][4:]
+    return height, width
+
+
+def latents_of(
+    vae: AutoencoderKL,
+    rows: list[Row],
+    settings: ImageSettings,
+    *,
+    prefix: str = "",
+    round_trip: bool = False,
+    mirrored: bool = False,
+    codec: bool = False,
+) -> list[Tensor]:
+    """The latents of each row's image, (channels, height, width) fp16 on the CPU; those of one size in batches.
+
+    Args:
+        prefix: of the rows' image.
+        round_trip: pass the VAE and the codec once before.
+        mirrored: of the mirror images.
+        codec: pass the codec once more before anything else.
+    """
+    most = settings.vae_encode_batch_size
+    encoded: dict[int, Tensor] = {}
+    by_size = places_by_size(size_of(row, prefix) for row in rows).values()
+    for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
+        names = [rows[place]["id"] for place in places]
+        opened = [images.open_image(rows[place][f"{prefix}image"]) for place in places]
+        pixels = images.to_pixels(images.through_codec(opened, settings) if codec else opened)
+        if round_trip:
+            drawn = images.to_images(images.decode_latents(vae, images.encode_pixels(vae, pixels, names), names))
+            pixels = images.to_pixels(images.through_codec(drawn, settings))
+        latents = images.encode_pixels(vae, pixels.flip(-1) if mirrored else pixels, names)
+        encoded |= zip(places, latents.cpu().half(), strict=True)
+    return [encoded[place] for place in range(len(rows))]
 
 
 def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor],

@@ -1,7 +1,6 @@
 """The whole main job: load the base, prepare the data, play the rounds, compare, and say what came out."""
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +13,17 @@ from torch import Tensor
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.attention import attention
-from spin_diffusion.diffusion.buckets import area_share, told
+from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, matrix_rate, phase_flops, work_of
-from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_line, curation_lines
+from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_lines
 from spin_diffusion.diffusion.denoiser import autocast_dtype
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
 from spin_diffusion.diffusion.planning import lines, make_plan
+from spin_diffusion.diffusion.run_lines import header, keeps_trajectories, tell_where, trajectory_bytes
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
@@ -34,7 +34,6 @@ from spin_diffusion.running import (
     needs_losers,
     play_with_rivals,
     quiet_libraries,
-    rivals,
     round_lines,
     start,
     tracked,
@@ -43,9 +42,11 @@ from spin_diffusion.running import (
 from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.samples import ENCODED, Column, Part, kinds_of, prepare
+from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
+from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.sharded import wants_shards
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.zero import launched_stage
 
@@ -98,7 +99,7 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)
     check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
-    accelerator.print(_header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     _check_room(config, game, pairs)
 
     if config.caches.cache_text_embeddings:
@@ -130,7 +131,7 @@ def _play(
     if accelerator.is_main_process:
         comparisons = evaluator.tell()
         write_model_card(output_dir, config, game.family.PIPELINE.__name__, rows, comparisons)
-        _tell_where(records, output_dir, base, game.family.PIPELINE.__name__)
+        tell_where(records, output_dir, base, game.family.PIPELINE.__name__)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
 
@@ -226,21 +227,6 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
     )
 
 
-def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:
-    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-    if not promoted:
-        print("No round was promoted: the base stands, and there is nothing to load")
-        return
-    if (output_dir / "lora").is_dir():
-        print(f"The player of round {promoted[-1]} is in {output_dir / 'lora'}; load it with\n"
-              f"  pipeline = {pipeline}.from_pretrained({base!r})\n"
-              f"  pipeline.load_lora_weights({str(output_dir / 'lora')!r})")  # fmt: skip
-        return
-    print(f"The player of round {promoted[-1]} is in {output_dir / 'unet'}; load it with\n"
-          f"  {pipeline}.from_pretrained({base!r}, "
-          f"unet=UNet2DConditionModel.from_pretrained({str(output_dir / 'unet')!r}))")  # fmt: skip
-
-
 def _check_inputs(config: Config) -> PromptSet | None:
     """The prompts to evaluate with. Refuses before a model is loaded: no data, prompts that cannot be read, scorers
     that do not exist."""
@@ -281,55 +267,11 @@ def _curation(
     )
 
 
-def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
-    """For the header: how many real images have which size, where they differ."""
-    kinds = kinds_of(output_dir / "data" / ENCODED, Part())
-    return f"Sizes      {told(game.sizes, kinds)}\n" if kinds is not None else ""
-
-
-def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
-    curated = manifest["left_out"].get("curation")
-    return (
-        f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
-        f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
-        f"{game.noising.prediction_type})\n"
-        f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
-        f"{_sizes_line(game, output_dir)}"
-        f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
-        f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
-        f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
-        f"{_candidate_lines(config)}"
-    )
-
-
-def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
-    size = game.resolution // game.latent_px
-    return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
-
-
-def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
-    """For the header: what is kept of the opponent's denoising, and how large it gets."""
-    if game.steps is None or not _draws(config):
-        return ""
-    one = 2 * math.prod(_trajectory_shape(game))
-    line = (
-        f"Trajectory {config.trajectory.trajectory}, "
-        f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
-        f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
-    )
-    if config.sampling.guidance_scale > 1:
-        line += (
-            "           drawn with guidance, its steps are not those of the opponent's own distribution, which the "
-            "theory speaks of: that is --guidance_scale 1\n"
-        )
-    return line
-
-
 def _check_room(config: Config, game: DiffusionGame, pairs: int) -> None:
     """InputError when a round's trajectories do not fit on the disk."""
-    if game.steps is None or not _draws(config):
+    if not keeps_trajectories(config, game):
         return
-    needed = 2 * math.prod(_trajectory_shape(game)) * pairs * config.rounds.num_generated
+    needed = trajectory_bytes(game) * pairs * config.rounds.num_generated
     free = shutil.disk_usage(config.run.output_dir).free
     if needed > free:
         raise InputError(
@@ -337,22 +279,3 @@ def _check_room(config: Config, game: DiffusionGame, pairs: int) -> None:
             f"{free / 1e9:,.1f} GB are free in {config.run.output_dir}: make room, or give fewer images "
             "(--max_train_samples, --real_parts)"
         )
-
-
-def _draws(config: Config) -> bool:
-    """Whether an opponent draws at all."""
-    return "opponent" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
-
-
-def _candidate_lines(config: Config) -> str:
-    """For the header: where pairs come from that have no real image, and what their scorer cannot be used for."""
-    found, scorers = config.candidates, config.evaluation.scorers or []
-    if not found.num_candidates:
-        return ""
-    of = "all prompts" if found.candidate_share == 1 else f"{found.candidate_share:.0%} of the prompts"
-    line = f"Candidates {found.num_candidates} for {of}, best against worst by {found.candidate_scorer}\n"
-    if found.candidate_scorer in scorers:
-        line += (
-            f"           so {found.candidate_scorer} says what was aimed at, not what was gained: trust the others\n"
-        )
-    return line

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.latents import latents_of
 from spin_diffusion.evaluation.statistics import Interval, paired_difference
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
@@ -212,22 +211,7 @@ def encode_stored(
         round_trip: pass the VAE and the codec once before.
         codec: pass the codec once more before anything else.
     """
-    found = []
-    size = settings.vae_encode_batch_size
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        names = [row["id"] for row in part]
-        opened = [images.open_image(row["image"]) for row in part]
-        latents = images.encode_pixels(vae, images.to_pixels(_again(opened, settings) if codec else opened), names)
-        if round_trip:
-            drawn = images.to_images(images.decode_latents(vae, latents, names))
-            latents = images.encode_pixels(vae, images.to_pixels(_again(drawn, settings)), names)
-        found.append(latents.cpu())
-    return torch.cat(found).half().float()
-
-
-def _again(opened: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
-    return [images.open_image(images.to_bytes(image.convert("RGB"), settings)) for image in opened]
+    return torch.stack(latents_of(vae, rows, settings, round_trip=round_trip, codec=codec)).float()
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,13 @@
-"""Measuring what was gained, in pictures and in answers: scorers and judges, statistics, alarms, table, report page."""
+"""Measuring what was gained, in pictures and in answers. In the order in which it is done:
+
+prompt_sets     the prompts, each set with its hash and licence
+drawing         prompts -> pictures by every model; answering: -> answers; protocols: what decides both
+scorers         pictures -> scores, by scoring; judges: answers -> scores; specs: what both say of themselves
+samples         what was drawn, with its scores
+statistics      scores -> intervals and tests; comparison: models side by side
+alarms          signs that scores were won without better pictures; answer_alarms: without better answers
+breakdowns      the difference within parts of the prompts; curves: of training
+concluding      all of it -> results.json; results and answer_results read pictures and answers for it
+report          results.json -> the page; gallery: a contact sheet
+in_rounds       all of it after every round of a run; settings
+"""

@@ -5,13 +5,11 @@ their table; the rest is here. results.schema.json says what is in results.json.
 """
 
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -19,17 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.alarms import Alarm
+from spin_diffusion.evaluation.breakdowns import breakdowns
 from spin_diffusion.evaluation.comparison import Comparison, Row, compare
+from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.drawing import folder_of
 from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
-from spin_diffusion.evaluation.scoring import ScoredFolder
+from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,
     best_of_k,
     mean_interval,
     overall_verdict,
-    paired_difference,
     verdict,
     win_rate,
 )
@@ -38,66 +37,6 @@ from spin_diffusion.selfplay.run_dir import write_file, write_json
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
-MIN_PROMPTS = 20
-"""A part of the prompts with fewer than these gets no interval of its own."""
-MAX_CURVE_POINTS = 300
-"""Points of a training curve that are kept of each model and round; more are averaged over equal windows of steps."""
-
-Key = tuple[str, int]
-"""(id of the prompt, number of the sample)."""
-
-
-@dataclass(frozen=True)
-class EvaluatedModel:
-    """A model whose samples were drawn and scored."""
-
-    name: str
-    role: Literal["baseline", "round", "rival", "candidate"]
-    folder: ScoredFolder | Path
-    """Of pictures; a Path is the folder of a model's answers and their scores."""
-    round_: int | None = None
-    """0 for the base of a run."""
-    source: str = ""
-    kind: Literal["pipeline", "model", "round", "images"] = "pipeline"
-    base: str | None = None
-    weights_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of one model at one guidance scale."""
-
-    rows: dict[Key, dict[str, Any]]
-    """Each with id, k, prompt, category, seed, sha256, state ("ok" or what is wrong with it) and `there`: whether there
-    is a sample at all."""
-    scores: dict[str, dict[Key, dict[str, Any]]]
-    """Scorer -> rows with score and truncated; only those that belong to the samples."""
-
-    @property
-    def per_prompt(self) -> int:
-        """Samples of each prompt."""
-        return 1 + max(k for _, k in self.rows)
-
-
-BySample = dict[tuple[str, float | None], Samples]
-"""(model, guidance scale) -> its samples."""
-Scores = dict[str, np.ndarray]
-"""Scorer -> (prompts, samples)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """What the alarms of one model at one guidance scale may look at."""
-
-    baseline: Samples
-    candidate: Samples
-    ids: list[str]
-    """The prompts that count, in order."""
-    baseline_scores: Scores
-    candidate_scores: Scores
-    previous_scores: Scores | None
-    """Of the round before; None = there is none."""
-    roles: dict[str, Any]
 
 
 def conclude_samples(
@@ -177,14 +116,14 @@ def conclude_samples(
             _verdict_entry(model.name, scale, entries, roles, alarms, kind) for model in models[1:] for scale in scales
         ] if ran else [],
         "alarms": alarms,
-        "breakdowns": _breakdowns(models, scales, samples, arrays, complete, ran),
+        "breakdowns": breakdowns(models, scales, samples, arrays, complete, ran),
         "failures": _failures(models, scales, samples, ran),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }  # fmt: skip
     if curves:
-        results["training_curves"] = _thinned(curves)
+        results["training_curves"] = thinned(curves)
     if measures:
-        results["measures"] = [_finite(measure) for measure in measures]
+        results["measures"] = [finite(measure) for measure in measures]
     if events:
         results["training_events"] = [dict(event) for event in events]
     if ledger:
@@ -276,7 +215,7 @@ def _verdict_entry(
 
 
 def _aggregates(
-    arrays: dict[tuple[str, float | None, str], np.ndarray],
+    arrays: Arrays,
     comparisons: Sequence[Comparison],
     ran: Sequence[str],
     roles: dict[str, Any],
@@ -307,7 +246,7 @@ def _aggregates(
 def _all_alarms(
     models: Sequence[EvaluatedModel],
     samples: BySample,
-    arrays: dict[tuple[str, float | None, str], np.ndarray],
+    arrays: Arrays,
     complete: dict[float | None, list[str]],
     roles: dict[str, Any],
     ran: Sequence[str],
@@ -334,52 +273,6 @@ def _all_alarms(
     return found
 
 
-def _breakdowns(
-    models: Sequence[EvaluatedModel],
-    scales: Sequence[float | None],
-    samples: BySample,
-    arrays: dict[tuple[str, float | None, str], np.ndarray],
-    complete: dict[float | None, list[str]],
-    ran: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Differences within categories of prompts, and within quarters by the prompts' length."""
-    found = []
-    for scale in scales:
-        rows = {id_: row for (id_, _), row in samples[models[0].name, scale].rows.items()}
-        parts = _parts([rows[id_] for id_ in complete[scale]])
-        for model in models[1:]:
-            for name in ran:
-                ours, theirs = arrays[model.name, scale, name], arrays[models[0].name, scale, name]
-                for (by, value), places in parts.items():
-                    few = len(places) < MIN_PROMPTS
-                    mean = float((ours[places].mean(axis=1) - theirs[places].mean(axis=1)).mean())
-                    # An interval from a handful of prompts would be too narrow
-                    interval = None if few else paired_difference(ours[places], theirs[places], resamples=2_000)
-                    found.append(
-                        {"by": by, "value": value, "model": model.name, "scorer": name, "guidance_scale": scale,
-                         "num_prompts": len(places), "difference": mean,
-                         "low": interval.low if interval else None, "high": interval.high if interval else None}
-                    )  # fmt: skip
-    return found
-
-
-def _parts(rows: list[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
-    """The places of the prompts in each category and in each quarter by length; a part that is everything is none."""
-    categories = [row["category"] for row in rows]
-    parts = {
-        ("category", category): np.flatnonzero(np.array(categories) == category)
-        for category in sorted(set(categories))
-        if category
-    }
-    lengths = np.array([len(row["prompt"]) for row in rows])
-    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1], method="nearest"))
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        last = high == edges[-1]
-        inside = (lengths >= low) & ((lengths <= high) if last else (lengths < high))
-        parts["prompt length", f"{low} to {high if last else high - 1} characters"] = np.flatnonzero(inside)
-    return {key: places for key, places in parts.items() if 0 < len(places) < len(rows)}
-
-
 def _failures(
     models: Sequence[EvaluatedModel], scales: Sequence[float | None], samples: BySample, ran: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -397,41 +290,6 @@ def _failures(
                     found.append({"model": model.name, "guidance_scale": scale, "id": row["id"],
                                   "prompt": row["prompt"], "what": what})  # fmt: skip
     return found
-
-
-# Training
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, None where a number is not finite: JSON has no others."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-
-
-def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """At most MAX_CURVE_POINTS of each model and round: means over windows, each at the step where it ends."""
-    by_curve: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in curves:
-        by_curve.setdefault((row["model"], row["round"]), []).append(row)
-    found = []
-    for rows in by_curve.values():
-        rows = sorted(rows, key=lambda row: row["step"])
-        for part in np.array_split(np.arange(len(rows)), min(len(rows), MAX_CURVE_POINTS)):
-            window = [_finite(rows[place]) for place in part]
-            found.append(window[-1] if len(window) == 1 else _mean_row(window))
-    return found
-
-
-def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:
-    mean = dict(window[-1])
-    for name in mean.keys() - {"model", "round", "step"}:
-        values = [row[name] for row in window if row.get(name) is not None]
-        mean[name] = float(np.mean(values)) if values else None
-    return mean
-
-
-# Tables
 
 
 def write_results(

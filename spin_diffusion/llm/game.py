@@ -167,16 +167,10 @@ class LanguageGame:
             encoded[f"{prefix}end"] = torch.tensor([len(ids) for ids in whole], dtype=torch.int32)
         return encoded
 
-    @torch.no_grad()
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """log p(answer | prompt) of each row, (rows,) nats, by the forward pass that trains, not by the sampler."""
-        order = torch.argsort(tensors["end"], descending=True)
-        scores = torch.zeros(len(order))
         with self._as_opponent():
-            for places in order.split(self.settings.score_batch_size):
-                part = {name: tensor[places] for name, tensor in tensors.items()}
-                scores[places] = self._score(self.player, [part]).cpu()
-        return scores
+            return self._score_all(tensors)
 
     def opponent_hash(self) -> str:
         """Of the adapter that is the opponent; without adapters, of the weights as they were at `promote`."""
@@ -213,13 +207,11 @@ class LanguageGame:
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """The player's scores of both sides in one batch, beside the opponent's that were kept."""
         self._is_opponent = self._is_opponent and not torch.is_grad_enabled()
-        sides = [batch.real, batch.generated] if batch.generated else [batch.real]
-        found = self._score(player, sides)
+        found = self._score(player, batch.sides)
         length = (batch.real["end"] - batch.real["begin"]).to(found.device) / (self.generation.max_new_tokens + 1)
         opponent_real = batch.real["opponent_score"].to(found.device)
         if not batch.generated:
-            nothing = torch.zeros_like(opponent_real)
-            return ScoredBatch(PairScores(found, nothing, opponent_real, nothing), length)
+            return ScoredBatch(PairScores.of_real(found, opponent_real), length)
         real, generated = found.split([len(batch.ids), len(found) - len(batch.ids)])
         copies = len(generated) // len(real)
         _check_same_prompts(batch, copies)
@@ -304,18 +296,22 @@ class LanguageGame:
         self.model.train(trained)
         return drawn
 
-    @torch.no_grad()
     def log_likelihood(self, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
         """The player's log p(answer | prompt) of each pair of token ids, in nats."""
         rows = [{"prompt_ids": prompt, "tokens": answer} for prompt, answer in zip(prompts, answers, strict=True)]
-        tensors = self.encode(rows)
+        return self._score_all(self.encode(rows)).tolist()
+
+    # Parts
+
+    @torch.no_grad()
+    def _score_all(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Scores of encoded rows by the active weights, (rows,) on the CPU; rows of like length share a batch."""
         order = torch.argsort(tensors["end"], descending=True)
         scores = torch.zeros(len(order))
         for places in order.split(self.settings.score_batch_size):
-            scores[places] = self._score(self.player, [{name: t[places] for name, t in tensors.items()}]).cpu()
-        return scores.tolist()
-
-    # Parts
+            part = {name: tensor[places] for name, tensor in tensors.items()}
+            scores[places] = self._score(self.player, [part]).cpu()
+        return scores
 
     def _score(self, model: Callable[..., Tensor], sides: list[dict[str, Tensor]]) -> Tensor:
         """Scores of the rows of all sides, one after the other."""

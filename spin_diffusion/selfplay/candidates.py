@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.run_dir import read_rows, rows_metadata, seed_from, write_rows
-from spin_diffusion.selfplay.samples import rows_in, shards
+from spin_diffusion.selfplay.shards import rows_in, shards
 from spin_diffusion.selfplay.sharing import shared_out
 
 CHOICES = "choices"

@@ -46,6 +46,11 @@ class Batch:
     generated: dict[str, Tensor]
     seeds: list[int]
 
+    @property
+    def sides(self) -> list[dict[str, Tensor]]:
+        """The sides that there are, the real one first."""
+        return [self.real, self.generated] if self.generated else [self.real]
+
 
 @dataclass(frozen=True)
 class ScoredBatch:

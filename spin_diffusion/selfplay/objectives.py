@@ -34,6 +34,12 @@ class PairScores:
     opponent_real: Float[Tensor, " batch"]
     opponent_generated: Float[Tensor, " batch"]
 
+    @classmethod
+    def of_real(cls, player: Float[Tensor, " batch"], opponent: Float[Tensor, " batch"]) -> "PairScores":
+        """Of real samples alone, for an objective without a generated side."""
+        nothing = torch.zeros_like(opponent)
+        return cls(player, nothing, opponent, nothing)
+
     @property
     def r_real(self) -> Float[Tensor, " batch"]:
         """How much more likely the real sample is to the player than to the opponent."""

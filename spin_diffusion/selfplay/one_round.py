@@ -37,21 +37,21 @@ from spin_diffusion.selfplay.run_dir import (
     verify_hashes,
     write_json,
 )
-from spin_diffusion.selfplay.samples import (
+from spin_diffusion.selfplay.samples import data_manifest
+from spin_diffusion.selfplay.shards import (
     ENCODED,
     Part,
-    Side,
-    data_manifest,
     draw_shards,
     encode_shards,
     merge_shards,
     mix_scores,
-    open_pairs,
     rows_in,
     score_draws,
     score_shards,
     shards,
+    some_pairs,
 )
+from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.table import EMA, Probe, Table
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
@@ -163,6 +163,7 @@ class Round:
 
     @property
     def finished(self) -> bool:
+        """Whether it was promoted or rejected."""
         return bool(self.record) and self.record["state"] in FINAL
 
     # The record
@@ -395,42 +396,62 @@ class Round:
 
     def _look(self, probe: Probe) -> dict[str, Any]:
         """What the probe says, by the main process."""
-        real, generated = self._sampled_pairs(probe.samples) if self.accelerator.is_main_process else ([], [])
-        found = [probe(real, generated)] if self.accelerator.is_main_process else [None]
+        real, found = [], [None]
+        if self.accelerator.is_main_process:
+            samples = self.sets[0]
+            real, generated = some_pairs(samples.data, samples.folder / SAMPLES, samples.part, probe.samples)
+            found = [probe(real, generated)]
         return {"shortcut": broadcast_object_list(found)[0], "worked_on": len(real)}
 
-    def _sampled_pairs(self, most: int) -> tuple[list[Row], list[Row]]:
-        """At most so many real rows, evenly from all of the round, and the first generated row of each."""
-        samples = self.sets[0]
-        total = samples.part.count(samples.data)
-        wanted = {i * total // min(most, total) for i in range(min(most, total))}
-        real: list[Row] = []
-        generated: list[Row] = []
-        before = 0
-        for path in shards(samples.data / "samples", ".parquet"):
-            count = len(range(rows_in(path))[samples.part.places])
-            places = [place for place in range(count) if before + place in wanted]
-            before += count
-            if places:
-                rows = read_rows(path)[samples.part.places]
-                drawn = read_rows(samples.folder / SAMPLES / path.name)
-                first = {row["place"]: row for row in drawn if row["k"] == 0}
-                real += [rows[place] for place in places]
-                generated += [first[place] for place in places]
-        return real, generated
-
     def _train(self) -> dict[str, Any]:
-        game, beta = self.game, of_round(self.rounds.beta, self.k)
+        game, settings = self.game, self.table.training
         average = self._average_so_far()
         before = None if self.scores_kept else self._seat(max(self.anchors))
         self.table.seat_player(self.table.folder(self.parent))
-        mu = of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated)
-        loss = bind(self.objective, **{"beta": beta, "mu": mu} | (self.rounds.objective_options or {}))
-        pairs = self._pairs(self.sets[0])
-        steps, warmup_steps = steps_of_round(
-            self.table.training, self.k, len(pairs.ids), self.accelerator.num_processes
+        loss, pairs = self._loss(), self._pairs(self.sets[0])
+        plan = self._plan(loss, len(pairs.ids))
+        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
+        self.table.before_training()
+        if game.fixed_draws:
+            self._release_opponent(plan.steps, len(pairs.ids))
+        training = train(
+            game,
+            pairs,
+            plan,
+            # Without a generated side there is nothing to tell apart
+            replace(settings, stop_at_saturation=None) if self.source == "none" else settings,
+            self.accelerator,
+            self.directory,
+            lambda done, total, text: bar(done, text),
+            average,
         )
-        plan = RoundPlan(
+        self._check_opponent(before, training)
+        self._tell_training(training)
+        saved = game.save(self.directory)
+        self.accelerator.wait_for_everyone()
+        self.table.after_training(self.directory)
+        gap = self._gap(loss)
+        if average is not None:
+            saved = [*saved, *self._save_average(average)]
+        pairs_here = (training["steps"] - training["resumed_from"]) * (
+            settings.train_batch_size * settings.gradient_accumulation_steps
+        )
+        files = file_hashes(saved, self.table.output_dir)
+        return {"training": training, "worked_on": pairs_here, "files": files} | gap
+
+    def _loss(self) -> Loss:
+        """The round's objective with its settings."""
+        settings = {
+            "beta": of_round(self.rounds.beta, self.k),
+            "mu": of_round(self.rounds.mu, self.k) or float(self.rounds.num_generated),
+        }
+        return bind(self.objective, **settings | (self.rounds.objective_options or {}))
+
+    def _plan(self, loss: Loss, pairs: int) -> RoundPlan:
+        """What the training loop needs to know, with so many pairs to train on."""
+        beta = of_round(self.rounds.beta, self.k)
+        steps, warmup_steps = steps_of_round(self.table.training, self.k, pairs, self.accelerator.num_processes)
+        return RoundPlan(
             name=f"{self.objective}/round-{self.k}",
             round_=self.k,
             seed=self.rounds.seed,
@@ -443,36 +464,28 @@ class Round:
             and (self.rounds.opponent != "ema" or self.parent == 0 or self.rounds.anchor == "base"),
             margin_dropout=0.0 if self.source == "none" else self.rounds.margin_dropout,
         )
-        bar = self.table.progress.phase(f"{self.title}: train", plan.steps)
-        self.table.before_training()
-        if game.fixed_draws:
-            game.release_opponent()
-            self.table.opponent_has_moved()
-            visits = steps * check_batch(len(pairs.ids), self.table.training, self.accelerator.num_processes)
-            visits /= len(pairs.ids) * game.fixed_draws
-            gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
-            self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
-        training = train(
-            game,
-            pairs,
-            plan,
-            # Without a generated side there is nothing to tell apart
-            replace(self.table.training, stop_at_saturation=None) if self.source == "none" else self.table.training,
-            self.accelerator,
-            self.directory,
-            lambda done, total, text: bar(done, text),
-            average,
-        )
+
+    def _release_opponent(self, steps: int, pairs: int) -> None:
+        """With fixed draws it has said all that it is asked; whether that was worth it is printed."""
+        self.game.release_opponent()
+        self.table.opponent_has_moved()
+        visits = steps * check_batch(pairs, self.table.training, self.accelerator.num_processes)
+        visits /= pairs * self.game.fixed_draws
+        gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
+        self.accelerator.print(f"{self.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
+
+    def _check_opponent(self, before: str | None, training: dict[str, Any]) -> None:
+        """It is what it was, whose hash was `before` (None = its scores were kept), or what it was refreshed to."""
         if before is None:
             verify_hashes(self.record["files"], self.table.output_dir)  # the kept scores are among them
-        else:
-            refreshed = training["anchors"]
-            if refreshed:
-                self.table.opponent_has_moved()
-                before = refreshed[-1]["hash"]
-            assert game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
-        ended = training["ended_by"]
-        how = ""
+            return
+        if training["anchors"]:
+            self.table.opponent_has_moved()
+            before = training["anchors"][-1]["hash"]
+        assert self.game.opponent_hash() == before, f"round {self.k}: the opponent changed while the player was trained"
+
+    def _tell_training(self, training: dict[str, Any]) -> None:
+        ended, how = training["ended_by"], ""
         if ended is not None:
             kept = f", the player as it was at step {ended['kept_step']}" if ended["action"] == "roll_back" else ""
             how = f", ended by {ended['rule']}{kept}"
@@ -480,17 +493,6 @@ class Round:
             f"{self.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
             f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
         )
-        saved = game.save(self.directory)
-        self.accelerator.wait_for_everyone()
-        self.table.after_training(self.directory)
-        gap = self._gap(loss)
-        if average is not None:
-            saved = [*saved, *self._save_average(average)]
-        pairs_here = (training["steps"] - training["resumed_from"]) * (
-            self.table.training.train_batch_size * self.table.training.gradient_accumulation_steps
-        )
-        files = file_hashes(saved, self.table.output_dir)
-        return {"training": training, "worked_on": pairs_here, "files": files} | gap
 
     def _average_so_far(self) -> Average | None:
         """For the opponent ema: the average as the opponent of this round is it."""

@@ -26,6 +26,7 @@ from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
+from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee
 from spin_diffusion.selfplay.zero import Zero, launched_stage
@@ -69,16 +70,11 @@ def train(
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
         FloatingPointError: a loss or gradient that is not finite.
     """
+    # The player with its optimizer
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
-
-    seat = Trainee
-    if launched_stage():
-        seat = Zero
-    elif wants_shards(settings, accelerator):
-        seat = Sharded
-    elif settings.fused_backward:
-        seat = Fused
-    trainee = seat(game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator)
+    trainee = _kind_of_trainee(settings, accelerator)(
+        game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator
+    )
     schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer=trainee.schedulable,
@@ -114,7 +110,7 @@ def train(
             average.step(trainee.parameters)
 
         # What the step said
-        entry = _summary(metrics, plan.beta) | {
+        entry = summary(metrics) | {
             "grad_norm": gradient_norm,
             "lr": lr,
             "pairs_per_second": per_step / (time.perf_counter() - started),
@@ -123,13 +119,8 @@ def train(
             distance = trainee.distance()
             entry |= {} if distance is None else {"distance": distance}
         history.append({"step": step + 1} | entry)
-        accelerator.log(_flat(entry, plan.name), step=step + 1)
-        found = health.findings(history, plan.beta, settings)
-        for one in found:
-            sentence = one.sentence + (game.remedy if one.rule.startswith("forgetting") else "")
-            history[-1].setdefault("findings", {})[one.rule] = sentence
-            accelerator.print(f"Round {plan.round_}, step {step + 1}, {one.rule}: {sentence}")
-        ended = health.gravest(found)
+        accelerator.log(tracked(entry, plan.name), step=step + 1)
+        ended = _heeded(history, plan, trainee)
         progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
 
         done = ended is not None or step + 1 == plan.steps
@@ -138,14 +129,46 @@ def train(
         if done:
             break
     ahead.close()
+
+    # What is left of it
     kept_step = history[-1]["step"]
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
         kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
-
     trainee.finish()
     if accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
+    return _came_to(first_step, history, anchors, ended, kept_step, settings)
+
+
+def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[Trainee]:
+    """How the player is laid out over the processes, and when its gradient becomes an update."""
+    if launched_stage():
+        return Zero
+    if wants_shards(settings, accelerator):
+        return Sharded
+    return Fused if settings.fused_backward else Trainee
+
+
+def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
+    """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
+    found = health.findings(history, plan.beta, trainee.settings)
+    for one in found:
+        sentence = one.sentence + (trainee.game.remedy if one.rule.startswith("forgetting") else "")
+        history[-1].setdefault("findings", {})[one.rule] = sentence
+        trainee.accelerator.print(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
+    return health.gravest(found)
+
+
+def _came_to(
+    first_step: int,
+    history: health.History,
+    anchors: list[dict[str, Any]],
+    ended: health.Finding | None,
+    kept_step: int,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """For the round's record: how far training went, what the rules of health said, and means over the last steps."""
     last = history[-health.WINDOW_STEPS :]
     return {
         "steps": history[-1]["step"],
@@ -161,7 +184,7 @@ def train(
         else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
         "anchors": anchors,
         "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
-        **{key: sum(entry[key] for entry in last) / len(last) for key in _COLUMNS[:_LEVEL]},
+        **{key: sum(entry[key] for entry in last) / len(last) for key in COLUMNS[:LEVEL]},
     }
 
 
@@ -190,7 +213,7 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                 _backward_by_sides(losses.mean(), scores, scored.generated_scale, trainee, batch)
             else:
                 trainee.backward(losses.mean())
-            records.append(_record(scored.scores, losses, scored.level, plan.beta))
+            records.append(record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
                 gradient_norm = trainee.clip()
                 # The one wait for the device in a step
@@ -198,7 +221,7 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
                 norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
-                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, _LEVEL],
+                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, LEVEL],
                     ids=partial(_ids_everywhere, ahead.pairs, step, plan, settings, world),
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
@@ -273,6 +296,11 @@ def _ids_everywhere(pairs: Pairs, step: int, plan: RoundPlan, settings: TrainSet
 
 
 def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, tolerance: float) -> None:
+    """Assert that every r is 0 and the loss its value there.
+
+    Args:
+        tolerance: largest |r| that is rounding, relative to max(1, |score|).
+    """
     at_zero = PairScores(
         scores.player_real.detach(), scores.player_generated.detach(),
         scores.player_real.detach(), scores.player_generated.detach(),
@@ -282,51 +310,3 @@ def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, tolerance:
         scores.r_real.detach(), scores.r_generated.detach(), losses.detach(), plan.loss(at_zero), tolerance * size,
         plan.beta,
     )  # fmt: skip
-
-
-_COLUMNS = (
-    "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated",
-    "level",
-)  # fmt: skip
-_LEVEL = len(_COLUMNS) - 1
-
-
-def _record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Tensor:
-    """(pairs, columns) fp32, on the device: what is logged of each pair."""
-    margin = scores.margin.detach()
-    # A margin of exactly 0 is half right: at step 0 the accuracy is 0.5, not 0
-    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return torch.stack(
-        [
-            losses.detach(), scores.r_real.detach(), scores.r_generated.detach(), margin, accuracy,
-            health.saturated(margin, beta), scores.player_real.detach(), scores.player_generated.detach(), level,
-        ],
-        dim=1,
-    )  # fmt: skip
-
-
-def _summary(metrics: Tensor, beta: float) -> dict[str, Any]:
-    entry: dict[str, Any] = {name: metrics[:, column].mean().item() for column, name in enumerate(_COLUMNS[:_LEVEL])}
-    for column, name in enumerate(_COLUMNS[:_LEVEL]):
-        if name != "loss":
-            entry[f"{name}_by_quarter"] = health.by_quarter(metrics[:, column], metrics[:, _LEVEL])
-    return entry
-
-
-def _flat(entry: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels."""
-    names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
-             "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
-             "score_generated": "scores/generated"}  # fmt: skip
-    flat = {}
-    for key, value in entry.items():
-        if key.endswith("_by_quarter"):
-            name = key.removesuffix("_by_quarter")
-            flat |= {
-                f"{prefix}/{names.get(name, name)}/quarter_{q + 1}": mean
-                for q, mean in enumerate(value)
-                if mean is not None
-            }
-        else:
-            flat[f"{prefix}/{names.get(key, key)}"] = value
-    return flat

@@ -22,7 +22,8 @@ from spin_diffusion.selfplay.one_round import Part
 from spin_diffusion.selfplay.pairs import TOGETHER, Pairs
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_rows
-from spin_diffusion.selfplay.samples import kinds_of, prepare
+from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.selfplay.stored_pairs import kinds_of
 from tests.diffusion.test_game import nudge
 from tests.playing import ROUNDS, TRAINING, make_game
 

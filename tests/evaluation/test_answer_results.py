@@ -17,7 +17,8 @@ from spin_diffusion.evaluation import drawing, scoring
 from spin_diffusion.evaluation.answer_results import EvaluatedModel, conclude_answers
 from spin_diffusion.evaluation.answering import answer_files, answer_requests, draw_answers
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
-from spin_diffusion.evaluation.concluding import MAX_CURVE_POINTS, belonging
+from spin_diffusion.evaluation.concluding import belonging
+from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.report.reading import read_results

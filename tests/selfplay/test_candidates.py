@@ -15,7 +15,8 @@ from spin_diffusion.selfplay import candidates as candidates_module
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.candidates import CHOICES, Candidates, best_and_worst, choose, judge_shards, summary
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_rows
-from spin_diffusion.selfplay.samples import Part, Side, open_pairs
+from spin_diffusion.selfplay.shards import Part, encode_shards
+from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.train import train
 from tests.playing import TRAINING, make_game, play_all
 
@@ -246,7 +247,7 @@ def test_the_players_steps_are_those_of_the_chosen_pairs(sdxl_dir, tmp_path):
 def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_path, monkeypatch):
     records = play_all(sdxl_dir, tmp_path, candidates=candidates(2), rounds=1)
     assert records[0]["candidates"]["self_labelled"] == 10
-    from spin_diffusion.selfplay import samples as samples_module
+    from spin_diffusion.selfplay import stored_pairs as samples_module
 
     asked = []
     plain = samples_module._Tensors.rows
@@ -256,7 +257,7 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
         return plain(self, places, scored, parts)
 
     encoded = tmp_path / "encoded"
-    samples_module.encode_shards(
+    encode_shards(
         tmp_path / "round-1" / "samples", encoded, make_game(sdxl_dir), OneOf(0, 1), silent,
         lambda path: candidates_module.chosen_samples(path, tmp_path / "round-1" / CHOICES / path.name),
     )  # fmt: skip

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from spin_diffusion.selfplay import samples
+from spin_diffusion.selfplay import stored_pairs as samples
 from spin_diffusion.selfplay.run_dir import write_rows, write_tensors
-from spin_diffusion.selfplay.samples import ENCODED, Column, Part, Side, open_pairs
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs
 
 SIZES = (3, 1, 4, 2)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spin_diffusion.evaluation.report import tables
+from spin_diffusion.evaluation.report import wording
 from spin_diffusion.evaluation.report.pictures import Pair
 from spin_diffusion.evaluation.report.reading import AnswerRow, Evaluation
 
@@ -14,7 +14,7 @@ _FINISH = {"stop": "ended by itself", "length": "cut at the longest answer allow
 class Passage:
     """An answer inside of the page."""
 
-    text: tables.Text
+    text: wording.Text
     """Its short form is empty where the answer is empty."""
     note: str
     """How long it is and how it ended."""
@@ -29,6 +29,6 @@ def passages(evaluation: Evaluation) -> Callable[[str, Pair], Passage | str]:
         if row is None:
             return "did not answer"
         tokens = f"{row.num_tokens:,} token{'' if row.num_tokens == 1 else 's'}"
-        return Passage(tables.passage(row.text), f"{tokens}, {_FINISH.get(row.finish, row.finish)}")
+        return Passage(wording.passage(row.text), f"{tokens}, {_FINISH.get(row.finish, row.finish)}")
 
     return passage_of

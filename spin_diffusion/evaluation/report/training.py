@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from spin_diffusion.evaluation.protocols import is_of_answers
-from spin_diffusion.evaluation.report import plots, tables
+from spin_diffusion.evaluation.report import plots, tables, wording
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class EventRow:
     round_: int
     step: str
     rule: str
-    state: tables.State
+    state: wording.State
     outcome: str
-    sentence: tables.Text
+    sentence: wording.Text
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class MeasureRow:
 
     title: str
     direction: str
-    cells: list[tables.Number | None]
+    cells: list[wording.Number | None]
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class MeasureTable:
     rows: list[MeasureRow]
 
 
-def training_panels(results: tables.Results) -> list[TrainingPanel]:
+def training_panels(results: wording.Results) -> list[TrainingPanel]:
     """What happened to the real and the generated samples in training, a panel per run.
 
     The rounds of the evaluation are one run, unless two of them have one number; every other name is one of its own.
     """
     by_run = _by_run(results, results.get("training_curves", []))
-    named = tables.labels(tables.distinct([*(m["name"] for m in results["models"]), *by_run]))
+    named = wording.labels(wording.distinct([*(m["name"] for m in results["models"]), *by_run]))
     panels = []
     unit = "r, nats" if is_of_answers(results["protocol"]) else "r"
     for number, (run, rows) in enumerate(by_run.items()):
@@ -82,7 +82,7 @@ def training_panels(results: tables.Results) -> list[TrainingPanel]:
         label = named[run] if run else "rounds of this run"
         last = points[-1]
         caption = f"{len(starts)} round{'' if len(starts) == 1 else 's'}, {last[0]:,} steps; at the end r of real "
-        caption += f"{tables.significant(last[1])}, of generated {tables.significant(last[2])}"
+        caption += f"{wording.significant(last[1])}, of generated {wording.significant(last[2])}"
         chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit)
         panels.append(TrainingPanel(label, caption, chart))
     return panels
@@ -108,15 +108,15 @@ def _one_after_the_other(
     return points, starts
 
 
-def event_rows(results: tables.Results) -> list[EventRow]:
+def event_rows(results: wording.Results) -> list[EventRow]:
     """What the rules of health said while the models were trained, in the order in which it was said."""
     events = results.get("training_events", [])[: tables.MAX_LISTED]
-    named = tables.labels(tables.distinct([event["model"] for event in events]))
+    named = wording.labels(wording.distinct([event["model"] for event in events]))
     return [
         EventRow(
-            named[event["model"]], event["round"], f"{event['step']:,}", tables.shortened(event["rule"], 60).short,
-            tables.STATES["alarm" if event["action"] == "roll_back" else "warn"], _outcome(event),
-            tables.shortened(event["sentence"], 600),
+            named[event["model"]], event["round"], f"{event['step']:,}", wording.shortened(event["rule"], 60).short,
+            wording.STATES["alarm" if event["action"] == "roll_back" else "warn"], _outcome(event),
+            wording.shortened(event["sentence"], 600),
         )
         for event in events
     ]  # fmt: skip
@@ -128,10 +128,10 @@ _PHASES = {
 }  # fmt: skip
 
 
-def ledger_rows(results: tables.Results) -> list[LedgerRow]:
+def ledger_rows(results: wording.Results) -> list[LedgerRow]:
     """What each phase of each round took."""
     entries = results.get("ledger", [])[: tables.MAX_LISTED]
-    named = tables.labels(tables.distinct([entry["model"] for entry in entries]))
+    named = wording.labels(wording.distinct([entry["model"] for entry in entries]))
 
     def shown(value: float | int | None, pattern: str, scale: float = 1.0) -> str:
         return "\u2013" if value is None else pattern.format(value * scale)
@@ -164,16 +164,16 @@ def training_legend() -> list[tuple[Markup, str]]:
     ]  # fmt: skip
 
 
-def measure_table(results: tables.Results) -> MeasureTable | None:
+def measure_table(results: wording.Results) -> MeasureTable | None:
     """What else was measured: a row per measure, a column per model."""
     measures = results.get("measures", [])
     if not measures:
         return None
     places = {model["name"]: place for place, model in enumerate(results["models"])}
-    columns = tables.distinct([(m["model"], m["round"]) for m in measures])
+    columns = wording.distinct([(m["model"], m["round"]) for m in measures])
     columns.sort(key=lambda column: places.get(column[0], len(places)))  # stable: the others in the order given
     columns = columns[: tables.MAX_LISTED]
-    named = tables.labels(tables.distinct([model for model, _ in columns]))
+    named = wording.labels(wording.distinct([model for model, _ in columns]))
     models = [model for model, _ in columns]
     heads = [named[model] + (f", round {round_}" if models.count(model) > 1 else "") for model, round_ in columns]
     rows = []
@@ -184,7 +184,7 @@ def measure_table(results: tables.Results) -> MeasureTable | None:
     return MeasureTable(heads, rows)
 
 
-def measure_curves(results: tables.Results) -> list[tables.CurvePanel]:
+def measure_curves(results: wording.Results) -> list[tables.CurvePanel]:
     """Measures over the rounds, a panel per run and measure that it has in two rounds at least."""
     measures = [m for m in results.get("measures", []) if m["value"] is not None and m["round"] is not None]
     panels = []
@@ -197,12 +197,12 @@ def measure_curves(results: tables.Results) -> list[tables.CurvePanel]:
             chart = plots.round_curves(
                 f"measure-{len(panels)}", "Measure over the rounds", [plots.Line(0, *columns)], "value", zero=False
             )
-            title = _title(of_name[0]) + (f", {tables.shortened(run, 40).short}" if run else "")
+            title = _title(of_name[0]) + (f", {wording.shortened(run, 40).short}" if run else "")
             panels.append(tables.CurvePanel(title, "measure", _direction(of_name[0]), chart))
     return panels
 
 
-def _by_run(results: tables.Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _by_run(results: wording.Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each run: "" for the base and the rounds of the evaluation, otherwise by the name of the model."""
     rounds = [m for m in results["models"] if m["role"] == "round"]
     # A round that is there twice belongs to two runs
@@ -222,7 +222,7 @@ def _by_name(measures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def _title(measure: dict[str, Any]) -> str:
-    return tables.shortened(measure["title"] or measure["name"], 80).short
+    return wording.shortened(measure["title"] or measure["name"], 80).short
 
 
 def _direction(measure: dict[str, Any]) -> str:
@@ -239,7 +239,7 @@ def _decimals(of_name: Sequence[dict[str, Any]]) -> int:
     return 3 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
 
 
-def _measured(measure: dict[str, Any], digits: int) -> tables.Number:
+def _measured(measure: dict[str, Any], digits: int) -> wording.Number:
     low, high = measure["low"], measure["high"]
-    interval = "" if low is None or high is None else tables.interval_text(low, high, digits, False)
-    return tables.Number(tables.plain(measure["value"], digits), interval)
+    interval = "" if low is None or high is None else wording.interval_text(low, high, digits, False)
+    return wording.Number(wording.plain(measure["value"], digits), interval)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, tables, training, write_report
+from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, training, wording, write_report
 from spin_diffusion.evaluation.report.reading import read_evaluation
 from spin_diffusion.input_error import InputError
 from tests.evaluation.made_up_answers import SCRIPT, answers_by, babble, evaluate, prompts, sentence
@@ -203,10 +203,10 @@ def test_results_carry_what_the_rules_of_health_said(tmp_path: Path) -> None:
 
 
 def test_a_passage_keeps_its_lines_and_says_how_long_it_is() -> None:
-    assert tables.passage(" a\r\n\r\n b \n") == tables.Text("a\n\n b", None, "")
-    many = tables.passage("line\n" * 100)
+    assert wording.passage(" a\r\n\r\n b \n") == wording.Text("a\n\n b", None, "")
+    many = wording.passage("line\n" * 100)
     assert many.short.count("\n") == 23 and many.short.endswith("\u2026") and many.note == "all 499 characters"
-    long = tables.passage("x" * 30_000)
+    long = wording.passage("x" * 30_000)
     assert len(long.short) == 900 and len(long.full) == 20_000 and long.note == "the first 20,000 of 30,000 characters"
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, pictures, plots, tables, write_report
+from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, pictures, plots, tables, wording, write_report
 from spin_diffusion.evaluation.report.reading import read_evaluation
 from spin_diffusion.input_error import InputError
 from tests.evaluation.report.made_up import SCRIPT, write_evaluation
@@ -328,19 +328,19 @@ def test_all_sections_are_there(page: Parsed) -> None:
 
 
 def test_numbers_do_not_show_a_negative_zero() -> None:
-    assert tables.signed(-0.0001, 2) == "+0.00" and tables.plain(-0.0001, 2) == "0.00"
-    assert tables.signed(-1.5, 1) == "\u22121.5"
+    assert wording.signed(-0.0001, 2) == "+0.00" and wording.plain(-0.0001, 2) == "0.00"
+    assert wording.signed(-1.5, 1) == "\u22121.5"
 
 
 def test_labels_are_short_and_differ() -> None:
     names = ["a" * 1000, "a" * 1001, "", " ", "b"]
-    found = tables.labels(names)
+    found = wording.labels(names)
     assert len(set(found.values())) == len(names) and max(map(len, found.values())) < 60
 
 
 def test_control_characters_become_visible() -> None:
     assert (
-        tables.clean("a\x00b\x1b\x7f\x85\ud800\ufffe\U0001fffe\n\u202e")
+        wording.clean("a\x00b\x1b\x7f\x85\ud800\ufffe\U0001fffe\n\u202e")
         == "a\u2400b\u241b\u2421\ufffd\ufffd\ufffd\ufffd\n\u202e"
     )
 

@@ -1,0 +1,105 @@
+"""What a run prints of itself: before its rounds what it plays with, after them where the player is."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from spin_diffusion.config import Config
+from spin_diffusion.diffusion.buckets import told
+from spin_diffusion.diffusion.curation import curation_line
+from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.running import rivals
+from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import kinds_of
+
+
+def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
+    """What a run plays with, in a few lines.
+
+    Args:
+        manifest: of the prepared data.
+    """
+    curated = manifest["left_out"].get("curation")
+    return (
+        f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
+        f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
+        f"{game.noising.prediction_type})\n"
+        f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
+        f"{_sizes_line(game, output_dir)}"
+        f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
+        f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
+        f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
+        f"{_candidate_lines(config)}"
+    )
+
+
+def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
+    """For the header: how many real images have which size, where they differ."""
+    kinds = kinds_of(output_dir / "data" / ENCODED, Part())
+    return f"Sizes      {told(game.sizes, kinds)}\n" if kinds is not None else ""
+
+
+def _candidate_lines(config: Config) -> str:
+    """For the header: where pairs come from that have no real image, and what their scorer cannot be used for."""
+    found, scorers = config.candidates, config.evaluation.scorers or []
+    if not found.num_candidates:
+        return ""
+    of = "all prompts" if found.candidate_share == 1 else f"{found.candidate_share:.0%} of the prompts"
+    line = f"Candidates {found.num_candidates} for {of}, best against worst by {found.candidate_scorer}\n"
+    if found.candidate_scorer in scorers:
+        line += (
+            f"           so {found.candidate_scorer} says what was aimed at, not what was gained: trust the others\n"
+        )
+    return line
+
+
+def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
+    """For the header: what is kept of the opponent's denoising, and how large it gets."""
+    if not keeps_trajectories(config, game):
+        return ""
+    one = trajectory_bytes(game)
+    line = (
+        f"Trajectory {config.trajectory.trajectory}, "
+        f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
+        f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
+    )
+    if config.sampling.guidance_scale > 1:
+        line += (
+            "           drawn with guidance, its steps are not those of the opponent's own distribution, which the "
+            "theory speaks of: that is --guidance_scale 1\n"
+        )
+    return line
+
+
+def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
+    """Of one image: states, channels, height, width."""
+    size = game.resolution // game.latent_px
+    return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
+
+
+def keeps_trajectories(config: Config, game: DiffusionGame) -> bool:
+    """Whether an opponent draws at all, and its denoising is kept until the round is finished."""
+    objectives = (*objectives_of(config.rounds), *rivals(config))
+    return game.steps is not None and "opponent" in {source_of(config.rounds, name) for name in objectives}
+
+
+def trajectory_bytes(game: DiffusionGame) -> int:
+    """What is kept of the denoising of one image, in fp16."""
+    return 2 * math.prod(_trajectory_shape(game))
+
+
+def tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:
+    """Print where the last promoted player is, and how a user loads it."""
+    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
+    if not promoted:
+        print("No round was promoted: the base stands, and there is nothing to load")
+        return
+    if (output_dir / "lora").is_dir():
+        print(f"The player of round {promoted[-1]} is in {output_dir / 'lora'}; load it with\n"
+              f"  pipeline = {pipeline}.from_pretrained({base!r})\n"
+              f"  pipeline.load_lora_weights({str(output_dir / 'lora')!r})")  # fmt: skip
+        return
+    print(f"The player of round {promoted[-1]} is in {output_dir / 'unet'}; load it with\n"
+          f"  {pipeline}.from_pretrained({base!r}, "
+          f"unet=UNet2DConditionModel.from_pretrained({str(output_dir / 'unet')!r}))")  # fmt: skip

@@ -1,0 +1,112 @@
+"""The page's small print: where the models came from, how samples were made, what each scorer is."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
+from spin_diffusion.evaluation.report.tables import scorers_run
+from spin_diffusion.evaluation.report.wording import Text, shortened
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Where a model came from."""
+
+    label: Text
+    role: str
+    round: str
+    kind: str
+    source: Text
+    base: Text
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class ScorerFacts:
+    """What must be known of a scorer to compute its numbers again."""
+
+    title: str
+    facts: list[tuple[str, Text]]
+
+
+def banner_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The banner's small print."""
+    protocol = results["protocol"]
+    ran = len(scorers_run(results))
+    headline = (results["headline"]["model"], results["headline"]["guidance_scale"])
+    states = [a["state"] for a in results["alarms"] if (a["model"], a["guidance_scale"]) == headline]
+    alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
+    return [
+        ("prompts", f"{protocol['prompt_set']['num_prompts']:,}"),
+        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
+        ("scorers run", f"{ran} of {len(results['scorers'])}"),
+        ("alarms", alarms if states else "none computed"),
+        ("protocol", protocol["id"][:12]),
+    ]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
+
+
+def protocol_facts(protocol: dict[str, Any]) -> list[tuple[str, Text]]:
+    """How the samples were made, as far as it decides whether two evaluations may be compared."""
+    prompts = protocol["prompt_set"]
+    given = "as the pictures were given"
+    if is_of_answers(protocol):
+        names = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "longest answer, tokens"}
+        sampling = [
+            (names.get(key, key.replace("_", " ")), "none" if value is None else str(value))
+            for key, value in protocol["sampling"].items()
+        ]
+        how = [*sampling, ("real answers: SHA-256", protocol.get("references_sha256", ""))]
+    else:
+        steps = protocol["num_inference_steps"]
+        how = [
+            ("sampler", protocol["sampler"]),
+            ("denoising steps", given if steps is None else str(steps)),
+            ("guidance scales", ", ".join("as given" if s is None else f"{s:g}" for s in guidance_scales(protocol))),
+            ("resolution", given if protocol["resolution"] is None else f"{protocol['resolution']} px"),
+        ]
+    facts = [
+        ("protocol id", protocol["id"]),
+        ("prompts", f"{prompts['name']}, {prompts['num_prompts']:,}"),
+        ("prompts: SHA-256", prompts["sha256"]),
+        ("prompts: licence", prompts["licence"]),
+        ("prompts: source", prompts["source"]),
+        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
+        ("seed", str(protocol["seed"])),
+        ("rule for seeds", protocol["seed_rule"]),
+        *how,
+    ]
+    return [(shortened(name, 60).short, shortened(value)) for name, value in facts]
+
+
+def model_facts(model: dict[str, Any], named: dict[str, str]) -> ModelFacts:
+    """Where one model came from, by the label that the page gives it."""
+    short = named[model["name"]]
+    whole = shortened(model["name"], 48)
+    return ModelFacts(
+        Text(short, whole.full, whole.note), model["role"],
+        "" if model["round"] is None else str(model["round"]), model["kind"],
+        shortened(model["source"]), shortened(model["base"] or ""),
+        shortened(model["weights_sha256"] or "", 64).short,
+    )  # fmt: skip
+
+
+def scorer_facts(scorer: dict[str, Any]) -> ScorerFacts:
+    """What is known of one scorer; nothing that is empty."""
+    facts = [
+        ("name", scorer["name"]),
+        ("state", scorer["state"] + (f": {scorer['reason']}" if scorer["reason"] else "")),
+        ("role", scorer["role"]),
+        ("scale", scorer["scale"]),
+        ("weights from", scorer["source"]),
+        *((f"SHA-256 of {file}", value) for file, value in scorer["checkpoint"].items()),
+        ("pixels", scorer["preprocessing"]),
+        ("text", scorer["text"]),
+        ("licence", scorer["licence"]),
+        ("citation", scorer["citation"]),
+    ]
+    title = shortened(scorer["title"] or scorer["name"], 60).short
+    return ScorerFacts(title, [(shortened(name, 60).short, shortened(value, 300)) for name, value in facts if value])

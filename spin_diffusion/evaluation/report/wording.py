@@ -1,0 +1,201 @@
+"""How the page words things: names, numbers with their signs and intervals, verdicts, roles, texts of any length."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from spin_diffusion.evaluation.protocols import is_of_answers
+
+NAME_CHARACTERS = 48
+_PROMPT_CHARACTERS = 180
+_PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
+_FULL_CHARACTERS = 20_000
+_T = TypeVar("_T")
+Results = dict[str, Any]
+Scale = float | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of any length: what is shown at once, and the rest behind it."""
+
+    short: str
+    full: str | None
+    """None = `short` is all there is."""
+    note: str
+    """How much there is, where `full` is not None."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A verdict or a state in a symbol, a word and a colour: never in the colour alone."""
+
+    word: str
+    symbol: str
+    tone: str
+    """CSS class: good, bad, quiet, warn, drift."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number and its interval, formatted."""
+
+    value: str
+    interval: str
+
+
+STATES = {
+    "improved": State("improved", "\u25b2", "good"),
+    "regressed": State("regressed", "\u25bc", "bad"),
+    "inconclusive": State("inconclusive", "\u25cb", "quiet"),
+    "drift": State("drift", "\u25c6", "drift"),
+    "suspect": State("suspect", "!", "warn"),
+    "ok": State("ok", "\u2713", "quiet"),
+    "warn": State("warning", "!", "warn"),
+    "alarm": State("alarm", "!!", "bad"),
+    "not run": State("not run", "\u2013", "quiet"),
+}
+
+
+ROLES = {
+    "truth": "Knows the right answer, as the oracle of a drawn world does.",
+    "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
+    "gain here alone is not evidence of better images.",
+    "held-out": "A preference model trained on other data. The gain that counts.",
+    "alignment": "Agreement of the image with its prompt. It guards against images that please but do not obey.",
+    "aesthetics": "Beauty whatever the prompt. It can rise while the image drifts from what was asked.",
+    "drift": "A measure that is good neither up nor down. It shows that something changed, and is never called a gain.",
+}
+
+
+ROLES_OF_ANSWERS = ROLES | {
+    "truth": "Knows the right answer.",
+    "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
+    "gain here alone is not evidence of better answers.",
+    "held-out": "A preference model trained on other data, or the likelihood of real answers that were not trained on. "
+    "The gain that counts.",
+    "alignment": "Agreement of the answer with its prompt. It guards against answers that please but do not obey.",
+    "aesthetics": "Style whatever the prompt. It can rise while the answer drifts from what was asked.",
+}
+
+
+def clean(text: str) -> str:
+    """Text that HTML, SVG and JSON can hold: control characters become visible, what is no character a U+FFFD."""
+    return _UNPRINTABLE.sub(_visible, text)
+
+
+# Controls but tab and line feed, halves of surrogate pairs, and the two code points at the end of each plane
+_PLANE_ENDS = "".join(chr(plane << 16 | end) for plane in range(17) for end in (0xFFFE, 0xFFFF))
+
+
+_UNPRINTABLE = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_PLANE_ENDS}]")
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd"
+
+
+def shortened(text: str, length: int = _PROMPT_CHARACTERS) -> Text:
+    """`text` with no more than `length` characters shown at once, and no more than 20,000 in all."""
+    lines = " ".join(text.split())
+    if len(lines) <= length:
+        return Text(lines, None, "")
+    return Text(lines[: length - 1].rstrip() + "\u2026", text[:_FULL_CHARACTERS], _length(text))
+
+
+def passage(text: str) -> Text:
+    """An answer with its line breaks: its beginning at once, and no more than 20,000 characters in all."""
+    text = text.replace("\r\n", "\n").strip()
+    lines = text.split("\n")
+    if len(text) <= _PASSAGE_CHARACTERS and len(lines) <= _PASSAGE_LINES:
+        return Text(text, None, "")
+    short = "\n".join(lines[:_PASSAGE_LINES])[: _PASSAGE_CHARACTERS - 1].rstrip() + "\u2026"
+    return Text(short, text[:_FULL_CHARACTERS], _length(text))
+
+
+def _length(text: str) -> str:
+    if len(text) > _FULL_CHARACTERS:
+        return f"the first {_FULL_CHARACTERS:,} of {len(text):,} characters"
+    return f"all {len(text):,} characters"
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """A short label for every name, no two alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        label = " ".join(name.split()) or "(no name)"
+        if len(label) > NAME_CHARACTERS:
+            label = label[: NAME_CHARACTERS - 16] + "\u2026" + label[-15:]
+        number = 1
+        while (unique := label if number == 1 else f"{label} ({number})") in found.values():
+            number += 1
+        found[name] = unique
+    return found
+
+
+def scale_label(results: Results, scale: Scale) -> str:
+    """How the samples were drawn, in words; of pictures, None stands for those that were given, not drawn."""
+    if is_of_answers(results["protocol"]):
+        temperature = results["protocol"]["sampling"]["temperature"]
+        return f"temperature {temperature:g}" if temperature else "greedy"
+    return "as given" if scale is None else f"guidance {scale:g}"
+
+
+def direction(role: str) -> str:
+    """Which way a score of this role is better."""
+    return "neither way is better" if role == "drift" else "higher is better"
+
+
+def signed(value: float, decimals: int) -> str:
+    """A difference with its sign, never -0."""
+    return _minus(f"{round(value, decimals) + 0.0:+.{decimals}f}")
+
+
+def plain(value: float, decimals: int) -> str:
+    """A number without a plus sign, never -0."""
+    return _minus(f"{round(value, decimals) + 0.0:.{decimals}f}")
+
+
+def significant(value: float | None) -> str:
+    """A number of unknown size in four digits; a dash for None."""
+    return "\u2013" if value is None else _minus(f"{value:.4g}")
+
+
+def p_value(p: float) -> str:
+    """A p-value as papers print it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def decimals_by_scorer(results: Results) -> dict[str, int]:
+    """Decimals that show two digits of each scorer's narrowest interval; 6 at most, 3 where no interval has a width."""
+    widths: dict[str, list[float]] = {}
+    for row in [*results["results"], *results["comparisons"]]:
+        if row["high"] > row["low"]:
+            widths.setdefault(row["scorer"], []).append((row["high"] - row["low"]) / 2)
+    found = {}
+    for scorer in results["scorers"]:
+        of_scorer = widths.get(scorer["name"], [])
+        # Far narrower than the others: a difference that is the same for all prompts, but for rounding
+        narrowest = min((width for width in of_scorer if width > 1e-3 * max(of_scorer)), default=None)
+        found[scorer["name"]] = 3 if narrowest is None else min(6, max(0, 1 - math.floor(math.log10(narrowest))))
+    return found
+
+
+def interval_text(low: float, high: float, digits: int, with_sign: bool) -> str:
+    """[low, high]"""
+    of = signed if with_sign else plain
+    return f"[{of(low, digits)}, {of(high, digits)}]"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
+
+
+def distinct(values: Sequence[_T]) -> list[_T]:
+    """Each once, in the order of their first appearance."""
+    return list(dict.fromkeys(values))
