@@ -18,6 +18,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.zero import check_zero
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
@@ -25,17 +26,10 @@ SCRIPT = Path(__file__).with_name("sharded_steps.py")
 def steps(how: str, optimizer: str, folder: Path, number: int, processes: int) -> dict[str, torch.Tensor]:
     """What training came to, which is the same on every process."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     launched = {}
     if how.startswith("zero"):
         launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how.removeprefix("zero")}
-    run = subprocess.run(
-        [*command, str(SCRIPT), how, optimizer, str(folder), str(number)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | launched, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_ranks(SCRIPT, [how, optimizer, str(folder), str(number)], processes, launched, timeout_s=200)
     found = [load_file(folder / f"rank-{rank}-of-{processes}.safetensors") for rank in range(processes)]
     for other in found[1:]:
         assert other.keys() == found[0].keys() and all(torch.equal(other[name], found[0][name]) for name in other)

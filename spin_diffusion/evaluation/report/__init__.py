@@ -13,6 +13,7 @@ in the page forbids whatever is not this program's own style and script, known b
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -425,6 +426,7 @@ def _scorer_facts(scorer: dict[str, Any]) -> ScorerFacts:
     )
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
