@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from spin_diffusion.evaluation.report.reading import read_results
+from tests.ranks import run_ranks
 from tests.tiny import write_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,9 +30,7 @@ def start(
     Args:
         launched: what an accelerate config tells the processes by their environment.
     """
-    folder.mkdir(exist_ok=True)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
+    path = write_config(config, folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | (launched or {})
@@ -39,6 +38,13 @@ def start(
         [*command, str(ROOT / "training" / script), "--config", str(path)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def write_config(config: dict, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | {"output_dir": str(folder / "out")}))
+    return path
 
 
 def learning_rates(run: Path) -> list[float]:
@@ -49,7 +55,12 @@ def learning_rates(run: Path) -> list[float]:
 def play(
     config: dict, folder: Path, processes: int, script: str = "train_spin_sdxl.py", launched: dict | None = None
 ) -> str:
-    run = start(config, folder, processes, script, launched)
+    """As `start`, in processes that are forked; returns what they printed."""
+    return run_ranks(ROOT / "training" / script, ["--config", str(write_config(config, folder))], processes, launched)
+
+
+def play_by_torchrun(config: dict, folder: Path, processes: int) -> str:
+    run = start(config, folder, processes)
     said, complained = run.communicate(timeout=300)
     assert run.returncode == 0, complained[-6000:]
     return said
@@ -71,9 +82,11 @@ def both(request, sdxl_dir, tiny_parquet, tmp_path_factory):
         prompts = folder / "prompts.txt"
         prompts.write_text("".join(f"a fox number {number}\n" for number in range(33)))
         config |= {"validation_prompts": str(prompts), "num_validation_images": 2, "scorers": ["sharpness"]}
+    # Once by a real launcher, under which every process has its own hash seed
+    play_two = play_by_torchrun if request.param == "adamw" else play
     said = [
         play(config | {"train_batch_size": 4}, folder / "one", 1),
-        play(config | {"train_batch_size": 2}, folder / "two", 2),
+        play_two(config | {"train_batch_size": 2}, folder / "two", 2),
     ]
     return request.param, said, folder / "one" / "out", folder / "two" / "out"
 

@@ -45,6 +45,12 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
     }
 
 
+@pytest.fixture
+def unevaluated(settings) -> dict:
+    """For what happens before or beside the evaluation, which takes longer than so small a training."""
+    return settings | {"validation_prompts": None, "scorers": None}
+
+
 def play(tmp_path: Path, settings: dict, *argv: str, script: str = "train_spin_sdxl.py") -> int:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -173,8 +179,8 @@ def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
     assert play(tmp_path, settings, script="train_spin_sd.py") == 0
 
 
-def test_the_command_line_wins_over_the_file(settings, tmp_path):
-    assert play(tmp_path, settings, "--use_ema", "--max_train_steps", "1", "--beta", "[100, 200]") == 0
+def test_the_command_line_wins_over_the_file(unevaluated, tmp_path):
+    assert play(tmp_path, unevaluated, "--use_ema", "--max_train_steps", "1", "--beta", "[100, 200]") == 0
     saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (saved["max_train_steps"], saved["beta"], saved["learning_rate"]) == (1, [100.0, 200.0], [1e-4, 5e-5])
     assert saved["use_ema"] is True
@@ -312,10 +318,10 @@ def test_an_unknown_key_in_the_file_names_the_nearest(settings, tmp_path, capsys
     refused(capsys, play(tmp_path, settings | {"num_inference_step": 3}), "did you mean 'num_inference_steps'")
 
 
-def test_numbers_that_yaml_reads_as_text_are_numbers(settings, tmp_path):
+def test_numbers_that_yaml_reads_as_text_are_numbers(unevaluated, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
-        yaml.safe_dump(settings | {"learning_rate": None}).replace("learning_rate: null", "learning_rate: 1e-6")
+        yaml.safe_dump(unevaluated | {"learning_rate": None}).replace("learning_rate: null", "learning_rate: 1e-6")
     )
     assert run("train_spin_sdxl.py", "--config", str(config)) == 0
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["learning_rate"] == 1e-6
@@ -357,9 +363,9 @@ def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, ca
 
 
 @pytest.mark.parametrize("wrong", [{"dataset_name": "nowhere.parquet"}, {"max_train_samples": 2}])
-def test_a_command_that_was_refused_can_be_corrected_in_the_same_folder(wrong, settings, tmp_path):
-    assert play(tmp_path, settings | wrong) == 2
-    assert play(tmp_path, settings) == 0
+def test_a_command_that_was_refused_can_be_corrected_in_the_same_folder(wrong, unevaluated, tmp_path):
+    assert play(tmp_path, unevaluated | wrong) == 2
+    assert play(tmp_path, unevaluated) == 0
 
 
 def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(settings, tmp_path, capsys):
@@ -395,9 +401,9 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on_later(settings, tmp_pa
     assert play(tmp_path, settings) == 0
 
 
-def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_path, capsys):
-    settings |= {"max_train_steps": 4}
-    refused(capsys, play(tmp_path, settings, "--learning_rate", "1e30"), "round 1, step", "samples")
+def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(unevaluated, tmp_path, capsys):
+    unevaluated |= {"max_train_steps": 4}
+    refused(capsys, play(tmp_path, unevaluated, "--learning_rate", "1e30"), "round 1, step", "samples")
 
 
 def test_debug_shows_the_traceback(settings, tmp_path, capsys):

@@ -5,6 +5,8 @@ two); the rest is arithmetic on the settings. Only what a method needs is counte
 plain fine-tuning makes for its logs is left out, and so is every evaluation.
 """
 
+import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +18,6 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spin_diffusion.diffusion.families import Conditioning
 from spin_diffusion.selfplay.ledger import wait_for
 
 
@@ -103,8 +104,9 @@ def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pair
     return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
 
 
+@functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of 10."""
+    """FLOP/s of a large square matrix product, the best of 10; measured once in a process."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -171,32 +173,56 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
     with torch.no_grad():
         text, embedded = _counted(lambda: family.embed(pipeline, ["a prompt"]))
     conditioning = family.condition(embedded, frames)
-    with torch.device("meta"):
-        vae = type(pipeline.vae).from_config(dict(config))
-        unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config))
-        pixels = torch.empty(1, config.in_channels, resolution, resolution)
-        latents = torch.empty(1, config.latent_channels, size, size)
-    with torch.no_grad():
-        encode, _ = _counted(lambda: vae.encode(pixels))
-        decode, _ = _counted(lambda: vae.decode(latents))
-    forward, backward, through = _count_unet(unet, conditioning, size)
+    added = tuple((name, tensor.shape, tensor.dtype) for name, tensor in (conditioning.added or {}).items())
+    forward, backward, through = _count_unet(_of_shape(pipeline.unet), conditioning.tokens.shape, added, size)
+    encode, decode = _count_vae(type(pipeline.vae), _of_shape(pipeline.vae), resolution, size)
     return UnitCosts(forward, backward, through, text, encode, decode)
 
 
-def _count_unet(unet: UNet2DConditionModel, conditioning: Conditioning, size: int) -> tuple[int, int, int]:
-    """Forward, backward to all weights, backward through it without its weights; of a UNet on `meta`."""
-    t = torch.zeros(1, dtype=torch.long, device="meta")
-    inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.tokens.to("meta"), "return_dict": False}
-    if conditioning.added:
-        inputs["added_cond_kwargs"] = {name: tensor.to("meta") for name, tensor in conditioning.added.items()}
-    counted, forward = [], 0
-    for weights in (True, False):
-        unet.requires_grad_(weights)
-        x_t = torch.empty(1, unet.config.in_channels, size, size, device="meta", requires_grad=not weights)
-        forward, (predicted,) = _counted(lambda x_t=x_t: unet(x_t, t, **inputs))
-        asked = list(unet.parameters()) if weights else [x_t]
-        counted.append(_counted(lambda p=predicted, a=asked: torch.autograd.grad(p.sum(), a, allow_unused=True))[0])
-    return forward, counted[0], counted[1]
+def _of_shape(network: Any) -> str:
+    """A network's configuration without where it came from: what its costs depend on."""
+    return json.dumps({name: value for name, value in network.config.items() if not name.startswith("_")})
+
+
+# Counting takes a second or more, and a process that plays many runs plays them with the same networks
+@functools.cache
+def _count_vae(kind: type, config: str, resolution: int, size: int) -> tuple[int, int]:
+    """Encode and decode one image, on `meta`."""
+    with torch.device("meta"):
+        vae = kind.from_config(json.loads(config))
+        pixels = torch.empty(1, vae.config.in_channels, resolution, resolution)
+        latents = torch.empty(1, vae.config.latent_channels, size, size)
+    with torch.no_grad():
+        encode, _ = _counted(lambda: vae.encode(pixels))
+        decode, _ = _counted(lambda: vae.decode(latents))
+    return encode, decode
+
+
+@functools.cache
+def _count_unet(
+    config: str, tokens: torch.Size, added: tuple[tuple[str, torch.Size, torch.dtype], ...], size: int
+) -> tuple[int, int, int]:
+    """Forward, backward to all weights, backward through it without its weights; of a UNet on `meta`.
+
+    Args:
+        tokens: shape of the text embeddings.
+        added: name, shape and dtype of what else the UNet is told.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads(config))
+        x_t = torch.empty(1, unet.config.in_channels, size, size, requires_grad=True)
+        t = torch.zeros(1, dtype=torch.long)
+        inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(tokens), "return_dict": False}
+        if added:
+            inputs["added_cond_kwargs"] = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in added}
+    forward, (predicted,) = _counted(lambda: unet(x_t, t, **inputs))
+    total = predicted.sum()
+
+    def backward(to: list[torch.Tensor]) -> int:
+        # The engine computes only what leads to the tensors asked for, as if the others needed no gradient
+        return _counted(lambda: torch.autograd.grad(total, to, retain_graph=True, allow_unused=True))[0]
+
+    return forward, backward(list(unet.parameters())), backward([x_t])
 
 
 def _counted(call: Callable[[], Any]) -> tuple[int, Any]:

@@ -1,4 +1,4 @@
-"""Run by torchrun from `test_sharded.py`: a small model trained in parts. Prints nothing; leaves what it came to."""
+"""Run by `test_sharded.py` in several processes: a small model trained in parts. Leaves what it came to in files."""
 
 import sys
 from pathlib import Path

@@ -1,15 +1,13 @@
 """A model trained in parts over gloo ends where one trained whole does, also after a change of the process count."""
 
 import builtins
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands import launch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +16,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.zero import check_zero
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
 
@@ -25,17 +24,10 @@ SCRIPT = Path(__file__).with_name("sharded_steps.py")
 def steps(how: str, optimizer: str, folder: Path, number: int, processes: int) -> dict[str, torch.Tensor]:
     """What training came to, which is the same on every process."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     launched = {}
     if how.startswith("zero"):
         launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": how.removeprefix("zero")}
-    run = subprocess.run(
-        [*command, str(SCRIPT), how, optimizer, str(folder), str(number)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | launched, capture_output=True, text=True,
-        timeout=200,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_ranks(SCRIPT, [how, optimizer, str(folder), str(number)], processes, launched, timeout_s=200)
     found = [load_file(folder / f"rank-{rank}-of-{processes}.safetensors") for rank in range(processes)]
     for other in found[1:]:
         assert other.keys() == found[0].keys() and all(torch.equal(other[name], found[0][name]) for name in other)
@@ -159,11 +151,7 @@ def test_accelerates_launcher_tells_the_stage_of_our_configs(stage, tmp_path):
         "      f'{accelerator.mixed_precision}')\n"
     )
     config = Path(__file__).parents[2] / "training" / "accelerate" / f"zero{stage}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    run = subprocess.run(
-        [*command, "--num_processes", "2", "--main_process_port", "0", str(script)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(SCRIPT.parents[2])},
-        timeout=200,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count(f"stage {stage}, 2, DistributedType.MULTI_") == 2 and run.stdout.count(", bf16") == 2
+    argv = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0", str(script)]
+    # The launcher's own imports are spared; those that it launches are processes of their own
+    said = run_ranks(Path(launch.__file__), argv, launched={"PYTHONPATH": str(SCRIPT.parents[2])}, timeout_s=200)
+    assert said.count(f"stage {stage}, 2, DistributedType.MULTI_") == 2 and said.count(", bf16") == 2

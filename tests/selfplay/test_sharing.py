@@ -1,13 +1,11 @@
 """Work shared out among processes: everything once, and nobody waits for a slow one."""
 
 import json
-import os
-import subprocess
-import sys
 
 from accelerate import Accelerator
 
 from spin_diffusion.selfplay.sharing import shared_out
+from tests.ranks import run_ranks
 
 PROGRAM = """
 import json, sys, time
@@ -33,10 +31,7 @@ def test_a_process_alone_takes_everything_in_order():
 
 def test_everything_is_taken_once_and_the_quick_one_takes_more(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(tmp_path / "program.py"), str(tmp_path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
+    run_ranks(tmp_path / "program.py", [str(tmp_path)], 2, timeout_s=120)
     slow, quick = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert sorted(slow[0] + quick[0]) == list(range(20)) and sorted(slow[1] + quick[1]) == ["a", "b"]
     assert len(quick[0]) > len(slow[0])

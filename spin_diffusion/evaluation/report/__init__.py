@@ -17,6 +17,7 @@ in the page forbids whatever is not this program's own style and script, known b
 """
 
 import base64
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -204,6 +205,7 @@ def _page(evaluation: Evaluation) -> Page:
     )
 
 
+@functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
