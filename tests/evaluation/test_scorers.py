@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spin_diffusion.evaluation.scorers import Scorer, load_scorer
+from spin_diffusion.evaluation.scorers import About, LoadedScorer, Scorer, load_scorer
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
 from spin_diffusion.input_error import InputError
 from spin_diffusion.named import load_named
@@ -91,6 +91,79 @@ def test_a_long_prompt_is_shortened_in_the_error(tmp_path: Path) -> None:
 def test_as_many_prompts_as_images_are_needed() -> None:
     with pytest.raises(ValueError, match="2 images do not match 1 prompts"):
         load_scorer("sharpness", "cpu")(pictures(2), ["a"])
+
+
+class Small:
+    """A stand-in whose memory holds `most` images at a time; it scores the length of the prompt."""
+
+    def __init__(self, most: int, error: RuntimeError) -> None:
+        self.most, self.error = most, error
+        self.sizes: list[int] = []
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        return self.features(images)[:, 0] * torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def features(self, images: list[Image.Image]) -> torch.Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        return torch.ones(len(images), 2)
+
+
+def loaded(score: Small) -> LoadedScorer:
+    return LoadedScorer("small", About("Small", "none"), score, "")
+
+
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+    torch.OutOfMemoryError(),
+    RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000000 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", MEMORY_ERRORS, ids=str)
+def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does(error: RuntimeError, capsys) -> None:
+    stand_in = Small(3, error)
+    scorer, prompts = loaded(stand_in), ["x" * length for length in range(16)]
+    assert scorer(pictures(16), prompts).tolist() == list(range(16))
+    assert stand_in.sizes == [16, 8, 4, *[2] * 8]
+    assert capsys.readouterr().out.count("small: the memory does not hold 16 images") == 1
+    assert scorer(pictures(5), prompts[:5]).tolist() == list(range(5))
+    assert scorer.features(pictures(3)).shape == (3, 2)
+    assert stand_in.sizes[11:] == [2, 2, 1, 2, 1], "the batch that fits is remembered"
+    assert capsys.readouterr().out == "", "it is said once"
+
+
+def test_features_alone_are_halved_too() -> None:
+    stand_in = Small(1, MEMORY_ERRORS[0])
+    assert loaded(stand_in).features(pictures(3)).shape == (3, 2) and stand_in.sizes == [3, 1, 1, 1]
+
+
+def test_no_memory_for_a_single_image_is_said_in_one_line() -> None:
+    with pytest.raises(
+        InputError, match="scorer small: the memory does not hold a single image .CUDA out of"
+    ) as caught:
+        loaded(Small(0, MEMORY_ERRORS[0]))(pictures(4), ["a"] * 4)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    stand_in = Small(0, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        loaded(stand_in)(pictures(4), ["a"] * 4)
+    assert stand_in.sizes == [4]
+
+
+def test_weights_that_memory_does_not_hold_are_said_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "large.py"
+    path.write_text(
+        "import torch\ndef load(device):\n    raise torch.OutOfMemoryError('CUDA out of memory.\\n More')\n"
+    )
+    with pytest.raises(
+        InputError, match="scorer large: the memory of cpu does not hold its weights .CUDA out of memory"
+    ):
+        load_scorer(str(path), "cpu")
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest_and_all() -> None:

@@ -14,9 +14,11 @@ Import heavy packages inside `load`: scorers nobody asks for cost nothing. A fil
 name it by a path that ends in ".py"; there `load(device)` is enough. Where weights come from is `NAME=PATH`.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,9 +38,12 @@ class Scorer(Protocol):
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LoadedScorer:
-    """A scorer that checks what it returns, runs without gradients and gives fp32 on the CPU."""
+    """A scorer that checks what it returns, runs without gradients and gives fp32 on the CPU.
+
+    Where the memory does not hold a batch, it goes on with half of it: no score depends on the batch.
+    """
 
     name: str
     about: About
@@ -46,18 +51,25 @@ class LoadedScorer:
     source: str
     """Where its weights came from; empty = it has none."""
     checkpoint: dict[str, str] = field(default_factory=dict)
+    largest_batch: int | None = None
+    """Images that the memory held at a time, once it did not hold what was asked for."""
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
         """One score per image.
 
         Raises:
-            InputError: anything but one finite score per image.
+            InputError: anything but one finite score per image, or no memory for a single image.
         """
         if len(images) != len(prompts):
             raise ValueError(f"scorer {self.name}: {len(images)} images do not match {len(prompts)} prompts")
         if not images:
             return torch.zeros(0)
+        scores = self._in_batches(self._checked, images, prompts)
+        check_finite(f"scorer {self.name}", scores.tolist(), prompts)
+        return scores
+
+    def _checked(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
         scores = self.score(images, prompts)
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if shape != (len(images),):
@@ -65,9 +77,7 @@ class LoadedScorer:
                 f"scorer {self.name} must return a tensor of shape ({len(images)},), got {shape}; "
                 f"the first prompt was {shortened(prompts[0])}"
             )
-        scores = scores.detach().float().cpu()
-        check_finite(f"scorer {self.name}", scores.tolist(), prompts)
-        return scores
+        return scores.detach().float().cpu()
 
     def truncated(self, prompts: list[str]) -> list[bool]:
         """Which prompts are longer than what the scorer reads."""
@@ -77,7 +87,45 @@ class LoadedScorer:
     @property
     def features(self) -> Callable[[list[Image.Image]], Float[Tensor, "batch width"]] | None:
         """Image embeddings of length 1, if the scorer has any."""
-        return getattr(self.score, "features", None)
+        features = getattr(self.score, "features", None)
+        return features and partial(self._in_batches, features)
+
+    def _in_batches(self, compute: Callable[..., Tensor], *inputs: list) -> Tensor:
+        """Rows of `compute(*inputs)`, in as many parts as the memory asks for."""
+        size, start = len(inputs[0]), 0
+        rows = []
+        while start < size:
+            batch = min(self.largest_batch or size, size - start)
+            found = _unless_out_of_memory(compute, [given[start : start + batch] for given in inputs])
+            if isinstance(found, str):
+                self._shrink(batch, found)
+            else:
+                rows.append(found)
+                start += batch
+        return torch.cat(rows)
+
+    def _shrink(self, batch: int, said: str) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if batch == 1:
+            raise InputError(f"scorer {self.name}: the memory does not hold a single image ({said})")
+        if self.largest_batch is None:
+            print(f"scorer {self.name}: the memory does not hold {batch} images at a time; it goes on with fewer")
+        self.largest_batch = batch // 2
+
+
+def _unless_out_of_memory(run: Callable[..., Any], arguments: list) -> Any | str:
+    """What it returns, or what was said when the memory ran out: the error itself would hold on to the tensors."""
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        said = str(error)
+        # Not every library raises torch's own class, and the CPU's allocator does not
+        words = ("out of memory", "can't allocate memory")
+        if isinstance(error, torch.OutOfMemoryError) or any(word in said.lower() for word in words):
+            return " ".join(said.split())[:160] or type(error).__name__
+        raise
 
 
 def about(spec: str) -> About:
@@ -100,5 +148,7 @@ def load_scorer(spec: str, device: str) -> LoadedScorer:
     Raises:
         InputError: there is no such scorer, or its weights cannot be used.
     """
-    part = load_part(__name__, "scorer", spec, device)
+    part = _unless_out_of_memory(load_part, [__name__, "scorer", spec, device])
+    if isinstance(part, str):
+        raise InputError(f"scorer {parse_spec(spec)[0]}: the memory of {device} does not hold its weights ({part})")
     return LoadedScorer(part.name, part.about, part.call, part.source, part.checkpoint)

@@ -4,6 +4,7 @@ No pickle is ever executed: safetensors, and `weights_only=True` where a publish
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
 """What the hub raises for a repository or file that is not there, and for the network."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+INDEX = ".index.json"
+"""Behind a file's name: which of several files, its shards, has which key, as transformers writes it."""
 
 
 @dataclass(eq=False)
@@ -63,16 +66,47 @@ class Files:
             ) from error
         raise InputError(f"{self.place} holds none of {', '.join(names)}")
 
-    def weights(self, *names: str) -> Path:
-        """The weights: the file that the user named, else the first of these; its SHA-256 is recorded."""
-        path = self.first or self.get(*names)
+    def weights(self, *names: str) -> tuple[str, dict[str, Tensor]]:
+        """The weights, from the file that the user named, else from the first of these; what is read is recorded.
+
+        Each of `names` may be one file, or an index and its shards.
+
+        Returns:
+            The file, or the index, for errors; and its tensors in fp32 on the CPU.
+
+        Raises:
+            InputError: there is no such file, it cannot be read, or a shard or one of its keys is missing.
+        """
+        path = self.first or self.find(*(either for name in names for either in (name, name + INDEX)))
+        path = path or self.get(*names)
         self.record(path)
-        return path
+        return str(path), self._read_shards(path) if path.name.endswith(INDEX) else read_tensors(path)
 
     def record(self, path: Path) -> None:
         """Remember the SHA-256 of a file that was read."""
         with path.open("rb") as file:
             self.read[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _read_shards(self, index: Path) -> dict[str, Tensor]:
+        keys_of: dict[str, list[str]] = {}
+        try:
+            for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                keys_of.setdefault(shard, []).append(key)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{index} must hold a 'weight_map' from keys to files: {one_line(error)[:200]}") from error
+        tensors: dict[str, Tensor] = {}
+        for shard, keys in keys_of.items():
+            # A shard lies beside its index: a name that leads elsewhere is not followed.
+            path = self.find(shard) if Path(str(shard)).name == shard else None
+            if path is None:
+                raise InputError(f"{index}: its shard {shard} is missing: put it beside the index")
+            self.record(path)
+            found = read_tensors(path)
+            for key in keys:
+                if key not in found:
+                    raise InputError(f"{path}: key {key} is missing, which {index.name} says is there")
+            tensors |= found
+        return tensors
 
     def _local(self, name: str) -> Path | None:
         path = Path(self.place) / name

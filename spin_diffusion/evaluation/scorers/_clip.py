@@ -29,7 +29,6 @@ from spin_diffusion.evaluation.scorers._checkpoints import (
     load_tokenizer,
     one_line,
     open_place,
-    read_tensors,
     take,
 )
 from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache, pixels_key
@@ -203,8 +202,9 @@ def load_clip(device: str, path: str, recipe: Recipe) -> ClipTowers:
 
 
 def _load(device: str, files: Files, recipe: Recipe) -> ClipTowers:
-    weights = files.weights(*recipe.weights)
-    where, tensors, names, config = str(weights), read_tensors(weights), {}, None
+    where, tensors = files.weights(*recipe.weights)
+    names: dict[str, str] = {}
+    config = None
     if is_open_clip(tensors):
         tensors, names = to_clip_model(tensors, where)
     else:

@@ -49,17 +49,17 @@ def load(device: str, path: str | None = None) -> Scorer:
     Raises:
         InputError: head or backbone cannot be had, or are another model's.
     """
-    from spin_diffusion.evaluation.scorers._checkpoints import open_place, read_tensors
+    from spin_diffusion.evaluation.scorers._checkpoints import open_place
     from spin_diffusion.evaluation.scorers._clip import L14, load_clip
     from spin_diffusion.evaluation.scorers._linear_head import WIDTH, build_head
 
     files = open_place(path or ABOUT.checkpoint)
-    weights = files.weights(*HEAD_FILES)
-    head = build_head(read_tensors(weights), str(weights))
+    where, tensors = files.weights(*HEAD_FILES)
+    head = build_head(tensors, where)
     of_zero = head(torch.zeros(1, WIDTH)).item()
     if abs(of_zero - SCORE_OF_ZERO) > 1e-3:
         raise InputError(
-            f"{weights} is not LAION's head v2 (linearMSE): it scores a feature of zeros {of_zero:.4f}, "
+            f"{where} is not LAION's head v2 (linearMSE): it scores a feature of zeros {of_zero:.4f}, "
             f"the published one {SCORE_OF_ZERO:.4f}"
         )
     has_backbone = Path(files.place).is_dir() and files.find("config.json") is not None

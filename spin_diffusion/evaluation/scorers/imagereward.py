@@ -46,16 +46,16 @@ def load(device: str, path: str | None = None) -> Scorer:
     from transformers import BertTokenizer
 
     from spin_diffusion.evaluation.scorers._blip import build_blip
-    from spin_diffusion.evaluation.scorers._checkpoints import load_tokenizer, open_place, read_tensors
+    from spin_diffusion.evaluation.scorers._checkpoints import load_tokenizer, open_place
     from spin_diffusion.evaluation.scorers._text import BertText
 
     files = open_place(path or ABOUT.checkpoint)
-    weights = files.weights("ImageReward.pt", "model.safetensors")
-    blip = build_blip(read_tensors(weights), str(weights))
+    where, tensors = files.weights("ImageReward.pt", "model.safetensors")
+    blip = build_blip(tensors, where)
     tokenizer = load_tokenizer(BertTokenizer, files, ("vocab.txt",), TOKENIZER)
     if len(tokenizer) > blip.text.config.vocab_size:
         raise InputError(
-            f"{weights} knows {blip.text.config.vocab_size} tokens, its tokenizer has {len(tokenizer)}: "
+            f"{where} knows {blip.text.config.vocab_size} tokens, its tokenizer has {len(tokenizer)}: "
             "they belong to different models"
         )
     return ImageReward(blip.to(device), BertText(tokenizer, MAX_TOKENS), device, files.read)

@@ -349,3 +349,22 @@ def rewrite(path: Path, change) -> None:
         loaded = torch.load(path, weights_only=True)
         change(loaded.get("state_dict", loaded))
         torch.save(loaded, path)
+
+
+def shard(folder: Path, num_shards: int = 3, name: str = "model.safetensors") -> Path:
+    """Split a folder's weights as transformers splits large ones; returns the index, which replaces the one file."""
+    from safetensors.torch import load_file
+
+    one = folder / name
+    is_safe = one.suffix == ".safetensors"
+    tensors = load_file(one) if is_safe else torch.load(one, weights_only=True)
+    one.unlink()
+    weight_map = {}
+    for i in range(num_shards):
+        part = {key: tensors[key] for key in sorted(tensors)[i::num_shards]}
+        shard_name = f"{one.stem}-{i + 1:05d}-of-{num_shards:05d}{one.suffix}"
+        save_file(part, folder / shard_name) if is_safe else torch.save(part, folder / shard_name)
+        weight_map |= dict.fromkeys(part, shard_name)
+    index = folder / f"{name}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}), encoding="utf-8")
+    return index
