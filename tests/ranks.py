@@ -55,21 +55,22 @@ def run_ranks(
             "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
     with tempfile.TemporaryDirectory() as written:
-        ranks = []
-        for rank in range(processes):
-            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            arguments = (str(script), list(argv), own, str(Path(written) / str(rank)))
-            ranks.append(_FORKING.Process(target=_rank, args=arguments))
-            ranks[-1].start()
-        until = time.monotonic() + timeout_s
-        waiting = list(ranks)
-        while waiting and not any(rank.exitcode for rank in ranks) and time.monotonic() < until:
-            connection.wait([rank.sentinel for rank in waiting], timeout=max(0, until - time.monotonic()))
-            waiting = [rank for rank in waiting if rank.exitcode is None]
-        for rank in waiting:
-            rank.terminate()
-        for rank in ranks:
-            rank.join()
+        ranks, waiting = [], []
+        try:
+            for rank in range(processes):
+                own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+                arguments = (str(script), list(argv), own, str(Path(written) / str(rank)))
+                ranks.append(_FORKING.Process(target=_rank, args=arguments))
+                ranks[-1].start()
+            until = time.monotonic() + timeout_s
+            waiting = list(ranks)
+            while waiting and not any(rank.exitcode for rank in ranks) and time.monotonic() < until:
+                connection.wait([rank.sentinel for rank in waiting], timeout=max(0, until - time.monotonic()))
+                waiting = [rank for rank in waiting if rank.exitcode is None]
+        finally:  # also where the test itself is ended
+            for rank in ranks:
+                rank.kill()
+                rank.join()
         said, complained = (
             "".join(path.read_text() for path in sorted(Path(written).glob(f"*.{stream}"))) for stream in ("out", "err")
         )
