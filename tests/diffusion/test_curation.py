@@ -60,7 +60,7 @@ plain = score
 
 def score(images, prompts):
     time.sleep(0.3)  # long enough for the other process to take a file as well
-    with open(Path(__file__).with_name(f"{os.environ['LOCAL_RANK']}.scored"), "a") as file:
+    with open(Path(__file__).with_name(f"{os.environ.get('LOCAL_RANK', 0)}.scored"), "a") as file:
         file.write(f"{len(images)}\\n")
     return plain(images, prompts)
 """
