@@ -18,8 +18,8 @@ if sys.argv[1] == "meets":
     print(f"rank {rank} of {torch.distributed.get_world_size()} found {found.item()}, {os.environ['TOLD']}")
 elif sys.argv[1] == "alone":
     print(rank, "WORLD_SIZE" in os.environ)
-elif sys.argv[1] == "fails" and rank == 1:
-    sys.exit("rank 1 has had enough")
+elif sys.argv[1] == "fails" and rank != 0:
+    sys.exit(f"rank {rank} has had enough")
 else:
     time.sleep(200)
 """
@@ -41,10 +41,11 @@ def test_a_process_alone_is_told_of_no_others(program):
     assert run_ranks(program, ["alone"]) == "-1 False\n"
 
 
-def test_one_that_fails_ends_the_job_with_its_words(program):
+@pytest.mark.parametrize(("processes", "rank"), [(1, -1), (2, 1)])
+def test_one_that_fails_ends_the_job_with_its_words(processes, rank, program):
     began = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 1 has had enough"):
-        run_ranks(program, ["fails"], 2)
+    with pytest.raises(AssertionError, match=f"rank {rank} has had enough"):
+        run_ranks(program, ["fails"], processes)
     assert time.monotonic() - began < 150
 
 
