@@ -82,9 +82,14 @@ class AnswerEvaluationSettings:
     """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
     (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
     lm_eval_tasks: list[str] | None = None
-    """Tasks of lm-evaluation-harness for the base and every round; needs the extra `lm-eval`."""
+    """Tasks or groups of lm-evaluation-harness, or task files (YAML), for the base and every round; needs the extra
+    `lm-eval`."""
+    lm_eval_folder: str | None = None
+    """Folder with task files of your own, whose names --lm_eval_tasks then knows."""
     lm_eval_limit: int | None = None
     """Only so many examples of each task."""
+    lm_eval_chat_template: bool = False
+    """Ask the tasks' questions through the chat template. Published figures are usually without."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,11 @@ def _check(config: LanguageConfig) -> None:
         raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
     if config.rounds.stop_when_learnt and not config.data.holds_out:
         raise InputError("--stop_when_learnt needs held-out answers: give --num_held_out or --held_out_dataset_name")
+    if config.evaluation.lm_eval_tasks and not config.data.holds_out:
+        raise InputError(
+            "--lm_eval_tasks are run when a round is evaluated, which needs held-out answers: give --num_held_out or "
+            "--held_out_dataset_name"
+        )
     if config.evaluation.promote_if != "always" and not (config.data.holds_out and config.evaluation.eval_every_round):
         raise InputError(
             f"--promote_if {config.evaluation.promote_if} needs held-out answers (--num_held_out or "

@@ -23,8 +23,19 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
+from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import read_json, write_json
+
+
+def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
+    """What lm-evaluation-harness is asked for, if anything."""
+    asked = config.evaluation
+    if not asked.lm_eval_tasks:
+        return None
+    return HarnessTasks(
+        tuple(asked.lm_eval_tasks), asked.lm_eval_folder, asked.lm_eval_limit, asked.lm_eval_chat_template
+    )
 
 
 def _fits(example: TextExample, game: LanguageGame) -> bool:
@@ -137,12 +148,8 @@ class AnswerEvaluator(RunEvaluator):
         }  # fmt: skip
 
     def _lm_eval(self) -> dict[str, Any]:
-        tasks = self.config.evaluation.lm_eval_tasks
-        if not tasks:
-            return {}
-        from spin_diffusion.llm.lm_eval_tasks import run_tasks
-
-        return run_tasks(self.game, tasks, self.config.evaluation.lm_eval_limit)
+        tasks = harness_tasks(self.config)
+        return run_tasks(self.game, tasks) if tasks is not None else {}
 
     def _measures(self) -> list[dict[str, Any]]:
         found = super()._measures()

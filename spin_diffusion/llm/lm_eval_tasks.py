@@ -1,42 +1,140 @@
 """Tasks of lm-evaluation-harness for the present player, through its Python API. Needs the extra `lm-eval`."""
 
+import copy
+import functools
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from spin_diffusion.data.rows import one_line
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import language_model
 
+PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
+"""The harness's names of what accelerate calls mixed precision."""
 
-def run_tasks(game: LanguageGame, tasks: list[str], limit: int | None) -> dict[str, dict[str, Any]]:
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """What the harness is asked for."""
+
+    names: tuple[str, ...]
+    """Of tasks or groups, or paths of task files (YAML)."""
+    folder: str | None = None
+    """With task files of the user's own."""
+    limit: int | None = None
+    """Examples of each task; None = all."""
+    as_chat: bool = False
+    """Whether prompts go through the chat template."""
+
+
+def check_tasks(tasks: HarnessTasks) -> None:
+    """Raises InputError if the harness is not installed, the folder has no task files, or a task is not known."""
+    _index(tasks.names, tasks.folder)
+
+
+def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, Any]]:
     """Each task's metrics by "task/metric": value, and a 95 % interval from the harness's own standard error.
 
-    Args:
-        limit: examples of each task; None = all.
-
     Raises:
-        InputError: the harness is not installed, or has no such task.
+        InputError: as `check_tasks`; or a task's data, or the chat template, cannot be used.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise InputError("--lm_eval_tasks needs lm-evaluation-harness: pip install 'spin-diffusion[lm-eval]'") from None
-    model = HFLM(pretrained=language_model(game.model), tokenizer=game.tokenizer, batch_size="auto")
-    try:
-        results = lm_eval.simple_evaluate(model=model, tasks=tasks, limit=limit)["results"]
-    except (KeyError, ValueError) as error:
-        raise InputError(f"--lm_eval_tasks {', '.join(tasks)}: {str(error).splitlines()[0]}") from error
+    index = _index(tasks.names, tasks.folder)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    if tasks.as_chat and not game.tokenizer.chat_template:
+        raise InputError(
+            "--lm_eval_chat_template needs a tokenizer with a chat template: give one with --chat_template"
+        )
+    model = language_model(game.model)
+    with _as_it_was(model, game.accelerator.device):
+        harness = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(game.tokenizer),  # it gets another pad token there
+            batch_size="auto",
+            mixed_precision_dtype=PRECISIONS[game.accelerator.mixed_precision],
+            softmax_dtype="float32",
+        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=harness, tasks=list(tasks.names), task_manager=index, limit=tasks.limit, log_samples=False,
+                apply_chat_template=tasks.as_chat,
+            )  # fmt: skip
+        except (KeyError, ValueError, OSError) as error:  # its data cannot be had, or are not as its file says
+            raise InputError(f"--lm_eval_tasks {', '.join(tasks.names)}: {one_line(error)[:300]}") from error
+    return metrics_of(found["results"], found.get("higher_is_better", {}))
+
+
+def metrics_of(
+    results: Mapping[str, Mapping[str, Any]], higher_is_better: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The harness's results as a run's measures.
+
+    Args:
+        results: by task or group, metrics as "name,filter" beside "name_stderr,filter" and other things it says.
+        higher_is_better: by task and metric; None or absent = not said.
+    """
     found = {}
-    for task, metrics in results.items():
-        for key, value in metrics.items():
-            metric, _, kind = key.partition(",")
-            if metric.endswith("_stderr") or not isinstance(value, int | float):
+    for task, said in results.items():
+        for key, value in said.items():
+            metric, is_metric, kind = key.partition(",")
+            if not is_metric or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = metrics.get(f"{metric}_stderr,{kind}")
-            spread = 1.96 * error if isinstance(error, int | float) else None
+            error = said.get(f"{metric}_stderr,{kind}")  # "N/A" where it has none
+            spread = 1.96 * float(error) if isinstance(error, int | float) else None
+            better = {True: "higher", False: "lower"}.get(higher_is_better.get(task, {}).get(metric), "none")
             found[f"{task}/{key}"] = {
-                "title": f"{task}, {metric}", "value": float(value),
-                "low": value - spread if spread is not None else None,
-                "high": value + spread if spread is not None else None, "better": "none",
+                "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""), "value": float(value),
+                "low": float(value) - spread if spread is not None else None,
+                "high": float(value) + spread if spread is not None else None, "better": better,
             }  # fmt: skip
     return found
+
+
+@functools.cache
+def _index(names: tuple[str, ...], folder: str | None) -> Any:
+    """The harness's index of tasks; its own 14,000, which take 20 seconds to read, only if they are asked for."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise InputError("--lm_eval_tasks needs lm-evaluation-harness: pip install 'spin-diffusion[lm-eval]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    files = [name for name in names if Path(name).suffix in (".yaml", ".yml")]
+    for name in files:
+        if not Path(name).is_file():
+            raise InputError(f"--lm_eval_tasks {name}: there is no such file")
+    index = TaskManager(include_path=folder, include_defaults=False)
+    if folder is not None and not index.all_tasks:
+        raise InputError(f"--lm_eval_folder {folder}: it has no task files (YAML with task: and dataset_path:)")
+    if not set(names) <= {*index.all_tasks, *files}:
+        index = TaskManager(include_path=folder)
+    for name in names:
+        if name not in index.all_tasks and name not in files:
+            where = f", nor is it in {folder}" if folder is not None else ""
+            raise InputError(
+                f"--lm_eval_tasks {name}: lm-evaluation-harness has no such task{where}; `lm_eval ls tasks` lists its "
+                "own, and --lm_eval_folder names a folder of task files"
+            )
+    return index
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """The harness seeds every generator and switches the model to evaluation: neither may reach the next round."""
+    trained, of_python, of_numpy = model.training, random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        model.train(trained)

@@ -14,8 +14,9 @@ from spin_diffusion.data.text import TextExample, read_held_out, read_text_examp
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import check_tokenizer
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
-from spin_diffusion.llm.evaluating import AnswerEvaluator
+from spin_diffusion.llm.evaluating import AnswerEvaluator, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
+from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.running import (
     check_folder,
     check_training,
@@ -42,6 +43,8 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     """
     output_dir = Path(config.run.output_dir)
     check_folder(config, output_dir)
+    if (tasks := harness_tasks(config)) is not None:
+        check_tasks(tasks)
     accelerator = start(config, output_dir)
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
