@@ -47,6 +47,7 @@ from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of,
 from spin_diffusion.selfplay.samples import ENCODED, Column, Part, kinds_of, prepare
 from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.selfplay.zero import launched_stage
 
 
@@ -288,8 +289,8 @@ def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any], outpu
     curated = manifest["left_out"].get("curation")
     return (
         f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
-        f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
-        f"{game.noising.prediction_type})\n"
+        f"{game.resolution} px, {game.noising.prediction_type})\n"
+        f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
@@ -297,6 +298,16 @@ def _header(config: Config, game: DiffusionGame, manifest: dict[str, Any], outpu
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
     )
+
+
+def trained_line(game: DiffusionGame) -> str:
+    """For the header: how much is trained, beside how much."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(game))
+    weights = sum(parameter.numel() for parameter in game.player.parameters())
+    if game.adapters is None:
+        return f"Trained    all {weights / 1e6:.1f} M parameters, fp32\n"
+    base = weights - 2 * trained  # the opponent has an adapter too
+    return f"Trained    an adapter of {trained / 1e6:.2g} M parameters, fp32, beside the base's {base / 1e6:.1f} M\n"
 
 
 def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
