@@ -17,7 +17,8 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
 from spin_diffusion.input_error import InputError
@@ -46,9 +47,9 @@ class RunSettings:
     compare_with: list[str] | None = None
     """Objectives to train beside the run, from the same base with the same steps, for the table; sft, say."""
     logging_dir: str = "logs"
-    """Folder of the trackers below output_dir."""
+    """Folder below output_dir for tensorboard; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
     report_to: str = "tensorboard"
-    """tensorboard, wandb, trackio, all or none. The last two of the names need their extra."""
+    """tensorboard, wandb, trackio, all (that are installed) or none. wandb and trackio need the extra of their name."""
     tracker_project_name: str = "spin-diffusion"
     """The trackers' project."""
     matrix_flops_per_second: float | None = None
@@ -213,6 +214,10 @@ def _forget_false_start(config: AnyConfig, output_dir: Path) -> None:
 
 def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
     report_to = None if config.run.report_to == "none" else config.run.report_to
+    # Accelerate would train on without it
+    if report_to in LoggerType.list()[1:] and LoggerType(report_to) not in get_available_trackers():
+        package = f"'spin-diffusion[{report_to}]'" if report_to in ("wandb", "trackio") else report_to
+        raise InputError(f"--report_to {report_to}: not installed: pip install {package}, or give another tracker")
     try:
         with as_plain_processes():
             return Accelerator(

@@ -88,6 +88,13 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert "spin round 2" in capsys.readouterr().out
 
 
+def test_a_tracker_that_is_not_installed_is_refused(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spin_diffusion.running.get_available_trackers", lambda: [])
+    refused(capsys, play(tmp_path, settings | {"report_to": "wandb"}), "--report_to wandb", "spin-diffusion[wandb]")
+    refused(capsys, play(tmp_path, settings | {"report_to": "tensorboard"}), "pip install tensorboard")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys):
     settings |= {"rounds": 2, "matrix_flops_per_second": 1e12}
     assert play(tmp_path, settings, script="plan.py") == 0

@@ -59,15 +59,23 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 
 
 def opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:
-    """A frozen copy. Under autocast, linear and convolution weights are kept in the dtype to which autocast would cast
-    the player's at every call: the same numbers in half the memory. Norms stay fp32, as autocast computes them."""
+    """A frozen copy; under autocast it says the same in half the memory."""
     opponent = copy.deepcopy(player).requires_grad_(False).eval()
-    dtype = autocast_dtype(mixed_precision)
+    cast_for_autocast(opponent, autocast_dtype(mixed_precision))
+    return opponent
+
+
+def cast_for_autocast(unet: UNet2DConditionModel, dtype: torch.dtype | None) -> None:
+    """Keep linear and convolution weights in the dtype to which autocast would cast them at every call: the same
+    numbers in half the memory. Norms stay fp32, as autocast computes them.
+
+    Args:
+        dtype: None = no autocast, all stays as it is.
+    """
     if dtype is not None:
-        for module in opponent.modules():
+        for module in unet.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
-    return opponent
 
 
 def compile_unet(unet: UNet2DConditionModel, how: Literal["no", "blocks", "whole"]) -> None:

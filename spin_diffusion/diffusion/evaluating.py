@@ -94,7 +94,10 @@ class Evaluator(RunEvaluator):
             elif tracker.name in ("wandb", "trackio"):
                 library = __import__(tracker.name)
                 images = [library.Image(picture, caption=prompt) for prompt, picture in pictures]
-                tracker.log({f"validation/{name}": images})
+                if tracker.name == "wandb":
+                    tracker.log({f"validation/{name}": images})
+                else:  # it leaves out lists without a word
+                    tracker.log({f"validation/{name}/{number}": image for number, image in enumerate(images, start=1)})
 
     def tell(self) -> list[Comparison]:
         """Print and write the table, draw the gallery, finish the page; main process only."""

@@ -27,6 +27,7 @@ from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed
 from spin_diffusion.diffusion.denoiser import (
     DenoiserSettings,
     autocast_dtype,
+    cast_for_autocast,
     compile_unet,
     enable_xformers,
     opponent_of,
@@ -593,7 +594,10 @@ class DiffusionGame:
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
         self._bring_back()
-        fresh = self._fresh(path).to(self.accelerator.device).eval()
+        fresh = self._fresh(path).requires_grad_(False).eval()
+        # Before it is moved: beside the player, a card that can train it may have no room for it in fp32
+        cast_for_autocast(fresh, autocast_dtype(self.accelerator.mixed_precision))
+        fresh.to(self.accelerator.device)
         if self.denoiser.channels_last:
             fresh.to(memory_format=torch.channels_last)
         size = self.resolution // self.latent_px

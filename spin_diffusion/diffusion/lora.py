@@ -8,6 +8,7 @@ processes and a recomputed forward pass all meet the adapter that is trained.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
 
@@ -76,10 +78,7 @@ class Adapters:
             InputError: no layer of a name in `lora_target_modules`.
         """
         self.unet, self.settings, self.base_hash = unet, settings, base_hash
-        if dtype is not None:
-            for module in unet.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.to(dtype)
+        cast_for_autocast(unet, dtype)
         targets = list(settings.lora_target_modules or ATTENTION)
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules()):
@@ -91,7 +90,8 @@ class Adapters:
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.lora_dropout, target_modules=targets,
             init_lora_weights="gaussian",
         )  # fmt: skip
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
             torch.manual_seed(0)  # every process, and every start of a run, begins with the same adapter
             for name in (OPPONENT, PLAYER):
                 unet.add_adapter(config, adapter_name=name)

@@ -12,6 +12,7 @@ from spin_diffusion.running import rivals
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import kinds_of
+from spin_diffusion.selfplay.trainee import trained_parameters
 
 
 def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
@@ -23,8 +24,8 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
     curated = manifest["left_out"].get("curation")
     return (
         f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
-        f"{sum(p.numel() for p in game.player.parameters()) / 1e6:.1f} M parameters, {game.resolution} px, "
-        f"{game.noising.prediction_type})\n"
+        f"{game.resolution} px, {game.noising.prediction_type})\n"
+        f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
         f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
@@ -32,6 +33,16 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
     )
+
+
+def trained_line(game: DiffusionGame) -> str:
+    """For the header: how much is trained, beside how much."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(game))
+    weights = sum(parameter.numel() for parameter in game.player.parameters())
+    if game.adapters is None:
+        return f"Trained    all {weights / 1e6:.1f} M parameters, fp32\n"
+    base = weights - 2 * trained  # the opponent has an adapter too
+    return f"Trained    an adapter of {trained / 1e6:.2g} M parameters, fp32, beside the base's {base / 1e6:.1f} M\n"
 
 
 def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:

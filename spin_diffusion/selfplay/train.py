@@ -27,6 +27,7 @@ from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
+from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee
 from spin_diffusion.selfplay.zero import Zero, launched_stage
@@ -91,6 +92,7 @@ def train(
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
     ahead = ReadAhead(pairs, settings.train_batch_size * accelerator.num_processes)
+    name_axis(plan.name, accelerator)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings) else None
     for step in range(first_step, plan.steps):
@@ -119,7 +121,7 @@ def train(
             distance = trainee.distance()
             entry |= {} if distance is None else {"distance": distance}
         history.append({"step": step + 1} | entry)
-        accelerator.log(tracked(entry, plan.name), step=step + 1)
+        log_step(plan.name, tracked(entry, plan.name), step + 1, accelerator)
         ended = _heeded(history, plan, trainee)
         progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
 

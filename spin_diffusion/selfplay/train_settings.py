@@ -35,7 +35,7 @@ class TrainSettings(health.HealthSettings):
     lr_power: float = 1.0
     """Power of the polynomial schedule."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
-    """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
+    """adamw_8bit needs the extra `8bit`; rmsprop and sgd have no momentum."""
     adam_beta1: float = 0.9
     """First moment's decay."""
     adam_beta2: float = 0.999

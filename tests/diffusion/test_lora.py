@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, LoraSettings
+from spin_diffusion.diffusion.run_lines import trained_line
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin
@@ -272,3 +273,17 @@ def test_an_adapter_of_another_base_is_refused_in_one_line(sdxl_dir, tmp_path):
     write_json(tmp_path / "lora" / CONFIG, written)
     game.restore(tmp_path)
     assert game.player_hash() != before
+
+
+def test_the_header_counts_base_and_adapter_apart(sdxl_dir):
+    game = make_game(sdxl_dir, lora=LORA)
+    line = trained_line(game)
+    base = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet").num_parameters()
+    adapter = sum(parameter.numel() for parameter in game.adapters.parameters(PLAYER))
+    assert f"{adapter / 1e6:.2g} M" in line and f"{base / 1e6:.1f} M" in line
+    assert game.player.num_parameters() == base + 2 * adapter
+
+
+def test_adding_both_adapters_says_nothing(sdxl_dir, recwarn):
+    make_game(sdxl_dir, lora=LORA)
+    assert not [str(one.message) for one in recwarn if "peft_config" in str(one.message)]
