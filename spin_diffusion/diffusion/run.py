@@ -208,7 +208,8 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
         right = family.__name__.rsplit(".", 1)[-1]
         raise InputError(f"{base} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
     denoiser = config.denoiser
-    if launched_stage() or wants_shards(config.training, accelerator):
+    plain = config.training.optimizer == "adamw_8bit"  # it lays weights out plainly in its first step
+    if plain or launched_stage() or wants_shards(config.training, accelerator):
         # A player in parts has the plain layout; an opponent of another one would round differently
         denoiser = dataclasses.replace(denoiser, channels_last=False)
     return DiffusionGame(

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from spin_diffusion.config import parse_config
+from spin_diffusion.diffusion.run import open_game
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import spin
@@ -253,3 +256,14 @@ def test_samples_are_the_opponents_whatever_the_player_has_become(base):
     assert [row["image"] for row in game.generate(rows, [1, 2])] == before
     game.promote()
     assert [row["image"] for row in game.generate(rows, [1, 2])] != before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_an_optimizer_that_lays_weights_out_plainly_gets_them_so(optimizer, sdxl_dir, tiny_parquet, tmp_path):
+    config = parse_config(
+        ["--pretrained_model_name_or_path", str(sdxl_dir), "--dataset_name", str(tiny_parquet), "--resolution", "32",
+         "--output_dir", str(tmp_path), "--optimizer", optimizer]
+    )  # fmt: skip
+    game = open_game(config, Accelerator(cpu=True))
+    laid_out = game.player.conv_in.weight.is_contiguous()
+    assert laid_out == (optimizer == "adamw_8bit") == (not game.denoiser.channels_last)
