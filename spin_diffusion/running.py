@@ -56,7 +56,7 @@ class RunSettings:
     """What one device can do in large matrix products, FLOP/s: the ledger says what share of it was reached. Default:
     measured at the start."""
     push_to_hub: bool = False
-    """Upload the UNet, the model card and the report at the end."""
+    """Upload the trained weights or adapter, the model card and the report at the end."""
     hub_model_id: str | None = None
     """Repository to upload to; default: the output folder's name."""
     hub_token: str | None = None

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spin_diffusion"
 FORBIDDEN = {
-    "selfplay": {"diffusion", "llm", "data", "evaluation", "config", "running", "evaluating"},
-    "data": {"diffusion", "llm", "selfplay", "evaluation", "config", "running", "evaluating"},
-    "evaluation": {"diffusion", "llm", "config", "running", "evaluating"},
+    "selfplay": {"diffusion", "llm", "data", "evaluation", "config", "running", "evaluating", "publishing"},
+    "data": {"diffusion", "llm", "selfplay", "evaluation", "config", "running", "evaluating", "publishing"},
+    "evaluation": {"diffusion", "llm", "config", "running", "evaluating", "publishing"},
     "diffusion": {"llm"},
     "llm": {"diffusion", "config"},
 }

@@ -4,6 +4,6 @@ chat         text -> tokens, of the prompts that are answered and of the pairs t
 generation   prompt -> the opponent's answer
 logprobs     answer -> its log-probability, which is the score
 game         all of it behind the contract that the rounds know
-run          the main job; config: its settings
+run          the main job; config: its settings; model_card: what it leaves
 evaluating   base, rounds and rivals in a run; lm_eval_tasks: by lm-evaluation-harness
 """

@@ -159,8 +159,6 @@ def _check(config: LanguageConfig) -> None:
             f"--max_new_tokens {config.generation.max_new_tokens} must be below --max_length "
             f"{config.language.max_length}, which holds the prompt too"
         )
-    if config.run.push_to_hub:
-        raise InputError("--push_to_hub uploads image models only: upload a language model with its push_to_hub method")
 
 
 def warnings_of(config: LanguageConfig) -> list[str]:

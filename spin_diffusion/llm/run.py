@@ -17,6 +17,7 @@ from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.evaluating import AnswerEvaluator, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
+from spin_diffusion.llm.model_card import push_to_hub, write_model_card
 from spin_diffusion.running import (
     check_folder,
     check_training,
@@ -105,8 +106,10 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
         held_out_dir if config.data.holds_out else None,
     )  # fmt: skip
     if accelerator.is_main_process:
-        evaluator.tell()
+        write_model_card(output_dir, config, manifest["rows"], evaluator.tell())
         _tell_where(records, output_dir, base, config.language.use_peft)
+        if config.run.push_to_hub:
+            print(f"Uploaded to {push_to_hub(output_dir, config)}")
     return records
 
 

@@ -133,7 +133,6 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--judges", "no_such_judge"], ["no_such_judge"]),
         (["--chat_template", "nowhere.jinja"], ["--chat_template nowhere.jinja"]),
         (["--train_batch_size", "64"], ["48 pairs", "64"]),
-        (["--push_to_hub"], ["--push_to_hub"]),
         (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
         (["--objective", "dpo"], ["dpo"]),
         (["--use_peft", "--lora_target_modules", "[nowhere]"], ["--lora_target_modules", "nowhere"]),

@@ -1,0 +1,79 @@
+"""The model card of a language run, and what of the run's folder reaches a hub, by a stand-in of its client."""
+
+import re
+import shutil
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_diffusion import publishing
+from tests.llm.playing import LANGUAGE
+from tests.llm.test_script import play, refused, settings  # noqa: F401
+
+RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret", "--rounds", "1"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Where a stand-in with the real client's signatures puts what is uploaded."""
+    api, repository = create_autospec(HfApi, instance=True), tmp_path / "hub"
+
+    def upload_folder(*, repo_id, folder_path, allow_patterns=None, commit_message) -> None:
+        assert repo_id == "someone/some-model" and commit_message == "space, 1 rounds"
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / name, repository / name)
+
+    def client(token=None):
+        assert token == "hf_secret"
+        return api
+
+    api.create_repo.side_effect = lambda name, *, exist_ok: type("Address", (), {"repo_id": name})
+    api.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(publishing, "HfApi", client)
+    return repository
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings, tmp_path, capsys):  # noqa: F811
+    argv = [*RUN, "--use_peft", "true", "--lora_r", "4"] if use_peft else RUN
+    assert play(tmp_path, settings, *argv) == 0
+    assert "Uploaded to https://huggingface.co/someone/some-model" in capsys.readouterr().out
+    weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    names = {path.name for path in hub.rglob("*")}
+    assert {weights, "tokenizer.json", "README.md", "config.yaml", "manifest.json", "report.html"} <= names
+    assert not names & {"samples", "data", "round-1", "model", "adapter", "answers.parquet", "logs"}
+    assert "hf_secret" not in (hub / "config.yaml").read_text()
+    # At the root, where transformers and PEFT look
+    base = LANGUAGE / "base"
+    model = AutoModelForCausalLM.from_pretrained(base if use_peft else hub)
+    model = PeftModel.from_pretrained(model, hub) if use_peft else model
+    assert AutoTokenizer.from_pretrained(hub).chat_template
+    card = ModelCard.load(hub / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft" if use_peft else "transformers",
+                                                                "text-generation")  # fmt: skip
+    text = card.text
+    for part in ("someone/some-model", "| answers | 48 from", "space, beta 1, 1 rounds", "| space round 1 |",
+                 "LoRA of rank 4" if use_peft else "all weights"):  # fmt: skip
+        assert part in text, part
+    assert ("PeftModel" in text) == use_peft and "guidance" not in text and "image" not in text
+
+
+def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811
+    assert play(tmp_path, settings, "--rounds", "1") == 0
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    found = {}
+    exec(code, found)
+    assert found["model"].config.model_type == "llama" and found["tokenizer"].eos_token
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):  # noqa: F811
+    refused(capsys, play(tmp_path, settings, *RUN), "--push_to_hub", "someone/some-model", "run the same command again")
+    assert (tmp_path / "out" / "model").is_dir() and (tmp_path / "out" / "README.md").is_file()
+    assert "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()
