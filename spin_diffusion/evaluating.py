@@ -20,8 +20,8 @@ from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.one_round import FINAL
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import read_json, read_rows, write_file, write_json
-from spin_diffusion.selfplay.shards import shards
+from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
+from spin_diffusion.selfplay.stored_pairs import Column
 from spin_diffusion.selfplay.table import Evaluate, Judgement
 from spin_diffusion.selfplay.train_settings import of_round
 
@@ -300,8 +300,5 @@ class RunEvaluator:
         ]
 
     def _training_prompts(self) -> Sequence[str]:
-        return [
-            row["prompt"]
-            for path in shards(self.output_dir / "data" / "samples", ".parquet")
-            for row in read_rows(path, ["prompt"])
-        ]
+        """They are read from the prepared data when they are asked for."""
+        return Column(self.output_dir / "data", "prompt")

@@ -408,14 +408,16 @@ def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list
         return list(examples)
     kept: dict[bytes, list[TextExample]] = {}
     largest: list[int] = []  # the hashes of `kept`, negative, as a heap
-    number, occurrences = 0, Counter[bytes]()
+    number, seen, copies = 0, Seen(), Counter[bytes]()
     for example in examples:
         if settings.held_out_by == "prompt":
             key = _prompt_hash(example)
         else:
             row = _row_hash(example)
-            occurrences[row] += 1  # copies of a row are chosen one by one
-            key = short_hash(row, str(occurrences[row]).encode())
+            if row in seen:  # copies of a row are chosen one by one
+                copies[row] += 1
+            seen.add(row)
+            key = short_hash(row, str(1 + copies[row]).encode())
         if key not in kept:
             heappush(largest, -int.from_bytes(key))
         kept.setdefault(key, []).append(example)

@@ -102,11 +102,15 @@ def measure_image(image: Image.Image) -> Photometry:
 
 def count_leaked(captions: Iterable[str], prompts: Sequence[str]) -> int:
     """How many of the evaluation's prompts are training captions: equal but for case, punctuation and white space."""
-    wanted: dict[str, int] = {}
-    for prompt in prompts:
-        key = normalised(prompt)
-        wanted[key] = wanted.get(key, 0) + 1
-    return sum(wanted[key] for key in {normalised(caption) for caption in captions} & wanted.keys())
+    keys = [normalised(prompt) for prompt in prompts]
+    trained = trained_among(captions, keys)
+    return sum(key in trained for key in keys)
+
+
+def trained_among(captions: Iterable[str], wanted: Iterable[str]) -> set[str]:
+    """Those of the `normalised` prompts that are training captions, of which no other is kept in memory."""
+    wanted = set(wanted)
+    return {key for caption in captions if (key := normalised(caption)) in wanted}
 
 
 def normalised(text: str) -> str:

@@ -18,7 +18,6 @@ import numpy as np
 from spin_diffusion.evaluation.alarms import (
     Alarm,
     Thresholds,
-    count_leaked,
     differences_of,
     goodhart,
     normalised,
@@ -27,6 +26,7 @@ from spin_diffusion.evaluation.alarms import (
     signed,
     stagnation,
     state_of,
+    trained_among,
     training_leak,
 )
 from spin_diffusion.evaluation.judges import Answer
@@ -96,9 +96,10 @@ def check_answer_alarms(
     if [len(row) for row in baseline] != [len(row) for row in candidate]:
         raise ValueError("baseline and candidate must have the same numbers of answers to the same prompts")
     limits = thresholds or AnswerThresholds()
-    trained = None if training_prompts is None else {normalised(prompt) for prompt in training_prompts}
     prompts = list(dict.fromkeys(row[0].prompt for row in baseline))
-    num_leaked = None if trained is None else count_leaked(trained, prompts)
+    keys = [normalised(prompt) for prompt in prompts]
+    trained = None if training_prompts is None else trained_among(training_prompts, keys)
+    num_leaked = None if trained is None else sum(key in trained for key in keys)
     return [
         goodhart(differences_of(candidate_scores, baseline_scores), roles, resamples),
         answer_length(baseline, candidate, limits, resamples),

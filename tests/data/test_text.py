@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin_diffusion.data import ReadReport, TextDataSettings, TextExample, read_held_out, read_text_examples
+from spin_diffusion.data import text as reading_text
 from spin_diffusion.data.json_lines import PEEK_LINES
+from spin_diffusion.data.reading import Seen
 from spin_diffusion.input_error import InputError
 
 Rows = Sequence[Mapping[str, object]]
@@ -622,3 +625,13 @@ def test_if_everything_is_held_out_the_error_says_what_to_do(tmp_path: Path) -> 
 def test_settings_that_cannot_be_meant_are_refused(given: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         TextDataSettings(**given)
+
+
+def test_choosing_single_rows_keeps_eight_bytes_of_each_of_the_others(monkeypatch) -> None:
+    monkeypatch.setattr(reading_text, "Seen", lambda: Seen(most_fresh=256))
+    asked = settings("rows", num_held_out=20, held_out_by="row")
+    tracemalloc.start()
+    found = reading_text._chosen((TextExample(f"prompt {n}", f"answer {n}", None, "") for n in range(20_000)), asked)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 20 and peak < 1_000_000

@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from spin_diffusion.evaluation.alarms import (
     photometry,
     stagnation,
     style_collapse,
+    trained_among,
     training_leak,
 )
 from spin_diffusion.evaluation.scorers import Role
@@ -427,3 +429,12 @@ def test_an_image_of_any_mode_is_measured_and_one_that_is_not_finite_is_said_to_
     assert deep.state == "ok" and deep.clipped is not None and deep.clipped < 0.2, "16 bits are scaled, not clipped"
     broken = measure_image(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32), "F"))
     assert broken.state == "not finite" and broken.saturation is None and broken.sharpness is None
+
+
+def test_of_the_training_captions_only_those_asked_for_are_kept() -> None:
+    captions = (f"a caption of some length about thing number {number}" for number in range(20_000))
+    tracemalloc.start()
+    found = trained_among(captions, ["a caption of some length about thing number 7", "another"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == {"a caption of some length about thing number 7"} and peak < 100_000
