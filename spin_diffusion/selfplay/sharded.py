@@ -138,8 +138,12 @@ class Sharded(Trainee):
         """Hand over all state as one flat mapping of tensors, and take up what has become of it."""
         player = get_model_state_dict(self.model)
         optimizer = get_optimizer_state_dict(self.model, self.schedulable, options=_FLAT)
+        # Weights under two names (an output layer that is the embedding) are stored under the first
+        names = dict(self.model.named_parameters(remove_duplicate=False)).keys()
+        again = names - dict(self.model.named_parameters()).keys()
         averages = self.ema.shadow_params if self.ema is not None else []
-        parts = {"player": player, "optimizer": optimizer, "ema": dict(enumerate(averages))}
+        once = {name: tensor for name, tensor in player.items() if name not in again}
+        parts = {"player": once, "optimizer": optimizer, "ema": dict(enumerate(averages))}
         flat = {
             f"{part}.{name}": tensor
             for part, tensors in parts.items()

@@ -1,6 +1,7 @@
 """Two processes against one: the same answers to the token, the same losses, the same weights under SGD."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay.run_dir import read_json, read_rows
 from tests.llm.playing import LANGUAGE
-from tests.test_processes import play
+from tests.test_processes import play, start
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,54 @@ def test_gap_and_judgement_agree(both):
     assert gaps[0]["mean"] == pytest.approx(gaps[1]["mean"], abs=1e-4)
     means = [[entry["mean"] for entry in read_results(out / "results.json")["results"]] for out in (one, two)]
     assert means[0] == pytest.approx(means[1], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """A round with checkpoints, on one process, and what it came to. The output layer is the embedding."""
+    config = {
+        "model_name_or_path": str(LANGUAGE / "base"), "dataset_name": str(LANGUAGE / "data" / "train.jsonl"),
+        "max_train_samples": 32, "rounds": 1, "max_train_steps": 8, "max_length": 48, "max_new_tokens": 24,
+        "samples_per_shard": 16, "optimizer": "sgd", "learning_rate": 1e-2, "lr_scheduler": "linear",
+        "report_to": "none", "checkpointing_steps": 2,
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("steps")
+    play(config | {"train_batch_size": 8}, folder / "one", 1, "train_space_llm.py")
+    return config | {"train_batch_size": 4}, weights_in(folder / "one")
+
+
+def weights_in(folder):
+    return load_file(folder / "out" / "model" / "model.safetensors")
+
+
+def ends_alike(one, two) -> None:
+    base = load_file(LANGUAGE / "base" / "model.safetensors")
+    moved = max((one[name] - base[name]).abs().max() for name in one)
+    assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 1e-3 * moved
+
+
+@pytest.mark.parametrize("how", ["in_parts", "zero3"])
+def test_a_player_in_parts_ends_where_one_process_does(how, steps, tmp_path):
+    config, one = steps
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} if how == "zero3" else None
+    play(config | {"fully_shard": how == "in_parts"}, tmp_path, 2, "train_space_llm.py", launched)
+    ends_alike(one, weights_in(tmp_path))
+
+
+@pytest.mark.parametrize("how", ["in_parts", "zero3"])
+def test_a_player_in_parts_goes_on_from_its_checkpoint(how, steps, tmp_path):
+    config, one = steps
+    launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"} if how == "zero3" else None
+    config = config | {"fully_shard": how == "in_parts"}
+    run = start(config, tmp_path, 2, "train_space_llm.py", launched)
+    until = time.monotonic() + 120
+    while not (tmp_path / "out" / "round-1" / "checkpoint-4").is_dir():
+        assert run.poll() is None and time.monotonic() < until, run.communicate()[1]
+        time.sleep(0.01)
+    run.terminate()
+    run.communicate(timeout=60)
+    # A faster machine may have come to the end of the round by then
+    state = read_json(tmp_path / "out" / "round-1" / "round.json")["state"]
+    said = play(config, tmp_path, 2, "train_space_llm.py", launched)
+    assert state != "CACHED" or "Resuming from round-1/checkpoint-" in said
+    ends_alike(one, weights_in(tmp_path))
