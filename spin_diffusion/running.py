@@ -83,7 +83,7 @@ HARMLESS = {
     "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
     "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
     "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
-    "encodings_dir", "matrix_flops_per_second",
+    "encodings_dir", "matrix_flops_per_second", "vllm_memory_share",
     # How a step's pairs are split, which the number of processes decides too; `write_manifest` checks their number
     "train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip

@@ -5,6 +5,7 @@ and no opponent is in memory while the player is trained: until then the player'
 """
 
 import copy
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -140,7 +141,9 @@ class LanguageGame:
         self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = lambda samples: None
     ) -> list[Row]:
         """One answer by the opponent per row, as token ids."""
-        settings = json.dumps(asdict(self.generation) | {"max_length": self.settings.max_length}, sort_keys=True)
+        sampler = asdict(self.generation) | {"max_length": self.settings.max_length}
+        del sampler["vllm_memory_share"]  # no answer depends on it
+        settings = json.dumps(sampler, sort_keys=True)
         with self._as_opponent():
             drawn = self.draw([row["prompt_ids"] for row in rows], seeds, done=done)
         return [
@@ -206,7 +209,9 @@ class LanguageGame:
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """The player's scores of both sides in one batch, beside the opponent's that were kept."""
-        self._is_opponent = self._is_opponent and not torch.is_grad_enabled()
+        if torch.is_grad_enabled():  # from here on the weights are the player's, and need the memory
+            self._is_opponent = False
+            self._forget_vllm()
         found = self._score(player, batch.sides)
         length = (batch.real["end"] - batch.real["begin"]).to(found.device) / (self.generation.max_new_tokens + 1)
         opponent_real = batch.real["opponent_score"].to(found.device)
@@ -235,7 +240,7 @@ class LanguageGame:
         else:
             self._opponent_hash = weights_hash(self.model)
             self._is_opponent = True
-        self._vllm = None
+        self._forget_vllm()
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
         """Write `model/` as AutoModelForCausalLM.from_pretrained reads it, or `adapter/` as PEFT does; with the
@@ -261,7 +266,8 @@ class LanguageGame:
 
     def restore(self, directory: Path | None) -> None:
         """Load what `save` wrote below `directory`, or the base, into the player's parameters in place."""
-        self._is_opponent, self._vllm = False, None
+        self._is_opponent = False
+        self._forget_vllm()
         if self.settings.use_peft:
             weights = self._fresh if directory is None else load_peft_weights(str(directory / ADAPTER), device="cpu")
             set_peft_model_state_dict(self.model, weights, adapter_name=PLAYER)
@@ -282,7 +288,10 @@ class LanguageGame:
                 self.generation,
                 end_ids=self.chat.end_ids,
                 max_length=self.settings.max_length,
+                precision=self.accelerator.mixed_precision,
                 adapter=self._folder if self.settings.use_peft else None,
+                lora_r=self.settings.lora_r,
+                base_options=self.base_options,
             )
             drawn = self._vllm.draw(prompts, seeds)
             done(len(drawn))
@@ -302,6 +311,12 @@ class LanguageGame:
         return self._score_all(self.encode(rows)).tolist()
 
     # Parts
+
+    def _forget_vllm(self) -> None:
+        """Its engine ends with the object, and what it held of the GPU is free."""
+        if self._vllm is not None:
+            self._vllm = None
+            gc.collect()
 
     @torch.no_grad()
     def _score_all(self, tensors: dict[str, Tensor]) -> Tensor:

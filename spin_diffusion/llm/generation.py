@@ -33,7 +33,10 @@ class GenerationSettings:
     generation_batch_size: int = 32
     """Answers drawn at once."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """vllm needs the extra `vllm` and a GPU; its samples depend on how it batches them."""
+    """vllm needs the extra `vllm` and one GPU; its samples depend on how it batches them."""
+    vllm_memory_share: float = 0.4
+    """Share of the GPU's memory that vLLM takes, beside the model that scores; it gives it back while a round is
+    trained."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -46,6 +49,10 @@ class GenerationSettings:
             raise InputError(f"--top_k {self.top_k} must be at least 0")
         if self.generation_batch_size < 1:
             raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
+        if not 0 < self.vllm_memory_share < 1:
+            raise InputError(f"--vllm_memory_share {self.vllm_memory_share} must be above 0 and below 1")
+        if self.engine == "vllm" and self.temperature > 2:
+            raise InputError(f"--temperature {self.temperature} must be at most 2 with --engine vllm")
 
     def warnings(self) -> list[str]:
         """What makes the samples another distribution than the one that scores them."""
@@ -185,6 +192,12 @@ def _own_defaults_only(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = theirs
 
 
+_DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""vLLM's names of what accelerate calls mixed precision; left to itself it would halve our fp32 checkpoints."""
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Largest ranks that it can be made ready for."""
+
+
 class Vllm:
     """The same by vLLM, from a checkpoint (and a PEFT adapter) on the disk. Scores are never taken from it."""
 
@@ -195,9 +208,20 @@ class Vllm:
         *,
         end_ids: tuple[int, ...],
         max_length: int,
+        precision: str = "no",
         adapter: Path | None = None,
+        lora_r: int = 16,
+        base_options: dict[str, Any] | None = None,
     ) -> None:
-        """Raises InputError if vLLM is not installed."""
+        """
+        Args:
+            precision: accelerate's name of the precision that scores are computed in.
+            lora_r: rank of the adapter.
+            base_options: how `checkpoint` is loaded, where it is a hub id.
+
+        Raises:
+            InputError: vLLM is not installed, or cannot take an adapter of this rank.
+        """
         try:
             import vllm
             from vllm.lora.request import LoRARequest
@@ -207,10 +231,21 @@ class Vllm:
             ) from None
         self.settings, self.end_ids, self.max_length = settings, end_ids, max_length
         self.parameters = vllm.SamplingParams
-        self.request = LoRARequest("opponent", 1, str(adapter)) if adapter is not None else None
+        options: dict[str, Any] = {}
+        self.request = None
+        if adapter is not None:
+            if lora_r > _LORA_RANKS[-1]:
+                raise InputError(f"--lora_r {lora_r} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
+            self.request = LoRARequest("opponent", 1, str(adapter))
+            options = {"enable_lora": True, "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= lora_r)}
+        if base_options:
+            options["revision"] = base_options.get("revision")
+            options["trust_remote_code"] = base_options.get("trust_remote_code", False)
+            options["download_dir"] = base_options.get("cache_dir")
         self.engine = vllm.LLM(
-            model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, enable_lora=adapter is not None
-        )
+            model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, dtype=_DTYPES[precision],
+            gpu_memory_utilization=settings.vllm_memory_share, **options,
+        )  # fmt: skip
 
     def draw(self, prompts: list[list[int]], seeds: list[int]) -> list[Drawn]:
         """One answer per prompt."""
@@ -222,16 +257,19 @@ class Vllm:
                 max_tokens=min(self.settings.max_new_tokens, self.max_length - len(ids)),
                 seed=seed % 2**31,
                 stop_token_ids=list(self.end_ids),
+                ignore_eos=True,  # those are all ends; a checkpoint's generation_config.json would add others
                 detokenize=False,
-            )  # fmt: skip
+            )
             for seed, ids in zip(seeds, prompts, strict=True)
         ]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.engine.generate(asked, parameters, lora_request=self.request)
-        return [
-            until_end(list(output.outputs[0].token_ids), self.end_ids, parameter.max_tokens)
-            for output, parameter in zip(outputs, parameters, strict=True)
-        ]
+        outputs = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self.request)
+        drawn = []
+        for output, parameter in zip(outputs, parameters, strict=True):
+            found = output.outputs[0]
+            drawn.append(until_end(list(found.token_ids), self.end_ids, parameter.max_tokens))
+            assert drawn[-1].finish == found.finish_reason, f"vLLM says {found.finish_reason} of {drawn[-1]}"
+        return drawn
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:

@@ -47,6 +47,11 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     if (tasks := harness_tasks(config)) is not None:
         check_tasks(tasks)
     accelerator = start(config, output_dir)
+    if config.generation.engine == "vllm" and accelerator.num_processes > 1:
+        raise InputError(
+            f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
+            "the flag out"
+        )
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 

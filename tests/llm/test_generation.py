@@ -1,7 +1,9 @@
 """Answers: from the density that scores them, each from its own seed."""
 
 import sys
+import weakref
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,6 +13,8 @@ from transformers import GenerationConfig
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.generation import GenerationSettings, OwnNoise, Vllm, draw_answers, until_end
+from spin_diffusion.selfplay.game import Batch
+from tests.llm.playing import make_game
 from tests.llm.test_logprobs import VOCABULARY, llama
 
 END = (0, 7)
@@ -123,37 +127,97 @@ def test_other_sampling_than_the_densitys_is_said_and_why():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"vllm_memory_share": 1.0},
+        {"temperature": 3.0, "engine": "vllm"},
+    ],
 )
 def test_wrong_settings_name_their_flag(wrong):
     with pytest.raises(InputError, match=f"--{next(iter(wrong))}"):
         GenerationSettings(**wrong)
 
 
-def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(monkeypatch):
-    """Against a stand-in with vLLM's call signature; the engine itself needs a GPU."""
-    calls = {}
+@pytest.fixture
+def vllm(monkeypatch) -> dict:
+    """A stand-in with those of vLLM's arguments that are used; what it was given. The engine itself needs a GPU."""
+    calls: dict = {"finish": "stop"}
 
     class LLM:
-        def __init__(self, **options):
-            calls["options"] = options
+        def __init__(
+            self, model, *, skip_tokenizer_init=False, max_model_len=None, dtype="auto", gpu_memory_utilization=0.9,
+            enable_lora=False, max_lora_rank=16, revision=None, trust_remote_code=False, download_dir=None,
+        ):  # fmt: skip
+            calls["options"] = {"model": model, "dtype": dtype, "share": gpu_memory_utilization, "revision": revision,
+                                "lora": max_lora_rank if enable_lora else None}  # fmt: skip
+            assert skip_tokenizer_init and max_model_len == 10
 
-        def generate(self, prompts, parameters, lora_request=None):
-            calls["prompts"], calls["parameters"] = prompts, parameters
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(3, 7))]) for _ in prompts]
+        def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+            calls["prompts"], calls["parameters"], calls["request"] = prompts, sampling_params, lora_request
+            found = SimpleNamespace(token_ids=(3, 7), finish_reason=calls["finish"])
+            return [SimpleNamespace(outputs=[found]) for _ in prompts]
+
+    def sampling_params(
+        temperature, top_p, top_k, max_tokens, seed, stop_token_ids, ignore_eos, detokenize
+    ) -> SimpleNamespace:
+        return SimpleNamespace(**locals())
 
     module, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    module.LLM, module.SamplingParams = LLM, lambda **options: SimpleNamespace(**options)
+    module.LLM, module.SamplingParams = LLM, sampling_params
     lora.LoRARequest = lambda *arguments: arguments
     for name, fake in (("vllm", module), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
         monkeypatch.setitem(sys.modules, name, fake)
-    engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10)
+    return calls
+
+
+def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(vllm):
+    options = {"revision": "v2", "trust_remote_code": False, "cache_dir": None}
+    engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10, base_options=options)
+    # Left to itself vLLM would halve fp32 weights, and take nine tenths of a GPU that holds the trained model too
+    assert vllm["options"] == {"model": "model", "dtype": "float32", "share": 0.4, "revision": "v2", "lora": None}
     drawn = engine.draw([[1, 2, 3]], [2**40 + 5])
     assert drawn[0].ids == [3, 7] and drawn[0].finish == "stop"
-    assert calls["prompts"] == [{"prompt_token_ids": [1, 2, 3]}]
-    parameters = calls["parameters"][0]
+    assert vllm["prompts"] == [{"prompt_token_ids": [1, 2, 3]}]
+    parameters = vllm["parameters"][0]
     assert (parameters.max_tokens, parameters.top_k, parameters.temperature) == (7, -1, 1.0)
-    assert parameters.seed == (2**40 + 5) % 2**31 and parameters.stop_token_ids == [0, 7]
+    assert parameters.seed == (2**40 + 5) % 2**31 and parameters.stop_token_ids == [0, 7] and parameters.ignore_eos
+    vllm["finish"] = "length"
+    with pytest.raises(AssertionError, match="vLLM says length"):
+        engine.draw([[1, 2, 3]], [5])
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(4, 8), (16, 16), (48, 64)])
+def test_vllm_is_made_ready_for_the_adapters_rank(rank, largest, vllm):
+    settings = GenerationSettings()
+    engine = Vllm("base", settings, end_ids=END, max_length=10, precision="bf16", adapter=Path("a"), lora_r=rank)
+    assert (vllm["options"]["lora"], vllm["options"]["dtype"]) == (largest, "bfloat16")
+    engine.draw([[1]], [0])
+    assert vllm["request"] == ("opponent", 1, "a")
+    with pytest.raises(InputError, match="--lora_r 600"):
+        Vllm("base", settings, end_ids=END, max_length=10, adapter=Path("a"), lora_r=600)
+
+
+def test_vllm_is_gone_before_the_player_is_trained(vllm):
+    game = make_game(generation={"engine": "vllm"}, max_length=48)
+    game._vllm = engine = Vllm("model", game.generation, end_ids=END, max_length=10)
+    last = weakref.ref(engine)
+    del engine
+    game.promote()
+    assert last() is None
+    game._vllm = Vllm("model", game.generation, end_ids=END, max_length=10)
+    last = weakref.ref(game._vllm)
+    tokens = {"tokens": torch.tensor([[1, 2, 3]]), "begin": torch.tensor([1]), "end": torch.tensor([3])}
+    batch = Batch(["a"], ["p"], tokens | {"opponent_score": torch.zeros(1)}, {}, [0])
+    with torch.no_grad():
+        game.scores(game.player, batch)
+    assert last() is not None
+    game.scores(game.player, batch)
+    assert last() is None
 
 
 def test_vllm_that_is_not_installed_is_one_line():
