@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.progress import end_bars
 
 # Read by transformers when it is imported, which happens after this module: its notes about image processors that are
 # not used here would be the first thing that a user sees.
@@ -41,6 +42,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         message = f"{reason}{where}: make room or give another --output_dir, then run the same command again"
         if reason is None:
             message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
+    end_bars()
     if "--debug" in argv or "--debug=true" in argv:
         traceback.print_exception(raised)
     print(f"{_who()}error: {message}", file=sys.stderr)

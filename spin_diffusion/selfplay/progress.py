@@ -2,6 +2,7 @@
 
 import sys
 import time
+import weakref
 from collections.abc import Callable
 
 from tqdm.auto import tqdm
@@ -35,6 +36,7 @@ class Bars(Progress):
             dynamic_ncols=terminal,
             leave=True,
         )
+        _open.add(bar)
         started = time.monotonic()
 
         def update(done: int, text: str = "") -> None:
@@ -48,3 +50,13 @@ class Bars(Progress):
         # Of work that several processes share, the one with the bar only guesses how much the others have done
         self._last = lambda: None if bar.disable else update(total or bar.n)
         return update
+
+
+_open: weakref.WeakSet[tqdm] = weakref.WeakSet()
+
+
+def end_bars() -> None:
+    """End the lines of the bars that are open, so that what is said next has its own."""
+    for bar in list(_open):
+        bar.close()
+    _open.clear()

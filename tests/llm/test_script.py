@@ -154,7 +154,9 @@ def test_a_tokenizer_without_a_chat_template_says_what_to_do(settings, tmp_path,
     base = changed_base(tmp_path)
     (base / "chat_template.jinja").unlink()
     settings["model_name_or_path"] = str(base)
-    refused(capsys, play(tmp_path, settings), "chat template")
+    assert play(tmp_path, settings) == 2
+    # On a line of its own, not behind the bar of what was being read
+    assert "\nerror: the data are conversations and the tokenizer has no chat template" in capsys.readouterr().err
     # with a template of the user's it goes
     assert play(tmp_path, settings, "--chat_template", str(LANGUAGE / "base" / "chat_template.jinja")) == 0
 
