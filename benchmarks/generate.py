@@ -19,7 +19,8 @@ from timing import alternate, machine, paired_ratio, report, summary
 
 from spin_diffusion.diffusion.cost import count_units, matrix_rate
 from spin_diffusion.diffusion.denoiser import compile_unet
-from spin_diffusion.diffusion.sampling import SamplingSettings, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.diffusion.settings import SamplingSettings
 
 
 def main() -> None:

@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from spin_diffusion.data import DataSettings
-from spin_diffusion.diffusion.curation import CurationSettings
-from spin_diffusion.diffusion.denoiser import DenoiserSettings
-from spin_diffusion.diffusion.images import ImageSettings
-from spin_diffusion.diffusion.latents import CacheSettings
-from spin_diffusion.diffusion.lora import LoraSettings
-from spin_diffusion.diffusion.sampling import SamplingSettings
-from spin_diffusion.diffusion.shortcuts import ProbeSettings
-from spin_diffusion.diffusion.trajectory import TrajectorySettings
+from spin_diffusion.diffusion.settings import (
+    CacheSettings,
+    CurationSettings,
+    DenoiserSettings,
+    ImageSettings,
+    LoraSettings,
+    ProbeSettings,
+    SamplingSettings,
+    TrajectorySettings,
+)
 from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
-from spin_diffusion.running import RunSettings, check_ranges
-from spin_diffusion.selfplay.candidates import CandidateSettings
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.run_settings import RunSettings, check_ranges
+from spin_diffusion.selfplay.round_settings import CandidateSettings, RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings
 
 

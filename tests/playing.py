@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.data import Example
-from spin_diffusion.diffusion.denoiser import DenoiserSettings
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.images import ImageSettings
-from spin_diffusion.diffusion.lora import LoraSettings
-from spin_diffusion.diffusion.sampling import SamplingSettings
-from spin_diffusion.diffusion.trajectory import TrajectorySettings
+from spin_diffusion.diffusion.settings import (
+    DenoiserSettings,
+    ImageSettings,
+    LoraSettings,
+    SamplingSettings,
+    TrajectorySettings,
+)
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.rounds import RoundSettings, play
 from spin_diffusion.selfplay.samples import prepare

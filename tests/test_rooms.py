@@ -1,6 +1,8 @@
 """The rooms: imports point one way, and nothing in selfplay knows which modality it serves."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,14 @@ def test_no_family_is_named_outside_its_room():
 def test_the_library_does_not_know_the_toy_world():
     for path in PACKAGE.rglob("*.py"):
         assert "toy" not in path.read_text().lower(), path
+
+
+@pytest.mark.parametrize("module", ["config", "llm.config"])
+def test_settings_are_read_without_the_libraries_that_use_them(module):
+    """`--help` and the answer to a misspelt flag wait for what is imported here."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"import sys, spin_diffusion.{module}; print(*sys.modules)"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert f"spin_diffusion.{module}" in loaded
+    assert not {"diffusers", "transformers", "accelerate", "peft"} & set(loaded)

@@ -5,14 +5,17 @@ import json
 import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.running import round_lines
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
 
@@ -86,6 +89,19 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     # Once more: nothing to do, the same table
     assert play(tmp_path, settings) == 0
     assert "spin round 2" in capsys.readouterr().out
+
+
+def test_the_header_says_which_values_of_a_list_have_no_round(settings):
+    argv = [
+        word
+        for key in ("pretrained_model_name_or_path", "train_batch_size")
+        for word in (f"--{key}", str(settings[key]))
+    ]
+    config = parse_config([*argv, "--rounds", "2", "--beta", "[1, 2, 3, 4]", "--learning_rate", "[1e-4, 1e-5]"])
+    one = SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cpu"), mixed_precision="no")
+    lines = round_lines(config, 24, one).splitlines()
+    assert [line.split()[1] for line in lines[1:3]] == ["1:", "2:"] and "lr 1e-05, beta 2" in lines[2]
+    assert lines[3:] == ["           of the 4 values of --beta the last 2 have no round: --rounds 2"]
 
 
 def test_a_tracker_that_is_not_installed_is_refused(settings, tmp_path, capsys, monkeypatch):

@@ -10,12 +10,20 @@ import sys
 
 from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
-from spin_diffusion.diffusion.run import plan
+
+
+def predict(argv: list[str]) -> None:
+    """Read the settings, then probe."""
+    config = parse_config(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
+    from spin_diffusion.diffusion.run import plan
+
+    plan(config)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, probe, and return the exit code."""
-    return run_command(lambda arguments: plan(parse_config(arguments)), argv)
+    return run_command(predict, argv)
 
 
 if __name__ == "__main__":

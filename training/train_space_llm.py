@@ -11,12 +11,20 @@ import sys
 
 from spin_diffusion.command import run_command
 from spin_diffusion.llm.config import parse_language_config
-from spin_diffusion.llm.run import run_language
+
+
+def play(argv: list[str]) -> None:
+    """Read the settings, then play."""
+    config = parse_language_config(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
+    from spin_diffusion.llm.run import run_language
+
+    run_language(config)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, play, and return the exit code."""
-    return run_command(lambda arguments: run_language(parse_language_config(arguments)), argv)
+    return run_command(play, argv)
 
 
 if __name__ == "__main__":

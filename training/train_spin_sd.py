@@ -11,12 +11,20 @@ import sys
 
 from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
-from spin_diffusion.diffusion.run import run
+
+
+def play(argv: list[str]) -> None:
+    """Read the settings, then play."""
+    config = parse_config(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
+    from spin_diffusion.diffusion.run import run
+
+    run(config, family_name="sd")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, play, and return the exit code."""
-    return run_command(lambda arguments: run(parse_config(arguments), family_name="sd"), argv)
+    return run_command(play, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from spin_diffusion.config import SECTIONS, Config
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
-from spin_diffusion.running import HARMLESS
+from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import of_round
 

@@ -6,7 +6,6 @@ diffusers' `set_attention_backend` has no effect on `UNet2DConditionModel`; torc
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from spin_diffusion.diffusion.settings import Kernel
 from spin_diffusion.selfplay.ledger import wait_for
-
-Kernel = Literal["torch", "measure", "flash", "efficient", "cudnn", "math"]
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -8,8 +8,9 @@ from PIL import Image
 from spin_diffusion.evaluation.scorers import about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.candidates import Candidates, CandidateSettings, Judge
+from spin_diffusion.selfplay.candidates import Candidates, Judge
 from spin_diffusion.selfplay.game import Row
+from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.selfplay.run_dir import file_hash
 
 

@@ -7,7 +7,6 @@ images are stored, so a killed run goes on where it was, and data/curation.parqu
 
 import gc
 import hashlib
-import math
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion.images import open_image
+from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.input_error import InputError
@@ -38,44 +38,6 @@ IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""
 Stored = Callable[[Iterable[Example]], Iterator[Row]]
 """Examples as the rows that are stored of them."""
-
-
-@dataclass(frozen=True)
-class CurationSettings:
-    """Which real images are played with, by a scorer. The rules combine: one per prompt, then threshold, then top."""
-
-    curation_scorer: str | None = None
-    """NAME[=PATH] of the scorer that chooses, or a .py file with a `load(device)`. It is in-domain for the evaluation
-    afterwards."""
-    curation_top: int | None = None
-    """Keep this many images, those with the highest scores."""
-    curation_threshold: float | None = None
-    """Keep the images with at least this score, on the scorer's own scale."""
-    one_per_prompt: bool = False
-    """Keep the image with the highest score of each prompt."""
-
-    def __post_init__(self) -> None:
-        rules = {
-            "--curation_top": self.curation_top is not None,
-            "--curation_threshold": self.curation_threshold is not None,
-            "--one_per_prompt": self.one_per_prompt,
-        }
-        given = [flag for flag, is_given in rules.items() if is_given]
-        if self.curation_scorer is None and given:
-            hint = " (--one_image_per_prompt keeps the first without one)" if given == ["--one_per_prompt"] else ""
-            raise InputError(
-                f"{' and '.join(given)} need{'s' if len(given) == 1 else ''} --curation_scorer, NAME[=PATH] such as "
-                f"pickscore, or a .py file{hint}"
-            )
-        if self.curation_scorer is not None and not given:
-            raise InputError(
-                f"--curation_scorer {self.curation_scorer} has no rule to choose by: give --curation_top, "
-                "--curation_threshold or --one_per_prompt"
-            )
-        if self.curation_top is not None and self.curation_top < 1:
-            raise InputError(f"--curation_top {self.curation_top} must be at least 1")
-        if self.curation_threshold is not None and not math.isfinite(self.curation_threshold):
-            raise InputError(f"--curation_threshold {self.curation_threshold} must be a finite number")
 
 
 def check_curator(settings: CurationSettings) -> None:

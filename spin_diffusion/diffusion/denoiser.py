@@ -1,56 +1,13 @@
 """The UNet as it is trained and asked: its settings, its precision, its frozen copy."""
 
 import copy
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from spin_diffusion.diffusion.attention import Kernel
 from spin_diffusion.input_error import InputError
-
-
-@dataclass(frozen=True)
-class DenoiserSettings:
-    """How the denoiser is scored and run."""
-
-    proportion_empty_prompts: float = 0.0
-    """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
-    winner_preserving_mu: float | None = None
-    """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
-    snr_gamma: float | None = None
-    """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
-    timestep_weights: list[float] | None = None
-    """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
-    fixed_draws: int = 0
-    """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
-    once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit."""
-    channels_last: bool = True
-    """Memory layout of the UNet; faster convolutions on most hardware."""
-    compile: Literal["no", "blocks", "whole"] = "no"
-    """torch.compile for the UNet: its transformer blocks (seconds to compile), or all of it (minutes). It pays where
-    rounds are long; needs a C++ compiler on a CPU."""
-    attention_kernel: Kernel = "torch"
-    """torch's attention: as torch chooses, the fastest by a measurement at the start (measure), or flash, efficient,
-    cudnn, math. Kernels round differently, so one that is measured may change the last digits between machines."""
-    enable_xformers_memory_efficient_attention: bool = False
-    """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
-        if self.fixed_draws < 0:
-            raise InputError(f"--fixed_draws {self.fixed_draws} must be at least 0")
-        if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
-            raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise InputError(f"--snr_gamma {self.snr_gamma} must be above 0")
-        if self.timestep_weights is not None and not (
-            self.timestep_weights and min(self.timestep_weights) >= 0 and max(self.timestep_weights) > 0
-        ):
-            raise InputError(f"--timestep_weights {self.timestep_weights} must be numbers of at least 0, not all 0")
 
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype | None:

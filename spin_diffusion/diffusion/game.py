@@ -25,22 +25,26 @@ from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.batches import MIRRORED, as_visited, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size, unpacked
 from spin_diffusion.diffusion.denoiser import (
-    DenoiserSettings,
     autocast_dtype,
     cast_for_autocast,
     compile_unet,
     enable_xformers,
     opponent_of,
 )
-from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of
-from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
+from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
-from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings, draw_batches, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import SAMPLERS, draw_batches, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.settings import (
+    DenoiserSettings,
+    ImageSettings,
+    LoraSettings,
+    SamplingSettings,
+    TrajectorySettings,
+)
 from spin_diffusion.diffusion.trajectory import (
     SamplerSteps,
-    TrajectorySettings,
     as_noise,
     draw_steps,
     drawn_step,

@@ -7,8 +7,6 @@ opponent's images are, and on request (`vae_round_trip`) also passes the decoder
 
 import io
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,45 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from spin_diffusion.diffusion.buckets import Size
-from spin_diffusion.input_error import InputError
+from spin_diffusion.diffusion.settings import ImageSettings
 
 Pixels = Float[Tensor, "batch 3 height width"]
 """RGB in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How images are cropped and stored before they are encoded."""
-
-    resolution: int | None = None
-    """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
-    max_aspect_ratio: float = 1.0
-    """1 = every image is cropped to a square. Above: to the nearest in shape of some sizes with about as many pixels,
-    whose long side is up to so many times the short one; the opponent draws each of its images in the size of the real
-    one. SDXL was trained up to 4."""
-    center_crop: bool = True
-    """Crop the middle; otherwise a place that is drawn from the image's hash."""
-    random_flip: bool = False
-    """Mirror both images of a pair at half of its visits; both orientations are encoded. Not where left and right
-    matter, as in writing."""
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
-    """How images are resized."""
-    image_format: Literal["jpeg", "png"] = "jpeg"
-    """Codec of both sides of a pair. png is larger and leaves no trace."""
-    jpeg_quality: int = 95
-    """Quality of the jpeg codec, 1 to 100 (4:4:4, no chroma subsampling)."""
-    vae_round_trip: bool = False
-    """Pass the real images through the VAE's encoder and decoder once, as the opponent's images passed its decoder."""
-    vae_encode_batch_size: int = 8
-    """Images encoded at a time."""
-
-    def __post_init__(self) -> None:
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
-        if not self.max_aspect_ratio >= 1:
-            raise InputError(f"--max_aspect_ratio {self.max_aspect_ratio} must be at least 1, which means squares")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"--jpeg_quality {self.jpeg_quality} must be between 1 and 100")
 
 
 def upright(image: Image.Image) -> Image.Image:

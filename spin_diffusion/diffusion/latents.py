@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL
@@ -12,20 +11,9 @@ from torch import Tensor
 
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
-from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.run_dir import write_shared_tensors
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What is computed once and kept."""
-
-    cache_text_embeddings: bool = True
-    """Encode each distinct prompt once and take the text encoders off the device while a player is trained."""
-    encodings_dir: str | None = None
-    """A folder where runs share latents and text embeddings, each found by its content, VAE and text encoders.
-    Default: each run has its own."""
 
 
 def size_of(row: Row, prefix: str = "") -> Size:

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
+from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
 
@@ -30,35 +31,6 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 CONFIG = "lora_config.json"
 """Beside the weights: the settings, and the hash of the base's weights that they were trained on."""
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """Train a low-rank adapter in place of all weights."""
-
-    use_lora: bool = False
-    """Train an adapter; the base's weights stay as they are, in the dtype of --mixed_precision."""
-    rank: int = 16
-    """Of the adapter's matrices."""
-    lora_alpha: float | None = None
-    """The adapter's change is scaled by this over the rank; default: the rank."""
-    lora_dropout: float = 0.0
-    """Dropout before the adapter's matrices, in [0, 1), while training; player and opponent drop the same."""
-    lora_target_modules: list[str] | None = None
-    """Names of the layers that get an adapter; default: all attentions' projections, to_k, to_q, to_v, to_out.0."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"--rank {self.rank} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise InputError(f"--lora_alpha {self.lora_alpha} must be above 0")
-
-    @property
-    def alpha(self) -> float:
-        """lora_alpha, or its default."""
-        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
 
 
 class Adapters:

@@ -14,7 +14,8 @@ from spin_diffusion.config import Config
 from spin_diffusion.data import Example, read_examples
 from spin_diffusion.diffusion.cost import work_of
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.images import ImageSettings, to_bytes
+from spin_diffusion.diffusion.images import to_bytes
+from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import needs_losers, rivals

@@ -7,7 +7,7 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -16,43 +16,12 @@ from torch import Tensor, nn
 
 from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.images import decode_latents, to_images
-from spin_diffusion.input_error import InputError
 
 SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     # Latents are not confined to [-1, 1]: DDIM clips them unless told otherwise
     "ddim": lambda config: DDIMScheduler.from_config(config, clip_sample=False),
     "dpmpp": lambda config: DPMSolverMultistepScheduler.from_config(config),
 }
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the opponent draws."""
-
-    num_inference_steps: int = 25
-    """Denoising steps per image; ddim needs about 50."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance of the opponent; 1 = none, the distribution that the theory speaks of."""
-    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "dpmpp"
-    """dpmpp = DPM-Solver++ of second order; checkpoint = the scheduler that the base checkpoint names."""
-    eta: float = 0.0
-    """Noise that each step of ddim adds, in [0, 1]: 0 = none, 1 = as much as DDPM."""
-    generation_batch_size: int = 8
-    """Images drawn at a time; guidance doubles the UNet's batch."""
-
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise InputError(f"--num_inference_steps {self.num_inference_steps} must be at least 1")
-        if self.generation_batch_size < 1:
-            raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"--eta {self.eta} must be between 0 and 1")
-        if self.eta > 0 and self.sampler != "ddim":
-            raise InputError(
-                f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: give --sampler ddim"
-            )
-        if self.guidance_scale < 0:
-            raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative")
 
 
 def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -> Any:

@@ -10,7 +10,7 @@ may see what it does not.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,11 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from spin_diffusion.diffusion.images import ImageSettings
 from spin_diffusion.diffusion.latents import latents_of
+from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
 from spin_diffusion.evaluation.statistics import Interval, paired_difference
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 
-MIN_PAIRS = 32
 """Fewer say nothing: chance alone reaches an AUC of 0.6."""
 ALARMING_AUC = 0.6
 """A trace counts when its AUC is at least this and its interval lies above 0.5."""
@@ -33,21 +31,6 @@ NUM_BANDS, NUM_FOLDS, RIDGE, RESAMPLES = 6, 8, 0.05, 2000
 JPEG_BLOCK_PX = 8
 
 Latents = Float[Tensor, "batch channels height width"]
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """What is looked for in a round's images before its player is trained."""
-
-    probe_samples: int = 256
-    """Pairs with which a linear probe asks, before each round is trained, whether traces of codec or decoder tell real
-    from generated images; 0 = not asked. It costs at most four passes of the VAE for each."""
-    on_shortcut: Literal["warn", "stop"] = "warn"
-    """When they do: warn, or stop before training."""
-
-    def __post_init__(self) -> None:
-        if self.probe_samples != 0 and self.probe_samples < MIN_PAIRS:
-            raise InputError(f"--probe_samples {self.probe_samples} must be 0 (off) or at least {MIN_PAIRS}")
 
 
 # What is measured on latents

@@ -31,18 +31,6 @@ Trajectory = Float[Tensor, "batch states channels height width"]
 
 
 @dataclass(frozen=True)
-class TrajectorySettings:
-    """What a score is taken on."""
-
-    trajectory: Literal["forward", "steps", "exact"] = "forward"
-    """forward = both images noised by the forward process. steps = the opponent's own denoising steps, one at random
-    for each pair. exact = all steps of a pair in one logit, at the cost of as many passes."""
-    trajectory_weights: Literal["constant", "sampler"] = "constant"
-    """Of a step, where the trajectory is not forward: constant = 1 on the error of the noise, as in practice; sampler =
-    c^2 / (2 sigma^2), the ratio of the steps' densities, which needs --eta above 0."""
-
-
-@dataclass(frozen=True)
 class SamplerSteps:
     """The steps of DDIM (arXiv 2010.02502, eq. 12), in the order in which they are taken; fp64.
 

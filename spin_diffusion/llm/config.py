@@ -5,10 +5,9 @@ from typing import Any, Literal
 
 from spin_diffusion.data.text import TextDataSettings
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.game import LanguageModelSettings
-from spin_diffusion.llm.generation import GenerationSettings
+from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.parsing import parse_sections
-from spin_diffusion.running import RunSettings, check_ranges
+from spin_diffusion.run_settings import RunSettings, check_ranges
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
 from spin_diffusion.selfplay.opponents import OpponentName
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of

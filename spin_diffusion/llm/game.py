@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from spin_diffusion.data.text import Message, TextExample
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import Chat
-from spin_diffusion.llm.generation import Drawn, GenerationSettings, Vllm, draw_answers, language_model
+from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
 from spin_diffusion.llm.logprobs import AnswerScorer
+from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
@@ -36,31 +37,6 @@ PLAYER, OPPONENT = "player", "opponent"
 """Adapters on one base."""
 MODEL, ADAPTER = "model", "adapter"
 """Folders that a round's player is saved in."""
-
-
-@dataclass(frozen=True)
-class LanguageModelSettings:
-    """What of the language model is trained, and how it is run."""
-
-    max_length: int = 1024
-    """Largest number of tokens of prompt and answer together."""
-    use_peft: bool = False
-    """Train a LoRA adapter instead of all weights; the opponent is a second adapter on the same base."""
-    lora_r: int = 16
-    """Rank of the adapter."""
-    lora_alpha: int = 32
-    """Its scale is lora_alpha / lora_r."""
-    lora_target_modules: list[str] | None = None
-    """Names of the layers that get an adapter; default: all linear layers but the output's."""
-    score_batch_size: int = 16
-    """Answers that the opponent scores at once."""
-    trust_remote_code: bool = False
-    """Run the code that a hub model brings along."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "lora_r", "lora_alpha", "score_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
 
 
 class LanguageGame:

@@ -27,20 +27,6 @@ Judge = Callable[[list[Row]], list[float]]
 
 
 @dataclass(frozen=True)
-class CandidateSettings:
-    """Pairs that the opponent makes by itself, from the best and the worst of several images by a scorer."""
-
-    num_candidates: int = 0
-    """Images that the opponent draws for a prompt, of which the best by --candidate_scorer plays the real side and the
-    worst the generated one; the real image takes no part. 0 = off, otherwise at least 2."""
-    candidate_scorer: str | None = None
-    """NAME[=PATH] of a scorer (pickscore, hps_v2_1, ...), or the path of a .py file; higher must be better."""
-    candidate_share: float = 1.0
-    """Share of the prompts, in (0, 1], whose pair is made so, chosen anew in each round; the others keep their real
-    image against one by the opponent. SAIL (arXiv 2602.05380) mixes a quarter into its seed data, against collapse."""
-
-
-@dataclass(frozen=True)
 class Candidates:
     """What the rounds need to know of them.
 

@@ -14,7 +14,7 @@ from spin_diffusion.data import Example
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, told, unpacked
 from spin_diffusion.diffusion.cost import UnitCosts
-from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Batch

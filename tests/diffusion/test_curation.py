@@ -18,7 +18,6 @@ from spin_diffusion.data import Example
 from spin_diffusion.diffusion import curation as curation_module
 from spin_diffusion.diffusion.curation import (
     Curation,
-    CurationSettings,
     check_curator,
     choose,
     content_settings,
@@ -27,6 +26,7 @@ from spin_diffusion.diffusion.curation import (
 )
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.images import open_image
+from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import file_hash, file_hashes, read_json, read_rows

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, phase_flops
-from spin_diffusion.diffusion.images import ImageSettings, crop, encode_pixels, mirrored_frame, open_image, to_pixels
+from spin_diffusion.diffusion.images import crop, encode_pixels, mirrored_frame, open_image, to_pixels
+from spin_diffusion.diffusion.settings import ImageSettings
 from tests.diffusion.test_caches import shared
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game, play_all

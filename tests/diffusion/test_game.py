@@ -240,7 +240,7 @@ def test_restore_brings_back_what_was_saved_and_the_base(sdxl_dir, tmp_path):
 def test_resolutions_that_the_unet_cannot_take_are_refused(sdxl_dir):
     from dataclasses import replace
 
-    from spin_diffusion.diffusion.images import ImageSettings
+    from spin_diffusion.diffusion.settings import ImageSettings
 
     game = make_game(sdxl_dir)
     with pytest.raises(InputError, match="multiple of 8"):

@@ -8,8 +8,9 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, LoraSettings
+from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS
 from spin_diffusion.diffusion.run_lines import trained_line
+from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin

@@ -8,7 +8,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from spin_diffusion.diffusion import images
-from spin_diffusion.diffusion.sampling import SAMPLERS, SamplingSettings
+from spin_diffusion.diffusion.sampling import SAMPLERS
+from spin_diffusion.diffusion.settings import SamplingSettings
 from tests.playing import make_game
 from tests.tiny import BETAS
 

@@ -10,10 +10,9 @@ from scipy import stats
 
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion import shortcuts
-from spin_diffusion.diffusion.images import ImageSettings
+from spin_diffusion.diffusion.settings import ImageSettings, ProbeSettings
 from spin_diffusion.diffusion.shortcuts import (
     MIN_PAIRS,
-    ProbeSettings,
     ShortcutProbe,
     band_edges,
     blocking,

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from spin_diffusion.diffusion.settings import TrajectorySettings
 from spin_diffusion.diffusion.trajectory import (
     SamplerSteps,
-    TrajectorySettings,
     as_noise,
     draw_steps,
     forward_trajectory,

@@ -5,8 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from spin_diffusion.diffusion.denoiser import DenoiserSettings
 from spin_diffusion.diffusion.noising import read_noising
+from spin_diffusion.diffusion.settings import DenoiserSettings
 from spin_diffusion.diffusion.weighting import min_snr, stretched, timestep_weights
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import spin

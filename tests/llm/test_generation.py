@@ -12,7 +12,8 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.generation import GenerationSettings, OwnNoise, Vllm, draw_answers, until_end
+from spin_diffusion.llm.generation import OwnNoise, Vllm, draw_answers, until_end
+from spin_diffusion.llm.settings import GenerationSettings
 from spin_diffusion.selfplay.game import Batch
 from tests.llm.playing import make_game
 from tests.llm.test_logprobs import VOCABULARY, llama

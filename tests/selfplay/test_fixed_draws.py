@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.lora import LoraSettings
+from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.run_dir import file_hash

@@ -1,0 +1,113 @@
+"""Where results go, which settings may change in a resumed run, and what values they may have."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import nearest
+from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where results go."""
+
+    output_dir: str = "runs/spin"
+    """Everything is written here; the same command again resumes."""
+    compare_with: list[str] | None = None
+    """Objectives to train beside the run, from the same base with the same steps, for the table; sft, say."""
+    logging_dir: str = "logs"
+    """Folder below output_dir for tensorboard; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
+    report_to: str = "tensorboard"
+    """tensorboard, wandb, trackio, all (that are installed) or none. wandb and trackio need the extra of their name."""
+    tracker_project_name: str = "spin-diffusion"
+    """The trackers' project."""
+    matrix_flops_per_second: float | None = None
+    """What one device can do in large matrix products, FLOP/s: the ledger says what share of it was reached. Default:
+    measured at the start."""
+    push_to_hub: bool = False
+    """Upload the trained weights or adapter, the model card and the report at the end."""
+    hub_model_id: str | None = None
+    """Repository to upload to; default: the output folder's name."""
+    hub_token: str | None = None
+    """Token for the hub; default: the one that is logged in."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+# A change of these does not change the result, or only continues it
+HARMLESS = {
+    "output_dir", "debug", "logging_dir", "report_to", "tracker_project_name", "rounds", "checkpointing_steps",
+    "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint", "vae_encode_batch_size", "cache_dir",
+    "push_to_hub", "hub_model_id", "hub_token", "probe_samples", "on_shortcut",
+    "encodings_dir", "matrix_flops_per_second", "vllm_memory_share",
+    # How a step's pairs are split, which the number of processes decides too; `write_manifest` checks their number
+    "train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+# Settings that take a list with one value for each round
+PER_ROUND = {
+    "objective", "beta", "mu", "max_train_steps", "num_train_epochs", "learning_rate", "lr_warmup_steps",
+}  # fmt: skip
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that differ and would change a result, each as `key: old -> new`."""
+    keys = sorted((old.keys() | new.keys()) - HARMLESS)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def check_ranges(flat: dict[str, Any]) -> None:
+    """Ranges of the settings by their flags; those that a kind of run does not have are passed over.
+
+    Raises:
+        InputError: names the flag, its value and the range.
+    """
+
+    def values(key: str) -> list[Any]:
+        if flat.get(key) == []:
+            raise InputError(f"--{key} is an empty list: give one value, or one per round")
+        found = flat[key] if isinstance(flat.get(key), list) else [flat.get(key)]
+        return [value for value in found if value is not None]
+
+    at_least = {
+        "rounds": 1, "max_train_steps": 1, "train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "checkpointing_steps": 1, "lr_warmup_steps": 0, "max_grad_norm": 0, "samples_per_shard": 1,
+        "num_validation_images": 1, "vae_encode_batch_size": 1, "adam_weight_decay": 0, "seed": 0, "num_generated": 1,
+        "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1, "refresh_opponent_steps": 1,
+        "sft_weight": 0, "pool_weights": 0, "max_distance": 0, "max_error_growth": 0, "max_gradient_ratio": 1,
+    }  # fmt: skip
+    for key, lowest in at_least.items():
+        for value in values(key):
+            if value < lowest:
+                raise InputError(f"--{key} {value} must be at least {lowest}")
+    for key in ("learning_rate", "beta", "mu", "adam_epsilon", "ema_decay", "num_train_epochs"):
+        for value in values(key):
+            if value <= 0:
+                raise InputError(f"--{key} {value} must be above 0")
+    values("objective")
+    for name in flat.get("compare_with") or []:
+        if name not in OBJECTIVES:
+            raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")
+    for key in ("margin_dropout", "opponent_ema_decay"):
+        for value in values(key):
+            if not 0 <= value < 1:
+                raise InputError(f"--{key} {value} must be at least 0 and below 1")
+    if flat.get("pool_weights") and sum(values("pool_weights")) == 0:
+        raise InputError("--pool_weights are all 0: give one of the selves a weight")
+    objective = flat["objective"] if isinstance(flat["objective"], list) else [flat["objective"]]
+    check_options(list(dict.fromkeys(objective)), flat.get("objective_options") or {})
+    for value in values("stop_at_saturation"):
+        if not 0 < value <= 1:
+            raise InputError(f"--stop_at_saturation {value} must be above 0 and at most 1")
+    for value in values("lr_warmup_ratio"):
+        if not 0 <= value <= 1:
+            raise InputError(f"--lr_warmup_ratio {value} must be between 0 and 1")
+    if not values("max_train_steps") and not values("num_train_epochs"):
+        raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
+    if flat["real_parts"] > flat["samples_per_shard"]:
+        raise InputError(
+            f"--real_parts {flat['real_parts']} must be at most --samples_per_shard {flat['samples_per_shard']}: each "
+            "part takes rows of every file"
+        )
