@@ -22,11 +22,14 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported; its notes are of unused parts
 
 import numpy as np
 import pyarrow as pa
@@ -396,11 +399,19 @@ def train_pipeline(
     params, averaged_params = list(modules.parameters()), list(averaged.parameters())
     optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 150) * (0.02 + 0.98 * (0.5 + 0.5 * np.cos(np.pi * step / steps)))
+        optimizer,
+        lambda step: min(1, (step + 1) / 150) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))),
     )
     start = 0
+    settings = {name: getattr(args, name) for name in ("seed", "drawings", "vae_steps", "base_steps", "batch_size")}
+    settings |= {"steps": steps, "workers": WORKERS}
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=False)
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        # A state of other settings would end in a mixture that no command makes.
+        if state["settings"] != settings:
+            raise SystemExit(
+                f"{state_path} was made with {state['settings']}, this run has {settings}: give another --work_dir"
+            )
         modules.load_state_dict(state["modules"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
@@ -449,6 +460,7 @@ def train_pipeline(
             running = 0.0
         if RANK == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
             state = {"modules": modules.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
+            state["settings"] = settings
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             torch.save(state, state_path.with_suffix(".part"))
             state_path.with_suffix(".part").rename(state_path)
@@ -480,7 +492,7 @@ def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
 
 def pipeline_score(folder: Path, prompts: list[str], guidance_scale: float, args: argparse.Namespace) -> float:
     """Mean oracle score of a saved pipeline over the prompts: DDIM, 16 steps, seed = index of the prompt."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(args.device)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32).to(args.device)
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
     )

@@ -1,0 +1,77 @@
+"""The program that makes the toy world: a whole build in small, and one that is interrupted and goes on."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+TOY_WORLD = Path(__file__).resolve().parents[2] / "assets" / "toy_world"
+SMALL = {
+    "rows": 6, "prompts": 3, "drawings": 12, "vae_steps": 2, "base_steps": 4, "sloppy_steps": 2, "plateau_steps": 2,
+    "batch_size": 4, "save_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def builder():
+    spec = importlib.util.spec_from_file_location("tested_toy_world_build", TOY_WORLD / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(builder, folder: Path, **settings) -> Path:
+    words = [word for name, value in (SMALL | settings).items() for word in (f"--{name}", str(value))]
+    builder.main(["--output_dir", str(folder / "out"), "--work_dir", str(folder / "work"), *words])
+    return folder / "out"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.relative_to(folder)}:{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(builder, tmp_path, monkeypatch):
+    whole = build(builder, tmp_path / "whole")
+    for name in ("sloppy", "plateau"):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(whole / name)
+        assert pipeline.unet.config.addition_embed_type == "text_time" and pipeline.tokenizer_2 is not None
+    assert pq.read_table(whole / "data" / "train.parquet").num_rows == SMALL["rows"]
+    assert set(json.loads((whole / "hashes.json").read_text())) >= {"prompts.jsonl", "data/train.parquet"}
+
+    class Killed(Exception):
+        pass
+
+    def killed(pipeline, folder, kept=builder.save):
+        kept(pipeline, folder)
+        if folder.name == "base":
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(builder, "save", killed)
+        build(builder, tmp_path / "killed")
+    assert torch.load(tmp_path / "killed" / "work" / "base.pt", weights_only=True)["step"] == 2
+    continued, unbroken = weights(build(builder, tmp_path / "killed")), weights(whole)
+    assert unbroken and continued.keys() == unbroken.keys()
+    assert all(torch.equal(continued[name], unbroken[name]) for name in unbroken)
+    with pytest.raises(SystemExit, match="'seed': 0.*'seed': 1"):
+        build(builder, tmp_path / "killed", seed=1)
+
+
+def test_what_the_builder_draws_first_is_what_is_shipped(builder, tmp_path):
+    builder.write_prompts(tmp_path / "prompts.jsonl", 200, seed=0)
+    assert (tmp_path / "prompts.jsonl").read_bytes() == (TOY_WORLD / "prompts.jsonl").read_bytes()
+    shipped = pq.read_table(TOY_WORLD / "data" / "train.parquet", columns=["caption"]).column("caption").to_pylist()
+    captions = builder.sample_captions(np.random.default_rng((0, 2)), len(shipped), held_out=False, distinct=True)
+    assert captions == shipped
