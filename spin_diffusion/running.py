@@ -32,6 +32,7 @@ from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
 from spin_diffusion.selfplay.sharded import check_sharding, wants_shards
 from spin_diffusion.selfplay.table import Evaluate, Probe
+from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
 
@@ -273,6 +274,8 @@ def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def tracked(config: AnyConfig) -> dict[str, Any]:
-    """The settings that trackers can show."""
-    return {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
+def open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
+    """Those of --report_to, with the settings that they can show."""
+    shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
+    logs = output_dir / config.run.logging_dir
+    start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)

@@ -32,11 +32,11 @@ from spin_diffusion.running import (
     check_folder,
     check_training,
     needs_losers,
+    open_trackers,
     play_with_rivals,
     quiet_libraries,
     round_lines,
     start,
-    tracked,
     write_manifest,
 )
 from spin_diffusion.selfplay.fused import check_fused
@@ -119,7 +119,7 @@ def _play(
 ) -> None:  # fmt: skip
     """The rounds on prepared data, what they are compared with, and what is told of them."""
     accelerator, base = game.accelerator, game.base
-    accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
+    open_trackers(config, output_dir, accelerator)
     evaluator = Evaluator(config, prompts, game, output_dir, accelerator, progress)
     evaluator.base()
     kinds = kinds_of(output_dir / "data" / ENCODED, Part())

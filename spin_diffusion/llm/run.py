@@ -22,10 +22,10 @@ from spin_diffusion.running import (
     check_folder,
     check_training,
     needs_losers,
+    open_trackers,
     play_with_rivals,
     round_lines,
     start,
-    tracked,
     write_manifest,
 )
 from spin_diffusion.selfplay.game import Row
@@ -103,7 +103,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with
-    accelerator.init_trackers(config.run.tracker_project_name, config=tracked(config))
+    open_trackers(config, output_dir, accelerator)
     evaluator = AnswerEvaluator(config, game, output_dir, accelerator, progress)
     evaluator.base()
     records = play_with_rivals(

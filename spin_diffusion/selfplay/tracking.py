@@ -1,6 +1,37 @@
 """What trackers are told of a round's steps, which begin anew in every round."""
 
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
 from accelerate import Accelerator
+
+from spin_diffusion.selfplay.run_dir import write_file
+
+RUN_ID = "tracker_run_id"
+
+
+def start_trackers(project: str, settings: dict[str, Any], run_dir: Path, logs: Path, accelerator: Accelerator) -> None:
+    """Open the trackers; a run that was stopped and goes on also goes on in wandb's and trackio's run.
+
+    Args:
+        settings: that the trackers show.
+        run_dir: whose name the run has there.
+        logs: folder that keeps the run's id.
+    """
+    known = {}
+    if accelerator.is_main_process:
+        if not (logs / RUN_ID).is_file():
+            write_file(logs / RUN_ID, lambda part: part.write_text(secrets.token_hex(4)))
+        run_id = (logs / RUN_ID).read_text()
+        name = run_dir.resolve().name
+        wandb = {"name": name, "id": f"{name}-{run_id}"[-64:], "resume": "allow"}
+        # wandb reads these itself, and what its user says there comes first
+        given = {key for key in wandb if os.environ.get(f"WANDB_{'RUN_ID' if key == 'id' else key.upper()}")}
+        known["wandb"] = {key: value for key, value in wandb.items() if key not in given}
+        known["trackio"] = {"name": f"{name}-{run_id}", "resume": "allow"}  # its runs are told apart by name
+    accelerator.init_trackers(project, config=settings, init_kwargs=known)
 
 
 def name_axis(name: str, accelerator: Accelerator) -> None:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.tracking import log_step, name_axis
+from spin_diffusion.selfplay.tracking import log_step, name_axis, start_trackers
 
 
 class Recorder:
@@ -34,3 +34,22 @@ def test_the_second_round_is_told_like_the_first(name):
         assert tracker.told[2][1] == {"spin/round-2/train_loss": 0.5, "spin/round-2/step": 1}
     else:
         assert tracker.axes == [] and [step for step, _ in tracker.told] == [1, 2, 1, 2]
+
+
+def test_a_run_that_goes_on_goes_on_in_its_trackers(tmp_path, monkeypatch):
+    opened = []
+    accelerator = Accelerator(cpu=True)
+    told = lambda project, config, init_kwargs: opened.append((project, config, init_kwargs))  # noqa: E731
+    monkeypatch.setattr(accelerator, "init_trackers", told)
+    for name in ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    for run in ("first", "first", "second"):
+        start_trackers("spin", {"beta": 1.0}, tmp_path / run, tmp_path / run / "logs", accelerator)
+    first, again, second = (kwargs for _, _, kwargs in opened)
+    assert first == again and opened[0][:2] == ("spin", {"beta": 1.0})
+    assert first["wandb"]["resume"] == first["trackio"]["resume"] == "allow"
+    assert first["wandb"]["name"] == "first" and first["trackio"]["name"].startswith("first-")
+    assert first["wandb"]["id"] != second["wandb"]["id"] and first["trackio"]["name"] != second["trackio"]["name"]
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    start_trackers("spin", {}, tmp_path / "first", tmp_path / "first" / "logs", accelerator)
+    assert opened[-1][2]["wandb"] == {"name": "first", "resume": "allow"}
