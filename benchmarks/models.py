@@ -1,6 +1,7 @@
 """The models that are timed: the toy, and SD 1.5 and SDXL in their real sizes with random weights (no download)."""
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,9 @@ def build(name: str, device: str) -> tuple[Any, int]:
 
     The tokenizers are the toy's: how words are cut changes no shape.
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        print(f"error: --device {device}: this machine, or this build of torch, has no CUDA", file=sys.stderr)
+        raise SystemExit(2)
     if name == "toy":
         return DiffusionPipeline.from_pretrained(TOY, dtype=torch.float32).to(device), 64
     config = json.loads((HERE / "configs" / f"{name}.json").read_text())

@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `command(argv)` and return the exit code: 0, or 2 for what the user or the machine caused.
+    """Run `command(argv)` and return the exit code: 0, 2 for what the user or the machine caused, 130 after Ctrl-C.
 
     Anything else is a defect of this program and keeps its traceback.
     """
@@ -30,6 +30,10 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         return 0
     except (InputError, FloatingPointError) as error:
         raised, message = error, str(error)
+    except KeyboardInterrupt:
+        end_bars()
+        print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception as error:
         # torch and safetensors report a full disk as errors of their own, with the system's words in them
         reasons = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -39,7 +43,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
             raise
         raised = error
         where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-        message = f"{reason}{where}: make room or give another --output_dir, then run the same command again"
+        full = reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+        remedy = "make room or give another --output_dir" if full else "allow it, or give another --output_dir"
+        message = f"{reason}{where}: {remedy}, then run the same command again"
         if reason is None:
             message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
     end_bars()

@@ -250,7 +250,9 @@ class RunEvaluator:
     def _ledger(self) -> list[dict[str, Any]]:
         """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
         path = self.output_dir / "plan.json"
-        planned = {entry["round"]: entry for entry in read_json(path)["rounds"]} if path.is_file() else {}
+        plan = read_json(path) if path.is_file() else {"rounds": [], "memory_bytes": {}}
+        planned = {entry["round"]: entry for entry in plan["rounds"]}
+        memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
         found = []
         for name, folder in self._runs():
             for k in range(1, self.config.rounds.rounds + 1):
@@ -260,11 +262,12 @@ class RunEvaluator:
                 for phase in COUNTED:
                     if phase in ledger and ledger[phase]["samples"] != 0:
                         said = {"model": name, "round": k, "phase": phase, "predicted_seconds": predicted.get(phase)}
+                        said["predicted_memory_bytes"] = memory.get(phase) if predicted else None
                         found.append(said | ledger[phase])
                 overhead = sum(took for phase, took in record.get("seconds", {}).items() if phase not in COUNTED)
                 if record.get("state") in FINAL:
-                    nothing = dict.fromkeys(("predicted_seconds", "samples", "samples_per_second", "flops",
-                                             "matrix_share", "peak_memory_bytes"))  # fmt: skip
+                    unknown = ("predicted_seconds", "predicted_memory_bytes", "samples", "samples_per_second", "flops")
+                    nothing = dict.fromkeys((*unknown, "matrix_share", "peak_memory_bytes"))
                     found.append({"model": name, "round": k, "phase": "overhead", "seconds": overhead} | nothing)
         return found
 

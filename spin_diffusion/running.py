@@ -1,7 +1,9 @@
 """What every kind of run shares: how it is started, and the rounds with the objectives that it is compared with."""
 
 import dataclasses
+import fcntl
 import logging
+import os
 import platform
 import shutil
 import warnings
@@ -36,6 +38,10 @@ from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
 
+LOCK = ".lock"
+_locks: dict[Path, int] = {}
+"""Files by whose lock this process keeps other commands out of its folders."""
+
 
 @runtime_checkable
 class AnyConfig(Protocol):
@@ -68,7 +74,7 @@ def check_folder(config: AnyConfig, output_dir: Path) -> None:
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
             )
     elif output_dir.is_dir() and any(
-        path.name not in ("config.yaml.part", "plan.json") for path in output_dir.iterdir()
+        path.name not in ("config.yaml.part", "plan.json", LOCK) for path in output_dir.iterdir()
     ):
         raise InputError(f"{output_dir} is not empty and not a run's folder (it has no config.yaml): give another")
     elif output_dir.exists() and not output_dir.is_dir():
@@ -90,13 +96,35 @@ def start(config: AnyConfig, output_dir: Path) -> Accelerator:
     quiet_libraries()
     accelerator = _accelerator(config, output_dir)
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {output_dir} cannot be made ({error.strerror}): give another") from error
+        _take_alone(output_dir)
         _forget_false_start(config, output_dir)
         write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
     accelerator.wait_for_everyone()
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     set_seed(config.rounds.seed)
     return accelerator
+
+
+def _take_alone(output_dir: Path) -> None:
+    """Refuse a folder in which another command works; until this process ends it is refused to others."""
+    if output_dir.resolve() in _locks:
+        return
+    lock = os.open(output_dir / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError(
+            f"another command works in {output_dir}: wait for its end, or give another --output_dir"
+        ) from error
+    except OSError:
+        os.close(lock)  # a file system without locks
+        return
+    _locks[output_dir.resolve()] = lock
 
 
 def _has_begun(output_dir: Path) -> bool:

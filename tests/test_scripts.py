@@ -1,21 +1,23 @@
 """The scripts as a user runs them: the whole path, and one clear line with exit code 2 for everything that is wrong."""
 
 import errno
+import fcntl
 import json
 import os
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.report.reading import read_results
-from spin_diffusion.running import round_lines
+from spin_diffusion.running import LOCK, round_lines
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
 
@@ -98,8 +100,7 @@ def test_the_header_says_which_values_of_a_list_have_no_round(settings):
         for word in (f"--{key}", str(settings[key]))
     ]
     config = parse_config([*argv, "--rounds", "2", "--beta", "[1, 2, 3, 4]", "--learning_rate", "[1e-4, 1e-5]"])
-    one = SimpleNamespace(num_processes=1, device=SimpleNamespace(type="cpu"), mixed_precision="no")
-    lines = round_lines(config, 24, one).splitlines()
+    lines = round_lines(config, 24, Accelerator(cpu=True)).splitlines()
     assert [line.split()[1] for line in lines[1:3]] == ["1:", "2:"] and "lr 1e-05, beta 2" in lines[2]
     assert lines[3:] == ["           of the 4 values of --beta the last 2 have no round: --rounds 2"]
 
@@ -127,6 +128,8 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     samples = {"generated": 24, "cached": 24, "probed": 24, "trained": 2 * 4}
     for entry in told:
         assert entry["seconds"] > 0 and entry["predicted_seconds"] == planned[entry["round"]].get(entry["phase"])
+        of_memory = {"generated": "drawing", "trained": "training"}.get(entry["phase"])
+        assert entry["predicted_memory_bytes"] == read_json(out / "plan.json")["memory_bytes"].get(of_memory)
         assert entry["samples"] == samples.get(entry["phase"])
         if entry["phase"] in samples:
             assert entry["peak_memory_bytes"] > 1e8
@@ -447,3 +450,38 @@ def test_a_defect_of_the_program_keeps_its_traceback():
 def test_every_script_is_thin():
     for script in [*(ROOT / "training").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
         assert len(script.read_text().splitlines()) <= 50
+
+
+def test_two_commands_do_not_work_in_one_folder(unevaluated, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / LOCK, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(capsys, play(tmp_path, unevaluated), "another command works in", "--output_dir")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {LOCK}
+    assert play(tmp_path, unevaluated | {"max_train_steps": 1}) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_said(unevaluated, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    refused(capsys, play(tmp_path, unevaluated | {"output_dir": str(tmp_path / "file" / "out")}), "cannot be made")
+
+
+def test_after_ctrl_c_it_is_said_that_the_same_command_goes_on(capsys):
+    def command(argv):
+        raise KeyboardInterrupt
+
+    assert run_command(command, []) == 130
+    said = capsys.readouterr().err
+    assert "Ctrl-C" in said and "the same command goes on" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("rate, said", [(1e30, "what the player says is not finite"), (3e38, "weights are not finite")])
+def test_a_player_that_the_last_step_destroyed_is_said(rate, said, unevaluated, tmp_path, capsys):
+    settings = unevaluated | {"max_train_steps": 1, "learning_rate": rate, "max_grad_norm": 0}
+    refused(capsys, play(tmp_path, settings), "round", said, "--learning_rate")
+    assert read_json(tmp_path / "out" / "round-1" / "round.json")["state"] == "CACHED"
+
+
+def test_a_plan_is_refused_where_its_run_would_be(unevaluated, tmp_path, capsys):
+    code = play(tmp_path, unevaluated | {"fully_shard": True}, script="plan.py")
+    refused(capsys, code, "--fully_shard", "launch two or more")

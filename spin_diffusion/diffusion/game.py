@@ -56,6 +56,7 @@ from spin_diffusion.diffusion.trajectory import (
 from spin_diffusion.diffusion.weighting import timestep_weights
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 
@@ -91,7 +92,10 @@ class DiffusionGame:
 
     keeps_scores = False  # a score is taken at one noise level and one noise
     level_name = "timesteps"
-    remedy = ", or set --winner_preserving_mu 0.9"
+    remedies = {
+        "forgetting": ", or set --winner_preserving_mu 0.9",
+        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --timestep_weights",
+    }
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
     start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
 
@@ -612,7 +616,9 @@ class DiffusionGame:
             inputs = self._inputs(["a proof"], [False], frames)
             t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
             with self.accelerator.autocast():
-                difference = (fresh(x_t, t, **inputs)[0] - self.player(x_t, t, **inputs)[0]).abs().max().item()
+                ours, theirs = (model(x_t, t, **inputs)[0] for model in (self.player, fresh))
+        check_prediction(ours, path)
+        difference = (theirs - ours).abs().max().item()
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)

@@ -39,7 +39,6 @@ from spin_diffusion.running import (
     start,
     write_manifest,
 )
-from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
@@ -183,8 +182,8 @@ def plan(config: Config) -> None:
     quiet_libraries()
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
-    check_fused(config.training, accelerator)
     game = open_game(config, accelerator)
+    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     progress = Bars() if accelerator.is_main_process else Progress()
     found = make_plan(config, game, progress)
     for line in lines(config, found, accelerator.device):

@@ -30,6 +30,7 @@ from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_mo
 from spin_diffusion.llm.logprobs import AnswerScorer
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 
@@ -45,7 +46,7 @@ class LanguageGame:
     keeps_scores = True
     fixed_draws = 0  # a score is a number of its own
     level_name = "answer lengths"
-    remedy = ""
+    remedies: dict[str, str] = {}
     # A sum of log-probabilities in another batch: kernels and padding round differently
     start_tolerance = {"no": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
     prompt_columns = ("id", "prompt", "prompt_ids")
@@ -344,6 +345,7 @@ class LanguageGame:
         rows = [{"tokens": ids.int(), "begin": torch.tensor([2]), "end": torch.tensor([8])}]
         with torch.no_grad():
             ours, theirs = self._score(self.player, rows), self._score(AnswerScorer(fresh), rows)
+        check_prediction(ours, path)
         difference = (ours - theirs).abs().item()
         tolerance = self.start_tolerance[self.accelerator.mixed_precision] * max(1.0, ours.abs().item())
         assert difference <= tolerance, f"{path}: loaded afresh it scores something else (by {difference:.3g} nats)"

@@ -83,8 +83,8 @@ class Game(Protocol):
     """Columns of a stored real row that `generate` needs of it."""
     level_name: str
     """What `ScoredBatch.level` is a share of, for messages."""
-    remedy: str
-    """What else helps a player that loses the real samples: the end of a sentence, or nothing."""
+    remedies: dict[str, str]
+    """What else helps when a rule of health speaks: the end of its sentence, by the rule's name."""
     start_tolerance: dict[str, float]
     """Largest |r| at step 0 that is rounding, relative to max(1, |score|), by mixed precision."""
 

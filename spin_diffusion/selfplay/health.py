@@ -7,9 +7,10 @@ r_real is watched, and a round can end early once its pairs are told apart.
 A rule is a pure function of what was logged of the round so far, so that a resumed run sees what an unbroken one saw.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -44,6 +45,33 @@ def check_start(
     )
     off = (losses - losses_at_zero).abs().max().item()
     assert off <= max(1.0, 2 * scale) * tolerance, f"step 0: the loss is off its value at r = 0 by {off:.3g}"
+
+
+def check_weights(parameters: Iterable[Tensor], round_: int) -> None:
+    """Stop the run when the last update, after which no loss is computed, left weights that are not finite.
+
+    Raises:
+        FloatingPointError: says what to change.
+    """
+    bad = sum(int((~parameter.detach().isfinite()).sum()) for parameter in parameters)
+    if bad:
+        raise FloatingPointError(f"round {round_}: {bad:,} weights are not finite {_AFTER_THE_LAST_STEP}")
+
+
+def check_prediction(prediction: Tensor, path: Path) -> None:
+    """Stop the run when the weights in `path` are finite and what they say is not.
+
+    Raises:
+        FloatingPointError: says what to change.
+    """
+    if not prediction.isfinite().all():
+        raise FloatingPointError(f"{path}: what the player says is not finite {_AFTER_THE_LAST_STEP}")
+
+
+_AFTER_THE_LAST_STEP = (
+    "after the last step. Lower --learning_rate, or train in another precision; the same command then goes on from the "
+    "last checkpoint"
+)
 
 
 def check_finite(
@@ -164,7 +192,7 @@ def forgetting_quarter(history: History, beta: float, settings: HealthSettings) 
             return (
                 f"in quarter {quarter + 1} of 4 of the levels the player models the real samples worse than the "
                 f"opponent does (r_real {lost:.2e}, beta * r_real {beta * lost:.2f}), which the mean over all hides. "
-                f"{_HOLD_UP}; for images, weigh the levels with --timestep_weights"
+                f"{_HOLD_UP}"
             )
     return None
 

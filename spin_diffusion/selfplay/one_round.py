@@ -53,6 +53,7 @@ from spin_diffusion.selfplay.shards import (
 )
 from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.table import EMA, Probe, Table
+from spin_diffusion.selfplay.tracking import log_phase
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
@@ -155,6 +156,7 @@ class Round:
             files=self.record["files"] | results.pop("files", {}),
             **results,
         )
+        log_phase(self.objective, self.k, phase, entry, self.accelerator)
 
     @property
     def scores_kept(self) -> bool:

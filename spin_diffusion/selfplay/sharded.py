@@ -49,8 +49,10 @@ def check_sharding(player: nn.Module, settings: TrainSettings, accelerator: Acce
     """
     if not wants_shards(settings, accelerator):
         return
-    if accelerator.num_processes < 2:
-        raise InputError("--fully_shard shares the player out over processes, and this is one: launch two or more")
+    if not torch.distributed.is_initialized():
+        raise InputError(
+            "--fully_shard shares the player out over processes, and this is one without others: launch two or more"
+        )
     if not all(parameter.requires_grad for parameter in player.parameters()):
         raise InputError("--fully_shard is for whole weights; adapters are small: leave it out")
     if settings.optimizer not in SHARDABLE:

@@ -42,6 +42,19 @@ def name_axis(name: str, accelerator: Accelerator) -> None:
                 tracker.tracker.define_metric(f"{name}/*", step_metric=f"{name}/step")
 
 
+def log_phase(run: str, round_: int, phase: str, entry: dict[str, Any], accelerator: Accelerator) -> None:
+    """Tell all trackers what a phase of a round took, over the rounds.
+
+    Args:
+        entry: of the ledger; what is not known of it is left out.
+    """
+    name = f"{run}/ledger"
+    name_axis(name, accelerator)
+    log_step(
+        name, {f"{name}/{phase}/{key}": value for key, value in entry.items() if value is not None}, round_, accelerator
+    )
+
+
 def log_step(name: str, values: dict[str, float], step: int, accelerator: Accelerator) -> None:
     """Tell all trackers an optimizer step's values.
 

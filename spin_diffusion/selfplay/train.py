@@ -29,7 +29,7 @@ from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
 from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
-from spin_diffusion.selfplay.trainee import Average, Trainee
+from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
 from spin_diffusion.selfplay.zero import Zero, launched_stage
 
 
@@ -137,6 +137,7 @@ def train(
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
         kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
     trainee.finish()
+    health.check_weights(trained_parameters(game), plan.round_)
     if accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
@@ -156,7 +157,7 @@ def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> healt
     """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
     found = health.findings(history, plan.beta, trainee.settings)
     for one in found:
-        sentence = one.sentence + (trainee.game.remedy if one.rule.startswith("forgetting") else "")
+        sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
         trainee.accelerator.print(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
     return health.gravest(found)

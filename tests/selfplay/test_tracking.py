@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.tracking import log_step, name_axis, start_trackers
+from spin_diffusion.selfplay.tracking import log_phase, log_step, name_axis, start_trackers
 
 
 class Recorder:
@@ -53,3 +53,10 @@ def test_a_run_that_goes_on_goes_on_in_its_trackers(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     start_trackers("spin", {}, tmp_path / "first", tmp_path / "first" / "logs", accelerator)
     assert opened[-1][2]["wandb"] == {"name": "first", "resume": "allow"}
+
+
+def test_what_a_phase_took_is_told_over_the_rounds():
+    tracker, accelerator = Recorder("tensorboard"), Accelerator(cpu=True)
+    accelerator.trackers = [tracker]
+    log_phase("spin", 2, "trained", {"seconds": 3.5, "flops": None, "samples": 8}, accelerator)
+    assert tracker.told == [(2, {"spin/ledger/trained/seconds": 3.5, "spin/ledger/trained/samples": 8})]

@@ -136,12 +136,16 @@ def ledger_rows(results: wording.Results) -> list[LedgerRow]:
     def shown(value: float | int | None, pattern: str, scale: float = 1.0) -> str:
         return "\u2013" if value is None else pattern.format(value * scale)
 
+    def memory(entry: dict[str, Any]) -> str:
+        found, planned = shown(entry["peak_memory_bytes"], "{:,.1f}", 1e-9), entry.get("predicted_memory_bytes")
+        return found if planned is None else f"{found} (planned {shown(planned, '{:,.1f}', 1e-9)})"
+
     return [
         LedgerRow(
             named[entry["model"]], entry["round"], _PHASES[entry["phase"]], f"{entry['seconds']:,.1f}",
             shown(entry["predicted_seconds"], "{:,.1f}"), shown(entry["samples"], "{:,.0f}"),
             shown(entry["samples_per_second"], "{:,.3g}"), shown(entry["flops"], "{:,.3g}", 1e-12),
-            shown(entry["matrix_share"], "{:.0%}"), shown(entry["peak_memory_bytes"], "{:,.1f}", 1e-9),
+            shown(entry["matrix_share"], "{:.0%}"), memory(entry),
         )
         for entry in entries
     ]  # fmt: skip
