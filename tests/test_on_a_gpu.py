@@ -1,0 +1,59 @@
+"""Every command on a GPU, as far as a pretended one can tell: nothing is left on the CPU, or read without a copy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = [
+    "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
+    "--train_batch_size", "4", "--max_train_steps", "2", "--rounds", "2", "--num_inference_steps", "2",
+    "--compare_with", "[]", "--report_to", "none", "--matrix_flops_per_second", "1e12",
+]  # fmt: skip
+UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
+ANSWERS = [
+    "training/train_space_llm.py", "--config", "training/configs/toy_llm.yaml", "--max_train_samples", "32",
+    "--real_parts", "1", "--samples_per_shard", "32", "--train_batch_size", "8", "--max_train_steps", "2",
+    "--rounds", "2", "--held_out_dataset_name", "null", "--compare_with", "[]", "--report_to", "none",
+]  # fmt: skip
+WAYS = {
+    "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--num_gallery_prompts", "1", "--use_ema", "true"],
+    "adapter": [*IMAGES, *UNSEEN, "--use_lora", "true", "--objective", "space", "--fixed_draws", "2"],
+    "trajectories": [*IMAGES, *UNSEEN, "--sampler", "ddim", "--trajectory", "exact", "--eta", "1.0"],
+    "two_passes": [
+        *IMAGES, *UNSEEN, "--two_passes", "true", "--opponent", "pool", "--snr_gamma", "5", "--vae_round_trip", "true",
+        "--proportion_empty_prompts", "0.5", "--random_flip", "true", "--gradient_checkpointing", "true",
+    ],
+    "answers": ANSWERS,
+    "answers_adapter": [*ANSWERS, "--use_peft", "true", "--opponent", "last_two"],
+    "evaluate": [
+        "evaluation/evaluate.py", "--config", "evaluation/configs/toy.yaml", "--models", "base=assets/toy_world/sloppy",
+        "plus=assets/toy_world/plateau", "--max_prompts", "2", "--num_inference_steps", "2",
+    ],
+    "plan": ["training/plan.py", "--config", "training/configs/toy_sdxl.yaml"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("gpu")
+    commands = [[*argv, "--output_dir", str(folder / name)] for name, argv in WAYS.items()]
+    run = subprocess.run(
+        [sys.executable, "tests/pretend_gpu.py", json.dumps(commands)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("evaluate", "plan")])
+def test_a_run_on_a_gpu_ends_with_its_last_round(said, name):
+    assert f"{name}/" in said and said.count("x 1 process on cuda") == len(WAYS) - 2
+
+
+def test_an_evaluation_and_a_plan_on_a_gpu_end(said):
+    assert "evaluate/report.html" in said and "of the GPU" in said
