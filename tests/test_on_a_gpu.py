@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = [
     "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
     "--train_batch_size", "4", "--max_train_steps", "2", "--rounds", "2", "--num_inference_steps", "2",
-    "--compare_with", "[]", "--report_to", "none", "--matrix_flops_per_second", "1e12",
+    "--compare_with", "[]", "--report_to", "none", "--matrix_flops_per_second", "1e12", "--lr_warmup_steps", "0",
 ]  # fmt: skip
 UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
 ANSWERS = [
     "training/train_space_llm.py", "--config", "training/configs/toy_llm.yaml", "--max_train_samples", "32",
     "--real_parts", "1", "--samples_per_shard", "32", "--train_batch_size", "8", "--max_train_steps", "2",
     "--rounds", "2", "--held_out_dataset_name", "null", "--compare_with", "[]", "--report_to", "none",
+    "--lr_warmup_ratio", "0",
 ]  # fmt: skip
 WAYS = {
     "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--num_gallery_prompts", "1", "--use_ema", "true"],
@@ -53,6 +54,11 @@ def said(tmp_path_factory) -> str:
 @pytest.mark.parametrize("name", [name for name in WAYS if name not in ("evaluate", "plan")])
 def test_a_run_on_a_gpu_ends_with_its_last_round(said, name):
     assert f"{name}/" in said and said.count("x 1 process on cuda") == len(WAYS) - 2
+
+
+def test_players_on_a_gpu_move(said):
+    lines = [line for line in said.splitlines() if "over the last ones r_real" in line]
+    assert len(lines) == 2 * (len(WAYS) - 2) and not any("r_real +0.00e+00" in line for line in lines)
 
 
 def test_an_evaluation_and_a_plan_on_a_gpu_end(said):
