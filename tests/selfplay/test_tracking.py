@@ -6,6 +6,7 @@ import pytest
 from accelerate import Accelerator
 
 from spin_diffusion.selfplay.tracking import log_step, name_axis
+from tests.playing import make_game, play_all
 
 
 class Recorder:
@@ -34,3 +35,17 @@ def test_the_second_round_is_told_like_the_first(name):
         assert tracker.told[2][1] == {"spin/round-2/train_loss": 0.5, "spin/round-2/step": 1}
     else:
         assert tracker.axes == [] and [step for step, _ in tracker.told] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_run_tells_every_step_of_every_round_from_1_on(name, sdxl_dir, tmp_path):
+    game, tracker = make_game(sdxl_dir), Recorder(name)
+    game.accelerator.trackers = [tracker]
+    play_all(sdxl_dir, tmp_path, game=game)
+    rounds = [f"spin/round-{k}" for k in (1, 2)]
+    if name == "wandb":
+        assert tracker.axes == [(f"{round_}/*", f"{round_}/step") for round_ in rounds]
+        steps = [[values[f"{r}/step"] for _, values in tracker.told if f"{r}/step" in values] for r in rounds]
+    else:
+        steps = [[step for step, values in tracker.told if any(key.startswith(r) for key in values)] for r in rounds]
+    assert steps == [[1, 2, 3, 4]] * 2
