@@ -11,6 +11,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import one_round as rounds_module
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
+from spin_diffusion.selfplay.trainee import Trainee
 from tests.playing import TRAINING, make_game, play_all
 
 
@@ -166,6 +167,24 @@ def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_
     assert sorted(p.name for p in (tmp_path / "round-1").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     play_all(sdxl_dir, tmp_path, replace(training, keep_checkpoints=False), rounds=1)
     assert not list((tmp_path / "round-1").glob("checkpoint-*"))
+
+
+def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_one(sdxl_dir, tmp_path, monkeypatch):
+    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=1)
+    save, there = Trainee.save, []
+
+    def dying(trainee, directory):
+        there.append(sorted(path.name for path in directory.parent.glob("checkpoint-?")))
+        if directory.name == "checkpoint-3.part":
+            raise Killed
+        save(trainee, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "save", dying)
+        with pytest.raises(Killed):
+            play_all(sdxl_dir, tmp_path, training, rounds=1)
+    assert there == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert play_all(sdxl_dir, tmp_path, training, rounds=1)[0]["training"]["resumed_from"] == 2
 
 
 @pytest.mark.parametrize("objective", ["space", "dpo", "sft"])
