@@ -33,7 +33,7 @@ from spin_diffusion.diffusion.denoiser import (
     opponent_of,
 )
 from spin_diffusion.diffusion.images import ImageSettings
-from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of
+from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, LoraSettings
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
@@ -144,7 +144,7 @@ class DiffusionGame:
                 module.requires_grad_(False).eval().to(accelerator.device)
         self.prompts = Prompts(family, pipeline, accelerator.autocast)
         self.shared_latents = shared_latents
-        self.vae_hash = weights_hash(pipeline.vae) if shared_latents is not None else ""
+        self.vae_hash = vae_hash(pipeline.vae) if shared_latents is not None else ""
 
         # The player, and the opponent: a copy of it, or another adapter on the same UNet. Never in training mode:
         # dropout would make the two models' scores differ at step 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from spin_diffusion.diffusion.latents import encoded_once
+from spin_diffusion.diffusion.latents import encoded_once, vae_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game
 
@@ -101,6 +101,22 @@ def test_another_text_encoder_never_finds_them(base, tmp_path, monkeypatch):
     assert texts == ["a fox", "a hen", "an owl"]
 
 
+@pytest.mark.parametrize("changed", ["second encoder", "activation", "tokenizer", "dtype"])
+def test_nothing_else_that_decides_an_embedding_finds_them(changed, sdxl_dir, tmp_path, monkeypatch):
+    keep(make_game(sdxl_dir), tmp_path)
+    other = make_game(sdxl_dir)
+    if changed == "second encoder":
+        with torch.no_grad():
+            next(other.pipeline.text_encoder_2.parameters()).add_(1e-3)
+    elif changed == "activation":
+        other.pipeline.text_encoder.config.hidden_act = "relu"
+    elif changed == "tokenizer":
+        monkeypatch.setattr(other.pipeline.tokenizer, "get_vocab", lambda: {"fox": 0})
+    texts = counted_embeddings(other, monkeypatch)
+    keep(other, tmp_path, dtype=torch.bfloat16 if changed == "dtype" else torch.float32)
+    assert texts == ["a fox", "a hen", "an owl"]
+
+
 def test_a_prompt_that_was_not_kept_is_encoded_on_the_spot(base, tmp_path):
     game = make_game(base)
     direct = game.prompts.conditioning(["a cat"], [False], FRAMES[:1])
@@ -131,6 +147,17 @@ def shared(base, folder):
         game.family, game.pipeline, str(base), images=game.images, sampling=game.sampling, denoiser=game.denoiser,
         accelerator=game.accelerator, shared_latents=folder,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+def test_a_vae_that_scales_its_latents_otherwise_does_not_find_them(name, sdxl_dir, tmp_path):
+    first, other = shared(sdxl_dir, tmp_path), make_game(sdxl_dir)
+    rows = list(first.real_rows(examples(2)))
+    usual = first.encode(rows)["latents"]
+    other.pipeline.vae.register_to_config(**{name: 0.5})
+    its_own = other.encode(rows)["latents"]
+    other.shared_latents, other.vae_hash = tmp_path, vae_hash(other.pipeline.vae)
+    assert torch.equal(other.encode(rows)["latents"], its_own) and not torch.equal(its_own, usual)
 
 
 def test_a_second_run_finds_the_latents_and_another_vae_does_not(base, tmp_path, monkeypatch):
