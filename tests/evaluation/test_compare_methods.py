@@ -228,10 +228,14 @@ def test_a_cell_is_named_by_what_it_is_trained_with(config):
     assert cell.folder == plan.cell("tiny", "spin", 1e-4, 0, 2).folder
     harmless = replace(cell, training=cell.training | {"checkpointing_steps": 3})
     assert harmless.key == cell.key
+    split = replace(cell, training=cell.training | {"train_batch_size": 1, "gradient_accumulation_steps": 2})
+    assert split.key == cell.key
     others = [plan.cell("tiny", "spin", 1e-4, 1, 2), plan.cell("tiny", "spin", 1e-4, 0, 3),
               plan.cell("tiny", "spin", 1e-5, 0, 2), replace(cell, training=cell.training | {"rounds": 3}),
-              replace(cell, training=cell.training | {"beta": 3000.0})]  # fmt: skip
-    assert len({cell.key, *(other.key for other in others)}) == 6
+              replace(cell, training=cell.training | {"beta": 3000.0}),
+              replace(cell, training=cell.training | {"train_batch_size": 4}),
+              replace(cell, training=cell.training | {"gradient_accumulation_steps": 3})]  # fmt: skip
+    assert len({cell.key, *(other.key for other in others)}) == 8
 
 
 # Errors
