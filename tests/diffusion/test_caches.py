@@ -1,6 +1,7 @@
 """What is computed once: text embeddings and latents, kept by content and found again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,12 +142,27 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
 # Latents
 
 
-def shared(base, folder):
+def shared(base, folder, **images):
     game = make_game(base)
     return type(game)(
-        game.family, game.pipeline, str(base), images=game.images, sampling=game.sampling, denoiser=game.denoiser,
+        game.family, game.pipeline, str(base), images=replace(game.images, **images), sampling=game.sampling, denoiser=game.denoiser,
         accelerator=game.accelerator, shared_latents=folder,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"random_flip": True}, {"max_aspect_ratio": 2.0}, {"vae_round_trip": True},
+     {"vae_round_trip": True, "image_format": "jpeg", "jpeg_quality": 10}],
+    ids=lambda otherwise: " ".join(otherwise),
+)  # fmt: skip
+def test_runs_that_encode_otherwise_find_none_of_anothers(otherwise, sdxl_dir, tmp_path):
+    first, plain = shared(sdxl_dir, tmp_path), shared(sdxl_dir, None, **otherwise)
+    rows = list(first.real_rows(examples(2)))
+    first.encode(rows)
+    shared(sdxl_dir, tmp_path, vae_round_trip=True).encode(rows)
+    found, its_own = shared(sdxl_dir, tmp_path, **otherwise).encode(rows), plain.encode(rows)
+    assert found.keys() == its_own.keys() and all(torch.equal(found[name], its_own[name]) for name in found)
 
 
 @pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
