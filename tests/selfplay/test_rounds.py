@@ -275,7 +275,8 @@ def test_a_half_drawn_set_of_samples_is_completed_not_drawn_again(copied, unbrok
     assert final_hashes(copied) == final_hashes(unbroken)
 
 
-def test_a_damaged_checkpoint_is_named(sdxl_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["optimizer.bin", "trainer.json"])
+def test_a_damaged_checkpoint_is_named(name, sdxl_dir, tmp_path, monkeypatch):
     from spin_diffusion.selfplay import health
 
     def dying(*args, **kwargs):
@@ -286,9 +287,11 @@ def test_a_damaged_checkpoint_is_named(sdxl_dir, tmp_path, monkeypatch):
         patch.setattr(health, "check_finite", dying)
         with pytest.raises(Killed):
             play_all(sdxl_dir, tmp_path, rounds=1)
-    optimizer = tmp_path / "round-1" / "checkpoint-2" / "optimizer.bin"
-    optimizer.write_bytes(optimizer.read_bytes()[:-10])
-    with pytest.raises(InputError, match="checkpoint-2/optimizer.bin is damaged"):
+    damaged = tmp_path / "round-1" / "checkpoint-2" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=f"checkpoint-2/{name} is damaged .its SHA-256"):
         play_all(sdxl_dir, tmp_path, rounds=1)
 
 
