@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -471,6 +472,30 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
     predicted = [model(torch.ones(1, 4, 8, 8), 5, **inputs).sample for model in (unet, loaded, pipeline.unet)]
     assert torch.allclose(predicted[0], predicted[1], atol=1e-5)
     assert not torch.allclose(predicted[0], predicted[2], atol=1e-3)
+
+
+def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path):
+    task = replace(task_of(config, Comparison(settings_of(config))), folder=str(tmp_path))
+    assert cells.failure_of(task) is None
+    for kind, is_final in (("killed", False), ("diverged", True), ("refused", True)):
+        cells.write_failure(tmp_path, kind, "why")
+        assert cells.is_done(task) == (cells.failure_of(task) is not None) == is_final
+        assert cells.failure_of(replace(task, retry_failed=True)) is None
+
+
+def test_one_process_at_a_time_works_on_a_cell(tmp_path):
+    entered = threading.Event()
+
+    def enter():
+        with cells._alone(tmp_path):
+            entered.set()
+
+    with cells._alone(tmp_path):
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(30)
+    other.join()
 
 
 def test_another_drawing_is_scored_again(config):
