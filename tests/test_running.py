@@ -7,7 +7,10 @@ from spin_diffusion.running import HARMLESS, changes
 
 
 def test_a_setting_is_changed_whichever_side_knows_it():
-    old, new = {"beta": 1.0, "gone": 2, "seed": 0, "debug": False}, {"beta": 3.0, "added": [4], "seed": 0, "debug": True}
+    old, new = (
+        {"beta": 1.0, "gone": 2, "seed": 0, "debug": False},
+        {"beta": 3.0, "added": [4], "seed": 0, "debug": True},
+    )
     assert changes(old, new) == ["added: None -> [4]", "beta: 1.0 -> 3.0", "gone: 2 -> None"]
     assert changes(old, old) == []
 

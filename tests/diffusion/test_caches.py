@@ -145,8 +145,8 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
 def shared(base, folder, **images):
     game = make_game(base)
     return type(game)(
-        game.family, game.pipeline, str(base), images=replace(game.images, **images), sampling=game.sampling, denoiser=game.denoiser,
-        accelerator=game.accelerator, shared_latents=folder,
+        game.family, game.pipeline, str(base), images=replace(game.images, **images),
+        sampling=game.sampling, denoiser=game.denoiser, accelerator=game.accelerator, shared_latents=folder,
     )  # fmt: skip
 
 

@@ -13,7 +13,15 @@ from spin_diffusion.selfplay.checkpoints import Snapshots, _newest_checkpoint, r
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.part", "anchor", "healthy", "unet", "checkpoint-notes"):
+    for name in (
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-11.part",
+        "anchor",
+        "healthy",
+        "unet",
+        "checkpoint-notes",
+    ):
         (tmp_path / name).mkdir()
     return tmp_path
 

@@ -107,7 +107,9 @@ def test_the_real_samples_are_there_only_with_what_was_left_out_of_them(tmp_path
     (tmp_path / "samples.part" / "00007.parquet").write_text("half")
     game = SimpleNamespace(encode=lambda rows: {"x": torch.ones(len(rows))})
     rows = [{"id": f"{i}", "image": b"a"} for i in range(7)]
-    manifest = prepare(tmp_path, lambda: iter(rows), {"seed": 1}, 3, game, Accelerator(cpu=True), report=lambda: {"x": 2})
+    manifest = prepare(
+        tmp_path, lambda: iter(rows), {"seed": 1}, 3, game, Accelerator(cpu=True), report=lambda: {"x": 2}
+    )
     assert there == [True] and manifest["left_out"] == {"x": 2} and manifest["rows"] == 7
     assert [len(read_rows(path)) for path in shards_of(tmp_path / "samples", ".parquet")] == [3, 3, 1]
     # Its hash is that of the content
