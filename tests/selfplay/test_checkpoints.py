@@ -1,14 +1,17 @@
 """Which checkpoint is taken up, what a round keeps of itself, and what going back to a snapshot puts back."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.checkpoints import Snapshots, _newest_checkpoint, remove_checkpoints
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.trainee import Average, Trainee
 
 
 @pytest.fixture
@@ -44,15 +47,12 @@ def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays(folder):
 
 def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
     done: list[str] = []
-    game = SimpleNamespace(
-        save=lambda target, prove: (done.append(f"saved {target.name}"), target.mkdir(parents=True)),
-        restore=lambda source: done.append(f"restored {source.name}"),
-    )
-    trainee = SimpleNamespace(
-        game=game, accelerator=Accelerator(cpu=True), ema=SimpleNamespace(shadow_params=[]),
-        gather=lambda: done.append("gathered"), scatter=lambda: done.append("scattered"),
-    )  # fmt: skip
-    average = SimpleNamespace(weights=[])
+    game, trainee, average = (create_autospec(kind, instance=True) for kind in (Game, Trainee, Average))
+    game.save.side_effect = lambda target, prove: (done.append(f"saved {target.name}"), target.mkdir(parents=True))
+    game.restore.side_effect = lambda source: done.append(f"restored {source.name}")
+    trainee.game, trainee.accelerator, trainee.ema = game, Accelerator(cpu=True), create_autospec(EMAModel)
+    trainee.gather.side_effect = lambda: done.append("gathered")
+    trainee.scatter.side_effect = lambda: done.append("scattered")
     snapshots = Snapshots(tmp_path, trainee, average)
     for step in (0, 20, 40, 60, 80):
         trainee.ema.shadow_params, average.weights = [torch.tensor([step])], [torch.tensor([-step])]

@@ -1,6 +1,6 @@
 """What is beside a folder of shards, what makes a finished one be made again, and what is refused in one."""
 
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import samples, shards
-from spin_diffusion.selfplay.game import KEPT
+from spin_diffusion.selfplay.game import KEPT, Game
 from spin_diffusion.selfplay.run_dir import read_rows, tensors_metadata, write_rows, write_tensors
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.shards import Part, draw_shards, merge_shards, score_shards, some_pairs
@@ -65,7 +65,8 @@ def test_a_score_that_is_not_finite_is_refused_and_anothers_scores_are_computed_
     for name in NAMES:
         write_tensors(data / "encoded" / f"{name}.safetensors", {"x": torch.ones(4)}, {})
     scores = {"now": 1.0}
-    game = SimpleNamespace(opponent_scores=lambda tensors: torch.full((len(tensors["x"]),), scores["now"]))
+    game = create_autospec(Game, instance=True)
+    game.opponent_scores.side_effect = lambda tensors: torch.full((len(tensors["x"]),), scores["now"])
 
     def score(opponent: str):
         score_shards(data / "encoded", data / "scores", game, Part(1, 2), "", opponent, Accelerator(cpu=True),
@@ -105,7 +106,8 @@ def test_the_real_samples_are_there_only_with_what_was_left_out_of_them(tmp_path
     monkeypatch.setattr(samples, "commit", seen)
     (tmp_path / "samples.part").mkdir()  # as a kill left it
     (tmp_path / "samples.part" / "00007.parquet").write_text("half")
-    game = SimpleNamespace(encode=lambda rows: {"x": torch.ones(len(rows))})
+    game = create_autospec(Game, instance=True)
+    game.encode.side_effect = lambda rows: {"x": torch.ones(len(rows))}
     rows = [{"id": f"{i}", "image": b"a"} for i in range(7)]
     manifest = prepare(
         tmp_path, lambda: iter(rows), {"seed": 1}, 3, game, Accelerator(cpu=True), report=lambda: {"x": 2}
