@@ -32,7 +32,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_pro
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_json, write_rows
 
 SetName = Literal["validation", "test"]
 
@@ -224,7 +224,7 @@ def _score(task: Task, view: View) -> None:
     for row in rows:
         del row["category"]
         row["distance"] = distances[row["id"]]
-    write_rows(_scores_path(task, view), rows, {"drawing": _said(task, view)})
+    write_rows(_scores_path(task, view), rows, {"drawing": _said(task, view), "resolved": _resolved(task)})
 
 
 def mean_distances(features: np.ndarray) -> np.ndarray:
@@ -251,9 +251,18 @@ def _said(task: Task, view: View) -> str:
     return json.dumps([prompts, images, task.drawing.scorers, task.drawing.num_inference_steps])
 
 
+def _resolved(task: Task) -> str:
+    """The same where the drawing leaves it to others: the training settings' steps, the content of a scorer's file."""
+    steps = task.drawing.num_inference_steps or config_of(task).sampling.num_inference_steps
+    files = [Path(parse_spec(spec)[1]) for spec in task.drawing.scorers]
+    return json.dumps([steps, [file_hash(file) for file in files if file.suffix == ".py"]])
+
+
 def _is_scored(task: Task, view: View) -> bool:
     path = _scores_path(task, view)
-    return path.is_file() and rows_metadata(path).get("drawing") == _said(task, view)
+    said = rows_metadata(path) if path.is_file() else {}
+    # Scores of a version that did not write the second are taken as they are
+    return said.get("drawing") == _said(task, view) and said.get("resolved") in (None, _resolved(task))
 
 
 def _trained_unet(pipeline: Any, base: str, folder: Path) -> UNet2DConditionModel:

@@ -19,7 +19,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.train_settings import of_round
+from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step
 
 # The comparison scores by itself, and asks for nothing else of a run
 QUIET = {
@@ -54,6 +54,8 @@ class Cell:
         kept = {key: value for key, value in self.training.items() if key not in HARMLESS or key == "rounds"}
         if self.method == BASE:
             kept = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
+        else:  # how a step's pairs are split is harmless, their number is not
+            kept["pairs_per_step"] = pairs_per_step(parsed(self.training).training, 1)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     @property

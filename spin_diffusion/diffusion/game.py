@@ -31,7 +31,7 @@ from spin_diffusion.diffusion.denoiser import (
     enable_xformers,
     opponent_of,
 )
-from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of
+from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters
 from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.prompts import Prompts
@@ -152,7 +152,7 @@ class DiffusionGame:
                 module.requires_grad_(False).eval().to(accelerator.device)
         self.prompts = Prompts(family, pipeline, accelerator.autocast)
         self.shared_latents = shared_latents
-        self.vae_hash = weights_hash(pipeline.vae) if shared_latents is not None else ""
+        self.vae_hash = vae_hash(pipeline.vae) if shared_latents is not None else ""
 
         # The player, and the opponent: a copy of it, or another adapter on the same UNet. Never in training mode:
         # dropout would make the two models' scores differ at step 0

@@ -13,7 +13,7 @@ from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.run_dir import write_shared_tensors
+from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
 
 
 def size_of(row: Row, prefix: str = "") -> Size:
@@ -55,12 +55,18 @@ def latents_of(
     return [encoded[place] for place in range(len(rows))]
 
 
+def vae_hash(vae: AutoencoderKL) -> str:
+    """Of all of a VAE that decides latents: its weights, and by what they are shifted and scaled."""
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
+    return hashlib.sha256(json.dumps([weights_hash(vae), scale, shift]).encode()).hexdigest()
+
+
 def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor],
                  prefix: str) -> Tensor:  # fmt: skip
     """The latents of a shard's images, from `folder` if they are there, else encoded and put there.
 
     Args:
-        vae: hash of its weights.
+        vae: `vae_hash`.
         how: everything else that decides the latents.
         prefix: of the rows' image.
     """

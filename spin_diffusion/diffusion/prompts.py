@@ -118,7 +118,7 @@ class Prompts:
         """Of all that decides an embedding, but the prompt."""
         tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
         words = [(sorted(found.get_vocab().items()), found.model_max_length) for found in tokenizers if found]
-        content = [*(weights_hash(encoder) for encoder in self._encoders()), words, str(dtype)]
+        content = [*((weights_hash(encoder), _how(encoder)) for encoder in self._encoders()), words, str(dtype)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _encode(self, prompts: list[str], dtype: torch.dtype) -> Embedded:
@@ -142,6 +142,11 @@ class Prompts:
             )
             for name in self._unconditional
         }
+
+
+def _how(encoder: Any) -> dict[str, Any]:
+    """Of an encoder's configuration what its weights do not show: how it computes with them."""
+    return {name: getattr(encoder.config, name, None) for name in ("hidden_act", "eos_token_id", "layer_norm_eps")}
 
 
 def _number(prompt: str) -> int:

@@ -35,9 +35,6 @@ class Checkpoints:
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
         if main:
-            if limit is not None:
-                for old in _checkpoints(self.directory)[: -limit + 1 or None]:
-                    shutil.rmtree(old)
             part.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         self.trainee.save(part)
@@ -59,6 +56,10 @@ class Checkpoints:
             (part / _TRAINER).write_text(json.dumps(state))
             (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))
             commit(path)
+            if limit is not None:  # only now: with a limit of 1 there would be none while this one was written
+                others = [old for old in _checkpoints(self.directory) if old != path]
+                for old in others[: len(others) + 1 - limit]:
+                    shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:

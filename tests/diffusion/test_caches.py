@@ -1,11 +1,12 @@
 """What is computed once: text embeddings and latents, kept by content and found again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from spin_diffusion.diffusion.latents import encoded_once
+from spin_diffusion.diffusion.latents import encoded_once, vae_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game
 
@@ -101,6 +102,22 @@ def test_another_text_encoder_never_finds_them(base, tmp_path, monkeypatch):
     assert texts == ["a fox", "a hen", "an owl"]
 
 
+@pytest.mark.parametrize("changed", ["second encoder", "activation", "tokenizer", "dtype"])
+def test_nothing_else_that_decides_an_embedding_finds_them(changed, sdxl_dir, tmp_path, monkeypatch):
+    keep(make_game(sdxl_dir), tmp_path)
+    other = make_game(sdxl_dir)
+    if changed == "second encoder":
+        with torch.no_grad():
+            next(other.pipeline.text_encoder_2.parameters()).add_(1e-3)
+    elif changed == "activation":
+        other.pipeline.text_encoder.config.hidden_act = "relu"
+    elif changed == "tokenizer":
+        monkeypatch.setattr(other.pipeline.tokenizer, "get_vocab", lambda: {"fox": 0})
+    texts = counted_embeddings(other, monkeypatch)
+    keep(other, tmp_path, dtype=torch.bfloat16 if changed == "dtype" else torch.float32)
+    assert texts == ["a fox", "a hen", "an owl"]
+
+
 def test_a_prompt_that_was_not_kept_is_encoded_on_the_spot(base, tmp_path):
     game = make_game(base)
     direct = game.prompts.conditioning(["a cat"], [False], FRAMES[:1])
@@ -125,12 +142,38 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
 # Latents
 
 
-def shared(base, folder):
+def shared(base, folder, **images):
     game = make_game(base)
     return type(game)(
-        game.family, game.pipeline, str(base), images=game.images, sampling=game.sampling, denoiser=game.denoiser,
-        accelerator=game.accelerator, shared_latents=folder,
+        game.family, game.pipeline, str(base), images=replace(game.images, **images),
+        sampling=game.sampling, denoiser=game.denoiser, accelerator=game.accelerator, shared_latents=folder,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"random_flip": True}, {"max_aspect_ratio": 2.0}, {"vae_round_trip": True},
+     {"vae_round_trip": True, "image_format": "jpeg", "jpeg_quality": 10}],
+    ids=lambda otherwise: " ".join(otherwise),
+)  # fmt: skip
+def test_runs_that_encode_otherwise_find_none_of_anothers(otherwise, sdxl_dir, tmp_path):
+    first, plain = shared(sdxl_dir, tmp_path), shared(sdxl_dir, None, **otherwise)
+    rows = list(first.real_rows(examples(2)))
+    first.encode(rows)
+    shared(sdxl_dir, tmp_path, vae_round_trip=True).encode(rows)
+    found, its_own = shared(sdxl_dir, tmp_path, **otherwise).encode(rows), plain.encode(rows)
+    assert found.keys() == its_own.keys() and all(torch.equal(found[name], its_own[name]) for name in found)
+
+
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+def test_a_vae_that_scales_its_latents_otherwise_does_not_find_them(name, sdxl_dir, tmp_path):
+    first, other = shared(sdxl_dir, tmp_path), make_game(sdxl_dir)
+    rows = list(first.real_rows(examples(2)))
+    usual = first.encode(rows)["latents"]
+    other.pipeline.vae.register_to_config(**{name: 0.5})
+    its_own = other.encode(rows)["latents"]
+    other.shared_latents, other.vae_hash = tmp_path, vae_hash(other.pipeline.vae)
+    assert torch.equal(other.encode(rows)["latents"], its_own) and not torch.equal(its_own, usual)
 
 
 def test_a_second_run_finds_the_latents_and_another_vae_does_not(base, tmp_path, monkeypatch):

@@ -71,6 +71,13 @@ def test_the_arithmetic_of_a_round():
     # Four candidates for half of the prompts, one for the others; two of each are encoded at most
     candidates = work_of(FLAT | {"num_candidates": 4, "candidate_share": 0.5}, "opponent", 10, 1)
     assert (candidates.drawn, candidates.encoded) == (25, 20)
+    flipped = work_of(FLAT | {"random_flip": True}, "opponent", 10, 1)
+    assert generation_flops(unit, flipped) - generation_flops(unit, work_of(FLAT, "opponent", 10, 1)) == 10 * 3
+    again = work_of(FLAT | {"gradient_checkpointing": True}, "opponent", 10, 1)
+    assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10 + 3
+    # A pipeline whose empty prompt is zeros encodes one prompt an image
+    assert [work_of(FLAT, "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
+    assert unit.of_area(2.0) == UnitCosts(20, 40, 22, 1, 6, 10)
     # All noise levels of a trajectory, whose activations are computed twice
     exact = work_of(FLAT | {"trajectory": "exact"}, "opponent", 10, 1)
     assert exact.scored == 2 * 2 * 3 and exact.forwards == 2

@@ -293,6 +293,24 @@ def test_other_data_settings_or_another_scorer_are_scored_again(brightness, tmp_
     assert levels(again.take(brighter)) == [5, 10]
 
 
+def test_other_weights_behind_the_same_name_score_everything_again(brightness, tmp_path, monkeypatch):
+    data, scored, batch, load = Data(LEVELS), [], Curation._scored_batch, curation_module.load_scorer
+    curation = make(tmp_path, data, brightness, curation_top=2)
+    curation.score(None)
+    (curation.directory / "complete.json").unlink()  # as a kill at the end leaves it
+
+    def count(self, scorer, found):
+        scored.extend(found)
+        return batch(self, scorer, found)
+
+    monkeypatch.setattr(Curation, "_scored_batch", count)
+    monkeypatch.setattr(
+        curation_module, "load_scorer", lambda *given: replace(load(*given), checkpoint={"weights": "others"})
+    )
+    curation.score(None)
+    assert len(scored) == len(LEVELS)
+
+
 def test_a_data_set_that_changes_in_between_is_refused(brightness, tmp_path):
     data = Data(LEVELS)
     for number, changed in enumerate(([1, *LEVELS[1:]], LEVELS[:-1], [*LEVELS, 7], LEVELS[::-1])):

@@ -163,6 +163,10 @@ def test_gradient_checkpointing_changes_no_gradient_and_is_at_work(sdxl_dir, lor
     assert calls[1] == calls[0] + 1
 
 
+def test_alpha_is_the_rank_unless_it_is_given():
+    assert LoraSettings(rank=8).alpha == 8.0 and LoraSettings(rank=8, lora_alpha=2.0).alpha == 2.0
+
+
 @pytest.mark.parametrize("base", ["sd1_dir", "sdxl_dir"])
 def test_it_loads_in_a_fresh_pipeline_with_its_alpha(base, request, tmp_path):
     folder = request.getfixturevalue(base)
@@ -184,6 +188,8 @@ def test_the_opponent_and_the_round_s_change_make_the_player(sdxl_dir, tmp_path)
     game.save(tmp_path / "first")
     move(game, seed=5)
     game.save(tmp_path / "second")
+    said = read_json(tmp_path / "second" / "lora_round" / CONFIG)
+    assert (said["rank"], said["lora_alpha"]) == (2 * LORA.rank, 2 * LORA.alpha)
     fresh = DiffusionPipeline.from_pretrained(sdxl_dir)
     fresh.load_lora_weights(tmp_path / "first" / "lora", adapter_name="before")
     fresh.load_lora_weights(tmp_path / "second" / "lora_round", adapter_name="change")

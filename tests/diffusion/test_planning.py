@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion import planning
@@ -37,6 +38,24 @@ def test_processes_share_the_images_and_each_trains_its_own_pairs():
     assert shared["trained"] == alone["trained"]
 
 
+def test_the_errors_at_fixed_draws_are_shared_out_as_well():
+    fixed = config("--fixed_draws", "2")
+    alone, shared = (predict(fixed, RATES, pairs=12, pictures=0, world=world)[0]["cached"] for world in (1, 4))
+    assert shared == pytest.approx(alone / 4)
+
+
+def test_the_last_round_is_evaluated_even_if_the_others_are_not():
+    rounds = predict(config("--eval_every_round", "false"), RATES, pairs=12, pictures=6, world=1)
+    assert [entry["evaluated"] for entry in rounds] == [0, pytest.approx(6 * 2.0)]
+
+
+def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(tiny_prompts):
+    flags = ["--validation_prompts", str(tiny_prompts), "--num_validation_images", "3"]
+    assert planning._pictures_of_evaluation(config(*flags)) == 4 * 3
+    assert planning._pictures_of_evaluation(config(*flags, "--validation_guidance_scales", "[1, 3]")) == 4 * 3 * 2
+    assert planning._pictures_of_evaluation(config()) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "drawn", "encoded", "scored"),
     [
@@ -63,6 +82,8 @@ def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
         "--candidate_share", "0.5",
     )  # fmt: skip
     assert disk(candidates, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (30 - 12) * 10 + (24 - 12) * 100
+    steps = config("--checkpointing_steps", "1", "--trajectory", "steps", "--sampler", "ddim")
+    assert disk(steps, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 12 * 100 * 11  # ten steps have eleven states
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
     assert disk(rival, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (6 * 20 + 1000) + 1000
 
@@ -82,6 +103,16 @@ def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fi
         for one, other in zip(game.player.parameters(), make_game(sdxl_dir).player.parameters(), strict=True)
     )
     assert moved < 1e-10, (before, game.player_hash())
+
+
+def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch):
+    game, asked = make_game(sdxl_dir), []
+    monkeypatch.setattr(game, "draw", lambda *given: asked.append(given[-1]) or [Image.new("RGB", (32, 32))] * 2)
+    monkeypatch.setattr(planning, "_seconds", lambda call, device: call() and 5.0 + 2.0 * asked[-1])
+    monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
+    monkeypatch.setattr(planning, "_probe_training", lambda *given: (1.0, 1.0, 0.0, 1))
+    rates = probe(config("--generation_batch_size", "2"), game, list(examples(2)))
+    assert (rates.denoise, rates.finish) == (2.0 / 2, 5.0 / 2)
 
 
 def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):

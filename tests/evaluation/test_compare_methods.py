@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import yaml
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from spin_diffusion.comparing import cells, workers
+from spin_diffusion.comparing import analysis, cells, workers
+from spin_diffusion.comparing.analysis import _difference
 from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
 from spin_diffusion.comparing.choosing import best_guidance, best_round, choose
 from spin_diffusion.comparing.intervals import crossed_interval
 from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
-from spin_diffusion.comparing.run import Comparison
+from spin_diffusion.comparing.run import Comparison, Entry
 from spin_diffusion.comparing.settings import parse_settings
 from spin_diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
@@ -90,6 +92,16 @@ def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value()
     assert not choose({1e-4: {1.0: 0.5}}).at_edge
 
 
+def test_rates_scales_and_rounds_are_chosen_on_validation_prompts_alone(config, monkeypatch):
+    comparison, asked = Comparison(settings_of(config, "--test_rounds", "true")), []
+    monkeypatch.setattr(comparison, "mean", lambda cell, view: asked.append(view) or 0.5)
+    cell = comparison.plan.cell("tiny", "spin", 1e-4, 0, 2)
+    assert comparison.means(cell) == {1.0: 0.5, 3.0: 0.5} and set(asked) == set(comparison.validation(cell))
+    comparison._best_round(Entry("tiny", "steps", "spin", 2, cells=[cell]))
+    analysis._rounds_of(comparison, Entry("tiny", "steps", "spin", 2, cells=[cell]))
+    assert {(view.prompts, view.round) for view in asked} == {("validation", 1), ("validation", 2)}
+
+
 # Intervals
 
 
@@ -130,6 +142,27 @@ def test_seeds_that_differ_widen_the_interval_and_one_seed_is_resampled_over_pro
         crossed_interval(np.zeros(3))
 
 
+def test_a_difference_pairs_seed_with_seed_and_is_adjusted_for_the_rivals():
+    rng = np.random.default_rng(5)
+    a, b = ({seed: rng.normal(0, 1, 40) for seed in seeds} for seeds in ((0, 1, 2), (2, 1)))
+    found = _difference(a, b, rivals=4)
+    apart = np.stack([a[1] - b[1], a[2] - b[2]])
+    assert found["mean"] == pytest.approx(apart.mean())
+    assert found["seeds"] == pytest.approx({"1": apart[0].mean(), "2": apart[1].mean()})
+    wide = crossed_interval(apart, 1 - 0.05 / 4, resamples=20_000)
+    assert found["adjusted"] == [wide.low, wide.high] and wide.low < found["low"] and found["high"] < wide.high
+    assert _difference(a, {7: a[0]}, 4) is None
+
+
+@pytest.mark.parametrize("methods", [1, 2, 4])
+def test_a_method_has_as_many_rivals_as_are_compared_with_the_reference(methods, config, monkeypatch):
+    comparison, seen = Comparison(settings_of(config, "--budget", "steps")), []
+    comparison.entries = [Entry("tiny", "steps", name, 1) for name in ["sft", "spin", "dpo", "ipo"][:methods]]
+    monkeypatch.setattr(analysis, "_row", lambda *given: seen.append(given[-1]))
+    analysis._world(comparison, "tiny")
+    assert seen == [max(1, methods - 1)] * methods
+
+
 def test_the_distance_of_a_prompts_images_is_the_mean_over_its_pairs():
     features = np.random.default_rng(4).normal(size=(2, 3, 5))
     plain = [
@@ -160,16 +193,50 @@ def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cos
     assert steps_for(spin, UNIT, 8, drawing // 2, False) == 0
 
 
+def test_what_a_run_encodes_before_its_first_step_is_counted(config):
+    plan = make_plan(settings_of(config))
+    cell = plan.cell("tiny", "sft", 1e-4, 0, 4)
+
+    def flops(**changed) -> int:
+        return run_flops(plan.config(replace(cell, training=cell.training | changed)), UNIT, 8, [4], False)
+
+    a_step = 2 * (10 + 20)
+    assert flops() == 8 * (3 + 1) + 4 * a_step
+    # Not kept, the prompts are encoded at every step
+    assert flops(cache_text_embeddings=False) == 8 * 3 + 4 * (a_step + 2 * 1)
+    # Through the VAE and back before they are encoded
+    assert flops(vae_round_trip=True) == 8 * (3 + 3 + 5 + 1) + 4 * a_step
+    # The worse images of a data set of pairs are encoded too
+    assert flops(objective="dpo") == 8 * (2 * 3 + 1) + 4 * 2 * (a_step + 2 * 10)
+
+
+def test_a_methods_settings_go_before_its_worlds_and_a_worlds_before_everybodys(config):
+    given = yaml.safe_load(config.read_text())
+    given["worlds"]["tiny"] |= {"beta": 3000.0, "guidance_scale": 5.0, "learning_rates": [2e-4], "total_steps": 8}
+    given["methods"]["spin"] |= {"beta": 4000.0, "learning_rates": [3e-4]}
+    config.write_text(yaml.safe_dump(given))
+    plan = make_plan(settings_of(config, "--guidance_scales", "[3.0]"))
+    assert [plan.training_of("tiny", method)["beta"] for method in ("base", "sft", "spin")] == [3000.0, 3000.0, 4000.0]
+    assert (plan.rates("tiny", "sft"), plan.rates("tiny", "spin")) == ([2e-4], [3e-4])
+    assert plan.guidance_scales("tiny") == [1.0, 3.0, 5.0]
+    assert (plan.steps_per_round("tiny", "sft"), plan.steps_per_round("tiny", "spin")) == (8, 4)
+    assert make_plan(settings_of(config, "--usual_guidance", "2")).guidance_scales("tiny") == [1.0, 2.0, 3.0]
+
+
 def test_a_cell_is_named_by_what_it_is_trained_with(config):
     plan = make_plan(settings_of(config))
     cell = plan.cell("tiny", "spin", 1e-4, 0, 2)
     assert cell.folder == plan.cell("tiny", "spin", 1e-4, 0, 2).folder
     harmless = replace(cell, training=cell.training | {"checkpointing_steps": 3})
     assert harmless.key == cell.key
+    split = replace(cell, training=cell.training | {"train_batch_size": 1, "gradient_accumulation_steps": 2})
+    assert split.key == cell.key
     others = [plan.cell("tiny", "spin", 1e-4, 1, 2), plan.cell("tiny", "spin", 1e-4, 0, 3),
               plan.cell("tiny", "spin", 1e-5, 0, 2), replace(cell, training=cell.training | {"rounds": 3}),
-              replace(cell, training=cell.training | {"beta": 3000.0})]  # fmt: skip
-    assert len({cell.key, *(other.key for other in others)}) == 6
+              replace(cell, training=cell.training | {"beta": 3000.0}),
+              replace(cell, training=cell.training | {"train_batch_size": 4}),
+              replace(cell, training=cell.training | {"gradient_accumulation_steps": 3})]  # fmt: skip
+    assert len({cell.key, *(other.key for other in others)}) == 8
 
 
 # Errors
@@ -407,12 +474,54 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
     assert not torch.allclose(predicted[0], predicted[2], atol=1e-3)
 
 
+def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path):
+    task = replace(task_of(config, Comparison(settings_of(config))), folder=str(tmp_path))
+    assert cells.failure_of(task) is None
+    for kind, is_final in (("killed", False), ("diverged", True), ("refused", True)):
+        cells.write_failure(tmp_path, kind, "why")
+        assert cells.is_done(task) == (cells.failure_of(task) is not None) == is_final
+        assert cells.failure_of(replace(task, retry_failed=True)) is None
+
+
+def test_one_process_at_a_time_works_on_a_cell(tmp_path):
+    entered = threading.Event()
+
+    def enter():
+        with cells._alone(tmp_path):
+            entered.set()
+
+    with cells._alone(tmp_path):
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(30)
+    other.join()
+
+
 def test_another_drawing_is_scored_again(config):
     comparison = Comparison(settings_of(config))
     task = task_of(config, comparison)
     cells.do(task)
     assert cells.is_done(task)
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
+    scorer = Path(task.drawing.scorers[0])
+    renamed = scorer.with_name("renamed.py")
+    renamed.write_text(scorer.read_text())
+    assert not cells.is_done(replace(task, drawing=replace(task.drawing, scorers=[str(renamed)])))
+    # What the drawing leaves to the training settings, and what is behind a scorer's name
+    assert not cells.is_done(replace(task, training=task.training | {"num_inference_steps": 1}))
+    scorer.write_text(scorer.read_text().replace("Redness", "Another redness"))
+    assert not cells.is_done(task)
+
+
+def test_scores_that_do_not_say_all_that_they_depend_on_are_kept(config):
+    comparison = Comparison(settings_of(config))
+    task = task_of(config, comparison)
+    cells.do(task)
+    path = cells._scores_path(task, task.views[0])
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"drawing": table.schema.metadata[b"drawing"]}), path)
+    assert cells.is_done(task)
 
 
 def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):

@@ -30,6 +30,13 @@ def test_a_round_that_starts_with_unequal_models_is_stopped(r, loss):
         start(r, loss)
 
 
+def test_the_generated_side_counts_at_the_start_and_rounding_does_not():
+    at_zero = torch.full((4,), math.log(2))
+    with pytest.raises(AssertionError, match="disagree by 0.001"):
+        health.check_start(torch.zeros(4), torch.full((4,), 1e-3), at_zero, at_zero, 1e-5, 5000.0)
+    start(loss=math.log(2) + 5e-6, beta=0.01)  # a small beta makes the loss no more exact than fp32 is
+
+
 @pytest.mark.parametrize("loss, norm, what", [(math.nan, 1.0, "loss"), (1.0, math.inf, "gradient norm")])
 def test_what_is_not_finite_stops_the_run_with_step_timesteps_and_samples(loss, norm, what):
     with pytest.raises(FloatingPointError) as error:
@@ -127,6 +134,11 @@ def test_no_rule_speaks_before_its_window_is_full(rule):
     assert health.RULES[rule](history(**{"steps": 19} | FIRES[rule]), BETA, WATCHED) is None
 
 
+@pytest.mark.parametrize("rule", ["forgetting", "forgetting_quarter", "saturation", "error_growth"])
+def test_a_rule_speaks_once_its_window_is_full(rule):
+    assert health.RULES[rule](history(**{"steps": 20} | FIRES[rule]), BETA, WATCHED) is not None
+
+
 def test_a_mean_that_forgets_is_not_said_again_of_a_quarter():
     both = FIRES["forgetting"] | FIRES["forgetting_quarter"]
     assert [one.rule for one in health.findings(history(**both), BETA, WATCHED)] == ["forgetting"]
@@ -154,6 +166,17 @@ def test_a_spike_is_held_against_the_steps_before_it_alone():
     # The median of the 20 before is 2; with the spike in place of the oldest it would be 3
     norms = [1.0] * 10 + [3.0] * 10 + [25.0]
     assert health.gradient_spike(history(21, grad_norm=lambda step: norms[step]), BETA, WATCHED) is not None
+
+
+def test_after_steps_without_any_gradient_there_is_no_usual_one():
+    norms = [0.0] * 20 + [1.0]
+    assert health.gradient_spike(history(21, grad_norm=lambda step: norms[step]), BETA, WATCHED) is None
+
+
+def test_an_accuracy_within_its_own_noise_is_chance():
+    # One pair a step, right in three of five: 0.6, with a standard error of 0.11
+    noisy = FIRES["nothing_learnt"] | {"implicit_accuracy": lambda step: float(step % 5 < 3)}
+    assert health.nothing_learnt(history(**noisy), BETA, WATCHED) is not None
 
 
 def test_pairs_told_apart_the_wrong_way_round_are_not_nothing():

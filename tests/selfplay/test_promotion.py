@@ -86,6 +86,15 @@ def test_promotion_follows_its_rule(found, rule, promoted):
     assert decided == promoted and bool(reason) != promoted
 
 
+def test_one_scale_where_it_fell_is_enough_and_so_is_one_where_it_improved():
+    steady, fell = results("inconclusive", "truth"), results("regressed", "truth")
+    fell["comparisons"][0]["guidance_scale"] = 7.5
+    both = steady | {"comparisons": steady["comparisons"] + fell["comparisons"]}
+    assert promotion(both, "not_regressed") == (False, "judge fell by 0.5 at guidance 7.5")
+    verdicts = [{"verdict": verdict, "reason": "why"} for verdict in ("inconclusive", "improved")]
+    assert promotion(steady | {"verdicts": verdicts}, "improved") == (True, "")
+
+
 def test_promotion_cannot_be_decided_by_a_scorer_that_did_not_run():
     with pytest.raises(InputError, match="judge could not be run"):
         promotion(results("inconclusive", "truth", state="not run"), "improved")

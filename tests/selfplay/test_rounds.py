@@ -11,6 +11,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import one_round as rounds_module
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
+from spin_diffusion.selfplay.trainee import Trainee
 from tests.playing import TRAINING, make_game, play_all
 
 
@@ -168,6 +169,24 @@ def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_
     assert not list((tmp_path / "round-1").glob("checkpoint-*"))
 
 
+def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_one(sdxl_dir, tmp_path, monkeypatch):
+    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=1)
+    save, there = Trainee.save, []
+
+    def dying(trainee, directory):
+        there.append(sorted(path.name for path in directory.parent.glob("checkpoint-?")))
+        if directory.name == "checkpoint-3.part":
+            raise Killed
+        save(trainee, directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainee, "save", dying)
+        with pytest.raises(Killed):
+            play_all(sdxl_dir, tmp_path, training, rounds=1)
+    assert there == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert play_all(sdxl_dir, tmp_path, training, rounds=1)[0]["training"]["resumed_from"] == 2
+
+
 @pytest.mark.parametrize("objective", ["space", "dpo", "sft"])
 def test_every_objective_plays_its_rounds(objective, sdxl_dir, tmp_path):
     records = play_all(sdxl_dir, tmp_path, objective=objective, rounds=1)
@@ -256,7 +275,8 @@ def test_a_half_drawn_set_of_samples_is_completed_not_drawn_again(copied, unbrok
     assert final_hashes(copied) == final_hashes(unbroken)
 
 
-def test_a_damaged_checkpoint_is_named(sdxl_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["optimizer.bin", "trainer.json"])
+def test_a_damaged_checkpoint_is_named(name, sdxl_dir, tmp_path, monkeypatch):
     from spin_diffusion.selfplay import health
 
     def dying(*args, **kwargs):
@@ -267,9 +287,11 @@ def test_a_damaged_checkpoint_is_named(sdxl_dir, tmp_path, monkeypatch):
         patch.setattr(health, "check_finite", dying)
         with pytest.raises(Killed):
             play_all(sdxl_dir, tmp_path, rounds=1)
-    optimizer = tmp_path / "round-1" / "checkpoint-2" / "optimizer.bin"
-    optimizer.write_bytes(optimizer.read_bytes()[:-10])
-    with pytest.raises(InputError, match="checkpoint-2/optimizer.bin is damaged"):
+    damaged = tmp_path / "round-1" / "checkpoint-2" / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match=f"checkpoint-2/{name} is damaged .its SHA-256"):
         play_all(sdxl_dir, tmp_path, rounds=1)
 
 

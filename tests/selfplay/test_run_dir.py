@@ -93,6 +93,40 @@ def test_rows_come_back_with_their_metadata_and_damage_is_found(tmp_path):
         run_dir.read_rows(path)
 
 
+def test_no_bit_of_the_samples_changes_unseen(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = [{"image": bytes(range(i, i + 40))} for i in range(4)]
+    run_dir.write_rows(path, rows, {})
+    whole, found = path.read_bytes(), 0
+    first = whole.index(bytes(range(20)))  # in the data, which no decoder checks
+    for place in range(first, first + 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError, match="rows.parquet is damaged"):
+            run_dir.read_rows(path)
+        found += 1
+    assert found == 20
+
+
+def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_writer(tmp_path, monkeypatch):
+    path, events, tensors = tmp_path / "shared" / "a.safetensors", [], {"a": torch.ones(2)}
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
+
+    def interrupted(part, target):
+        events.append(part.name)
+        if len(events) == 2:  # another program writes the same file just now
+            run_dir.write_shared_tensors(path, tensors)
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    run_dir.write_shared_tensors(path, tensors)
+    synced, named = events[::2], events[1::2]
+    assert len(set(synced)) == len(set(named)) == 2 and path.stat().st_ino == synced[0]
+    assert all(name.endswith(".part") for name in named) and [found.name for found in path.parent.iterdir()] == [
+        path.name
+    ]
+
+
 def test_a_hash_that_differs_names_the_file(tmp_path):
     (tmp_path / "a").write_text("content")
     hashes = run_dir.file_hashes([tmp_path / "a"], tmp_path)
@@ -114,3 +148,14 @@ def test_the_weights_hash_sees_one_bit_of_one_weight_and_no_memory_layout():
     with torch.no_grad():
         module.bias[0] = torch.nextafter(module.bias[0], torch.tensor(1e9))
     assert run_dir.weights_hash(module) != before
+
+
+def test_the_weights_hash_sees_names_shapes_and_dtypes():
+    def hash_of(name: str, tensor: torch.Tensor) -> str:
+        module = torch.nn.Module()
+        module.register_buffer(name, tensor)
+        return run_dir.weights_hash(module)
+
+    zeros = torch.zeros(2, 6)
+    named = [("a", zeros), ("b", zeros), ("a", zeros.view(3, 4)), ("a", zeros.int()), ("a", torch.zeros(4, 6).half())]
+    assert len({hash_of(name, tensor) for name, tensor in named}) == 5

@@ -2,6 +2,7 @@
 
 import builtins
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import TrainSettings
-from spin_diffusion.selfplay.zero import check_zero
+from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
 from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")
@@ -73,11 +74,19 @@ def test_under_zero_too(stage, optimizer, tmp_path):
         ({"frozen": True}, "adapters are small"),
         ({"optimizer": "adafactor"}, "--optimizer adafactor works on whole weights: use adamw, rmsprop, sgd"),
         ({"moving_average": True}, "--opponent ema averages whole weights"),
+        ({"scaler": object()}, "--mixed_precision fp16 cannot be used with sharded weights: use bf16"),
+        ({"launched": DistributedType.FSDP, "fsdp_version": 1}, "fsdp_version: 2"),
+        ({"launched": DistributedType.FSDP, "from_one": True}, "fsdp_cpu_ram_efficient_loading: false"),
     ],
 )
 def test_what_cannot_be_done_in_parts_is_refused_in_one_line(changed, said):
     accelerator = create_autospec(Accelerator, instance=True)
-    accelerator.num_processes, accelerator.scaler = changed.get("processes", 2), None
+    accelerator.num_processes, accelerator.scaler = changed.get("processes", 2), changed.get("scaler")
+    accelerator.state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(
+            fsdp_version=changed.get("fsdp_version", 2), cpu_ram_efficient_loading=changed.get("from_one", False)
+        )
+    )
     accelerator.distributed_type = changed.get("launched", DistributedType.MULTI_CPU)
     player = nn.Linear(2, 2).requires_grad_(not changed.get("frozen", False))
     settings = TrainSettings(fully_shard=True, optimizer=changed.get("optimizer", "adamw"))
@@ -93,6 +102,7 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
     ("environment", "changed", "said"),
     [
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, {}, "zero_stage: 1 must be 2 or 3"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "set its offload devices to none"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, {}, "set its offload devices to none"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "leave deepspeed_config_file out"),
         ({}, {"frozen": True}, "adapters are small"),
@@ -114,6 +124,18 @@ def test_what_cannot_be_done_under_zero_is_refused_in_one_line(environment, chan
     with pytest.raises(InputError) as refused:
         check_zero(player, TrainSettings(**changed), accelerator, moving_average)
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_accelerator_as_of_plain_processes_leaves_the_launchers_word(monkeypatch):
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    with as_plain_processes():
+        assert launched_stage() == 0
+    assert launched_stage() == 3
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    with as_plain_processes():
+        pass
+    assert launched_stage() == 0
 
 
 def test_without_deepspeed_its_extra_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from accelerate import Accelerator
 
 from spin_diffusion.selfplay.tracking import log_phase, log_step, name_axis, start_trackers
+from tests.playing import make_game, play_all
 
 
 class Recorder:
@@ -60,3 +61,18 @@ def test_what_a_phase_took_is_told_over_the_rounds():
     accelerator.trackers = [tracker]
     log_phase("spin", 2, "trained", {"seconds": 3.5, "flops": None, "samples": 8}, accelerator)
     assert tracker.told == [(2, {"spin/ledger/trained/seconds": 3.5, "spin/ledger/trained/samples": 8})]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_run_tells_every_step_of_every_round_from_1_on(name, sdxl_dir, tmp_path):
+    game, tracker = make_game(sdxl_dir), Recorder(name)
+    game.accelerator.trackers = [tracker]
+    play_all(sdxl_dir, tmp_path, game=game)
+    rounds = [f"spin/round-{k}" for k in (1, 2)]
+    if name == "wandb":
+        axes = [axis for axis in tracker.axes if "ledger" not in axis[0]]
+        assert axes == [(f"{round_}/*", f"{round_}/step") for round_ in rounds]
+        steps = [[values[f"{r}/step"] for _, values in tracker.told if f"{r}/step" in values] for r in rounds]
+    else:
+        steps = [[step for step, values in tracker.told if any(key.startswith(r) for key in values)] for r in rounds]
+    assert steps == [[1, 2, 3, 4]] * 2

@@ -1,0 +1,68 @@
+"""Which checkpoint is taken up, what a round keeps of itself, and what going back to a snapshot puts back."""
+
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.checkpoints import Snapshots, _newest_checkpoint, remove_checkpoints
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.trainee import Average, Trainee
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in (
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-11.part",
+        "anchor",
+        "healthy",
+        "unet",
+        "checkpoint-notes",
+    ):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_the_newest_whole_checkpoint_is_taken_up_or_the_one_that_is_named(folder, tmp_path):
+    assert _newest_checkpoint(folder, "latest").name == "checkpoint-10"
+    for named in ("checkpoint-9", str(folder / "checkpoint-9"), "elsewhere/checkpoint-9/"):
+        assert _newest_checkpoint(folder, named).name == "checkpoint-9"
+    with pytest.raises(InputError, match="checkpoint-8: .* has checkpoint-9, checkpoint-10; give one of these"):
+        _newest_checkpoint(folder, "checkpoint-8")
+    # A round that has none yet, as all are after the one that was meant
+    assert _newest_checkpoint(folder / "unet", "checkpoint-9") is None
+    assert _newest_checkpoint(folder / "unet", "latest") is None
+
+
+def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays(folder):
+    remove_checkpoints(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-11.part", "checkpoint-notes", "unet"]
+
+
+def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
+    done: list[str] = []
+    game, trainee, average = (create_autospec(kind, instance=True) for kind in (Game, Trainee, Average))
+    game.save.side_effect = lambda target, prove: (done.append(f"saved {target.name}"), target.mkdir(parents=True))
+    game.restore.side_effect = lambda source: done.append(f"restored {source.name}")
+    trainee.game, trainee.accelerator, trainee.ema = game, Accelerator(cpu=True), create_autospec(EMAModel)
+    trainee.gather.side_effect = lambda: done.append("gathered")
+    trainee.scatter.side_effect = lambda: done.append("scattered")
+    snapshots = Snapshots(tmp_path, trainee, average)
+    for step in (0, 20, 40, 60, 80):
+        trainee.ema.shadow_params, average.weights = [torch.tensor([step])], [torch.tensor([-step])]
+        snapshots.take(step)
+    assert sorted(int(path.name) for path in (tmp_path / "healthy").iterdir()) == [0, 40, 60, 80]
+    assert done == [word for step in (0, 20, 40, 60, 80) for word in ("gathered", f"saved {step}")]
+    done.clear()
+    assert snapshots.go_back(before=79) == 60 and done == ["restored 60", "scattered"]
+    assert (trainee.ema.shadow_params[0].item(), average.weights[0].item()) == (60, -60)
+    assert snapshots.go_back(before=60) == 60 and snapshots.go_back(before=-5) == 0
+    done.clear()
+    snapshots.take(60)  # as a resumed run comes by it again
+    assert done == []
