@@ -62,6 +62,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     model, tokenizer = load_language_model(base, options)
     if config.model.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.model.chat_template))
+    check_sizes(model, tokenizer, base, config.language.max_length)
     game = LanguageGame(
         model,
         tokenizer,
@@ -133,6 +134,29 @@ def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedM
             "folder with config.json, safetensors weights and a tokenizer"
         ) from error
     return model, tokenizer
+
+
+def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, max_length: int) -> None:
+    """Refuse what would end in the middle of a run: a token without an embedding, a place without a position.
+
+    Raises:
+        InputError: `max_length` is above the model's positions, learned or not, or the tokenizer has larger ids than
+            the input embedding has rows.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # None, or a number below 1, is how configurations say that there is no limit
+    if positions is not None and 0 < positions < max_length:
+        raise InputError(
+            f"--max_length {max_length} is above the {positions} positions of --model_name_or_path {base} "
+            f"(max_position_embeddings): give at most {positions}"
+        )
+    rows, needed = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise InputError(
+            f"--model_name_or_path {base}: its tokenizer has ids up to {needed - 1}, and its input embedding {rows} "
+            "rows: give the tokenizer that the model was trained with, or resize the embedding "
+            f"(resize_token_embeddings({needed})) and save both"
+        )
 
 
 def _template(path: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
@@ -148,6 +148,32 @@ def changed_base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     shutil.copytree(LANGUAGE / "base", folder)
     return folder
+
+
+def gpt2(folder: Path, **sizes: int) -> str:
+    """An untrained GPT-2 with learned positions, beside the language's tokenizer."""
+    shutil.copytree(LANGUAGE / "base", folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(LANGUAGE / "base" / "tokenizer_config.json", folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes, parts",
+    [
+        ({"n_positions": 24, "vocab_size": 176}, ["--max_length 48", "24 positions", "at most 24"]),
+        ({"n_positions": 48, "vocab_size": 20}, ["ids up to 175", "20 rows", "resize_token_embeddings(176)"]),
+    ],
+)
+def test_a_model_too_small_for_the_settings_is_refused_before_data_is_read(sizes, parts, settings, tmp_path, capsys):
+    settings |= {"model_name_or_path": gpt2(tmp_path / "gpt2", **sizes), "dataset_name": "nowhere.jsonl"}
+    refused(capsys, play(tmp_path, settings), *parts)
+
+
+def test_a_model_of_just_the_right_size_is_played_with(settings, tmp_path):
+    model = gpt2(tmp_path / "gpt2", n_positions=48, vocab_size=176)
+    settings |= {"model_name_or_path": model, "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
+    assert play(tmp_path, settings) == 0
 
 
 def test_a_tokenizer_without_a_chat_template_says_what_to_do(settings, tmp_path, capsys):
