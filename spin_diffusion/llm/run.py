@@ -12,7 +12,7 @@ from spin_diffusion.data.report import LeftOut, ReadReport
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.chat import check_tokenizer
+from spin_diffusion.llm.chat import check_tokenizer, fingerprint
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.evaluating import AnswerEvaluator, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
@@ -78,7 +78,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     # The real answers, some of them held out
     with_rejected = needs_losers(config)
     data, held_out_dir = output_dir / "data", output_dir / "held_out"
-    settings = _data_settings(config, with_rejected)
+    settings = _data_settings(config, with_rejected) | fingerprint(tokenizer)
     report, said = ReadReport(), []
     manifest = prepare(
         data,

@@ -234,6 +234,27 @@ def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, ca
     refused(capsys, play(tmp_path, settings, "--temperature", "0.7"), "temperature: 1.0 -> 0.7")
 
 
+def test_a_changed_chat_template_or_tokenizer_is_refused_in_a_begun_run(settings, tmp_path, capsys):
+    base, template = changed_base(tmp_path), tmp_path / "template.jinja"
+    shutil.copy(base / "chat_template.jinja", template)
+    settings |= {"model_name_or_path": str(base), "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
+    settings |= {"chat_template": str(template), "max_train_steps": 1}
+    assert play(tmp_path, settings) == 0
+    written = template.read_text()
+    template.write_text(written + " ")
+    capsys.readouterr()
+    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (chat_template_sha256)", "restore")
+    template.write_text(written)
+    tokens = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (base / "tokenizer.json").write_text(json.dumps(tokens))
+    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (tokenizer_sha256)")
+    shutil.copy(LANGUAGE / "base" / "tokenizer.json", base)
+    assert play(tmp_path, settings, "--rounds", "2") == 0
+
+
 def test_other_sampling_and_unstable_settings_are_warned_of(settings, tmp_path, capsys):
     argv = ["--objective", "spin", "--beta", "0.1", "--temperature", "0.7", "--rounds", "1"]
     assert play(tmp_path, settings, *argv) == 0
