@@ -14,7 +14,7 @@ from spin_diffusion.data.text import TextExample, read_held_out, read_text_examp
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
-from spin_diffusion.llm.evaluating import AnswerEvaluator, harness_tasks
+from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
@@ -46,6 +46,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     check_folder(config, output_dir)
     if (tasks := harness_tasks(config)) is not None:
         check_tasks(tasks)
+    check_judges(config.evaluation.judges or [])
     accelerator = start(config, output_dir)
     if config.generation.engine == "vllm" and accelerator.num_processes > 1:
         raise InputError(

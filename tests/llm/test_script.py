@@ -131,6 +131,8 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--max_train_steps", "null"], ["--max_train_steps", "--num_train_epochs"]),
         (["--real_parts", "9", "--samples_per_shard", "8"], ["--real_parts 9"]),
         (["--judges", "no_such_judge"], ["no_such_judge"]),
+        (["--judges", "reward_model=/nowhere/at/all"], ["--judges reward_model=/nowhere/at/all", "does not exist"]),
+        (["--judges", "length", "missing.py"], ["missing.py"]),
         (["--chat_template", "nowhere.jinja"], ["--chat_template nowhere.jinja"]),
         (["--train_batch_size", "64"], ["48 pairs", "64"]),
         (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
@@ -142,6 +144,12 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings, *argv), *parts)
+
+
+def test_judges_that_are_not_there_are_refused_before_a_model_is_loaded(settings, tmp_path, capsys):
+    settings["model_name_or_path"] = "nowhere"
+    for judge in ("no_such_judge", "missing.py", "reward_model=~/no/such/model"):
+        refused(capsys, play(tmp_path, settings, "--judges", judge), judge)
 
 
 def changed_base(tmp_path: Path) -> Path:
