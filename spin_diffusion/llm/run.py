@@ -14,6 +14,7 @@ from spin_diffusion.data.text import TextExample, read_held_out, read_text_examp
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
+from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
@@ -108,9 +109,18 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     open_trackers(config, output_dir, accelerator)
     evaluator = AnswerEvaluator(config, game, output_dir, accelerator, progress)
     evaluator.base()
+    costs = ledger_costs(
+        game,
+        output_dir,
+        forwards=1 + config.training.gradient_checkpointing + config.training.two_passes,
+        matrix_flops_per_second=config.run.matrix_flops_per_second,
+    )
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
         held_out_dir if config.data.holds_out else None,
+        costs=lambda rounds: costs(
+            rounds, output_dir if rounds is config.rounds else output_dir / f"compare-{rounds.objective}"
+        ),
     )  # fmt: skip
     if accelerator.is_main_process:
         write_model_card(output_dir, config, manifest["rows"], evaluator.tell())

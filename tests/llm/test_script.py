@@ -67,6 +67,11 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert [model["name"] for model in results["models"]] == ["base", "space round 1", "space round 2",
                                                              "sft, same steps"]  # fmt: skip
     assert {curve["model"] for curve in results["training_curves"]} == {"space", "sft, same steps"}
+    # What each phase took, of the rival's rounds too
+    for folder in (out / "round-1", out / "compare-sft" / "round-2"):
+        ledger = read_json(folder / "round.json")["ledger"]
+        for phase in ("generated", "cached", "trained") if folder.parent == out else ("trained",):
+            assert ledger[phase]["flops"] > 1e6 and 0 < ledger[phase]["matrix_share"] < 1, phase
     measures = {(measure["model"], measure["name"]) for measure in results["measures"]}
     assert {
         ("base", "held_out_nll"),
