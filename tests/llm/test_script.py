@@ -151,6 +151,13 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, setting
     refused(capsys, play(tmp_path, settings, *argv), *parts)
 
 
+def test_a_plan_of_a_language_run_says_what_to_do_instead(settings, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    refused(capsys, run("plan.py", "--config", str(config)), "plan.py is for image models", "--rounds 1")
+    refused(capsys, run("plan.py", "--lerning_rate", "1"), "lerning_rate", "learning_rate")
+
+
 def test_judges_that_are_not_there_are_refused_before_a_model_is_loaded(settings, tmp_path, capsys):
     settings["model_name_or_path"] = "nowhere"
     for judge in ("no_such_judge", "missing.py", "reward_model=~/no/such/model"):
