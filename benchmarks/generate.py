@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from models import MODELS, build, family_of
 from timing import alternate, machine, paired_ratio, report, summary
 
-from spin_diffusion.diffusion.cost import count_units, matrix_rate
+from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.denoiser import compile_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
+from spin_diffusion.selfplay.ledger import matrix_rate
 
 
 def main() -> None:

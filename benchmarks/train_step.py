@@ -23,10 +23,11 @@ from models import MODELS, build, family_of
 from timing import alternate, machine, paired_ratio, report, summary
 from torch.nn.functional import logsigmoid, mse_loss
 
-from spin_diffusion.diffusion.cost import count_units, matrix_rate
+from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import DenoiserSettings, ImageSettings, SamplingSettings
 from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.selfplay.ledger import matrix_rate
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.selfplay.optimizers import make_optimizer
 from spin_diffusion.selfplay.train_settings import TrainSettings

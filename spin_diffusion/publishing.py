@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig
-from spin_diffusion.selfplay.objectives import OBJECTIVES
-from spin_diffusion.selfplay.round_settings import objectives_of
+from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
+from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.run_dir import read_json, write_file
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 
@@ -33,6 +33,7 @@ def write_card(
     samples: str,
     library: str,
     task: str,
+    sources: Mapping[str, tuple[str, str]] | None = None,
     **more: Any,
 ) -> None:
     """Write README.md: base, data, settings, the table with its intervals.
@@ -42,12 +43,13 @@ def write_card(
         base: hub id or local folder of what was trained.
         samples: what the page shows, in the plural.
         library, task: the hub's names of what loads it and of what it does.
+        sources: objective -> method and arXiv number, where they are not those of `OBJECTIVES` in this kind of run.
         more: what the template's own blocks need.
     """
     results = read_json(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
     on_hub = not Path(base).exists()
     objectives = objectives_of(config.rounds)
-    last = OBJECTIVES[objectives[-1]]
+    generated = {source_of(config.rounds, name) for name in objectives}
     # Jinja without autoescape: this is Markdown. What a user or a data set wrote goes in as code or on one line.
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]), undefined=StrictUndefined,
@@ -58,8 +60,9 @@ def write_card(
         base=_line(base if on_hub else Path(base).name),
         base_link=f"https://huggingface.co/{base}" if on_hub else "#use",
         base_argument=json.dumps(base),
-        method=last.method,
-        method_link=f"https://arxiv.org/abs/{last.paper}",
+        methods=_methods(objectives, sources or {}),
+        plays="opponent" in generated,
+        prefers="data" in generated,
         facts=[(name, _line(str(value))) for name, value in facts],
         table=as_markdown(comparisons) if comparisons else "",
         verdict=_verdict(results),
@@ -131,6 +134,13 @@ def objective_fact(config: AnyConfig) -> tuple[str, str]:
     """The same of its objectives."""
     beta = by_round(config, config.rounds.beta)
     return "objective", f"{', '.join(objectives_of(config.rounds))}, beta {beta}, {config.rounds.rounds} rounds"
+
+
+def _methods(objectives: Sequence[ObjectiveName], sources: Mapping[str, tuple[str, str]]) -> str:
+    """The methods of all objectives with links to their papers, in a sentence."""
+    found = [sources.get(name) or (OBJECTIVES[name].method, OBJECTIVES[name].paper) for name in objectives]
+    links = [f"[{method}](https://arxiv.org/abs/{paper})" for method, paper in found]
+    return " and ".join([", ".join(links[:-1]), links[-1]] if links[1:] else links)
 
 
 def _verdict(results: dict[str, Any] | None) -> str:

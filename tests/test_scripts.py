@@ -166,6 +166,7 @@ def test_the_page_and_the_card_show_every_model(settings, tmp_path):
     for name in roles:
         assert name in page and name in card
     assert card.startswith("---\n") and "library_name: diffusers" in card
+    assert "[SPIN-Diffusion](https://arxiv.org/abs/2402.10210): in each round" in card
     # A round is judged against its opponent
     of_round = read_results(out / "round-2" / "evaluation" / "results.json")
     assert [model["name"] for model in of_round["models"]] == ["spin round 1", "spin round 2"]

@@ -7,18 +7,14 @@ plain fine-tuning makes for its logs is left out, and so is every evaluation.
 
 import functools
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from spin_diffusion.selfplay.ledger import wait_for
+from spin_diffusion.selfplay.ledger import counted
 
 
 @dataclass(frozen=True)
@@ -104,21 +100,6 @@ def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pair
     return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
 
 
-@functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of 10; measured once in a process."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        wait_for(device)
-        started = time.perf_counter()
-        a @ b
-        wait_for(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
     """The work of one round of a run by its settings; settings that this version does not have count as off.
 
@@ -171,7 +152,7 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
     size = resolution // 2 ** (len(config.block_out_channels) - 1)
     frames = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
     with torch.no_grad():
-        text, embedded = _counted(lambda: family.embed(pipeline, ["a prompt"]))
+        text, embedded = counted(lambda: family.embed(pipeline, ["a prompt"]))
     conditioning = family.condition(embedded, frames)
     added = tuple((name, tensor.shape, tensor.dtype) for name, tensor in (conditioning.added or {}).items())
     forward, backward, through = _count_unet(_of_shape(pipeline.unet), conditioning.tokens.shape, added, size)
@@ -193,8 +174,8 @@ def _count_vae(kind: type, config: str, resolution: int, size: int) -> tuple[int
         pixels = torch.empty(1, vae.config.in_channels, resolution, resolution)
         latents = torch.empty(1, vae.config.latent_channels, size, size)
     with torch.no_grad():
-        encode, _ = _counted(lambda: vae.encode(pixels))
-        decode, _ = _counted(lambda: vae.decode(latents))
+        encode, _ = counted(lambda: vae.encode(pixels))
+        decode, _ = counted(lambda: vae.decode(latents))
     return encode, decode
 
 
@@ -215,18 +196,11 @@ def _count_unet(
         inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(tokens), "return_dict": False}
         if added:
             inputs["added_cond_kwargs"] = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in added}
-    forward, (predicted,) = _counted(lambda: unet(x_t, t, **inputs))
+    forward, (predicted,) = counted(lambda: unet(x_t, t, **inputs))
     total = predicted.sum()
 
     def backward(to: list[torch.Tensor]) -> int:
         # The engine computes only what leads to the tensors asked for, as if the others needed no gradient
-        return _counted(lambda: torch.autograd.grad(total, to, retain_graph=True, allow_unused=True))[0]
+        return counted(lambda: torch.autograd.grad(total, to, retain_graph=True, allow_unused=True))[0]
 
     return forward, backward(list(unet.parameters())), backward([x_t])
-
-
-def _counted(call: Callable[[], Any]) -> tuple[int, Any]:
-    # The counter has no formula for the CPU's fused attention, which it would pass over in silence
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        result = call()
-    return counter.get_total_flops(), result

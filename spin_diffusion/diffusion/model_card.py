@@ -11,6 +11,14 @@ from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.publishing import UPLOADED, objective_fact, round_facts, write_card
 
+SOURCES = {
+    "spin": ("SPIN-Diffusion", "2402.10210"),
+    "kto": ("Diffusion-KTO", "2404.04465"),
+    "dpo": ("Diffusion-DPO", "2311.12908"),
+    "sft": ("supervised fine-tuning", "2112.10752"),
+}
+"""Method and arXiv number of the objectives that a paper of its own brought to images."""
+
 
 def write_model_card(
     output_dir: Path, config: Config, pipeline: str, rows: int, comparisons: Sequence[Comparison]
@@ -27,6 +35,7 @@ def write_model_card(
         samples="pictures",
         library="diffusers",
         task="text-to-image",
+        sources=SOURCES,
         pipeline=pipeline,
         uses_lora=config.lora.use_lora,
         arguments=f'{json.dumps(config.run.hub_model_id)}, subfolder="{folder}"'

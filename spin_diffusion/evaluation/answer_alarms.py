@@ -49,6 +49,9 @@ class AnswerThresholds:
     """Rise of the mean share of repeated runs of three words, 0 to 1."""
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
+    diversity_prompts: int = 5
+    """Of fewer prompts it is not judged: that two of two fall is chance in one case of four, and that five of five do
+    in one of 32."""
     same_rise: float = 0.05
     """Rise of the share of pairs of seeds that give the same answer, 0 to 1."""
     cut_rise: float = 0.05
@@ -164,6 +167,10 @@ def diversity_over_seeds(
     alarm = "diversity_over_seeds"
     if min(len(row) for row in baseline) < 2:
         return not_run(alarm, "there is one answer per prompt; draw 2 or more (4 say more)")
+    if len(baseline) < thresholds.diversity_prompts:
+        return not_run(
+            alarm, f"{len(baseline)} prompts are too few to tell; ask {thresholds.diversity_prompts} or more"
+        )
     before, after = (np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate))
     difference = paired_difference(after, before, resamples=resamples)
     level = float(before.mean())
@@ -180,7 +187,8 @@ def diversity_over_seeds(
         f"{distinct[1]:.2f} of {len(baseline[0])}."
     )
     if state != "ok":
-        text += " The model gives ever the same answer: stop earlier, or train for fewer steps per round."
+        seen = "The model gives ever the same answer" if distinct[1] < distinct[0] else "Answers differ in fewer words"
+        text += f" {seen}: stop earlier, or train for fewer steps per round."
     return Alarm(alarm, state, drop, thresholds.diversity_drop, text)
 
 

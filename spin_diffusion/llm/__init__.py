@@ -4,6 +4,7 @@ chat         text -> tokens, of the prompts that are answered and of the pairs t
 generation   prompt -> the opponent's answer
 logprobs     answer -> its log-probability, which is the score
 game         all of it behind the contract that the rounds know
+cost         what all of that takes in floating-point operations
 run          the main job; config: its settings; model_card: what it leaves
 evaluating   base, rounds and rivals in a run; lm_eval_tasks: by lm-evaluation-harness
 """

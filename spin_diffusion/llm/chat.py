@@ -4,6 +4,8 @@ An answer's score is the density that it was drawn from only if both see the sam
 written as a drawn one is: it ends with the end token that the model draws, and where it is cut it has none.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -253,6 +255,20 @@ class Chat:
             return True
         # By itself a text may lose the space before it, which it has behind its prompt
         return self._decode(written.prompt_ids + written.ids) == self._decode(written.prompt_ids) + written.text
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of what decides the tokens of a text: of the chat template; of the vocabulary, the special tokens and what
+    becomes of a few texts."""
+    encoded = [_encode(tokenizer, text) for text in (*SAMPLE_TEXTS, *SAMPLE)]
+    said = {
+        "chat_template": tokenizer.chat_template,
+        "tokenizer": [tokenizer.get_vocab(), tokenizer.special_tokens_map, encoded],
+    }
+    return {
+        f"{name}_sha256": hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        for name, content in said.items()
+    }
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, chats: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """The evaluations of a language run: held-out prompts answered by the present player, judged; held-out likelihood."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from spin_diffusion.evaluation.answering import (
     read_judge,
 )
 from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
+from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
@@ -36,6 +39,21 @@ def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
     return HarnessTasks(
         tuple(asked.lm_eval_tasks), asked.lm_eval_folder, asked.lm_eval_limit, asked.lm_eval_chat_template
     )
+
+
+def check_judges(specs: Sequence[str]) -> None:
+    """Refuse before a run judges that there are not, and weights that are neither on the disk nor a hub's.
+
+    An evaluation goes on without a judge that cannot be loaded; whoever asks for one should not train first.
+
+    Raises:
+        InputError: names the flag and the judge.
+    """
+    check_specs(JUDGES, specs)
+    for spec in specs:
+        _, _, path = parse_spec(spec)
+        if path and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+            raise InputError(f"--judges {spec}: {path} does not exist, and a hub id is written ORG/NAME")
 
 
 def _fits(example: TextExample, game: LanguageGame) -> bool:

@@ -12,9 +12,10 @@ from spin_diffusion.data.report import LeftOut, ReadReport
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.chat import check_tokenizer
+from spin_diffusion.llm.chat import check_tokenizer, fingerprint
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
-from spin_diffusion.llm.evaluating import AnswerEvaluator, harness_tasks
+from spin_diffusion.llm.cost import ledger_costs
+from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
@@ -46,6 +47,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     check_folder(config, output_dir)
     if (tasks := harness_tasks(config)) is not None:
         check_tasks(tasks)
+    check_judges(config.evaluation.judges or [])
     accelerator = start(config, output_dir)
     if config.generation.engine == "vllm" and accelerator.num_processes > 1:
         raise InputError(
@@ -62,6 +64,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     model, tokenizer = load_language_model(base, options)
     if config.model.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.model.chat_template))
+    check_sizes(model, tokenizer, base, config.language.max_length)
     game = LanguageGame(
         model,
         tokenizer,
@@ -77,7 +80,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     # The real answers, some of them held out
     with_rejected = needs_losers(config)
     data, held_out_dir = output_dir / "data", output_dir / "held_out"
-    settings = _data_settings(config, with_rejected)
+    settings = _data_settings(config, with_rejected) | fingerprint(tokenizer)
     report, said = ReadReport(), []
     manifest = prepare(
         data,
@@ -106,9 +109,18 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     open_trackers(config, output_dir, accelerator)
     evaluator = AnswerEvaluator(config, game, output_dir, accelerator, progress)
     evaluator.base()
+    costs = ledger_costs(
+        game,
+        output_dir,
+        forwards=1 + config.training.gradient_checkpointing + config.training.two_passes,
+        matrix_flops_per_second=config.run.matrix_flops_per_second,
+    )
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
         held_out_dir if config.data.holds_out else None,
+        costs=lambda rounds: costs(
+            rounds, output_dir if rounds is config.rounds else output_dir / f"compare-{rounds.objective}"
+        ),
     )  # fmt: skip
     if accelerator.is_main_process:
         write_model_card(output_dir, config, manifest["rows"], evaluator.tell())
@@ -133,6 +145,29 @@ def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedM
             "folder with config.json, safetensors weights and a tokenizer"
         ) from error
     return model, tokenizer
+
+
+def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, max_length: int) -> None:
+    """Refuse what would end in the middle of a run: a token without an embedding, a place without a position.
+
+    Raises:
+        InputError: `max_length` is above the model's positions, learned or not, or the tokenizer has larger ids than
+            the input embedding has rows.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # None, or a number below 1, is how configurations say that there is no limit
+    if positions is not None and 0 < positions < max_length:
+        raise InputError(
+            f"--max_length {max_length} is above the {positions} positions of --model_name_or_path {base} "
+            f"(max_position_embeddings): give at most {positions}"
+        )
+    rows, needed = len(model.get_input_embeddings().weight), max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        raise InputError(
+            f"--model_name_or_path {base}: its tokenizer has ids up to {needed - 1}, and its input embedding {rows} "
+            "rows: give the tokenizer that the model was trained with, or resize the embedding "
+            f"(resize_token_embeddings({needed})) and save both"
+        )
 
 
 def _template(path: Path) -> str:

@@ -1,12 +1,16 @@
 """What each phase of a round took: seconds, samples a second, counted work, its share of what the device can do."""
 
+import functools
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 COUNTED = ("generated", "cached", "probed", "trained", "evaluated")
 """Phases that do a round's work; the rest of its time is overhead."""
@@ -61,6 +65,29 @@ class Stopwatch:
 def everywhere(samples: int, accelerator: Accelerator) -> int:
     """The sum over all processes."""
     return int(accelerator.reduce(torch.tensor(samples, device=accelerator.device)).item())
+
+
+def counted(call: Callable[[], Any]) -> tuple[int, Any]:
+    """FLOPs of a call by torch's counter (a multiplication and an addition are two), and what it returns."""
+    # The counter has no formula for the CPU's fused attention, which it would pass over in silence
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result = call()
+    return counter.get_total_flops(), result
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of 10; measured once in a process."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        wait_for(device)
+        started = time.perf_counter()
+        a @ b
+        wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def wait_for(device: torch.device) -> None:

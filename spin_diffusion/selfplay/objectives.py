@@ -193,7 +193,8 @@ Loss = Callable[[PairScores], Float[Tensor, " batch"]]
 
 class Objective(NamedTuple):
     """A loss, where its generated side comes from (the opponent draws it, the data set has it, or none is needed), and
-    the method's name and arXiv number for model cards."""
+    the method's name and arXiv number for model cards: of the paper that gave it, whatever it was made for. A kind of
+    run whose cards name another one says so itself."""
 
     loss: Callable[..., Float[Tensor, " batch"]]
     generated: Literal["opponent", "data", "none"]
@@ -206,18 +207,18 @@ ObjectiveName = Literal[
 ]  # fmt: skip
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {
-    "spin": Objective(spin, "opponent", "SPIN-Diffusion", "2402.10210"),
+    "spin": Objective(spin, "opponent", "SPIN", "2401.01335"),
     "space": Objective(space, "opponent", "SPACE", "2512.07175"),
     "bco": Objective(bco, "opponent", "BCO", "2404.04656"),
     "nca": Objective(nca, "opponent", "NCA", "2402.05369"),
     "hinge": Objective(hinge, "opponent", "SPIN with a hinge loss", "2401.01335"),
     "ipo": Objective(ipo, "opponent", "IPO", "2310.12036"),
     "sspo": Objective(sspo, "opponent", "SePPO's sign rule", "2410.05255"),
-    "kto": Objective(kto, "opponent", "Diffusion-KTO", "2404.04465"),
+    "kto": Objective(kto, "opponent", "KTO", "2402.01306"),
     "mapo": Objective(mapo, "opponent", "MaPO", "2406.06424"),
     "dro": Objective(dro, "opponent", "Diffusion-DRO", "2510.18353"),
-    "dpo": Objective(dpo, "data", "Diffusion-DPO", "2311.12908"),
-    "sft": Objective(sft, "none", "supervised fine-tuning", "2112.10752"),
+    "dpo": Objective(dpo, "data", "DPO", "2305.18290"),
+    "sft": Objective(sft, "none", "supervised fine-tuning", "2203.02155"),
 }
 
 RUN_SETTINGS = {"beta", "mu"}

@@ -48,7 +48,8 @@ def prepare(
         if manifest["settings"] != settings:
             changed = [key for key in settings if manifest["settings"].get(key) != settings[key]]
             raise InputError(
-                f"{directory} was prepared with other settings ({', '.join(changed)}): start in another --output_dir"
+                f"{directory} was prepared with other settings ({', '.join(changed)}): restore them, or start in "
+                "another --output_dir"
             )
         if accelerator.is_main_process:
             verify_hashes(manifest["files"], directory)

@@ -139,6 +139,13 @@ def test_the_same_answer_for_every_seed_is_an_alarm() -> None:
     assert (
         diversity_over_seeds(base, nearly, LIMITS).state == "alarm" and same_answers(base, nearly, LIMITS).state == "ok"
     )
+    # and nothing is said of the same answer where their number has not fallen
+    assert "ever the same answer" in fired.explanation
+    said = diversity_over_seeds(base, nearly, LIMITS).explanation
+    assert "from 4.00 to 4.00 of 4" in said and "the same answer" not in said and "fewer words" in said
+    few = diversity_over_seeds(base[:4], nearly[:4], LIMITS)
+    assert few.state == "not run" and "4 prompts are too few" in few.explanation
+    assert diversity_over_seeds(base[:5], nearly[:5], LIMITS).state == "alarm"
 
 
 def test_equal_answers_count_from_ten_words_on() -> None:

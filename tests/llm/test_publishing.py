@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion import publishing
+from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.llm.model_card import write_model_card
 from tests.llm.playing import LANGUAGE
 from tests.llm.test_script import play, refused, settings  # noqa: F401
 
@@ -63,6 +65,25 @@ def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings,
                  "LoRA of rank 4" if use_peft else "all weights"):  # fmt: skip
         assert part in text, part
     assert ("PeftModel" in text) == use_peft and "guidance" not in text and "image" not in text
+
+
+@pytest.mark.parametrize(
+    "objective, says",
+    [
+        ("spin", "by self-play from [base](#use) with [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+        ("space", "with [SPACE](https://arxiv.org/abs/2512.07175): in each round"),
+        ("dpo", "fine-tuned from [base](#use) with [DPO](https://arxiv.org/abs/2305.18290): the player learns to"),
+        ("sft", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155) on the data's answers alone."),
+        ("kto", "with [KTO](https://arxiv.org/abs/2402.01306): in each round"),
+        ("[sft, space, spin]", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155), "
+         "[SPACE](https://arxiv.org/abs/2512.07175) and [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
+    argv = ["--model_name_or_path", str(LANGUAGE / "base"), "--dataset_name", "rows.jsonl", "--rounds", "4"]
+    write_model_card(tmp_path, parse_language_config([*argv, "--objective", objective]), 48, [])
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert says in card and "Diffusion" not in card
 
 
 def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811

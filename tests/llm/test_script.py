@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
@@ -67,6 +67,11 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert [model["name"] for model in results["models"]] == ["base", "space round 1", "space round 2",
                                                              "sft, same steps"]  # fmt: skip
     assert {curve["model"] for curve in results["training_curves"]} == {"space", "sft, same steps"}
+    # What each phase took, of the rival's rounds too
+    for folder in (out / "round-1", out / "compare-sft" / "round-2"):
+        ledger = read_json(folder / "round.json")["ledger"]
+        for phase in ("generated", "cached", "trained") if folder.parent == out else ("trained",):
+            assert ledger[phase]["flops"] > 1e6 and 0 < ledger[phase]["matrix_share"] < 1, phase
     measures = {(measure["model"], measure["name"]) for measure in results["measures"]}
     assert {
         ("base", "held_out_nll"),
@@ -131,6 +136,8 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--max_train_steps", "null"], ["--max_train_steps", "--num_train_epochs"]),
         (["--real_parts", "9", "--samples_per_shard", "8"], ["--real_parts 9"]),
         (["--judges", "no_such_judge"], ["no_such_judge"]),
+        (["--judges", "reward_model=/nowhere/at/all"], ["--judges reward_model=/nowhere/at/all", "does not exist"]),
+        (["--judges", "length", "missing.py"], ["missing.py"]),
         (["--chat_template", "nowhere.jinja"], ["--chat_template nowhere.jinja"]),
         (["--train_batch_size", "64"], ["48 pairs", "64"]),
         (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
@@ -144,10 +151,49 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, setting
     refused(capsys, play(tmp_path, settings, *argv), *parts)
 
 
+def test_a_plan_of_a_language_run_says_what_to_do_instead(settings, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    refused(capsys, run("plan.py", "--config", str(config)), "plan.py is for image models", "--rounds 1")
+    refused(capsys, run("plan.py", "--lerning_rate", "1"), "lerning_rate", "learning_rate")
+
+
+def test_judges_that_are_not_there_are_refused_before_a_model_is_loaded(settings, tmp_path, capsys):
+    settings["model_name_or_path"] = "nowhere"
+    for judge in ("no_such_judge", "missing.py", "reward_model=~/no/such/model"):
+        refused(capsys, play(tmp_path, settings, "--judges", judge), judge)
+
+
 def changed_base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     shutil.copytree(LANGUAGE / "base", folder)
     return folder
+
+
+def gpt2(folder: Path, **sizes: int) -> str:
+    """An untrained GPT-2 with learned positions, beside the language's tokenizer."""
+    shutil.copytree(LANGUAGE / "base", folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(LANGUAGE / "base" / "tokenizer_config.json", folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes, parts",
+    [
+        ({"n_positions": 24, "vocab_size": 176}, ["--max_length 48", "24 positions", "at most 24"]),
+        ({"n_positions": 48, "vocab_size": 20}, ["ids up to 175", "20 rows", "resize_token_embeddings(176)"]),
+    ],
+)
+def test_a_model_too_small_for_the_settings_is_refused_before_data_is_read(sizes, parts, settings, tmp_path, capsys):
+    settings |= {"model_name_or_path": gpt2(tmp_path / "gpt2", **sizes), "dataset_name": "nowhere.jsonl"}
+    refused(capsys, play(tmp_path, settings), *parts)
+
+
+def test_a_model_of_just_the_right_size_is_played_with(settings, tmp_path):
+    model = gpt2(tmp_path / "gpt2", n_positions=48, vocab_size=176)
+    settings |= {"model_name_or_path": model, "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
+    assert play(tmp_path, settings) == 0
 
 
 def test_a_tokenizer_without_a_chat_template_says_what_to_do(settings, tmp_path, capsys):
@@ -206,6 +252,27 @@ def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_p
 def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, capsys):
     assert play(tmp_path, settings | {"rounds": 1}) == 0
     refused(capsys, play(tmp_path, settings, "--temperature", "0.7"), "temperature: 1.0 -> 0.7")
+
+
+def test_a_changed_chat_template_or_tokenizer_is_refused_in_a_begun_run(settings, tmp_path, capsys):
+    base, template = changed_base(tmp_path), tmp_path / "template.jinja"
+    shutil.copy(base / "chat_template.jinja", template)
+    settings |= {"model_name_or_path": str(base), "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
+    settings |= {"chat_template": str(template), "max_train_steps": 1}
+    assert play(tmp_path, settings) == 0
+    written = template.read_text()
+    template.write_text(written + " ")
+    capsys.readouterr()
+    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (chat_template_sha256)", "restore")
+    template.write_text(written)
+    tokens = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (base / "tokenizer.json").write_text(json.dumps(tokens))
+    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (tokenizer_sha256)")
+    shutil.copy(LANGUAGE / "base" / "tokenizer.json", base)
+    assert play(tmp_path, settings, "--rounds", "2") == 0
 
 
 def test_other_sampling_and_unstable_settings_are_warned_of(settings, tmp_path, capsys):
