@@ -71,6 +71,7 @@ PROMPTS = [
     "<|startoftext|>red",
     "red <end_of_text> fox",
     "<script>alert('x')</script>",
+    "<b>A&amp;amp;B&amp;nbsp;c</b>",  # ftfy leaves entities beside a tag alone
 ]
 CLAIMS_AN_END = PROMPTS.index("red <end_of_text> fox")
 """The package ends a prompt at its own name of the end token. Here no prompt can: a tower read there would be told
