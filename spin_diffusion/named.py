@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ def load_named(package: str, name: str, attribute: str) -> Any:
     """The `attribute` of module `name` in `package`, or of the file `name` if that ends in ".py" (which is executed).
 
     Raises:
-        InputError: no such module or file, or it does not define `attribute`.
+        InputError: no such module or file, it cannot be imported, or it does not define `attribute`.
     """
     module = load_module(package, name)
     if not hasattr(module, attribute):
@@ -29,7 +30,7 @@ def load_module(package: str, name: str) -> ModuleType:
     """Module `name` of `package`, or the file `name` if that ends in ".py" (which is executed).
 
     Raises:
-        InputError: no such module or file.
+        InputError: no such module or file, or the file cannot be imported.
     """
     if name.endswith(".py"):
         return _load_file(Path(name))
@@ -57,7 +58,19 @@ def _load_file(path: Path) -> ModuleType:
     sys.modules[unique_name] = module  # dataclasses and pickling look their module up here
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[unique_name]
-        raise
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            raise
+        raise InputError(f"{path} cannot be imported: {raised(error)}") from error
     return module
+
+
+def raised(error: Exception) -> str:
+    """In one line, what was raised and where: type, file, line and message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f" at {Path(error.filename).name} line {error.lineno}"
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}{where}{': ' if message else ''}{message}"

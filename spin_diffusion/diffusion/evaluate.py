@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_pro
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
+from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.selfplay.progress import Bars, Progress
@@ -115,6 +117,9 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     for source in sources:
         _check_known(source, None, output_dir)
     prompts = _prompts(settings, sources)
+    for source in sources:
+        if source.kind == "images":
+            _check_pictures(source, [row.prompt for row in prompts.rows], settings.images_per_prompt)
     captions = None
     if settings.training_captions:
         captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
@@ -253,6 +258,17 @@ def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSe
     return PromptSet(
         Path(sources[0].path).name, kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
     )
+
+
+def _check_pictures(source: ModelSource, prompts: list[str], images_per_prompt: int) -> None:
+    """A folder without one whole prompt leaves nothing to compare; pictures that lack here and there are counted."""
+    numbers = Counter(row["prompt"] for row in read_given_pictures(Path(source.path)))
+    most = max(numbers[prompt] for prompt in prompts)
+    where = f"--models {source.name}={source.path}"
+    if most == 0:
+        raise InputError(f"{where} has pictures of none of the {len(prompts)} prompts, such as {shortened(prompts[0])}")
+    if most < images_per_prompt:
+        raise InputError(f"{where} has {most} pictures of a prompt at most: give --images_per_prompt {most} or fewer")
 
 
 class _Drawer:

@@ -208,9 +208,11 @@ def _verdict_entry(
     alarms: list[dict[str, Any]],
     kind: str,
 ) -> dict[str, Any]:
-    verdicts = {e["scorer"]: e["verdict"] for e in entries if e["model"] == model and e["guidance_scale"] == scale}
+    ours = [e for e in entries if e["model"] == model and e["guidance_scale"] == scale]
+    verdicts = {e["scorer"]: e["verdict"] for e in ours}
+    moved = [e["scorer"] for e in ours if e["low"] > 0 or e["high"] < 0]
     states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
-    said, reason = overall_verdict(verdicts, roles, states, kind)
+    said, reason = overall_verdict(verdicts, roles, states, kind, moved)
     return {"model": model, "guidance_scale": scale, "verdict": said, "reason": reason}
 
 

@@ -156,7 +156,7 @@ def save_picture(row: dict[str, Any], image: Image.Image | None, folder: Path) -
 def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
     """Write an encoded picture as it is and return the request with its file, hash and photometry.
 
-    A picture that cannot be decoded is kept out: its row has no file, and a state that says why.
+    A picture that cannot be decoded or shown is kept out: its row has no file, and a state that says why.
     """
     digest = hashlib.sha256(data).hexdigest()
     try:
@@ -165,8 +165,13 @@ def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
     except Exception as error:  # Pillow's decoders raise dozens of kinds
         reason = "not an image" if "<_io" in str(error) else (str(error).splitlines() or ["damaged"])[0][:200]
         return without_picture(row, f"cannot be decoded: {reason}", digest)
+    try:
+        measured = measure_image(image)
+    except InputError as error:
+        return without_picture(row, f"cannot be shown: {error}", digest)
+    if measured.state == "not finite":
+        return without_picture(row, "not finite", digest)
     write_file(path, lambda part: part.write_bytes(data))
-    measured = measure_image(image)
     return row | {
         "file": path.name, "sha256": digest, "state": measured.state, "saturation": measured.saturation,
         "clipped": measured.clipped, "sharpness": measured.sharpness,

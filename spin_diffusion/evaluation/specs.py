@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.named import load_module, load_named
+from spin_diffusion.named import load_module, load_named, raised
+
+_T = TypeVar("_T")
 
 Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
 """What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
@@ -86,6 +88,20 @@ def load_part(package: str, kind: str, spec: str, device: str) -> Part:
         raise InputError(f"{kind} {name}: load({device!r}) must return a function, got {type(call).__name__}")
     said = about_part(package, spec)
     return Part(name, said, call, path or said.checkpoint or "", getattr(call, "checkpoint", {}))
+
+
+def guarded(who: str, run: Callable[..., _T], *arguments: Any) -> _T:
+    """`run(*arguments)` of a scorer or judge, which may be anybody's code: what it raises is why it cannot run.
+
+    Raises:
+        InputError: it raised; the type, the file and the line are named.
+    """
+    try:
+        return run(*arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{who} failed: {raised(error)}") from error
 
 
 def check_specs(package: str, specs: Sequence[str]) -> None:

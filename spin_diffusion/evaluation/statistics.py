@@ -5,7 +5,7 @@ of few prompts do not look like much evidence. Everything here is a pure functio
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -222,6 +222,7 @@ def overall_verdict(
     roles: Mapping[str, Role],
     alarms: Mapping[str, AlarmState],
     samples: str = "images",
+    moved: Collection[str] = (),
 ) -> tuple[ModelVerdict, str]:
     """What is concluded of one model at one guidance scale, and why in one sentence.
 
@@ -243,6 +244,7 @@ def overall_verdict(
         roles: scorer -> its role; at least the scorers of `verdicts`.
         alarms: id of the alarm -> its state.
         samples: what the model makes, for the sentence.
+        moved: scorers whose interval of the difference excludes 0, for the sentence: tables show these numbers in bold.
     """
     fired = [alarm for alarm, state in alarms.items() if state == "alarm"]
     if fired:
@@ -285,8 +287,17 @@ def overall_verdict(
             f"The model is worse than the baseline by {_listed(worse)} alone, and no other scorer confirms it; "
             "that is not enough to call it regressed."
         )
+    drifted = [name for name in moved if verdicts.get(name) == "drift"]
+    beside = f" It did change by {_listed(drifted)}, which is neither good nor bad." if drifted else ""
+    if unconfirmed := [name for name in moved if verdicts.get(name) == "inconclusive"]:
+        return "inconclusive", (
+            f"The mean moved by {_listed(unconfirmed)}, but wins and losses do not confirm it (sign test): a few "
+            f"prompts carry it, or there are too few.{beside}"
+        )
+    no_scorer = "No scorer that can tell better from worse" if drifted else "No scorer"
     return "inconclusive", (
-        "No scorer sees a difference to the baseline: there is none, or it is too small for this many prompts."
+        f"{no_scorer} sees a difference to the baseline: there is none, or it is too small for this many "
+        f"prompts.{beside}"
     )
 
 

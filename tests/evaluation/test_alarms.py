@@ -163,6 +163,23 @@ def test_a_model_that_truly_gains_in_domain_seldom_sets_off_goodhart_however_man
     assert fired <= 5  # 1 or 2 expected; without the correction 11
 
 
+def test_scorers_that_are_nearly_one_make_alarms_and_verdicts_only_more_cautious() -> None:
+    """HPS v2.0 and v2.1, say: what is adjusted for the number of scorers holds however much they agree."""
+    roles: dict[str, Role] = {"pickscore": "in-domain", "hps": "held-out", "hps_again": "held-out"}
+    gravity = {"ok": 0, "warn": 1, "alarm": 2}
+    found = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        one = {"pickscore": rng.normal(0.5, 1, 60), "hps": rng.normal(-0.25, 1, 60)}
+        both = one | {"hps_again": one["hps"]}
+        alone, twice = (goodhart(differences, roles, resamples=500).state for differences in (one, both))
+        assert gravity[twice] <= gravity[alone]
+        found |= {(alone, twice)}
+        p_values = [sign_test_p(int((d > 0).sum()), int((d < 0).sum())) for d in both.values()]
+        assert (holm(p_values)[:2] >= holm(p_values[:2])).all()
+    assert ("alarm", "alarm") in found and ("alarm", "warn") in found and ("ok", "ok") in found
+
+
 def test_a_chance_rise_of_one_of_many_in_domain_scorers_is_no_reason_to_believe_in_goodhart() -> None:
     rng = np.random.default_rng(4)
     roles: dict[str, Role] = {f"pleased {i}": "in-domain" for i in range(8)} | {"judge": "held-out"}

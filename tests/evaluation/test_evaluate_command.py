@@ -160,15 +160,75 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200).save(light / "7-0.png")
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(16, 16, 4), "CMYK").save(light / "8-0.tiff")
     Image.new("RGB", (1, 1)).save(light / "9-0.png")
+    # Floats: not numbers, and numbers without a white
+    for file, level in (("10-0.tiff", np.nan), ("11-0.tiff", 0.5)):
+        Image.fromarray(np.full((16, 16), level, dtype=np.float32)).save(light / file)
+    metadata = light / "metadata.jsonl"
+    for name in ('"8-0', '"10-0', '"11-0'):
+        (light / f"{name[1:]}.png").unlink()
+        metadata.write_text(metadata.read_text().replace(f"{name}.png", f"{name}.tiff"))
     argv = ["--scorers", f"{scorer},sharpness", "--images_per_prompt", "2", "--output_dir", str(tmp_path / "out")]
     assert run("evaluate.py", "--models", f"dark={dark}", f"light={light}", *argv) == 0
     results = read_results(tmp_path / "out" / "results.json")
     what = {failure["prompt"]: failure["what"] for failure in results["failures"]}
     assert "cannot be decoded" in what["picture 3"] and "cannot be read" in what["picture 4"]
-    assert "constant" in what["picture 5"] and "constant" in what["picture 9"] and len(what) == 4
+    assert "constant" in what["picture 5"] and "constant" in what["picture 9"] and len(what) == 6
+    assert "not finite" in what["picture 10"] and "cannot be shown: an image of 32-bit floats" in what["picture 11"]
     redness = next(c for c in results["comparisons"] if c["scorer"] == "redness")
-    assert redness["num_prompts"] == 28 and redness["verdict"] == "improved" and 90 < redness["difference"] < 105
+    assert redness["num_prompts"] == 26 and redness["verdict"] == "improved" and 90 < redness["difference"] < 105
     assert next(v for v in results["verdicts"])["verdict"] in ("improved", "suspect")
+
+
+def test_a_folder_that_has_nothing_to_compare_is_refused_before_anything_is_written(tmp_path, capsys):
+    prompts = [f"picture {n}" for n in range(3)]
+    models = [f"a={write_pictures(tmp_path / 'a', prompts, 20)}", f"b={write_pictures(tmp_path / 'b', prompts, 90, 1)}"]
+    argv = ["--scorers", "sharpness", "--output_dir", str(tmp_path / "out")]
+    # The default is 4 pictures of a prompt
+    refused(
+        capsys, run("evaluate.py", "--models", *models, *argv), "a has 2 pictures", "--images_per_prompt 2 or fewer"
+    )
+    argv += ["--images_per_prompt", "2"]
+    refused(
+        capsys, run("evaluate.py", "--models", *models, *argv), "b=", "1 pictures", "--images_per_prompt 1 or fewer"
+    )
+    other = write_pictures(tmp_path / "other", ["x", "y"], 90)
+    code = run("evaluate.py", "--models", models[0], f"other={other}", *argv)
+    refused(capsys, code, "other=", "none of the 3 prompts, such as 'picture 0'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def load(device):\n    raise RuntimeError('no\\nway')\n", "RuntimeError at odd.py line 2: no way"),
+        ("def load(device):\n    return lambda i, p: 1 / 0\n", "ZeroDivisionError at odd.py line 2: division by zero"),
+        ("def load(device):\n    return lambda i, p: open('no.pt')\n", "FileNotFoundError at odd.py line 2"),
+    ],
+)
+def test_a_scorer_of_ones_own_that_raises_is_not_run_and_the_others_are_kept(code, reason, scorer, tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(code)
+    prompts = [f"picture {n}" for n in range(3)]
+    models = [f"{name}={write_pictures(tmp_path / name, prompts, level)}" for name, level in (("a", 20), ("b", 90))]
+    argv = ["--images_per_prompt", "2", "--output_dir", str(tmp_path / "out")]
+    assert run("evaluate.py", "--models", *models, "--scorers", f"{tmp_path / 'odd.py'},{scorer}", *argv) == 0
+    said = {s["name"]: s for s in read_results(tmp_path / "out" / "results.json")["scorers"]}
+    assert said["redness"]["state"] == "run" and said["odd"]["state"] == "not run"
+    assert reason in said["odd"]["reason"] and "\n" not in said["odd"]["reason"]
+    assert f"scorer odd was not run: scorer odd failed: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import nothere\n", "ModuleNotFoundError at odd.py line 1: No module named 'nothere'"),
+        ("def load(device:\n", "SyntaxError at odd.py line 1"),
+    ],
+)
+def test_a_scorer_that_cannot_be_imported_is_said_in_one_line(code, reason, tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(code)
+    models = [f"a={write_pictures(tmp_path / 'a', ['x', 'y'], 20)}"]
+    argv = ["--scorers", str(tmp_path / "odd.py"), "--output_dir", str(tmp_path / "out")]
+    refused(capsys, run("evaluate.py", "--models", *models, *argv), "odd.py cannot be imported", reason)
 
 
 def test_pictures_of_an_unknown_protocol_are_not_compared_with_drawn_ones(

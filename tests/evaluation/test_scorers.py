@@ -49,7 +49,7 @@ def test_two_files_of_one_name_do_not_shadow_each_other_nor_a_library(tmp_path: 
 def test_the_device_reaches_load(tmp_path: Path) -> None:
     path = tmp_path / "where.py"
     path.write_text("def load(device):\n    raise RuntimeError('on ' + device)\n")
-    with pytest.raises(RuntimeError, match="on cuda:3"):
+    with pytest.raises(InputError, match="on cuda:3"):
         load_scorer(str(path), "cuda:3")
 
 
@@ -150,7 +150,7 @@ def test_no_memory_for_a_single_image_is_said_in_one_line() -> None:
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
     stand_in = Small(0, RuntimeError("shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(InputError, match="failed: RuntimeError .*shapes cannot be multiplied"):
         loaded(stand_in)(pictures(4), ["a"] * 4)
     assert stand_in.sizes == [4]
 
@@ -190,7 +190,7 @@ def test_a_file_that_fails_says_why_and_can_be_mended(tmp_path: Path) -> None:
     path = tmp_path / "broken.py"
     path.write_text("import no_such_package")
     for _ in range(2):
-        with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        with pytest.raises(InputError, match="ModuleNotFoundError at broken.py line 1.*no_such_package"):
             load_scorer(str(path), "cpu")
     write_scorer(tmp_path, "torch.zeros(len(images))", "broken")
     assert load_scorer(str(path), "cpu").name == "broken"

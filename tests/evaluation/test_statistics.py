@@ -343,6 +343,22 @@ def test_the_rule_of_the_overall_verdict(moved: dict[str, int], expected: str, w
     assert "\n" not in reason and reason.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("moved", "words", "not_said"),
+    [
+        (["sharpness"], ["No scorer that can tell better from worse sees", "change by sharpness"], "No scorer sees"),
+        (["hps"], ["mean moved by hps", "sign test"], "No scorer"),
+        (["hps", "clip", "sharpness"], ["moved by hps and clip, ", "change by sharpness"], "No scorer"),
+        ([], ["No scorer sees a difference"], "change"),
+    ],
+)
+def test_no_difference_is_denied_that_a_table_shows_in_bold(moved: list[str], words: list[str], not_said: str) -> None:
+    verdicts = {"hps": "inconclusive", "clip": "inconclusive", "sharpness": "drift"}
+    found, reason = overall_verdict(verdicts, ROLES, {}, "images", moved)
+    assert found == "inconclusive" and all(word in reason for word in words) and not_said not in reason, reason
+    assert "\n" not in reason and reason.endswith(".")
+
+
 def test_an_alarm_makes_any_result_suspect() -> None:
     for verdicts in ({"hps": "improved"}, {"hps": "regressed"}, {}):
         found, reason = overall_verdict(verdicts, ROLES, {"goodhart": "alarm", "photometry": "warn", "x": "alarm"})

@@ -19,7 +19,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from spin_diffusion.evaluation.specs import About, Role, check_finite, load_part
+from spin_diffusion.evaluation.specs import About, Role, check_finite, guarded, load_part, parse_spec
 from spin_diffusion.input_error import InputError
 
 __all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "Role", "load_judge"]
@@ -70,11 +70,11 @@ class LoadedJudge:
         """One score per answer.
 
         Raises:
-            InputError: anything but one finite number per answer.
+            InputError: it failed, or gave anything but one finite number per answer.
         """
         if not answers:
             return []
-        scores = self.score(answers, log_likelihood)
+        scores = guarded(f"judge {self.name}", self.score, answers, log_likelihood)
         if not isinstance(scores, list) or len(scores) != len(answers):
             got = f"{len(scores)} of them" if isinstance(scores, list) else type(scores).__name__
             raise InputError(f"judge {self.name} must return a list of {len(answers)} numbers, got {got}")
@@ -87,7 +87,7 @@ class LoadedJudge:
     def truncated(self, answers: list[Answer]) -> list[bool]:
         """Which answers, with their prompts, are longer than what the judge reads."""
         truncated = getattr(self.score, "truncated", None)
-        return truncated(answers) if truncated else [False] * len(answers)
+        return guarded(f"judge {self.name}", truncated, answers) if truncated else [False] * len(answers)
 
 
 def load_judge(spec: str, device: str) -> LoadedJudge:
@@ -101,5 +101,5 @@ def load_judge(spec: str, device: str) -> LoadedJudge:
     Raises:
         InputError: there is no such judge, or its weights cannot be used.
     """
-    part = load_part(__name__, "judge", spec, device)
+    part = guarded(f"judge {parse_spec(spec)[0]}", load_part, __name__, "judge", spec, device)
     return LoadedJudge(part.name, part.about, part.call, part.source, part.checkpoint)

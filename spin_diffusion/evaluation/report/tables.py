@@ -55,6 +55,7 @@ class HeadlineRow:
     win_rate: str
     p: str
     verdict: State | None
+    is_significant: bool
     truncated: str
     out_of: str
     not_run: Text | None
@@ -193,7 +194,8 @@ def headline_rows(results: Results) -> list[HeadlineRow]:
                 counts=f"{comparison['wins']} / {comparison['ties']} / {comparison['losses']}" if comparison else "",
                 win_rate=f"{100 * comparison['win_rate']:.1f} %" if comparison else "",
                 p=p_value(comparison["p_holm"]) if comparison else "",
-                verdict=STATES[comparison["verdict"]] if comparison else None,
+                verdict=(_mark(comparison) or STATES["inconclusive"]) if comparison else None,
+                is_significant=_mark(comparison) is not None,
                 truncated=str(scorer["truncated_prompts"]) if ran else "",
                 out_of=f"of {num_prompts}",
                 not_run=None if ran else shortened(scorer["reason"] or "no reason given", 300),

@@ -25,7 +25,16 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from spin_diffusion.evaluation.specs import About, Role, about_part, check_finite, load_part, parse_spec, shortened
+from spin_diffusion.evaluation.specs import (
+    About,
+    Role,
+    about_part,
+    check_finite,
+    guarded,
+    load_part,
+    parse_spec,
+    shortened,
+)
 from spin_diffusion.input_error import InputError
 
 __all__ = ["About", "LoadedScorer", "Role", "Scorer", "about", "load_scorer", "parse_spec"]
@@ -59,13 +68,13 @@ class LoadedScorer:
         """One score per image.
 
         Raises:
-            InputError: anything but one finite score per image, or no memory for a single image.
+            InputError: it failed, gave anything but one finite score per image, or no memory holds a single image.
         """
         if len(images) != len(prompts):
             raise ValueError(f"scorer {self.name}: {len(images)} images do not match {len(prompts)} prompts")
         if not images:
             return torch.zeros(0)
-        scores = self._in_batches(self._checked, images, prompts)
+        scores = guarded(f"scorer {self.name}", self._in_batches, self._checked, images, prompts)
         check_finite(f"scorer {self.name}", scores.tolist(), prompts)
         return scores
 
@@ -82,13 +91,13 @@ class LoadedScorer:
     def truncated(self, prompts: list[str]) -> list[bool]:
         """Which prompts are longer than what the scorer reads."""
         truncated = getattr(self.score, "truncated", None)
-        return truncated(prompts) if truncated else [False] * len(prompts)
+        return guarded(f"scorer {self.name}", truncated, prompts) if truncated else [False] * len(prompts)
 
     @property
     def features(self) -> Callable[[list[Image.Image]], Float[Tensor, "batch width"]] | None:
         """Image embeddings of length 1, if the scorer has any."""
         features = getattr(self.score, "features", None)
-        return features and partial(self._in_batches, features)
+        return features and partial(guarded, f"scorer {self.name}", self._in_batches, features)
 
     def _in_batches(self, compute: Callable[..., Tensor], *inputs: list) -> Tensor:
         """Rows of `compute(*inputs)`, in as many parts as the memory asks for."""
@@ -148,7 +157,8 @@ def load_scorer(spec: str, device: str) -> LoadedScorer:
     Raises:
         InputError: there is no such scorer, or its weights cannot be used.
     """
-    part = _unless_out_of_memory(load_part, [__name__, "scorer", spec, device])
+    who = f"scorer {parse_spec(spec)[0]}"
+    part = guarded(who, _unless_out_of_memory, load_part, [__name__, "scorer", spec, device])
     if isinstance(part, str):
-        raise InputError(f"scorer {parse_spec(spec)[0]}: the memory of {device} does not hold its weights ({part})")
+        raise InputError(f"{who}: the memory of {device} does not hold its weights ({part})")
     return LoadedScorer(part.name, part.about, part.call, part.source, part.checkpoint)

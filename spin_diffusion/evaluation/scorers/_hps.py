@@ -4,9 +4,15 @@
 The published files have no tokenizer: it is read beside them (vocab.json and merges.txt, or tokenizer.json), else taken
 from the hub (that of LAION's ViT-H/14, a few MB).
 
-The authors' package computes the product in half precision (steps of 0.00024) and resizes as its torchvision does; here
-it is fp32 with antialiasing. For numbers of before torchvision 0.17, write a scorer of your own whose `load` calls
-`load_hps(..., antialias=False)`.
+Token ids, pixels and scores are those of the authors' package (hpsv2 1.2.0), save where it is meant otherwise:
+
+- it computes the product in half precision (steps of 0.00024) on a GPU, here it is fp32;
+- it resizes as its torchvision does, here antialiased; for numbers of before torchvision 0.17, write a scorer of your
+  own whose `load` calls `load_hps(..., antialias=False)`;
+- "<end_of_text>" in a prompt is plain text here and ends the prompt there;
+- it fails on transparency (RGBA), on images whose long side is 224 px already and on ones 450 times as long as wide;
+  here the first stand over white and all have bars. EXIF's rotation, transparency without RGBA (palette, grey) and 16
+  bits per channel are minded here.
 """
 
 from dataclasses import replace

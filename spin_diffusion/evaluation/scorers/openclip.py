@@ -1,11 +1,17 @@
-"""CLIP score with any backbone of the package open_clip: `openclip=MODEL/PRETRAINED`, or `openclip=hf-hub:ORG/NAME`.
+"""CLIP score with any backbone of the package open_clip.
 
-For example `openclip=ViT-B-32/laion2b_s34b_b79k`. It needs the extra "openclip", which nothing else here does: the
+    openclip=MODEL/PRETRAINED       PRETRAINED: a tag that open_clip lists (ViT-B-32/laion2b_s34b_b79k), or the path of
+                                    a file of weights (ViT-B-32/weights/b32.safetensors, ViT-B-32//data/b32.pt)
+    openclip=hf-hub:ORG/NAME        a repository of the hub in open_clip's layout
+    openclip=local-dir:FOLDER       a folder in that layout: open_clip_config.json and the weights
+
+It needs the extra "openclip", which nothing else here does: the
 package pulls in torchvision, and one that does not fit the installed torch breaks transformers and diffusers.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +21,7 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import file_hash
 
 ABOUT = About(
     title="CLIP score (open_clip)",
@@ -26,18 +33,20 @@ ABOUT = About(
     citation="arXiv 2212.07143",
 )
 BATCH_SIZE = 32
+WHOLE = ("hf-hub:", "local-dir:")
+"""How a name begins that says model and weights in one."""
 
 
 def load(device: str, path: str | None = None) -> Scorer:
     """The scorer of a backbone.
 
     Args:
-        path: MODEL/PRETRAINED as open_clip lists them, or hf-hub:ORG/NAME.
+        path: one of the forms above.
 
     Raises:
         InputError: no backbone is named, the package is missing or broken, or it cannot load the backbone.
     """
-    if not path or "/" not in path:
+    if not path or ("/" not in path and not path.startswith(WHOLE)):
         raise InputError(
             f"openclip needs a backbone: openclip=MODEL/PRETRAINED, such as ViT-B-32/laion2b_s34b_b79k, not {path!r}"
         )
@@ -48,13 +57,16 @@ def load(device: str, path: str | None = None) -> Scorer:
             "openclip needs the optional extra: pip install 'spin-diffusion[openclip]' "
             f"(open_clip cannot be imported: {_one_line(error)})"
         ) from error
-    model_name, pretrained = (path, None) if path.startswith("hf-hub:") else path.split("/", 1)
+    model_name, pretrained = (path, None) if path.startswith(WHOLE) else path.split("/", 1)
     try:
         model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # its loaders let through whatever hub, torch and torchvision raise
         raise InputError(f"open_clip cannot load {path}: {_one_line(error)}") from error
-    return OpenClip(model.float().eval(), transform, tokenizer, device, {"open_clip (package)": open_clip.__version__})
+    checkpoint = {"open_clip (package)": open_clip.__version__} | {
+        file.name: file_hash(file) for file in _local_files(path, pretrained)
+    }
+    return OpenClip(model.float().eval(), transform, tokenizer, device, checkpoint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +111,14 @@ class OpenClip:
         longer = self.tokenizer([*prompts, ""], context_length=limit + 1)
         # One place more than the backbone has: filled by a longer prompt, empty (as in "") by others.
         return (longer[:-1, -1] != longer[-1, -1]).tolist()
+
+
+def _local_files(path: str, pretrained: str | None) -> list[Path]:
+    """What was read of this machine's own files; what the package downloads keeps its name."""
+    if path.startswith("local-dir:"):
+        folder = Path(path.removeprefix("local-dir:"))
+        return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".pt"))
+    return [Path(pretrained)] if pretrained and Path(pretrained).is_file() else []
 
 
 def _batches(items: list) -> list[list]:

@@ -305,6 +305,21 @@ def test_drift_is_never_coloured_as_good(whole: Path) -> None:
     assert "--drift" in chart and "--good" not in chart and "--bad" not in chart
 
 
+@pytest.mark.parametrize(
+    ("verdict", "low", "is_bold"),
+    [("improved", 0.1, True), ("inconclusive", 0.1, False), ("drift", 0.1, True), ("drift", -0.1, False)],
+)
+def test_only_a_significant_difference_is_bold(verdict: str, low: float, is_bold: bool, small: Path) -> None:
+    # "inconclusive" above 0: the sign test does not confirm the interval
+    comparisons = json.loads((small / "results.json").read_text())["comparisons"]
+    change(small, comparisons=[row | {"low": low, "high": 0.3, "verdict": verdict} for row in comparisons])
+    rows = [row for row in tables.headline_rows(read_evaluation(small).results) if row.verdict]
+    assert rows and all(row.is_significant == is_bold for row in rows)
+    assert {row.verdict.word for row in rows} == {verdict if is_bold else "inconclusive"}
+    page = parsed(small)
+    assert count(page, "td", class_="strong") == (len(rows) if is_bold else 0)
+
+
 def test_all_sections_are_there(page: Parsed) -> None:
     headings = {attrs["id"] for tag, attrs in page.elements if tag == "h2"}
     assert headings == {

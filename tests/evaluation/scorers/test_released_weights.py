@@ -5,8 +5,8 @@ FOLDER has one folder per scorer, whatever `NAME=PATH` accepts there (weights an
     imagereward/   ImageReward.pt, vocab.txt, and images/1.webp to 4.webp of the authors' README
     aesthetics/    sac+logos+ava1-l14-linearMSE.pth (for two tests, with OpenAI's ViT-L/14 beside it)
     pickscore/     yuvalkirstain/PickScore_v1
-    hps_v2_1/      HPS_v2.1_compressed.pt, and of SDXL base 0.9, as the authors publish them, benchmark/STYLE/00000.jpg
-                   to 00799.jpg and benchmark/STYLE.json (a list of 800 prompts)
+    hps_v2_1/      HPS_v2.1_compressed.pt, CLIP's vocab.json and merges.txt, and of SDXL base 0.9, as the authors
+                   publish them, benchmark/STYLE/00000.jpg to 00799.jpg and benchmark/STYLE.json (a list of 800 prompts)
 
 Without these every test is skipped and says which numbers it would check.
 """
@@ -14,15 +14,20 @@ Without these every test is skipped and says which numbers it would check.
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._checkpoints import read_tensors
 from spin_diffusion.evaluation.scorers._linear_head import build_head
+from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip
+from tests.evaluation.scorers.test_hps_package import CLAIMS_AN_END, FIXTURES, PROMPTS
 
 pytestmark = pytest.mark.weights
 OCEAN = "a painting of an ocean with clouds and birds, day time, low depth field effect"
@@ -76,6 +81,17 @@ def test_aesthetics_and_clip_score_are_in_their_usual_range() -> None:
 def test_pickscore_has_its_scale() -> None:
     folder = released("pickscore", "PickScore's exp(logit_scale), about 100", "model.safetensors")
     assert load_scorer(f"pickscore={folder}", "cpu").score.towers.scale.item() == pytest.approx(100, rel=0.02)
+
+
+def test_hps_reads_awkward_prompts_as_the_package_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = f"token ids of {len(PROMPTS)} awkward prompts against the package hpsv2 with CLIP's whole vocabulary"
+    folder = released("hps_v2_1", checks, "vocab.json", "merges.txt")
+    made = json.loads((FIXTURES / "hpsv2.json").read_text(encoding="utf-8"))
+    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=dict(made["mended"]).__getitem__))
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    text = ClipText(tokenizer, 77, clean_like_open_clip, reads_special_tokens=False)
+    found = [text.ids([prompt])[0].tolist() for prompt in PROMPTS]
+    assert [i for i, ids in enumerate(made["whole"]) if found[i] != ids] == [CLAIMS_AN_END]
 
 
 def test_hps_gives_the_reproduced_benchmark_means() -> None:
