@@ -19,7 +19,7 @@ ANSWERS = [
     "training/train_space_llm.py", "--config", "training/configs/toy_llm.yaml", "--max_train_samples", "32",
     "--real_parts", "1", "--samples_per_shard", "32", "--train_batch_size", "8", "--max_train_steps", "2",
     "--rounds", "2", "--held_out_dataset_name", "null", "--compare_with", "[]", "--report_to", "none",
-    "--lr_warmup_ratio", "0",
+    "--lr_warmup_ratio", "0", "--matrix_flops_per_second", "1e12",
 ]  # fmt: skip
 WAYS = {
     "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--num_gallery_prompts", "1", "--use_ema", "true"],
