@@ -112,7 +112,7 @@ def _row(
     assert entry.choice is not None
     last = entry.cells[0].rounds
     row |= _summary(comparison, entry.cells, last, entry.choice.guidance_scale, scores)
-    row["to_base"] = {mode: _difference(scores[mode], base[mode], rivals) for mode in MODES}
+    row["to_base"] = {mode: _difference(scores[mode], base[mode], rivals + 1) for mode in MODES}
     if entry.method != comparison.settings.reference:
         row["to_reference"] = {mode: _difference(scores[mode], reference[mode], rivals) for mode in MODES}
     row |= _cost(comparison, entry)
@@ -171,7 +171,7 @@ def _by_round(
             "round": k,
             "best_guidance": scale,
             "scores": {mode: _described(scores[mode]) for mode in MODES},
-            "to_base": {mode: _difference(scores[mode], base[mode], rivals) for mode in MODES},
+            "to_base": {mode: _difference(scores[mode], base[mode], rivals + 1) for mode in MODES},
         }
         if entry.method != comparison.settings.reference and of_reference:
             of_k = of_reference[k if as_many else max(of_reference)][1]
