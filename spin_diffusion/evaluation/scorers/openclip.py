@@ -21,7 +21,6 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import file_hash
 
 ABOUT = About(
     title="CLIP score (open_clip)",
@@ -63,6 +62,8 @@ def load(device: str, path: str | None = None) -> Scorer:
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # its loaders let through whatever hub, torch and torchvision raise
         raise InputError(f"open_clip cannot load {path}: {_one_line(error)}") from error
+    from spin_diffusion.selfplay.run_dir import file_hash
+
     checkpoint = {"open_clip (package)": open_clip.__version__} | {
         file.name: file_hash(file) for file in _local_files(path, pretrained)
     }
