@@ -61,6 +61,18 @@ def test_only_some_shards_are_open_at_a_time(data, monkeypatch):
     assert opened == ["00000", "00001", "00002", "00003", "00000"]
 
 
+def test_choices_of_other_samples_are_no_choices(data):
+    for number, size in enumerate(SIZES):
+        name, first = f"{number:05d}-of-{len(SIZES):05d}", sum(SIZES[:number])
+        choices = [{"id": f"id {first + place}", "place": place, "real": None, "generated": 0} for place in range(size)]
+        write_rows(data / "choices" / f"{name}.parquet", choices, {})
+    side = Side(data / ENCODED)
+    assert open_pairs(data, side, side, Part(), 1, data / "choices").ids == [f"id {i}" for i in range(10)]
+    write_rows(data / "choices" / f"{name}.parquet", choices[::-1], {})
+    with pytest.raises(AssertionError, match="does not answer"):
+        open_pairs(data, side, side, Part(), 1, data / "choices")
+
+
 def test_an_epoch_is_a_permutation_that_takes_eight_bytes_a_row(data):
     pairs = open_pairs(data, Side(data / ENCODED), None, Part(), 1)
     seen = [pairs.batch([position], 0, 1).ids[0] for position in range(20)]
