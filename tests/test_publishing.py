@@ -7,6 +7,8 @@ from huggingface_hub import ModelCard
 
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.model_card import write_model_card
+from spin_diffusion.llm import model_card as language_card
+from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.publishing import _verdict, by_round, round_facts
 
 
@@ -63,3 +65,16 @@ def test_the_verdict_is_the_headlines(scale):
     at = "" if scale is None else " at guidance 3"
     assert _verdict(json.loads(json.dumps(results))) == f"round 2{at}: **improved**. round 2 at {scale}."
     assert _verdict(None) == ""
+
+
+@pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_peft", "true"), "adapter")])
+def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, folder, tmp_path):
+    def card(*more: str) -> str:
+        settings = ["--model_name_or_path", "base", "--dataset_name", "a.jsonl", "--max_train_steps", "4"]
+        language_card.write_model_card(tmp_path, parse_language_config([*settings, *flags, *more]), 48, [])
+        return (tmp_path / "README.md").read_text()
+
+    # The weights, and the tokenizer beside them
+    assert card().count(json.dumps(str(tmp_path / folder))) == 2
+    uploaded = card("--hub_model_id", "someone/it")
+    assert uploaded.count('"someone/it"') == 2 and str(tmp_path) not in uploaded

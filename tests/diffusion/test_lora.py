@@ -72,6 +72,7 @@ def test_the_player_s_parameters_stay_the_same_objects(sdxl_dir, tmp_path):
     game.scores(game.player, batch_of(game)).scores.player_real.sum().backward()
     assert same() and not any(p.requires_grad for p in game.adapters.parameters(OPPONENT))
     with pytest.raises(ZeroDivisionError), game.adapters.as_opponent():
+        assert same() and not any(p.requires_grad for p in game.adapters.parameters(OPPONENT))
         raise ZeroDivisionError
     assert same()
 

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.checkpoints import Snapshots, _newest_checkpoint, remove_checkpoints
+from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots, _newest_checkpoint, remove_checkpoints
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.run_dir import file_hashes, write_json
 from spin_diffusion.selfplay.trainee import Average, Trainee
 
 
@@ -66,3 +67,25 @@ def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
     done.clear()
     snapshots.take(60)  # as a resumed run comes by it again
     assert done == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"kind": "in parts"}, "holds the player in parts, this run trains it whole: launch it as before"),
+        ({"global_batch": 8}, "was made with 8 pairs in each optimizer step, this run has 4"),
+    ],
+)
+def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_path):
+    path = tmp_path / "checkpoint-1"
+    write_json(path / "trainer.json", {"step": 1, "kind": "whole", "global_batch": 4, "anchors": []} | changed)
+    write_json(path / "hashes.json", file_hashes([path], path))
+    trainee = create_autospec(Trainee, instance=True)
+    trainee.kind, trainee.game, trainee.accelerator = (
+        "whole",
+        create_autospec(Game, instance=True),
+        Accelerator(cpu=True),
+    )
+    with pytest.raises(InputError, match=said):
+        Checkpoints(tmp_path, trainee, None, 4).load("latest")
+    trainee.load.assert_not_called()

@@ -11,8 +11,10 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.health import Finding
+from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import file_hash
-from tests.playing import TRAINING, make_game, play_all
+from spin_diffusion.selfplay.table import Judgement
+from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data
 
 
 def start(r: float = 0.0, loss: float = math.log(2), beta: float = 5000.0) -> None:
@@ -299,6 +301,19 @@ def test_a_round_rolled_back_to_its_start_is_rejected_and_says_why(sdxl_dir, tmp
     assert [record["state"] for record in records] == ["REJECTED", "REJECTED"]
     assert "rolled back to its start, distance" in records[0]["rejected_because"]
     assert not (tmp_path / "unet").exists()
+
+
+def test_a_round_rolled_back_to_its_start_is_rejected_whatever_its_evaluation_says(
+    sdxl_dir, tmp_path, monkeypatch, quick
+):
+    spoil(monkeypatch, 2)
+    game = make_game(sdxl_dir)
+    prepare_data(game, tmp_path / "data")
+    records = play(
+        game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=1), replace(quick, on_distance="roll_back"),
+        game.accelerator, lambda k, folder, parent: Judgement({"score": 1.0}),
+    )  # fmt: skip
+    assert records[0]["state"] == "REJECTED" and "rolled back to its start" in records[0]["rejected_because"]
 
 
 @pytest.mark.parametrize("kill_at", [3, 5])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spin_diffusion.running import lineage
 from spin_diffusion.selfplay import train as train_module
@@ -93,8 +94,6 @@ def test_the_average_is_the_plain_recurrence():
 
 
 def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_path):
-    from safetensors.torch import load_file
-
     records = play_all(sdxl_dir, tmp_path, rounds=2, opponent="ema", opponent_ema_decay=0.5)
 
     def load(*folder):
@@ -111,6 +110,22 @@ def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_pat
     assert records[1]["opponent"]["members"][0]["hash"] != records[0]["opponent"]["hash"]
     second = entries(tmp_path / "round-2")[0]
     assert second["r_real"] != 0 or second["r_generated"] != 0
+
+
+def test_the_average_goes_on_from_the_round_before(sdxl_dir, tmp_path):
+    one_step = replace(TRAINING, max_train_steps=1, lr_warmup_steps=0)
+    play_all(sdxl_dir, tmp_path, one_step, rounds=3, opponent="ema", opponent_ema_decay=0.75)
+
+    def load(*folder):
+        return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
+
+    average = {name: tensor.double() for name, tensor in make_game(sdxl_dir).player.state_dict().items()}
+    for k in (1, 2, 3):
+        player, found = load(f"round-{k}"), load(f"round-{k}", "ema")
+        average = {name: 0.75 * tensor + 0.25 * player[name].double() for name, tensor in average.items()}
+        apart = max((found[name] - tensor).abs().max().item() for name, tensor in average.items())
+        moved = max((player[name] - tensor).abs().max().item() for name, tensor in average.items())
+        assert apart < 1e-3 * moved, k
 
 
 @pytest.mark.parametrize("kill_at", [1, 3])
@@ -142,14 +157,16 @@ def test_a_refreshed_opponent_is_the_player_of_that_step(sdxl_dir, tmp_path):
     assert not (tmp_path / "round-1" / "anchor").exists()
 
 
-@pytest.mark.parametrize("kill_at", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("kill_at", [2, 3, 4, 5, 6, 8])
 def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
-    play_all(sdxl_dir, tmp_path / "whole", REFRESHED, rounds=1)
+    # The checkpoint at step 8 has two anchors behind it
+    training = replace(REFRESHED, max_train_steps=9) if kill_at == 8 else REFRESHED
+    play_all(sdxl_dir, tmp_path / "whole", training, rounds=1)
     with monkeypatch.context() as patch:
         kill_after(patch, kill_at)
         with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path / "killed", REFRESHED, rounds=1)
-    records = play_all(sdxl_dir, tmp_path / "killed", REFRESHED, rounds=1)
+            play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
+    records = play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
     whole = read_json(tmp_path / "whole" / "round-1" / "round.json")
     assert records[0]["training"]["anchors"] == whole["training"]["anchors"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spin_diffusion.selfplay import stored_pairs as samples
+from spin_diffusion.selfplay.game import KIND
 from spin_diffusion.selfplay.run_dir import write_rows, write_tensors
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs
@@ -59,6 +60,33 @@ def test_only_some_shards_are_open_at_a_time(data, monkeypatch):
     for index in (0, 3, 4, 9, 0):
         pairs.fetch([index])
     assert opened == ["00000", "00001", "00002", "00003", "00000"]
+
+
+def test_choices_of_other_samples_are_no_choices(data):
+    for number, size in enumerate(SIZES):
+        name, first = f"{number:05d}-of-{len(SIZES):05d}", sum(SIZES[:number])
+        choices = [{"id": f"id {first + place}", "place": place, "real": None, "generated": 0} for place in range(size)]
+        write_rows(data / "choices" / f"{name}.parquet", choices, {})
+    side = Side(data / ENCODED)
+    assert open_pairs(data, side, side, Part(), 1, data / "choices").ids == [f"id {i}" for i in range(10)]
+    write_rows(data / "choices" / f"{name}.parquet", choices[::-1], {})
+    with pytest.raises(AssertionError, match="does not answer"):
+        open_pairs(data, side, side, Part(), 1, data / "choices")
+
+
+def test_a_chosen_pair_has_the_kind_of_its_own_real_sample(data):
+    for number, size in enumerate(SIZES):
+        name, first = f"{number:05d}-of-{len(SIZES):05d}", sum(SIZES[:number])
+        kinds = {KIND: torch.arange(first, first + size, dtype=torch.int32), "x": torch.zeros(size, 1)}
+        write_tensors(data / "kinds" / f"{name}.safetensors", kinds, {})
+        choices = [
+            {"id": f"id {first + place}", "place": place, "real": None, "generated": None if place == 1 else 0}
+            for place in range(size)
+        ]
+        write_rows(data / "choices" / f"{name}.parquet", choices, {})
+    side = Side(data / "kinds")
+    pairs = open_pairs(data, side, side, Part(), 1, data / "choices")
+    assert [f"id {kind}" for kind in pairs.kinds.tolist()] == pairs.ids and len(pairs.ids) == 7
 
 
 def test_an_epoch_is_a_permutation_that_takes_eight_bytes_a_row(data):
