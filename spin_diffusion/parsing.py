@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 from jsonargparse import ArgumentParser
@@ -88,9 +88,22 @@ def _one_line(message: str, known: dict[str, Any]) -> str:
     key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
     value = re.search(r"(?:[Gg]iven|Got) value: (.*)", message)
     if key and key.group(1) in known:
+        if choices := _choices(known[key.group(1)]):
+            given = value.group(1).strip("\"'") if value else ""
+            close = difflib.get_close_matches(given, choices, n=1, cutoff=0.4)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            return f"--{key.group(1)} {given or repr('')}: give one of {', '.join(choices)}{hint}"
         expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(known[key.group(1)]))
         return f"--{key.group(1)} {value.group(1) if value else ''}: expected {expected}"
     return re.sub(r"\s+", " ", message).strip()
+
+
+def _choices(type_: Any) -> list[str]:
+    """The words that a setting of a closed set of them can have, one or a list; of other settings none."""
+    if get_origin(type_) is Literal:
+        return [str(word) for word in get_args(type_)]
+    parts = [_choices(part) for part in get_args(type_) if part is not type(None)]
+    return list(dict.fromkeys(word for part in parts for word in part)) if all(parts) else []
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

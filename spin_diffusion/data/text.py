@@ -96,6 +96,8 @@ def read_text_examples(
     report = ReadReport() if report is None else report
     assert report.read == 0, "a report counts one reading"
     source = open_text_source(settings)
+    if settings.rejected_column is not None:  # a misspelt one, even where it is not read
+        require_column(source, settings.rejected_column, "--rejected_column")
     return _examples(source, find_columns(source, settings, with_rejected), settings, report)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spin_diffusion.data.report import LeftOut, ReadReport
+from spin_diffusion.data.report import PROMPT_TOO_LONG, LeftOut, ReadReport
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
@@ -35,6 +36,9 @@ from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train_settings import check_batch
+
+HOPELESS_LONG_ROWS = 1000
+"""So many rows whose prompts are too long, and none before them that can be used, end the reading."""
 
 
 def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
@@ -139,12 +143,26 @@ def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedM
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if Path(base).is_dir() and (lacking := _lacking(Path(base))):
+            raise InputError(f"--model_name_or_path {base}: the folder has no {' and no '.join(lacking)}") from error
         raise InputError(
             f"--model_name_or_path {base}: {one_line(error)[:300]}; give a hub id that can be reached, or a local "
             "folder with config.json, safetensors weights and a tokenizer"
         ) from error
     return model, tokenizer
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a folder has not of a language model in transformers' layout."""
+    wanted = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors"],
+        "tokenizer (tokenizer.json, say)": [
+            "tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken",
+        ],
+    }  # fmt: skip
+    return [what for what, names in wanted.items() if not any(any(folder.glob(name)) for name in names)]
 
 
 def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, max_length: int) -> None:
@@ -192,6 +210,13 @@ def _rows(
         except LeftOut as left_out:
             report.used -= 1
             report.leave_out(example.where, left_out.reason, left_out.detail)
+            too_long = report.left_out[PROMPT_TOO_LONG]
+            if too_long >= HOPELESS_LONG_ROWS and not report.used:
+                first = report.kept_rows[PROMPT_TOO_LONG][0]
+                raise InputError(
+                    f"reading stopped early: of {report.read} rows none can be used, {too_long} for a prompt longer "
+                    f"than --max_length {game.settings.max_length} (the first is {first}): raise it"
+                ) from None
 
 
 def _data_settings(config: LanguageConfig, with_rejected: bool) -> dict[str, Any]:

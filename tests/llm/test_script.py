@@ -132,7 +132,10 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--num_generated", "0"], ["--num_generated 0", "at least 1"]),
         (["--temperature", "-1"], ["--temperature"]),
         (["--max_new_tokens", "48"], ["--max_new_tokens 48", "--max_length 48"]),
-        (["--objective", "dppo"], ["objective"]),
+        (["--objective", "dppo"], ["--objective dppo: give one of spin, space, ", "did you mean 'dpo'?"]),
+        (["--objective", ""], ["--objective '': give one of spin, space, "]),
+        (["--opponent", "lastest"], ["--opponent lastest: give one of latest, base, ", "did you mean 'latest'?"]),
+        (["--rejected_column", "foo"], ["'foo' (--rejected_column)", "its columns are messages"]),
         (["--max_train_steps", "null"], ["--max_train_steps", "--num_train_epochs"]),
         (["--real_parts", "9", "--samples_per_shard", "8"], ["--real_parts 9"]),
         (["--judges", "no_such_judge"], ["no_such_judge"]),
@@ -149,6 +152,42 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings, *argv), *parts)
+
+
+@pytest.mark.parametrize(
+    "taken, lacks",
+    [
+        (["config.json"], "has no config.json"),
+        (["model.safetensors"], "has no weights (*.safetensors)"),
+        (["tokenizer.json", "tokenizer_config.json"], "has no tokenizer (tokenizer.json, say)"),
+        (["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+         "has no config.json and no weights (*.safetensors) and no tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_lacks_something_of_a_model_says_what(taken, lacks, settings, tmp_path, capsys):
+    base = changed_base(tmp_path)
+    for name in taken:
+        (base / name).unlink()
+    refused(capsys, play(tmp_path, settings | {"model_name_or_path": str(base)}), f"{base}: the folder {lacks}")
+
+
+def test_weights_that_are_cut_off_are_refused_in_one_line(settings, tmp_path, capsys):
+    weights = changed_base(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    refused(capsys, play(tmp_path, settings | {"model_name_or_path": str(weights.parent)}), str(weights.parent))
+
+
+def test_reading_stops_early_where_no_prompt_fits(settings, tmp_path, capsys):
+    line = (LANGUAGE / "data" / "train.jsonl").read_text().splitlines()[0]
+    settings |= {"dataset_name": rows(tmp_path / "data.jsonl", [line] * 1500), "max_train_samples": None}
+    settings |= {"held_out_dataset_name": None, "num_held_out": 0, "max_length": 4, "max_new_tokens": 2}
+    refused(
+        capsys, play(tmp_path, settings), "stopped early: of 1000 rows none can be used", "--max_length 4", "line 1:"
+    )
+    # One row that fits, and all are read
+    short = {"messages": [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": "waits."}]}
+    settings |= {"dataset_name": rows(tmp_path / "data.jsonl", [json.dumps(short)] + [line] * 1100), "max_length": 8}
+    refused(capsys, play(tmp_path, settings), "1 pair", "8")
 
 
 def test_a_plan_of_a_language_run_says_what_to_do_instead(settings, tmp_path, capsys):

@@ -9,6 +9,7 @@ import random
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +33,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-build = load("build")
+build, compare = load("build"), load("compare")
 exact = build.exact
 language = exact.language
 TWO_PROMPTS = (language.PROMPTS[0], language.PROMPTS[-1])
@@ -279,3 +280,19 @@ def test_hashes_match_the_files():
     assert found == hashes
     assert sum(p.stat().st_size for p in files if p.parent.name == "base") < 2_000_000
     assert sum(p.stat().st_size for p in files if p.parent.name == "data") < 3_000_000
+
+
+def test_the_known_limits_stand_beside_the_comparison(tmp_path, capsys, monkeypatch) -> None:
+    class Now(ThreadPoolExecutor):
+        def __init__(self, workers: int, mp_context: object) -> None:
+            super().__init__(1)
+
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Now)
+    monkeypatch.setattr(compare, "play", lambda method, data, seed, args: [2.0, 1.0 + 0.1 * seed])
+    assert compare.main(["--output_dir", str(tmp_path), "--rounds", "1", "--seeds", "0", "1"]) == 0
+    for text in (capsys.readouterr().out, (tmp_path / "comparison.md").read_text()):
+        table, limits = text.split("What this does not show:")
+        assert "| SPACE | 2.000 | 1.049 |" in table
+        for said in ("SPIN with beta 1 is as stable", "fixed set of real answers is over-fitted by every method",
+                     "small, exactly known language"):  # fmt: skip
+            assert said in limits, said
