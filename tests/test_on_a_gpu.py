@@ -39,10 +39,13 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("gpu")
-    commands = [[*argv, "--output_dir", str(folder / name)] for name, argv in WAYS.items()]
+SOONER = ["evaluated", "adapter", "answers", "evaluate"]
+LATER = [name for name in WAYS if name not in SOONER]
+
+
+def run_all(folder: Path, names: list[str]) -> str:
+    """What they print, in one process."""
+    commands = [[*WAYS[name], "--output_dir", str(folder / name)] for name in names]
     run = subprocess.run(
         [sys.executable, "tests/pretend_gpu.py", json.dumps(commands)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -51,15 +54,21 @@ def said(tmp_path_factory) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if name not in ("evaluate", "plan")])
-def test_a_run_on_a_gpu_ends_with_its_last_round(said, name):
-    assert f"{name}/" in said and said.count("x 1 process on cuda") == len(WAYS) - 2
-
-
-def test_players_on_a_gpu_move(said):
+def check_runs(said: str, runs: int) -> None:
+    """All were on the GPU, and their players moved."""
+    assert said.count("x 1 process on cuda") == runs
     lines = [line for line in said.splitlines() if "over the last ones r_real" in line]
-    assert len(lines) == 2 * (len(WAYS) - 2) and not any("r_real +0.00e+00" in line for line in lines)
+    assert len(lines) == 2 * runs and not any("r_real +0.00e+00" in line for line in lines)
 
 
-def test_an_evaluation_and_a_plan_on_a_gpu_end(said):
-    assert "evaluate/report.html" in said and "of the GPU" in said
+def test_images_adapters_answers_and_evaluations_on_a_gpu(tmp_path):
+    said = run_all(tmp_path, SOONER)
+    check_runs(said, 3)
+    assert "evaluate/report.html" in said
+
+
+@pytest.mark.slow
+def test_what_else_there_is_on_a_gpu(tmp_path):
+    said = run_all(tmp_path, LATER)
+    check_runs(said, len(LATER) - 1)
+    assert "of the GPU" in said

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from spin_diffusion import config
 from spin_diffusion.input_error import InputError
-from spin_diffusion.running import HARMLESS, _forget_false_start, changes, write_config, write_manifest
+from spin_diffusion.run_settings import HARMLESS
+from spin_diffusion.running import _forget_false_start, changes, write_config, write_manifest
 
 
 def test_a_setting_is_changed_whichever_side_knows_it():

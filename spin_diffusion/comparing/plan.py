@@ -19,7 +19,9 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
 from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step
+from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
+
+_SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 
 # The comparison scores by itself, and asks for nothing else of a run
 QUIET = {
@@ -55,7 +57,8 @@ class Cell:
         if self.method == BASE:
             kept = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
         else:  # how a step's pairs are split is harmless, their number is not
-            kept["pairs_per_step"] = pairs_per_step(parsed(self.training).training, 1)
+            given = {key: self.training[key] for key in _SPLIT if key in self.training}
+            kept["pairs_per_step"] = pairs_per_step(TrainSettings(**given), 1)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -49,7 +49,7 @@ def check_sharding(player: nn.Module, settings: TrainSettings, accelerator: Acce
     """
     if not wants_shards(settings, accelerator):
         return
-    if not torch.distributed.is_initialized():
+    if accelerator.num_processes < 2 and not torch.distributed.is_initialized():
         raise InputError(
             "--fully_shard shares the player out over processes, and this is one without others: launch two or more"
         )
