@@ -32,6 +32,17 @@ measure generate_sdxl generate --model sdxl --batch_size 8 --num_inference_steps
 measure generate_sd15 generate --model sd15 --batch_size 32 --num_inference_steps 25 --repeats 2 --compile blocks
 measure round_sd15 round --model sd15 --batch_size 16 --steps 32 --pairs 128
 
+# The toy in parts on one GPU, by accelerate's own FSDP: it must end, and load
+echo "== in_parts"
+if ! "$python" -m accelerate.commands.launch --config_file training/accelerate/fsdp2.yaml --num_processes 1 \
+    training/train_spin_sdxl.py --config training/configs/toy_sdxl.yaml --max_train_samples 32 --rounds 1 \
+    --max_train_steps 4 --compare_with "[]" --validation_prompts null --scorers null --report_to none \
+    --output_dir "$out/in_parts" >"$out/in_parts.log" 2>&1; then
+    failed+=(in_parts)
+    tail -n 3 "$out/in_parts.log"
+fi
+rm -rf "$out/in_parts"
+
 if [ ${#failed[@]} -gt 0 ]; then
     echo "Without a result: ${failed[*]} (the reasons are in $out/*.log)"
     exit 1

@@ -35,20 +35,22 @@ def run_ranks(
     processes: int = 1,
     launched: dict[str, str] | None = None,
     timeout_s: float = 300,
+    alone: bool | None = None,
 ) -> str:
     """Run `script` as `__main__` in so many processes at once, and return what they printed.
 
     Args:
-        processes: 1 = by itself, without any launcher.
+        processes: 1 = by itself, without any launcher, unless `alone` is False.
         launched: what an accelerate config tells the processes by their environment.
 
     Raises:
         AssertionError: a process failed or took too long, with what was complained of.
     """
+    alone = processes == 1 if alone is None else alone
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | (launched or {})
     # Lives here until all are done, as torchrun's does, so that none of them has to wait for the others at the end
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    if processes > 1:
+    if not alone:
         environment |= {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -58,7 +60,7 @@ def run_ranks(
         ranks, waiting = [], []
         try:
             for rank in range(processes):
-                own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+                own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if not alone else {})
                 arguments = (str(script), list(argv), own, str(Path(written) / str(rank)))
                 ranks.append(_FORKING.Process(target=_rank, args=arguments))
                 ranks[-1].start()

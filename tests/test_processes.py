@@ -195,6 +195,23 @@ def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir
     assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 0.01 * moved
 
 
+def test_one_process_of_a_launcher_trains_in_parts_too(sdxl_dir, tiny_parquet, tmp_path):
+    """The sharded path on a machine with one GPU."""
+    config = {
+        "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
+        "rounds": 1, "max_train_steps": 2, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
+        "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-3, "train_batch_size": 4,
+    }  # fmt: skip
+    play(config, tmp_path / "whole", 1)
+    path = write_config(config | {"fully_shard": True}, tmp_path / "parts")
+    run_ranks(ROOT / "training" / "train_spin_sdxl.py", ["--config", str(path)], 1, alone=False)
+    saved = "out/unet/diffusion_pytorch_model.safetensors"
+    whole, parts = (load_file(tmp_path / name / saved) for name in ("whole", "parts"))
+    base = load_file(sdxl_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    moved = max((whole[name] - base[name].float()).abs().max() for name in whole)
+    assert moved > 0 and max((whole[name] - parts[name]).abs().max() for name in whole) < 0.01 * moved
+
+
 @pytest.mark.parametrize(("stage", "precision"), [(2, "no"), (3, "no"), (2, "bf16"), (3, "bf16"), ("fsdp", "bf16")])
 def test_zero_and_autocast_end_where_one_process_does(stage, precision, sdxl_dir, tiny_parquet, tmp_path):
     config = {
