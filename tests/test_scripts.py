@@ -11,6 +11,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
@@ -80,7 +81,13 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     printed = capsys.readouterr().out
     for part in ("4 pairs a step", "round 2: 2 steps at lr 5e-05", "spin round 2", "sft, same steps", "samples.png"):
         assert part in printed
-    assert list((out / "logs").rglob("events.out.tfevents*"))
+    told = EventAccumulator(str(next((out / "logs").rglob("events.out.tfevents*")).parent)).Reload()
+    tags = told.Tags()["scalars"]
+    for tag in ("spin/round-2/train_loss", "spin/ledger/trained/seconds"):
+        assert tag in tags
+    means = {(e["model"], e["guidance_scale"]): e["mean"] for e in read_results(out / "results.json")["results"]}
+    shown = [event.value for tag in tags if "sharpness" in tag and "ledger" not in tag for event in told.Scalars(tag)]
+    assert any(value == pytest.approx(means["spin round 2", 3.0]) for value in shown)
     lineage = json.loads((out / "manifest.json").read_text())["rounds"]
     assert [told["started_from"] for told in lineage] == [0, 1] and lineage[1]["drawn"] == {"1": 24}
     pipeline = DiffusionPipeline.from_pretrained(
