@@ -10,15 +10,19 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import gc
 import ipaddress
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import diffusers
 import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 
 from tests import tiny
 
@@ -106,3 +110,27 @@ def tiny_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """jsonl file of four prompts."""
     return tiny.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Where a stand-in with the real client's signatures puts what is uploaded."""
+    from spin_diffusion import publishing
+
+    api, repository = create_autospec(HfApi, instance=True), tmp_path / "hub"
+
+    def upload_folder(*, repo_id, folder_path, allow_patterns=None, commit_message) -> None:
+        assert repo_id == "someone/some-model" and commit_message in ("space, 1 rounds", "spin, 1 rounds")
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / name, repository / name)
+
+    def client(token=None):
+        assert token == "hf_secret"
+        return api
+
+    api.create_repo.side_effect = lambda name, *, exist_ok: type("Address", (), {"repo_id": name})
+    api.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(publishing, "HfApi", client)
+    return repository

@@ -200,12 +200,26 @@ def test_promotion_by_a_scorer_that_cannot_run_is_refused_before_any_round(setti
     assert not (tmp_path / "out" / "round-1").exists()
 
 
-def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):
+def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys, request):
     argv = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret"]
     refused(
         capsys, play(tmp_path, settings, *argv), "--push_to_hub", "someone/some-model", "run the same command again"
     )
     assert (tmp_path / "out" / "unet").is_dir() and "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()
+    hub = request.getfixturevalue("hub")
+    assert play(tmp_path, settings, *argv) == 0
+    assert "Uploaded to https://huggingface.co/someone/some-model" in capsys.readouterr().out
+    names = {path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()}
+    weights = {"unet/diffusion_pytorch_model.safetensors", "unet/config.json"}
+    assert names == weights | {
+        "README.md",
+        "config.yaml",
+        "manifest.json",
+        "report.html",
+        "results.json",
+        "samples.png",
+    }
+    assert UNet2DConditionModel.from_pretrained(hub, subfolder="unet")
 
 
 def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):

@@ -1,45 +1,18 @@
 """The model card of a language run, and what of the run's folder reaches a hub, by a stand-in of its client."""
 
 import re
-import shutil
-from pathlib import Path
-from unittest.mock import create_autospec
 
 import pytest
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spin_diffusion import publishing
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.llm.model_card import write_model_card
 from tests.llm.playing import LANGUAGE
 from tests.llm.test_script import play, refused, settings  # noqa: F401
 
 RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret", "--rounds", "1"]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """Where a stand-in with the real client's signatures puts what is uploaded."""
-    api, repository = create_autospec(HfApi, instance=True), tmp_path / "hub"
-
-    def upload_folder(*, repo_id, folder_path, allow_patterns=None, commit_message) -> None:
-        assert repo_id == "someone/some-model" and commit_message == "space, 1 rounds"
-        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
-            (repository / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(folder_path) / name, repository / name)
-
-    def client(token=None):
-        assert token == "hf_secret"
-        return api
-
-    api.create_repo.side_effect = lambda name, *, exist_ok: type("Address", (), {"repo_id": name})
-    api.upload_folder.side_effect = upload_folder
-    monkeypatch.setattr(publishing, "HfApi", client)
-    return repository
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
