@@ -1,11 +1,14 @@
 """Where results go, which settings may change in a resumed run, and what values they may have."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
+from spin_diffusion.selfplay.round_settings import RoundSettings
+from spin_diffusion.selfplay.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ HARMLESS = {
 }  # fmt: skip
 
 
-# Settings that take a list with one value for each round
 PER_ROUND = {
-    "objective", "beta", "mu", "max_train_steps", "num_train_epochs", "learning_rate", "lr_warmup_steps",
-}  # fmt: skip
+    field.name
+    for settings in (RoundSettings, TrainSettings)
+    for field in fields(settings)
+    if {get_origin(kind) is list for kind in get_args(field.type) if kind is not NoneType} == {True, False}
+}
+"""Settings that take one value, or a list with one for each round."""
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The UNet as it is trained and asked: its settings, its precision, its frozen copy."""
+"""The UNet as it is trained and asked: its precision, its frozen copy, its kernels."""
 
 import copy
 from typing import Literal
@@ -8,11 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from spin_diffusion.input_error import InputError
-
-
-def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
-    """In which linear layers and convolutions are computed; None = as they are."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+from spin_diffusion.selfplay.precision import autocast_dtype
 
 
 def opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:

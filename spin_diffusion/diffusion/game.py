@@ -24,13 +24,7 @@ from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.batches import MIRRORED, as_visited, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size, unpacked
-from spin_diffusion.diffusion.denoiser import (
-    autocast_dtype,
-    cast_for_autocast,
-    compile_unet,
-    enable_xformers,
-    opponent_of,
-)
+from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters
 from spin_diffusion.diffusion.noising import draw, read_noising
@@ -58,6 +52,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 
 

@@ -17,7 +17,6 @@ from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_lines
-from spin_diffusion.diffusion.denoiser import autocast_dtype
 from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
@@ -40,6 +39,7 @@ from spin_diffusion.running import (
     write_manifest,
 )
 from spin_diffusion.selfplay.ledger import Costs, matrix_rate
+from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.samples import prepare

@@ -23,6 +23,7 @@ from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import language_model
 from spin_diffusion.llm.logprobs import answer_logprobs, applies_head_to_hidden_states
 from spin_diffusion.selfplay.ledger import Costs, counted, matrix_rate
+from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.run_dir import read_json
 from spin_diffusion.selfplay.shards import shards
@@ -115,7 +116,7 @@ def ledger_costs(
     """
     real = lengths_of(output_dir / "data" / "samples")
     unit = count_tokens(game.model, int(np.mean(real[0] + real[1])))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(game.accelerator.mixed_precision, torch.float32)
+    dtype = autocast_dtype(game.accelerator.mixed_precision) or torch.float32
     rate = matrix_flops_per_second or matrix_rate(game.accelerator.device, dtype)
 
     def of(rounds: RoundSettings, folder: Path) -> Costs:

@@ -55,6 +55,11 @@ class Bars(Progress):
 _open: weakref.WeakSet[tqdm] = weakref.WeakSet()
 
 
+def tell(text: str) -> None:
+    """Print a line of its own while bars are open, which stay."""
+    tqdm.write(text, file=sys.stdout)
+
+
 def end_bars() -> None:
     """End the lines of the bars that are open, so that what is said next has its own."""
     for bar in list(_open):

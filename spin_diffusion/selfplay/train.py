@@ -24,6 +24,7 @@ from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
+from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
@@ -159,7 +160,8 @@ def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> healt
     for one in found:
         sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
-        trainee.accelerator.print(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
+        if trainee.accelerator.is_main_process:
+            tell(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
     return health.gravest(found)
 
 
