@@ -138,6 +138,8 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
         of_memory = {"generated": "drawing", "trained": "training"}.get(entry["phase"])
         assert entry["predicted_memory_bytes"] == read_json(out / "plan.json")["memory_bytes"].get(of_memory)
         assert entry["samples"] == samples.get(entry["phase"])
+        if entry["phase"] != "overhead":
+            assert entry["predicted_disk_bytes"] == read_json(out / "plan.json")["disk_bytes"]
         if entry["phase"] in samples:
             assert entry["peak_memory_bytes"] > 1e8
         if entry["phase"] in samples and entry["phase"] != "probed":  # a moment's linear algebra, which nobody counts
@@ -158,6 +160,10 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     assert rounds[0]["generated"]["flops"] == rounds[1]["generated"]["flops"]
     page = (out / "report.html").read_text()
     assert "Time and work" in page and "draw the opponent\u2019s samples" in page and "everything else" in page
+    # The folder, too, held about what it was to hold: at the end of a round, before its encodings were removed
+    held, planned = max(entry.get("disk_bytes") or 0 for entry in told), read_json(out / "plan.json")["disk_bytes"]
+    assert 0.5 * planned < held < 1.5 * planned
+    assert f"held at most {held / 1e9:,.2f} GB (planned {planned / 1e9:,.2f} GB)" in page
 
 
 def test_the_page_and_the_card_show_every_model(settings, tmp_path):
