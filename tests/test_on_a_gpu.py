@@ -39,6 +39,7 @@ WAYS = {
         "plus=assets/toy_world/plateau", "--max_prompts", "2", "--num_inference_steps", "2",
     ],
     "plan": ["training/plan.py", "--config", "training/configs/toy_sdxl.yaml"],
+    "plan_answers": ["training/plan.py", "--config", "training/configs/toy_llm.yaml"],
 }  # fmt: skip
 
 
@@ -95,5 +96,5 @@ def test_images_adapters_answers_and_evaluations_on_a_gpu(tmp_path):
 @pytest.mark.slow
 def test_what_else_there_is_on_a_gpu(tmp_path):
     said = run_all(tmp_path, LATER)
-    check_runs(said, len(LATER) - 1)
-    assert "of the GPU" in said
+    check_runs(said, len(LATER) - 2)
+    assert said.count("of the GPU") == 2
