@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.ledger import wait_for
 from spin_diffusion.selfplay.objectives import bind
+from spin_diffusion.selfplay.progress import Progress, end_bars
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import write_json
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
@@ -25,6 +26,16 @@ PROBE_SECONDS = 20.0
 """The most that each of a probe's parts takes, beyond its first two calls."""
 PHASES = {"generated": "draw", "cached": "encode", "trained": "train", "evaluated": "evaluate"}
 """Of the ledger, those that are planned, and what they are called here."""
+
+
+def count_rows(known: int, rest: Iterator[Any], progress: Progress) -> int:
+    """Rows that were read and those that are left."""
+    bar = progress.phase("count the real samples", 0)
+    for _ in rest:
+        known += 1
+        bar(known, "")
+    end_bars()
+    return known
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

@@ -14,7 +14,7 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import to_bytes
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
-from spin_diffusion.planning import kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
+from spin_diffusion.planning import count_rows, kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
 from spin_diffusion.running import needs_losers, rivals
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
@@ -86,12 +86,7 @@ def _examples(config: Config, progress: Progress) -> tuple[list[Example], int]:
     wanted = max(config.training.train_batch_size, 2)
     examples = read_examples(config.data, with_losers=needs_losers(config))
     few = list(islice(examples, wanted))
-    bar = progress.phase("count the real samples", 0)
-    rows = len(few)
-    for _ in examples:
-        rows += 1
-        bar(rows, "")
-    return few, rows
+    return few, count_rows(len(few), examples, progress)
 
 
 # The probe

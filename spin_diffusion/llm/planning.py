@@ -16,7 +16,7 @@ from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
-from spin_diffusion.planning import kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
+from spin_diffusion.planning import count_rows, kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
 from spin_diffusion.running import needs_losers, rivals
 from spin_diffusion.selfplay.game import Batch, Row
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
@@ -115,10 +115,7 @@ def _read(config: LanguageConfig, game: LanguageGame, progress: Progress) -> tup
             f"of the first {len(first)} rows none has a prompt within --max_length {config.language.max_length}: raise "
             "it, or give other data"
         )
-    bar, rows = progress.phase("count the real samples", 0), len(first)
-    for _ in examples:
-        rows += 1
-        bar(rows, "")
+    rows = count_rows(len(first), examples, progress)
     held_out = list(read_held_out(config.data))
     prompts = len({transcript(example.prompt) for example in held_out})
     asked = min(prompts, config.evaluation.max_validation_prompts or prompts)
