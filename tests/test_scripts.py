@@ -11,6 +11,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.command import run_command
@@ -508,6 +509,17 @@ def test_a_player_that_the_last_step_destroyed_is_said(rate, said, unevaluated, 
     settings = unevaluated | {"max_train_steps": 1, "learning_rate": rate, "max_grad_norm": 0}
     refused(capsys, play(tmp_path, settings), "round", said, "--learning_rate")
     assert read_json(tmp_path / "out" / "round-1" / "round.json")["state"] == "CACHED"
+
+
+def test_the_number_of_fixed_draws_is_settled_by_the_run(unevaluated, tmp_path, capsys):
+    settings = unevaluated | {"fixed_draws": "auto", "max_train_steps": 24, "max_train_samples": 12}
+    assert play(tmp_path, settings) == 0
+    assert "2 visits of each of the pairs' fixed draws" in capsys.readouterr().out
+    [scores] = (tmp_path / "out" / "round-1" / "scores" / "real").glob("*.safetensors")
+    assert load_file(scores)["opponent_score"].shape == (12, 4)
+    assert play(tmp_path, settings) == 0
+    assert play(tmp_path, settings | {"output_dir": str(tmp_path / "plan")}, script="plan.py") == 0
+    assert read_json(tmp_path / "plan" / "plan.json")["rates"]["score"] > 0
 
 
 def test_a_plan_is_refused_where_its_run_would_be(unevaluated, tmp_path, capsys):

@@ -122,7 +122,8 @@ class DiffusionGame:
         self.base_options = base_options or {}
 
         # What a score is taken on
-        self.fixed_draws = denoiser.fixed_draws
+        # `auto` is settled when it is known how many pairs there are
+        self.fixed_draws = 0 if denoiser.fixed_draws == "auto" else denoiser.fixed_draws
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
         self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
         self.trajectory = trajectory or TrajectorySettings()

@@ -1,6 +1,6 @@
 """What a run will take: a probe of one batch of each kind, times how often the settings ask for it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, read_examples
-from spin_diffusion.diffusion.cost import work_of
+from spin_diffusion.diffusion.cost import draws_worth_keeping, work_of
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import to_bytes
 from spin_diffusion.diffusion.settings import ImageSettings
@@ -21,7 +21,7 @@ from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.run_dir import seed_from
-from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
+from spin_diffusion.selfplay.train_settings import check_batch, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import trained_parameters
 
 
@@ -68,6 +68,7 @@ def make_plan(config: Config, game: DiffusionGame, progress: Progress) -> dict[s
     few, rows = _examples(config, progress)
     pairs = rows // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)
+    config = settle_draws(config, game, pairs)
     rates = probe(config, game, few)
     pictures = _pictures_of_evaluation(config)
     return write_plan(
@@ -79,6 +80,19 @@ def make_plan(config: Config, game: DiffusionGame, progress: Progress) -> dict[s
         disk_bytes=disk(config, rates, rows, pictures),
         memory_bytes={"drawing": rates.drawing_memory, "training": rates.training_memory},
     )  # fmt: skip
+
+
+def settle_draws(config: Config, game: DiffusionGame, pairs: int) -> Config:
+    """The settings with a number for `--fixed_draws auto`, by the round that visits a pair least; the game's too."""
+    if config.denoiser.fixed_draws != "auto":
+        return config
+    world = game.accelerator.num_processes
+    steps = min(steps_of_round(config.training, k, pairs, world)[0] for k in range(1, config.rounds.rounds + 1))
+    visits = steps * pairs_per_step(config.training, world) / pairs
+    game.fixed_draws = draws_worth_keeping(visits)
+    if not game.fixed_draws:
+        game.accelerator.print(f"Fixed draws: none, since a round of {steps} steps visits a pair {visits:.2g} times")
+    return replace(config, denoiser=replace(config.denoiser, fixed_draws=game.fixed_draws))
 
 
 def _examples(config: Config, progress: Progress) -> tuple[list[Example], int]:

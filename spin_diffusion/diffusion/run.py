@@ -21,7 +21,7 @@ from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
-from spin_diffusion.diffusion.planning import make_plan
+from spin_diffusion.diffusion.planning import make_plan, settle_draws
 from spin_diffusion.diffusion.run_lines import header, keeps_trajectories, tell_where, trajectory_bytes
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
@@ -100,6 +100,7 @@ def run(config: Config, family_name: str) -> None:
     check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    config = settle_draws(config, game, pairs)
     _check_room(config, game, pairs)
 
     if config.caches.cache_text_embeddings:
