@@ -154,6 +154,17 @@ def test_a_difference_pairs_seed_with_seed_and_is_adjusted_for_the_rivals():
     assert _difference(a, {7: a[0]}, 4) is None
 
 
+def test_the_drift_is_what_the_last_round_lost_of_the_best_one(config, monkeypatch):
+    comparison = Comparison(settings_of(config))
+    monkeypatch.setattr(comparison, "curve", lambda entry: {3: [0.4, 0.6], 1: [0.5, 0.7], 2: [0.3, 0.3], 4: []})
+    monkeypatch.setattr(analysis, "_scores", lambda *given: {"best": {}})
+    entry = Entry("tiny", "steps", "spin", 3, choice=choose({1e-4: {1.0: 0.5}}), best_round=1)
+    found = analysis._over_rounds(comparison, entry, 3, {}, 1)
+    assert [(row["round"], row["mean"]) for row in found["curve"]] == [(1, 0.6), (2, 0.3), (3, 0.5)]
+    assert found["best_round"] == 1 and found["drift"] == pytest.approx(-0.1)
+    assert analysis._over_rounds(comparison, entry, 4, {}, 1)["drift"] is None
+
+
 @pytest.mark.parametrize("methods", [1, 2, 4])
 def test_a_method_has_as_many_rivals_as_are_compared_with_the_reference(methods, config, monkeypatch):
     comparison, seen = Comparison(settings_of(config, "--budget", "steps")), []
