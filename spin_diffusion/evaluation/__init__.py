@@ -1,7 +1,7 @@
 """Measuring what was gained, in pictures and in answers. In the order in which it is done:
 
 prompt_sets     the prompts, each set with its hash and licence
-drawing         prompts -> pictures by every model; answering: -> answers; protocols: what decides both
+drawing         prompts -> pictures by every model; answering: -> answers; modalities: how the two differ
 scorers         pictures -> scores, by scoring; judges: answers -> scores; specs: what both say of themselves
 samples         what was drawn, with its scores
 statistics      scores -> intervals and tests; comparison: models side by side

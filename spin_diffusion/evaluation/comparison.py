@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from spin_diffusion.evaluation.modalities import IMAGES, Modality
 from spin_diffusion.evaluation.specs import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -39,8 +40,8 @@ class Row:
     """(prompts, samples): the same prompts and seeds in the same order for every model."""
     role: Role = "held-out"
     """What the scorer can say; a difference of a "drift" score is never good news."""
-    samples: str = "images"
-    """What was scored: images or answers."""
+    modality: Modality = IMAGES
+    """Of what was scored."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Comparison:
     """The same, adjusted by Holm over the scorers of one model and guidance scale."""
     role: Role = "held-out"
     """Of the scorer."""
-    samples: str = "images"
-    """What was scored: images or answers."""
+    modality: Modality = IMAGES
+    """Of what was scored."""
 
 
 def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
@@ -110,7 +111,7 @@ def _compare_row(row: Row, base: Row) -> Comparison:
         p = sign_test_p(wins, losses)
     return Comparison(
         row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
-        role=row.role, samples=row.samples,
+        role=row.role, modality=row.modality,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
 
 
 def _describe(row: Row) -> str:
-    at = f" at {_scale(row.guidance_scale)}" if row.samples == "images" else ""
+    at = row.modality.at.format(_scale(row.guidance_scale))
     return f"model {row.model!r}{at} by {row.scorer}"
 
 
@@ -172,7 +173,7 @@ def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
     table.add_column("model")
     guidance_scales = _distinct(c.guidance_scale for c in comparisons)
     for scale in guidance_scales:
-        heading = _scale(scale) if comparisons[0].samples == "images" else "mean"
+        heading = comparisons[0].modality.heading.format(_scale(scale))
         table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
     decimals = _decimals(comparisons)
@@ -198,12 +199,13 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     for scorer in _distinct(c.scorer for c in comparisons):
         of_scorer = [c for c in comparisons if c.scorer == scorer]
         decimals = _decimals(of_scorer)
-        of_images = of_scorer[0].samples == "images"
+        columns = of_scorer[0].modality.columns
+        head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
         parts += [
             f"**{_escaped(_title(of_scorer))}**",
             "",
-            f"| model |{' guidance |' if of_images else ''} mean | to baseline | win / tie / loss | p |",
-            f"|---|{'---:|' if of_images else ''}---:|---:|---:|---:|",
+            f"| {' | '.join(head)} |",
+            f"|---|{'---:|' * (len(head) - 1)}",
         ]
         for c in of_scorer:
             difference = _difference(c.difference, decimals, " ")
@@ -212,7 +214,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
             p = "" if c.p_holm is None else "< 0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
             mean = _mean(c.mean, decimals, " ")
-            scale = [_scale(c.guidance_scale).removeprefix("guidance ")] if of_images else []
+            scale = [_scale(c.guidance_scale).removeprefix("guidance ") for _ in columns]
             row = [_escaped(c.model), *scale, mean, difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
         parts += [
@@ -224,7 +226,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
 
 
 def _title(comparisons: list[Comparison]) -> str:
-    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.samples}" for c in comparisons)
+    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.modality.plural}" for c in comparisons)
     return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % bootstrap over prompts, seeds shared"
 
 

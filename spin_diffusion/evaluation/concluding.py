@@ -21,7 +21,7 @@ from spin_diffusion.evaluation.breakdowns import breakdowns
 from spin_diffusion.evaluation.comparison import Comparison, Row, compare
 from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.drawing import folder_of
-from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
+from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -75,10 +75,10 @@ def conclude_samples(
     scorers = [entry | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in said.items()]
     ran = [scorer["name"] for scorer in scorers if scorer["state"] == "run"]
     roles = {scorer["name"]: scorer["role"] for scorer in scorers}
-    kind = "answers" if is_of_answers(protocol) else "images"
+    modality = modality_of(protocol)
     complete = {
         scale: _complete(
-            [samples[model.name, scale] for model in models], samples_per_prompt(protocol), ran, kind, scale
+            [samples[model.name, scale] for model in models], samples_per_prompt(protocol), ran, modality, scale
         )
         for scale in scales
     }
@@ -89,7 +89,7 @@ def conclude_samples(
         for name in ran
     }
     comparisons = compare(
-        [Row(model, scale, name, scores, roles[name], kind) for (model, scale, name), scores in arrays.items()],
+        [Row(model, scale, name, scores, roles[name], modality) for (model, scale, name), scores in arrays.items()],
         baseline,
     )
     entries = [_comparison_entry(comparison, baseline) for comparison in comparisons if comparison.p is not None]
@@ -113,7 +113,9 @@ def conclude_samples(
         "results": _aggregates(arrays, comparisons, ran, roles),
         "comparisons": entries,
         "verdicts": [
-            _verdict_entry(model.name, scale, entries, roles, alarms, kind) for model in models[1:] for scale in scales
+            _verdict_entry(model.name, scale, entries, roles, alarms, modality)
+            for model in models[1:]
+            for scale in scales
         ] if ran else [],
         "alarms": alarms,
         "breakdowns": breakdowns(models, scales, samples, arrays, complete, ran),
@@ -162,7 +164,7 @@ def _truncated_prompts(samples: BySample, name: str) -> int:
 
 
 def _complete(
-    of_scale: Sequence[Samples], per_prompt: int, ran: Sequence[str], kind: str, scale: float | None
+    of_scale: Sequence[Samples], per_prompt: int, ran: Sequence[str], modality: Modality, scale: float | None
 ) -> list[str]:
     """Ids of the prompts that count, in the baseline's order."""
     ids = list(dict.fromkeys(id_ for id_, _ in of_scale[0].rows))
@@ -174,10 +176,10 @@ def _complete(
         and all(key in of_model.scores[name] for of_model in of_scale for name in ran for key in keys[id_])
     ]
     if len(kept) < 2:
-        at = "" if kind == "answers" else f" at {folder_of(scale)}"
+        what, at = modality.plural, modality.at.format(folder_of(scale))
         raise InputError(
-            f"only {len(kept)} prompts have all {kind} by every model{at}, and their scores: too few to compare; look "
-            f"for what failed in the files of the {kind} and of the scores"
+            f"only {len(kept)} prompts have all {what} by every model{at}, and their scores: too few to compare; look "
+            f"for what failed in the files of the {what} and of the scores"
         )
     return kept
 
@@ -206,13 +208,13 @@ def _verdict_entry(
     entries: list[dict[str, Any]],
     roles: dict[str, Any],
     alarms: list[dict[str, Any]],
-    kind: str,
+    modality: Modality,
 ) -> dict[str, Any]:
     ours = [e for e in entries if e["model"] == model and e["guidance_scale"] == scale]
     verdicts = {e["scorer"]: e["verdict"] for e in ours}
     moved = [e["scorer"] for e in ours if e["low"] > 0 or e["high"] < 0]
     states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
-    said, reason = overall_verdict(verdicts, roles, states, kind, moved)
+    said, reason = overall_verdict(verdicts, roles, states, modality, moved)
     return {"model": model, "guidance_scale": scale, "verdict": said, "reason": reason}
 
 

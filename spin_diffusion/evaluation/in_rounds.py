@@ -8,8 +8,8 @@ from accelerate import Accelerator
 
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.drawing import Draw, draw_pictures, protocol_of, requests
+from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.evaluation.protocols import is_of_answers
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
@@ -90,10 +90,10 @@ def model_of(name: str, folder: Path, role: str, round_: int | None, **more: Any
 
 def metrics_of(results: dict[str, Any], model: str) -> dict[str, Any]:
     """Means, differences and verdicts of one model, as numbers for trackers and for the round's record."""
-    of_answers = is_of_answers(results["protocol"])
+    at_key = modality_of(results["protocol"]).at_key
 
     def name(entry: dict[str, Any]) -> str:
-        return entry["scorer"] if of_answers else f"{entry['scorer']}@{_key(entry['guidance_scale'])}"
+        return entry["scorer"] + at_key.format(_key(entry["guidance_scale"]))
 
     metrics: dict[str, Any] = {}
     for entry in results["results"]:
@@ -122,9 +122,9 @@ def promotion(results: dict[str, Any], promote_if: PromoteIf) -> tuple[bool, str
     if lacking:
         raise InputError(f"--promote_if {promote_if} cannot be decided: {', '.join(lacking)} could not be run")
     roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
+    at = modality_of(results["protocol"]).at
     fell = [
-        f"{entry['scorer']} fell by {-entry['difference']:.3g}"
-        + ("" if is_of_answers(results["protocol"]) else f" at guidance {_key(entry['guidance_scale'])}")
+        f"{entry['scorer']} fell by {-entry['difference']:.3g}" + at.format(f"guidance {_key(entry['guidance_scale'])}")
         for entry in results["comparisons"]
         if entry["verdict"] == "regressed" and roles[entry["scorer"]] in ("truth", "held-out", "alignment")
     ]

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from spin_diffusion.evaluation.modalities import IMAGES, Modality
 from spin_diffusion.evaluation.specs import Role
 
 ScorerVerdict = Literal["improved", "inconclusive", "regressed", "drift"]
@@ -221,7 +222,7 @@ def overall_verdict(
     verdicts: Mapping[str, ScorerVerdict],
     roles: Mapping[str, Role],
     alarms: Mapping[str, AlarmState],
-    samples: str = "images",
+    modality: Modality = IMAGES,
     moved: Collection[str] = (),
 ) -> tuple[ModelVerdict, str]:
     """What is concluded of one model at one guidance scale, and why in one sentence.
@@ -243,14 +244,14 @@ def overall_verdict(
         verdicts: scorer -> its `verdict`.
         roles: scorer -> its role; at least the scorers of `verdicts`.
         alarms: id of the alarm -> its state.
-        samples: what the model makes, for the sentence.
+        modality: what the model makes, for the sentence.
         moved: scorers whose interval of the difference excludes 0, for the sentence: tables show these numbers in bold.
     """
     fired = [alarm for alarm, state in alarms.items() if state == "alarm"]
     if fired:
         plural = "s" if len(fired) > 1 else ""
         return "suspect", (
-            f"The alarm{plural} {_listed(fired)} went off, so higher scores may not mean better {samples}: "
+            f"The alarm{plural} {_listed(fired)} went off, so higher scores may not mean better {modality.plural}: "
             "read what they say before you believe any score."
         )
 
@@ -266,10 +267,9 @@ def overall_verdict(
     knows_truth = any(roles[name] == "truth" for name in verdicts)
     if knows_truth and (better := named("improved", "truth")):
         return "improved", f"The model is better than the baseline by {_listed(better)}, which knows the truth."
-    held_out = "not trained on the same preferences" if samples == "images" else "which is held out"
     if not knows_truth and (better := named("improved", "held-out")):
         return "improved", (
-            f"The model is better than the baseline by {_listed(better)}, {held_out}, "
+            f"The model is better than the baseline by {_listed(better)}, {modality.held_out}, "
             "and worse by no scorer that counts."
         )
 

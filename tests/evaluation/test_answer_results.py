@@ -20,6 +20,7 @@ from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.concluding import belonging
 from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
+from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import conclude
@@ -261,7 +262,7 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     )
     assert read_results(tmp_path / "results.json") == results
     assert results["training_curves"] == CURVES and results["measures"] == MEASURES
-    assert {c.samples for c in comparisons} == {"images"}
+    assert {c.modality for c in comparisons} == {IMAGES}
     without, _ = conclude(tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0)
     assert without == {key: value for key, value in results.items() if key not in ("training_curves", "measures")}
 

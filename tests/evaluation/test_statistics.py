@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.scorers import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -354,7 +355,7 @@ def test_the_rule_of_the_overall_verdict(moved: dict[str, int], expected: str, w
 )
 def test_no_difference_is_denied_that_a_table_shows_in_bold(moved: list[str], words: list[str], not_said: str) -> None:
     verdicts = {"hps": "inconclusive", "clip": "inconclusive", "sharpness": "drift"}
-    found, reason = overall_verdict(verdicts, ROLES, {}, "images", moved)
+    found, reason = overall_verdict(verdicts, ROLES, {}, IMAGES, moved)
     assert found == "inconclusive" and all(word in reason for word in words) and not_said not in reason, reason
     assert "\n" not in reason and reason.endswith(".")
 

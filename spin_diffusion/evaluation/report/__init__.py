@@ -1,16 +1,18 @@
 """The evaluation's page: one report.html that needs nothing but itself.
 
-    reading.py        results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked
     wording.py        names, numbers, verdicts and texts in the page's words
+    pictures.py       each picture as a data: address
+    texts.py          each answer as a passage
+    editions.py       what the page says and shows of images, and what of answers
+    reading.py        results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked
     tables.py         results.json -> rows of text
     distributions.py  scores.parquet -> histograms of the differences
     training.py       training curves and measures -> charts and rows of text
     plots.py          numbers -> SVG
-    pictures.py       which samples are shown, and each picture as a data: address
-    texts.py          each answer as a passage
+    choosing.py       which samples are shown
     gallery.py        the samples of all models side by side, with their scores; the blind vote
     facts.py          where the models came from, how samples were made, what each scorer is
-    page.html.j2      sets them; style.css and page.js are inlined
+    page.html.j2      sets them, with images.html.j2 or answers.html.j2; style.css and page.js are inlined
 
 Prompts, names and reasons are text that anybody may have written. The template escapes every one of them, and a policy
 in the page forbids whatever is not this program's own style and script, known by their hashes.
@@ -28,8 +30,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.protocols import is_of_answers, samples_per_prompt
-from spin_diffusion.evaluation.report import distributions, facts, gallery, pictures, tables, texts, training, wording
+from spin_diffusion.evaluation.modalities import samples_per_prompt
+from spin_diffusion.evaluation.report import distributions, facts, gallery, tables, training, wording
+from spin_diffusion.evaluation.report.editions import edition_of, scale_label
 from spin_diffusion.evaluation.report.reading import Evaluation, read_evaluation
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import write_file
@@ -80,11 +83,8 @@ class Page:
     scorer_facts: list[facts.ScorerFacts]
     environment: list[tuple[str, wording.Text]]
     roles: dict[str, str]
-    of_answers: bool
-    sample: str
-    """What a model makes: image or answer."""
-    setting: str
-    """What tells two evaluations of one model apart."""
+    edition: str
+    """Template of the modality."""
     per_prompt: int
     min_prompts: int
     votes: Markup
@@ -115,18 +115,16 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
 def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES) -> bytes:
     """The page, with as many pictures or answers as fit into `max_bytes`."""
     template = _template()
-    of_answers = is_of_answers(evaluation.results["protocol"])
-    sample_of = texts.passages(evaluation) if of_answers else pictures.thumbnails(evaluation)
+    made = gallery.sample_of(evaluation)
     without_gallery = _page(evaluation)
-    rest = "All answers are in answers.parquet." if of_answers else "All pictures lie beside results.json."
     for share in _SHARES:
-        tabs = gallery.gallery(evaluation, sample_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
+        tabs = gallery.gallery(evaluation, made, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
         votes = gallery.votes(evaluation, tabs) if without_gallery.candidate else {"pairs": []}
         notices = list(without_gallery.notices)
         if share < 1:
             notices.append(
                 f"The gallery is shortened to {share:.0%} of its rows, so that the page stays below "
-                f"{max_bytes / 1e6:g} MB. {rest}"
+                f"{max_bytes / 1e6:g} MB. {edition_of(evaluation.results).rest}"
             )
         content = replace(
             without_gallery, gallery=tabs, num_votes=len(votes["pairs"]), votes=_island(votes), notices=notices
@@ -141,7 +139,7 @@ def _page(evaluation: Evaluation) -> Page:
     """Everything but the gallery and what hangs on it."""
     results = evaluation.results
     named = wording.labels(model["name"] for model in results["models"])
-    headline, protocol = results["headline"], results["protocol"]
+    headline, edition = results["headline"], edition_of(results)
     candidate = None if headline["model"] == results["baseline"] else headline["model"]
     verdict = next(
         (
@@ -154,13 +152,12 @@ def _page(evaluation: Evaluation) -> Page:
     alarms, other_alarms = tables.alarm_rows(results)
     failures, num_failures = tables.failure_rows(results)
     histograms, doubts = distributions.distributions(evaluation)
-    of_answers = is_of_answers(protocol)
     css, js = _asset("style.css"), _asset("page.js")
     return Page(
         title=wording.shortened(results["title"] or "Evaluation", 120),
         baseline=named[results["baseline"]],
         candidate="" if candidate is None else named[candidate],
-        scale=wording.scale_label(results, headline["guidance_scale"]),
+        scale=scale_label(results, headline["guidance_scale"]),
         verdict=wording.STATES[verdict["verdict"]] if verdict and candidate is not None else None,
         reason=wording.shortened(verdict["reason"] if verdict and candidate is not None else "", 600),
         facts=facts.banner_facts(results),
@@ -187,15 +184,13 @@ def _page(evaluation: Evaluation) -> Page:
         num_votes=0,
         failures=failures,
         num_failures=num_failures,
-        protocol=facts.protocol_facts(protocol),
+        protocol=facts.protocol_facts(results),
         model_facts=[facts.model_facts(model, named) for model in results["models"][: tables.MAX_LISTED]],
         scorer_facts=[facts.scorer_facts(scorer) for scorer in results["scorers"]],
         environment=[(wording.shortened(k, 60).short, wording.shortened(v)) for k, v in results["environment"].items()],
-        roles=wording.ROLES_OF_ANSWERS if of_answers else wording.ROLES,
-        of_answers=of_answers,
-        sample="answer" if of_answers else "image",
-        setting="sampling" if of_answers else "guidance",
-        per_prompt=samples_per_prompt(protocol),
+        roles=edition.roles,
+        edition=edition.template,
+        per_prompt=samples_per_prompt(results["protocol"]),
         min_prompts=tables.MIN_PROMPTS,
         votes=Markup(),
         css=css,
@@ -211,13 +206,14 @@ def _page(evaluation: Evaluation) -> Page:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
+        loader=jinja2.FunctionLoader(_asset),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         # The one place through which all text goes; what is Markup is this program's own
         finalize=lambda value: wording.clean(value) if type(value) is str else value,
     )
-    return environment.from_string(_asset("page.html.j2"))
+    return environment.get_template("page.html.j2")
 
 
 def _asset(name: str) -> Markup:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.protocols import samples_per_prompt
+from spin_diffusion.evaluation.modalities import samples_per_prompt
 from spin_diffusion.evaluation.report import plots
-from spin_diffusion.evaluation.report.pictures import differences
+from spin_diffusion.evaluation.report.choosing import differences
 from spin_diffusion.evaluation.report.reading import Evaluation
 from spin_diffusion.evaluation.report.tables import comparisons, scorers_run
 from spin_diffusion.evaluation.report.wording import decimals_by_scorer, direction, shortened, signed

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from spin_diffusion.evaluation.protocols import guidance_scales, is_of_answers, samples_per_prompt
+from spin_diffusion.evaluation.modalities import modality_of, samples_per_prompt
+from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.tables import scorers_run
 from spin_diffusion.evaluation.report.wording import Text, shortened
 
@@ -38,7 +39,7 @@ def banner_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
     return [
         ("prompts", f"{protocol['prompt_set']['num_prompts']:,}"),
-        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
+        (f"{modality_of(protocol).plural} per prompt", str(samples_per_prompt(protocol))),
         ("scorers run", f"{ran} of {len(results['scorers'])}"),
         ("alarms", alarms if states else "none computed"),
         ("protocol", protocol["id"][:12]),
@@ -49,35 +50,20 @@ def _counted(number: int, thing: str) -> str:
     return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
 
 
-def protocol_facts(protocol: dict[str, Any]) -> list[tuple[str, Text]]:
+def protocol_facts(results: dict[str, Any]) -> list[tuple[str, Text]]:
     """How the samples were made, as far as it decides whether two evaluations may be compared."""
+    protocol = results["protocol"]
     prompts = protocol["prompt_set"]
-    given = "as the pictures were given"
-    if is_of_answers(protocol):
-        names = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "longest answer, tokens"}
-        sampling = [
-            (names.get(key, key.replace("_", " ")), "none" if value is None else str(value))
-            for key, value in protocol["sampling"].items()
-        ]
-        how = [*sampling, ("real answers: SHA-256", protocol.get("references_sha256", ""))]
-    else:
-        steps = protocol["num_inference_steps"]
-        how = [
-            ("sampler", protocol["sampler"]),
-            ("denoising steps", given if steps is None else str(steps)),
-            ("guidance scales", ", ".join("as given" if s is None else f"{s:g}" for s in guidance_scales(protocol))),
-            ("resolution", given if protocol["resolution"] is None else f"{protocol['resolution']} px"),
-        ]
     facts = [
         ("protocol id", protocol["id"]),
         ("prompts", f"{prompts['name']}, {prompts['num_prompts']:,}"),
         ("prompts: SHA-256", prompts["sha256"]),
         ("prompts: licence", prompts["licence"]),
         ("prompts: source", prompts["source"]),
-        (f"{'answers' if is_of_answers(protocol) else 'images'} per prompt", str(samples_per_prompt(protocol))),
+        (f"{modality_of(protocol).plural} per prompt", str(samples_per_prompt(protocol))),
         ("seed", str(protocol["seed"])),
         ("rule for seeds", protocol["seed_rule"]),
-        *how,
+        *edition_of(results).how(protocol),
     ]
     return [(shortened(name, 60).short, shortened(value)) for name, value in facts]
 

@@ -1,13 +1,14 @@
 """The gallery: the same prompts and seeds by every model, with what the scorers say, and what the blind vote needs."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spin_diffusion.evaluation.report.pictures import Pair, Picture, choose
+from spin_diffusion.evaluation.report.choosing import Pair, choose
+from spin_diffusion.evaluation.report.editions import Sample, edition_of
 from spin_diffusion.evaluation.report.reading import Evaluation
 from spin_diffusion.evaluation.report.tables import scorers_run
-from spin_diffusion.evaluation.report.texts import Passage
 from spin_diffusion.evaluation.report.wording import (
     Text,
     clean,
@@ -18,9 +19,6 @@ from spin_diffusion.evaluation.report.wording import (
     shortened,
     signed,
 )
-
-Sample = Picture | Passage
-"""A picture or an answer, inside of the page."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,27 @@ class GalleryTab:
     rows: list[GalleryRow]
 
 
+def sample_of(evaluation: Evaluation) -> Callable[[str, Pair], Sample | str]:
+    """(model, pair) -> its sample, or why there is none. Each is made once."""
+    edition = edition_of(evaluation.results)
+    rows = {(row.model, (row.id, row.k)): row for row in evaluation.samples}
+
+    @functools.cache
+    def made(model: str, pair: Pair) -> Sample | str:
+        row = rows.get((model, pair))
+        return edition.missing if row is None else edition.show(evaluation.directory, row)
+
+    return made
+
+
 def gallery(
-    evaluation: Evaluation, sample_of: Callable[[str, Pair], Sample | str], random_pairs: int, ranked_pairs: int
+    evaluation: Evaluation, made: Callable[[str, Pair], Sample | str], random_pairs: int, ranked_pairs: int
 ) -> list[GalleryTab]:
-    """The tabs, with at most so many pairs that were drawn at random, and so many of each kind that are ranked."""
+    """The tabs, with at most so many pairs that were drawn at random, and so many of each kind that are ranked.
+
+    Args:
+        made: from `sample_of`.
+    """
     results = evaluation.results
     named = labels(model["name"] for model in results["models"])
     digits = decimals_by_scorer(results)
@@ -83,7 +98,7 @@ def gallery(
         for number, pair in enumerate(choice.pairs):
             shown = []
             for place, (model, role) in enumerate(zip(models, roles, strict=True)):
-                sample = sample_of(model["name"], pair)
+                sample = made(model["name"], pair)
                 missing = isinstance(sample, str)
                 shown.append(
                     Shown(
@@ -93,12 +108,11 @@ def gallery(
                     )
                 )  # fmt: skip
             row = rows[pair]
-            reference = getattr(row, "reference", None)
             shown_rows.append(
                 GalleryRow(
                     row.id, row.k, row.seed, shortened(row.prompt),
                     shortened(row.category, 60).short, choice.why.get(pair, "").replace("-", "\u2212"),
-                    None if reference is None else passage(reference), shown,
+                    None if row.reference is None else passage(row.reference), shown,
                 )
             )  # fmt: skip
         tabs.append(GalleryTab(choice.key, choice.title, choice.note, shown_rows))

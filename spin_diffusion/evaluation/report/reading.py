@@ -6,7 +6,7 @@ Nothing in these files is trusted: text may be anything that JSON can hold, and 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.protocols import is_of_answers
+from spin_diffusion.evaluation.modalities import modality_of
+from spin_diffusion.evaluation.report.editions import edition_of
+from spin_diffusion.evaluation.report.pictures import ImageRow
+from spin_diffusion.evaluation.report.texts import AnswerRow
 from spin_diffusion.input_error import InputError
 
 SCHEMA_VERSION = 1
@@ -25,42 +28,6 @@ _FLOATS = {
     "threshold", "r_real", "r_generated", "loss",
 }  # fmt: skip
 _MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One picture that a model was asked for at the headline's guidance scale."""
-
-    model: str
-    id: str
-    k: int
-    prompt: str
-    category: str
-    seed: str
-    """As text: a seed of 63 bits does not survive JavaScript's numbers."""
-    file: str | None
-    """Relative to the evaluation's folder; None = there is no picture."""
-    sha256: str | None
-    state: str
-
-
-@dataclass(frozen=True)
-class AnswerRow:
-    """One answer that a model gave."""
-
-    model: str
-    id: str
-    k: int
-    prompt: str
-    category: str
-    seed: str
-    """As text: a seed of 63 bits does not survive JavaScript's numbers."""
-    text: str
-    reference: str | None
-    """The real answer."""
-    finish: str
-    num_tokens: int
-    state: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +51,10 @@ def read_evaluation(directory: Path) -> Evaluation:
     """
     results = read_results(directory / "results.json")
     scale = results["headline"]["guidance_scale"]
-    samples = _answers(directory) if is_of_answers(results["protocol"]) else _images(directory, scale)
+    kind = edition_of(results).row
+    columns = [field.name for field in fields(kind)]
+    table = directory / f"{modality_of(results['protocol']).plural}.parquet"
+    samples = [_row_of(kind, values) for values in _rows(table, columns, scale)]
     scores = {
         (row["model"], row["scorer"], str(row["id"]), int(row["k"])): float(row["score"])
         for row in _rows(directory / "scores.parquet", ["model", "scorer", "id", "k", "score"], scale)
@@ -93,29 +63,13 @@ def read_evaluation(directory: Path) -> Evaluation:
     return Evaluation(directory, results, samples, scores)
 
 
-_OF_SAMPLE = ["model", "id", "k", "prompt", "category", "seed"]
+def _row_of(kind: type, values: dict[str, Any]) -> Any:
+    """The row as a `kind`; what is missing is empty or 0, where the field cannot be None."""
+    return kind(**{field.name: _filled(values[field.name], field.type) for field in fields(kind)})
 
 
-def _images(directory: Path, scale: float | None) -> list[ImageRow]:
-    rows = _rows(directory / "images.parquet", [*_OF_SAMPLE, "file", "sha256", "state"], scale)
-    return [ImageRow(*_of_sample(row), row["file"], row["sha256"], row["state"] or "") for row in rows]
-
-
-def _answers(directory: Path) -> list[AnswerRow]:
-    columns = ["text", "reference", "finish", "num_tokens", "state"]
-    return [
-        AnswerRow(
-            *_of_sample(row), row["text"] or "", row["reference"], row["finish"] or "", int(row["num_tokens"] or 0),
-            row["state"] or "",
-        )
-        for row in _rows(directory / "answers.parquet", [*_OF_SAMPLE, *columns], None)
-    ]  # fmt: skip
-
-
-def _of_sample(row: dict[str, Any]) -> tuple[str, str, int, str, str, str]:
-    return (
-        row["model"], str(row["id"]), int(row["k"]), row["prompt"] or "", row["category"] or "", str(row["seed"])
-    )  # fmt: skip
+def _filled(value: Any, kind: Any) -> Any:
+    return value if kind not in (str, int) else kind() if value is None else kind(value)
 
 
 def read_results(path: Path) -> dict[str, Any]:

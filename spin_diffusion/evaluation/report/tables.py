@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from spin_diffusion.evaluation.breakdowns import MIN_PROMPTS
-from spin_diffusion.evaluation.protocols import guidance_scales
+from spin_diffusion.evaluation.modalities import guidance_scales
 from spin_diffusion.evaluation.report import plots
+from spin_diffusion.evaluation.report.editions import scale_label
 from spin_diffusion.evaluation.report.wording import (
     NAME_CHARACTERS,
     STATES,
@@ -27,7 +28,6 @@ from spin_diffusion.evaluation.report.wording import (
     labels,
     p_value,
     plain,
-    scale_label,
     shortened,
     signed,
     significant,

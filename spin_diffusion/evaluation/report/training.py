@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.protocols import is_of_answers
 from spin_diffusion.evaluation.report import plots, tables, wording
+from spin_diffusion.evaluation.report.editions import edition_of
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def training_panels(results: wording.Results) -> list[TrainingPanel]:
     """
     by_run = _by_run(results, results.get("training_curves", []))
     named = wording.labels(wording.distinct([*(m["name"] for m in results["models"]), *by_run]))
-    panels = []
-    unit = "r, nats" if is_of_answers(results["protocol"]) else "r"
+    panels, unit_of_r = [], edition_of(results).unit_of_r
     for number, (run, rows) in enumerate(by_run.items()):
         points, starts = _one_after_the_other(rows)
         if not any(value is not None for _, real, generated in points for value in (real, generated)):
@@ -83,7 +82,7 @@ def training_panels(results: wording.Results) -> list[TrainingPanel]:
         last = points[-1]
         caption = f"{len(starts)} round{'' if len(starts) == 1 else 's'}, {last[0]:,} steps; at the end r of real "
         caption += f"{wording.significant(last[1])}, of generated {wording.significant(last[2])}"
-        chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit)
+        chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit_of_r)
         panels.append(TrainingPanel(label, caption, chart))
     return panels
 

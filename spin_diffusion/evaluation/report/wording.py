@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from spin_diffusion.evaluation.protocols import is_of_answers
-
 NAME_CHARACTERS = 48
 _PROMPT_CHARACTERS = 180
 _PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
@@ -56,28 +54,6 @@ STATES = {
     "warn": State("warning", "!", "warn"),
     "alarm": State("alarm", "!!", "bad"),
     "not run": State("not run", "\u2013", "quiet"),
-}
-
-
-ROLES = {
-    "truth": "Knows the right answer, as the oracle of a drawn world does.",
-    "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
-    "gain here alone is not evidence of better images.",
-    "held-out": "A preference model trained on other data. The gain that counts.",
-    "alignment": "Agreement of the image with its prompt. It guards against images that please but do not obey.",
-    "aesthetics": "Beauty whatever the prompt. It can rise while the image drifts from what was asked.",
-    "drift": "A measure that is good neither up nor down. It shows that something changed, and is never called a gain.",
-}
-
-
-ROLES_OF_ANSWERS = ROLES | {
-    "truth": "Knows the right answer.",
-    "in-domain": "A preference model trained on the kind of data that the player learns from. It is easy to please: a "
-    "gain here alone is not evidence of better answers.",
-    "held-out": "A preference model trained on other data, or the likelihood of real answers that were not trained on. "
-    "The gain that counts.",
-    "alignment": "Agreement of the answer with its prompt. It guards against answers that please but do not obey.",
-    "aesthetics": "Style whatever the prompt. It can rise while the answer drifts from what was asked.",
 }
 
 
@@ -136,14 +112,6 @@ def labels(names: Iterable[str]) -> dict[str, str]:
             number += 1
         found[name] = unique
     return found
-
-
-def scale_label(results: Results, scale: Scale) -> str:
-    """How the samples were drawn, in words; of pictures, None stands for those that were given, not drawn."""
-    if is_of_answers(results["protocol"]):
-        temperature = results["protocol"]["sampling"]["temperature"]
-        return f"temperature {temperature:g}" if temperature else "greedy"
-    return "as given" if scale is None else f"guidance {scale:g}"
 
 
 def direction(role: str) -> str:

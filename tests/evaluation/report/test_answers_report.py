@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, training, wording, write_report
+from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES
+from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, _template, build_page, training, wording, write_report
+from spin_diffusion.evaluation.report.editions import _EDITIONS
 from spin_diffusion.evaluation.report.reading import read_evaluation
 from spin_diffusion.input_error import InputError
 from tests.evaluation.made_up_answers import SCRIPT, answers_by, babble, evaluate, prompts, sentence
@@ -241,6 +245,28 @@ def test_damaged_answers_are_refused_in_one_line(whole: Path, tmp_path: Path, da
     with pytest.raises(InputError, match="answers.parquet") as raised:
         write_report(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_row_lacks_is_empty_on_the_page(whole: Path, tmp_path: Path) -> None:
+    for name in ("results.json", "scores.parquet"):
+        shutil.copy(whole / name, tmp_path / name)
+    table = pq.read_table(whole / "answers.parquet")
+    for name in ("prompt", "category", "text", "reference", "finish", "num_tokens"):
+        nothing = pa.nulls(len(table), table.schema.field(name).type)
+        table = table.set_column(table.column_names.index(name), name, nothing)
+    pq.write_table(table, tmp_path / "answers.parquet")
+    page = Parsed(write_report(tmp_path).read_text(encoding="utf-8"))
+    text = said(page)
+    assert "(empty prompt)" in text and "(empty answer)" in text and "0 tokens," in text and "None" not in text
+    assert not count(page, "figure", class_="role-real")
+
+
+def test_the_templates_of_both_editions_have_the_same_words() -> None:
+    words = [
+        {name for name in vars(_template().environment.get_template(edition.template).module) if name[0] != "_"}
+        for edition in (_EDITIONS[IMAGES], _EDITIONS[ANSWERS])
+    ]
+    assert words[0] == words[1] - {"real", "passage"}
 
 
 # In a browser

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, build_page, pictures, plots, tables, wording, write_report
+from spin_diffusion.evaluation.report import (
+    MAX_PAGE_BYTES,
+    build_page,
+    choosing,
+    pictures,
+    plots,
+    tables,
+    wording,
+    write_report,
+)
 from spin_diffusion.evaluation.report.reading import read_evaluation
 from spin_diffusion.input_error import InputError
 from tests.evaluation.report.made_up import SCRIPT, write_evaluation
@@ -485,8 +494,8 @@ def test_many_failures_are_capped(small: Path) -> None:
 
 
 def test_the_random_sample_depends_on_the_protocol_alone(small: Path) -> None:
-    def drawn() -> list[pictures.Pair]:
-        return pictures.choose(read_evaluation(small), 4, 2)[0].pairs
+    def drawn() -> list[choosing.Pair]:
+        return choosing.choose(read_evaluation(small), 4, 2)[0].pairs
 
     first = drawn()
     change(small, title="another")
@@ -498,8 +507,8 @@ def test_the_random_sample_depends_on_the_protocol_alone(small: Path) -> None:
 
 def test_wins_and_losses_are_ranked_by_the_paired_difference(small: Path) -> None:
     evaluation = read_evaluation(small)
-    by_pair = pictures.differences(evaluation.scores, "hps_v2_1", "base", "round 1")
-    _, wins, losses, torn = pictures.choose(evaluation, 4, 2)
+    by_pair = choosing.differences(evaluation.scores, "hps_v2_1", "base", "round 1")
+    _, wins, losses, torn = choosing.choose(evaluation, 4, 2)
     ranked = sorted(by_pair, key=by_pair.get)
     assert wins.pairs == [pair for pair in ranked[::-1][:2] if by_pair[pair] > 0]
     assert losses.pairs == [pair for pair in ranked[:2] if by_pair[pair] < 0]
