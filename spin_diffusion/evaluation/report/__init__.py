@@ -115,10 +115,10 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
 def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES) -> bytes:
     """The page, with as many pictures or answers as fit into `max_bytes`."""
     template = _template()
-    made = gallery.sample_of(evaluation)
+    sample_of = gallery.sample_maker(evaluation)
     without_gallery = _page(evaluation)
     for share in _SHARES:
-        tabs = gallery.gallery(evaluation, made, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
+        tabs = gallery.gallery(evaluation, sample_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
         votes = gallery.votes(evaluation, tabs) if without_gallery.candidate else {"pairs": []}
         notices = list(without_gallery.notices)
         if share < 1:

@@ -61,27 +61,23 @@ class GalleryTab:
     rows: list[GalleryRow]
 
 
-def sample_of(evaluation: Evaluation) -> Callable[[str, Pair], Sample | str]:
+def sample_maker(evaluation: Evaluation) -> Callable[[str, Pair], Sample | str]:
     """(model, pair) -> its sample, or why there is none. Each is made once."""
     edition = edition_of(evaluation.results)
     rows = {(row.model, (row.id, row.k)): row for row in evaluation.samples}
 
     @functools.cache
-    def made(model: str, pair: Pair) -> Sample | str:
+    def sample_of(model: str, pair: Pair) -> Sample | str:
         row = rows.get((model, pair))
         return edition.missing if row is None else edition.show(evaluation.directory, row)
 
-    return made
+    return sample_of
 
 
 def gallery(
-    evaluation: Evaluation, made: Callable[[str, Pair], Sample | str], random_pairs: int, ranked_pairs: int
+    evaluation: Evaluation, sample_of: Callable[[str, Pair], Sample | str], random_pairs: int, ranked_pairs: int
 ) -> list[GalleryTab]:
-    """The tabs, with at most so many pairs that were drawn at random, and so many of each kind that are ranked.
-
-    Args:
-        made: from `sample_of`.
-    """
+    """The tabs, with at most so many pairs that were drawn at random, and so many of each kind that are ranked."""
     results = evaluation.results
     named = labels(model["name"] for model in results["models"])
     digits = decimals_by_scorer(results)
@@ -98,7 +94,7 @@ def gallery(
         for number, pair in enumerate(choice.pairs):
             shown = []
             for place, (model, role) in enumerate(zip(models, roles, strict=True)):
-                sample = made(model["name"], pair)
+                sample = sample_of(model["name"], pair)
                 missing = isinstance(sample, str)
                 shown.append(
                     Shown(

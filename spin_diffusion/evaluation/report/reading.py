@@ -69,7 +69,9 @@ def _row_of(kind: type, values: dict[str, Any]) -> Any:
 
 
 def _filled(value: Any, kind: Any) -> Any:
-    return value if kind not in (str, int) else kind() if value is None else kind(value)
+    if kind not in (str, int):
+        return value
+    return kind() if value is None else kind(value)
 
 
 def read_results(path: Path) -> dict[str, Any]:
