@@ -263,6 +263,7 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     assert read_results(tmp_path / "results.json") == results
     assert results["training_curves"] == CURVES and results["measures"] == MEASURES
     assert {c.modality for c in comparisons} == {IMAGES}
+    assert {"sharpness@3", "sharpness@3/difference"} <= metrics_of(results, "round 1").keys()
     without, _ = conclude(tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0)
     assert without == {key: value for key, value in results.items() if key not in ("training_curves", "measures")}
 

@@ -25,7 +25,7 @@ from spin_diffusion.evaluation.report import (
 )
 from spin_diffusion.evaluation.report.reading import read_evaluation
 from spin_diffusion.input_error import InputError
-from tests.evaluation.report.made_up import SCRIPT, write_evaluation
+from tests.evaluation.report.made_up import NASTY_PROMPTS, SCRIPT, write_evaluation
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
 
@@ -268,6 +268,23 @@ def test_every_prompt_is_isolated_from_the_text_around_it(whole: Path) -> None:
     for place in places:
         before = text[max(0, place - 60) : place]
         assert "<bdi>" in before or 'alt="' in before or '"prompt": "' in before
+
+
+def test_the_words_for_a_picture_are_its_model_and_its_prompt(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, num_prompts=len(NASTY_PROMPTS), scales=(3.0,), scorers=("hps_v2_1",))
+    page = parsed(tmp_path)
+    alts = {attrs["alt"] for tag, attrs in page.elements if tag == "img" and attrs.get("src")}
+    for prompt in (SCRIPT, NASTY_PROMPTS[1], "empty prompt"):
+        assert {f"base: {prompt}", f"SFT <rival> & co: {prompt}"} <= alts, prompt
+    assert "base: control \u2400 \u2407 \u241b[31m \u2421 ? \ufffd characters" in alts
+
+
+def test_a_sample_without_a_row_was_not_drawn(small: Path) -> None:
+    table = pq.read_table(small / "images.parquet")
+    pq.write_table(table.slice(0, len(table) - 1), small / "images.parquet")
+    page = parsed(small)
+    missing = count(page, "p", class_="missing")
+    assert missing and said(page).count("was not drawn") == missing
 
 
 def test_a_title_cannot_leave_the_island(small: Path) -> None:
