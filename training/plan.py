@@ -7,40 +7,32 @@ Takes the settings of the training scripts as they are, those of images and thos
 the plan beside what it really took.
 """
 
+import importlib
 import sys
 
 from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.config import LanguageConfig, parse_language_config
+from spin_diffusion.llm.config import parse_language_config
+
+KINDS = ((parse_config, "spin_diffusion.diffusion.run"), (parse_language_config, "spin_diffusion.llm.run"))
+"""Of runs: what reads their settings, and the module that plans them. It is imported after the settings were read: a
+misspelt flag is not answered only when all libraries are there."""
 
 
 def predict(argv: list[str]) -> None:
-    """Read the settings, then probe."""
-    language = None
-    try:
-        config = parse_config(argv)
-    except InputError:
-        language = language_settings(argv)
-        if language is None:
-            raise
-    # After the settings: a misspelt flag is not answered only when all libraries are there
-    if language is not None:
-        from spin_diffusion.llm.run import plan
-
-        plan(language)
-    else:
-        from spin_diffusion.diffusion.run import plan
-
-        plan(config)
-
-
-def language_settings(argv: list[str]) -> LanguageConfig | None:
-    """Those of a language run; None where they are none."""
-    try:
-        return parse_language_config(argv)
-    except InputError:
-        return None
+    """Probe with the first kind of run whose settings these are."""
+    errors = []
+    for parse, module in KINDS:
+        try:
+            config = parse(argv)
+        except InputError as error:
+            errors.append(error)
+            continue
+        importlib.import_module(module).plan(config)
+        return
+    # A setting that one kind of run does not know at all says nothing of the others
+    raise next((error for error in errors if "unknown setting" not in str(error)), errors[0])
 
 
 def main(argv: list[str] | None = None) -> int:
