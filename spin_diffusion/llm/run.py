@@ -18,6 +18,7 @@ from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
+from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
 from spin_diffusion.running import (
@@ -58,6 +59,11 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
             f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
             "the flag out"
         )
+    if config.generation.engine == "vllm":
+        check_vllm(
+            accelerator.mixed_precision, accelerator.device.type,
+            config.language.lora_r if config.language.use_peft else None,
+        )  # fmt: skip
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 
