@@ -150,8 +150,8 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that it can be made ready for."""
 
 
-def check_vllm(precision: str, device: str, lora_r: int | None) -> None:
-    """Refuse before a run what vLLM could not draw from.
+def check_vllm(precision: str, device: str, lora_r: int | None) -> str:
+    """vLLM's version; refuses before a run what it could not draw from.
 
     Args:
         precision: accelerate's name of the precision that scores are computed in.
@@ -161,7 +161,7 @@ def check_vllm(precision: str, device: str, lora_r: int | None) -> None:
     Raises:
         InputError: it is not installed, or cannot take an adapter of this rank or in this precision.
     """
-    _import_vllm()
+    vllm, _ = _import_vllm()
     if lora_r is not None and lora_r > _LORA_RANKS[-1]:
         raise InputError(f"--lora_r {lora_r} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
     if lora_r is not None and precision == "no" and device == "cuda":
@@ -169,6 +169,7 @@ def check_vllm(precision: str, device: str, lora_r: int | None) -> None:
             "--engine vllm computes adapters in half precision alone on a GPU, and this run is in fp32: give "
             "--mixed_precision bf16, or leave --engine out"
         )
+    return vllm.__version__
 
 
 def _import_vllm() -> tuple[Any, Any]:

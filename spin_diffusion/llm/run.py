@@ -59,11 +59,10 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
             f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
             "the flag out"
         )
+    versions = {}
     if config.generation.engine == "vllm":
-        check_vllm(
-            accelerator.mixed_precision, accelerator.device.type,
-            config.language.lora_r if config.language.use_peft else None,
-        )  # fmt: skip
+        adapter_rank = config.language.lora_r if config.language.use_peft else None
+        versions["vllm"] = check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 
@@ -112,7 +111,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
     check_training(config, game.player, accelerator)
-    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator)
+    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with
@@ -243,8 +242,7 @@ def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
         f"Base       {config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
         f"Data       {rows} real answers\n"
         f"Objective  {', '.join(objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
-        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, at most {config.generation.max_new_tokens} "
-        f"tokens at temperature {config.generation.temperature:g}\n"
+        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, {config.generation.describe()}\n"
     )
 
 

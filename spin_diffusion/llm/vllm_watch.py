@@ -21,7 +21,8 @@ def watch(parent: int) -> None:
     while os.getppid() == parent:
         try:
             for process in psutil.Process(parent).children(recursive=True):
-                if process.create_time() > began:
+                # Python's own tracker ends by itself, after it has removed what the others shared
+                if process.create_time() > began and not any("resource_tracker" in word for word in process.cmdline()):
                     started[process.pid] = process
         except psutil.NoSuchProcess:
             pass  # one of them ended while it was asked

@@ -181,7 +181,7 @@ def vllm(monkeypatch) -> dict:
         return SimpleNamespace(**locals())
 
     module, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    module.LLM, module.SamplingParams = LLM, sampling_params
+    module.LLM, module.SamplingParams, module.__version__ = LLM, sampling_params, "0.0"
     lora.LoRARequest = lambda *arguments: arguments
     for name, fake in (("vllm", module), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
         monkeypatch.setitem(sys.modules, name, fake)
