@@ -250,7 +250,7 @@ class RunEvaluator:
     def _ledger(self) -> list[dict[str, Any]]:
         """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
         path = self.output_dir / "plan.json"
-        plan = read_json(path) if path.is_file() else {"rounds": [], "memory_bytes": {}}
+        plan = read_json(path) if path.is_file() else {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
         planned = {entry["round"]: entry for entry in plan["rounds"]}
         memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
         found = []
@@ -263,6 +263,7 @@ class RunEvaluator:
                     if phase in ledger and ledger[phase]["samples"] != 0:
                         said = {"model": name, "round": k, "phase": phase, "predicted_seconds": predicted.get(phase)}
                         said["predicted_memory_bytes"] = memory.get(phase) if predicted else None
+                        said["predicted_disk_bytes"] = plan["disk_bytes"]
                         found.append(said | ledger[phase])
                 overhead = sum(took for phase, took in record.get("seconds", {}).items() if phase not in COUNTED)
                 if record.get("state") in FINAL:

@@ -282,7 +282,7 @@ def play_with_rivals(
         rounds = dataclasses.replace(config.rounds, objective=rival)
         play(
             game, data, output_dir / f"compare-{rival}", rounds, config.training, accelerator, evaluate_rival(rival),
-            progress, held_out, candidates, costs=costs(rounds) if costs else None,
+            progress, held_out, candidates, costs=costs(rounds) if costs else None, run_dir=output_dir,
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:

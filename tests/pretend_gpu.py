@@ -3,14 +3,17 @@
     python tests/pretend_gpu.py '[["training/train_spin_sdxl.py", "--config", "..."], ...]'
 
 Tensors lie in main memory, say that they are on `cuda:0`, and refuse to meet tensors that do not: what crashes on a GPU
-because something was left on the CPU, or is read without being brought back, crashes here. Not pretended: CUDA's
-kernels, their rounding, speed and memory, autocast, and what other threads make on the device.
+because something was left on the CPU, or is read without being brought back, crashes here. Told after each command: in
+which places of its training steps, but for each round's first, the host waited for the device, and how often. Not
+pretended: CUDA's kernels, their rounding, speed and memory, autocast, and what other threads make on the device.
 """
 
 import json
 import runpy
 import sys
 import types
+from collections import Counter
+from pathlib import Path
 
 import accelerate.state
 import torch
@@ -22,6 +25,13 @@ GPU = torch.device("cuda", 0)
 # index_put is what autograd adds gradients up with, in zeros that it makes where the tensor really lies
 CROSS_DEVICES = {"_to_copy", "copy_", "set_", "set_data", "_has_compatible_shallow_copy_type", "index_put"}
 INDEXED_FROM_ANYWHERE = {"index", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# Their result, or its shape, is known to the host when they return
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+           "unique_consecutive", "bincount"}  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[1]
+waits: Counter[str] = Counter()
+"""How often the host waited, by place in the project's code."""
 
 
 class OnGpu(torch.Tensor):
@@ -77,11 +87,31 @@ class Generator(torch.Generator):
     device = property(lambda self: GPU if self._cdata in self.on_gpu else torch.device("cpu"))
 
 
+def _wait(what: str) -> None:
+    """Count a wait of the host, if a training step is at work."""
+    frame, place = sys._getframe(1), None
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if place is None and path.is_relative_to(ROOT / "spin_diffusion"):
+            place = f"{what} in {path.relative_to(ROOT)}, {frame.f_code.co_name}"
+        if frame.f_code.co_name == "_take_step":
+            if frame.f_locals["step"] > 0:
+                waits[place] += 1
+            return
+        frame = frame.f_back
+
+
 def _run(func, args, kwargs):
     """An operation where its tensors really lie; its results are on the device where they would be."""
     name = func.overloadpacket.__name__
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     on_gpu = [isinstance(tensor, OnGpu) for tensor in tensors]
+    by_mask = name in INDEXED_FROM_ANYWHERE and any(tensor.dtype == torch.bool for tensor in tensors[1:])
+    if any(on_gpu) and (name in WAITING or by_mask):
+        _wait(name)
+    # A copy from the host's memory waits for all that was given to the device before, unless it need not be waited for
+    if name == "copy_" and len(set(on_gpu)) == 2 and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+        _wait(name)
     if any(on_gpu) and name not in CROSS_DEVICES:
         for place, (tensor, there) in enumerate(zip(tensors, on_gpu, strict=True)):
             may_stay = tensor.dim() == 0 or (name in INDEXED_FROM_ANYWHERE and place > 0)
@@ -108,6 +138,7 @@ def _run(func, args, kwargs):
 
 
 def _brought_back(tensor, dtype=None):
+    _wait("copy to the host")
     with torch._C._DisableTorchDispatch():
         plain = torch.empty_like(tensor, dtype=dtype or tensor.dtype, device="cpu")
         return plain.copy_(tensor.detach())
@@ -123,15 +154,24 @@ def _moved(self, *args, **kwargs):
         other, args = args[0], args[1:]
     if other is not None:
         args = (other.device, other.dtype, *args)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     here = isinstance(self, OnGpu)
     there = here if device is None else torch.device(device).type == "cuda"
     options = {"copy": copy or there != here} | ({} if memory_format is None else {"memory_format": memory_format})
     if here and not there:
         plain = _brought_back(self, dtype)
         return plain if memory_format is None else plain.contiguous(memory_format=memory_format)
+    if there and not here and not (non_blocking and getattr(self, "pinned", False)):
+        _wait("copy to the device")
     found = _to(self, dtype=dtype or self.dtype, **options)
     return OnGpu(found) if there and type(found) is torch.Tensor else found
+
+
+def _pinned(self):
+    """In memory that a copy to the device need not be waited for."""
+    found = self.clone()
+    found.pinned = True
+    return found
 
 
 def _made_here(make):
@@ -157,7 +197,7 @@ def _attended(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 def pretend() -> None:
     """Let this process have a GPU from now on, but for what happens outside `Everywhere()`."""
     torch.utils._device._device_constructors()  # remembers the functions as they are
-    torch.Tensor.to, torch.Generator = _moved, Generator
+    torch.Tensor.to, torch.Tensor.pin_memory, torch.Generator = _moved, _pinned, Generator
     torch.tensor, torch.as_tensor = _made_here(torch.tensor), _made_here(torch.as_tensor)
     torch.nn.functional.scaled_dot_product_attention = _attended
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -181,3 +221,5 @@ if __name__ == "__main__":
             code = runpy.run_path(script)["main"](argv)
             if code:
                 sys.exit(code)
+            print(f"waits of {script}", json.dumps(waits))
+            waits.clear()

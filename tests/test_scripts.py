@@ -11,6 +11,7 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.command import run_command
@@ -138,6 +139,8 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
         of_memory = {"generated": "drawing", "trained": "training"}.get(entry["phase"])
         assert entry["predicted_memory_bytes"] == read_json(out / "plan.json")["memory_bytes"].get(of_memory)
         assert entry["samples"] == samples.get(entry["phase"])
+        if entry["phase"] != "overhead":
+            assert entry["predicted_disk_bytes"] == read_json(out / "plan.json")["disk_bytes"]
         if entry["phase"] in samples:
             assert entry["peak_memory_bytes"] > 1e8
         if entry["phase"] in samples and entry["phase"] != "probed":  # a moment's linear algebra, which nobody counts
@@ -158,6 +161,10 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     assert rounds[0]["generated"]["flops"] == rounds[1]["generated"]["flops"]
     page = (out / "report.html").read_text()
     assert "Time and work" in page and "draw the opponent\u2019s samples" in page and "everything else" in page
+    # The folder, too, held about what it was to hold: at the end of a round, before its encodings were removed
+    held, planned = max(entry.get("disk_bytes") or 0 for entry in told), read_json(out / "plan.json")["disk_bytes"]
+    assert 0.5 * planned < held < 1.5 * planned
+    assert f"held at most {held / 1e9:,.2f} GB (planned {planned / 1e9:,.2f} GB)" in page
 
 
 def test_the_page_and_the_card_show_every_model(settings, tmp_path):
@@ -502,6 +509,17 @@ def test_a_player_that_the_last_step_destroyed_is_said(rate, said, unevaluated, 
     settings = unevaluated | {"max_train_steps": 1, "learning_rate": rate, "max_grad_norm": 0}
     refused(capsys, play(tmp_path, settings), "round", said, "--learning_rate")
     assert read_json(tmp_path / "out" / "round-1" / "round.json")["state"] == "CACHED"
+
+
+def test_the_number_of_fixed_draws_is_settled_by_the_run(unevaluated, tmp_path, capsys):
+    settings = unevaluated | {"fixed_draws": "auto", "max_train_steps": 24, "max_train_samples": 12}
+    assert play(tmp_path, settings) == 0
+    assert "2 visits of each of the pairs' fixed draws" in capsys.readouterr().out
+    [scores] = (tmp_path / "out" / "round-1" / "scores" / "real").glob("*.safetensors")
+    assert load_file(scores)["opponent_score"].shape == (12, 4)
+    assert play(tmp_path, settings) == 0
+    assert play(tmp_path, settings | {"output_dir": str(tmp_path / "plan")}, script="plan.py") == 0
+    assert read_json(tmp_path / "plan" / "plan.json")["rates"]["score"] > 0
 
 
 def test_a_plan_is_refused_where_its_run_would_be(unevaluated, tmp_path, capsys):

@@ -1,10 +1,10 @@
-"""Say before a run of images what it will take: time, disk and memory, from its settings and a probe of a minute.
+"""Say before a run what it will take: time, disk and memory, from its settings and a probe of a minute.
 
     python training/plan.py --config training/configs/sdxl_pickapic.yaml
     accelerate launch --multi_gpu --num_processes 8 training/plan.py --config ...
 
-Takes the settings of train_spin_sd.py and train_spin_sdxl.py, as they are. The run's report shows the plan beside what
-it really took. There is no plan of a language run: play a short round of it, whose report says what each phase took.
+Takes the settings of the training scripts as they are, those of images and those of language. The run's report shows
+the plan beside what it really took.
 """
 
 import sys
@@ -12,33 +12,35 @@ import sys
 from spin_diffusion.command import run_command
 from spin_diffusion.config import parse_config
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.llm.config import LanguageConfig, parse_language_config
 
 
 def predict(argv: list[str]) -> None:
     """Read the settings, then probe."""
+    language = None
     try:
         config = parse_config(argv)
     except InputError:
-        refuse_language(argv)
-        raise
+        language = language_settings(argv)
+        if language is None:
+            raise
     # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.diffusion.run import plan
+    if language is not None:
+        from spin_diffusion.llm.run import plan
 
-    plan(config)
+        plan(language)
+    else:
+        from spin_diffusion.diffusion.run import plan
+
+        plan(config)
 
 
-def refuse_language(argv: list[str]) -> None:
-    """InputError where these are the settings of a language run."""
+def language_settings(argv: list[str]) -> LanguageConfig | None:
+    """Those of a language run; None where they are none."""
     try:
-        parse_language_config(argv)
+        return parse_language_config(argv)
     except InputError:
-        return
-    raise InputError(
-        "plan.py is for image models, and these are settings of a language run: play one short round of it instead "
-        "(train_space_llm.py with --rounds 1 --max_train_samples 512 and another --output_dir), whose report says what "
-        "time, memory and FLOPs each phase took"
-    )
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -196,16 +196,20 @@ class Seen:
     def __init__(self, most_fresh: int = 65536) -> None:
         self.most_fresh = most_fresh
         self.fresh: set[int] = set()
-        self.settled = np.zeros(0, np.uint64)
+        # Sorted, a part for each first byte: what is added to one part alone is never copied as a whole
+        self.settled = [np.zeros(0, np.uint64)] * 256
 
     def __contains__(self, digest: bytes) -> bool:
         number = int.from_bytes(digest[:8], "big")
-        place = np.searchsorted(self.settled, np.uint64(number))
-        return number in self.fresh or bool(place < len(self.settled) and self.settled[place] == number)
+        part = self.settled[digest[0]]
+        place = np.searchsorted(part, np.uint64(number))
+        return number in self.fresh or bool(place < len(part) and part[place] == number)
 
     def add(self, digest: bytes) -> None:
         """It is seen from now on."""
         self.fresh.add(int.from_bytes(digest[:8], "big"))
         if len(self.fresh) >= self.most_fresh:
-            self.settled = np.union1d(self.settled, np.fromiter(self.fresh, np.uint64, len(self.fresh)))
+            fresh = np.sort(np.fromiter(self.fresh, np.uint64, len(self.fresh)))
+            ends = np.searchsorted(fresh, np.arange(1, 256, dtype=np.uint64) << np.uint64(56))
+            self.settled = [np.union1d(old, new) for old, new in zip(self.settled, np.split(fresh, ends), strict=True)]
             self.fresh = set()

@@ -8,6 +8,7 @@ from torch import Tensor
 from spin_diffusion.selfplay.game import KIND, Batch, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import seed_from
+from spin_diffusion.selfplay.sending import sent
 
 MIRRORED = "mirrored_"
 """Before the names of a mirror image's tensors."""
@@ -61,7 +62,7 @@ def in_order(parts: list[ScoredBatch], places: list[list[int]]) -> ScoredBatch:
     order = torch.tensor([place for part in places for place in part]).argsort()
 
     def together(found: list[Tensor]) -> Tensor:
-        return torch.cat(found)[order.to(found[0].device)]
+        return torch.cat(found)[sent(order, found[0].device)]
 
     scores = PairScores(
         *(together([getattr(part.scores, field.name) for part in parts]) for field in fields(PairScores))

@@ -100,6 +100,12 @@ def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pair
     return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
 
 
+def draws_worth_keeping(visits: float) -> int:
+    """Fixed draws of a pair that is visited so often in a round: as many as are visited twice at least, since the
+    opponent's errors at a draw that is visited once are computed once in any case."""
+    return int(visits // 2)
+
+
 def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
     """The work of one round of a run by its settings; settings that this version does not have count as off.
 
@@ -116,6 +122,7 @@ def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_
     copies = flat["num_generated"] if source == "opponent" else 1
     scored = batch * copies * (1 if source == "none" else 2) * levels
     draws = 0 if source == "none" else flat.get("fixed_draws") or 0
+    draws = draws_worth_keeping(steps * batch / rows) if draws == "auto" else draws
     candidates = flat.get("num_candidates") or 0
     per_prompt = copies
     if candidates:

@@ -54,6 +54,7 @@ from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
+from spin_diffusion.selfplay.sending import sent
 
 
 def example_id(example: Example) -> str:
@@ -121,7 +122,8 @@ class DiffusionGame:
         self.base_options = base_options or {}
 
         # What a score is taken on
-        self.fixed_draws = denoiser.fixed_draws
+        # `auto` is settled when it is known how many pairs there are
+        self.fixed_draws = 0 if denoiser.fixed_draws == "auto" else denoiser.fixed_draws
         self.noising = read_noising(dict(pipeline.scheduler.config), base)
         self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
         self.trajectory = trajectory or TrajectorySettings()
@@ -285,7 +287,8 @@ class DiffusionGame:
         by_player, by_opponent, levels, scales = [], [], [], []
         for question in self._questions(batch):
             if "opponent_score" in batch.real:
-                by_opponent.append(torch.cat([side["opponent_score"] for side in batch.sides]).to(question.x_t.device))
+                kept = torch.cat([side["opponent_score"] for side in batch.sides])
+                by_opponent.append(sent(kept, question.x_t.device))
             else:
                 by_opponent.append(self._ask_opponent(question, batch))
             found, scale = self._ask_player(player, question, batch)
@@ -327,15 +330,16 @@ class DiffusionGame:
         """All images of a batch, noised by the forward process."""
         device = self.accelerator.device
         sides = [as_visited(side, batch.seeds) for side in batch.sides]
-        x_0 = torch.cat([side["latents"] for side in sides]).to(device).float()
+        x_0 = sent(torch.cat([side["latents"] for side in sides]), device).float()
         if self.has_sizes:
             height, width = self.sizes[int(batch.real[KIND][0])]
             x_0 = unpacked(x_0, height // self.latent_px, width // self.latent_px)
         draws = draw(
             batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
         )
-        t = draws.t.to(device).repeat(len(sides))
-        eps = draws.eps.to(device).repeat(len(sides), 1, 1, 1)
+        t, eps = sent(draws.t, device), sent(draws.eps, device)
+        level = t / self.noising.num_timesteps
+        t, eps = t.repeat(len(sides)), eps.repeat(len(sides), 1, 1, 1)
         x_t, target = self.noising.noised_and_target(x_0, eps, t)
         return _Question(
             x_t=self._laid_out(x_t),
@@ -343,8 +347,8 @@ class DiffusionGame:
             inputs=self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])),
             read=Tensor.float,
             target=target,
-            weight=self.weights.to(device)[t],
-            level=draws.t.to(device) / self.noising.num_timesteps,
+            weight=sent(self.weights, device)[t],
+            level=level,
         )
 
     def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[_Question]:
@@ -355,19 +359,19 @@ class DiffusionGame:
         draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
         inputs = self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in batch.sides]))
         for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
-            x_t, step = pair.x_t.to(device), pair.step
-            target = implied_noise(x_t, pair.x_prev.to(device), steps, step)
+            x_t, step = sent(pair.x_t, device), pair.step
+            target = implied_noise(x_t, sent(pair.x_prev, device), steps, step)
             x_t = self._laid_out(x_t)
             yield _Question(
                 x_t=x_t,
-                t=steps.t[step].to(device),
+                t=sent(steps.t[step], device),
                 inputs=inputs,
                 read=partial(
                     as_noise, x_t=x_t, steps=steps, step=step, prediction_type=self.noising.prediction_type
                 ),
                 target=target,
-                weight=(self.step_weights[step].float() * self.weights[steps.t[step]]).to(device),
-                level=(steps.t[step[:pairs]] / self.noising.num_timesteps).to(device),
+                weight=sent(self.step_weights[step].float() * self.weights[steps.t[step]], device),
+                level=sent(steps.t[step[:pairs]] / self.noising.num_timesteps, device),
             )  # fmt: skip
 
     def _inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.sending import sent
 
 Latents = Float[Tensor, "batch channels height width"]
 Timesteps = Int[Tensor, " batch"]
@@ -57,7 +58,7 @@ class Noising:
 
     def noised_and_target(self, x_0: Latents, eps: Latents, t: Timesteps) -> tuple[Latents, Latents]:
         """x_t and what the denoiser should predict there, both fp32."""
-        abar_t = self.abar.to(x_0.device)[t]
+        abar_t = sent(self.abar, x_0.device)[t]
         return q_sample(x_0, eps, abar_t), TARGETS[self.prediction_type](x_0, eps, abar_t)
 
 

@@ -19,6 +19,7 @@ from spin_diffusion.data.reading import short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
+from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharing import shared_out
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
@@ -47,7 +48,7 @@ class Prompts:
         """
         places = self._find(prompts)
         embedded = self._kept(places) if places is not None else self.family.embed(self.pipeline, prompts)
-        drop = torch.tensor(dropped, device=self.device)
+        drop = sent(torch.tensor(dropped), self.device)
         copies = len(frames) // len(prompts)
         for name, empty in self._unconditional.items():
             where = drop.view(-1, *[1] * (empty.ndim - 1))
@@ -137,8 +138,9 @@ class Prompts:
 
     def _kept(self, places: list[int]) -> Embedded:
         return {
-            name: torch.stack([self._file(place // PER_FILE).get_slice(name)[place % PER_FILE] for place in places]).to(
-                self.device
+            name: sent(
+                torch.stack([self._file(place // PER_FILE).get_slice(name)[place % PER_FILE] for place in places]),
+                self.device,
             )
             for name in self._unconditional
         }

@@ -21,12 +21,13 @@ from spin_diffusion.diffusion.evaluating import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
-from spin_diffusion.diffusion.planning import lines, make_plan
+from spin_diffusion.diffusion.planning import make_plan, settle_draws
 from spin_diffusion.diffusion.run_lines import header, keeps_trajectories, tell_where, trajectory_bytes
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
+from spin_diffusion.planning import lines
 from spin_diffusion.running import (
     check_folder,
     check_training,
@@ -99,6 +100,7 @@ def run(config: Config, family_name: str) -> None:
     check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    config = settle_draws(config, game, pairs)
     _check_room(config, game, pairs)
 
     if config.caches.cache_text_embeddings:
@@ -186,7 +188,7 @@ def plan(config: Config) -> None:
     check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
     progress = Bars() if accelerator.is_main_process else Progress()
     found = make_plan(config, game, progress)
-    for line in lines(config, found, accelerator.device):
+    for line in lines(found, config.run.output_dir, accelerator.device, "scorers"):
         accelerator.print(line)
 
 

@@ -153,9 +153,10 @@ class DenoiserSettings:
     """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
     timestep_weights: list[float] | None = None
     """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
-    fixed_draws: int = 0
+    fixed_draws: int | Literal["auto"] = 0
     """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
-    once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit."""
+    once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit; auto = as many as are
+    visited twice at least in every round."""
     channels_last: bool = True
     """Memory layout of the UNet; faster convolutions on most hardware."""
     compile: Literal["no", "blocks", "whole"] = "no"
@@ -170,7 +171,7 @@ class DenoiserSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
-        if self.fixed_draws < 0:
+        if self.fixed_draws != "auto" and self.fixed_draws < 0:
             raise InputError(f"--fixed_draws {self.fixed_draws} must be at least 0")
         if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
             raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")

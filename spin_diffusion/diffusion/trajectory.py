@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.noising import Latents
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.sending import sent
 
 Trajectory = Float[Tensor, "batch states channels height width"]
 """The states x_T, ..., x_0 of a sampler, from the noise to the image: one more than it takes steps."""
@@ -112,7 +113,7 @@ def implied_lambda(beta: float, steps: SamplerSteps, elements: int) -> float:
 
 
 def _of(values: Float[Tensor, " steps"], step: Int[Tensor, " batch"], like: Latents) -> Float[Tensor, "batch 1 1 1"]:
-    return values.to(like.device)[step].to(like.dtype)[:, None, None, None]
+    return sent(values[step].to(like.dtype), like.device)[:, None, None, None]
 
 
 def implied_noise(x_t: Latents, x_prev: Latents, steps: SamplerSteps, step: Int[Tensor, " batch"]) -> Latents:

@@ -27,12 +27,13 @@ from spin_diffusion.data.text import Message, TextExample
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
-from spin_diffusion.llm.logprobs import AnswerScorer
+from spin_diffusion.llm.logprobs import AnswerScorer, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
+from spin_diffusion.selfplay.sending import sent
 
 PLAYER, OPPONENT = "player", "opponent"
 """Adapters on one base."""
@@ -190,8 +191,8 @@ class LanguageGame:
             self._is_opponent = False
             self._forget_vllm()
         found = self._score(player, batch.sides)
-        length = (batch.real["end"] - batch.real["begin"]).to(found.device) / (self.generation.max_new_tokens + 1)
-        opponent_real = batch.real["opponent_score"].to(found.device)
+        length = sent(batch.real["end"] - batch.real["begin"], found.device) / (self.generation.max_new_tokens + 1)
+        opponent_real = sent(batch.real["opponent_score"], found.device)
         if not batch.generated:
             return ScoredBatch(PairScores.of_real(found, opponent_real), length)
         real, generated = found.split([len(batch.ids), len(found) - len(batch.ids)])
@@ -202,7 +203,7 @@ class LanguageGame:
                 real.repeat_interleave(copies),
                 generated,
                 opponent_real.repeat_interleave(copies),
-                batch.generated["opponent_score"].to(found.device),
+                sent(batch.generated["opponent_score"], found.device),
             ),
             length.repeat_interleave(copies),
         )
@@ -310,11 +311,12 @@ class LanguageGame:
     def _score(self, model: Callable[..., Tensor], sides: list[dict[str, Tensor]]) -> Tensor:
         """Scores of the rows of all sides, one after the other."""
         tokens = [row[:end] for side in sides for row, end in zip(side["tokens"], side["end"].tolist(), strict=True)]
-        ids = pad_sequence(tokens, batch_first=True).to(self.accelerator.device)
-        begin, end = (torch.cat([side[name] for side in sides]).to(ids.device)[:, None] for name in ("begin", "end"))
-        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        ids, device = pad_sequence(tokens, batch_first=True), self.accelerator.device
+        begin, end = (torch.cat([side[name] for side in sides])[:, None] for name in ("begin", "end"))
+        column = torch.arange(ids.shape[1])[None]
+        places = places_of((column >= begin) & (column < end))
         with self.accelerator.autocast():
-            return model(ids, (places >= begin) & (places < end))
+            return model(sent(ids, device), sent(places, device))
 
     @contextmanager
     def _as_opponent(self) -> Iterator[None]:

@@ -34,16 +34,41 @@ def answer_logprobs(
     Raises:
         ValueError: an answer that begins at the first place.
     """
+    return logprobs_at(
+        model, token_ids, places_of(answer_mask), attention_mask=attention_mask, chunk_tokens=chunk_tokens
+    )  # fmt: skip
+
+
+def places_of(answer_mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " tokens"]:
+    """Where the answers' tokens lie in the flattened batch.
+
+    A mask on a GPU is waited for: nobody else knows how many they are.
+
+    Raises:
+        ValueError: an answer that begins at the first place.
+    """
     if answer_mask[:, 0].any():
         raise ValueError("an answer's first token has nothing before it that could predict it: give a prompt or a bos")
+    return answer_mask.flatten().nonzero()[:, 0]
+
+
+def logprobs_at(
+    model: nn.Module,
+    token_ids: Int[Tensor, "batch length"],
+    places: Int[Tensor, " tokens"],
+    *,
+    attention_mask: Int[Tensor, "batch length"] | None = None,
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, " batch"]:
+    """`answer_logprobs` of answers whose tokens lie at `places_of` their mask."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    mask, targets = answer_mask[:, 1:], token_ids[:, 1:].long()[answer_mask[:, 1:]]
+    targets = token_ids.flatten()[places].long()
     inputs = {"input_ids": token_ids.long(), "attention_mask": attention_mask, "use_cache": False}
     if applies_head_to_hidden_states(causal):
-        states = causal.base_model(**inputs).last_hidden_state[:, :-1][mask]
-        head = causal.get_output_embeddings()
+        states, head = causal.base_model(**inputs).last_hidden_state, causal.get_output_embeddings()
     else:
-        states, head = causal(**inputs).logits[:, :-1][mask], nn.Identity()
+        states, head = causal(**inputs).logits, nn.Identity()
+    states = states.flatten(0, 1)[places - 1]  # what is said at a token is said of the next one
     chunk = chunk_tokens or max(1, CHUNK_LOGITS // causal.config.get_text_config().vocab_size)
     if len(targets) <= chunk:
         found = [_chunk(head, states, targets)]  # all that may be in memory at once: nothing to compute again
@@ -52,11 +77,9 @@ def answer_logprobs(
             checkpoint(_chunk, head, states[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
             for start in range(0, len(targets), chunk)
         ]
-    by_place = torch.zeros(mask.shape, dtype=torch.float32, device=token_ids.device)
-    if len(targets):
-        # masked_scatter rather than an index addition, whose order on a GPU is not fixed
-        by_place = by_place.masked_scatter(mask, torch.cat(found))
-    return by_place.sum(dim=1)
+    # Scattered and summed rather than added by index, whose order on a GPU is not fixed
+    by_place = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
+    return by_place.scatter(0, places, torch.cat(found)).view(token_ids.shape).sum(dim=1)
 
 
 def _chunk(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
@@ -89,14 +112,14 @@ def applies_head_to_hidden_states(causal: nn.Module) -> bool:
 
 
 class AnswerScorer(nn.Module):
-    """A language model as a function (tokens, answer mask) -> scores: what is trained, and wrapped for processes."""
+    """A language model as a function (tokens, answers' places) -> scores: what is trained and wrapped for processes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, token_ids: Int[Tensor, "batch length"], answer_mask: Bool[Tensor, "batch length"]
+        self, token_ids: Int[Tensor, "batch length"], places: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " batch"]:
-        """See `answer_logprobs`."""
-        return answer_logprobs(self.model, token_ids, answer_mask)
+        """See `logprobs_at`."""
+        return logprobs_at(self.model, token_ids, places)

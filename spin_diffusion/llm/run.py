@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,12 +22,15 @@ from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
+from spin_diffusion.llm.planning import make_plan
+from spin_diffusion.planning import lines
 from spin_diffusion.running import (
     check_folder,
     check_training,
     needs_losers,
     open_trackers,
     play_with_rivals,
+    quiet_libraries,
     round_lines,
     start,
     write_manifest,
@@ -66,30 +70,14 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 
-    # The base checkpoint
     base = str(config.model.model_name_or_path)
-    options = {"revision": config.model.revision or "main", "trust_remote_code": config.language.trust_remote_code,
-               "cache_dir": config.data.cache_dir}  # fmt: skip
-    model, tokenizer = load_language_model(base, options)
-    if config.model.chat_template is not None:
-        tokenizer.chat_template = _template(Path(config.model.chat_template))
-    check_sizes(model, tokenizer, base, config.language.max_length)
-    game = LanguageGame(
-        model,
-        tokenizer,
-        base,
-        settings=config.language,
-        generation=config.generation,
-        accelerator=accelerator,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        base_options=options,
-    )
+    game = open_game(config, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
 
     # The real answers, some of them held out
     with_rejected = needs_losers(config)
     data, held_out_dir = output_dir / "data", output_dir / "held_out"
-    settings = _data_settings(config, with_rejected) | fingerprint(tokenizer)
+    settings = _data_settings(config, with_rejected) | fingerprint(game.tokenizer)
     report, said = ReadReport(), []
     manifest = prepare(
         data,
@@ -137,6 +125,46 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
     return records
+
+
+def plan(config: LanguageConfig) -> None:
+    """Say what a run will take, before it is started.
+
+    Raises:
+        InputError: as `run_language`; a batch that does not fit in memory.
+    """
+    check_folder(config, Path(config.run.output_dir))
+    quiet_libraries()
+    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    game = open_game(config, accelerator)
+    check_training(config, game.player, accelerator)
+    found = make_plan(config, game, Bars() if accelerator.is_main_process else Progress())
+    for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
+        accelerator.print(line)
+    if config.generation.engine == "vllm":
+        accelerator.print("Drawing was timed with transformers; vLLM draws faster")
+
+
+def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
+    """The base checkpoint as a game."""
+    base = str(config.model.model_name_or_path)
+    options = {"revision": config.model.revision or "main", "trust_remote_code": config.language.trust_remote_code,
+               "cache_dir": config.data.cache_dir}  # fmt: skip
+    model, tokenizer = load_language_model(base, options)
+    if config.model.chat_template is not None:
+        tokenizer.chat_template = _template(Path(config.model.chat_template))
+    check_sizes(model, tokenizer, base, config.language.max_length)
+    return LanguageGame(
+        model,
+        tokenizer,
+        base,
+        settings=config.language,
+        generation=config.generation,
+        accelerator=accelerator,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        base_options=options,
+    )
 
 
 def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

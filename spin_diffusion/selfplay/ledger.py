@@ -1,10 +1,13 @@
 """What each phase of a round took: seconds, samples a second, counted work, its share of what the device can do."""
 
 import functools
+import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ class Stopwatch:
         forget_peak_memory(accelerator.device)
 
     def entry(
-        self, seconds: float, samples: int | None, flops: int | None, matrix_rate: float | None
+        self, seconds: float, samples: int | None, flops: int | None, matrix_rate: float | None, run_dir: Path
     ) -> dict[str, Any]:
         """The ledger's entry of a phase that took so many seconds.
 
@@ -45,11 +48,12 @@ class Stopwatch:
             samples: that this process worked on; what a killed run had done before is not among them. None = nobody
                 counted them.
             flops: of the samples of all processes.
+            run_dir: the run's whole folder.
 
         Returns:
             seconds, samples (of all processes), samples_per_second, flops, matrix_share (in [0, 1], of all devices'
             rate), peak_memory_bytes (of this process: torch's peak of the phase on a GPU, resident memory's peak so far
-            on a CPU). None where it is not known.
+            on a CPU), disk_bytes (that the run's folder holds now). None where it is not known.
         """
         rate = None if flops is None or not matrix_rate else flops / seconds / matrix_rate
         return {
@@ -59,12 +63,23 @@ class Stopwatch:
             "flops": flops,
             "matrix_share": None if rate is None else rate / self.accelerator.num_processes,
             "peak_memory_bytes": peak_memory(self.accelerator.device),
+            "disk_bytes": bytes_in(run_dir) if self.accelerator.is_main_process else None,
         }
 
 
 def everywhere(samples: int, accelerator: Accelerator) -> int:
     """The sum over all processes."""
     return int(accelerator.reduce(torch.tensor(samples, device=accelerator.device)).item())
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder and below it."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another process may have renamed it since
+                found += (Path(parent) / name).lstat().st_size
+    return found
 
 
 def counted(call: Callable[[], Any]) -> tuple[int, Any]:

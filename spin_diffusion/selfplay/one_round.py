@@ -148,7 +148,8 @@ class Round:
         samples = samples if samples is None else everywhere(samples, self.accelerator)
         costs = self.table.costs
         flops = costs.flops(self.k, phase, samples) if costs is not None and samples else None
-        entry = stopwatch.entry(seconds, samples, flops, costs.matrix_rate if costs is not None else None)
+        rate = costs.matrix_rate if costs is not None else None
+        entry = stopwatch.entry(seconds, samples, flops, rate, self.table.run_dir or self.table.output_dir)
         self._commit(
             results.pop("state", state),
             seconds=self.record["seconds"] | {phase: entry["seconds"], BETWEEN: round(between, 3)},

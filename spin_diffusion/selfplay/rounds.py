@@ -34,6 +34,7 @@ def play(
     candidates: Candidates | None = None,
     probe: Probe | None = None,
     costs: Costs | None = None,
+    run_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
@@ -45,6 +46,7 @@ def play(
         candidates: where the opponent plays, its own samples make the pairs; needs num_generated = 1.
         probe: is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`.
         costs: for the rounds' ledgers.
+        run_dir: the whole folder whose bytes the ledgers count; None = output_dir.
 
     Raises:
         InputError: the probe warns, and is to stop the run.
@@ -68,6 +70,7 @@ def play(
         candidates,
         probe,
         costs,
+        run_dir,
     )
     records: list[dict[str, Any]] = []
     for k in range(1, rounds.rounds + 1):

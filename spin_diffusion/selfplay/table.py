@@ -61,6 +61,8 @@ class Table:
     candidates: Candidates | None = None
     probe: Probe | None = None
     costs: Costs | None = None
+    run_dir: Path | None = None
+    """The run's whole folder, whose bytes the ledgers count; None = output_dir."""
     opponent: tuple[Path, str] | None = None
     """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None

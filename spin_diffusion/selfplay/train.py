@@ -26,6 +26,7 @@ from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.run_dir import seed_from, write_file
+from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
 from spin_diffusion.selfplay.tracking import log_step, name_axis
@@ -203,7 +204,6 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
     game, settings, accelerator = trainee.game, trainee.settings, trainee.accelerator
     records, rank, world = [], accelerator.process_index, accelerator.num_processes
 
-    gradient_norm = torch.zeros(())
     for micro in range(settings.gradient_accumulation_steps):
         batch = ahead.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
         with trainee.accumulating():
@@ -220,18 +220,18 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                 trainee.backward(losses.mean())
             records.append(record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
-                gradient_norm = trainee.clip()
-                # The one wait for the device in a step
-                metrics = accelerator.gather(torch.cat(records)).cpu()
+                clipped = trainee.clip()
+                # Here, and nowhere else in a step, the host waits for the device
+                metrics, gradient_norm = accelerator.gather(torch.cat(records)).cpu(), float(clipped)
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
-                norm = float(gradient_norm) if accelerator.mixed_precision != "fp16" else 0.0
+                norm = gradient_norm if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
                     metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, LEVEL],
                     ids=partial(_ids_everywhere, ahead.pairs, step, plan, settings, world),
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
             trainee.step()
-    return metrics, float(gradient_norm)
+    return metrics, gradient_norm
 
 
 def _as_leaves(scores: PairScores) -> PairScores:
@@ -281,7 +281,7 @@ def _without_some_margins(scores: PairScores, seeds: list[int], share: float) ->
         return scores
     dropped = torch.tensor([seed_from(seed, "margin") / 2**63 < share for seed in seeds])
     copies = len(scores.player_real) // len(seeds)
-    return without_margin(scores, dropped.repeat_interleave(copies).to(scores.player_real.device))
+    return without_margin(scores, sent(dropped.repeat_interleave(copies), scores.player_real.device))
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:

@@ -85,4 +85,8 @@ def test_the_arithmetic_of_a_round():
     # Fixed draws: the opponent's forward passes are made once, before the first step
     fixed = work_of(FLAT | {"fixed_draws": 3, "cache_text_embeddings": True}, "opponent", 10, 7)
     assert (fixed.compared, fixed.scored_once, fixed.prompts) == (0, 10 * 2 * 3, 0)
+    # 7 steps visit each of 10 pairs 7 b / 10 times, half of which may be fixed draws
+    batch = FLAT["train_batch_size"] * FLAT["gradient_accumulation_steps"]
+    by_itself = work_of(FLAT | {"fixed_draws": "auto", "cache_text_embeddings": True}, "opponent", 10, 7)
+    assert by_itself.scored_once == 10 * 2 * (7 * batch // 20)
     assert round_flops(unit, fixed) == generation_flops(unit, fixed) + 60 * 10 + 7 * 6 * (10 + 20)

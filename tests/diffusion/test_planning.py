@@ -8,6 +8,7 @@ from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion import planning
 from spin_diffusion.diffusion.planning import Rates, disk, predict, probe
 from spin_diffusion.input_error import InputError
+from spin_diffusion.planning import lines
 from tests.playing import examples, make_game
 
 GB = 10**9
@@ -108,9 +109,9 @@ def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fi
 def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch):
     game, asked = make_game(sdxl_dir), []
     monkeypatch.setattr(game, "draw", lambda *given: asked.append(given[-1]) or [Image.new("RGB", (32, 32))] * 2)
-    monkeypatch.setattr(planning, "_seconds", lambda call, device: call() and 5.0 + 2.0 * asked[-1])
+    monkeypatch.setattr(planning, "seconds_of", lambda call, device: call() and 5.0 + 2.0 * asked[-1])
     monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
-    monkeypatch.setattr(planning, "_probe_training", lambda *given: (1.0, 1.0, 0.0, 1))
+    monkeypatch.setattr(planning, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
     rates = probe(config("--generation_batch_size", "2"), game, list(examples(2)))
     assert (rates.denoise, rates.finish) == (2.0 / 2, 5.0 / 2)
 
@@ -131,10 +132,10 @@ def test_what_does_not_fit_is_said():
         "device_bytes": 8 * GB,
     }  # fmt: skip
     cpu = torch.device("cpu")
-    told = planning.lines(config(), plan, cpu)
+    told = lines(plan, "out", cpu, "scorers")
     assert "3.00 GB of 2.0 GB free" in told[-2] and "does NOT fit; lower" in told[-2]
     assert "2.00 GB of 8.0 GB of this machine" in told[-1] and "NOT" not in told[-1]
-    assert "NOT" in planning.lines(config(), replace_bytes(plan, GB), cpu)[-1]
+    assert "NOT" in lines(replace_bytes(plan, GB), "out", cpu, "scorers")[-1]
 
 
 def replace_bytes(plan, there):

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from spin_diffusion.llm.logprobs import AnswerScorer, answer_logprobs, applies_head_to_hidden_states
+from spin_diffusion.llm.logprobs import AnswerScorer, answer_logprobs, applies_head_to_hidden_states, places_of
 
 VOCABULARY = 97
 
@@ -129,4 +129,4 @@ def test_an_answer_at_the_first_place_is_refused():
 
 def test_the_scorer_is_the_function():
     model, (ids, mask) = llama(), rows()
-    assert torch.equal(AnswerScorer(model)(ids, mask), answer_logprobs(model, ids, mask))
+    assert torch.equal(AnswerScorer(model)(ids, places_of(mask)), answer_logprobs(model, ids, mask))

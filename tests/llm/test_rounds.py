@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import run_dir
@@ -104,6 +105,20 @@ def test_a_mixture_is_drawn_by_its_members_and_scored_by_its_own_density(tmp_pat
     mine = by_member[members[0]["hash"]]
     again = game.draw([row["prompt_ids"] for row in mine], [row["seed"] for row in mine])
     assert [answer.ids for answer in again] == [row["tokens"] for row in mine]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_base_is_the_opponent_again_after_its_weights_were_trained(adapter, tmp_path):
+    game = make_game(use_peft=adapter)
+    records = play_all(tmp_path, game=game, opponent="base")
+    assert [record["opponent"]["round"] for record in records] == [0, 0]
+    assert records[0]["opponent"]["hash"] == records[1]["opponent"]["hash"]
+    # The kept scores of the real answers are the base's in both rounds
+    first, second = (
+        [load_file(path)["opponent_score"] for path in sorted((tmp_path / name / "scores" / "real").iterdir())]
+        for name in ("round-1", "round-2")
+    )
+    assert len(first) > 1 and all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_the_held_out_gap_is_that_of_the_plain_formula(unbroken):

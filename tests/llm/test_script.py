@@ -190,11 +190,24 @@ def test_reading_stops_early_where_no_prompt_fits(settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings), "1 pair", "8")
 
 
-def test_a_plan_of_a_language_run_says_what_to_do_instead(settings, tmp_path, capsys):
+def test_a_plan_before_the_run_stands_beside_what_it_took(settings, tmp_path, capsys):
+    settings |= {"compare_with": []}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    refused(capsys, run("plan.py", "--config", str(config)), "plan.py is for image models", "--rounds 1")
-    refused(capsys, run("plan.py", "--lerning_rate", "1"), "lerning_rate", "learning_rate")
+    refused(capsys, run("plan.py", "--config", str(config), "--lerning_rate", "1"), "lerning_rate", "learning_rate")
+    refused(capsys, run("plan.py", "--config", str(config), "--train_batch_size", "64"), "48 pairs are fewer")
+    assert run("plan.py", "--config", str(config)) == 0
+    printed = capsys.readouterr().out
+    assert "for 48 real samples on 1 process, without judges" in printed and "of this machine" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json"}
+    assert play(tmp_path, settings) == 0
+    plan, told = read_json(tmp_path / "out" / "plan.json"), read_results(tmp_path / "out" / "results.json")["ledger"]
+    planned = {(entry["round"], phase): entry[phase] for entry in plan["rounds"] for phase in entry if phase != "round"}
+    for entry in told:
+        assert entry["predicted_seconds"] == planned.get((entry["round"], entry["phase"]))
+    assert sum(entry["predicted_seconds"] is not None for entry in told) == 2 * 4
+    held = max(entry.get("disk_bytes") or 0 for entry in told)
+    assert 0.5 * plan["disk_bytes"] < held < 1.5 * plan["disk_bytes"]
 
 
 def test_judges_that_are_not_there_are_refused_before_a_model_is_loaded(settings, tmp_path, capsys):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.planning import settle_draws
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
@@ -135,3 +136,16 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
 def test_what_would_not_be_the_same_is_refused(flags, message):
     with pytest.raises(InputError, match=message):
         parse_config(["--pretrained_model_name_or_path", "base", *flags])
+
+
+@pytest.mark.parametrize(("steps", "draws", "said"), [("[12, 20]", 2, ""), ("6", 1, ""), ("5", 0, "1.7 times")])
+def test_auto_keeps_as_many_draws_as_are_visited_twice_in_every_round(sdxl_dir, capsys, steps, draws, said):
+    game = make_game(sdxl_dir)
+    settings = parse_config(
+        ["--pretrained_model_name_or_path", "base", "--train_batch_size", "2", "--gradient_accumulation_steps", "2",
+         "--max_train_steps", steps, "--fixed_draws", "auto"]
+    )  # fmt: skip
+    settled = settle_draws(settings, game, pairs=12)
+    assert settled.denoiser.fixed_draws == game.fixed_draws == draws
+    assert (said in capsys.readouterr().out) if said else not capsys.readouterr().out
+    assert settle_draws(settled, game, pairs=1) == settled

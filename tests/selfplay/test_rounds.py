@@ -275,6 +275,15 @@ def test_a_half_drawn_set_of_samples_is_completed_not_drawn_again(copied, unbrok
     assert final_hashes(copied) == final_hashes(unbroken)
 
 
+def test_what_a_killed_process_left_half_done_is_put_right_first(copied, unbroken, sdxl_dir):
+    (copied / "unet").rename(copied / "unet.old")  # killed between the two renames that replace a folder
+    (copied / "round-2" / "unet.part").mkdir()
+    (copied / "round-2" / "metrics.jsonl.part").write_text("half")
+    play_all(sdxl_dir, copied)
+    assert final_hashes(copied) == final_hashes(unbroken)
+    assert not [path for pattern in ("*.old", "*.part") for path in copied.rglob(pattern)]
+
+
 @pytest.mark.parametrize("name", ["optimizer.bin", "trainer.json"])
 def test_a_damaged_checkpoint_is_named(name, sdxl_dir, tmp_path, monkeypatch):
     from spin_diffusion.selfplay import health

@@ -4,6 +4,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
+from spin_diffusion.selfplay.sending import sent
 
 PIPELINE = StableDiffusionXLPipeline
 RESOLUTION = 1024
@@ -29,5 +30,5 @@ def unconditional(pipeline: StableDiffusionXLPipeline) -> Embedded:
 def condition(embedded: Embedded, frames: Frames) -> Conditioning:
     """Frames go in as the UNet's `time_ids`."""
     tokens, pooled = embedded["tokens"], embedded["pooled"]
-    time_ids = frames.to(device=tokens.device, dtype=torch.float32)
+    time_ids = sent(frames.float(), tokens.device)
     return Conditioning(tokens, {"text_embeds": pooled, "time_ids": time_ids})

@@ -65,6 +65,7 @@ class Page:
     training_legend: list[tuple[Markup, str]]
     events: list[training.EventRow]
     ledger: list[training.LedgerRow]
+    disk: str
     measures: training.MeasureTable | None
     measure_curves: list[tables.CurvePanel]
     legend: list[tuple[Markup, str]]
@@ -176,6 +177,7 @@ def _page(evaluation: Evaluation) -> Page:
         training_legend=training.training_legend(),
         events=training.event_rows(results),
         ledger=training.ledger_rows(results),
+        disk=training.disk_line(results),
         measures=training.measure_table(results),
         measure_curves=training.measure_curves(results),
         legend=tables.legend(results),

@@ -151,6 +151,17 @@ def ledger_rows(results: wording.Results) -> list[LedgerRow]:
     ]  # fmt: skip
 
 
+def disk_line(results: wording.Results) -> str:
+    """The most that the run's folder held, beside what was planned; empty where nobody looked."""
+    entries = results.get("ledger", [])
+    held = [entry["disk_bytes"] for entry in entries if entry.get("disk_bytes") is not None]
+    if not held:
+        return ""
+    planned = next((entry["predicted_disk_bytes"] for entry in entries if entry.get("predicted_disk_bytes")), None)
+    aside = "" if planned is None else f" (planned {planned / 1e9:,.2f} GB)"
+    return f"On the disk the run's folder held at most {max(held) / 1e9:,.2f} GB{aside}."
+
+
 def _outcome(event: dict[str, Any]) -> str:
     if event["action"] == "warn":
         return "training went on"
