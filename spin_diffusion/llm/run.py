@@ -143,7 +143,7 @@ def plan(config: LanguageConfig) -> None:
     for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
         accelerator.print(line)
     if config.generation.engine == "vllm":
-        accelerator.print("Drawing was timed with transformers; vLLM draws faster")
+        accelerator.print("Drawing was timed with transformers, not with vLLM")
 
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:

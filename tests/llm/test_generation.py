@@ -131,6 +131,11 @@ def test_other_sampling_than_the_densitys_is_said_and_why():
     assert len(said) == 1 and "--temperature 0.7, --top_p 0.9" in said[0] and "rest" in said[0]
 
 
+def test_who_draws_is_said_where_it_is_not_transformers():
+    assert GenerationSettings().describe() == "at most 256 tokens at temperature 1"
+    assert GenerationSettings(engine="vllm").describe() == "at most 256 tokens at temperature 1, by vllm"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -203,6 +203,7 @@ def test_a_model_that_it_cannot_compute_is_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five engines
 def test_a_run_draws_by_it_and_says_so(tmp_path):
     arguments = {
         "config": "training/configs/toy_llm.yaml", "engine": "vllm", "model_name_or_path": wide(tmp_path / "wide"),
