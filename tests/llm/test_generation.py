@@ -293,6 +293,7 @@ def test_what_a_killed_process_started_is_ended():
     assert not left
 
 
-def test_vllm_that_is_not_installed_is_one_line():
+def test_vllm_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # though it may be
     with pytest.raises(InputError, match=r"pip install 'spin-diffusion\[vllm\]'"):
         Vllm("model", GenerationSettings(), end_ids=END, max_length=10)
