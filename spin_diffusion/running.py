@@ -188,12 +188,14 @@ def needs_losers(config: AnyConfig) -> bool:
 
 
 def write_manifest(
-    output_dir: Path, base: str, weights: str, data: dict[str, Any], config: AnyConfig, accelerator: Accelerator
-) -> None:
+    output_dir: Path, base: str, weights: str, data: dict[str, Any], config: AnyConfig, accelerator: Accelerator,
+    versions: dict[str, str] | None = None,
+) -> None:  # fmt: skip
     """Lineage of the run; a base or a global batch other than the one it was started with is refused.
 
     Args:
         base, weights: path or hub id, and the hash of its weights.
+        versions: of packages that this run needs beside the usual ones.
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
@@ -201,7 +203,9 @@ def write_manifest(
         "base": {"name": base, "weights": weights},
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()}
+        | (versions or {}),
     }
     if path.is_file():
         begun = read_json(path)

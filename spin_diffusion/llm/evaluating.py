@@ -99,10 +99,12 @@ class AnswerEvaluator(RunEvaluator):
         prompts = prompts[: config.evaluation.max_validation_prompts]
         self.requests = answer_requests(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
         generation = config.generation
+        # Another engine has other answers to the same seeds
+        engine = {} if generation.engine == "transformers" else {"engine": generation.engine}
         self.protocol = answer_protocol(
             self.requests, name="held-out prompts", seed=config.rounds.seed, temperature=generation.temperature,
             top_p=generation.top_p, top_k=generation.top_k or None, max_new_tokens=generation.max_new_tokens,
-            max_length=config.language.max_length,
+            max_length=config.language.max_length, **engine,
         )  # fmt: skip
 
     def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:

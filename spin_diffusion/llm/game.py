@@ -267,6 +267,7 @@ class LanguageGame:
                 end_ids=self.chat.end_ids,
                 max_length=self.settings.max_length,
                 precision=self.accelerator.mixed_precision,
+                device=self.accelerator.device.type,
                 adapter=self._folder if self.settings.use_peft else None,
                 lora_r=self.settings.lora_r,
                 base_options=self.base_options,
@@ -291,8 +292,9 @@ class LanguageGame:
     # Parts
 
     def _forget_vllm(self) -> None:
-        """Its engine ends with the object, and what it held of the GPU is free."""
+        """Its engine ends, and what it held of the memory is free."""
         if self._vllm is not None:
+            self._vllm.close()
             self._vllm = None
             gc.collect()
 

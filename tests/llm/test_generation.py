@@ -1,18 +1,22 @@
 """Answers: from the density that scores them, each from its own seed."""
 
+import subprocess
 import sys
+import time
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.generation import OwnNoise, Vllm, draw_answers, until_end
+from spin_diffusion.llm import generation
+from spin_diffusion.llm.generation import OwnNoise, Vllm, check_vllm, draw_answers, until_end
 from spin_diffusion.llm.settings import GenerationSettings
 from spin_diffusion.selfplay.game import Batch
 from tests.llm.playing import make_game
@@ -127,6 +131,11 @@ def test_other_sampling_than_the_densitys_is_said_and_why():
     assert len(said) == 1 and "--temperature 0.7, --top_p 0.9" in said[0] and "rest" in said[0]
 
 
+def test_who_draws_is_said_where_it_is_not_transformers():
+    assert GenerationSettings().describe() == "at most 256 tokens at temperature 1"
+    assert GenerationSettings(engine="vllm").describe() == "at most 256 tokens at temperature 1, by vllm"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -146,8 +155,8 @@ def test_wrong_settings_name_their_flag(wrong):
 
 @pytest.fixture
 def vllm(monkeypatch) -> dict:
-    """A stand-in with those of vLLM's arguments that are used; what it was given. The engine itself needs a GPU."""
-    calls: dict = {"finish": "stop"}
+    """A stand-in with those of vLLM's arguments that are used; what it was given. The engine itself: test_vllm.py."""
+    calls: dict = {"finish": "stop", "ended": 0, "fails": None}
 
     class LLM:
         def __init__(
@@ -157,9 +166,17 @@ def vllm(monkeypatch) -> dict:
             calls["options"] = {"model": model, "dtype": dtype, "share": gpu_memory_utilization, "revision": revision,
                                 "lora": max_lora_rank if enable_lora else None}  # fmt: skip
             assert skip_tokenizer_init and max_model_len == 10
+            if calls["fails"] == "start":
+                raise RuntimeError("Engine core\ninitialization failed")
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
+
+        def shutdown(self):
+            calls["ended"] += 1
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
             calls["prompts"], calls["parameters"], calls["request"] = prompts, sampling_params, lora_request
+            if calls["fails"] == "draw":
+                raise RuntimeError("EngineCore encountered an issue")
             found = SimpleNamespace(token_ids=(3, 7), finish_reason=calls["finish"])
             return [SimpleNamespace(outputs=[found]) for _ in prompts]
 
@@ -169,7 +186,7 @@ def vllm(monkeypatch) -> dict:
         return SimpleNamespace(**locals())
 
     module, lora = ModuleType("vllm"), ModuleType("vllm.lora.request")
-    module.LLM, module.SamplingParams = LLM, sampling_params
+    module.LLM, module.SamplingParams, module.__version__ = LLM, sampling_params, "0.0"
     lora.LoRARequest = lambda *arguments: arguments
     for name, fake in (("vllm", module), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
         monkeypatch.setitem(sys.modules, name, fake)
@@ -209,7 +226,7 @@ def test_vllm_is_gone_before_the_player_is_trained(vllm):
     last = weakref.ref(engine)
     del engine
     game.promote()
-    assert last() is None
+    assert last() is None and vllm["ended"] == 1  # told to end: without a word its processes keep the memory
     game._vllm = Vllm("model", game.generation, end_ids=END, max_length=10)
     last = weakref.ref(game._vllm)
     tokens = {"tokens": torch.tensor([[1, 2, 3]]), "begin": torch.tensor([1]), "end": torch.tensor([3])}
@@ -218,9 +235,65 @@ def test_vllm_is_gone_before_the_player_is_trained(vllm):
         game.scores(game.player, batch)
     assert last() is not None
     game.scores(game.player, batch)
-    assert last() is None
+    assert last() is None and vllm["ended"] == 2
 
 
-def test_vllm_that_is_not_installed_is_one_line():
+@pytest.mark.parametrize("when", ["start", "draw"])
+def test_vllm_that_fails_is_one_line_and_leaves_nothing_behind(when, vllm, monkeypatch):
+    watches = []
+    plain = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command: watches.append(plain(command)) or watches[-1])
+    vllm["fails"] = when
+    with pytest.raises(InputError, match="--engine vllm: vLLM .*leave --engine out") as raised:
+        Vllm("model", GenerationSettings(), end_ids=END, max_length=10).draw([[1]], [0])
+    assert "\n" not in str(raised.value) and vllm["ended"] == (when == "draw")
+    assert len(watches) == 1 and watches[0].returncode is not None
+
+
+def test_vllm_is_refused_an_adapter_in_fp32_on_a_gpu(vllm):
+    """Its kernels for adapters assert half precision there, when the first answer of round 2 is drawn."""
+    with pytest.raises(InputError, match="--mixed_precision bf16"):
+        check_vllm("no", "cuda", 16)
+    for fine in (("bf16", "cuda", 16), ("no", "cuda", None), ("no", "cpu", 16)):
+        check_vllm(*fine)
+
+
+PARENT = """
+import subprocess, sys, time
+watch = subprocess.Popen([sys.executable, sys.argv[1], str(__import__("os").getpid())])
+time.sleep(2)  # until it is running
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+time.sleep(2)
+print(child.pid, watch.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended, whether or not somebody has asked how."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_killed_process_started_is_ended():
+    """So that a run that is killed while vLLM draws does not hold the GPU's memory for good."""
+    command = [sys.executable, "-c", PARENT, str(Path(generation.__file__).with_name("vllm_watch.py"))]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child, watch = (psutil.Process(int(pid)) for pid in parent.stdout.readline().split())
+    assert child.is_running() and watch.is_running()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while (left := [process for process in (child, watch) if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def test_vllm_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # though it may be
     with pytest.raises(InputError, match=r"pip install 'spin-diffusion\[vllm\]'"):
         Vllm("model", GenerationSettings(), end_ids=END, max_length=10)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,8 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--stop_when_learnt", "--num_held_out", "0", "--held_out_dataset_name", "null"], ["--stop_when_learnt"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
+def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     refused(capsys, play(tmp_path, settings, *argv), *parts)
 
 
