@@ -39,6 +39,7 @@ def conclude(comparison: Comparison) -> dict[str, Any]:
         "seeds": settings.all_seeds,
         "prompts": {name: {"num": len(found.rows), "sha256": found.sha256} for name, found in comparison.sets.items()},
         "worlds": worlds,
+        "took": comparison.took(),
     }  # fmt: skip
     write_json(comparison.output_dir / "comparison.json", results)
     table = pa.Table.from_pylist(_all_rows(comparison))

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -62,6 +63,9 @@ class Drawing:
     images_per_prompt: int
     scorers: list[str]
     num_inference_steps: int | None
+
+
+_TOOK = "took.json"
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def do(task: Task) -> None:
         (folder / "failed.json").unlink(missing_ok=True)
         try:
             with open(folder / "log.txt", "a", encoding="utf-8") as log:
-                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), _timed(folder):
                     _train(task)
                     for view in missing_views(task):
                         _score(task, view)
@@ -166,6 +170,24 @@ def _alone(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Add to what the cell has taken; of a process that was killed nothing is known."""
+    started, worked = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        before = took(folder) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        now = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - worked}
+        write_json(folder / _TOOK, {key: round(before[key] + now[key], 3) for key in now})
+
+
+def took(folder: Path) -> dict[str, float] | None:
+    """`seconds` of a cell's process, and its `cpu_seconds`; None = nobody noted them."""
+    path = folder / _TOOK
+    return read_json(path) if path.is_file() else None
 
 
 # Training

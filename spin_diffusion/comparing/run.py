@@ -241,6 +241,18 @@ class Comparison:
         limit = self.settings.max_hours
         return limit is None or time.monotonic() - self.started < limit * 3600
 
+    def took(self) -> dict[str, Any] | None:
+        """`runs`, and the `seconds` and `cpu_seconds` of all their processes; None where not all have noted them."""
+        every = [
+            cell for entry in self.entries if entry.steps_per_round for cell in (*self.tuning(entry), *entry.cells)
+        ]
+        every += [self.plan.base(world, seed) for world in self.plan.worlds() for seed in self.settings.all_seeds]
+        found = {folder: cells.took(folder) for folder in {self.folder(cell) for cell in every}}
+        noted = [said for said in found.values() if said is not None]
+        if len(noted) < len(found):
+            return None
+        return {"runs": len(found)} | {key: sum(said[key] for said in noted) for key in ("seconds", "cpu_seconds")}
+
     # What the folder says
 
     def claim(self) -> None:

@@ -306,6 +306,16 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     assert steps["sft"]["gflops"] < compute["sft"]["gflops"] <= steps["spin"]["gflops"]
     assert len(steps["spin"]["curve"]) == 2 and len(steps["sft"]["curve"]) == 1
 
+    # What it took is the sum over all its runs
+    noted = [json.loads(path.read_text()) for path in out.rglob("took.json")]
+    assert results["took"]["runs"] == len(noted) == sum(1 for _ in (out / "cells" / "tiny").iterdir())
+    assert (
+        results["took"]["seconds"] == pytest.approx(sum(one["seconds"] for one in noted))
+        and results["took"]["seconds"] > 1
+    )
+    assert 0 < results["took"]["cpu_seconds"] == pytest.approx(sum(one["cpu_seconds"] for one in noted))
+    assert f"All {len(noted)} runs together" in (out / "comparison.md").read_text()
+
     # The table's numbers are those of the images, by a plain mean
     rows = pq.read_table(out / "cells.parquet").to_pylist()
     test_prompts = {row["prompt"] for row in rows if row["prompts"] == "test"}

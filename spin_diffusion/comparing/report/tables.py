@@ -208,6 +208,17 @@ def how(results: dict[str, Any]) -> str:
         "methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look at "
         "the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
         "choice of the rate and not the evaluation. Seconds are of one run while others ran beside it."
+    ) + _took(results)
+
+
+def _took(results: dict[str, Any]) -> str:
+    """What all of it took, where that is known."""
+    found = results.get("took")
+    if found is None:
+        return ""
+    return (
+        f" All {found['runs']} runs together, with their images and scores, took {found['seconds'] / 3600:.2g} hours "
+        f"of processes, which --jobs shares out, and {found['cpu_seconds'] / 3600:.2g} hours of CPU."
     )
 
 
