@@ -164,7 +164,7 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     # The folder, too, held about what it was to hold: at the end of a round, before its encodings were removed
     held, planned = max(entry.get("disk_bytes") or 0 for entry in told), read_json(out / "plan.json")["disk_bytes"]
     assert 0.5 * planned < held < 1.5 * planned
-    assert f"held at most {held / 1e9:,.2f} GB (planned {planned / 1e9:,.2f} GB)" in page
+    assert f"held at most {held / 1e6:,.1f} MB (planned {planned / 1e6:,.1f} MB)" in page
 
 
 def test_the_page_and_the_card_show_every_model(settings, tmp_path):

@@ -157,8 +157,8 @@ def disk_line(results: wording.Results) -> str:
     if not held:
         return ""
     planned = next((entry["predicted_disk_bytes"] for entry in entries if entry.get("predicted_disk_bytes")), None)
-    aside = "" if planned is None else f" (planned {planned / 1e9:,.2f} GB)"
-    return f"On the disk the run's folder held at most {max(held) / 1e9:,.2f} GB{aside}."
+    aside = "" if planned is None else f" (planned {wording.size(planned)})"
+    return f"On the disk the run's folder held at most {wording.size(max(held))}{aside}."
 
 
 def _outcome(event: dict[str, Any]) -> str:

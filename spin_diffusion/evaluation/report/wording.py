@@ -134,6 +134,11 @@ def significant(value: float | None) -> str:
     return "\u2013" if value is None else _minus(f"{value:.4g}")
 
 
+def size(num_bytes: int) -> str:
+    """Bytes as GB, or as MB where they are less than a tenth of one."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+
+
 def p_value(p: float) -> str:
     """A p-value as papers print it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -479,6 +479,11 @@ def test_pictures_of_every_mode_are_shown(tmp_path: Path, mode: str) -> None:
     assert isinstance(shown, pictures.Picture) and (shown.width, shown.height) == (256, 85) and not shown.pixelated
 
 
+def test_bytes_are_told_in_the_unit_that_shows_them():
+    told = {4_419_179: "4.4 MB", 99_000_000: "99.0 MB", 100_000_000: "0.10 GB", 1_234_000_000_000: "1,234.00 GB"}
+    assert {size: wording.size(size) for size in told} == told
+
+
 def test_the_gallery_shrinks_until_the_page_fits(small: Path) -> None:
     evaluation = read_evaluation(small)
     whole_page = build_page(evaluation)
