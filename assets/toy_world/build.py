@@ -13,7 +13,7 @@ only, at the end with the loss of plain fine-tuning; `hashes.json`. `confused/` 
 its state in --work_dir and is skipped or continued when the command is run again. Held-out captions are never drawn for
 training. Data and prompts come out the same as the recorded ones, weights do not: the recorded VAE was trained in two
 runs (900 and 700 steps) and the recorded base saw nine tenths sloppy drawings and the plain loss for its first 2,000
-steps. A build therefore ends with new hashes, and its scores are printed.
+steps. A build therefore ends with new hashes, and better checkpoints; its scores are printed (../README.md has both).
 """
 
 import argparse
