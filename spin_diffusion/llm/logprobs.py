@@ -77,9 +77,9 @@ def logprobs_at(
             checkpoint(_chunk, head, states[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
             for start in range(0, len(targets), chunk)
         ]
-    # Scattered and summed rather than added by index, whose order on a GPU is not fixed
+    # Scattered and summed rather than added by index, whose order on a GPU is not fixed. The first column is empty
     by_place = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
-    return by_place.scatter(0, places, torch.cat(found)).view(token_ids.shape).sum(dim=1)
+    return by_place.scatter(0, places, torch.cat(found)).view(token_ids.shape)[:, 1:].sum(dim=1)
 
 
 def _chunk(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
