@@ -13,5 +13,6 @@ train           the loop of a round; train_settings; step_metrics: what a step s
 trainee         the player in training, whole; sharded, zero: in parts; fused: updated in the backward pass; optimizers
 checkpoints     what a killed round goes on from
 gap             what was learnt that carries over to held-out samples
-run_dir         names, seeds, hashes, files that appear whole; ledger: what each phase took; progress
+run_dir         names, seeds, hashes, files that appear whole; ledger: what each phase took; progress; tracking
+sending         tensors on their way to the device; precision: the dtype of autocast
 """
