@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,17 @@ def kept_checkpoints(training: TrainSettings, steps: int) -> int:
     return min(made, training.checkpoints_total_limit or made) + (1 if made else 0)
 
 
-def write_plan(output_dir: Path, accelerator: Accelerator, **found: Any) -> dict[str, Any]:
+def write_plan(output_dir: Path, accelerator: Accelerator, rates: Any, **found: Any) -> dict[str, Any]:
     """Write `plan.json` into the output folder, where the run's report finds it, and return the plan.
 
     Args:
-        found: rows, rates, rounds (each with its number and the seconds of PHASES), encode_real_seconds, disk_bytes,
-            memory_bytes (of drawing and of training).
+        rates: what a probe measured, a dataclass, among it drawing_memory and training_memory.
+        found: rows, rounds (each with its number and the seconds of PHASES), encode_real_seconds, disk_bytes.
     """
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     plan = found | {
+        "rates": asdict(rates),
+        "memory_bytes": {"drawing": rates.drawing_memory, "training": rates.training_memory},
         "processes": accelerator.num_processes,
         "free_bytes": shutil.disk_usage(existing).free,
         "device_bytes": _device_bytes(accelerator.device),

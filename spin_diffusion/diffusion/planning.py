@@ -1,6 +1,6 @@
 """What a run will take: a probe of one batch of each kind, times how often the settings ask for it."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,11 @@ def make_plan(config: Config, game: DiffusionGame, progress: Progress) -> dict[s
     rates = probe(config, game, few)
     pictures = _pictures_of_evaluation(config)
     return write_plan(
-        Path(config.run.output_dir), accelerator,
+        Path(config.run.output_dir), accelerator, rates,
         rows=rows,
-        rates=asdict(rates),
         rounds=predict(config, rates, pairs, pictures, accelerator.num_processes),
         encode_real_seconds=rows * rates.encode / accelerator.num_processes,
         disk_bytes=disk(config, rates, rows, pictures),
-        memory_bytes={"drawing": rates.drawing_memory, "training": rates.training_memory},
     )  # fmt: skip
 
 

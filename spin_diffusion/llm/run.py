@@ -36,6 +36,7 @@ from spin_diffusion.running import (
     write_manifest,
 )
 from spin_diffusion.selfplay.game import Row
+from spin_diffusion.selfplay.one_round import HELD_OUT
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import weights_hash
@@ -74,27 +75,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     game = open_game(config, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
 
-    # The real answers, some of them held out
-    with_rejected = needs_losers(config)
-    data, held_out_dir = output_dir / "data", output_dir / "held_out"
-    settings = _data_settings(config, with_rejected) | fingerprint(game.tokenizer)
-    report, said = ReadReport(), []
-    manifest = prepare(
-        data,
-        lambda: _rows(
-            game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report, said.append
-        ),
-        settings, config.rounds.samples_per_shard, game, accelerator, progress, report.as_dict,
-    )  # fmt: skip
-    for line in [*said, *report.lines(), *game.chat.notes()] if report.read else []:
-        accelerator.print(line)
-    if config.data.holds_out:
-        aside = ReadReport()
-        prepare(
-            held_out_dir,
-            lambda: _rows(game, read_held_out(config.data, report=aside), aside, lambda warning: None), settings,
-            config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
-        )  # fmt: skip
+    manifest = _prepared(config, game, output_dir, progress)
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
@@ -114,7 +95,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     )
     records = play_with_rivals(
         config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
-        held_out_dir if config.data.holds_out else None,
+        output_dir / HELD_OUT if config.data.holds_out else None,
         costs=lambda rounds: costs(
             rounds, output_dir if rounds is config.rounds else output_dir / f"compare-{rounds.objective}"
         ),
@@ -125,6 +106,30 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
     return records
+
+
+def _prepared(config: LanguageConfig, game: LanguageGame, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """The manifest of the real answers, which are prepared as those that are held out are."""
+    with_rejected, accelerator = needs_losers(config), game.accelerator
+    settings = _data_settings(config, with_rejected) | fingerprint(game.tokenizer)
+    report, said = ReadReport(), []
+    manifest = prepare(
+        output_dir / "data",
+        lambda: _rows(
+            game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report, said.append
+        ),
+        settings, config.rounds.samples_per_shard, game, accelerator, progress, report.as_dict,
+    )  # fmt: skip
+    for line in [*said, *report.lines(), *game.chat.notes()] if report.read else []:
+        accelerator.print(line)
+    if config.data.holds_out:
+        aside = ReadReport()
+        prepare(
+            output_dir / HELD_OUT,
+            lambda: _rows(game, read_held_out(config.data, report=aside), aside, lambda warning: None), settings,
+            config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
+        )  # fmt: skip
+    return manifest
 
 
 def plan(config: LanguageConfig) -> None:

@@ -2,7 +2,7 @@
 
     wording.py        names, numbers, verdicts and texts in the page's words
     pictures.py       each picture as a data: address
-    texts.py          each answer as a passage
+    texts.py          each answer as a passage; rows.py: what a row of both has
     editions.py       what the page says and shows of images, and what of answers
     reading.py        results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked
     tables.py         results.json -> rows of text

@@ -11,6 +11,7 @@ from typing import Any
 
 from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES, Protocol, guidance_scales, modality_of
 from spin_diffusion.evaluation.report.pictures import ImageRow, Picture, thumbnail
+from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.evaluation.report.texts import AnswerRow, Passage, passage
 from spin_diffusion.evaluation.report.wording import Results, Scale
 
@@ -24,7 +25,7 @@ class Edition:
 
     template: str
     """File of the template's words, and of what sets a sample, the real one beside it, and two in the vote."""
-    row: type[ImageRow] | type[AnswerRow]
+    row: type[SampleRow]
     """A row of the samples' table."""
     show: Callable[[Path, Any], Sample | str]
     """(the evaluation's folder, row) -> the sample, or in words why there is none."""

@@ -9,6 +9,8 @@ from typing import ClassVar
 
 from PIL import Image, ImageOps
 
+from spin_diffusion.evaluation.report.rows import SampleRow
+
 MAX_SIDE_PX = 256
 _EXACT_SIDE_PX = 128  # up to here a picture is kept without loss: the page shows its pixels enlarged
 _QUALITY = 82
@@ -16,16 +18,9 @@ _MAX_FILE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class ImageRow:
+class ImageRow(SampleRow):
     """One picture that a model was asked for at the headline's guidance scale."""
 
-    model: str
-    id: str
-    k: int
-    prompt: str
-    category: str
-    seed: str
-    """As text: a seed of 63 bits does not survive JavaScript's numbers."""
     file: str | None
     """Relative to the evaluation's folder; None = there is no picture."""
     sha256: str | None

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.report.editions import edition_of
-from spin_diffusion.evaluation.report.pictures import ImageRow
-from spin_diffusion.evaluation.report.texts import AnswerRow
+from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.input_error import InputError
 
 SCHEMA_VERSION = 1
@@ -37,7 +36,7 @@ class Evaluation:
     directory: Path
     results: dict[str, Any]
     """results.json, valid by its schema."""
-    samples: list[ImageRow] | list[AnswerRow]
+    samples: list[SampleRow]
     """At the headline's guidance scale."""
     scores: dict[tuple[str, str, str, int], float]
     """(model, scorer, id, k) -> score, at the headline's guidance scale; finite ones only."""

@@ -4,21 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_diffusion.evaluation.report import wording
+from spin_diffusion.evaluation.report.rows import SampleRow
 
 _FINISH = {"stop": "ended by itself", "length": "cut at the longest answer allowed"}
 
 
 @dataclass(frozen=True)
-class AnswerRow:
+class AnswerRow(SampleRow):
     """One answer that a model gave."""
 
-    model: str
-    id: str
-    k: int
-    prompt: str
-    category: str
-    seed: str
-    """As text: a seed of 63 bits does not survive JavaScript's numbers."""
     text: str
     reference: str | None
     """The real answer."""
