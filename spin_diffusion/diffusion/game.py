@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,13 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
-from spin_diffusion.diffusion.batches import MIRRORED, as_visited, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size, unpacked
+from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
+from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size
 from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters
-from spin_diffusion.diffusion.noising import draw, read_noising
+from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.prompts import Prompts
+from spin_diffusion.diffusion.questions import Question, Questions
 from spin_diffusion.diffusion.sampling import SAMPLERS, draw_batches, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
@@ -37,17 +38,7 @@ from spin_diffusion.diffusion.settings import (
     SamplingSettings,
     TrajectorySettings,
 )
-from spin_diffusion.diffusion.trajectory import (
-    SamplerSteps,
-    as_noise,
-    draw_steps,
-    drawn_step,
-    implied_noise,
-    read_steps,
-    step_weights,
-    true_pairs,
-)
-from spin_diffusion.diffusion.weighting import timestep_weights
+from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
@@ -61,26 +52,6 @@ def example_id(example: Example) -> str:
     """The id of an example's stored row: 16 hexadecimal digits of the hash of prompt and images."""
     digest = hashlib.sha256(json.dumps(example.prompt).encode() + example.image + (example.loser or b""))
     return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Noised images, both sides of a batch one after the other, and what a denoiser should say to them.
-
-    Attributes:
-        inputs: the denoiser's other inputs.
-        read: from what the denoiser says to what is compared with `target`, fp32.
-        weight: of each image's score.
-        level: of each pair, in [0, 1).
-    """
-
-    x_t: Tensor
-    t: Tensor
-    inputs: dict[str, Any]
-    read: Callable[[Tensor], Tensor]
-    target: Tensor
-    weight: Tensor
-    level: Tensor
 
 
 class DiffusionGame:
@@ -120,18 +91,9 @@ class DiffusionGame:
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
         self.accelerator = accelerator
         self.base_options = base_options or {}
-
-        # What a score is taken on
+        self.trajectory = trajectory or TrajectorySettings()
         # `auto` is settled when it is known how many pairs there are
         self.fixed_draws = 0 if denoiser.fixed_draws == "auto" else denoiser.fixed_draws
-        self.noising = read_noising(dict(pipeline.scheduler.config), base)
-        self.weights = timestep_weights(self.noising, denoiser.snr_gamma, denoiser.timestep_weights)
-        self.trajectory = trajectory or TrajectorySettings()
-        self.steps = None
-        if self.trajectory.trajectory != "forward":
-            sampler = SAMPLERS["ddim"](dict(pipeline.scheduler.config))
-            self.steps = read_steps(sampler, sampling.num_inference_steps, sampling.eta)
-            self.step_weights = step_weights(self.steps, self.trajectory.trajectory_weights)
 
         # The images' sizes
         self.resolution = images.resolution or family.RESOLUTION
@@ -140,7 +102,6 @@ class DiffusionGame:
         if self.resolution % multiple:
             raise InputError(f"--resolution {self.resolution}: {base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
-        assert not (self.has_sizes and (self.steps is not None or denoiser.compile != "no")), "one size only"
         self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
 
         # All but the player is frozen
@@ -151,27 +112,51 @@ class DiffusionGame:
         self.shared_latents = shared_latents
         self.vae_hash = vae_hash(pipeline.vae) if shared_latents is not None else ""
 
-        # The player, and the opponent: a copy of it, or another adapter on the same UNet. Never in training mode:
-        # dropout would make the two models' scores differ at step 0
-        self.player: UNet2DConditionModel = pipeline.unet
-        if denoiser.channels_last:
+        self._prepare_questions()
+        self._seat_models(lora, gradient_checkpointing)
+
+    def _prepare_questions(self) -> None:
+        """What scores are taken on."""
+        scheduler = dict(self.pipeline.scheduler.config)
+        self.noising = read_noising(scheduler, self.base)
+        self.steps = None
+        if self.trajectory.trajectory != "forward":
+            self.steps = read_steps(SAMPLERS["ddim"](scheduler), self.sampling.num_inference_steps, self.sampling.eta)
+        assert not (self.has_sizes and (self.steps is not None or self.denoiser.compile != "no")), "one size only"
+        self.questions = Questions(
+            self.noising,
+            self.steps,
+            self.prompts,
+            denoiser=self.denoiser,
+            trajectory=self.trajectory,
+            sizes=[(height // self.latent_px, width // self.latent_px) for height, width in self.sizes],
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+        )
+
+    def _seat_models(self, lora: LoraSettings | None, gradient_checkpointing: bool) -> None:
+        """The player, and the opponent: a copy of it, or another adapter on the same UNet."""
+        # Never in training mode: dropout would make the two models' scores differ at step 0
+        self.player: UNet2DConditionModel = self.pipeline.unet
+        if self.denoiser.channels_last:
             self.player.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.player.enable_gradient_checkpointing()
-        if denoiser.enable_xformers_memory_efficient_attention:
+        if self.denoiser.enable_xformers_memory_efficient_attention:
             enable_xformers(self.player)
         self.base_hash = weights_hash(self.player)
         self.adapters: Adapters | None = None
         if lora is not None and lora.use_lora:
             self.player.eval()
-            self.adapters = Adapters(self.player, lora, autocast_dtype(accelerator.mixed_precision), self.base_hash)
+            dtype = autocast_dtype(self.accelerator.mixed_precision)
+            self.adapters = Adapters(self.player, lora, dtype, self.base_hash)
             if gradient_checkpointing:
                 self.player.enable_gradient_checkpointing(self._checkpoint)
             self.opponent: UNet2DConditionModel | None = self.player
         else:
             self.player.requires_grad_(True).eval()
             self.opponent = self._opponent_of_player()
-        compile_unet(self.player, denoiser.compile)
+        compile_unet(self.player, self.denoiser.compile)
 
     @property
     def has_sizes(self) -> bool:
@@ -285,7 +270,7 @@ class DiffusionGame:
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """Of pairs of one size: the mean over what is asked of them."""
         by_player, by_opponent, levels, scales = [], [], [], []
-        for question in self._questions(batch):
+        for question in self.questions.about(batch):
             if "opponent_score" in batch.real:
                 kept = torch.cat([side["opponent_score"] for side in batch.sides])
                 by_opponent.append(sent(kept, question.x_t.device))
@@ -311,98 +296,28 @@ class DiffusionGame:
         real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
         drawn = drawn if batch.generated else drawn[:0]
         for places, part in by_kind(batch):
-            found = self._ask_opponent(self._noised(part), part)
+            found = self._ask_opponent(self.questions.noised(part), part)
             real[places] = found[: len(places)]
             if batch.generated:
                 drawn[places] = found[len(places) :]
         return real[:: len(batch.ids) // rows], drawn  # a real row has one score, however many rows it meets
 
-    # What both models are asked, and how
+    # What both models say
 
-    def _questions(self, batch: Batch) -> Iterator[_Question]:
-        """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored."""
-        if self.steps is None:
-            yield self._noised(batch)
-        else:
-            yield from self._on_trajectories(batch, self.steps)
-
-    def _noised(self, batch: Batch) -> _Question:
-        """All images of a batch, noised by the forward process."""
-        device = self.accelerator.device
-        sides = [as_visited(side, batch.seeds) for side in batch.sides]
-        x_0 = sent(torch.cat([side["latents"] for side in sides]), device).float()
-        if self.has_sizes:
-            height, width = self.sizes[int(batch.real[KIND][0])]
-            x_0 = unpacked(x_0, height // self.latent_px, width // self.latent_px)
-        draws = draw(
-            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
-        )
-        t, eps = sent(draws.t, device), sent(draws.eps, device)
-        level = t / self.noising.num_timesteps
-        t, eps = t.repeat(len(sides)), eps.repeat(len(sides), 1, 1, 1)
-        x_t, target = self.noising.noised_and_target(x_0, eps, t)
-        return _Question(
-            x_t=self._laid_out(x_t),
-            t=t,
-            inputs=self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])),
-            read=Tensor.float,
-            target=target,
-            weight=sent(self.weights, device)[t],
-            level=level,
-        )
-
-    def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[_Question]:
-        """The opponent's kept trajectories, and the real images' posterior ones, at the sampler's own steps."""
-        kind, device, pairs = self.trajectory.trajectory, self.accelerator.device, len(batch.ids)
-        assert kind != "forward"
-        x_0 = batch.real["latents"].float()
-        draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
-        inputs = self._inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in batch.sides]))
-        for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
-            x_t, step = sent(pair.x_t, device), pair.step
-            target = implied_noise(x_t, sent(pair.x_prev, device), steps, step)
-            x_t = self._laid_out(x_t)
-            yield _Question(
-                x_t=x_t,
-                t=sent(steps.t[step], device),
-                inputs=inputs,
-                read=partial(
-                    as_noise, x_t=x_t, steps=steps, step=step, prediction_type=self.noising.prediction_type
-                ),
-                target=target,
-                weight=sent(self.step_weights[step].float() * self.weights[steps.t[step]], device),
-                level=sent(steps.t[step[:pairs]] / self.noising.num_timesteps, device),
-            )  # fmt: skip
-
-    def _inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Any]:
-        """The denoiser's inputs beside x_t and t."""
-        with self.accelerator.autocast():
-            conditioning = self.prompts.conditioning(prompts, dropped, frames)
-        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-        if conditioning.added:
-            inputs["added_cond_kwargs"] = conditioning.added
-        return inputs
-
-    def _laid_out(self, x_t: Tensor) -> Tensor:
-        """In the UNet's memory layout."""
-        return x_t.contiguous(memory_format=torch.channels_last) if self.denoiser.channels_last else x_t
-
-    def _predicted(self, model: Callable[..., Any], question: _Question) -> Tensor:
+    def _predicted(self, model: Callable[..., Any], question: Question) -> Tensor:
         # One path for both models: the same inputs under the same autocast, compared in fp32
         with self.accelerator.autocast():
             said = model(question.x_t, question.t, **question.inputs)[0]
         return question.read(said)
 
     @torch.no_grad()
-    def _ask_opponent(self, question: _Question, batch: Batch) -> Tensor:
+    def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
         """Its scores, real ones first."""
         with self._as_opponent(), self._dropping(batch):
             predicted = self._predicted(self.opponent, question)
         return question.weight * errors.score(predicted, question.target)
 
-    def _ask_player(
-        self, player: Callable[..., Any], question: _Question, batch: Batch
-    ) -> tuple[Tensor, Tensor | None]:
+    def _ask_player(self, player: Callable[..., Any], question: Question, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Its scores, real ones first, and by what the gradient of the generated ones is multiplied.
 
         Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
@@ -419,7 +334,7 @@ class DiffusionGame:
             return self._checkpoint(ask, question.x_t) if again else ask(question.x_t)
 
     def _player_scores(
-        self, player: Callable[..., Any], question: _Question, batch: Batch
+        self, player: Callable[..., Any], question: Question, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
         eps_theta, target, pairs = self._predicted(player, question), question.target, len(batch.ids)
         scores = question.weight * errors.score(eps_theta, target)
@@ -612,7 +527,7 @@ class DiffusionGame:
         x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
         frames = torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]])
         with torch.no_grad():
-            inputs = self._inputs(["a proof"], [False], frames)
+            inputs = self.questions.inputs(["a proof"], [False], frames)
             t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
             with self.accelerator.autocast():
                 ours, theirs = (model(x_t, t, **inputs)[0] for model in (self.player, fresh))

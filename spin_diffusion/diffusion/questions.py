@@ -1,0 +1,149 @@
+"""What player and opponent are both asked about a batch: noised images, and what their answers are compared with.
+
+Diffusion models are compared at one timestep and one noise per pair (`forward`), or at the sampler's own steps: see
+`trajectory`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spin_diffusion.diffusion.batches import as_visited
+from spin_diffusion.diffusion.buckets import Size, unpacked
+from spin_diffusion.diffusion.noising import Noising, draw
+from spin_diffusion.diffusion.prompts import Prompts
+from spin_diffusion.diffusion.settings import DenoiserSettings, TrajectorySettings
+from spin_diffusion.diffusion.trajectory import (
+    SamplerSteps,
+    as_noise,
+    draw_steps,
+    implied_noise,
+    step_weights,
+    true_pairs,
+)
+from spin_diffusion.diffusion.weighting import timestep_weights
+from spin_diffusion.selfplay.game import KIND, Batch
+from spin_diffusion.selfplay.sending import sent
+
+
+@dataclass(frozen=True)
+class Question:
+    """Noised images, both sides of a batch one after the other, and what a denoiser should say to them.
+
+    Attributes:
+        inputs: the denoiser's other inputs.
+        read: from what the denoiser says to what is compared with `target`, fp32.
+        weight: of each image's score.
+        level: of each pair, in [0, 1).
+    """
+
+    x_t: Tensor
+    t: Tensor
+    inputs: dict[str, Any]
+    read: Callable[[Tensor], Tensor]
+    target: Tensor
+    weight: Tensor
+    level: Tensor
+
+
+class Questions:
+    """Asks of batches by a run's settings. Draws depend on the pairs' seeds alone, never on a process."""
+
+    def __init__(
+        self,
+        noising: Noising,
+        steps: SamplerSteps | None,
+        prompts: Prompts,
+        *,
+        denoiser: DenoiserSettings,
+        trajectory: TrajectorySettings,
+        sizes: list[Size],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """
+        Args:
+            steps: the sampler's, where scores are taken on them.
+            sizes: of latents by the pairs' kind; with more than one the latents come packed.
+        """
+        self.noising, self.steps, self.prompts = noising, steps, prompts
+        self.denoiser, self.trajectory, self.sizes = denoiser, trajectory, sizes
+        self.device, self.autocast = device, autocast
+        self.weights = timestep_weights(noising, denoiser.snr_gamma, denoiser.timestep_weights)
+        if steps is not None:
+            self.step_weights = step_weights(steps, trajectory.trajectory_weights)
+
+    def about(self, batch: Batch) -> Iterator[Question]:
+        """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored.
+
+        Args:
+            batch: pairs of one size.
+        """
+        if self.steps is None:
+            yield self.noised(batch)
+        else:
+            yield from self._on_trajectories(batch, self.steps)
+
+    def noised(self, batch: Batch) -> Question:
+        """All images of a batch, noised by the forward process."""
+        sides = [as_visited(side, batch.seeds) for side in batch.sides]
+        x_0 = sent(torch.cat([side["latents"] for side in sides]), self.device).float()
+        if len(self.sizes) > 1:
+            x_0 = unpacked(x_0, *self.sizes[int(batch.real[KIND][0])])
+        draws = draw(
+            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
+        )
+        t, eps = sent(draws.t, self.device), sent(draws.eps, self.device)
+        level = t / self.noising.num_timesteps
+        t, eps = t.repeat(len(sides)), eps.repeat(len(sides), 1, 1, 1)
+        x_t, target = self.noising.noised_and_target(x_0, eps, t)
+        return Question(
+            x_t=self._laid_out(x_t),
+            t=t,
+            inputs=self.inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])),
+            read=Tensor.float,
+            target=target,
+            weight=sent(self.weights, self.device)[t],
+            level=level,
+        )
+
+    def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[Question]:
+        """The opponent's kept trajectories, and the real images' posterior ones, at the sampler's own steps."""
+        kind, pairs = self.trajectory.trajectory, len(batch.ids)
+        assert kind != "forward"
+        x_0 = batch.real["latents"].float()
+        draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
+        inputs = self.inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in batch.sides]))
+        for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
+            x_t, step = sent(pair.x_t, self.device), pair.step
+            target = implied_noise(x_t, sent(pair.x_prev, self.device), steps, step)
+            x_t = self._laid_out(x_t)
+            yield Question(
+                x_t=x_t,
+                t=sent(steps.t[step], self.device),
+                inputs=inputs,
+                read=partial(
+                    as_noise, x_t=x_t, steps=steps, step=step, prediction_type=self.noising.prediction_type
+                ),
+                target=target,
+                weight=sent(self.step_weights[step].float() * self.weights[steps.t[step]], self.device),
+                level=sent(steps.t[step[:pairs]] / self.noising.num_timesteps, self.device),
+            )  # fmt: skip
+
+    def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Any]:
+        """The denoiser's inputs beside x_t and t, as keywords of its call."""
+        with self.autocast():
+            conditioning = self.prompts.conditioning(prompts, dropped, frames)
+        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
+        if conditioning.added:
+            inputs["added_cond_kwargs"] = conditioning.added
+        return inputs
+
+    def _laid_out(self, x_t: Tensor) -> Tensor:
+        """In the UNet's memory layout."""
+        return x_t.contiguous(memory_format=torch.channels_last) if self.denoiser.channels_last else x_t
