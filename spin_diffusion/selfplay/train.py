@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
@@ -73,21 +74,12 @@ def train(
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
         FloatingPointError: a loss or gradient that is not finite.
     """
-    # The player with its optimizer
+    # The player with its optimizer, and how far a killed run got
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
     trainee = _kind_of_trainee(settings, accelerator)(
         game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator
     )
-    schedule = get_scheduler(
-        settings.lr_scheduler,
-        optimizer=trainee.schedulable,
-        num_warmup_steps=plan.warmup_steps,
-        num_training_steps=plan.steps,
-        num_cycles=settings.lr_num_cycles,
-        power=settings.lr_power,
-    )
-
-    # Go on where a killed run stopped
+    schedule = _schedule(plan, settings, trainee)
     anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
     checkpoints = Checkpoints(directory, trainee, average, per_step)
     first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
@@ -101,37 +93,28 @@ def train(
         if snapshots is not None and step % health.WINDOW_STEPS == 0:
             snapshots.take(step)
         started = time.perf_counter()
-        lr = trainee.optimizer.param_groups[0]["lr"]
         if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
             before = anchors[-1]["hash"] if anchors else anchor_hash
             assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
             anchors.append({"step": step, "hash": checkpoints.new_anchor()})
+        lr = trainee.optimizer.param_groups[0]["lr"]
         metrics, gradient_norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
-        if trainee.ema is not None:
-            trainee.ema.step(trainee.parameters)
-        if average is not None:
-            average.step(trainee.parameters)
+        trainee.update_averages(average)
 
         # What the step said
-        entry = summary(metrics) | {
-            "grad_norm": gradient_norm,
-            "lr": lr,
-            "pairs_per_second": per_step / (time.perf_counter() - started),
-        }
+        rate = {"lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
+        history.append({"step": step + 1} | summary(metrics) | {"grad_norm": gradient_norm} | rate)
         if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
             distance = trainee.distance()
-            entry |= {} if distance is None else {"distance": distance}
-        history.append({"step": step + 1} | entry)
-        log_step(plan.name, tracked(entry, plan.name), step + 1, accelerator)
-        ended = _heeded(history, plan, trainee)
-        progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
+            history[-1] |= {} if distance is None else {"distance": distance}
+        ended = _told(history, plan, trainee)
+        progress(step + 1, plan.steps, "loss {loss:.4f}  accuracy {implicit_accuracy:.2f}".format(**history[-1]))
 
-        done = ended is not None or step + 1 == plan.steps
-        if not done and (step + 1) % settings.checkpointing_steps == 0:
-            checkpoints.save(step + 1, history, anchors)
-        if done:
+        if ended is not None or step + 1 == plan.steps:
             break
+        if (step + 1) % settings.checkpointing_steps == 0:
+            checkpoints.save(step + 1, history, anchors)
     ahead.close()
 
     # What is left of it
@@ -146,6 +129,18 @@ def train(
     return _came_to(first_step, history, anchors, ended, kept_step, settings)
 
 
+def _schedule(plan: RoundPlan, settings: TrainSettings, trainee: Trainee) -> LRScheduler:
+    """Of the learning rate, over the round."""
+    return get_scheduler(
+        settings.lr_scheduler,
+        optimizer=trainee.schedulable,
+        num_warmup_steps=plan.warmup_steps,
+        num_training_steps=plan.steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
+    )
+
+
 def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[Trainee]:
     """How the player is laid out over the processes, and when its gradient becomes an update."""
     if launched_stage():
@@ -155,14 +150,20 @@ def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[
     return Fused if settings.fused_backward else Trainee
 
 
-def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
-    """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
+def _told(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
+    """Tell the trackers the last step's numbers, and the user what the rules of health say of them.
+
+    Returns:
+        What ends the round, if anything does. What was found is noted beside the step's numbers.
+    """
+    step = history[-1]["step"]
+    log_step(plan.name, tracked(history[-1], plan.name), step, trainee.accelerator)
     found = health.findings(history, plan.beta, trainee.settings)
     for one in found:
         sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
         if trainee.accelerator.is_main_process:
-            tell(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
+            tell(f"Round {plan.round_}, step {step}, {one.rule}: {sentence}")
     return health.gravest(found)
 
 

@@ -93,6 +93,12 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def update_averages(self, average: Average | None) -> None:
+        """Let --use_ema's average, and the one that outlives the round, follow the weights after a step."""
+        for one in (self.ema, average):
+            if one is not None:
+                one.step(self.parameters)
+
     def optimizer_state(self) -> list[Tensor]:
         """What the optimizer keeps of the weights on this process."""
         return [t for kept in self.schedulable.state.values() for t in kept.values() if isinstance(t, Tensor)]
