@@ -108,7 +108,8 @@ def plain(
     return step
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="toy")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -120,22 +121,30 @@ def main() -> None:
     parser.add_argument("--fixed_draws", action="store_true", help="also with the opponent's errors known")
     parser.add_argument("--compile", choices=("no", "blocks", "whole"), default="no", help="of ours")
     parser.add_argument("--only_ours", action="store_true", help="where the plain loop does not fit in memory")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def random_pairs(pairs: int, resolution: int, latent_px: int) -> tuple[torch.Tensor, Batch]:
+    """Pixels of both sides for the plain loop, (2 pairs, 3, height, width) in [-1, 1], and a batch for ours."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2 * pairs, 3, resolution, resolution, generator=generator) * 2 - 1
+    frame = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * pairs, dtype=torch.int32)
+    sides = [
+        {"latents": torch.randn(pairs, 4, latent_px, latent_px, generator=generator).half(), "frame": frame}
+        for _ in range(2)
+    ]
+    prompts = [f"a red circle and {number} squares" for number in range(pairs)]
+    return pixels, Batch([str(n) for n in range(pairs)], prompts, *sides, list(range(pairs)))
+
+
+def main() -> None:
+    args = arguments()
     accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     pipeline, resolution = build(args.model, args.device)
     resolution = args.resolution or resolution
     latent_px = resolution // 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    prompts = [f"a red circle and {number} squares" for number in range(args.batch_size)]
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(2 * args.batch_size, 3, resolution, resolution, generator=generator) * 2 - 1
-    frame = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * args.batch_size, dtype=torch.int32)
-    sides = [
-        {"latents": torch.randn(args.batch_size, 4, latent_px, latent_px, generator=generator).half(), "frame": frame}
-        for _ in range(2)
-    ]
-    batch = Batch([str(n) for n in range(args.batch_size)], prompts, *sides, list(range(args.batch_size)))
+    pixels, batch = random_pairs(args.batch_size, resolution, latent_px)
     options = {"gradient_checkpointing": args.gradient_checkpointing}
     unit = count_units(family_of(pipeline), pipeline, resolution)
     known = {"opponent_score": torch.full((args.batch_size,), -0.5)}
@@ -150,7 +159,7 @@ def main() -> None:
                 copy.deepcopy(pipeline), resolution, fixed, accelerator, options, kept, args.compile
             )
         if not args.only_ours:
-            contenders["plain"] = plain(pipeline, pixels.to(args.device), prompts, accelerator, options)
+            contenders["plain"] = plain(pipeline, pixels.to(args.device), batch.prompts, accelerator, options)
         seconds = alternate(contenders, args.repeats, accelerator.device)
     # Two images a pair: player forward and backward, opponent forward unless its errors are known
     opponents = {name: 0 if name == "ours_fixed_draws" else 1 for name in seconds}

@@ -420,25 +420,13 @@ def train_pipeline(
 
     abar = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
     ids = tokenize(pipeline, captions)
-    time_ids = torch.tensor(TIME_IDS, device=device).expand(args.batch_size, -1)
     running = 0.0
     for step in (progress := _progress(range(start, steps), name)):
         # Randomness is a function of the step, so a continued run draws what an unbroken one would have drawn.
         rng = torch.Generator().manual_seed(
             hash((args.seed, ("base", "sloppy", "plateau").index(name), step, RANK)) % 2**63
         )
-        index = torch.randint(len(latents), (args.batch_size,), generator=rng)
-        x_0 = latents[index]
-        eps = torch.randn(x_0.shape, generator=rng)
-        t = torch.randint(1000, (args.batch_size,), generator=rng)
-        kept = (torch.rand(args.batch_size, generator=rng) >= 0.12).float()
-        abar_t = abar[t, None, None, None]
-        x_t = (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(device, memory_format=torch.channels_last)
-        tokens, pooled = conditioning(pipeline, [i[index].to(device) for i in ids], kept.to(device))
-        eps_theta = pipeline.unet(
-            x_t, t.to(device), tokens, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
-        ).sample
-        errors = (eps_theta - eps.to(device)).square().mean(dim=(1, 2, 3))
+        t, errors = denoising_errors(pipeline, ids, latents, abar, args.batch_size, device, rng)
         if step < focused_steps:
             # What and where is learned at high noise, where the plain loss is small: weigh towards it.
             weights = 1 / (abar / (1 - abar) + 0.25)
@@ -466,6 +454,31 @@ def train_pipeline(
             state_path.with_suffix(".part").rename(state_path)
             save(with_modules(pipeline, *averaged), folder)
     return with_modules(pipeline, *averaged)
+
+
+def denoising_errors(
+    pipeline: StableDiffusionXLPipeline,
+    ids: list[Tensor],
+    latents: Tensor,
+    abar: Tensor,
+    batch_size: int,
+    device: str,
+    rng: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """A random batch, 12 % of whose captions are dropped: its timesteps, and each image's mean squared error in eps."""
+    index = torch.randint(len(latents), (batch_size,), generator=rng)
+    x_0 = latents[index]
+    eps = torch.randn(x_0.shape, generator=rng)
+    t = torch.randint(1000, (batch_size,), generator=rng)
+    kept = (torch.rand(batch_size, generator=rng) >= 0.12).float()
+    abar_t = abar[t, None, None, None]
+    x_t = (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(device, memory_format=torch.channels_last)
+    tokens, pooled = conditioning(pipeline, [i[index].to(device) for i in ids], kept.to(device))
+    time_ids = torch.tensor(TIME_IDS, device=device).expand(batch_size, -1)
+    eps_theta = pipeline.unet(
+        x_t, t.to(device), tokens, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
+    ).sample
+    return t, (eps_theta - eps.to(device)).square().mean(dim=(1, 2, 3))
 
 
 def with_modules(

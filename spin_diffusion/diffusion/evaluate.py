@@ -110,9 +110,48 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     Raises:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
+    output_dir = Path(settings.output_dir)
+    sources, prompts, captions = _checked_input(settings, output_dir)
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    progress = Bars() if accelerator.is_main_process else Progress()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        settle(output_dir)
+        saved = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
+        write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
+    accelerator.wait_for_everyone()
+
+    models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
+    scales = protocol["guidance_scales"]
+    score_pictures(
+        {model.name: model.folder for model in models}, scales, settings.scorers or [], accelerator,
+        lambda scorer, total: progress.phase(f"score by {scorer}", total),
+    )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
+    results, comparisons = conclude(
+        output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
+        headline_scale=scales[-1], training_captions=captions,
+    )  # fmt: skip
+    if comparisons:
+        print_table(comparisons)
+        write_file(output_dir / "table.md", lambda part: part.write_text(as_markdown(comparisons), encoding="utf-8"))
+    for said in results["verdicts"]:
+        at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
+        print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
+    if results["failures"]:
+        print(f"{len(results['failures'])} pictures failed; the report lists them")
+    print(f"Report: {write_report(output_dir)}")
+    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
+        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+
+
+def _checked_input(
+    settings: EvaluateSettings, output_dir: Path
+) -> tuple[list[ModelSource], PromptSet, list[str] | None]:
+    """The models, the prompts and the training set's captions, before anything is written."""
     sources = _sources(settings)
     check_specs(settings.scorers or [])
-    output_dir = Path(settings.output_dir)
     _check_output_dir(settings, output_dir)
     for source in sources:
         _check_known(source, None, output_dir)
@@ -123,16 +162,22 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     captions = None
     if settings.training_captions:
         captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    progress = Bars() if accelerator.is_main_process else Progress()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        settle(output_dir)
-        saved = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
-        write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
-    accelerator.wait_for_everyone()
+    return sources, prompts, captions
 
-    # The pictures of every model
+
+def _pictures(
+    settings: EvaluateSettings,
+    sources: list[ModelSource],
+    prompts: PromptSet,
+    output_dir: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> tuple[list[EvaluatedModel], dict[str, Any]]:
+    """The pictures of every model, drawn or taken as they are given.
+
+    Returns:
+        The models, and the protocol that all of their pictures follow.
+    """
     drawn = [source for source in sources if source.kind != "images"]
     scales: list[Any] = settings.guidance_scales if drawn else [None]
     drawer = _Drawer(settings, accelerator)
@@ -156,16 +201,15 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     models = []
     for source in sources:
         folder = ScoredFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
+        draw, weights = None, None
         if source.kind == "images":
             _take_pictures(source, wanted, folder.pictures, protocol, settings, accelerator)
-            weights = None
-            if accelerator.is_main_process:
-                write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": None})
         else:
             draw, weights = drawer.open(source, resolution)
             _check_known(source, weights, output_dir)
-            if accelerator.is_main_process:
-                write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
+        if accelerator.is_main_process:
+            write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
+        if draw is not None:
             draw_pictures(
                 wanted, folder.pictures, protocol, draw, accelerator,
                 lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
@@ -173,29 +217,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         role = "baseline" if source is sources[0] else "candidate"
         models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, source.base, weights))
     drawer.close()
-
-    # Scores, and what they say
-    score_pictures(
-        {model.name: model.folder for model in models}, scales, settings.scorers or [], accelerator,
-        lambda scorer, total: progress.phase(f"score by {scorer}", total),
-    )  # fmt: skip
-    if not accelerator.is_main_process:
-        return
-    results, comparisons = conclude(
-        output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
-        headline_scale=scales[-1], training_captions=captions,
-    )  # fmt: skip
-    if comparisons:
-        print_table(comparisons)
-        write_file(output_dir / "table.md", lambda part: part.write_text(as_markdown(comparisons), encoding="utf-8"))
-    for said in results["verdicts"]:
-        at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
-        print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
-    if results["failures"]:
-        print(f"{len(results['failures'])} pictures failed; the report lists them")
-    print(f"Report: {write_report(output_dir)}")
-    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
-        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+    return models, protocol
 
 
 def _sources(settings: EvaluateSettings) -> list[ModelSource]:

@@ -66,7 +66,31 @@ def run(config: Config, family_name: str) -> None:
     base = game.base
     progress = Bars() if accelerator.is_main_process else Progress()
 
-    # The real samples
+    manifest = _prepared(config, game, output_dir, progress)
+    pairs = manifest["rows"] // config.rounds.real_parts
+    # Now, not after a night of drawing
+    check_batch(pairs, config.training, accelerator.num_processes)
+    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
+    write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
+    accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    config = settle_draws(config, game, pairs)
+    _check_room(config, game, pairs)
+
+    if config.caches.cache_text_embeddings:
+        _keep_prompts(config, game, output_dir, progress)
+    with attention(
+        config.denoiser.attention_kernel, game.player, game.resolution // game.latent_px,
+        2 * config.training.train_batch_size, accelerator, autocast_dtype(accelerator.mixed_precision),
+    ) as kernel:  # fmt: skip
+        if config.denoiser.attention_kernel == "measure":
+            accelerator.print(f"Attention: {kernel} was the fastest kernel here")
+        _play(config, game, prompts, output_dir, progress, manifest["rows"], pairs)
+
+
+def _prepared(config: Config, game: DiffusionGame, output_dir: Path, progress: Progress) -> dict[str, Any]:
+    """The real samples below the run's folder, chosen by a scorer if one is named; their manifest. What was read, and
+    what was left out, is printed."""
+    accelerator = game.accelerator
     report = ReadReport()
     with_losers = needs_losers(config)
     curation = _curation(config, game, with_losers, output_dir, str(accelerator.device), progress)
@@ -94,24 +118,7 @@ def run(config: Config, family_name: str) -> None:
             accelerator.print(line)
     if curation and accelerator.is_main_process:
         curation.forget()
-    pairs = manifest["rows"] // config.rounds.real_parts
-    # Now, not after a night of drawing
-    check_batch(pairs, config.training, accelerator.num_processes)
-    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
-    write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
-    accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
-    config = settle_draws(config, game, pairs)
-    _check_room(config, game, pairs)
-
-    if config.caches.cache_text_embeddings:
-        _keep_prompts(config, game, output_dir, progress)
-    with attention(
-        config.denoiser.attention_kernel, game.player, game.resolution // game.latent_px,
-        2 * config.training.train_batch_size, accelerator, autocast_dtype(accelerator.mixed_precision),
-    ) as kernel:  # fmt: skip
-        if config.denoiser.attention_kernel == "measure":
-            accelerator.print(f"Attention: {kernel} was the fastest kernel here")
-        _play(config, game, prompts, output_dir, progress, manifest["rows"], pairs)
+    return manifest
 
 
 def _play(

@@ -71,15 +71,13 @@ def conclude_samples(
     Raises:
         InputError: fewer than 2 prompts that count.
     """
-    baseline, scales = models[0].name, guidance_scales(protocol)
+    baseline, scales, modality = models[0].name, guidance_scales(protocol), modality_of(protocol)
     scorers = [entry | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in said.items()]
     ran = [scorer["name"] for scorer in scorers if scorer["state"] == "run"]
     roles = {scorer["name"]: scorer["role"] for scorer in scorers}
-    modality = modality_of(protocol)
+    per_prompt = samples_per_prompt(protocol)
     complete = {
-        scale: _complete(
-            [samples[model.name, scale] for model in models], samples_per_prompt(protocol), ran, modality, scale
-        )
+        scale: _complete([samples[model.name, scale] for model in models], per_prompt, ran, modality, scale)
         for scale in scales
     }
     arrays = {
@@ -94,42 +92,33 @@ def conclude_samples(
     )
     entries = [_comparison_entry(comparison, baseline) for comparison in comparisons if comparison.p is not None]
     alarms = _all_alarms(models, samples, arrays, complete, roles, ran, check)
-    candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
+    judged = [(model.name, scale) for model in models[1:] for scale in scales] if ran else []
     results = {
         "schema_version": SCHEMA_VERSION,
         "title": title,
         "protocol": protocol,
         "baseline": baseline,
         "headline": {
-            "model": candidates[-1].name if candidates else None,
+            "model": _headline_model(models),
             "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
         },
-        "models": [
-            {"name": m.name, "role": m.role, "round": m.round_, "source": m.source, "kind": m.kind, "base": m.base,
-             "weights_sha256": m.weights_sha256}
-            for m in models
-        ],
+        "models": [_model_entry(model) for model in models],
         "scorers": scorers,
         "results": _aggregates(arrays, comparisons, ran, roles),
         "comparisons": entries,
-        "verdicts": [
-            _verdict_entry(model.name, scale, entries, roles, alarms, modality)
-            for model in models[1:]
-            for scale in scales
-        ] if ran else [],
+        "verdicts": [_verdict_entry(name, scale, entries, roles, alarms, modality) for name, scale in judged],
         "alarms": alarms,
         "breakdowns": breakdowns(models, scales, samples, arrays, complete, ran),
         "failures": _failures(models, scales, samples, ran),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
-    }  # fmt: skip
-    if curves:
-        results["training_curves"] = thinned(curves)
-    if measures:
-        results["measures"] = [finite(measure) for measure in measures]
-    if events:
-        results["training_events"] = [dict(event) for event in events]
-    if ledger:
-        results["ledger"] = [dict(entry) for entry in ledger]
+    }
+    of_training = {
+        "training_curves": thinned(curves or []),
+        "measures": [finite(measure) for measure in measures or []],
+        "training_events": [dict(event) for event in events or []],
+        "ledger": [dict(entry) for entry in ledger or []],
+    }
+    results |= {name: rows for name, rows in of_training.items() if rows}
     _check_schema(results)
     return results, comparisons
 
@@ -190,6 +179,19 @@ def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
 
 
 # Concluding
+
+
+def _headline_model(models: Sequence[EvaluatedModel]) -> str | None:
+    """The last one that is not a rival; of rivals alone the last."""
+    candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
+    return candidates[-1].name if candidates else None
+
+
+def _model_entry(m: EvaluatedModel) -> dict[str, Any]:
+    return {
+        "name": m.name, "role": m.role, "round": m.round_, "source": m.source, "kind": m.kind, "base": m.base,
+        "weights_sha256": m.weights_sha256,
+    }  # fmt: skip
 
 
 def _comparison_entry(c: Comparison, baseline: str) -> dict[str, Any]:
