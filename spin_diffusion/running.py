@@ -32,7 +32,7 @@ from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
-from spin_diffusion.selfplay.sharded import check_sharding, wants_shards
+from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
@@ -160,21 +160,12 @@ def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
         raise InputError(str(error).splitlines()[0]) from error
 
 
-def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator, scores_again: bool = False) -> None:
-    """InputError names what the processes at hand, or the way of training asked for, cannot do.
-
-    Args:
-        scores_again: whether the game scores parts of a batch again in the backward pass.
-    """
+def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator) -> None:
+    """InputError names what the processes at hand, or the way of training asked for, cannot do."""
     moving_average = config.rounds.opponent == "ema"
     check_fused(config.training, accelerator)
     check_zero(player, config.training, accelerator, moving_average)
     check_sharding(player, config.training, accelerator, moving_average)
-    if scores_again and (launched_stage() or wants_shards(config.training, accelerator)):
-        raise InputError(
-            "--trajectory exact computes its scores again in the backward pass, which needs whole weights on every "
-            "process: take --trajectory steps, or launch with training/accelerate/eight_gpus.yaml"
-        )
 
 
 def rivals(config: AnyConfig) -> list[str]:

@@ -70,7 +70,7 @@ def run(config: Config, family_name: str) -> None:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
+    _check_training(config, game)
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     config = settle_draws(config, game, pairs)
@@ -192,7 +192,7 @@ def plan(config: Config) -> None:
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     game = open_game(config, accelerator)
-    check_training(config, game.player, accelerator, config.trajectory.trajectory == "exact")
+    _check_training(config, game)
     progress = Bars() if accelerator.is_main_process else Progress()
     found = make_plan(config, game, progress)
     for line in lines(found, config.run.output_dir, accelerator.device, "scorers"):
@@ -247,6 +247,17 @@ def _check_inputs(config: Config) -> PromptSet | None:
         return None
     check_specs(config.evaluation.scorers or [])
     return load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
+
+
+def _check_training(config: Config, game: DiffusionGame) -> None:
+    """InputError names what the processes at hand, or the way of training asked for, cannot do."""
+    check_training(config, game.player, game.accelerator)
+    in_parts = launched_stage() or wants_shards(config.training, game.accelerator)
+    if in_parts and config.trajectory.trajectory == "exact":
+        raise InputError(
+            "--trajectory exact computes its scores again in the backward pass, which needs whole weights on every "
+            "process: take --trajectory steps, or launch with training/accelerate/eight_gpus.yaml"
+        )
 
 
 def _data_settings(config: Config, game: DiffusionGame, with_losers: bool) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class Thresholds:
 
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
+    diversity_prompts: int = 5
+    """Of fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is chance
+    in one case of four, and that five of five do in one of 32."""
     style_similarity_rise: float = 0.05
     """Rise of the mean cosine between images of different prompts, -2 to 2."""
     near_duplicate_cosine: float = 0.97
@@ -265,7 +268,7 @@ def diversity_over_seeds(
         candidate: the same shape.
     """
     alarm = "diversity_over_seeds"
-    if (problem := _no_pairs(baseline, candidate)) is not None:
+    if (problem := _no_pairs(baseline, candidate, thresholds)) is not None:
         return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     base, cand = _unit(baseline), _unit(candidate)
@@ -326,7 +329,7 @@ def near_duplicates(
         candidate: the same shape.
     """
     alarm = "near_duplicates"
-    if (problem := _no_pairs(baseline, candidate)) is not None:
+    if (problem := _no_pairs(baseline, candidate, thresholds)) is not None:
         return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     cosine = thresholds.near_duplicate_cosine
@@ -537,13 +540,15 @@ def _no_features(baseline: np.ndarray | None, candidate: np.ndarray | None) -> s
     return None
 
 
-def _no_pairs(baseline: np.ndarray | None, candidate: np.ndarray | None) -> str | None:
+def _no_pairs(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> str | None:
     """Why images of one prompt cannot be compared; None = they can."""
     if (problem := _no_features(baseline, candidate)) is not None:
         return problem
     assert baseline is not None
     if baseline.shape[1] < 2:
         return "there is one image per prompt; draw 2 or more (4 say more)"
+    if len(baseline) < thresholds.diversity_prompts:
+        return f"{len(baseline)} prompts are too few to tell; ask {thresholds.diversity_prompts} or more"
     return None
 
 

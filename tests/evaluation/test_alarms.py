@@ -215,7 +215,7 @@ def test_lost_diversity_over_seeds_is_an_alarm() -> None:
 
 def test_diversity_is_one_minus_the_cosine_and_the_vendi_score_counts_pictures() -> None:
     # Two images at a right angle; then the same one twice.
-    apart, same = np.eye(2)[None].repeat(3, axis=0), np.ones((3, 2, 2))
+    apart, same = np.eye(2)[None].repeat(5, axis=0), np.ones((5, 2, 2))
     alarm = diversity_over_seeds(5 * apart, same, LIMITS)
     assert alarm.state == "alarm" and alarm.value == pytest.approx(1.0)
     assert "from 1.000 to 0.000" in alarm.explanation
@@ -351,6 +351,14 @@ def test_one_image_per_prompt_leaves_out_what_needs_pairs() -> None:
         alarm = check(base, other, LIMITS)
         assert alarm.state == "not run" and "one image per prompt" in alarm.explanation
     assert style_collapse(base, other, LIMITS).state == "ok"
+
+
+def test_of_few_prompts_pictures_of_one_prompt_are_not_judged() -> None:
+    apart, same = np.eye(2)[None].repeat(5, axis=0), np.ones((5, 2, 2))
+    for check in (diversity_over_seeds, near_duplicates):
+        assert check(apart, same, LIMITS).state == "alarm"
+        few = check(apart[:4], same[:4], LIMITS)
+        assert few.state == "not run" and "4 prompts are too few to tell; ask 5 or more" in few.explanation
 
 
 def test_without_features_or_with_those_of_one_model_nothing_is_run() -> None:
