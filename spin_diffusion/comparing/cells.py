@@ -33,6 +33,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_pro
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.input_error import InputError
+from spin_diffusion.running import quiet_libraries
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_json, write_rows
 
 SetName = Literal["validation", "test"]
@@ -301,6 +302,7 @@ def _trained_unet(pipeline: Any, base: str, folder: Path) -> UNet2DConditionMode
 @functools.lru_cache(maxsize=1)
 def _pipeline(base: str) -> tuple[Any, Any]:
     """The base's pipeline, kept for the next cell of its world."""
+    quiet_libraries()
     family, pipeline = load_checkpoint(base)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for module in pipeline.components.values():

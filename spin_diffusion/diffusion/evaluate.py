@@ -35,6 +35,7 @@ from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_p
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections
+from spin_diffusion.running import quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
 
@@ -112,6 +113,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     """
     output_dir = Path(settings.output_dir)
     sources, prompts, captions = _checked_input(settings, output_dir)
+    quiet_libraries()
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
     if accelerator.is_main_process:
