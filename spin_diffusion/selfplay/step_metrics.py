@@ -40,15 +40,12 @@ def summary(metrics: Tensor) -> dict[str, Any]:
 
 
 def tracked(entry: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels; the step is their
-    axis."""
+    """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels."""
     names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
              "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
              "score_generated": "scores/generated"}  # fmt: skip
     flat = {}
     for key, value in entry.items():
-        if key == "step":
-            continue
         if key.endswith("_by_quarter"):
             name = key.removesuffix("_by_quarter")
             flat |= {

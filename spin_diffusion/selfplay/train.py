@@ -104,12 +104,14 @@ def train(
 
         # What the step said
         rate = {"lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
-        history.append({"step": step + 1} | summary(metrics) | {"grad_norm": gradient_norm} | rate)
+        entry = summary(metrics) | {"grad_norm": gradient_norm} | rate
         if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
             distance = trainee.distance()
-            history[-1] |= {} if distance is None else {"distance": distance}
-        ended = _told(history, plan, trainee)
-        progress(step + 1, plan.steps, "loss {loss:.4f}  accuracy {implicit_accuracy:.2f}".format(**history[-1]))
+            entry |= {} if distance is None else {"distance": distance}
+        history.append({"step": step + 1} | entry)
+        log_step(plan.name, tracked(entry, plan.name), step + 1, accelerator)
+        ended = _heeded(history, plan, trainee)
+        progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
 
         if ended is not None or step + 1 == plan.steps:
             break
@@ -150,20 +152,14 @@ def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[
     return Fused if settings.fused_backward else Trainee
 
 
-def _told(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
-    """Tell the trackers the last step's numbers, and the user what the rules of health say of them.
-
-    Returns:
-        What ends the round, if anything does. What was found is noted beside the step's numbers.
-    """
-    step = history[-1]["step"]
-    log_step(plan.name, tracked(history[-1], plan.name), step, trainee.accelerator)
+def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
+    """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
     found = health.findings(history, plan.beta, trainee.settings)
     for one in found:
         sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
         if trainee.accelerator.is_main_process:
-            tell(f"Round {plan.round_}, step {step}, {one.rule}: {sentence}")
+            tell(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
     return health.gravest(found)
 
 
