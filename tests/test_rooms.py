@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spin_diffusion"
 FORBIDDEN = {
+    "store": {"selfplay", "diffusion", "llm", "data", "evaluation", "config", "running", "evaluating", "publishing"},
     "selfplay": {"diffusion", "llm", "data", "evaluation", "config", "running", "evaluating", "publishing"},
     "data": {"diffusion", "llm", "selfplay", "evaluation", "config", "running", "evaluating", "publishing"},
     "evaluation": {"diffusion", "llm", "config", "running", "evaluating", "publishing"},

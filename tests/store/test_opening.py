@@ -1,0 +1,54 @@
+"""Files that are none: refused at once, in one line."""
+
+import os
+import socket
+
+import pytest
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.text import printable
+
+
+def test_a_file_and_a_link_to_one_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bytes(tmp_path / "file") == read_bytes(tmp_path / "link", at_most=3) == b"abc"
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("kind", "words"), [("pipe", "named pipe"), ("device", "device"), ("folder", "folder"), ("socket", "opened")]
+)
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind, words):
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    with pytest.raises(InputError, match=words):
+        open_regular(path)
+
+
+@pytest.mark.parametrize("name", ["missing", "a\0b"])
+def test_a_name_without_a_file_is_an_input_error(tmp_path, name):
+    with pytest.raises(InputError, match="cannot be opened"):
+        open_regular(f"{tmp_path}/{name}")
+
+
+def test_more_bytes_than_wanted_are_not_read(tmp_path):
+    (tmp_path / "big").write_bytes(b"x" * 11)
+    with pytest.raises(InputError, match="11 bytes, at most 10"):
+        read_bytes(tmp_path / "big", at_most=10)
+
+
+def test_every_string_of_a_disk_can_be_shown():
+    assert printable("caf\udce9.jpg") == "caf\\udce9.jpg"
+    assert printable("a smile \ud83d") == "a smile \\ud83d"
+    assert printable("red \x1b[31m\n") == "red \\x1b[31m\\n"
+    assert printable("é 日本 😀") == "é 日本 😀"
+    printable("\udcff\ud800").encode("utf-8")
