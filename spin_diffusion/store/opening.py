@@ -46,5 +46,7 @@ def read_bytes(path: Path | str, at_most: int | None = None) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if at_most is not None and size > at_most:
-            raise InputError(f"{printable(path)} has {size:,} bytes, at most {at_most:,} are read: is it the right file?")
+            raise InputError(
+                f"{printable(path)} has {size:,} bytes, at most {at_most:,} are read: is it the right file?"
+            )
         return file.read()

@@ -1,0 +1,80 @@
+"""Weights as their files have them, or not at all.
+
+diffusers and transformers fill a tensor that a file lacks, or has in another shape, with random numbers, and leave out
+one that they have no place for; either way the model that is run is not the one that was given.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.text import printable
+
+
+def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
+    """`kind.from_pretrained(source, ...)` in fp32 from safetensors, with every tensor of the files in its place.
+
+    What the library itself knows to be harmless (a tied head that is stored once, buffers that older versions saved) is
+    neither missing nor foreign.
+
+    Args:
+        kind: a class of diffusers' or transformers' models, or an Auto class.
+        where: what the user gave, and the part of it; it begins the message.
+        options: subfolder, revision, variant and whatever else `from_pretrained` takes.
+
+    Raises:
+        InputError: a tensor is missing, foreign, of another shape, or not finite. What `from_pretrained` raises passes.
+    """
+    model, said = kind.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+        **options,
+    )  # fmt: skip
+    check_whole(model, said, where)
+    return model
+
+
+def check_whole(model: nn.Module, said: dict[str, Any], where: str) -> None:
+    """Raises InputError as `load_whole`.
+
+    Args:
+        said: `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape in the model), as
+            diffusers and transformers return them.
+    """
+    reader = type(model).__name__
+    if missing := said["missing_keys"]:
+        raise InputError(
+            f"{where}: its weights lack {_some(missing)}, which {reader} needs and would fill with random numbers: "
+            "get the files again, or give a checkpoint that was saved whole (save_pretrained)"
+        )
+    if misshapen := sorted(said["mismatched_keys"]):
+        name, found, wanted = misshapen[0]
+        raise InputError(
+            f"{where}: {printable(name)} has the shape {tuple(found)} in its weights and {tuple(wanted)} by its "
+            f"config.json{_more(misshapen)}: weights and configuration are not of one model, get both again"
+        )
+    if foreign := said["unexpected_keys"]:
+        raise InputError(
+            f"{where}: its weights have {_some(foreign)}, for which {reader} has no place: give the class's own "
+            "checkpoint; if the model is right without them, load it once and save_pretrained() it elsewhere"
+        )
+    if odd := [name for name, tensor in _tensors(model) if not bool(torch.isfinite(tensor).all())]:
+        raise InputError(
+            f"{where}: {_some(odd)} {'has' if len(odd) == 1 else 'have'} numbers that are not finite (NaN or "
+            "infinity): get the files again, or give another checkpoint"
+        )
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    return ((name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point())
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return printable(ordered[0]) + _more(ordered)
+
+
+def _more(found: list[Any]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
