@@ -1,1 +1,1 @@
-"""The ground floor: how files are opened, folders are marked and strings from a disk are shown. Imports no other room."""
+"""The ground floor: how files are opened, weights are checked, strings of a disk are shown. Imports no other room."""
