@@ -1,20 +1,24 @@
-"""Flat flags and YAML into frozen dataclasses, by jsonargparse, with errors of one line that name the nearest setting.
+"""Flat flags and YAML into frozen dataclasses, with errors of one line that name the nearest setting.
 
 The flags are flat (`--learning_rate`), a YAML file given by `--config` holds the same names, and the command line wins.
+A word on the command line is read as the same word in the file, so nothing has two meanings.
 """
 
 import difflib
-import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 from jsonargparse import ArgumentParser
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.text import printable
+from spin_diffusion.store.typed import Misfit, container_of, fit, shown
+from spin_diffusion.store.yaml_files import parse_yaml, read_yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -30,72 +34,136 @@ def parse_sections(
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    parser = ArgumentParser(exit_on_error=False, usage="%(prog)s --config CONFIG.yaml [--SETTING VALUE ...]")
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
-    for section in sections.values():
-        parser.add_class_arguments(section, as_group=True)
-    known = {field.name: field.type for section in sections.values() for field in fields(section)}
-    words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        parsed = parser.parse_args(_joined_lists(_bare_flags(words, known), listed))
-    except InputError:
-        raise
-    except jsonargparse.ArgumentError as error:
-        raise InputError(_one_line(str(error), known)) from error
+    known = _known(sections)
+    given: dict[str, Any] = {}
+    files, flags = _split(list(sys.argv[1:] if argv is None else argv), known, listed)
+    for path in files:
+        given |= settings_of(path, known)
+    for name, values in flags:
+        if name in listed and not (len(values) == 1 and values[0].startswith("[")):
+            given[name] = [part for value in values for part in value.split(",") if part]
+        elif name in known:
+            given[name] = _read(values[0], name, known[name])
+    for name in _ABOUT:
+        if name in dict(flags):
+            _tell(sections, given, name)
+    return build_sections(sections, given)
+
+
+def build_sections(sections: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
+    """One instance of each section's dataclass, from settings by their flat names over the defaults.
+
+    Raises:
+        InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
+    """
+    known = _known(sections)
+    checked = {name: _checked(value, name, known, "--") for name, value in given.items()}
     return {
-        name: section(**{field.name: parsed[field.name] for field in fields(section)})
+        name: section(**{field.name: checked[field.name] for field in fields(section) if field.name in checked})
         for name, section in sections.items()
     }
 
 
-def _bare_flags(argv: list[str], known: dict[str, Any]) -> list[str]:
-    """`--use_ema` alone means `--use_ema true`, as in diffusers' scripts."""
-    switches = {f"--{name}" for name, type_ in known.items() if type_ is bool}
-    full = []
-    for place, word in enumerate(argv):
-        full.append(word)
-        if word in switches and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
-            full.append("true")
-    return full
+def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a YAML file, their names and types checked.
+
+    Args:
+        known: the type of each setting by its name.
+    """
+    content = read_yaml(Path(path).expanduser())
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{printable(path)} must hold settings by name, as in `seed: 0`")
+    return {name: _checked(value, name, known, f"{printable(path)}: ") for name, value in content.items()}
 
 
-def _joined_lists(argv: list[str], listed: Sequence[str]) -> list[str]:
-    """`--models a=x b=y` and `--scorers a,b=y` as the one JSON list that jsonargparse reads."""
-    flags, full, place = {f"--{name}" for name in listed}, [], 0
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings that a command wrote into its folder; InputError when they cannot be read any more."""
+    try:
+        content = fit(read_yaml(path), dict[str, Any])
+    except Misfit as error:
+        raise InputError(f"{printable(path)} is damaged ({error}): {_START_ELSEWHERE}") from None
+    except InputError as error:
+        raise InputError(f"{error}: {_START_ELSEWHERE}") from None
+    return content
+
+
+_START_ELSEWHERE = "restore it, or start in another --output_dir"
+_ABOUT = ("help", "print_config")
+"""Flags that print and end the command."""
+
+
+def _tell(sections: Mapping[str, type], given: dict[str, Any], name: str) -> None:
+    """Print what the settings mean, or what they are, and end the command."""
+    parser = ArgumentParser(usage="%(prog)s --config CONFIG.yaml [--SETTING VALUE ...]")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    for section in sections.values():
+        parser.add_class_arguments(section, as_group=True)
+    parser.set_defaults(given)
+    parser.parse_args([f"--{name}"])
+
+
+def _known(sections: Mapping[str, type]) -> dict[str, Any]:
+    return {field.name: field.type for section in sections.values() for field in fields(section)}
+
+
+def _split(
+    argv: list[str], known: Mapping[str, Any], listed: Sequence[str]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The files of settings, and each flag with its words."""
+    files: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    place = 0
     while place < len(argv):
         flag, equals, value = argv[place].partition("=")
+        name = "help" if flag == "-h" else flag.removeprefix("--")
+        if not flag.startswith("--") and flag != "-h":
+            raise InputError(f"{printable(argv[place])!r} belongs to no setting: give --SETTING VALUE")
+        if name not in (*known, *_ABOUT, "config"):
+            raise InputError(f"unknown setting {printable(name)!r}{nearest(name, [*known, 'config'])}")
         place += 1
-        if flag not in flags:
-            full.append(argv[place - 1])
-            continue
-        values = [value] if equals else []
-        while not equals and place < len(argv) and not argv[place].startswith("--"):
-            values.append(argv[place])
+        words = [value] if equals else []
+        most = 1 if name not in listed else len(argv)
+        while not equals and name not in _ABOUT and len(words) < most and place < len(argv):
+            if argv[place].startswith("--"):
+                break
+            words.append(argv[place])
             place += 1
-        if len(values) == 1 and values[0].startswith("["):
-            full += [flag, values[0]]
+        if not words and known.get(name) is bool:
+            words = ["true"]  # `--use_ema` alone, as in diffusers' scripts
+        if not words and name not in (*_ABOUT, *listed):
+            raise InputError(f"--{name} has no value: give --{name} VALUE")
+        if name == "config":
+            files += words
         else:
-            full += [flag, json.dumps([part for value in values for part in value.split(",") if part])]
-    return full
+            flags.append((name, words))
+    return files, flags
 
 
-def _one_line(message: str, known: dict[str, Any]) -> str:
-    """jsonargparse's message in one line: the nearest flag for one that does not exist, the type for a wrong value."""
-    unknown = re.search(r"nrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted", message)
-    if unknown:
-        name = unknown.group(1) or unknown.group(2)
-        return f"unknown setting {name!r}{nearest(name, [*known, 'config'])}"
-    key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
-    value = re.search(r"(?:[Gg]iven|Got) value: (.*)", message)
-    if key and key.group(1) in known:
-        if choices := _choices(known[key.group(1)]):
-            given = value.group(1).strip("\"'") if value else ""
-            close = difflib.get_close_matches(given, choices, n=1, cutoff=0.4)
+def _read(word: str, name: str, type_: Any) -> Any:
+    """The value of a word on the command line: text where the setting takes any text, else what YAML reads."""
+    parts = get_args(type_) if get_origin(type_) is not Literal else ()
+    parts = parts if parts and get_origin(type_) not in (list, dict) else (type_,)
+    if str in parts and not (word == "null" and NoneType in parts):
+        if not (word[:1] in ("[", "{") and any(container_of(part) for part in parts)):
+            return word
+    return parse_yaml(word, f"--{name}") if word else word
+
+
+def _checked(value: Any, name: str, known: Mapping[str, Any], before: str) -> Any:
+    """A setting's value as its type has it; InputError names the setting, what was given and what would be right."""
+    if name not in known:
+        raise InputError(f"{before.removesuffix('--')}unknown setting {printable(name)!r}{nearest(name, list(known))}")
+    try:
+        return fit(value, known[name])
+    except Misfit as error:
+        given = printable(value) if value and isinstance(value, str) else shown(value)
+        if isinstance(value, str) and (choices := _choices(known[name])):
+            close = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
             hint = f", did you mean {close[0]!r}?" if close else ""
-            return f"--{key.group(1)} {given or repr('')}: give one of {', '.join(choices)}{hint}"
-        expected = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(known[key.group(1)]))
-        return f"--{key.group(1)} {value.group(1) if value else ''}: expected {expected}"
-    return re.sub(r"\s+", " ", message).strip()
+            raise InputError(f"{before}{name} {given}: give one of {', '.join(choices)}{hint}") from None
+        raise InputError(f"{before}{name} {given}: {error}") from None
 
 
 def _choices(type_: Any) -> list[str]:

@@ -88,6 +88,9 @@ def check_ranges(flat: dict[str, Any]) -> None:
         for value in values(key):
             if value < lowest:
                 raise InputError(f"--{key} {value} must be at least {lowest}")
+    for value in values("seed"):
+        if value >= 2**32:  # numpy's generators take no larger one
+            raise InputError(f"--seed {value} must be below {2**32}")
     for key in ("learning_rate", "beta", "mu", "adam_epsilon", "ema_decay", "num_train_epochs"):
         for value in values(key):
             if value <= 0:

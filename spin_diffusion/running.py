@@ -16,13 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 import diffusers
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import saved_settings
 from spin_diffusion.run_settings import PER_ROUND, RunSettings, changes
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.fused import check_fused
@@ -37,6 +37,7 @@ from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
+from spin_diffusion.store.yaml_files import dump_yaml
 
 LOCK = ".lock"
 _locks: dict[Path, int] = {}
@@ -58,7 +59,7 @@ class AnyConfig(Protocol):
 
 def write_config(config: AnyConfig, path: Any) -> None:
     """All settings as a YAML file that `--config` reads."""
-    path.write_text(yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True))
+    path.write_text(dump_yaml(config.flat()), encoding="utf-8")
 
 
 # The steps that every kind of run takes
@@ -68,7 +69,7 @@ def check_folder(config: AnyConfig, output_dir: Path) -> None:
     """Refuse another program's folder and a run with other settings, before a model is loaded."""
     saved = output_dir / "config.yaml"
     if saved.is_file():
-        changed = changes(yaml.safe_load(saved.read_text()) or {}, config.flat())
+        changed = changes(saved_settings(saved), config.flat())
         if changed and _has_begun(output_dir):
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
@@ -135,7 +136,7 @@ def _has_begun(output_dir: Path) -> bool:
 def _forget_false_start(config: AnyConfig, output_dir: Path) -> None:
     """Remove what a command with other settings prepared before it was refused."""
     saved = output_dir / "config.yaml"
-    if saved.is_file() and not _has_begun(output_dir) and changes(yaml.safe_load(saved.read_text()), config.flat()):
+    if saved.is_file() and not _has_begun(output_dir) and changes(saved_settings(saved), config.flat()):
         for name in ("data", "held_out", "base"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
 

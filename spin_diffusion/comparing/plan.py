@@ -6,17 +6,15 @@ Two budgets that come to the same training settings share one cell, and a change
 import functools
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
 from spin_diffusion.config import SECTIONS, Config
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
 from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import parse_sections
+from spin_diffusion.parsing import build_sections, settings_of
 from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
@@ -155,14 +153,10 @@ def make_plan(settings: CompareSettings) -> Plan:
         InputError: a file that is not there, a setting that is unknown or out of range, with its world and method.
     """
     path = Path(str(settings.training_config))
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"--training_config {path} does not exist: give a YAML file of training settings")
-    try:
-        shared = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"--training_config {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(shared, dict):
-        raise InputError(f"--training_config {path} must hold settings by name, got a {type(shared).__name__}")
+    known = {field.name: field.type for section in SECTIONS.values() for field in fields(section)}
+    shared = settings_of(path, known)
     plan = Plan(settings, shared | (settings.training or {}))
     for world in plan.worlds():
         _check(f"worlds: {world}", plan.training_of(world, BASE))
@@ -188,15 +182,12 @@ def _check(where: str, training: dict[str, Any]) -> None:
 
 def parsed(training: dict[str, Any]) -> Config:
     """Training settings as the training command has them."""
-    words = []
-    for key, value in training.items():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    return _parsed(tuple(words))
+    return _parsed(json.dumps(training))
 
 
 @functools.lru_cache(maxsize=1024)  # a plan asks for the same settings again and again
-def _parsed(words: tuple[str, ...]) -> Config:
-    return Config(**parse_sections(SECTIONS, words))
+def _parsed(training: str) -> Config:
+    return Config(**build_sections(SECTIONS, json.loads(training)))
 
 
 # Equal compute

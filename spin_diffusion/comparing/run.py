@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from tqdm.auto import tqdm
 
 from spin_diffusion.comparing import cells
@@ -20,7 +19,9 @@ from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.comparing.workers import run_all
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.input_error import InputError
+from spin_diffusion.parsing import saved_settings
 from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.yaml_files import dump_yaml
 
 
 @dataclass
@@ -264,9 +265,9 @@ class Comparison:
             raise InputError(
                 f"{self.output_dir} is not empty and not a comparison's folder (no config.yaml): give another"
             )
-        if saved.is_file() and "worlds" not in (yaml.safe_load(saved.read_text(encoding="utf-8")) or {}):
+        if saved.is_file() and "worlds" not in saved_settings(saved):
             raise InputError(f"{self.output_dir} holds something else than a comparison: give another --output_dir")
-        text = yaml.safe_dump(self.settings.flat(), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(self.settings.flat())
         write_file(saved, lambda part: part.write_text(text, encoding="utf-8"))
 
 

@@ -95,8 +95,8 @@ class CompareSettings:
                 raise InputError(f"--{name} {values} must have at least one value, and none twice")
         if min(self.learning_rates or [1.0]) <= 0:
             raise InputError(f"--learning_rates {self.learning_rates} must be above 0")
-        if min(self.guidance_scales or [1.0]) < 0 or min(self.seeds or [0]) < 0:
-            raise InputError("--guidance_scales and --seeds must not be negative")
+        if min(self.guidance_scales or [1.0]) < 0 or not 0 <= min(self.seeds or [0]) <= max(self.seeds or [0]) < 2**32:
+            raise InputError(f"--guidance_scales and --seeds must not be negative, and --seeds below {2**32}")
         if self.total_steps < 1 or self.jobs < 0:
             raise InputError(f"--total_steps {self.total_steps} must be at least 1, --jobs {self.jobs} at least 0")
         if self.max_hours is not None and self.max_hours <= 0:

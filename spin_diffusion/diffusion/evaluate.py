@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
@@ -34,10 +33,11 @@ from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import parse_sections
+from spin_diffusion.parsing import parse_sections, saved_settings
 from spin_diffusion.running import quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.store.yaml_files import dump_yaml
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class EvaluateSettings:
             raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} must be at least 0 and below {2**32}")
 
     @property
     def guidance_scales(self) -> list[float]:
@@ -119,7 +119,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         settle(output_dir)
-        saved = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
+        saved = dump_yaml(dataclasses.asdict(settings))
         write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
     accelerator.wait_for_everyone()
 
@@ -242,7 +242,7 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
 def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
     saved = output_dir / "config.yaml"
     if saved.is_file():
-        old, new = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}, dataclasses.asdict(settings)
+        old, new = saved_settings(saved), dataclasses.asdict(settings)
         changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
                    if key not in _HARMLESS and old.get(key) != new[key]]  # fmt: skip
         if changed:
