@@ -1,19 +1,18 @@
 """Stored rows -> latents: encoded, or found among those that runs share, by the images, the VAE and how it is done."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
+from spin_diffusion.selfplay.run_dir import is_built, read_tensors, weights_hash, write_shared_tensors
+from spin_diffusion.store.keys import key_of
 
 
 def size_of(row: Row, prefix: str = "") -> Size:
@@ -58,22 +57,21 @@ def latents_of(
 def vae_hash(vae: AutoencoderKL) -> str:
     """Of all of a VAE that decides latents: its weights, and by what they are shifted and scaled."""
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
-    return hashlib.sha256(json.dumps([weights_hash(vae), scale, shift]).encode()).hexdigest()
+    return key_of(weights=weights_hash(vae), scale=scale, shift=shift)
 
 
 def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor],
                  prefix: str) -> Tensor:  # fmt: skip
-    """The latents of a shard's images, from `folder` if they are there, else encoded and put there.
+    """The latents of a shard's images, from `folder` if they are there and whole, else encoded and put there.
 
     Args:
         vae: `vae_hash`.
         how: everything else that decides the latents.
         prefix: of the rows' image.
     """
-    digest = hashlib.sha256(json.dumps([vae, how], sort_keys=True).encode())
-    for row in rows:
-        digest.update(hashlib.sha256(row[f"{prefix}image"]).digest() + bytes([row["drawn"]]))
-    path = folder / f"{digest.hexdigest()[:32]}.safetensors"
-    if not path.is_file():
-        write_shared_tensors(path, {"latents": encode()})
-    return load_file(path)["latents"]
+    pictures = [[hashlib.sha256(row[f"{prefix}image"]).hexdigest(), row["drawn"]] for row in rows]
+    key = key_of(vae=vae, how=how, images=pictures)
+    path = folder / f"{key[:32]}.safetensors"
+    if not is_built(path, key):
+        write_shared_tensors(path, {"latents": encode()}, key)
+    return read_tensors(path)["latents"]

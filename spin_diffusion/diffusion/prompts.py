@@ -1,9 +1,7 @@
 """Prompts as the denoiser's inputs: encoded on the spot, or each distinct one once, kept in memory-mapped files."""
 
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,9 +16,10 @@ from safetensors import safe_open
 from spin_diffusion.data.reading import short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import weights_hash, write_shared_tensors
+from spin_diffusion.selfplay.run_dir import is_built, weights_hash, write_shared_tensors
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.keys import key_of
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
 
@@ -65,7 +64,8 @@ class Prompts:
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> None:
-        """Encode every distinct prompt once, all processes together; what `folder` has of the same encoders stays.
+        """Encode every distinct prompt once, all processes together; whole files that the same encoders left in
+        `folder` stay.
 
         Args:
             prompts: gone through several times, and never held as a whole.
@@ -82,13 +82,14 @@ class Prompts:
                 yield part
 
         encoders = self._encoders_hash(dtype)
-        paths = [folder / f"{_key(encoders, part)}.safetensors" for part in parts()]
+        keys = [key_of(encoders=encoders, prompts=part) for part in parts()]
+        paths = [folder / f"{key[:32]}.safetensors" for key in keys]
         bar = (progress or Progress()).phase("encode the prompts", len(hashes))
         walk, done = enumerate(parts()), 0
         for number in shared_out(range(len(paths)), accelerator):
             part = next(part for place, part in walk if place == number)
-            if not paths[number].is_file():
-                write_shared_tensors(paths[number], self._encode(part, dtype))
+            if not is_built(paths[number], keys[number]):
+                write_shared_tensors(paths[number], self._encode(part, dtype), keys[number])
             done += len(part)
             bar(min(done * accelerator.num_processes, len(hashes)), "")
         accelerator.wait_for_everyone()
@@ -120,7 +121,7 @@ class Prompts:
         tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
         words = [(sorted(found.get_vocab().items()), found.model_max_length) for found in tokenizers if found]
         content = [*((weights_hash(encoder), _how(encoder)) for encoder in self._encoders()), words, str(dtype)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return key_of(content=content)
 
     def _encode(self, prompts: list[str], dtype: torch.dtype) -> Embedded:
         batches = [prompts[start : start + PER_BATCH] for start in range(0, len(prompts), PER_BATCH)]
@@ -147,14 +148,12 @@ class Prompts:
 
 
 def _how(encoder: Any) -> dict[str, Any]:
-    """Of an encoder's configuration what its weights do not show: how it computes with them."""
-    return {name: getattr(encoder.config, name, None) for name in ("hidden_act", "eos_token_id", "layer_norm_eps")}
+    """An encoder's configuration, which decides what its weights do not show: how it computes with them."""
+    about_the_file = ("architectures", "dtype", "torch_dtype", "transformers_version")
+    config = encoder.config.to_dict()
+    return {name: value for name, value in config.items() if name[0] != "_" and name not in about_the_file}
 
 
 def _number(prompt: str) -> int:
     """64 bits of a prompt's hash: of a million prompts two are alike with a probability of 3e-8."""
     return int.from_bytes(short_hash(prompt.encode("utf-8", "surrogatepass"))[:8], "big")
-
-
-def _key(encoders: str, prompts: list[str]) -> str:
-    return hashlib.sha256(json.dumps([encoders, prompts]).encode()).hexdigest()[:32]

@@ -9,18 +9,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.keys import KEY
 
 
 def seed_from(*parts: str | int | float) -> int:
@@ -118,26 +119,78 @@ def rows_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as one safetensors file, atomically."""
-    write_file(path, lambda part: save_file(tensors, part, metadata=metadata))
+    """Write tensors as one safetensors file, atomically, with the hash of all that is in it."""
+    write_file(path, lambda part: _save_tensors(part, tensors, metadata))
 
 
-def write_shared_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file whose name says its content, into a folder where other programs may be writing the same one."""
+def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Write a file into a folder where other programs may be writing the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    save_file(tensors, part)
+    _save_tensors(part, tensors, {KEY: key})
     _sync(part)
     os.replace(part, path)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # In one entry: several would be written in an order of their own, and the same tensors have the same bytes
+    said = json.dumps(metadata | {_CONTENT: _content_hash(tensors, metadata)}, sort_keys=True)
+    save_file(tensors, path, metadata={_ABOUT: said})
+
+
+_ABOUT, _CONTENT = "about", "content"
+
+
+def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([metadata, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()
 
 
 def tensors_metadata(path: Path) -> dict[str, str]:
     """The metadata that `write_tensors` put beside the tensors; InputError when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
+            said = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            return {key: value for key, value in said.items() if key != _CONTENT}
+    except Exception as error:  # damaged bytes make the reader raise almost anything
+        raise _damaged(path, error) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `write_tensors` wrote, their hash verified; InputError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = json.loads((file.metadata() or {})[_ABOUT])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if said.pop(_CONTENT) != _content_hash(tensors, said):
+                raise ValueError("its content is not what was written")
+    except Exception as error:  # damaged bytes make the reader raise almost anything
+        raise _damaged(path, error) from None
+    return tensors
+
+
+def is_built(path: Path, key: str) -> bool:
+    """Whether a file of `write_rows` or `write_tensors`, or a JSON object, is there, whole and with this key.
+
+    That one is damaged is said in a line; it counts as missing, and is made anew.
+    """
+    if not path.is_file():
+        return False
+    try:
+        if path.suffix == ".parquet":
+            return rows_metadata(path).get(KEY) == key and read_rows(path) is not None
+        if path.suffix == ".json":
+            return read_json(path).get(KEY) == key
+        found = tensors_metadata(path).get(KEY)
+        read_tensors(path)
+    except Exception:  # damaged bytes make the readers raise almost anything
+        print(f"{path} is damaged: it is made anew")
+        return False
+    return found == key
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(f"{path} is damaged ({reason}): delete it and run again")
 
 
 def file_hash(path: Path) -> str:
@@ -166,8 +219,13 @@ def verify_hashes(hashes: dict[str, str], below: Path) -> None:
 
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, hexadecimal."""
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, hexadecimal, in whatever order they come."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

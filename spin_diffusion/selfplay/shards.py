@@ -12,14 +12,20 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
-from spin_diffusion.selfplay.run_dir import read_rows, rows_metadata, tensors_metadata, write_rows, write_tensors
+from spin_diffusion.selfplay.run_dir import (
+    read_rows,
+    read_tensors,
+    rows_metadata,
+    tensors_metadata,
+    write_rows,
+    write_tensors,
+)
 from spin_diffusion.selfplay.sharing import shared_out
 
 T = TypeVar("T")
@@ -164,7 +170,7 @@ def score_shards(
     done, metadata = 0, {"opponent": opponent}
     for path in shared_out(shards(source, ".safetensors"), accelerator):
         out = target / path.name
-        tensors = {name: tensor[part.places] for name, tensor in of_side(load_file(path), prefix).items()}
+        tensors = {name: tensor[part.places] for name, tensor in of_side(read_tensors(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
         if not (out.is_file() and tensors_metadata(out) == metadata):
             scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
@@ -231,7 +237,7 @@ def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelera
     """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
     weights = torch.tensor(list(sources.values()))
     for path in shared_out(shards(next(iter(sources)), ".safetensors"), accelerator):
-        scores = torch.stack([load_file(folder / path.name)["opponent_score"] for folder in sources])
+        scores = torch.stack([read_tensors(folder / path.name)["opponent_score"] for folder in sources])
         write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
     accelerator.wait_for_everyone()
 

@@ -102,7 +102,7 @@ def test_another_text_encoder_never_finds_them(base, tmp_path, monkeypatch):
     assert texts == ["a fox", "a hen", "an owl"]
 
 
-@pytest.mark.parametrize("changed", ["second encoder", "activation", "tokenizer", "dtype"])
+@pytest.mark.parametrize("changed", ["second encoder", "activation", "heads", "tokenizer", "dtype"])
 def test_nothing_else_that_decides_an_embedding_finds_them(changed, sdxl_dir, tmp_path, monkeypatch):
     keep(make_game(sdxl_dir), tmp_path)
     other = make_game(sdxl_dir)
@@ -111,6 +111,8 @@ def test_nothing_else_that_decides_an_embedding_finds_them(changed, sdxl_dir, tm
             next(other.pipeline.text_encoder_2.parameters()).add_(1e-3)
     elif changed == "activation":
         other.pipeline.text_encoder.config.hidden_act = "relu"
+    elif changed == "heads":
+        other.pipeline.text_encoder.config.num_attention_heads *= 2
     elif changed == "tokenizer":
         monkeypatch.setattr(other.pipeline.tokenizer, "get_vocab", lambda: {"fox": 0})
     texts = counted_embeddings(other, monkeypatch)
@@ -202,6 +204,33 @@ def test_a_second_run_finds_the_latents_and_another_vae_does_not(base, tmp_path,
     monkeypatch.setattr(changed, "_latents", refuse)
     with pytest.raises(AssertionError, match="encoded again"):
         changed.encode(rows)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "header", "cut", "empty", "another's"])
+def test_damaged_encodings_are_made_anew_and_give_what_whole_ones_give(harm, sdxl_dir, tmp_path, capsys):
+    first = shared(sdxl_dir, tmp_path / "latents")
+    rows = list(first.real_rows(examples(2)))
+    latents = first.encode(rows)["latents"].clone()  # not a view of the file
+    keep(first, tmp_path / "prompts")
+    tokens = first.prompts.conditioning(PROMPTS, [False] * 4, FRAMES).tokens.clone()
+    paths = sorted(tmp_path.rglob("*.safetensors"))
+    whole = {path: path.read_bytes() for path in paths}
+    shared(sdxl_dir, tmp_path / "latents").encode(list(first.real_rows(examples(3)))[1:])
+    another = (set(tmp_path.rglob("*.safetensors")) - set(paths)).pop().read_bytes()
+    for path, content in whole.items():
+        start, flipped = int.from_bytes(content[:8], "little") + 8, bytearray(content)
+        flipped[start + 101 if harm == "flipped" else start - 9] ^= 8
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "another's": another}.get(harm, flipped))
+    capsys.readouterr()
+    second = shared(sdxl_dir, tmp_path / "latents")
+    assert torch.equal(second.encode(rows)["latents"], latents)
+    keep(second, tmp_path / "prompts")
+    assert torch.equal(second.prompts.conditioning(PROMPTS, [False] * 4, FRAMES).tokens, tokens)
+    assert {path: path.read_bytes() for path in paths} == whole
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        said == [] if harm == "another's" else len(said) == 2 and all("is damaged: it is made anew" in s for s in said)
+    )
 
 
 def test_what_decides_the_latents_is_in_their_name(tmp_path):

@@ -115,16 +115,47 @@ def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_wr
     def interrupted(part, target):
         events.append(part.name)
         if len(events) == 2:  # another program writes the same file just now
-            run_dir.write_shared_tensors(path, tensors)
+            run_dir.write_shared_tensors(path, tensors, "a key")
         replace(part, target)
 
     monkeypatch.setattr(os, "replace", interrupted)
-    run_dir.write_shared_tensors(path, tensors)
+    run_dir.write_shared_tensors(path, tensors, "a key")
     synced, named = events[::2], events[1::2]
     assert len(set(synced)) == len(set(named)) == 2 and path.stat().st_ino == synced[0]
     assert all(name.endswith(".part") for name in named) and [found.name for found in path.parent.iterdir()] == [
         path.name
     ]
+
+
+def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_unseen(tmp_path, capsys):
+    path, tensors = tmp_path / "a.safetensors", {"a": torch.arange(6.0).view(2, 3).half(), "b": torch.ones(3).bool()}
+    run_dir.write_tensors(path, tensors, {"key": "k", "opponent": "abc"})
+    found = run_dir.read_tensors(path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert run_dir.tensors_metadata(path) == {"key": "k", "opponent": "abc"}
+    assert run_dir.is_built(path, "k") and not run_dir.is_built(path, "l")
+    assert not run_dir.is_built(tmp_path / "b.safetensors", "k") and capsys.readouterr().out == ""
+    whole = path.read_bytes()
+    for damaged in (
+        *(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :] for place in range(len(whole))),
+        *(whole[:length] for length in range(0, len(whole), 7)),
+    ):
+        path.write_bytes(damaged)
+        try:  # in the header a bit may be spare: the blank that fills it up, the name of the format
+            same = run_dir.read_tensors(path)
+        except InputError as error:
+            assert "a.safetensors is damaged" in str(error) and not run_dir.is_built(path, "k")
+            continue
+        assert same.keys() == tensors.keys() and all(torch.equal(same[name], tensors[name]) for name in tensors)
+    assert capsys.readouterr().out.count("a.safetensors is damaged: it is made anew") > len(whole) / 2
+
+
+def test_rows_are_built_only_with_their_key_and_whole(tmp_path, capsys):
+    path = tmp_path / "rows.parquet"
+    run_dir.write_rows(path, [{"score": 1.5}], {"key": "k"})
+    assert run_dir.is_built(path, "k") and not run_dir.is_built(path, "l") and capsys.readouterr().out == ""
+    path.write_bytes(path.read_bytes()[:-9])
+    assert not run_dir.is_built(path, "k") and "rows.parquet is damaged" in capsys.readouterr().out
 
 
 def test_a_hash_that_differs_names_the_file(tmp_path):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import samples, shards
 from spin_diffusion.selfplay.game import KEPT, Game
-from spin_diffusion.selfplay.run_dir import read_rows, tensors_metadata, write_rows, write_tensors
+from spin_diffusion.selfplay.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.shards import Part, draw_shards, merge_shards, score_shards, some_pairs
 from spin_diffusion.selfplay.shards import shards as shards_of
@@ -72,7 +72,7 @@ def test_a_score_that_is_not_finite_is_refused_and_anothers_scores_are_computed_
         score_shards(data / "encoded", data / "scores", game, Part(1, 2), "", opponent, Accelerator(cpu=True),
                      lambda done, text: None)  # fmt: skip
         path = data / "scores" / f"{NAMES[2]}.safetensors"
-        return tensors_metadata(path)["opponent"], shards.load_file(path)["opponent_score"].tolist()
+        return tensors_metadata(path)["opponent"], read_tensors(path)["opponent_score"].tolist()
 
     assert score("first") == ("first", [1.0, 1.0])
     scores["now"] = 2.0
