@@ -13,13 +13,15 @@ from typing import TypeVar
 import numpy as np
 
 from spin_diffusion.data import table
-from spin_diffusion.data.images import check_image
-from spin_diffusion.data.report import FILTERED, REPEATED_EXAMPLE, REPEATED_PROMPT, LeftOut, ReadReport
+from spin_diffusion.data.report import CORRUPT_IMAGE, FILTERED, REPEATED_EXAMPLE, REPEATED_PROMPT, LeftOut, ReadReport
 from spin_diffusion.data.rows import Plan, Row, Source, image_bytes, require_column
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import open_source
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.pictures import open_picture
 
+MIN_SIDE_PX = 8
+"""An image with a smaller side is a placeholder, or too small for one cell of the latents."""
 HOPELESS_BAD_ROWS = 100
 HOPELESS_BAD_SHARE = 0.5
 """Above both, reading on is a waste of time: it stops at once."""
@@ -34,7 +36,7 @@ class Example:
     prompt: str
     """The caption without white space around it; never empty."""
     image: bytes
-    """The real image, encoded as found (JPEG, PNG, WebP); it was decoded once to check that it is whole."""
+    """The real image, encoded as found; it was decoded once to check that it is whole."""
     loser: bytes | None
     """The worse image of a human pair, only if losers were asked for."""
     where: str
@@ -158,14 +160,24 @@ def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, se
     example_hash = short_hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
     if example_hash in seen:
         raise LeftOut(REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
-    check_image(image)
+    _check_image(image)
     if loser is not None:
-        check_image(loser)
+        _check_image(loser)
     # Only what is used counts as seen: the next row of this prompt may take the place of a corrupt one.
     seen.add(example_hash)
     if settings.one_image_per_prompt:
         seen.add(prompt_hash)
     return Example(prompt, image, loser, row.where)
+
+
+def _check_image(encoded: bytes) -> None:
+    """Decode the whole image and drop the pixels; LeftOut if it cannot be read or is smaller than MIN_SIDE_PX."""
+    try:
+        width, height = open_picture(encoded).size
+    except InputError as error:
+        raise LeftOut(CORRUPT_IMAGE, str(error)) from error
+    if min(width, height) < MIN_SIDE_PX:
+        raise LeftOut(CORRUPT_IMAGE, f"{width} x {height} px is smaller than {MIN_SIDE_PX} px a side")
 
 
 def _check_filter(value: object, settings: DataSettings) -> None:

@@ -1,9 +1,6 @@
 """The judge of self-labelled candidates (`selfplay.candidates`): any scorer of images."""
 
-import io
 from pathlib import Path
-
-from PIL import Image
 
 from spin_diffusion.evaluation.scorers import about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
@@ -12,6 +9,7 @@ from spin_diffusion.selfplay.candidates import Candidates, Judge
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.store.pictures import open_picture
 
 
 def check_scorer(settings: CandidateSettings) -> None:
@@ -54,7 +52,7 @@ def scorer_as_judge(spec: str, device: str) -> Judge:
         scores: list[float] = []
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            pictures = [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in part]
+            pictures = [open_picture(row["image"]) for row in part]
             scores += scorer(pictures, [row["prompt"] for row in part]).tolist()
         return scores
 

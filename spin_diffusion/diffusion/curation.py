@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data import Example
-from spin_diffusion.diffusion.images import open_image
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
@@ -33,6 +32,7 @@ from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_file, write_json, write_rows
 from spin_diffusion.selfplay.shards import rows_in
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.pictures import open_picture
 
 IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""
@@ -254,7 +254,7 @@ class Curation:
 
     def _scored_batch(self, scorer: LoadedScorer, examples: list[Example]) -> list[Row]:
         rows = list(self.stored(examples))
-        pictures = [open_image(row["image"]).convert("RGB") for row in rows]
+        pictures = [open_picture(row["image"]) for row in rows]
         scores = scorer(pictures, [row["prompt"] for row in rows]).tolist()
         return [
             {"id": row["id"], "prompt": row["prompt"], "score": score} for row, score in zip(rows, scores, strict=True)

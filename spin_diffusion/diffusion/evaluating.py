@@ -19,6 +19,7 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.store.pictures import read_picture
 
 
 class Evaluator(RunEvaluator):
@@ -115,7 +116,7 @@ class Evaluator(RunEvaluator):
         for row in wanted[: self.config.evaluation.num_gallery_prompts]:
             path = folder / "images" / folder_of(self.evaluation.headline_scale) / f"{row['id']}-0.png"
             size = (self.game.resolution,) * 2
-            picture = Image.open(path).convert("RGB") if path.is_file() else Image.new("RGB", size, "grey")
+            picture = read_picture(path) if path.is_file() else Image.new("RGB", size, "grey")
             found.append((row["prompt"], picture))
         return found
 

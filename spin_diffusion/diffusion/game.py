@@ -46,6 +46,7 @@ from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.pictures import open_picture
 
 
 def example_id(example: Example) -> str:
@@ -169,11 +170,11 @@ class DiffusionGame:
         """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
         for example in examples:
             row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
-            image = images.upright(images.open_image(example.image))
+            image = open_picture(example.image)
             size = nearest(self.sizes, image.height, image.width)
             row |= self._stored(image, size, row["id"], "")
             if example.loser is not None:
-                row |= self._stored(images.upright(images.open_image(example.loser)), size, row["id"], "loser_")
+                row |= self._stored(open_picture(example.loser), size, row["id"], "loser_")
             yield row
 
     def _stored(self, image: Image.Image, size: Size, id_: str, prefix: str) -> Row:

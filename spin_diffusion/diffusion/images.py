@@ -12,29 +12,21 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.settings import ImageSettings
+from spin_diffusion.store.pictures import open_picture
 
 Pixels = Float[Tensor, "batch 3 height width"]
 """RGB in [-1, 1]."""
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image as RGB, turned as its EXIF data say, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "P"):
-        # Transparency would otherwise show whatever colour lies under it
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
-
-
 def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
     """The image, resized until it just covers the target and cropped to it; and its frame.
+
+    Only what is kept of it is resized: of a long strip the whole would be gigabytes.
 
     Args:
         target: height and width, px.
@@ -46,12 +38,15 @@ def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings
     """
     width, height = image.size
     covering = _covering(height, width, target)
-    if covering != (height, width):
-        how = Image.Resampling[settings.image_interpolation_mode.upper()]
-        image = image.resize((covering[1], covering[0]), how)
     top, left = (round((side - wanted) * place) for side, wanted in zip(covering, target, strict=True))
     box = (left, top, left + target[1], top + target[0])
-    return image.crop(box), [height, width, top, left, *target]
+    if covering == (height, width):
+        return image.crop(box), [height, width, top, left, *target]
+    # The same place in px of the source, not rounded
+    x_scale, y_scale = width / covering[1], height / covering[0]
+    source = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
+    how = Image.Resampling[settings.image_interpolation_mode.upper()]
+    return image.resize((target[1], target[0]), how, source), [height, width, top, left, *target]
 
 
 def _covering(height: int, width: int, target: Size) -> Size:
@@ -77,19 +72,14 @@ def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:
     return buffer.getvalue()
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The image in these bytes, decoded when it is used."""
-    return Image.open(io.BytesIO(data))
-
-
 def through_codec(images: list[Image.Image], settings: ImageSettings) -> list[Image.Image]:
     """The images as they come back when they are stored."""
-    return [open_image(to_bytes(image.convert("RGB"), settings)) for image in images]
+    return [open_picture(to_bytes(image, settings)) for image in images]
 
 
 def to_pixels(images: list[Image.Image]) -> Pixels:
-    """Images of one size as RGB in [-1, 1]."""
-    stacked = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images])
+    """RGB images of one size, in [-1, 1]."""
+    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
 
 

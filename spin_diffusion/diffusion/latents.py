@@ -13,6 +13,7 @@ from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.run_dir import is_built, read_tensors, weights_hash, write_shared_tensors
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.pictures import open_picture
 
 
 def size_of(row: Row, prefix: str = "") -> Size:
@@ -44,7 +45,7 @@ def latents_of(
     by_size = places_by_size(size_of(row, prefix) for row in rows).values()
     for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
         names = [rows[place]["id"] for place in places]
-        opened = [images.open_image(rows[place][f"{prefix}image"]) for place in places]
+        opened = [open_picture(rows[place][f"{prefix}image"]) for place in places]
         pixels = images.to_pixels(images.through_codec(opened, settings) if codec else opened)
         if round_trip:
             drawn = images.to_images(images.decode_latents(vae, images.encode_pixels(vae, pixels, names), names))

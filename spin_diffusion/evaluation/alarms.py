@@ -23,10 +23,10 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from spin_diffusion.evaluation.scorers._pixels import to_rgb
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
 from spin_diffusion.evaluation.specs import Role
 from spin_diffusion.evaluation.statistics import AlarmState, Interval, mean_interval, paired_difference
+from spin_diffusion.store.pictures import to_rgb
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json, seed_from, shard_name, write_file, write_json
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.pictures import open_picture
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
 ROWS_PER_SHARD = 64
@@ -156,21 +157,13 @@ def save_picture(row: dict[str, Any], image: Image.Image | None, folder: Path) -
 def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
     """Write an encoded picture as it is and return the request with its file, hash and photometry.
 
-    A picture that cannot be decoded or shown is kept out: its row has no file, and a state that says why.
+    A picture that cannot be shown is kept out: its row has no file, and a state that says why.
     """
     digest = hashlib.sha256(data).hexdigest()
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except Exception as error:  # Pillow's decoders raise dozens of kinds
-        reason = "not an image" if "<_io" in str(error) else (str(error).splitlines() or ["damaged"])[0][:200]
-        return without_picture(row, f"cannot be decoded: {reason}", digest)
-    try:
-        measured = measure_image(image)
+        measured = measure_image(open_picture(data))
     except InputError as error:
         return without_picture(row, f"cannot be shown: {error}", digest)
-    if measured.state == "not finite":
-        return without_picture(row, "not finite", digest)
     write_file(path, lambda part: part.write_bytes(data))
     return row | {
         "file": path.name, "sha256": digest, "state": measured.state, "saturation": measured.saturation,

@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
 
 from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
@@ -16,6 +15,7 @@ from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_s
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
+from spin_diffusion.store.pictures import read_picture
 
 BATCH = 16
 """Pictures that a scorer gets at a time; the scores do not depend on it."""
@@ -143,7 +143,7 @@ def _score_shards(
         scored: list[dict[str, Any]] = []
         for start in range(0, len(whole), BATCH):
             part = whole[start : start + BATCH]
-            images = [Image.open(index.parent / row["file"]) for row in part]
+            images = [read_picture(index.parent / row["file"]) for row in part]
             prompts = [row["prompt"] for row in part]
             scores = scorer(images, prompts).tolist()
             truncated = scorer.truncated(prompts)

@@ -104,13 +104,13 @@ def test_a_report_counts_every_row_and_keeps_the_first_hundred(tmp_path: Path) -
     assert len(report.kept_rows["repeated example"]) == MAX_KEPT_ROWS
     assert report.lines() == [
         "read 151 rows: used 1, left out 150",
-        "  corrupt image: 1 (first: a.parquet row 150: not a JPEG, PNG or WebP image)",
+        "  corrupt image: 1 (first: a.parquet row 150: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture)",
         "  repeated example: 149 (first: a.parquet row 1: the same image with the caption 'a' was used already)",
     ]
     written = json.loads(json.dumps(report.as_dict()))
     assert (written["read"], written["used"], written["left_out"]["repeated example"]) == (151, 1, 149)
     assert written["rows"]["corrupt image"] == [
-        {"where": "a.parquet row 150", "detail": "not a JPEG, PNG or WebP image"}
+        {"where": "a.parquet row 150", "detail": "not a PNG, JPEG, WebP, GIF, BMP or TIFF picture"}
     ]
     assert set(written["rows"]) == {"corrupt image", "repeated example"}
 

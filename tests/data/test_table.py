@@ -3,10 +3,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
 from spin_diffusion.data import DataSettings, ReadReport, read_examples
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store import pictures
 from tests.data.pictures import counts, cut_short, picture, read, write_table
 
 RED, BLUE = picture("red"), picture("blue")
@@ -90,8 +91,8 @@ def test_an_image_that_is_cut_short_is_corrupt_even_if_another_library_allows_it
 
 
 def test_bytes_that_are_no_image_or_of_another_format_are_corrupt(tmp_path: Path) -> None:
-    assert corrupt(tmp_path, b"not an image") == "not a JPEG, PNG or WebP image"
-    assert corrupt(tmp_path, picture("red", format="GIF")) == "not a JPEG, PNG or WebP image"
+    assert corrupt(tmp_path, b"not an image") == "not a PNG, JPEG, WebP, GIF, BMP or TIFF picture"
+    assert corrupt(tmp_path, picture("red", format="PPM")) == "not a PNG, JPEG, WebP, GIF, BMP or TIFF picture"
     assert corrupt(tmp_path, b"") == "the image has 0 bytes"
 
 
@@ -101,19 +102,14 @@ def test_an_image_below_8_px_a_side_is_corrupt_and_one_of_8_px_is_not(tmp_path: 
     assert len(read(settings(one(tmp_path, image=picture("red", side_px=8))))[0]) == 2
 
 
-@pytest.mark.parametrize("limit_px", [16 * 16 - 1, 16 * 16 // 2 - 1])
-def test_a_decompression_bomb_is_a_corrupt_image(
-    tmp_path: Path, limit_px: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decompression_bomb_is_a_corrupt_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_table(
         tmp_path / "a.parquet", [{"image": picture("red", 8), "text": "a"}, {"image": picture("red", 16), "text": "b"}]
     )
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", limit_px
-    )  # Pillow warns above the limit, and raises above twice of it
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 16 * 16 - 1)
     examples, report = read(settings(path, max_bad_share=0.5))
     assert [example.prompt for example in examples] == ["a"]
-    assert "decompression bomb" in report.kept_rows["corrupt image"][0].detail
+    assert report.kept_rows["corrupt image"][0].detail.startswith("16 x 16 px, at most 255 pixels")
 
 
 def test_an_image_may_be_a_dict_or_a_path_in_the_folder_of_its_file(tmp_path: Path) -> None:

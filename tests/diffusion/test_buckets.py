@@ -24,6 +24,7 @@ from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.stored_pairs import kinds_of
+from spin_diffusion.store.pictures import open_picture
 from tests.diffusion.test_game import nudge
 from tests.playing import ROUNDS, TRAINING, make_game
 
@@ -129,6 +130,37 @@ def test_a_crop_shows_what_its_frame_says(target, shape):
     assert top == 0 or left == 0  # nothing is cut off along the side that just fits
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (100, 150), (150, 101), (301, 200), (63, 64)])
+@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
+def test_a_crop_is_the_whole_resized_and_then_cut(shape, place):
+    """To two levels of 255, as Pillow rounds between its two passes and takes the shorter one first; to the bit where
+    nothing is resized or nothing is cut away."""
+    blocks = np.random.default_rng(0).integers(0, 256, (75, 76, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    picture = Image.fromarray(blocks[: shape[1], : shape[0]])
+    crop, (height, width, top, left, *target) = images.crop(picture, (64, 64), place, ImageSettings())
+    scale = max(64 / height, 64 / width)
+    whole = picture.resize((max(64, round(width * scale)), max(64, round(height * scale))), Image.Resampling.LANCZOS)
+    right = np.asarray(whole.crop((left, top, left + 64, top + 64))).astype(int)
+    assert (width, height) == shape and target == [64, 64] and crop.size == (64, 64)
+    most = 0 if min(shape) == 64 or shape[0] == shape[1] else 2
+    assert np.abs(np.asarray(crop) - right).max() <= most
+
+
+@pytest.mark.parametrize("shape", [(32, 20_000), (20_000, 32)])
+def test_of_a_long_strip_no_more_is_resized_than_is_kept(shape, monkeypatch):
+    """The whole would be 1024 x 640,000 px: 2 GB, and half a minute."""
+    resize, sizes = Image.Image.resize, []
+
+    def watched(image, size, *more):
+        sizes.append(size)
+        return resize(image, size, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    crop, frame = images.crop(Image.new("RGB", shape, "red"), (1024, 1024), 0.5, ImageSettings())
+    assert crop.size == (1024, 1024) and crop.getpixel((512, 512)) == (255, 0, 0)
+    assert sorted(frame[2:4]) == [0, (640_000 - 1024) // 2] and sizes == [(1024, 1024)]
+
+
 def test_what_is_packed_comes_out_again():
     rows = [torch.randn(4, 3, 5), torch.randn(4, 4, 4), torch.randn(4, 5, 3)]
     together = packed(rows, 16)
@@ -147,7 +179,7 @@ def test_the_opponent_draws_each_image_in_the_size_of_the_real_one(sdxl_dir):
     drawn = game.generate(rows, list(range(len(rows))))
     seen = set()
     for place, (row, made) in enumerate(zip(rows, drawn, strict=True)):
-        real, other = (images.open_image(each["image"]) for each in (row, made))
+        real, other = (open_picture(each["image"]) for each in (row, made))
         assert real.size == other.size == (row["frame"][5], row["frame"][4])
         assert made["frame"] == [other.height, other.width, 0, 0, other.height, other.width]
         assert made["id"] == row["id"] and made["seed"] == place
@@ -155,7 +187,7 @@ def test_the_opponent_draws_each_image_in_the_size_of_the_real_one(sdxl_dir):
     assert len(seen) >= 3
     # A picture is that of its own prompt, seed and size, whatever is drawn beside it
     alone = game.generate([rows[4]], [4])[0]
-    pixels = [np.asarray(images.open_image(each["image"]), dtype=float) for each in (alone, drawn[4])]
+    pixels = [np.asarray(open_picture(each["image"]), dtype=float) for each in (alone, drawn[4])]
     assert np.abs(pixels[0] - pixels[1]).mean() < 1
 
 
@@ -179,7 +211,7 @@ def test_latents_are_those_of_each_image_alone(flip, sdxl_dir):
     rows = list(game.real_rows(pictures(6)))
     encoded = game.encode(rows)
     for place, row in enumerate(rows):
-        pixels = images.to_pixels([images.open_image(row["image"])])
+        pixels = images.to_pixels([open_picture(row["image"])])
         height, width = row["frame"][4:]
         assert game.sizes[encoded["kind"][place]] == (height, width)
         for name, seen in (("latents", pixels), ("mirrored_latents", pixels.flip(-1)))[: 1 + flip]:

@@ -25,11 +25,11 @@ from spin_diffusion.diffusion.curation import (
     curation_lines,
 )
 from spin_diffusion.diffusion.game import example_id
-from spin_diffusion.diffusion.images import open_image
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import file_hash, file_hashes, read_json, read_rows
+from spin_diffusion.store.pictures import open_picture
 from tests.test_processes import play as play_in_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +183,7 @@ def make(tmp_path: Path, data: Data, scorer: str, shard: int = 4, decides: dict 
 
 
 def levels(examples: Iterator[Example]) -> list[int]:
-    return [open_image(example.image).getpixel((0, 0))[0] for example in examples]
+    return [open_picture(example.image).getpixel((0, 0))[0] for example in examples]
 
 
 def test_the_chosen_examples_come_in_the_order_of_the_data_set(brightness, tmp_path):
@@ -427,7 +427,7 @@ def test_the_script_plays_with_the_brightest_images_as_they_are_stored(settings,
     table = {row["id"]: row for row in pq.read_table(out / "data" / "curation.parquet").to_pylist()}
     assert len(table) == 24
     for row in rows:
-        stored = np.asarray(open_image(row["image"]).convert("L"))
+        stored = np.asarray(open_picture(row["image"]).convert("L"))
         assert stored.shape == (16, 16) and table[row["id"]]["chosen"]
         assert table[row["id"]]["score"] == pytest.approx(stored.mean(), abs=1e-4)
     assert min(table[row["id"]]["score"] for row in rows) > max(

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, phase_flops
-from spin_diffusion.diffusion.images import crop, encode_pixels, mirrored_frame, open_image, to_pixels
+from spin_diffusion.diffusion.images import crop, encode_pixels, mirrored_frame, to_pixels
 from spin_diffusion.diffusion.settings import ImageSettings
+from spin_diffusion.store.pictures import open_picture
 from tests.diffusion.test_caches import shared
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game, play_all
@@ -25,7 +26,7 @@ def test_a_mirrored_latent_is_that_of_the_mirrored_image(sdxl_dir):
     rows = list(game.real_rows(examples(3, losers=True)))
     encoded = game.encode(rows)
     for prefix in ("", "loser_"):
-        pixels = to_pixels([open_image(row[f"{prefix}image"]) for row in rows])
+        pixels = to_pixels([open_picture(row[f"{prefix}image"]) for row in rows])
         expected = encode_pixels(game.pipeline.vae, pixels.flip(-1), ["a", "b", "c"])
         assert torch.equal(encoded[f"{prefix}mirrored_latents"], expected.half())
         assert not torch.equal(encoded[f"{prefix}mirrored_latents"], encoded[f"{prefix}latents"])

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.sampling import SAMPLERS
 from spin_diffusion.diffusion.settings import SamplingSettings
+from spin_diffusion.store.pictures import open_picture
 from tests.playing import make_game
 from tests.tiny import BETAS
 
@@ -97,9 +98,7 @@ def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):
     drawn, expected = game.generate(rows, seeds), plain.generate(rows, seeds)
     assert len(sizes) == 6 and set(sizes) == {4}  # always two images, with and without their prompts
     for found, other in zip(drawn, expected, strict=True):
-        difference = images.to_pixels([images.open_image(found["image"])]) - images.to_pixels(
-            [images.open_image(other["image"])]
-        )
+        difference = images.to_pixels([open_picture(found["image"])]) - images.to_pixels([open_picture(other["image"])])
         assert found["id"] == other["id"] and difference.abs().mean() < 0.01  # the batch changes rounding only
 
 

@@ -171,7 +171,10 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     assert run("evaluate.py", "--models", f"dark={dark}", f"light={light}", *argv) == 0
     results = read_results(tmp_path / "out" / "results.json")
     what = {failure["prompt"]: failure["what"] for failure in results["failures"]}
-    assert "cannot be decoded" in what["picture 3"] and "cannot be read" in what["picture 4"]
+    assert (
+        "cannot be shown: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture" in what["picture 3"]
+        and "cannot be read" in what["picture 4"]
+    )
     assert "constant" in what["picture 5"] and "constant" in what["picture 9"] and len(what) == 6
     assert "not finite" in what["picture 10"] and "cannot be shown: an image of 32-bit floats" in what["picture 11"]
     redness = next(c for c in results["comparisons"] if c["scorer"] == "redness")

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from spin_diffusion.evaluation.report.rows import SampleRow
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.pictures import MAX_BYTES, open_picture
 
 MAX_SIDE_PX = 256
 _EXACT_SIDE_PX = 128  # up to here a picture is kept without loss: the page shows its pixels enlarged
 _QUALITY = 82
-_MAX_FILE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,19 @@ def thumbnail(directory: Path, row: ImageRow) -> Picture | str:
             return "not shown: its file lies outside of the evaluation's folder"
         if not path.is_file():
             return "its file is missing"
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            return "not shown: its file is too large"
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_BYTES)
     except (OSError, ValueError, RuntimeError):  # a path may hold a NUL, be too long, or go round in links
         return "its file cannot be read"
     if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
         return "not shown: its file is not the one that was scored"
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.draft("RGB", (2 * MAX_SIDE_PX, 2 * MAX_SIDE_PX))
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        exact = max(image.size) <= _EXACT_SIDE_PX
-        image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        # method: how hard the encoder tries, not the quality
-        image.save(buffer, "WEBP", lossless=exact, quality=_QUALITY, method=4)
-    except Exception:  # Pillow's decoders raise dozens of kinds
+        image = open_picture(data)
+    except InputError:
         return "its file cannot be decoded"
+    exact = max(image.size) <= _EXACT_SIDE_PX
+    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # method: how hard the encoder tries, not the quality
+    image.save(buffer, "WEBP", lossless=exact, quality=_QUALITY, method=4)
     encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
     return Picture(f"data:image/webp;base64,{encoded}", image.width, image.height, exact)

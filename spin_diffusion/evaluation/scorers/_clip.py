@@ -33,10 +33,11 @@ from spin_diffusion.evaluation.scorers._checkpoints import (
 )
 from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache, pixels_key
 from spin_diffusion.evaluation.scorers._open_clip_weights import is_open_clip, to_clip_model
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor, to_rgb
+from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, ftfy_version
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.pictures import to_rgb
 
 BATCH_SIZE = 32
 BACKBONES = {

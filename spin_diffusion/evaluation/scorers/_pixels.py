@@ -10,41 +10,22 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.pictures import to_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, per channel, in units of white."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as a viewer shows it: upright (EXIF), transparency over white, 16 bit scaled to 8.
-
-    Raises:
-        InputError: its mode has no known white (32-bit float) or no conversion.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip at 255: all but the darkest 1/256 would be white. "I" is what 16-bit PNGs used to open as.
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InputError("an image of 32-bit floats has no defined white: save it with 8 or 16 bits per channel")
-    try:
-        if image.has_transparency_data:
-            # Whatever colour lies under full transparency would otherwise show.
-            canvas = Image.new("RGBA", image.size, "white")
-            straight = image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, "RGBA"))
-            canvas.alpha_composite(straight.convert("RGBA"))
-            image = canvas
-        return image.convert("RGB")
-    except ValueError as error:
-        raise InputError(f"an image of mode {image.mode} cannot be converted to RGB: {error}") from error
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """The image; of a long strip the middle, 16 times as long as wide: the rest is far from the middle square, and
+    resized with it, it would take gigabytes."""
+    width, height = image.size
+    left, top = max(0, width - 16 * height) // 2, max(0, height - 16 * width) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 def crop_middle(image: Image.Image, side: int, offset: Literal["floor", "round"]) -> Float[Tensor, "3 side side"]:
@@ -54,7 +35,7 @@ def crop_middle(image: Image.Image, side: int, offset: Literal["floor", "round"]
         offset: how half of an odd margin is made whole: "floor" as in transformers (CLIP, PickScore), "round" to even
             as in torchvision (ImageReward). It moves the square by one pixel, and only for odd margins.
     """
-    image = to_rgb(image)
+    image = without_far_ends(to_rgb(image))
     short, long = min(image.size), max(image.size)
     resized_long = int(side * long / short)
     size = (side, resized_long) if image.width <= image.height else (resized_long, side)

@@ -96,12 +96,14 @@ class OpenClip:
     @torch.no_grad()
     def features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
         """Image embeddings of length 1, fp32 on the CPU."""
-        from spin_diffusion.evaluation.scorers._pixels import to_rgb
+        from spin_diffusion.evaluation.scorers._pixels import without_far_ends
         from spin_diffusion.evaluation.scorers._precision import full_precision
+        from spin_diffusion.store.pictures import to_rgb
 
+        images = [without_far_ends(to_rgb(image)) for image in images]
         with full_precision(self.device):
             parts = [
-                self.model.encode_image(torch.stack([self.transform(to_rgb(image)) for image in part]).to(self.device))
+                self.model.encode_image(torch.stack([self.transform(image) for image in part]).to(self.device))
                 for part in _batches(images)
             ]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).cpu()

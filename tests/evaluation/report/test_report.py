@@ -471,9 +471,15 @@ def test_what_cannot_be_decoded_is_said_so(tmp_path: Path, content: bytes) -> No
     assert pictures.thumbnail(tmp_path, row) == "its file cannot be decoded"
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F", "LA"])
+def test_a_picture_that_no_other_part_reads_is_not_shown_either(tmp_path: Path) -> None:
+    Image.new("F", (30, 10), 0.5).save(tmp_path / "a.tif")
+    row = pictures.ImageRow("base", "0", 0, "", "", "1", "a.tif", None, "ok")
+    assert pictures.thumbnail(tmp_path, row) == "its file cannot be decoded"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "LA"])
 def test_pictures_of_every_mode_are_shown(tmp_path: Path, mode: str) -> None:
-    name = "a.tif" if mode in ("F", "CMYK") else "a.png"
+    name = "a.tif" if mode == "CMYK" else "a.png"
     Image.new("L", (300, 100), 90).convert("I" if mode == "I;16" else mode).convert(mode).save(tmp_path / name)
     shown = pictures.thumbnail(tmp_path, pictures.ImageRow("base", "0", 0, "", "", "1", name, None, "ok"))
     assert isinstance(shown, pictures.Picture) and (shown.width, shown.height) == (256, 85) and not shown.pixelated

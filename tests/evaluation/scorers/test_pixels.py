@@ -11,9 +11,9 @@ from spin_diffusion.evaluation.scorers._pixels import (
     crop_middle_round,
     letterbox,
     letterbox_without_antialias,
-    to_rgb,
 )
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.pictures import to_rgb
 from tests.evaluation.scorers.tiny_models import pictures
 
 SIZES = [(224, 224), (512, 512), (832, 1216), (1216, 832), (640, 427), (227, 224), (225, 100), (3, 7), (1, 1), (1, 9)]
@@ -115,6 +115,17 @@ def test_images_of_a_pixel_are_read(size: tuple[int, int]) -> None:
         assert torch.equal(transform(image, 224), red.expand(3, 224, 224))
     assert letterbox(image, 224).shape == (3, 224, 224)
     assert letterbox(Image.new("RGB", (1, 1000)), 224).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (10, 161), (161, 10)])
+def test_of_a_long_strip_the_middle_is_enough(size: tuple[int, int]) -> None:
+    """Resized as a whole, the first would be 224 x 14,560,000 px."""
+    ramp = np.linspace(0, 255, max(size))[None].repeat(min(size), axis=0).astype(np.uint8)
+    image = Image.fromarray(ramp if size[0] > size[1] else np.ascontiguousarray(ramp.T)).convert("RGB")
+    for transform in (crop_middle_floor, crop_middle_round):
+        square = transform(image, 224)
+        middle = normalise(torch.full((3, 1, 1), 0.5)).expand(3, 224, 224)
+        assert square.shape == (3, 224, 224) and (square - middle).abs().max() < 0.2
 
 
 def colour_of(image: Image.Image) -> tuple[int, int, int]:
