@@ -20,8 +20,8 @@ from spin_diffusion.input_error import InputError
 
 FILE_NAME = "file_name"
 METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
-SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff")
-"""Files that somebody meant as an image: those of a format that cannot be used are counted, not passed over."""
+SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jpe", ".ppm", ".psd", ".svg", ".tga")
+"""Files that somebody meant as an image: those of a format that cannot be read are counted, not passed over."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path, PureWindowsPath
 from spin_diffusion.data.report import CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.input_error import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Files of the formats that can be used."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
+"""How files of the formats that can be read are called; what they are, their bytes say."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from spin_diffusion.store.pictures import open_picture
 
 Pixels = Float[Tensor, "batch 3 height width"]
 """RGB in [-1, 1]."""
+MAX_RESIZED = 4
+"""An image is resized as a whole and then cropped, as SDXL was trained, up to so many times the target's pixels; of a
+strip of 32 x 20000 px the whole would be gigabytes."""
 
 
 def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
     """The image, resized until it just covers the target and cropped to it; and its frame.
-
-    Only what is kept of it is resized: of a long strip the whole would be gigabytes.
 
     Args:
         target: height and width, px.
@@ -40,13 +41,15 @@ def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings
     covering = _covering(height, width, target)
     top, left = (round((side - wanted) * place) for side, wanted in zip(covering, target, strict=True))
     box = (left, top, left + target[1], top + target[0])
-    if covering == (height, width):
-        return image.crop(box), [height, width, top, left, *target]
-    # The same place in px of the source, not rounded
-    x_scale, y_scale = width / covering[1], height / covering[0]
-    source = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
     how = Image.Resampling[settings.image_interpolation_mode.upper()]
-    return image.resize((target[1], target[0]), how, source), [height, width, top, left, *target]
+    if math.prod(covering) > MAX_RESIZED * math.prod(target):
+        # Of a long strip the part that is kept alone, by its place in px of the source, not rounded
+        x_scale, y_scale = width / covering[1], height / covering[0]
+        kept = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
+        return image.resize((target[1], target[0]), how, kept), [height, width, top, left, *target]
+    if covering != (height, width):
+        image = image.resize((covering[1], covering[0]), how)
+    return image.crop(box), [height, width, top, left, *target]
 
 
 def _covering(height: int, width: int, target: Size) -> Size:

@@ -111,8 +111,8 @@ def test_text_files_beside_the_images_are_captions(folder: Path) -> None:
 
 def test_an_image_without_its_text_file_is_bad_and_so_is_one_of_an_odd_format(folder: Path) -> None:
     (folder / "cat.txt").write_text("a cat\n")
-    (folder / "moving.gif").write_bytes(picture("red", format="GIF"))
-    (folder / "moving.txt").write_text("it moves")
+    (folder / "photo.heic").write_bytes(picture("red", format="PPM"))
+    (folder / "photo.txt").write_text("a photo")
     (folder / "latin.png").write_bytes(picture("green"))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     _, report = read(settings(folder, max_bad_share=0.75))
