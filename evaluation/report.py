@@ -13,11 +13,14 @@ from spin_diffusion.command import run_command
 def report(argv: list[str]) -> None:
     """Write the page and print where it is."""
     from spin_diffusion.evaluation.report import write_report
+    from spin_diffusion.store.folder import take_marked
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output_dir of an evaluation or of a run")
     parser.add_argument("--output", type=Path, help="the page's file; default: report.html in the folder")
     arguments = parser.parse_args(argv)
+    if arguments.output is None:
+        take_marked(arguments.folder, "--output")
     print(f"Report: {write_report(arguments.folder, arguments.output)}")
 
 

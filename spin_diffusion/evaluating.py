@@ -256,7 +256,8 @@ class RunEvaluator:
         found = []
         for name, folder in self._runs():
             for k in range(1, self.config.rounds.rounds + 1):
-                record = read_json(folder / f"round-{k}" / "round.json") if (folder / f"round-{k}").is_dir() else {}
+                path = folder / f"round-{k}" / "round.json"
+                record = read_json(path) if path.is_file() else {}
                 ledger = record.get("ledger", {})
                 predicted = planned.get(k, {}) if folder == self.output_dir else {}
                 for phase in COUNTED:

@@ -1,11 +1,8 @@
 """What every kind of run shares: how it is started, and the rounds with the objectives that it is compared with."""
 
 import dataclasses
-import fcntl
 import logging
-import os
 import platform
-import shutil
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,17 +28,17 @@ from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
+from spin_diffusion.selfplay.run_dir import read_json, settle, write_file, write_json
+from spin_diffusion.selfplay.samples import forget_prepared
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
+from spin_diffusion.store.folder import check_folder, share_folder, take_folder
 from spin_diffusion.store.yaml_files import dump_yaml
 
-LOCK = ".lock"
-_locks: dict[Path, int] = {}
-"""Files by whose lock this process keeps other commands out of its folders."""
+ENCODINGS = "store of encodings"
 
 
 @runtime_checkable
@@ -65,21 +62,18 @@ def write_config(config: AnyConfig, path: Any) -> None:
 # The steps that every kind of run takes
 
 
-def check_folder(config: AnyConfig, output_dir: Path) -> None:
-    """Refuse another program's folder and a run with other settings, before a model is loaded."""
-    saved = output_dir / "config.yaml"
-    if saved.is_file():
-        changed = changes(saved_settings(saved), config.flat())
-        if changed and _has_begun(output_dir):
+def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
+    """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
+    if check_folder(output_dir, program) and _has_begun(output_dir):
+        changed = changes(_saved_settings(output_dir), config.flat())
+        if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
             )
-    elif output_dir.is_dir() and any(
-        path.name not in ("config.yaml.part", "plan.json", LOCK) for path in output_dir.iterdir()
-    ):
-        raise InputError(f"{output_dir} is not empty and not a run's folder (it has no config.yaml): give another")
-    elif output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: give a folder")
+    if (encodings := _encodings_dir(config)) is not None:
+        if encodings.resolve() == output_dir.resolve():
+            raise InputError(f"--encodings_dir {encodings} is the --output_dir: give another, or leave it out")
+        check_folder(encodings, ENCODINGS, "--encodings_dir")
 
 
 def quiet_libraries() -> None:
@@ -92,40 +86,33 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").disabled = not launched_stage()
 
 
-def start(config: AnyConfig, output_dir: Path) -> Accelerator:
-    """Quiet the libraries, set the seeds, open the folder and write the settings into it."""
+def start(config: AnyConfig, output_dir: Path, program: str) -> Accelerator:
+    """Quiet the libraries and set the seeds. A folder in which another command works is refused; one that is not there
+    yet is not made."""
     quiet_libraries()
     accelerator = _accelerator(config, output_dir)
-    if accelerator.is_main_process:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output_dir {output_dir} cannot be made ({error.strerror}): give another") from error
-        _take_alone(output_dir)
-        _forget_false_start(config, output_dir)
-        write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
+    if accelerator.is_main_process and check_folder(output_dir, program):
+        take_folder(output_dir, program)
     accelerator.wait_for_everyone()
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     set_seed(config.rounds.seed)
     return accelerator
 
 
-def _take_alone(output_dir: Path) -> None:
-    """Refuse a folder in which another command works; until this process ends it is refused to others."""
-    if output_dir.resolve() in _locks:
-        return
-    lock = os.open(output_dir / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise InputError(
-            f"another command works in {output_dir}: wait for its end, or give another --output_dir"
-        ) from error
-    except OSError:
-        os.close(lock)  # a file system without locks
-        return
-    _locks[output_dir.resolve()] = lock
+def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerator: Accelerator) -> None:
+    """Make the folder this run's, put right what a killed run left in it, and write the settings; called once the base
+    is known to be good."""
+    if accelerator.is_main_process:
+        if (encodings := _encodings_dir(config)) is not None:
+            share_folder(encodings, ENCODINGS, "--encodings_dir")
+        take_folder(output_dir, program)
+        settle(output_dir)
+        if not _has_begun(output_dir) and changes(_saved_settings(output_dir), config.flat()):
+            # What a command with other settings had prepared before it was refused
+            for name in ("data", "held_out"):
+                forget_prepared(output_dir / name)
+        write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
+    accelerator.wait_for_everyone()
 
 
 def _has_begun(output_dir: Path) -> bool:
@@ -133,12 +120,15 @@ def _has_begun(output_dir: Path) -> bool:
     return (output_dir / "manifest.json").is_file()
 
 
-def _forget_false_start(config: AnyConfig, output_dir: Path) -> None:
-    """Remove what a command with other settings prepared before it was refused."""
+def _saved_settings(output_dir: Path) -> dict[str, Any]:
     saved = output_dir / "config.yaml"
-    if saved.is_file() and not _has_begun(output_dir) and changes(saved_settings(saved), config.flat()):
-        for name in ("data", "held_out", "base"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
+    return saved_settings(saved) if saved.is_file() else {}
+
+
+def _encodings_dir(config: AnyConfig) -> Path | None:
+    """That runs share, if there is one."""
+    given = config.flat().get("encodings_dir")
+    return Path(given) if given else None
 
 
 def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:

@@ -22,6 +22,7 @@ from spin_diffusion.diffusion.settings import (
 )
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.rounds import RoundSettings, play
+from spin_diffusion.selfplay.run_dir import settle
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
 
@@ -86,6 +87,8 @@ def play_all(
 ) -> list[dict[str, Any]]:
     """Prepare and play as a fresh process would, and return the rounds' records."""
     game = game or make_game(base, accumulation=training.gradient_accumulation_steps)
+    if output_dir.is_dir():
+        settle(output_dir)
     losers = rounds.get("objective") == "dpo"
     prepare_data(game, output_dir / "data", losers=losers)
     rounds_ = replace(ROUNDS, **rounds)

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from spin_diffusion import config
 from spin_diffusion.input_error import InputError
 from spin_diffusion.run_settings import HARMLESS
-from spin_diffusion.running import _forget_false_start, changes, write_config, write_manifest
+from spin_diffusion.running import changes, check_run_folder, take_run_folder, write_manifest
+from spin_diffusion.selfplay.run_dir import write_json
+from spin_diffusion.store.folder import MARKER, check_folder
 
 
 def test_a_setting_is_changed_whichever_side_knows_it():
@@ -50,18 +52,49 @@ def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
     assert (tmp_path / "manifest.json").read_bytes() == written
 
 
-def test_what_a_refused_command_prepared_is_forgotten_once_its_settings_change(tmp_path):
-    settings = config.parse_config(["--pretrained_model_name_or_path", "base", "--max_train_steps", "1"])
-    write_config(settings, tmp_path / "config.yaml")
-    folders = [tmp_path / name for name in ("base", "data", "held_out")]
-    for folder in folders:
-        folder.mkdir()
-    _forget_false_start(settings, tmp_path)
-    assert all(folder.is_dir() for folder in folders)
-    other = config.parse_config(["--pretrained_model_name_or_path", "base", "--max_train_steps", "2"])
-    _forget_false_start(other, tmp_path)
-    assert not any(folder.is_dir() for folder in folders)
-    folders[0].mkdir()
-    (tmp_path / "manifest.json").write_text("{}")  # a run that has begun is not touched
-    _forget_false_start(other, tmp_path)
-    assert folders[0].is_dir()
+def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(tmp_path):
+    out, accelerator = tmp_path / "out", Accelerator(cpu=True)
+
+    def begin(*flags: str) -> None:
+        settings = config.parse_config(["--pretrained_model_name_or_path", "base", "--max_train_steps", *flags])
+        check_run_folder(settings, out, "image training")
+        take_run_folder(settings, out, "image training", accelerator)
+
+    def prepared() -> set[str]:
+        return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {"config.yaml", MARKER}
+
+    begin("1")
+    for name in ("data/manifest.json", "data/left_out.json", "data/samples/mine.txt", "held_out/left_out.json"):
+        write_json(out / name, {})
+    begin("1")
+    assert len(prepared()) == 4
+    begin("2")
+    assert prepared() == {"data/samples/mine.txt"}
+    write_json(out / "manifest.json", {})
+    write_json(out / "data/manifest.json", {})
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        begin("1")
+    assert len(prepared()) == 3
+
+
+def test_shared_encodings_lie_in_a_folder_of_their_own(tmp_path):
+    out, shared, accelerator = tmp_path / "out", tmp_path / "shared", Accelerator(cpu=True)
+
+    def begin(encodings: object) -> None:
+        settings = config.parse_config(
+            ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--encodings_dir", str(encodings)]
+        )
+        check_run_folder(settings, out, "image training")
+        take_run_folder(settings, out, "image training", accelerator)
+
+    with pytest.raises(InputError, match="--encodings_dir .*/out is the --output_dir"):
+        begin(tmp_path / "elsewhere" / ".." / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="--encodings_dir .*/mine is not empty and not a folder of this program"):
+        begin(tmp_path / "mine")
+    assert not out.exists() and len(list((tmp_path / "mine").iterdir())) == 1
+    begin(shared)
+    begin(shared)
+    with pytest.raises(InputError, match="--encodings_dir .*/out .*says image training, not store of encodings"):
+        check_folder(out, "store of encodings", "--encodings_dir")

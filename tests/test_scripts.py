@@ -19,9 +19,10 @@ from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.report.reading import read_results
-from spin_diffusion.running import LOCK, round_lines
+from spin_diffusion.running import round_lines
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from spin_diffusion.store.folder import MARKER, release
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +128,7 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     assert "Time" in printed and "for 24 real samples on 1 process" in printed
     assert "free in" in printed and "of this machine" in printed
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"plan.json"}
+    assert {path.name for path in out.iterdir()} == {MARKER, "plan.json"}
     assert play(tmp_path, settings) == 0
     planned = {entry["round"]: entry for entry in read_json(out / "plan.json")["rounds"]}
     told = read_results(out / "results.json")["ledger"]
@@ -437,7 +438,7 @@ def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(settings
 def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    refused(capsys, play(tmp_path, settings), "not a run's folder")
+    refused(capsys, play(tmp_path, settings), "is not empty and not a folder of this program")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -482,12 +483,23 @@ def test_every_script_is_thin():
 
 
 def test_two_commands_do_not_work_in_one_folder(unevaluated, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / LOCK, "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        refused(capsys, play(tmp_path, unevaluated), "another command works in", "--output_dir")
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {LOCK}
+    out = tmp_path / "out"
     assert play(tmp_path, unevaluated | {"max_train_steps": 1}) == 0
+    release(out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with open(out / MARKER, "r+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(
+            capsys, play(tmp_path, unevaluated | {"max_train_steps": 1}), "another command works in", "--output_dir"
+        )
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert play(tmp_path, unevaluated | {"max_train_steps": 1}) == 0
+
+
+def test_nothing_is_written_before_the_base_is_known_to_be_good(unevaluated, tmp_path, capsys):
+    bad = unevaluated | {"pretrained_model_name_or_path": str(tmp_path / "nowhere")}
+    refused(capsys, play(tmp_path, bad), "nowhere")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_said(unevaluated, tmp_path, capsys):

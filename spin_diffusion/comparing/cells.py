@@ -7,7 +7,6 @@ CELL/log.txt                                    what the run said
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import time
@@ -34,7 +33,16 @@ from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_s
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import quiet_libraries
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_json, write_rows
+from spin_diffusion.selfplay.run_dir import (
+    file_hash,
+    read_json,
+    read_rows,
+    rows_metadata,
+    settle,
+    write_json,
+    write_rows,
+)
+from spin_diffusion.store.folder import release, take_folder
 
 SetName = Literal["validation", "test"]
 
@@ -138,7 +146,6 @@ def is_done(task: Task) -> bool:
 def do(task: Task) -> None:
     """Train and score; a failure is written down rather than raised."""
     folder = Path(task.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if is_done(task):
             return
@@ -168,9 +175,13 @@ def write_failure(folder: Path, kind: Literal["diverged", "refused", "killed"], 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process works on the cell: one may be left of a comparison that was killed."""
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    take_folder(folder, "run of a comparison", wait=True)
+    try:
+        settle(folder)
         yield
+    finally:
+        release(folder / "run")
+        release(folder)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,8 @@ from spin_diffusion.comparing.plan import Cell, make_plan, run_flops, steps_for
 from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.comparing.workers import run_all
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import saved_settings
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.selfplay.run_dir import settle, write_file
+from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.yaml_files import dump_yaml
 
 
@@ -258,15 +257,9 @@ class Comparison:
 
     def claim(self) -> None:
         """Take the folder; another program's is refused."""
+        take_folder(self.output_dir, "comparison")
+        settle(self.output_dir)
         saved = self.output_dir / "config.yaml"
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise InputError(f"--output_dir {self.output_dir} is a file: give a folder")
-        if not saved.is_file() and self.output_dir.is_dir() and any(self.output_dir.iterdir()):
-            raise InputError(
-                f"{self.output_dir} is not empty and not a comparison's folder (no config.yaml): give another"
-            )
-        if saved.is_file() and "worlds" not in saved_settings(saved):
-            raise InputError(f"{self.output_dir} holds something else than a comparison: give another --output_dir")
         text = dump_yaml(self.settings.flat())
         write_file(saved, lambda part: part.write_text(text, encoding="utf-8"))
 

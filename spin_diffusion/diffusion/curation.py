@@ -7,7 +7,7 @@ images are stored, so a killed run goes on where it was, and data/curation.parqu
 
 import gc
 import hashlib
-import shutil
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,15 @@ from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_file, write_json, write_rows
+from spin_diffusion.selfplay.run_dir import (
+    file_hash,
+    read_json,
+    read_rows,
+    remove_files,
+    write_file,
+    write_json,
+    write_rows,
+)
 from spin_diffusion.selfplay.shards import rows_in
 from spin_diffusion.selfplay.sharing import shared_out
 from spin_diffusion.store.pictures import open_picture
@@ -172,7 +180,8 @@ class Curation:
 
     def forget(self) -> None:
         """Remove the scores that a killed run would have gone on with; the table has them too."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        (self.directory / "scorer.json").unlink(missing_ok=True)  # first: what a kill leaves does not seem to be whole
+        remove_files(self.directory, lambda name: name == "complete.json" or _is_scores(name))
 
     # Scores
 
@@ -202,8 +211,7 @@ class Curation:
             raise InputError(f"--curation_scorer {spec}: {error}") from None
         now = {"decides": decides, "checkpoint": dict(scorer.checkpoint)}
         if said != now and is_main:
-            said_path.unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that seems to be whole
-            shutil.rmtree(self.directory, ignore_errors=True)
+            self.forget()
             write_json(said_path, now)
         wait()
         try:
@@ -246,7 +254,7 @@ class Curation:
 
     def _count(self) -> int:
         """Of all scored examples; none of a data set that was longer may be left."""
-        by_number = {int(path.stem): rows_in(path) for path in self.directory.glob("*.parquet")}
+        by_number = {int(path.stem): rows_in(path) for path in self.directory.iterdir() if _is_scores(path.name)}
         counts = [by_number[number] for number in sorted(by_number)]
         if sorted(by_number) != list(range(len(counts))) or any(rows < self.rows_per_shard for rows in counts[:-1]):
             raise InputError(self._has_changed())
@@ -361,6 +369,11 @@ def curation_lines(summary: dict[str, Any], settings: CurationSettings) -> list[
         lines.append(f"  --curation_top {settings.curation_top} is more than the {summary['ranked']} there are")
     name = _name(summary["scorer"])
     return [*lines, f"  {name} chose what is learnt, so a rise of its score alone is no gain: judge by other scorers"]
+
+
+def _is_scores(name: str) -> bool:
+    """Whether a file has the scores of a shard."""
+    return re.fullmatch(r"\d{5,}\.parquet", name) is not None
 
 
 def _name(spec: str | None) -> str:

@@ -37,7 +37,10 @@ from spin_diffusion.parsing import parse_sections, saved_settings
 from spin_diffusion.running import quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.yaml_files import dump_yaml
+
+PROGRAM = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        take_folder(output_dir, PROGRAM)
         settle(output_dir)
         saved = dump_yaml(dataclasses.asdict(settings))
         write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
@@ -241,7 +244,7 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
 
 def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
     saved = output_dir / "config.yaml"
-    if saved.is_file():
+    if check_folder(output_dir, PROGRAM) and saved.is_file():
         old, new = saved_settings(saved), dataclasses.asdict(settings)
         changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
                    if key not in _HARMLESS and old.get(key) != new[key]]  # fmt: skip
@@ -250,10 +253,6 @@ def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
                 f"{output_dir} holds an evaluation of another protocol ({'; '.join(changed)}): start in another "
                 "--output_dir"
             )
-    elif output_dir.is_dir() and any(output_dir.iterdir()):
-        raise InputError(f"{output_dir} is not empty and not an evaluation's folder (no config.yaml): give another")
-    elif output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: give a folder")
 
 
 def _check_known(source: ModelSource, weights: str | None, output_dir: Path) -> None:

@@ -29,7 +29,7 @@ from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.input_error import InputError
 from spin_diffusion.planning import lines
 from spin_diffusion.running import (
-    check_folder,
+    check_run_folder,
     check_training,
     needs_losers,
     open_trackers,
@@ -37,6 +37,7 @@ from spin_diffusion.running import (
     quiet_libraries,
     round_lines,
     start,
+    take_run_folder,
     write_manifest,
 )
 from spin_diffusion.selfplay.ledger import Costs, matrix_rate
@@ -49,6 +50,9 @@ from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.zero import launched_stage
+from spin_diffusion.store.folder import take_folder
+
+PROGRAM = "image training"
 
 
 def run(config: Config, family_name: str) -> None:
@@ -58,11 +62,13 @@ def run(config: Config, family_name: str) -> None:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
     output_dir = Path(config.run.output_dir)
-    check_folder(config, output_dir)
+    check_run_folder(config, output_dir, PROGRAM)
     prompts = _check_inputs(config)
-    accelerator = start(config, output_dir)
+    accelerator = start(config, output_dir, PROGRAM)
 
     game = open_game(config, accelerator, family_name)
+    _check_training(config, game)
+    take_run_folder(config, output_dir, PROGRAM, accelerator)
     base = game.base
     progress = Bars() if accelerator.is_main_process else Progress()
 
@@ -70,7 +76,6 @@ def run(config: Config, family_name: str) -> None:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    _check_training(config, game)
     write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     config = settle_draws(config, game, pairs)
@@ -99,7 +104,7 @@ def _prepared(config: Config, game: DiffusionGame, output_dir: Path, progress: P
         return read_examples(config.data, with_losers=with_losers, report=report)
 
     # `prepare` asks the main process alone for the real samples
-    if curation and not any((output_dir / "data" / name).exists() for name in ("samples", "manifest.json")):
+    if curation and not any((output_dir / "data" / name).exists() for name in ("left_out.json", "manifest.json")):
         curation.score(accelerator)
     manifest = prepare(
         output_dir / "data",
@@ -186,7 +191,7 @@ def plan(config: Config) -> None:
         InputError: as `run`; a batch that does not fit in memory.
     """
     output_dir = Path(config.run.output_dir)
-    check_folder(config, output_dir)
+    check_run_folder(config, output_dir, PROGRAM)
     _check_inputs(config)
     quiet_libraries()
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
@@ -194,6 +199,8 @@ def plan(config: Config) -> None:
     game = open_game(config, accelerator)
     _check_training(config, game)
     progress = Bars() if accelerator.is_main_process else Progress()
+    if accelerator.is_main_process:
+        take_folder(output_dir, PROGRAM)
     found = make_plan(config, game, progress)
     for line in lines(found, config.run.output_dir, accelerator.device, "scorers"):
         accelerator.print(line)

@@ -27,7 +27,15 @@ from spin_diffusion.evaluation.scoring import run_and_record
 from spin_diffusion.evaluation.specs import check_specs, describe, parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, seed_from, shard_name, write_rows
+from spin_diffusion.selfplay.run_dir import (
+    is_shard,
+    read_json,
+    read_rows,
+    rows_metadata,
+    seed_from,
+    shard_name,
+    write_rows,
+)
 from spin_diffusion.selfplay.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the answer), the same for every model"
@@ -137,8 +145,9 @@ def draw_answers(
         told(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for path in set((folder / "answers").glob("*.parquet")) - set(paths):
-            path.unlink()  # of a protocol with more or fewer requests
+        for path in set((folder / "answers").glob("*-of-*.parquet")) - set(paths):
+            if is_shard(path.name):
+                path.unlink()  # of a protocol with more or fewer requests
     accelerator.wait_for_everyone()
 
 

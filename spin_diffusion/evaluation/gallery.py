@@ -1,12 +1,13 @@
 """A contact sheet: one column per model, one row per prompt, the same seed along a row."""
 
 import math
-import os
 from bisect import bisect_right
 from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+
+from spin_diffusion.selfplay.run_dir import write_file
 
 _MIN_CELL_PX = 160  # smaller images are enlarged by a whole factor to at least this
 _MAX_CELL_PX = 512
@@ -70,10 +71,7 @@ def draw_gallery(columns: list[str], rows: list[tuple[str, list[Image.Image]]], 
             sheet.paste(image, (x, top + (row_height - image.height) // 2))
         top += row_height + _GAP_PX
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    sheet.save(part, format="PNG")
-    os.replace(part, path)
+    write_file(path, lambda part: sheet.save(part, format="PNG"))
 
 
 def _fitted(image: Image.Image, limit: int) -> Image.Image:

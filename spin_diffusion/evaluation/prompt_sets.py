@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import write_file
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
@@ -202,9 +203,7 @@ def _download(name: str, published: Published, file: str) -> Path:
             url = f"https://raw.githubusercontent.com/{published.repository}/{published.revision}/{file}"
             with urllib.request.urlopen(url, timeout=60) as response:
                 data = response.read()
-            part = path.with_name(f"{path.name}.part")
-            part.write_bytes(data)
-            part.replace(path)
+            write_file(path, lambda part: part.write_bytes(data))
         return path
     except Exception as error:  # the hub's client raises kinds of its HTTP library, which differs between versions
         wanted = file if len(published.files) == 1 else f"{file} (and {len(published.files) - 1} more files)"

@@ -25,7 +25,7 @@ from spin_diffusion.llm.model_card import push_to_hub, write_model_card
 from spin_diffusion.llm.planning import make_plan
 from spin_diffusion.planning import lines
 from spin_diffusion.running import (
-    check_folder,
+    check_run_folder,
     check_training,
     needs_losers,
     open_trackers,
@@ -33,6 +33,7 @@ from spin_diffusion.running import (
     quiet_libraries,
     round_lines,
     start,
+    take_run_folder,
     write_manifest,
 )
 from spin_diffusion.selfplay.game import Row
@@ -42,6 +43,9 @@ from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.store.folder import take_folder
+
+PROGRAM = "language training"
 
 HOPELESS_LONG_ROWS = 1000
 """So many rows whose prompts are too long, and none before them that can be used, end the reading."""
@@ -54,11 +58,11 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
     output_dir = Path(config.run.output_dir)
-    check_folder(config, output_dir)
+    check_run_folder(config, output_dir, PROGRAM)
     if (tasks := harness_tasks(config)) is not None:
         check_tasks(tasks)
     check_judges(config.evaluation.judges or [])
-    accelerator = start(config, output_dir)
+    accelerator = start(config, output_dir, PROGRAM)
     if config.generation.engine == "vllm" and accelerator.num_processes > 1:
         raise InputError(
             f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
@@ -73,13 +77,14 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
 
     base = str(config.model.model_name_or_path)
     game = open_game(config, accelerator)
+    check_training(config, game.player, accelerator)
+    take_run_folder(config, output_dir, PROGRAM, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
 
     manifest = _prepared(config, game, output_dir, progress)
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    check_training(config, game.player, accelerator)
     write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
@@ -138,12 +143,15 @@ def plan(config: LanguageConfig) -> None:
     Raises:
         InputError: as `run_language`; a batch that does not fit in memory.
     """
-    check_folder(config, Path(config.run.output_dir))
+    output_dir = Path(config.run.output_dir)
+    check_run_folder(config, output_dir, PROGRAM)
     quiet_libraries()
     accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     game = open_game(config, accelerator)
     check_training(config, game.player, accelerator)
+    if accelerator.is_main_process:
+        take_folder(output_dir, PROGRAM)
     found = make_plan(config, game, Bars() if accelerator.is_main_process else Progress())
     for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
         accelerator.print(line)

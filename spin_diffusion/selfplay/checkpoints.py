@@ -10,7 +10,7 @@ from typing import Any
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.run_dir import commit, file_hashes, part_of, read_json, verify_hashes
+from spin_diffusion.selfplay.run_dir import commit, file_hashes, part_of, read_json, remove_files, verify_hashes
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 
 CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
@@ -54,12 +54,11 @@ class Checkpoints:
                 "anchors": anchors,
             }
             (part / _TRAINER).write_text(json.dumps(state))
-            (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))
-            commit(path)
+            _commit_listed(part, path)
             if limit is not None:  # only now: with a limit of 1 there would be none while this one was written
                 others = [old for old in _checkpoints(self.directory) if old != path]
                 for old in others[: len(others) + 1 - limit]:
-                    shutil.rmtree(old)
+                    _remove(old)
         self.accelerator.wait_for_everyone()
 
     def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
@@ -99,7 +98,10 @@ class Checkpoints:
     def new_anchor(self) -> str:
         """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
         self.trainee.gather()
-        self.game.save(self.directory / ANCHOR, prove=False)
+        part = part_of(self.directory / ANCHOR)
+        self.game.save(part, prove=False)
+        if self.accelerator.is_main_process:
+            _commit_listed(part, self.directory / ANCHOR)
         self.accelerator.wait_for_everyone()
         self.game.promote()
         return self.game.opponent_hash()
@@ -124,20 +126,21 @@ class Snapshots:
     def take(self, step: int) -> None:
         """Keep the player as it is before this step, in place of the one of three windows ago."""
         target, ema = self.folder / str(step), self.trainee.ema
-        if not (target / "complete").is_file():
+        part = part_of(target)
+        if not target.is_dir():
             self.trainee.gather()
-            self.game.save(target, prove=False)
+            self.game.save(part, prove=False)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 if ema is not None:
-                    save_weights(ema.shadow_params, target / _EMA)
+                    save_weights(ema.shadow_params, part / _EMA)
                 if self.average is not None:
-                    save_weights(self.average.weights, target / _AVERAGE)
-                (target / "complete").touch()
+                    save_weights(self.average.weights, part / _AVERAGE)
+                _commit_listed(part, target)
         if self.accelerator.is_main_process:
             for old in self._steps():
                 if 0 < old <= step - 3 * health.WINDOW_STEPS:
-                    shutil.rmtree(self.folder / str(old))
+                    _remove(self.folder / str(old))
         self.accelerator.wait_for_everyone()
 
     def go_back(self, before: int) -> int:
@@ -154,7 +157,8 @@ class Snapshots:
         return step
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        found = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -178,7 +182,23 @@ def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
 
 def remove_checkpoints(directory: Path) -> None:
     """Delete a round's checkpoints, snapshots and last anchor, which are of no use once its player is saved."""
-    for path in _checkpoints(directory):
-        shutil.rmtree(path)
-    for name in (ANCHOR, HEALTHY):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    snapshots = directory / HEALTHY
+    for path in [*_checkpoints(directory), directory / ANCHOR, *(snapshots.iterdir() if snapshots.is_dir() else [])]:
+        _remove(path)
+    remove_files(snapshots, lambda name: False)
+
+
+def _commit_listed(part: Path, path: Path) -> None:
+    """Commit a folder with the hashes of its files in it, by which they are known when they are removed."""
+    (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))
+    commit(path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete the files that a folder lists as written; one without a list that can be read is left alone."""
+    try:
+        listed = read_json(folder / _HASHES)
+    except (InputError, OSError):
+        return
+    remove_files(folder, lambda name: name in listed)
+    remove_files(folder, lambda name: name == _HASHES)  # last: what a kill leaves can still be known

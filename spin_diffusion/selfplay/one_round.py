@@ -30,9 +30,11 @@ from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
+    is_shard,
     part_of,
     read_json,
     read_rows,
+    remove_files,
     seed_from,
     verify_hashes,
     write_json,
@@ -191,7 +193,7 @@ class Round:
         if self.accelerator.is_main_process:
             for samples in self.sets:
                 for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
-                    shutil.rmtree(samples.folder / name, ignore_errors=True)
+                    remove_files(samples.folder / name, is_shard)
             if not self.table.training.keep_checkpoints:
                 remove_checkpoints(self.directory)
         self.accelerator.wait_for_everyone()

@@ -16,7 +16,6 @@ from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.one_round import Round
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.run_dir import settle
 from spin_diffusion.selfplay.table import Evaluate, Probe, Table
 from spin_diffusion.selfplay.train_settings import TrainSettings
 
@@ -53,10 +52,6 @@ def play(
     """
     assert candidates is None or rounds.num_generated == 1, "the configuration checks it"
     progress = progress or Progress()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        settle(output_dir)
-    accelerator.wait_for_everyone()
     table = Table(
         game,
         data,

@@ -1,12 +1,14 @@
 """The run folder: names, seeds, hashes, and the one way in which a file or a folder appears, whole.
 
-Everything is written under a name that ends in `.part` and takes its real name by one atomic rename after its bytes are
-on the disk. A name without `.part` is therefore always complete, whenever the process was killed.
+Everything is written under a name that ends in `.spin-part` and takes its real name by one atomic rename after its
+bytes are on the disk. A name without it is therefore always complete, whenever the process was killed. What is removed
+is named file by file: whatever else lies in a folder is its user's, and stays.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.keys import KEY
+
+PART, OLD = ".spin-part", ".spin-old"
+"""Ends of the names of what is not complete yet, and of a folder that is being replaced. No user has such names."""
 
 
 def seed_from(*parts: str | int | float) -> int:
@@ -35,43 +41,94 @@ def shard_name(index: int, count: int) -> str:
     return f"{index:05d}-of-{count:05d}"
 
 
+def is_shard(name: str) -> bool:
+    """Whether a path ends in the name of a shard's rows or tensors."""
+    return re.fullmatch(r"(.*/)?\d{5}-of-\d{5}\.(parquet|safetensors)", name) is not None
+
+
 def part_of(path: Path) -> Path:
     """The name under which `path` is written before it is complete."""
-    return path.with_name(path.name + ".part")
+    return path.with_name(path.name + PART)
 
 
 def commit(path: Path) -> None:
-    """Give the finished `path`.part its real name. A folder that stands there already is replaced."""
+    """Give the finished part of `path` its real name. A folder that stands there already is replaced: files that have
+    no successor in the new one go over into it.
+
+    Raises:
+        InputError: a folder stands where a file is to be, or the other way round.
+    """
     part = part_of(path)
     for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
         if file.is_file():
             _sync(file)
+    if os.path.lexists(path) and path.is_dir() != part.is_dir():
+        kinds = "a folder, and a file" if path.is_dir() else "a file, and a folder"
+        raise InputError(f"{path} is {kinds} is to be written there: move it away, then run the same command again")
     if path.is_dir():
         # A folder cannot be replaced in one step: the old one steps aside first, and `settle` puts things right after
         # a kill between the two renames.
-        aside = path.with_name(path.name + ".old")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = path.with_name(path.name + OLD)
+        _retire(aside, path)
         os.replace(path, aside)
         os.replace(part, path)
-        shutil.rmtree(aside)
+        _retire(aside, path)
     else:
         os.replace(part, path)
     _sync(path.parent)
 
 
-def settle(directory: Path) -> None:
-    """Remove what a killed process left half-done below `directory`; a replaced folder gets its old state back."""
-    for aside in sorted(directory.rglob("*.old")):
-        whole = aside.with_suffix("")
-        if whole.exists():
-            shutil.rmtree(aside)
-        else:
-            os.replace(aside, whole)
-    for part in sorted(directory.rglob("*.part")):
-        if part.is_dir():
-            shutil.rmtree(part)
-        elif part.exists():
-            part.unlink()
+def settle(folder: Path) -> None:
+    """Put right what a killed process left half-done below a folder of this program: parts are removed, a replaced
+    folder gets its old state back. No link is followed, and a folder with a marker of its own is left alone."""
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError:
+        return  # a system's own, such as lost+found
+    for path in paths:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name.endswith(PART):
+            shutil.rmtree(path) if is_folder else path.unlink()
+        elif path.name.endswith(OLD):
+            whole = path.with_name(path.name.removesuffix(OLD))
+            if os.path.lexists(whole):
+                _retire(path, whole)
+            else:
+                os.replace(path, whole)
+        elif is_folder and not (path / MARKER).exists():
+            settle(path)
+
+
+def _retire(aside: Path, whole: Path) -> None:
+    """Remove a folder, or a link to one, that `whole` has replaced; files that have no successor there go over."""
+    if aside.is_symlink():
+        aside.unlink()
+    if not aside.is_dir():
+        return
+    for path in sorted(aside.rglob("*")):
+        kept = whole / path.relative_to(aside)
+        if (path.is_symlink() or not path.is_dir()) and not os.path.lexists(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, kept)
+    shutil.rmtree(aside)
+
+
+def remove_files(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Remove the files below a folder whose paths in it are `ours`, and the folders that are empty then. No link is
+    followed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder comes before it
+        if path.is_dir() and not path.is_symlink():
+            _remove_empty(path)
+        elif ours(path.relative_to(folder).as_posix()):
+            path.unlink()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -126,7 +183,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     """Write a file into a folder where other programs may be writing the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    part = part_of(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
     _save_tensors(part, tensors, {KEY: key})
     _sync(part)
     os.replace(part, path)

@@ -13,8 +13,10 @@ from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
+    is_shard,
     part_of,
     read_json,
+    remove_files,
     seed_from,
     shard_name,
     verify_hashes,
@@ -57,8 +59,9 @@ def prepare(
         return manifest
     part = part_of(directory / "samples")
     if accelerator.is_main_process:
-        if not (directory / "samples").is_dir():
+        if not ((directory / "left_out.json").is_file() and (directory / "samples").is_dir()):
             shutil.rmtree(part, ignore_errors=True)
+            remove_files(directory, is_shard)  # of a command with other settings
             left_out = _write_real(part, rows(), rows_per_shard, report, progress)
             write_json(directory / "left_out.json", left_out)
             commit(directory / "samples")
@@ -83,6 +86,12 @@ def prepare(
         )
     accelerator.wait_for_everyone()
     return data_manifest(directory)
+
+
+def forget_prepared(directory: Path) -> None:
+    """Let `prepare` write the real samples of a folder anew."""
+    for name in ("manifest.json", "left_out.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_real(

@@ -250,4 +250,4 @@ def test_what_decides_the_latents_is_in_their_name(tmp_path):
         (("vae", {"round": False}), {"prefix": "loser_"}),
     ]:
         names.add(name_of(*inputs, **options))
-    assert len(names) == 5 and not list(tmp_path.glob("*.part")), json.dumps([str(name) for name in names])
+    assert len(names) == 5 and not list(tmp_path.glob("*.spin-part")), json.dumps([str(name) for name in names])

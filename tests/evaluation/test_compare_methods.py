@@ -25,6 +25,7 @@ from spin_diffusion.comparing.settings import parse_settings
 from spin_diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.store.folder import MARKER, take_folder
 from tests.evaluation.test_evaluate_command import SCORER, refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,10 +284,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(config, tmp_path, capsys, 
 
 def test_another_programs_folder_is_refused(config, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    refused(capsys, run("--config", str(config)), "is not empty and not a comparison's folder")
-    (tmp_path / "out" / "config.yaml").write_text("output_dir: x")
-    refused(capsys, run("--config", str(config)), "holds something else than a comparison")
+    (tmp_path / "out" / "config.yaml").write_text("worlds: {a: {}}")
+    refused(capsys, run("--config", str(config)), "is not empty and not a folder of this program")
+    (tmp_path / "out" / "config.yaml").unlink()
+    take_folder(tmp_path / "out", "evaluation")
+    refused(capsys, run("--config", str(config)), "says evaluation, not comparison")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [MARKER]
 
 
 # The whole

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from spin_diffusion.store.folder import MARKER
 from tests.llm.playing import LANGUAGE
 from tests.test_scripts import refused, run
 
@@ -201,7 +202,7 @@ def test_a_plan_before_the_run_stands_beside_what_it_took(settings, tmp_path, ca
     assert run("plan.py", "--config", str(config)) == 0
     printed = capsys.readouterr().out
     assert "for 48 real samples on 1 process, without judges" in printed and "of this machine" in printed
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {MARKER, "plan.json"}
     assert play(tmp_path, settings) == 0
     plan, told = read_json(tmp_path / "out" / "plan.json"), read_results(tmp_path / "out" / "results.json")["ledger"]
     planned = {(entry["round"], phase): entry[phase] for entry in plan["rounds"] for phase in entry if phase != "round"}

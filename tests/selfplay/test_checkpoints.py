@@ -20,7 +20,7 @@ def folder(tmp_path) -> Path:
     for name in (
         "checkpoint-9",
         "checkpoint-10",
-        "checkpoint-11.part",
+        "checkpoint-11.spin-part",
         "anchor",
         "healthy",
         "unet",
@@ -41,9 +41,20 @@ def test_the_newest_whole_checkpoint_is_taken_up_or_the_one_that_is_named(folder
     assert _newest_checkpoint(folder / "unet", "latest") is None
 
 
-def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays(folder):
+def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays_but_what_is_its_users(folder):
+    written = [folder / "checkpoint-9", folder / "checkpoint-10", folder / "anchor", folder / "healthy" / "20"]
+    for path in written:
+        (path / "deep").mkdir(parents=True)
+        (path / "deep" / "weights").write_text("")
+        write_json(path / "hashes.json", file_hashes([path], path))
+    (folder / "checkpoint-9" / "notes.txt").write_text("mine")
+    (folder / "healthy" / "notes").mkdir()
+    (folder / "healthy" / "notes" / "mine").write_text("mine")
     remove_checkpoints(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-11.part", "checkpoint-notes", "unet"]
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [
+        "checkpoint-11.spin-part", "checkpoint-9", "checkpoint-9/notes.txt", "checkpoint-notes", "healthy",
+        "healthy/notes", "healthy/notes/mine", "unet",
+    ]  # fmt: skip
 
 
 def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
@@ -59,7 +70,7 @@ def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
         trainee.ema.shadow_params, average.weights = [torch.tensor([step])], [torch.tensor([-step])]
         snapshots.take(step)
     assert sorted(int(path.name) for path in (tmp_path / "healthy").iterdir()) == [0, 40, 60, 80]
-    assert done == [word for step in (0, 20, 40, 60, 80) for word in ("gathered", f"saved {step}")]
+    assert done == [word for step in (0, 20, 40, 60, 80) for word in ("gathered", f"saved {step}.spin-part")]
     done.clear()
     assert snapshots.go_back(before=79) == 60 and done == ["restored 60", "scattered"]
     assert (trainee.ema.shadow_params[0].item(), average.weights[0].item()) == (60, -60)

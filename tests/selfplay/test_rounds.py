@@ -175,7 +175,7 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_one(sdxl_dir, tmp_p
 
     def dying(trainee, directory):
         there.append(sorted(path.name for path in directory.parent.glob("checkpoint-?")))
-        if directory.name == "checkpoint-3.part":
+        if directory.name == "checkpoint-3.spin-part":
             raise Killed
         save(trainee, directory)
 
@@ -276,12 +276,12 @@ def test_a_half_drawn_set_of_samples_is_completed_not_drawn_again(copied, unbrok
 
 
 def test_what_a_killed_process_left_half_done_is_put_right_first(copied, unbroken, sdxl_dir):
-    (copied / "unet").rename(copied / "unet.old")  # killed between the two renames that replace a folder
-    (copied / "round-2" / "unet.part").mkdir()
-    (copied / "round-2" / "metrics.jsonl.part").write_text("half")
+    (copied / "unet").rename(copied / "unet.spin-old")  # killed between the two renames that replace a folder
+    (copied / "round-2" / "unet.spin-part").mkdir()
+    (copied / "round-2" / "metrics.jsonl.spin-part").write_text("half")
     play_all(sdxl_dir, copied)
     assert final_hashes(copied) == final_hashes(unbroken)
-    assert not [path for pattern in ("*.old", "*.part") for path in copied.rglob(pattern)]
+    assert not [path for pattern in ("*.spin-old", "*.spin-part") for path in copied.rglob(pattern)]
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "trainer.json"])

@@ -1,12 +1,14 @@
 """The run folder: seeds, hashes, atomic writes."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import run_dir
+from spin_diffusion.store.folder import MARKER
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
@@ -60,24 +62,126 @@ def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, killed_a
 
 
 def test_settling_removes_parts_and_gives_a_replaced_folder_back(tmp_path):
-    (tmp_path / "deep" / "a.parquet.part").parent.mkdir()
-    (tmp_path / "deep" / "a.parquet.part").write_text("half")
-    (tmp_path / "unet.part").mkdir()
-    (tmp_path / "unet.old").mkdir()  # killed between the two renames of a replacement
-    (tmp_path / "unet.old" / "weights").write_text("good")
+    (tmp_path / "deep" / "a.parquet.spin-part").parent.mkdir()
+    (tmp_path / "deep" / "a.parquet.spin-part").write_text("half")
+    (tmp_path / "unet.spin-part").mkdir()
+    (tmp_path / "unet.spin-old").mkdir()  # killed between the two renames of a replacement
+    (tmp_path / "unet.spin-old" / "weights").write_text("good")
     run_dir.settle(tmp_path)
     assert (tmp_path / "unet" / "weights").read_text() == "good"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "unet", "weights"]
+
+
+def test_settling_touches_no_name_of_the_users_and_follows_no_link(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "out"
+    for kept in (
+        folder / "notes.old", folder / "unet.old" / "weights", folder / "unet" / "weights", folder / "x.part",
+        folder / "deep" / "download.part", folder / "spin-old" / "a", folder / "other" / MARKER,
+        folder / "other" / "a.spin-part", elsewhere / "a.spin-part", elsewhere / "b.spin-old" / "c",
+    ):  # fmt: skip
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("mine")
+    for link in ("link", "link.old", "link.part", "link.spin-part", "new.spin-old"):
+        (folder / link).symlink_to(elsewhere)
+    (folder / "new").mkdir()
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    run_dir.settle(folder)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+    assert sorted(path.name for path in folder.iterdir() if path.is_symlink()) == ["link", "link.old", "link.part"]
 
 
 def test_a_folder_replaces_a_folder_whole(tmp_path):
     for content in ("one", "two"):
         part = run_dir.part_of(tmp_path / "unet")
         part.mkdir()
-        (part / content).write_text(content)
+        (part / "weights").write_text(content)
         run_dir.commit(tmp_path / "unet")
-    assert [path.name for path in (tmp_path / "unet").iterdir()] == ["two"]
+    assert [path.read_text() for path in (tmp_path / "unet").iterdir()] == ["two"]
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def replace_folder(folder: Path) -> None:
+    """A new `unet` in place of one that its user put notes into."""
+    run_dir.settle(folder)
+    part = run_dir.part_of(folder / "unet")
+    part.mkdir()
+    (part / "weights").write_text("new")
+    run_dir.commit(folder / "unet")
+
+
+def test_what_a_user_put_into_a_folder_outlives_its_replacement_whenever_it_is_killed(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dying(real, at, calls):
+        def call(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == at:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    for at in range(1, 40):
+        folder, calls = tmp_path / str(at), []
+        (folder / "unet" / "deep").mkdir(parents=True)
+        (folder / "unet" / "weights").write_text("old")
+        for name in ("notes.txt", "deep/notes.txt"):
+            (folder / "unet" / name).write_text("mine")
+        (folder / "unet" / "link").symlink_to(tmp_path)
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rmdir", "unlink", "mkdir", "fsync"):
+                patch.setattr(os, name, dying(getattr(os, name), at, calls))
+            try:
+                replace_folder(folder)
+            except Killed:
+                pass
+        killed = len(calls) >= at
+        replace_folder(folder)
+        assert (folder / "unet" / "weights").read_text() == "new" and (folder / "unet" / "link").is_symlink()
+        assert [(folder / "unet" / name).read_text() for name in ("notes.txt", "deep/notes.txt")] == ["mine", "mine"]
+        assert [path.name for path in folder.iterdir()] == ["unet"]
+        if not killed:
+            assert at > 8
+            return
+    raise AssertionError("there are more points than were tried")
+
+
+def test_a_linked_folder_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unet").symlink_to(tmp_path / "elsewhere")
+    replace_folder(tmp_path / "out")
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "mine"
+    assert (tmp_path / "out" / "unet" / "weights").read_text() == "new" and not (tmp_path / "out" / "unet").is_symlink()
+
+
+def test_a_folder_does_not_replace_a_file_nor_a_file_a_folder(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.html" / "mine").write_text("mine")
+    (tmp_path / "unet").write_text("mine")
+    with pytest.raises(InputError, match="report.html is a folder, and a file is to be written there: move it away"):
+        run_dir.write_json(tmp_path / "report.html", {})
+    with pytest.raises(InputError, match="unet is a file, and a folder is to be written there: move it away"):
+        replace_folder(tmp_path)
+    assert (tmp_path / "report.html" / "mine").read_text() == (tmp_path / "unet").read_text() == "mine"
+
+
+def test_only_files_that_are_named_are_removed(tmp_path):
+    folder = tmp_path / "encoded"
+    for name in ("00000-of-00002.parquet", "0/00001-of-00002.safetensors", "1/notes.txt", "1/1-of-2.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "link").symlink_to(folder / "1")
+    run_dir.remove_files(folder, run_dir.is_shard)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [
+        "1", "1/1-of-2.parquet", "1/notes.txt", "link",
+    ]  # fmt: skip
+    (tmp_path / "linked").symlink_to(folder)
+    for name in ("linked", "encoded", "absent"):
+        run_dir.remove_files(tmp_path / name, lambda name: True)
+        assert folder.is_dir() == (name == "linked")
 
 
 def test_rows_come_back_with_their_metadata_and_damage_is_found(tmp_path):
@@ -122,7 +226,7 @@ def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_wr
     run_dir.write_shared_tensors(path, tensors, "a key")
     synced, named = events[::2], events[1::2]
     assert len(set(synced)) == len(set(named)) == 2 and path.stat().st_ino == synced[0]
-    assert all(name.endswith(".part") for name in named) and [found.name for found in path.parent.iterdir()] == [
+    assert all(name.endswith(".spin-part") for name in named) and [found.name for found in path.parent.iterdir()] == [
         path.name
     ]
 

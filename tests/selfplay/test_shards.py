@@ -104,8 +104,8 @@ def test_the_real_samples_are_there_only_with_what_was_left_out_of_them(tmp_path
         commit(path)
 
     monkeypatch.setattr(samples, "commit", seen)
-    (tmp_path / "samples.part").mkdir()  # as a kill left it
-    (tmp_path / "samples.part" / "00007.parquet").write_text("half")
+    (tmp_path / "samples.spin-part").mkdir()  # as a kill left it
+    (tmp_path / "samples.spin-part" / "00007.parquet").write_text("half")
     game = create_autospec(Game, instance=True)
     game.encode.side_effect = lambda rows: {"x": torch.ones(len(rows))}
     rows = [{"id": f"{i}", "image": b"a"} for i in range(7)]

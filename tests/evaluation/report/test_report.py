@@ -204,7 +204,7 @@ def test_equal_input_gives_equal_bytes_wherever_it_lies(whole: Path, tmp_path: P
     other = write_report(tmp_path / "elsewhere", tmp_path / "deeper" / "page.html")
     assert other == tmp_path / "deeper" / "page.html"
     assert other.read_bytes() == (whole / "report.html").read_bytes()
-    assert not list((tmp_path / "deeper").glob("*.part"))
+    assert not list((tmp_path / "deeper").glob("*.spin-part"))
 
 
 def test_the_page_runs_nothing_but_its_own_script(page: Parsed) -> None:

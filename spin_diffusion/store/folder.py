@@ -1,0 +1,205 @@
+"""Whose a folder is: a marker file names the program that writes there, and its lock keeps a second command out.
+
+A folder without the marker is somebody else's, and nothing in it is ever written, replaced or removed. The marker is
+written first, into a folder that is absent or empty, and is never replaced: whoever deletes it takes the folder back.
+"""
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.text import printable
+
+MARKER = ".spin-diffusion.json"
+FORMAT = 1
+"""Of what the marker says and of the files beside it; a folder of another one is refused."""
+
+_OF_NOBODY = {".DS_Store", ".gitignore", ".gitkeep", ".keep", "Thumbs.db", "desktop.ini", "lost+found"}
+"""Names that systems leave in an empty folder; they are not touched."""
+_held: dict[Path, int] = {}
+"""Folders that are this process's until it ends, and the open markers by whose locks they are."""
+_unlocked: set[Path] = set()
+"""Folders of which was said that they cannot be locked."""
+
+
+def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool:
+    """Refuse a folder that is not this program's; nothing is written.
+
+    Args:
+        program: what writes into it, in words: "image training".
+        flag: that the folder was given with.
+
+    Returns:
+        Whether it is this program's already; otherwise it is absent or empty.
+
+    Raises:
+        InputError: it holds something else, is another program's, or is no folder.
+    """
+    where = f"{flag} {printable(folder)}"
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise InputError(f"{where} is a link to nowhere: give another") from None
+        return False
+    except NotADirectoryError:
+        raise InputError(f"{where} is a file, or below one, and cannot be made: give a folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unusable(folder, flag, error) from None
+    strangers = {name for name in names - _OF_NOBODY - {MARKER} if not name.startswith(".nfs")}
+    if MARKER in names:
+        said = _read(folder / MARKER)
+        if not said and not strangers:
+            return False  # killed, or on a full disk, after the marker was made and before it said something
+        _check_marker(said, program, where)
+        return True
+    if strangers:
+        raise InputError(
+            f"{where} is not empty and not a folder of this program, or one of an earlier version (it has no {MARKER}):"
+            " give another"
+        )
+    return False
+
+
+def _read(marker: Path) -> dict[str, Any]:
+    """What a marker says; nothing, if it is damaged."""
+    text = read_bytes(marker, at_most=10_000)
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _check_marker(said: dict[str, Any], program: str, where: str) -> None:
+    owner, version = said.get("program"), said.get("format")
+    if owner != program:
+        raise InputError(
+            f"{where} is not this program's folder ({MARKER} says {printable(owner)}, not {program}): give another"
+        )
+    if version != FORMAT:
+        raise InputError(
+            f"{where} is of another version of this program (format {printable(version)}, this one has {FORMAT}): "
+            "go on with that version, or give another"
+        )
+
+
+def take_folder(folder: Path, program: str, flag: str = "--output_dir", wait: bool = False) -> None:
+    """Make a folder this program's, and keep other commands out of it until this process ends or `release`s it.
+
+    Args:
+        wait: for the end of another command that works there, instead of refusing.
+
+    Raises:
+        InputError: as `check_folder`; another command works there; it cannot be written.
+    """
+    check_folder(folder, program, flag)
+    if _holds(folder):
+        return
+    with _marker(folder, flag) as descriptor:
+        locked = _lock(folder, descriptor, flag, wait)
+        if not check_folder(folder, program, flag):  # again: only now it is this command's alone
+            _write(descriptor, program)
+        if locked:
+            _held[folder.resolve()] = os.dup(descriptor)
+
+
+def take_marked(folder: Path, flag: str) -> None:
+    """Keep other commands out of a folder of this program, whichever of its programs wrote it.
+
+    Args:
+        flag: that names another place to write to.
+
+    Raises:
+        InputError: as `take_folder`; it has no marker.
+    """
+    if not (folder / MARKER).is_file():
+        raise InputError(f"{printable(folder)} is not a folder of this program (it has no {MARKER}), and nothing is "
+                         f"written into it: give {flag}")  # fmt: skip
+    take_folder(folder, str(_read(folder / MARKER).get("program")), flag)
+
+
+def share_folder(folder: Path, program: str, flag: str) -> None:
+    """Make a folder this program's, in which other commands may work at the same time."""
+    with _marker(folder, flag) as descriptor:
+        _lock(folder, descriptor, flag, wait=True)
+        if not check_folder(folder, program, flag):
+            _write(descriptor, program)
+
+
+def release(folder: Path) -> None:
+    """Let other commands into a folder again."""
+    descriptor = _held.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _holds(folder: Path) -> bool:
+    """Whether this process has the folder, and not one that was deleted and made anew."""
+    descriptor = _held.get(folder.resolve())
+    if descriptor is None:
+        return False
+    if _is_file(descriptor, folder / MARKER):
+        return True
+    release(folder)
+    return False
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+@contextmanager
+def _marker(folder: Path, flag: str) -> Iterator[int]:
+    """The marker, opened for writing; made if the folder, or it, is not there."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / MARKER, flags, 0o666)
+    except (OSError, ValueError) as error:
+        raise _unusable(folder, flag, error) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{flag} {printable(folder)}: its {MARKER} is not a file: give another")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int, flag: str, wait: bool) -> bool:
+    """Whether the file system has locks; InputError when another process has this one."""
+    busy = InputError(f"another command works in {printable(folder)}: wait for its end, or give another {flag}")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise busy from None
+    except OSError as error:
+        if folder.resolve() not in _unlocked:
+            told = f"this file system has no locks ({error.strerror}): do not start the command twice"
+            print(f"{printable(folder)}: {told}", flush=True)
+        _unlocked.add(folder.resolve())
+        return False
+    if not _is_file(descriptor, folder / MARKER):  # deleted since it was opened
+        raise busy
+    return True
+
+
+def _write(descriptor: int, program: str) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, (json.dumps({"program": program, "format": FORMAT}) + "\n").encode(), 0)
+    os.fsync(descriptor)
+
+
+def _unusable(folder: Path, flag: str, error: Exception) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return InputError(f"{flag} {printable(folder)} cannot be made or written ({reason}): give another")

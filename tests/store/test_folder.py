@@ -1,0 +1,194 @@
+"""Whose a folder is, and who works in it."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.folder import MARKER, check_folder, release, share_folder, take_folder, take_marked
+
+PROGRAM = "evaluation"
+
+
+def left_alone(folder: Path, words: str, program: str = PROGRAM) -> None:
+    """The folder is refused in a line, and every byte of it stays."""
+
+    def state() -> dict[Path, object]:
+        return {
+            path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.parent.rglob("*")
+        }
+
+    before = state()
+    for refuse in (check_folder, take_folder):
+        with pytest.raises(InputError, match=words) as raised:
+            refuse(folder, program)
+        assert "\n" not in str(raised.value)
+    assert state() == before
+
+
+@pytest.mark.parametrize("there", [[], [".DS_Store", ".gitkeep", "lost+found", ".nfs0001"]])
+def test_an_absent_or_empty_folder_is_taken_and_is_this_programs_from_then_on(tmp_path, there):
+    folder = tmp_path / "deep" / "out"
+    if there:
+        folder.mkdir(parents=True)
+        for name in there:
+            (folder / name).touch()
+    assert not check_folder(folder, PROGRAM) and folder.exists() == bool(there)
+    take_folder(folder, PROGRAM)
+    assert json.loads((folder / MARKER).read_text()) == {"program": PROGRAM, "format": 1}
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*there, MARKER])
+    (folder / "mine").touch()
+    assert check_folder(folder, PROGRAM)
+    take_folder(folder, PROGRAM)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "data/x", "base/x", "plan.json", ".git/HEAD", ".env"])
+def test_somebodys_folder_is_left_alone(tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    left_alone(tmp_path / "out", "out is not empty and not a folder of this program, or one of an earlier version")
+
+
+def test_a_folder_of_another_program_or_format_is_left_alone(tmp_path):
+    take_folder(tmp_path / "out", "comparison")
+    left_alone(tmp_path / "out", f"out is not this program's folder .{MARKER} says comparison, not evaluation.")
+    (tmp_path / "out" / MARKER).write_text(json.dumps({"program": PROGRAM, "format": 2}))
+    left_alone(tmp_path / "out", "is of another version of this program .format 2, this one has 1.")
+
+
+@pytest.mark.parametrize("said", ["", "{", "[]", "null", "{}", '{"program": ["evaluation"]}', "\0\1", "{" * 5000])
+def test_a_damaged_marker_makes_no_folder_of_ours(tmp_path, said):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text(said)
+    (tmp_path / "out" / "mine").write_text("mine")
+    left_alone(tmp_path / "out", "out is not this program's folder")
+
+
+@pytest.mark.parametrize("said", ["", '{"prog'])
+def test_a_command_killed_while_it_took_a_folder_takes_it_again(tmp_path, said):
+    (tmp_path / MARKER).write_text(said)
+    take_folder(tmp_path, PROGRAM)
+    assert check_folder(tmp_path, PROGRAM)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a pipe", "link to nowhere"])
+def test_a_marker_that_is_no_file_is_refused_without_waiting(tmp_path, kind):
+    marker = tmp_path / "out" / MARKER
+    marker.parent.mkdir()
+    if kind == "folder":
+        marker.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(marker)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        marker.symlink_to(tmp_path / ("pipe" if kind == "link to a pipe" else "nowhere"))
+    with pytest.raises(InputError, match=MARKER):
+        take_folder(marker.parent, PROGRAM)
+
+
+def test_what_cannot_be_a_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / "link", tmp_path / ("x" * 300),
+                 tmp_path / "a\0b", tmp_path / "\udce9" / ("x" * 300)):  # fmt: skip
+        with pytest.raises(InputError, match="--here .*: give") as raised:
+            take_folder(path, PROGRAM, "--here")
+        str(raised.value).encode()
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO])
+def test_a_folder_that_may_not_be_written_is_said(tmp_path, monkeypatch, reason):
+    def denied(*args, **kwargs):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(InputError, match=f"cannot be made or written .{os.strerror(reason)}.: give another"):
+        take_folder(tmp_path / "out", PROGRAM)
+
+
+# One command at a time
+
+
+def take_elsewhere(folder: Path, wait: bool = False) -> subprocess.Popen:
+    """Another process that takes the folder, says so, and holds it until its input ends."""
+    command = (
+        "import sys; from pathlib import Path; from spin_diffusion.store.folder import take_folder\n"
+        f"take_folder(Path({str(folder)!r}), {PROGRAM!r}, wait={wait})\n"
+        "print('taken', flush=True); sys.stdin.read()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_command_is_refused_or_waits_until_the_first_has_ended(tmp_path):
+    folder = tmp_path / "out"
+    take_folder(folder, PROGRAM)
+    take_folder(tmp_path / "out" / ".." / "out", PROGRAM)  # it is this process's own
+    refused = take_elsewhere(folder)
+    assert "another command works in" in refused.communicate()[1] and refused.returncode == 1
+    waiting = take_elsewhere(folder, wait=True)
+    release(folder)
+    assert waiting.stdout.readline() == "taken\n"
+    with pytest.raises(InputError, match="another command works in .*out: wait for its end, or give another --output"):
+        take_folder(folder, PROGRAM)
+    waiting.kill()
+    waiting.wait()
+    take_folder(folder, PROGRAM)
+
+
+def test_a_folder_whose_marker_was_deleted_is_nobodys(tmp_path):
+    folder = tmp_path / "out"
+    take_folder(folder, PROGRAM)
+    (folder / "results.json").write_text("")
+    (folder / MARKER).unlink()
+    left_alone(folder, "is not empty")
+    shutil.rmtree(folder)
+    take_folder(folder, PROGRAM)  # the lock that this process has is of the folder that is gone
+    refused = take_elsewhere(folder)
+    assert "another command works in" in refused.communicate()[1]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EINVAL])
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, reason):
+    def lockless(descriptor, operation):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", lockless)
+    take_folder(tmp_path / "out", PROGRAM)
+    take_folder(tmp_path / "out", PROGRAM)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].endswith("do not start the command twice") and "has no locks" in said[0]
+    assert check_folder(tmp_path / "out", PROGRAM)
+
+
+def test_a_shared_folder_is_marked_and_not_kept(tmp_path):
+    share_folder(tmp_path / "shared", "store of encodings", "--encodings_dir")
+    share_folder(tmp_path / "shared", "store of encodings", "--encodings_dir")
+    take_folder(tmp_path / "shared", "store of encodings")
+    release(tmp_path / "shared")
+    with pytest.raises(InputError, match="--encodings_dir .*says store of encodings, not another"):
+        share_folder(tmp_path / "shared", "another", "--encodings_dir")
+
+
+def test_a_folder_of_any_program_can_be_taken_by_its_marker(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine is not a folder of this program .*: give --output"):
+        take_marked(tmp_path / "mine", "--output")
+    take_folder(tmp_path / "out", PROGRAM)
+    release(tmp_path / "out")
+    take_marked(tmp_path / "out", "--output")
+    assert "another command works in" in take_elsewhere(tmp_path / "out").communicate()[1]
