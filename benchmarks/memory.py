@@ -81,6 +81,9 @@ def _image(number: int) -> bytes:
 class Numbers:
     """The part of a game that preparing needs."""
 
+    def encoder_hash(self) -> str:
+        return "zeros"
+
     def encode(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {"latents": torch.zeros(len(rows), 16, dtype=torch.float16)}
 

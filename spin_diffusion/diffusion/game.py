@@ -46,6 +46,7 @@ from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 
 
@@ -111,7 +112,7 @@ class DiffusionGame:
                 module.requires_grad_(False).eval().to(accelerator.device)
         self.prompts = Prompts(family, pipeline, accelerator.autocast)
         self.shared_latents = shared_latents
-        self.vae_hash = vae_hash(pipeline.vae) if shared_latents is not None else ""
+        self.vae_hash = vae_hash(pipeline.vae)
 
         self._prepare_questions()
         self._seat_models(lora, gradient_checkpointing)
@@ -246,6 +247,11 @@ class DiffusionGame:
                 kinds = [self.sizes.index(size_of(row, prefix)) for row in rows]
                 encoded[f"{prefix}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
         return encoded
+
+    def encoder_hash(self) -> str:
+        """Of the VAE, and of what becomes of an image before it is encoded."""
+        images = {name: value for name, value in asdict(self.images).items() if name != "vae_encode_batch_size"}
+        return key_of(vae=self.vae_hash, images=images, sizes=self.sizes)
 
     @property
     def _cells(self) -> int:

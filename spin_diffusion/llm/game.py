@@ -34,6 +34,7 @@ from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.keys import key_of
 
 PLAYER, OPPONENT = "player", "opponent"
 """Adapters on one base."""
@@ -147,6 +148,10 @@ class LanguageGame:
             encoded[f"{prefix}begin"] = torch.tensor([len(row["prompt_ids"]) for row in rows], dtype=torch.int32)
             encoded[f"{prefix}end"] = torch.tensor([len(ids) for ids in whole], dtype=torch.int32)
         return encoded
+
+    def encoder_hash(self) -> str:
+        """A constant: the rows hold the tokens, and nothing else decides how they are laid out."""
+        return key_of(encoder="tokens")
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """log p(answer | prompt) of each row, (rows,) nats, by the forward pass that trains, not by the sampler."""

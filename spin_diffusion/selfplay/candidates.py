@@ -16,9 +16,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.run_dir import read_rows, rows_metadata, seed_from, write_rows
+from spin_diffusion.selfplay.run_dir import file_hash, is_built, read_rows, seed_from, write_rows
 from spin_diffusion.selfplay.shards import rows_in, shards
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.keys import KEY, key_of
 
 CHOICES = "choices"
 
@@ -105,15 +106,17 @@ def judge_shards(
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
 ) -> None:
-    """For each shard of samples in `source` let one process write one shard of choices; finished ones stay.
+    """For each shard of samples in `source` let one process write one shard of choices; those of these samples and
+    this judge stay.
 
     A shard is judged whole by one process, so the choices do not depend on how many there are.
     """
     done = 0
     for path in shared_out(shards(source, ".parquet"), accelerator):
         out = target / path.name
-        if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
-            write_rows(out, choose(read_rows(path), judge), metadata)
+        key = key_of(samples=file_hash(path), **metadata)
+        if not is_built(out, key):
+            write_rows(out, choose(read_rows(path), judge), metadata | {KEY: key})
         done += rows_in(path)
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()

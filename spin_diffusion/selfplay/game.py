@@ -102,6 +102,10 @@ class Game(Protocol):
         """Stored samples -> the tensors that `scores` needs of them, first axis = row."""
         ...
 
+    def encoder_hash(self) -> str:
+        """Hash of all that decides what `encode` makes of stored samples: weights of its own, and settings."""
+        ...
+
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
         ...

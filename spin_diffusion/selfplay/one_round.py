@@ -31,12 +31,14 @@ from spin_diffusion.selfplay.run_dir import (
     commit,
     file_hashes,
     is_shard,
+    is_whole,
     part_of,
     read_json,
     read_rows,
     remove_files,
     seed_from,
     verify_hashes,
+    write_file,
     write_json,
 )
 from spin_diffusion.selfplay.samples import data_manifest
@@ -345,6 +347,7 @@ class Round:
                 if self.candidates is not None:
                     choices = samples.folder / CHOICES
                     wanted["rows_of"] = lambda path, choices=choices: chosen_samples(path, choices / path.name)
+                    wanted["beside"] = choices
                 encoded += encode_shards(
                     samples.folder / SAMPLES, samples.folder / ENCODED, self.game, self.accelerator,
                     self.table.progress.phase(f"{samples.title}: encode", self._num_drawn(samples)), **wanted,
@@ -606,6 +609,18 @@ class Round:
                 shutil.copytree(path, part_of(target), dirs_exist_ok=True)
                 commit(target)
         return {"decision": "promoted"}
+
+    def mend_copy(self) -> None:
+        """Copy anew what was damaged or removed of this round's player where users load it, beside the rounds."""
+        if self.accelerator.is_main_process:
+            saved, below = self._saved_names(), self.table.output_dir
+            for name, digest in self.record["files"].items():
+                source, target = below / name, below.joinpath(*Path(name).parts[1:])
+                if Path(name).parts[1] not in saved or is_whole(target, digest):
+                    continue
+                print(f"{target} is not what round {self.k} saved (damaged, or removed): it is copied anew")
+                write_file(target, lambda part, source=source: shutil.copyfile(source, part))
+        self.accelerator.wait_for_everyone()
 
     def _saved_names(self) -> list[str]:
         """Top-level names in the round's folder that `game.save` wrote."""

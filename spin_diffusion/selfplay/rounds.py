@@ -68,10 +68,15 @@ def play(
         run_dir,
     )
     records: list[dict[str, Any]] = []
+    last: Round | None = None
     for k in range(1, rounds.rounds + 1):
         promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-        records.append(Round(table, k, promoted).run())
+        round_ = Round(table, k, promoted)
+        records.append(round_.run())
+        last = round_ if records[-1]["state"] == "PROMOTED" else last
         if records[-1].get("learnt"):
             accelerator.print(f"The run ends with round {k}: {records[-1]['rejected_because']}")
             break
+    if last is not None:
+        last.mend_copy()
     return records

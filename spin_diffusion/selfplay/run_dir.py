@@ -256,6 +256,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_whole(path: Path, digest: str) -> bool:
+    """Whether a file is there with this SHA-256."""
+    return path.is_file() and file_hash(path) == digest
+
+
 def file_hashes(paths: Iterable[Path], below: Path) -> dict[str, str]:
     """SHA-256 of every file, and of every file in every folder, by its path relative to `below`."""
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]

@@ -36,7 +36,7 @@ def prepare(
     progress: Progress | None = None,
     report: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Write the real samples as shards with their encodings and return their manifest.
+    """Write the real samples as shards with their encodings and return their manifest; what is there and whole stays.
 
     Args:
         rows: reads the source from the beginning; only the main process calls it.
@@ -44,22 +44,15 @@ def prepare(
         report: what was left out of the source and why, asked once `rows` is exhausted.
     """
     progress = progress or Progress()
-    manifest_path = directory / "manifest.json"
-    if manifest_path.is_file():
-        manifest = data_manifest(directory)
-        if manifest["settings"] != settings:
-            changed = [key for key in settings if manifest["settings"].get(key) != settings[key]]
-            raise InputError(
-                f"{directory} was prepared with other settings ({', '.join(changed)}): restore them, or start in "
-                "another --output_dir"
-            )
-        if accelerator.is_main_process:
-            verify_hashes(manifest["files"], directory)
-        accelerator.wait_for_everyone()
-        return manifest
-    part = part_of(directory / "samples")
+    settings = settings | {"encoder": game.encoder_hash()}
+    begun = data_manifest(directory) if (directory / "manifest.json").is_file() else None
+    if begun is not None and begun["settings"] != settings:
+        raise InputError(_differs(directory, begun["settings"], settings))
     if accelerator.is_main_process:
-        if not ((directory / "left_out.json").is_file() and (directory / "samples").is_dir()):
+        if begun is not None:
+            verify_hashes({name: digest for name, digest in begun["files"].items() if _is_sample(name)}, directory)
+        elif not ((directory / "left_out.json").is_file() and (directory / "samples").is_dir()):
+            part = part_of(directory / "samples")
             shutil.rmtree(part, ignore_errors=True)
             remove_files(directory, is_shard)  # of a command with other settings
             left_out = _write_real(part, rows(), rows_per_shard, report, progress)
@@ -73,17 +66,19 @@ def prepare(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = file_hashes([directory / "samples", directory / ENCODED], directory)
-        drawn = {name: digest for name, digest in files.items() if name.startswith("samples/")}
-        write_json(
-            manifest_path,
-            {
-                "rows": total,
-                "hash": f"{seed_from(*sorted(drawn.values())):016x}",
-                "settings": settings,
-                "left_out": read_json(directory / "left_out.json"),
-                "files": files,
-            },
-        )
+        if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
+            drawn = {name: digest for name, digest in files.items() if _is_sample(name)}
+            left_out = read_json(directory / "left_out.json") if begun is None else begun["left_out"]
+            write_json(
+                directory / "manifest.json",
+                {
+                    "rows": total,
+                    "hash": f"{seed_from(*sorted(drawn.values())):016x}",
+                    "settings": settings,
+                    "left_out": left_out,
+                    "files": files,
+                },
+            )
     accelerator.wait_for_everyone()
     return data_manifest(directory)
 
@@ -92,6 +87,24 @@ def forget_prepared(directory: Path) -> None:
     """Let `prepare` write the real samples of a folder anew."""
     for name in ("manifest.json", "left_out.json"):
         (directory / name).unlink(missing_ok=True)
+
+
+def _is_sample(name: str) -> bool:
+    """Whether a file of the manifest holds samples, not their encodings."""
+    return name.startswith("samples/")
+
+
+def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [key for key in new if old.get(key) != new[key]]
+    if changed == ["encoder"]:
+        return (
+            f"{directory} was encoded by other weights or settings (of a VAE, say) than this command has: restore "
+            "them, or start in another --output_dir"
+        )
+    return (
+        f"{directory} was prepared with other settings ({', '.join(changed)}): restore them, or start in another "
+        "--output_dir"
+    )
 
 
 def _write_real(

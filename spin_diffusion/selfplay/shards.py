@@ -19,14 +19,16 @@ from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.run_dir import (
+    file_hash,
+    is_built,
     read_rows,
     read_tensors,
     rows_metadata,
-    tensors_metadata,
     write_rows,
     write_tensors,
 )
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.keys import KEY, key_of
 
 T = TypeVar("T")
 ENCODED = "encoded"
@@ -81,22 +83,28 @@ def draw_shards(
     Args:
         ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
         draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
+        metadata: all that decides the samples, beside the shard's own rows.
     """
     done = made = 0
+    key = key_of(**metadata)
+
+    def kept_of(out: Path) -> Path:
+        return target.parent / KEPT / f"{out.stem}.safetensors"
 
     def write(out: Path, drawn: list[Row]) -> None:
-        kept = [row.pop(KEPT) for row in drawn if KEPT in row]
+        kept, with_kept = [row.pop(KEPT) for row in drawn if KEPT in row], {}
         if kept:  # before the rows, whose file says that the shard is complete
             tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
-            write_tensors(target.parent / KEPT / f"{out.stem}.safetensors", tensors, {})
-        write_rows(out, drawn, metadata)
+            write_tensors(kept_of(out), tensors, {KEY: key})
+            with_kept = {KEPT: "yes"}
+        write_rows(out, drawn, metadata | with_kept | {KEY: key})
 
     # A shard is written while the next one is drawn: two are in memory at most
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         for path in shared_out(shards(source / "samples", ".parquet"), accelerator):
             out = target / path.name
-            if out.is_file() and metadata.items() <= rows_metadata(out).items():
+            if is_built(out, key) and (KEPT not in rows_metadata(out) or is_built(kept_of(out), key)):
                 done += rows_in(out)
             else:
                 rows, here = ask(read_rows(path, columns=list(columns))), done
@@ -118,10 +126,10 @@ def merge_shards(
     """Shards of the same names in several folders as one folder, each shard's rows in the order of `key`."""
     for path in shared_out(shards(sources[0], ".parquet"), accelerator):
         out = target / path.name
-        if not (out.is_file() and metadata.items() <= rows_metadata(out).items()):
-            write_rows(
-                out, sorted((row for source in sources for row in read_rows(source / path.name)), key=key), metadata
-            )
+        built = key_of(**metadata)
+        if not is_built(out, built):
+            rows = sorted((row for source in sources for row in read_rows(source / path.name)), key=key)
+            write_rows(out, rows, metadata | {KEY: built})
     accelerator.wait_for_everyone()
 
 
@@ -132,20 +140,25 @@ def encode_shards(
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
     rows_of: Callable[[Path], list[Row]] = read_rows,
+    beside: Path | None = None,
 ) -> int:
     """For each shard of samples in `source` let one process write the tensors that scoring needs; how many this one
-    encoded.
+    encoded. What other samples or another encoder left is written anew.
 
     Args:
         rows_of: the rows of a shard that are wanted.
+        beside: folder of files by the shards' names, from which `rows_of` takes which are wanted.
     """
+    encoder = game.encoder_hash()
     done = made = 0
     for path in shared_out(shards(source, ".parquet"), accelerator):
         out = target / f"{path.stem}.safetensors"
-        if not out.is_file():
+        chosen = file_hash(beside / path.name) if beside is not None else None
+        key = key_of(encoder=encoder, samples=file_hash(path), chosen=chosen)
+        if not is_built(out, key):
             rows = rows_of(path)
             made += len(rows)
-            write_tensors(out, game.encode(rows) if rows else {}, {})
+            write_tensors(out, game.encode(rows) if rows else {}, {KEY: key})
         done += rows_in(path)
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
@@ -167,17 +180,18 @@ def score_shards(
     Args:
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
-    done, metadata = 0, {"opponent": opponent}
+    done = 0
     for path in shared_out(shards(source, ".safetensors"), accelerator):
         out = target / path.name
         tensors = {name: tensor[part.places] for name, tensor in of_side(read_tensors(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
-        if not (out.is_file() and tensors_metadata(out) == metadata):
+        key = key_of(opponent=opponent, tensors=file_hash(path), prefix=prefix, part=[part.index, part.of])
+        if not is_built(out, key):
             scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
             assert scores.shape == (rows,) and scores.dtype == torch.float32
             if not scores.isfinite().all():
                 raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
-            write_tensors(out, {"opponent_score": scores.cpu()}, metadata)
+            write_tensors(out, {"opponent_score": scores.cpu()}, {"opponent": opponent, KEY: key})
         done += rows
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
@@ -203,13 +217,17 @@ def score_draws(
         batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
-    metadata, done = {"opponent": opponent}, 0
+    done = 0
     sizes = [(path, len(range(rows_in(path))[part.places])) for path in shards(source, ".parquet")]
     first = itertools.accumulate((rows for _, rows in sizes), initial=0)
     for (path, rows), start_of_shard in shared_out(list(zip(sizes, first, strict=False)), accelerator):
         here = list(range(start_of_shard, start_of_shard + rows))
         outs = [target / side / f"{path.stem}.safetensors" for side in ("real", "generated")]
-        if not all(out.is_file() and tensors_metadata(out) == metadata for out in outs):
+        key = key_of(
+            opponent=opponent, samples=file_hash(path), part=[part.index, part.of], draws=pairs.draws, seed=seed,
+            round=round_, batch=batch_size,
+        )  # fmt: skip
+        if not all(is_built(out, key) for out in outs):
             by_draw = []
             for draw in range(pairs.draws):
                 found = []
@@ -223,7 +241,7 @@ def score_draws(
                 kept = torch.stack(scores, dim=1)
                 if not kept.isfinite().all():
                     raise FloatingPointError(f"{out}: the opponent's score of a sample is not finite; look at it")
-                write_tensors(out, {"opponent_score": kept}, metadata)
+                write_tensors(out, {"opponent_score": kept}, {"opponent": opponent, KEY: key})
         done += rows
         progress(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()

@@ -6,13 +6,15 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
+from spin_diffusion.diffusion.latents import vae_hash
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import one_round as rounds_module
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
 from spin_diffusion.selfplay.trainee import Trainee
-from tests.playing import TRAINING, make_game, play_all
+from tests.playing import TRAINING, make_game, play_all, prepare_data
 
 
 class Killed(BaseException):
@@ -238,7 +240,7 @@ def test_a_round_taken_back_is_played_again_to_the_same_bits(copied, unbroken, s
     "name",
     [
         "round-1/unet/diffusion_pytorch_model.safetensors",
-        "data/encoded/00000-of-00003.safetensors",
+        "data/samples/00000-of-00003.parquet",
         "round-2/samples/00001-of-00003.parquet",
     ],
 )
@@ -248,6 +250,59 @@ def test_a_damaged_file_is_named(name, copied, sdxl_dir):
         file.write(b"\0\1\2\3")
     with pytest.raises(InputError, match=name.split("/")[-1]):
         play_all(sdxl_dir, copied)
+
+
+@pytest.mark.parametrize("harm", ["damaged", "cut", "removed", "folder removed", "another round's"])
+def test_what_a_user_loads_is_mended_before_it_is_announced(harm, copied, unbroken, sdxl_dir, capsys):
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    (copied / "unet" / "notes.txt").write_text("the user's own")
+    if harm == "damaged":
+        weights.write_bytes(whole[:-5] + bytes([whole[-5] ^ 8]) + whole[-4:])
+    elif harm == "cut":
+        weights.write_bytes(whole[:1000])
+    elif harm == "another round's":
+        shutil.copyfile(copied / "round-1" / "unet" / weights.name, weights)
+    else:
+        weights.unlink()
+    if harm == "folder removed":
+        shutil.rmtree(copied / "unet")
+    capsys.readouterr()
+    play_all(sdxl_dir, copied)
+    said = capsys.readouterr().out
+    assert f"{weights} is not what round 2 saved (damaged, or removed): it is copied anew" in said
+    assert ("config.json is not" in said) == (harm == "folder removed")
+    assert final_hashes(copied) == final_hashes(unbroken)
+    assert (copied / "unet" / "notes.txt").exists() == (harm != "folder removed")
+    play_all(sdxl_dir, copied)
+    assert "copied anew" not in capsys.readouterr().out
+
+
+def test_damaged_encodings_of_the_real_samples_are_made_anew(copied, unbroken, sdxl_dir, capsys):
+    path = copied / "data" / "encoded" / "00000-of-00003.safetensors"
+    whole = path.read_bytes()
+    for harmed in (whole[:-5] + bytes([whole[-5] ^ 8]) + whole[-4:], whole[:100], None):
+        path.write_bytes(harmed) if harmed is not None else path.unlink()
+        play_all(sdxl_dir, copied)
+        assert path.read_bytes() == whole
+        assert (f"{path} is damaged: it is made anew" in capsys.readouterr().out) == (harmed is not None)
+
+
+def test_data_that_another_vae_encoded_are_refused_and_half_encoded_ones_are_encoded_anew(sdxl_dir, tmp_path):
+    other = make_game(sdxl_dir)
+    with torch.no_grad():
+        next(other.pipeline.vae.parameters()).add_(1e-2)
+    other.vae_hash = vae_hash(other.pipeline.vae)
+    prepare_data(make_game(sdxl_dir), tmp_path / "data")
+    encoded = tmp_path / "data" / "encoded" / "00000-of-00003.safetensors"
+    first = encoded.read_bytes()
+    with pytest.raises(InputError, match="was encoded by other weights or settings .* than this command has: restore"):
+        prepare_data(other, tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").unlink()  # as a kill in the middle leaves it
+    prepare_data(other, tmp_path / "data")
+    assert encoded.read_bytes() != first
+    prepare_data(other, tmp_path / "alone")
+    assert (tmp_path / "alone" / "encoded" / encoded.name).read_bytes() == encoded.read_bytes()
 
 
 def test_samples_of_another_opponent_are_not_trained_on(copied, sdxl_dir):

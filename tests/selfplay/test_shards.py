@@ -108,6 +108,7 @@ def test_the_real_samples_are_there_only_with_what_was_left_out_of_them(tmp_path
     (tmp_path / "samples.spin-part" / "00007.parquet").write_text("half")
     game = create_autospec(Game, instance=True)
     game.encode.side_effect = lambda rows: {"x": torch.ones(len(rows))}
+    game.encoder_hash.return_value = "an encoder"
     rows = [{"id": f"{i}", "image": b"a"} for i in range(7)]
     manifest = prepare(
         tmp_path, lambda: iter(rows), {"seed": 1}, 3, game, Accelerator(cpu=True), report=lambda: {"x": 2}
