@@ -137,18 +137,32 @@ def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
     if report_to in LoggerType.list()[1:] and LoggerType(report_to) not in get_available_trackers():
         package = f"'spin-diffusion[{report_to}]'" if report_to in ("wandb", "trackio") else report_to
         raise InputError(f"--report_to {report_to}: not installed: pip install {package}, or give another tracker")
+    return make_accelerator(
+        config.training.mixed_precision,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        log_with=report_to,
+        project_dir=str(output_dir / config.run.logging_dir),
+        # One process may read the data while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+
+
+def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+    """Accelerate's, in a precision that the device has; InputError when it has not.
+
+    Args:
+        mixed_precision: None = what the launcher says.
+    """
     try:
         with as_plain_processes():
-            return Accelerator(
-                gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-                mixed_precision=config.training.mixed_precision,
-                log_with=report_to,
-                project_dir=str(output_dir / config.run.logging_dir),
-                # One process may read the data while the others wait
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-            )
+            accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     except (ValueError, ImportError) as error:
         raise InputError(str(error).splitlines()[0]) from error
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise InputError(
+            "--mixed_precision fp16 is computed on a GPU alone, and there is none here, only the CPU: give bf16 or no"
+        )
+    return accelerator
 
 
 def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator) -> None:
@@ -170,19 +184,19 @@ def needs_losers(config: AnyConfig) -> bool:
 
 
 def write_manifest(
-    output_dir: Path, base: str, weights: str, data: dict[str, Any], config: AnyConfig, accelerator: Accelerator,
-    versions: dict[str, str] | None = None,
+    output_dir: Path, base: dict[str, Any], weights: str, data: dict[str, Any], config: AnyConfig,
+    accelerator: Accelerator, versions: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Lineage of the run; a base or a global batch other than the one it was started with is refused.
 
     Args:
-        base, weights: path or hub id, and the hash of its weights.
+        base, weights: the base's identity (`name` is its path or hub id), and the hash of its weights.
         versions: of packages that this run needs beside the usual ones.
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
     content = {
-        "base": {"name": base, "weights": weights},
+        "base": base | {"weights": weights},
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
         "versions": {name: version(name) for name in packages}
@@ -193,8 +207,8 @@ def write_manifest(
         begun = read_json(path)
         if begun["base"]["weights"] != weights:
             raise InputError(
-                f"the weights of {base} are not the ones that this run was started with: restore them, or start in "
-                "another --output_dir"
+                f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "
+                "start in another --output_dir"
             )
         if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
             raise InputError(

@@ -40,7 +40,7 @@ def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
 
     def begin(weights: str = "w", *flags: str) -> None:
         settings = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--train_batch_size", "4"]
-        write_manifest(tmp_path, "base", weights, data, config.parse_config([*settings, *flags]), accelerator)
+        write_manifest(tmp_path, {"name": "base"}, weights, data, config.parse_config([*settings, *flags]), accelerator)
 
     begin()
     written = (tmp_path / "manifest.json").read_bytes()

@@ -7,6 +7,7 @@ CELL/log.txt                                    what the run said
 """
 
 import contextlib
+import copy
 import functools
 import json
 import time
@@ -23,8 +24,11 @@ from diffusers import UNet2DConditionModel
 
 from spin_diffusion.comparing.plan import parsed
 from spin_diffusion.config import Config
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
 from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.lora import load_adapter
+from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.run import run
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.drawing import requests
@@ -210,7 +214,7 @@ def _train(task: Task) -> None:
         return
     AcceleratorState._reset_state(reset_partial_state=True)  # the cell before may have had another precision
     config = config_of(task)
-    run(config, _family_name(str(config.model.pretrained_model_name_or_path)))
+    run(config, _family_name(Base.of_settings(config.flat())))
 
 
 def config_of(task: Task) -> Config:
@@ -223,11 +227,10 @@ def config_of(task: Task) -> Config:
 
 def _score(task: Task, view: View) -> None:
     config = config_of(task)
-    family, pipeline = _pipeline(str(config.model.pretrained_model_name_or_path))
+    family, pipeline = _pipeline(Base.of_settings(config.flat()))
     unet = pipeline.unet
     if view.round:
-        base = str(config.model.pretrained_model_name_or_path)
-        unet = _trained_unet(pipeline, base, Path(task.folder) / "run" / f"round-{view.round}")
+        unet = _trained_unet(pipeline, Path(task.folder) / "run" / f"round-{view.round}")
     prompts = prompt_sets(task.drawing)[view.prompts]
     images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
     rows = requests(prompts, images_per_prompt, task.seed)
@@ -299,19 +302,18 @@ def _is_scored(task: Task, view: View) -> bool:
     return said.get("drawing") == _said(task, view) and said.get("resolved") in (None, _resolved(task))
 
 
-def _trained_unet(pipeline: Any, base: str, folder: Path) -> UNet2DConditionModel:
+def _trained_unet(pipeline: Any, folder: Path) -> UNet2DConditionModel:
     """The UNet that a round saved, or the base's with the adapter that it saved."""
-    adapter = folder / "pytorch_lora_weights.safetensors"
-    if adapter.is_file() and not (folder / "unet").is_dir():
-        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=torch.float32, use_safetensors=True)
-        sampling_pipeline(pipeline, unet, "checkpoint").load_lora_weights(str(folder), weight_name=adapter.name)
+    if (folder / "lora").is_dir():
+        unet = copy.deepcopy(pipeline.unet)
+        load_adapter(sampling_pipeline(pipeline, unet, "checkpoint"), folder / "lora")
     else:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32, use_safetensors=True)
+        unet = load_unet(folder / "unet", str(folder / "unet"))
     return unet.to(pipeline.unet.device, memory_format=torch.channels_last).requires_grad_(False)
 
 
 @functools.lru_cache(maxsize=1)
-def _pipeline(base: str) -> tuple[Any, Any]:
+def _pipeline(base: Base) -> tuple[Any, Any]:
     """The base's pipeline, kept for the next cell of its world."""
     quiet_libraries()
     family, pipeline = load_checkpoint(base)
@@ -328,7 +330,7 @@ def _scorer(spec: str) -> LoadedScorer:
     return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _family_name(base: str) -> str:
+def _family_name(base: Base) -> str:
     family, _ = _pipeline(base)
     return family.__name__.rsplit(".", 1)[-1]
 
@@ -339,7 +341,7 @@ def _family_name(base: str) -> str:
 def unit_costs(task: Task) -> tuple[UnitCosts, bool]:
     """The costs of the networks of a cell's base, and whether its empty prompt needs no embedding."""
     config = config_of(task)
-    family, pipeline = _pipeline(str(config.model.pretrained_model_name_or_path))
+    family, pipeline = _pipeline(Base.of_settings(config.flat()))
     unit = count_units(family, pipeline, config.images.resolution or family.RESOLUTION)
     return unit, bool(pipeline.config.get("force_zeros_for_empty_prompt"))
 

@@ -53,7 +53,9 @@ class Cell:
         """Hash of what it is trained with."""
         kept = {key: value for key, value in self.training.items() if key not in HARMLESS or key == "rounds"}
         if self.method == BASE:
-            kept = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
+            named = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
+            options = ("revision", "variant", "pretrained_vae_model_name_or_path")
+            kept = named | {key: kept[key] for key in options if kept.get(key) is not None}
         else:  # how a step's pairs are split is harmless, their number is not
             given = {key: self.training[key] for key in _SPLIT if key in self.training}
             kept["pairs_per_step"] = pairs_per_step(TrainSettings(**given), 1)

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
+from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.drawing import (
@@ -34,7 +36,7 @@ from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_p
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections, saved_settings
-from spin_diffusion.running import quiet_libraries
+from spin_diffusion.running import make_accelerator, quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
@@ -49,6 +51,12 @@ class EvaluateSettings:
 
     models: list[str] | None = None
     """NAME=PATH_OR_ID of each model: a pipeline (folder or hub id), a round's folder, or a folder of pictures."""
+    revision: str | None = None
+    """Branch, tag or commit of the pipelines that are hub ids; a round takes all that its run was started with."""
+    variant: str | None = None
+    """Variant of the pipelines' weight files, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the pipelines' own."""
     baseline: str | None = None
     """Name of the model that the others are compared with; default: the first."""
     prompts: str | None = None
@@ -117,7 +125,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     output_dir = Path(settings.output_dir)
     sources, prompts, captions = _checked_input(settings, output_dir)
     quiet_libraries()
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = make_accelerator(settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
     if accelerator.is_main_process:
         take_folder(output_dir, PROGRAM)
@@ -220,7 +228,8 @@ def _pictures(
                 lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
             )  # fmt: skip
         role = "baseline" if source is sources[0] else "candidate"
-        models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, source.base, weights))
+        base = str(source.base) if source.base is not None else None
+        models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
     drawer.close()
     return models, protocol
 
@@ -231,7 +240,8 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
         raise InputError("--models is missing: give NAME=PATH_OR_ID for each model")
     if not settings.scorers:
         raise InputError("--scorers is missing: give NAME[=PATH],..., such as pickscore,hps_v2_1,imagereward,clip_h14")
-    sources = [read_source(spec) for spec in settings.models]
+    options = settings.revision, settings.variant, settings.pretrained_vae_model_name_or_path
+    sources = [read_source(spec, *options) for spec in settings.models]
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -299,7 +309,7 @@ class _Drawer:
 
     def __init__(self, settings: EvaluateSettings, accelerator: Accelerator) -> None:
         self.settings, self.accelerator = settings, accelerator
-        self.base: str | None = None
+        self.base: Base | None = None
         self.family: Any = None
         self.pipeline: Any = None
 
@@ -313,18 +323,10 @@ class _Drawer:
         self._load(source)
         unet = self.pipeline.unet
         if source.unet is not None:
-            try:
-                unet = UNet2DConditionModel.from_pretrained(source.unet, dtype=torch.float32, use_safetensors=True)
-            except Exception as error:  # diffusers and safetensors raise dozens of kinds
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise InputError(f"cannot load the UNet {source.unet}: {reason}") from error
+            unet = load_unet(source.unet, str(source.unet))
         if source.lora is not None:
             unet = copy.deepcopy(unet)
-            try:
-                sampling_pipeline(self.pipeline, unet, self.settings.sampler).load_lora_weights(source.lora)
-            except Exception as error:  # peft and diffusers raise dozens of kinds
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                raise InputError(f"cannot load the adapter {source.lora} on {source.base}: {reason}") from error
+            load_adapter(sampling_pipeline(self.pipeline, unet, self.settings.sampler), source.lora)
         digest = weights_hash(unet)
         unet.to(self.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
         pipeline = sampling_pipeline(self.pipeline, unet, self.settings.sampler)
@@ -345,9 +347,10 @@ class _Drawer:
             torch.cuda.empty_cache()
 
     def _load(self, source: ModelSource) -> None:
+        assert source.base is not None
         if self.base != source.base:
             self.close()
-            self.family, self.pipeline = load_checkpoint(str(source.base))
+            self.family, self.pipeline = load_checkpoint(source.base)
             for module in self.pipeline.components.values():
                 if isinstance(module, torch.nn.Module):
                     module.requires_grad_(False).eval().to(self.accelerator.device)

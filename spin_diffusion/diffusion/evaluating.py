@@ -34,8 +34,7 @@ class Evaluator(RunEvaluator):
         accelerator: Accelerator,
         progress: Progress,
     ) -> None:
-        base = str(config.model.pretrained_model_name_or_path)
-        super().__init__(config, game, base, output_dir, accelerator, progress)
+        super().__init__(config, game, str(game.base), output_dir, accelerator, progress)
         self.saved = game.saved
         self.active, self.specs = prompts is not None, config.evaluation.scorers or []
         self.evaluation: RunEvaluation | None = None

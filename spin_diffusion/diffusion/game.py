@@ -22,12 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size
 from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
-from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters
+from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, load_adapter
 from spin_diffusion.diffusion.noising import read_noising
+from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import Prompts
 from spin_diffusion.diffusion.questions import Question, Questions
 from spin_diffusion.diffusion.sampling import SAMPLERS, draw_batches, draw_images, sampling_pipeline
@@ -72,7 +74,7 @@ class DiffusionGame:
         self,
         family: ModuleType,
         pipeline: Any,
-        base: str,
+        base: Base | str,
         *,
         images: ImageSettings,
         sampling: SamplingSettings,
@@ -81,18 +83,16 @@ class DiffusionGame:
         trajectory: TrajectorySettings | None = None,
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
-        base_options: dict[str, Any] | None = None,
         shared_latents: Path | None = None,
     ) -> None:
         """
         Args:
-            base, base_options: path or hub id that `pipeline` was loaded from, and how.
+            base: what `pipeline` was loaded from.
             shared_latents: folder where runs find latents of the same images.
         """
-        self.family, self.pipeline, self.base = family, pipeline, base
+        self.family, self.pipeline, self.base = family, pipeline, Base.of(base)
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
         self.accelerator = accelerator
-        self.base_options = base_options or {}
         self.trajectory = trajectory or TrajectorySettings()
         # `auto` is settled when it is known how many pairs there are
         self.fixed_draws = 0 if denoiser.fixed_draws == "auto" else denoiser.fixed_draws
@@ -102,7 +102,7 @@ class DiffusionGame:
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         multiple = self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if self.resolution % multiple:
-            raise InputError(f"--resolution {self.resolution}: {base} needs a multiple of {multiple}")
+            raise InputError(f"--resolution {self.resolution}: {self.base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
         self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
 
@@ -120,7 +120,7 @@ class DiffusionGame:
     def _prepare_questions(self) -> None:
         """What scores are taken on."""
         scheduler = dict(self.pipeline.scheduler.config)
-        self.noising = read_noising(scheduler, self.base)
+        self.noising = read_noising(scheduler, self.base.name)
         self.steps = None
         if self.trajectory.trajectory != "forward":
             self.steps = read_steps(SAMPLERS["ddim"](scheduler), self.sampling.num_inference_steps, self.sampling.eta)
@@ -474,12 +474,7 @@ class DiffusionGame:
         if self.adapters is not None:
             self.adapters.restore(directory / "lora" if directory is not None else None)
             return
-        if directory is None:
-            unet = UNet2DConditionModel.from_pretrained(
-                self.base, subfolder="unet", dtype=torch.float32, use_safetensors=True, **self.base_options
-            )
-        else:
-            unet = UNet2DConditionModel.from_pretrained(directory / "unet", dtype=torch.float32)
+        unet = self._base_unet() if directory is None else load_unet(directory / "unet", str(directory / "unet"))
         self.player.load_state_dict(unet.state_dict())
 
     # Pictures
@@ -513,12 +508,14 @@ class DiffusionGame:
     def _fresh(self, path: Path) -> UNet2DConditionModel:
         """A UNet as a user gets it from what was saved in `path`."""
         if self.adapters is None:
-            return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(
-            self.base, subfolder="unet", dtype=torch.float32, use_safetensors=True, **self.base_options
-        )
-        sampling_pipeline(self.pipeline, unet, "ddim").load_lora_weights(path)
+            return load_unet(path, str(path))
+        unet = self._base_unet()
+        load_adapter(sampling_pipeline(self.pipeline, unet, "ddim"), path)
         return unet
+
+    def _base_unet(self) -> UNet2DConditionModel:
+        """As it was loaded at first, from the same files."""
+        return load_unet(Path(self.player.config._name_or_path), f"{self.base.name}: its UNet", self.base.variant)
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""

@@ -94,7 +94,7 @@ def to_images(pixels: Pixels) -> list[Image.Image]:
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float[Tensor, "batch channels h w"]:
-    """Scaled latents: the mean of the VAE's posterior, fp32.
+    """Scaled latents, as the denoiser knows them: the mean of the VAE's posterior, fp32.
 
     The mean, not a sample: the posterior's spread is far below the noise of any timestep that is trained on, and a
     fixed value can be stored.
@@ -103,8 +103,8 @@ def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float
         FloatingPointError: a latent that is not finite (a half-precision VAE overflows, say), naming the images.
     """
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float()
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return _finite(((latents - shift) * vae.config.scaling_factor).contiguous(), names, "encoded")
+    mean, std = _statistics(vae)
+    return _finite(((latents - mean) * vae.config.scaling_factor / std).contiguous(), names, "encoded")
 
 
 @torch.no_grad()
@@ -114,8 +114,8 @@ def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h 
     Raises:
         FloatingPointError: a pixel that is not finite, naming the images.
     """
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    mean, std = _statistics(vae)
+    unscaled = latents.to(vae.device, vae.dtype) * std / vae.config.scaling_factor + mean
     size = len(unscaled)
     while True:
         try:
@@ -126,6 +126,16 @@ def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h 
             if size == 1:
                 raise
             size = math.ceil(size / 2)
+
+
+def _statistics(vae: AutoencoderKL) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and standard deviation of a VAE's latents by which it has them standardised, (1, channels, 1, 1) each; its
+    one shift and 1 where it has none. Scaled latents are (z - mean) * scaling_factor / std."""
+    if vae.config.latents_mean is None:
+        return vae.config.shift_factor or 0.0, 1.0
+    mean, std = (torch.tensor(numbers, device=vae.device).view(1, -1, 1, 1) for numbers in
+                 (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
+    return mean.to(vae.dtype), std.to(vae.dtype)
 
 
 def _finite(values: Tensor, names: list[str], what: str) -> Tensor:

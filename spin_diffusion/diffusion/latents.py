@@ -56,9 +56,10 @@ def latents_of(
 
 
 def vae_hash(vae: AutoencoderKL) -> str:
-    """Of all of a VAE that decides latents: its weights, and by what they are shifted and scaled."""
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None)
-    return key_of(weights=weights_hash(vae), scale=scale, shift=shift)
+    """Of all of a VAE that decides latents: its weights and its configuration, scale and statistics of latents with
+    it."""
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    return key_of(weights=weights_hash(vae), config=config)
 
 
 def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor],

@@ -9,22 +9,24 @@ processes and a recomputed forward pass all meet the adapter that is trained.
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.selfplay.run_dir import read_json, weights_hash
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -183,14 +185,49 @@ class Adapters:
         if folder is None:
             self._load(PLAYER, self._fresh)
             return
-        base = read_json(folder / CONFIG).get("base", self.base_hash) if (folder / CONFIG).is_file() else self.base_hash
-        if base != self.base_hash:
-            raise InputError(
-                f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this run's has "
-                f"{self.base_hash[:12]}): give that base, or start in another --output_dir"
-            )
+        self._load(PLAYER, read_adapter(folder, self._fresh, self.base_hash))
+
+
+def read_adapter(folder: Path, expected: Mapping[str, Tensor], base_hash: str) -> dict[str, Tensor]:
+    """The weights of a saved adapter, by the names that diffusers knows them by.
+
+    Args:
+        expected: tensors of the same names and shapes.
+        base_hash: of the UNet that they are to be put on.
+
+    Raises:
+        InputError: an adapter of another rank, on other layers, of another base, or with numbers that are not finite.
+    """
+    base = read_json(folder / CONFIG).get("base", base_hash) if (folder / CONFIG).is_file() else base_hash
+    if base != base_hash:
+        raise InputError(
+            f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this one has {base_hash[:12]}): give "
+            "that base, or start in another --output_dir"
+        )
+    try:
         weights = {key.removeprefix("unet."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
-        for key, tensor in self._fresh.items():
-            if key not in weights or weights[key].shape != tensor.shape:
-                raise InputError(f"{folder / WEIGHTS} is an adapter of another rank, or on other layers")
-        self._load(PLAYER, weights)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({str(error).splitlines()[0]}): restore it") from error
+    if {key: tensor.shape for key, tensor in weights.items()} != {key: t.shape for key, t in expected.items()}:
+        raise InputError(f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them")
+    if odd := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
+        raise InputError(f"{folder / WEIGHTS}: {odd[0]} has numbers that are not finite (NaN or infinity): restore it")
+    return weights
+
+
+def load_adapter(pipeline: Any, folder: Path) -> None:
+    """Put a saved adapter on the UNet of a pipeline, as `pipeline.load_lora_weights` does, with every tensor of its
+    file in its place.
+
+    Raises:
+        InputError: as `read_adapter`.
+    """
+    base_hash = weights_hash(pipeline.unet)
+    try:
+        pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
+    except Exception as error:  # peft and diffusers raise dozens of kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"cannot load the adapter {folder}: {reason}") from error
+    # peft fills what the file lacks with random numbers, and leaves out what it has no place for
+    (name,) = pipeline.get_active_adapters()
+    read_adapter(folder, get_peft_model_state_dict(pipeline.unet, adapter_name=name), base_hash)

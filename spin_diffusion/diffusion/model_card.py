@@ -1,12 +1,13 @@
 """The model card of an image run, and what of it goes to the hub."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spin_diffusion import publishing
 from spin_diffusion.config import Config
+from spin_diffusion.diffusion.base import Base, python_arguments
+from spin_diffusion.diffusion.run_lines import loading_code
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.publishing import UPLOADED, objective_fact, round_facts, write_card
@@ -24,12 +25,15 @@ def write_model_card(
     output_dir: Path, config: Config, pipeline: str, rows: int, comparisons: Sequence[Comparison]
 ) -> None:
     """Write README.md: base, data, settings, the table with its intervals, and pictures."""
-    folder = "lora" if config.lora.use_lora else "unet"
+    folder, base = "lora" if config.lora.use_lora else "unet", Base.of_settings(config.flat())
+    arguments = python_arguments(str(output_dir / folder))
+    if config.run.hub_model_id:
+        arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
     write_card(
         output_dir,
         config,
         Path(__file__).parent / "pipeline_card.md.j2",
-        base=str(config.model.pretrained_model_name_or_path),
+        base=base.name,
         facts=_facts(config, rows),
         comparisons=comparisons,
         samples="pictures",
@@ -37,10 +41,7 @@ def write_model_card(
         task="text-to-image",
         sources=SOURCES,
         pipeline=pipeline,
-        uses_lora=config.lora.use_lora,
-        arguments=f'{json.dumps(config.run.hub_model_id)}, subfolder="{folder}"'
-        if config.run.hub_model_id
-        else json.dumps(str(output_dir / folder)),
+        code=loading_code(base, pipeline, folder, arguments),
     )
 
 
@@ -52,7 +53,10 @@ def push_to_hub(output_dir: Path, config: Config) -> str:
 def _facts(config: Config, rows: int) -> list[tuple[str, Any]]:
     curator = config.curation.curation_scorer
     chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
+    base = Base.of_settings(config.flat())
+    options = [("base", f"`{base}`")] if base != Base(base.name) else []
     return [
+        *options,
         ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`{chosen_by}"),
         objective_fact(config),
         ("opponent", f"{config.rounds.opponent}, guidance {config.sampling.guidance_scale:g}, "

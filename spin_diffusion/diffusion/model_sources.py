@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
 
@@ -22,16 +25,21 @@ class ModelSource:
     name: str
     path: str
     kind: Literal["pipeline", "round", "images"]
-    base: str | None
-    """Pipeline that it draws with; None for pictures."""
+    base: Base | None
+    """What it draws with; None for pictures."""
     unet: Path | None = None
     """Folder of a round's UNet."""
     lora: Path | None = None
     """Folder of a round's LoRA adapter, relative to the base."""
 
 
-def read_source(spec: str) -> ModelSource:
+def read_source(
+    spec: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
+) -> ModelSource:
     """The model of a `NAME=PATH_OR_ID`.
+
+    Args:
+        revision, variant, vae: of pipelines; a round has those that its run was started with.
 
     Raises:
         InputError: not NAME=PATH, a path that is nothing of the kind, or a round whose base is unknown.
@@ -46,7 +54,7 @@ def read_source(spec: str) -> ModelSource:
     folder = Path(path)
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
-            return ModelSource(name, path, "pipeline", path)
+            return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
         if (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "config.json").is_file():
             return ModelSource(name, path, "round", _base_of(folder), folder)
         if (folder / "unet" / "config.json").is_file():
@@ -61,23 +69,26 @@ def read_source(spec: str) -> ModelSource:
             "nor has it pictures"
         )
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"--models {spec!r}: {path} {what}; give a folder, or a hub id such as owner/name")
-    return ModelSource(name, path, "pipeline", path)
+        if folder.is_file():
+            raise InputError(f"--models {spec!r}: {path} {single_file(folder)}")
+        raise InputError(f"--models {spec!r}: {path} does not exist; give a folder, or a hub id such as owner/name")
+    return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
 
 
-def _base_of(folder: Path) -> str:
+def _base_of(folder: Path) -> Base:
     """The base of a round, from the manifest of its run: in the folder or up to three above it."""
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():
-            base = read_json(place / "manifest.json").get("base", {}).get("name")
-            if base is None:
+            said = read_json(place / "manifest.json").get("base", {})
+            if "name" not in said:
                 continue
-            if (Path(base).is_absolute() or base.startswith(".") or base.count("/") != 1) and not Path(base).is_dir():
-                raise InputError(
-                    f"{folder} was trained from {base}, which is not there: run this where the run was started, or "
-                    "put the base there"
-                )
+            base = Base.of_manifest(said, place / "config.yaml")
+            for path in (base.name, base.vae):
+                if path is not None and is_local(path) and not Path(path).is_dir():
+                    raise InputError(
+                        f"{folder} was trained from {path}, which is not there: run this where the run was started, or "
+                        "put it there"
+                    )
             return base
     raise InputError(
         f"{folder} has a UNet or an adapter but no run's manifest.json above it that names its base: evaluate it "

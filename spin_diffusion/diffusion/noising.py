@@ -3,9 +3,12 @@
 To add a prediction target, add one line to TARGETS.
 """
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
@@ -62,20 +65,108 @@ class Noising:
         return q_sample(x_0, eps, abar_t), TARGETS[self.prediction_type](x_0, eps, abar_t)
 
 
-def read_noising(scheduler_config: dict[str, object], where: str) -> Noising:
+_SCHEDULERS = (
+    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+    "SASolverScheduler", "UniPCMultistepScheduler",
+)  # fmt: skip
+"""Samplers of diffusers for one and the same forward process: DDPM's, in steps. They differ in how they go back."""
+_NEEDED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+# Of these settings only the values that leave DDPM's process and the denoiser's inputs and outputs as they are
+_PLAIN = {
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
+}
+
+
+def check_scheduler(config: Mapping[str, object], where: str, kind: str | None = None) -> None:
+    """Refuse a scheduler's configuration that does not name a process of DDPM's, whole.
+
+    A missing prediction_type is epsilon: the files of Stable Diffusion 1.x are older than the key.
+
+    Args:
+        config: the file's content, without defaults of the library.
+        where: what the user gave, and that it is its scheduler; it begins the message.
+        kind: class that the pipeline names for it.
+
+    Raises:
+        InputError: another process, such as EDM's or flow matching; a key that is missing, unknown or out of range.
+    """
+    kinds = [str(found) for found in (kind, config.get("_class_name")) if found is not None]
+    for found in kinds:
+        if found not in _SCHEDULERS:
+            raise InputError(
+                f"{where} is a {found}: models of EDM, flow matching or consistency distillation are not supported, "
+                "and would learn from the wrong noise; supported are the schedulers of DDPM's process, such as "
+                "DDIMScheduler, PNDMScheduler and EulerDiscreteScheduler"
+            )
+    if kind is not None and config.get("_class_name") != kind:
+        raise InputError(
+            f"{where} is a {kind} by model_index.json and a {config.get('_class_name')} by its own file: name one "
+            "class in both"
+        )
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in TARGETS:
+        raise InputError(
+            f"{where} has prediction_type {prediction_type!r}, which is not supported (supported: {', '.join(TARGETS)})"
+        )
+    known = {name for found in _SCHEDULERS for name in inspect.signature(getattr(diffusers, found).__init__).parameters}
+    if foreign := sorted(key for key in config if key not in known and not key.startswith("_")):
+        raise InputError(
+            f"{where} has {', '.join(foreign[:5])}, which no scheduler of DDPM's process knows: if the model was "
+            "trained with DDPM's noise remove it from scheduler_config.json, else the model is not supported"
+        )
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain[0]) not in plain:
+            raise InputError(f"{where} has {key} {config[key]!r}, which is not supported ({plain[0]!r} is)")
+    _check_betas(config, where)
+
+
+def _check_betas(config: Mapping[str, object], where: str) -> None:
+    betas = config.get("trained_betas")
+    if missing := [key for key in (_NEEDED[:1] if betas is not None else _NEEDED) if config.get(key) is None]:
+        raise InputError(
+            f"{where} does not say {', '.join(missing)}, and the library's default may be another noise: get the "
+            "checkpoint's own scheduler_config.json (Stable Diffusion has beta_start 0.00085, beta_end 0.012, "
+            "beta_schedule scaled_linear, num_train_timesteps 1000)"
+        )
+    steps = config["num_train_timesteps"]
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"{where} has num_train_timesteps {steps!r}: it must be a whole number of at least 1")
+    if betas is not None:
+        if not isinstance(betas, list | tuple) or len(betas) != steps or not all(map(_is_beta, betas)):
+            raise InputError(f"{where} has trained_betas that are not {steps} numbers between 0 and 1")
+        return
+    start, end = config["beta_start"], config["beta_end"]
+    if not (_is_beta(start) and _is_beta(end) and start <= end):  # type: ignore[operator]
+        raise InputError(f"{where} has beta_start {start!r} and beta_end {end!r}: they must rise between 0 and 1")
+    if config["beta_schedule"] not in _SCHEDULES:
+        raise InputError(
+            f"{where} has beta_schedule {config['beta_schedule']!r}, which is not supported (supported: "
+            f"{', '.join(_SCHEDULES)})"
+        )
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1
+
+
+def read_noising(scheduler_config: Mapping[str, object], where: str) -> Noising:
     """The forward process of a scheduler's configuration, zero terminal SNR included.
 
     Raises:
-        InputError: a prediction type that is not supported.
+        InputError: as `check_scheduler`.
     """
-    prediction_type = str(scheduler_config.get("prediction_type", "epsilon"))
-    if prediction_type not in TARGETS:
-        raise InputError(
-            f"{where}: its scheduler has prediction_type {prediction_type!r}, which is not supported "
-            f"(supported: {', '.join(TARGETS)})"
-        )
+    filled_in = scheduler_config.get("_use_default_values", ())
+    given = {key: value for key, value in scheduler_config.items() if key not in filled_in}  # type: ignore[operator]
+    check_scheduler(given, f"{where}: its scheduler")
     scheduler = DDPMScheduler.from_config(dict(scheduler_config))
-    return Noising(scheduler.alphas_cumprod.float(), prediction_type)
+    return Noising(scheduler.alphas_cumprod.float(), str(scheduler_config.get("prediction_type", "epsilon")))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from spin_diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
 from spin_diffusion.diffusion.attention import attention
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.cost import count_units, phase_flops, work_of
@@ -31,6 +32,7 @@ from spin_diffusion.planning import lines
 from spin_diffusion.running import (
     check_run_folder,
     check_training,
+    make_accelerator,
     needs_losers,
     open_trackers,
     play_with_rivals,
@@ -76,7 +78,7 @@ def run(config: Config, family_name: str) -> None:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    write_manifest(output_dir, base, game.base_hash, manifest, config, accelerator)
+    write_manifest(output_dir, base.as_dict(), game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     config = settle_draws(config, game, pairs)
     _check_room(config, game, pairs)
@@ -194,7 +196,7 @@ def plan(config: Config) -> None:
     check_run_folder(config, output_dir, PROGRAM)
     _check_inputs(config)
     quiet_libraries()
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    accelerator = make_accelerator(config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     game = open_game(config, accelerator)
     _check_training(config, game)
@@ -212,16 +214,11 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
     Args:
         family_name: the only family that is allowed.
     """
-    options = {
-        "revision": config.model.revision,
-        "variant": config.model.variant,
-        "cache_dir": config.data.cache_dir,
-    }
-    base = str(config.model.pretrained_model_name_or_path)
-    family, pipeline = load_checkpoint(base, vae_name_or_path=config.model.pretrained_vae_model_name_or_path, **options)
+    base = Base.of_settings(config.flat())
+    family, pipeline = load_checkpoint(base, cache_dir=config.data.cache_dir)
     if family_name is not None and family.__name__.rsplit(".", 1)[-1] != family_name:
         right = family.__name__.rsplit(".", 1)[-1]
-        raise InputError(f"{base} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
+        raise InputError(f"{base.name} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
     denoiser = config.denoiser
     plain = config.training.optimizer == "adamw_8bit"  # it lays weights out plainly in its first step
     if plain or launched_stage() or wants_shards(config.training, accelerator):
@@ -238,7 +235,6 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
         lora=config.lora,
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        base_options=options,
         shared_latents=Path(config.caches.encodings_dir) / "latents" if config.caches.encodings_dir else None,
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.config import Config
+from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.buckets import told
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
@@ -23,7 +24,7 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
     """
     curated = manifest["left_out"].get("curation")
     return (
-        f"Base       {config.model.pretrained_model_name_or_path} ({game.family.PIPELINE.__name__}, "
+        f"Base       {game.base} ({game.family.PIPELINE.__name__}, "
         f"{game.resolution} px, {game.noising.prediction_type})\n"
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
@@ -100,17 +101,32 @@ def trajectory_bytes(game: DiffusionGame) -> int:
     return 2 * math.prod(_trajectory_shape(game))
 
 
-def tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, pipeline: str) -> None:
+def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
+    """Lines of Python by which a user loads what a run made of its base.
+
+    Args:
+        pipeline: the pipeline's class.
+        folder: which of the two was saved: unet or lora.
+        arguments: that name it to `from_pretrained` and `load_lora_weights`.
+    """
+    parts = {"unet": f"UNet2DConditionModel.from_pretrained({arguments})"} if folder == "unet" else {}
+    if base.vae is not None:
+        parts["vae"] = f"AutoencoderKL.from_pretrained({python_arguments(base.vae)})"
+    classes = sorted({pipeline, *(call.partition(".")[0] for call in parts.values())})
+    of_base = python_arguments(base.name, revision=base.revision, variant=base.variant)
+    loaded = f"{pipeline}.from_pretrained({', '.join([of_base, *(f'{name}={name}' for name in parts)])})"
+    lines = [f"from diffusers import {', '.join(classes)}", ""]
+    lines += [f"{name} = {call}" for name, call in parts.items()] + [f"pipeline = {loaded}"]
+    return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
+
+
+def tell_where(records: list[dict[str, Any]], output_dir: Path, base: Base, pipeline: str) -> None:
     """Print where the last promoted player is, and how a user loads it."""
     promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
     if not promoted:
         print("No round was promoted: the base stands, and there is nothing to load")
         return
-    if (output_dir / "lora").is_dir():
-        print(f"The player of round {promoted[-1]} is in {output_dir / 'lora'}; load it with\n"
-              f"  pipeline = {pipeline}.from_pretrained({base!r})\n"
-              f"  pipeline.load_lora_weights({str(output_dir / 'lora')!r})")  # fmt: skip
-        return
-    print(f"The player of round {promoted[-1]} is in {output_dir / 'unet'}; load it with\n"
-          f"  {pipeline}.from_pretrained({base!r}, "
-          f"unet=UNet2DConditionModel.from_pretrained({str(output_dir / 'unet')!r}))")  # fmt: skip
+    folder = "lora" if (output_dir / "lora").is_dir() else "unet"
+    code = loading_code(base, pipeline, folder, python_arguments(str(output_dir / folder)))
+    print(f"The player of round {promoted[-1]} is in {output_dir / folder}; load it with")
+    print("\n".join(f"  {line}" for line in code.splitlines() if line))

@@ -27,6 +27,7 @@ from spin_diffusion.planning import lines
 from spin_diffusion.running import (
     check_run_folder,
     check_training,
+    make_accelerator,
     needs_losers,
     open_trackers,
     play_with_rivals,
@@ -85,7 +86,8 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    write_manifest(output_dir, base, weights_hash(game.model), manifest, config, accelerator, versions)
+    identity = {"name": base, "revision": config.model.revision}
+    write_manifest(output_dir, identity, weights_hash(game.model), manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with
@@ -146,7 +148,7 @@ def plan(config: LanguageConfig) -> None:
     output_dir = Path(config.run.output_dir)
     check_run_folder(config, output_dir, PROGRAM)
     quiet_libraries()
-    accelerator = Accelerator(mixed_precision=config.training.mixed_precision)
+    accelerator = make_accelerator(config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
     game = open_game(config, accelerator)
     check_training(config, game.player, accelerator)

@@ -4,14 +4,22 @@ diffusers and transformers fill a tensor that a file lacks, or has in another sh
 one that they have no place for; either way the model that is run is not the one that was given.
 """
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular
 from spin_diffusion.store.text import printable
+
+_TRAINED_IN = {"F64", "F32", "F16", "BF16"}
+"""How safetensors names the number types of weights that are not quantised."""
+_LONGEST_HEADER = 2**27
+"""Bytes; the header of the largest models has a hundredth of it."""
 
 
 def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
@@ -65,6 +73,39 @@ def check_whole(model: nn.Module, said: dict[str, Any], where: str) -> None:
             f"{where}: {_some(odd)} {'has' if len(odd) == 1 else 'have'} numbers that are not finite (NaN or "
             "infinity): get the files again, or give another checkpoint"
         )
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file by name, each with `dtype` and `shape`; no weights are read.
+
+    Raises:
+        InputError: it cannot be opened, or is no safetensors file.
+    """
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size)) if size <= _LONGEST_HEADER else None
+        except (ValueError, RecursionError):
+            header = None
+    if not isinstance(header, dict) or not all(isinstance(said, dict) for said in header.values()):
+        raise InputError(f"{printable(path)} is damaged, or not a safetensors file: get it again")
+    return {name: said for name, said in header.items() if name != "__metadata__"}
+
+
+def check_not_quantised(paths: Iterable[Path], *, where: str) -> None:
+    """Whole numbers or 8 bits in a file are codes of weights; the libraries would take them for the weights themselves.
+
+    Raises:
+        InputError: a tensor is stored so, or a file cannot be read.
+    """
+    for path in paths:
+        for name, said in read_header(path).items():
+            # Old CLIP text encoders keep the numbers of their positions, 0 to 76
+            if said.get("dtype") not in _TRAINED_IN and not name.endswith("position_ids"):
+                raise InputError(
+                    f"{where}: {printable(name)} is stored as {said.get('dtype')}: quantised weights cannot be trained "
+                    "from; give the checkpoint in float32, float16 or bfloat16"
+                )
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -216,9 +216,9 @@ def test_a_save_that_does_not_load_back_the_same_is_caught(sdxl_dir, tmp_path, m
     good = UNet2DConditionModel.from_pretrained
 
     def other(*args, **kwargs):
-        unet = good(*args, **kwargs)
+        unet, said = good(*args, **kwargs)
         nudge(unet)
-        return unet
+        return unet, said
 
     monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", other)
     with pytest.raises(AssertionError, match="predicts something else"):

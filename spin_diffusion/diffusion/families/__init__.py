@@ -3,7 +3,12 @@
 To add one, put a file here with
 
     PIPELINE                  the diffusers class whose name stands in the checkpoint's model_index.json
+    FLAGS                     settings that model_index.json must say
     RESOLUTION                its usual image size, px
+    ENCODERS                  its text encoders' classes by their names; "tokenizer" stands in the name of each one's
+    ADDED_EMBEDDING           addition_embed_type of its UNet: what `condition` gives beside the tokens
+    SCALING_FACTOR            of a VAE whose file does not say it; None = the file must
+    STANDARDISED_LATENTS      whether the class applies a VAE's latents_mean and latents_std
     embed(pipeline, texts)    what its text encoders make of prompts, one row each: all that is kept of a prompt
     unconditional(pipeline)   the same of the sampler's unconditional half; training must drop captions to it
     condition(embedded, frames) -> Conditioning
@@ -12,19 +17,20 @@ To add one, put a file here with
 """
 
 import importlib
-import json
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.parts import is_local, load_parts, read_json_object, reason_of
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.weights import read_header
 
 Frames = Int[Tensor, "batch 6"]
 """Per image: original height and width, top and left of the crop, height and width of the target, px."""
@@ -57,77 +63,67 @@ def family_of(model_index: dict[str, Any], where: str) -> ModuleType:
     """The family of a checkpoint by its model_index.json; InputError names what is supported."""
     name = model_index.get("_class_name")
     known = families()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"{where} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
     return known[name]
 
 
-def load_checkpoint(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    vae_name_or_path: str | None = None,
-    cache_dir: str | None = None,
-) -> tuple[ModuleType, Any]:
+def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[ModuleType, Any]:
     """A pipeline in fp32, from a local folder or a hub id, and its family.
 
     Raises:
-        InputError: no such folder or hub id, an unsupported family or denoiser, a damaged file.
+        InputError: no such folder or hub id, an unsupported family or denoiser, a part that is not what its files say.
     """
-    options = {"revision": revision, "cache_dir": cache_dir}
+    base = Base.of(base)
+    folder = _folder_of(base, cache_dir)
+    index = read_json_object(folder / "model_index.json", base.name)
+    family = family_of(index, base.name)
+    parts = load_parts(family, index, folder, base, cache_dir)
     try:
-        index = _model_index(name_or_path, options)
-        family = family_of(index, name_or_path)
-        extra = {}
-        if vae_name_or_path is not None:
-            from diffusers import AutoencoderKL
-
-            extra["vae"] = AutoencoderKL.from_pretrained(vae_name_or_path, cache_dir=cache_dir)
-        # The safety checker would replace training samples by black squares
-        optional = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in index else {}
-        pipeline = family.PIPELINE.from_pretrained(
-            name_or_path, dtype=torch.float32, variant=variant, use_safetensors=True, **options, **extra,
-            **optional,
-        )  # fmt: skip
-    except InputError:
-        raise
-    except Exception as error:  # diffusers, transformers, safetensors and the hub raise dozens of kinds
-        raise InputError(f"cannot load the model {name_or_path!r}: {_first_line(error)}") from error
-    if not isinstance(pipeline.unet, UNet2DConditionModel):
-        raise InputError(
-            f"{name_or_path}: its denoiser is a {type(pipeline.unet).__name__}, not a UNet2DConditionModel"
-        )
-    if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise InputError(
-            f"{name_or_path}: its UNet takes {pipeline.unet.config.in_channels} channels where the VAE has "
-            f"{pipeline.vae.config.latent_channels}: inpainting and refiner models are not supported"
-        )
-    return family, pipeline
+        return family, family.PIPELINE.from_pretrained(str(folder), **parts)
+    except Exception as error:  # diffusers raises dozens of kinds
+        raise InputError(f"cannot load the model {base.name!r}: {reason_of(error)}") from error
 
 
-def _model_index(name_or_path: str, options: dict[str, Any]) -> dict[str, Any]:
-    folder = Path(name_or_path)
-    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        file = folder / "model_index.json"
-        if not file.is_file():
+def _folder_of(base: Base, cache_dir: str | None) -> Path:
+    """The local folder of a checkpoint; of one on the hub, where its files were downloaded to."""
+    flag, folder = f"--pretrained_model_name_or_path {base.name}", Path(base.name)
+    if folder.is_file():
+        raise InputError(f"{flag} {single_file(folder)}")
+    if is_local(base.name):
+        if not (folder / "model_index.json").is_file():
             what = "has no model_index.json" if folder.is_dir() else "does not exist"
             raise InputError(
-                f"--pretrained_model_name_or_path {name_or_path}: the folder {what}; give a folder in diffusers' "
-                "layout or a hub id such as stabilityai/stable-diffusion-xl-base-1.0"
+                f"{flag}: the folder {what}; give a folder in diffusers' layout or a hub id such as "
+                "stabilityai/stable-diffusion-xl-base-1.0"
             )
-        return json.loads(file.read_text())
+        return folder
     try:
-        return DiffusionPipeline.load_config(name_or_path, **options)
-    except Exception as error:
+        options = {"revision": base.revision, "variant": base.variant, "cache_dir": cache_dir}
+        found = DiffusionPipeline.download(base.name, use_safetensors=True, safety_checker=None, **options)
+    except Exception as error:  # the hub's client raises dozens of kinds
         raise InputError(
-            f"--pretrained_model_name_or_path {name_or_path}: neither a local folder nor a hub id that can be reached "
-            f"({_first_line(error)})"
+            f"{flag}: neither a local folder nor a hub id that can be reached ({reason_of(error)})"
         ) from error
+    return Path(found)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def single_file(path: Path) -> str:
+    """What is said of a checkpoint that is one file: what it is, and how it becomes a folder."""
+    if path.suffix != ".safetensors":
+        return (
+            "is a single file that is not safetensors, and may run code when it is read: get the .safetensors file of "
+            "the same model, or a folder in diffusers' layout"
+        )
+    names = read_header(path)
+    # Of the original layouts only SDXL's has conditioners, of diffusers' own only its UNet an added embedding
+    is_larger = any(name.startswith(("conditioner.", "add_embedding.")) for name in names)
+    by_encoders = sorted(families().values(), key=lambda family: len(family.ENCODERS))
+    pipeline = by_encoders[-1 if is_larger else 0].PIPELINE.__name__
+    whole = any(name.startswith("model.diffusion_model.") for name in names)
+    what = "is a single-file checkpoint" if whole else "is a single file and, by its tensors, only a part of a pipeline"
+    convert = f"{pipeline}.from_single_file({str(path)!r}).save_pretrained(FOLDER)"
+    return f"{what}: convert {'it' if whole else 'a whole one'} once with diffusers, {convert}, and give FOLDER"
 
 
-__all__ = ["Conditioning", "Embedded", "Frames", "families", "family_of", "load_checkpoint"]
+__all__ = ["Conditioning", "Embedded", "Frames", "families", "family_of", "load_checkpoint", "single_file"]

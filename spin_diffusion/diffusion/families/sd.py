@@ -5,11 +5,17 @@ Which of the two it is (epsilon or v-prediction, with or without zero terminal S
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 
 PIPELINE = StableDiffusionPipeline
+FLAGS = ()
 RESOLUTION = 512
+ENCODERS = {"text_encoder": CLIPTextModel}
+ADDED_EMBEDDING = None
+SCALING_FACTOR = 0.18215
+STANDARDISED_LATENTS = False
 
 
 @torch.no_grad()

@@ -2,12 +2,18 @@
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.selfplay.sending import sent
 
 PIPELINE = StableDiffusionXLPipeline
+FLAGS = ("force_zeros_for_empty_prompt",)
 RESOLUTION = 1024
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+ADDED_EMBEDDING = "text_time"
+SCALING_FACTOR = None
+STANDARDISED_LATENTS = True
 
 
 @torch.no_grad()
