@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid, mse_loss
 
 from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.images import target_frame
 from spin_diffusion.diffusion.settings import DenoiserSettings, ImageSettings, SamplingSettings
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.ledger import matrix_rate
@@ -128,13 +129,10 @@ def random_pairs(pairs: int, resolution: int, latent_px: int) -> tuple[torch.Ten
     """Pixels of both sides for the plain loop, (2 pairs, 3, height, width) in [-1, 1], and a batch for ours."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2 * pairs, 3, resolution, resolution, generator=generator) * 2 - 1
-    frame = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * pairs, dtype=torch.int32)
-    sides = [
-        {"latents": torch.randn(pairs, 4, latent_px, latent_px, generator=generator).half(), "frame": frame}
-        for _ in range(2)
-    ]
+    frames = torch.tensor([target_frame((resolution, resolution))] * pairs, dtype=torch.int32)
+    sides = [{"latents": torch.randn(pairs, 4, latent_px, latent_px, generator=generator).half()} for _ in range(2)]
     prompts = [f"a red circle and {number} squares" for number in range(pairs)]
-    return pixels, Batch([str(n) for n in range(pairs)], prompts, *sides, list(range(pairs)))
+    return pixels, Batch([str(n) for n in range(pairs)], prompts, *sides, list(range(pairs)), {"frame": frames})
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from spin_diffusion.diffusion.settings import (
     TrajectorySettings,
 )
 from spin_diffusion.selfplay.candidates import Candidates
+from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.rounds import RoundSettings, play
 from spin_diffusion.selfplay.run_dir import settle
 from spin_diffusion.selfplay.samples import prepare
@@ -70,6 +71,11 @@ def make_game(
         gradient_checkpointing=gradient_checkpointing,
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),
     )
+
+
+def asked(*prompts: str) -> list[Row]:
+    """Rows for `generate`: prompts whose real images would be squares of 32 px."""
+    return [{"id": str(n), "prompt": prompt, "frame": [32, 32, 0, 0, 32, 32]} for n, prompt in enumerate(prompts)]
 
 
 def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: bool = False) -> None:

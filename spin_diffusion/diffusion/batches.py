@@ -1,10 +1,11 @@
 """Batches of pairs: which orientation a visit sees, several generated images to a real one, parts of one size."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from spin_diffusion.diffusion.images import mirrored_frame
 from spin_diffusion.selfplay.game import KIND, Batch, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import seed_from
@@ -14,17 +15,27 @@ MIRRORED = "mirrored_"
 """Before the names of a mirror image's tensors."""
 
 
-def as_visited(side: dict[str, Tensor], seeds: list[int]) -> dict[str, Tensor]:
-    """One side of a batch, in which half of the pairs are the mirror images, where these are there."""
-    if f"{MIRRORED}latents" not in side:
-        return side
-    flips = torch.tensor([seed_from(seed, "flip") % 2 == 1 for seed in seeds])
+def as_visited(batch: Batch) -> Batch:
+    """The batch, one to one, in which half of the pairs are the mirror images, where these are there: both images and
+    the frame of a pair together."""
+    if f"{MIRRORED}latents" not in batch.real:
+        return batch
+    flips = torch.tensor([seed_from(seed, "flip") % 2 == 1 for seed in batch.seeds])
 
-    def chosen(name: str) -> Tensor:
-        as_is = side[name]
-        return torch.where(flips.to(as_is.device).view(-1, *[1] * (as_is.dim() - 1)), side[MIRRORED + name], as_is)
+    def chosen(as_is: Tensor, mirrored: Tensor) -> Tensor:
+        return torch.where(flips.to(as_is.device).view(-1, *[1] * (as_is.dim() - 1)), mirrored, as_is)
 
-    return side | {"latents": chosen("latents"), "frame": chosen("frame")}
+    def seen(side: dict[str, Tensor]) -> dict[str, Tensor]:
+        return side | {"latents": chosen(side["latents"], side[f"{MIRRORED}latents"])} if side else side
+
+    frames = batch.condition["frame"]
+    mirrored = frames.new_tensor([mirrored_frame(frame) for frame in frames.tolist()])
+    return replace(
+        batch,
+        real=seen(batch.real),
+        generated=seen(batch.generated),
+        condition=batch.condition | {"frame": chosen(frames, mirrored)},
+    )
 
 
 def one_to_one(batch: Batch) -> Batch:
@@ -32,26 +43,24 @@ def one_to_one(batch: Batch) -> Batch:
     if not batch.generated or len(next(iter(batch.generated.values()))) == len(batch.ids):
         return batch
     copies = len(next(iter(batch.generated.values()))) // len(batch.ids)
-    return Batch(
-        *([value for value in values for _ in range(copies)] for values in (batch.ids, batch.prompts)),
-        {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in batch.real.items()},
-        batch.generated,
-        [seed for seed in batch.seeds for _ in range(copies)],
-    )
+    real = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in batch.real.items()}
+    return batch.with_sides(real, batch.generated, copies)
 
 
 def by_kind(batch: Batch) -> list[tuple[list[int], Batch]]:
     """A batch in parts of one kind each, with the places of their pairs; one to one."""
-    if KIND not in batch.real or (batch.real[KIND] == batch.real[KIND][0]).all():
+    kinds = batch.condition.get(KIND)
+    if kinds is None or (kinds == kinds[0]).all():
         return [(list(range(len(batch.ids))), batch)]
     parts = []
-    for kind in batch.real[KIND].unique():
-        places = (batch.real[KIND] == kind).nonzero().flatten().tolist()
-        real, generated = (
-            {name: tensor[places] for name, tensor in side.items()} for side in (batch.real, batch.generated)
+    for kind in kinds.unique():
+        places = (kinds == kind).nonzero().flatten().tolist()
+        real, generated, condition = (
+            {name: tensor[places] for name, tensor in tensors.items()}
+            for tensors in (batch.real, batch.generated, batch.condition)
         )
         ids, prompts, seeds = ([each[place] for place in places] for each in (batch.ids, batch.prompts, batch.seeds))
-        parts.append((places, Batch(ids, prompts, real, generated, seeds)))
+        parts.append((places, Batch(ids, prompts, real, generated, seeds, condition)))
     return parts
 
 

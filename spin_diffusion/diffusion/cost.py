@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from spin_diffusion.diffusion.images import target_frame
 from spin_diffusion.selfplay.ledger import counted
 
 
@@ -157,7 +158,7 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
     """
     config = pipeline.vae.config
     size = resolution // 2 ** (len(config.block_out_channels) - 1)
-    frames = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]])
+    frames = torch.tensor([target_frame((resolution, resolution))])
     with torch.no_grad():
         text, embedded = counted(lambda: family.embed(pipeline, ["a prompt"]))
     conditioning = family.condition(embedded, frames)

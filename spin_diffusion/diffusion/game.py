@@ -24,7 +24,7 @@ from spin_diffusion.data import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.buckets import Size, bucket_sizes, nearest, packed, places_by_size
+from spin_diffusion.diffusion.buckets import bucket_sizes, nearest, packed, places_by_size
 from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, load_adapter
@@ -42,7 +42,7 @@ from spin_diffusion.diffusion.settings import (
 )
 from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import KEPT, KIND, Batch, Row, ScoredBatch
+from spin_diffusion.selfplay.game import CONDITION, KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
@@ -62,6 +62,7 @@ class DiffusionGame:
     """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
 
     keeps_scores = False  # a score is taken at one noise level and one noise
+    prompt_columns = ("id", "prompt", "frame")
     level_name = "timesteps"
     remedies = {
         "forgetting": ", or set --winner_preserving_mu 0.9",
@@ -104,7 +105,6 @@ class DiffusionGame:
         if self.resolution % multiple:
             raise InputError(f"--resolution {self.resolution}: {self.base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
-        self.prompt_columns = ("id", "prompt", "frame") if self.has_sizes else ("id", "prompt")
 
         # All but the player is frozen
         for module in pipeline.components.values():
@@ -173,15 +173,18 @@ class DiffusionGame:
             row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
             image = open_picture(example.image)
             size = nearest(self.sizes, image.height, image.width)
-            row |= self._stored(image, size, row["id"], "")
+            place = 0.5 if self.images.center_crop else int(row["id"][:8], 16) / 0xFFFFFFFF
+            cropped, row["frame"] = images.crop(image, size, place, self.images)
+            row["image"] = images.to_bytes(cropped, self.images)
             if example.loser is not None:
-                row |= self._stored(open_picture(example.loser), size, row["id"], "loser_")
+                loser, _ = images.crop(open_picture(example.loser), size, place, self.images)
+                row["loser_image"] = images.to_bytes(loser, self.images)
             yield row
 
-    def _stored(self, image: Image.Image, size: Size, id_: str, prefix: str) -> Row:
-        place = 0.5 if self.images.center_crop else int(id_[:8], 16) / 0xFFFFFFFF
-        cropped, frame = images.crop(image, size, place, self.images)
-        return {f"{prefix}image": images.to_bytes(cropped, self.images), f"{prefix}frame": frame}
+    def frame_of(self, row: Row) -> list[int]:
+        """What is told of size and crop in the pair of a stored real row: while its generated image is drawn, and while
+        either image is scored."""
+        return row["frame"] if self.images.size_conditioning == "real" else images.target_frame(size_of(row))
 
     # The contract
 
@@ -189,8 +192,7 @@ class DiffusionGame:
         self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = lambda samples: None
     ) -> list[Row]:
         """One image by the opponent per row, in the size of the real one, stored in the codec of the real ones."""
-        settings = json.dumps(asdict(self.sampling) | {"resolution": self.resolution}, sort_keys=True)
-        sizes = [size_of(row) if self.has_sizes else self.sizes[0] for row in rows]
+        sizes, frames = [size_of(row) for row in rows], [self.frame_of(row) for row in rows]
         states: dict[int, Tensor] = {}
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
@@ -199,9 +201,8 @@ class DiffusionGame:
             how["keep_states"] = self.steps is not None
             for size, places in places_by_size(sizes).items():
                 prompts, of_rows = [rows[place]["prompt"] for place in places], iter(places)
-                for drawn in draw_batches(
-                    pipeline, prompts, [seeds[place] for place in places], **how | {"resolution": size}
-                ):
+                how |= {"resolution": size, "frames": torch.tensor([frames[place] for place in places])}
+                for drawn in draw_batches(pipeline, prompts, [seeds[place] for place in places], **how):
                     for number, image in enumerate(drawn.images):
                         place = next(of_rows)
                         files[place] = writers.submit(images.to_bytes, image, self.images)
@@ -215,25 +216,29 @@ class DiffusionGame:
                 "drawn": True,
                 "seed": seed,
                 "image": files[place].result(),
-                "frame": [*size, 0, 0, *size],
-                "sampler": settings,
+                "frame": frame,
+                "sampler": self.sampler_settings,
             }
-            for place, (row, seed, size) in enumerate(zip(rows, seeds, sizes, strict=True))
+            for place, (row, seed, frame) in enumerate(zip(rows, seeds, frames, strict=True))
         ]
         for place, kept in states.items():
             made[place][KEPT] = {"states": kept}
         return made
 
+    @property
+    def sampler_settings(self) -> str:
+        """How the opponent's images are drawn, as JSON."""
+        how = {"resolution": self.resolution, "size_conditioning": self.images.size_conditioning}
+        return json.dumps(asdict(self.sampling) | how, sort_keys=True)
+
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Latents (fp16: a thousandth of their spread is far below the noise they get) and frames of stored images."""
+        """Latents (fp16: a thousandth of their spread is far below the noise they get) of stored images; with the frame
+        of their pair, which a generated image has of its drawing."""
         encoded = {}
         prefixes = ("", "loser_") if "loser_image" in rows[0] else ("",)
         for prefix, mirrored in product(prefixes, (False, True) if self.images.random_flip else (False,)):
             encode = partial(self._latents, rows, prefix, mirrored)
-            frames = [row[f"{prefix}frame"] for row in rows]
-            name = prefix
-            if mirrored:
-                name, frames = f"{prefix}{MIRRORED}", [images.mirrored_frame(frame) for frame in frames]
+            name = f"{prefix}{MIRRORED if mirrored else ''}"
             if self.shared_latents is not None:
                 how = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
                 how |= {"mirrored": True} if mirrored else {}
@@ -241,11 +246,11 @@ class DiffusionGame:
                 encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
             else:
                 encoded[f"{name}latents"] = encode()
-            encoded[f"{name}frame"] = torch.tensor(frames, dtype=torch.int32)
+        frames = [row["frame"] if row["drawn"] else self.frame_of(row) for row in rows]
+        encoded[f"{CONDITION}frame"] = torch.tensor(frames, dtype=torch.int32)
         if self.has_sizes:
-            for prefix in prefixes:
-                kinds = [self.sizes.index(size_of(row, prefix)) for row in rows]
-                encoded[f"{prefix}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
+            kinds = [self.sizes.index(size_of(row)) for row in rows]
+            encoded[f"{CONDITION}{KIND}"] = torch.tensor(kinds, dtype=torch.int32)
         return encoded
 
     def encoder_hash(self) -> str:
@@ -314,15 +319,14 @@ class DiffusionGame:
     def _predicted(self, model: Callable[..., Any], question: Question) -> Tensor:
         # One path for both models: the same inputs under the same autocast, compared in fp32
         with self.accelerator.autocast():
-            said = model(question.x_t, question.t, **question.inputs)[0]
-        return question.read(said)
+            return question.asked_of(model)
 
     @torch.no_grad()
     def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
         """Its scores, real ones first."""
         with self._as_opponent(), self._dropping(batch):
             predicted = self._predicted(self.opponent, question)
-        return question.weight * errors.score(predicted, question.target)
+        return question.scores(predicted)
 
     def _ask_player(self, player: Callable[..., Any], question: Question, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Its scores, real ones first, and by what the gradient of the generated ones is multiplied.
@@ -344,7 +348,7 @@ class DiffusionGame:
         self, player: Callable[..., Any], question: Question, batch: Batch
     ) -> tuple[Tensor, Tensor | None]:
         eps_theta, target, pairs = self._predicted(player, question), question.target, len(batch.ids)
-        scores = question.weight * errors.score(eps_theta, target)
+        scores = question.scores(eps_theta)
         if not batch.generated or self.denoiser.winner_preserving_mu is None:
             return scores, None
         scale = errors.winner_preserving_scale(
@@ -529,12 +533,12 @@ class DiffusionGame:
         size = self.resolution // self.latent_px
         generator = torch.Generator().manual_seed(0)
         x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
-        frames = torch.tensor([[self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]])
+        frames = torch.tensor([images.target_frame(self.sizes[0])])
         with torch.no_grad():
             inputs = self.questions.inputs(["a proof"], [False], frames)
             t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
             with self.accelerator.autocast():
-                ours, theirs = (model(x_t, t, **inputs)[0] for model in (self.player, fresh))
+                ours, theirs = (model(x_t, t, **inputs, return_dict=False)[0] for model in (self.player, fresh))
         check_prediction(ours, path)
         difference = (theirs - ours).abs().max().item()
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently

@@ -52,6 +52,11 @@ def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings
     return image.crop(box), [height, width, top, left, *target]
 
 
+def target_frame(size: Size) -> list[int]:
+    """The frame of an image that was made in this size: what diffusers' pipelines tell of the one they draw."""
+    return [*size, 0, 0, *size]
+
+
 def _covering(height: int, width: int, target: Size) -> Size:
     """The smallest size of the same shape that covers the target."""
     scale = max(target[0] / height, target[1] / width)

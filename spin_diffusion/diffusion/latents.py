@@ -16,9 +16,9 @@ from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 
 
-def size_of(row: Row, prefix: str = "") -> Size:
+def size_of(row: Row) -> Size:
     """Of a stored image, from its frame."""
-    height, width = row[f"{prefix}frame"][4:]
+    height, width = row["frame"][4:]
     return height, width
 
 
@@ -42,7 +42,7 @@ def latents_of(
     """
     most = settings.vae_encode_batch_size
     encoded: dict[int, Tensor] = {}
-    by_size = places_by_size(size_of(row, prefix) for row in rows).values()
+    by_size = places_by_size(map(size_of, rows)).values()
     for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
         names = [rows[place]["id"] for place in places]
         opened = [open_picture(rows[place][f"{prefix}image"]) for place in places]

@@ -43,17 +43,15 @@ class Prompts:
         """What the denoiser is told; where `dropped`, that of the sampler's unconditional half.
 
         Args:
-            frames: one or several per prompt, all prompts in order each time.
+            frames: one per prompt.
         """
         places = self._find(prompts)
         embedded = self._kept(places) if places is not None else self.family.embed(self.pipeline, prompts)
         drop = sent(torch.tensor(dropped), self.device)
-        copies = len(frames) // len(prompts)
         for name, empty in self._unconditional.items():
             where = drop.view(-1, *[1] * (empty.ndim - 1))
             # A kept embedding has the dtype in which autocast would hand it to the denoiser
-            chosen = torch.where(where, empty.to(embedded[name].dtype), embedded[name])
-            embedded[name] = chosen.repeat(copies, *[1] * (empty.ndim - 1))
+            embedded[name] = torch.where(where, empty.to(embedded[name].dtype), embedded[name])
         return self.family.condition(embedded, frames)
 
     def keep(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spin_diffusion.diffusion import errors
 from spin_diffusion.diffusion.batches import as_visited
 from spin_diffusion.diffusion.buckets import Size, unpacked
 from spin_diffusion.diffusion.noising import Noising, draw
@@ -35,20 +36,42 @@ from spin_diffusion.selfplay.sending import sent
 class Question:
     """Noised images, both sides of a batch one after the other, and what a denoiser should say to them.
 
+    All but the images and their targets is of each pair, and reaches the denoiser alike for both of its sides.
+
     Attributes:
-        inputs: the denoiser's other inputs.
+        x_t, target: of each image.
+        t: timestep of each pair.
+        inputs: the denoiser's other inputs by the keywords of its call, tensors with one row for each pair.
         read: from what the denoiser says to what is compared with `target`, fp32.
-        weight: of each image's score.
+        weight: of the scores of each pair.
         level: of each pair, in [0, 1).
     """
 
     x_t: Tensor
     t: Tensor
-    inputs: dict[str, Any]
+    inputs: dict[str, Tensor | dict[str, Tensor]]
     read: Callable[[Tensor], Tensor]
     target: Tensor
     weight: Tensor
     level: Tensor
+
+    def asked_of(self, model: Callable[..., Any]) -> Tensor:
+        """What a model predicts of each image, as `target` is."""
+        inputs = {
+            name: {key: self.of_sides(tensor) for key, tensor in found.items()}
+            if isinstance(found, dict)
+            else self.of_sides(found)
+            for name, found in self.inputs.items()
+        }
+        return self.read(model(self.x_t, self.of_sides(self.t), **inputs, return_dict=False)[0])
+
+    def scores(self, predicted: Tensor) -> Tensor:
+        """Of each image."""
+        return self.of_sides(self.weight) * errors.score(predicted, self.target)
+
+    def of_sides(self, of_pairs: Tensor) -> Tensor:
+        """One row of each pair -> one of each image."""
+        return of_pairs.repeat(len(self.x_t) // len(self.t), *[1] * (of_pairs.ndim - 1))
 
 
 class Questions:
@@ -91,25 +114,24 @@ class Questions:
 
     def noised(self, batch: Batch) -> Question:
         """All images of a batch, noised by the forward process."""
-        sides = [as_visited(side, batch.seeds) for side in batch.sides]
-        x_0 = sent(torch.cat([side["latents"] for side in sides]), self.device).float()
+        batch = as_visited(batch)
+        x_0 = sent(torch.cat([side["latents"] for side in batch.sides]), self.device).float()
         if len(self.sizes) > 1:
-            x_0 = unpacked(x_0, *self.sizes[int(batch.real[KIND][0])])
+            x_0 = unpacked(x_0, *self.sizes[int(batch.condition[KIND][0])])
         draws = draw(
             batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
         )
         t, eps = sent(draws.t, self.device), sent(draws.eps, self.device)
-        level = t / self.noising.num_timesteps
-        t, eps = t.repeat(len(sides)), eps.repeat(len(sides), 1, 1, 1)
-        x_t, target = self.noising.noised_and_target(x_0, eps, t)
+        sides = len(batch.sides)
+        x_t, target = self.noising.noised_and_target(x_0, eps.repeat(sides, 1, 1, 1), t.repeat(sides))
         return Question(
             x_t=self._laid_out(x_t),
             t=t,
-            inputs=self.inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in sides])),
+            inputs=self.inputs(batch.prompts, draws.dropped, batch.condition["frame"]),
             read=Tensor.float,
             target=target,
             weight=sent(self.weights, self.device)[t],
-            level=level,
+            level=t / self.noising.num_timesteps,
         )
 
     def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[Question]:
@@ -118,31 +140,29 @@ class Questions:
         assert kind != "forward"
         x_0 = batch.real["latents"].float()
         draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
-        inputs = self.inputs(batch.prompts, draws.dropped, torch.cat([side["frame"] for side in batch.sides]))
+        inputs = self.inputs(batch.prompts, draws.dropped, batch.condition["frame"])
         for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
-            x_t, step = sent(pair.x_t, self.device), pair.step
-            target = implied_noise(x_t, sent(pair.x_prev, self.device), steps, step)
+            x_t, step = sent(pair.x_t, self.device), pair.step[:pairs]  # one for both images
+            target = implied_noise(x_t, sent(pair.x_prev, self.device), steps, pair.step)
             x_t = self._laid_out(x_t)
             yield Question(
                 x_t=x_t,
                 t=sent(steps.t[step], self.device),
                 inputs=inputs,
                 read=partial(
-                    as_noise, x_t=x_t, steps=steps, step=step, prediction_type=self.noising.prediction_type
+                    as_noise, x_t=x_t, steps=steps, step=pair.step, prediction_type=self.noising.prediction_type
                 ),
                 target=target,
                 weight=sent(self.step_weights[step].float() * self.weights[steps.t[step]], self.device),
-                level=sent(steps.t[step[:pairs]] / self.noising.num_timesteps, self.device),
+                level=sent(steps.t[step] / self.noising.num_timesteps, self.device),
             )  # fmt: skip
 
-    def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Any]:
+    def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
         """The denoiser's inputs beside x_t and t, as keywords of its call."""
         with self.autocast():
             conditioning = self.prompts.conditioning(prompts, dropped, frames)
-        inputs = {"encoder_hidden_states": conditioning.tokens, "return_dict": False}
-        if conditioning.added:
-            inputs["added_cond_kwargs"] = conditioning.added
-        return inputs
+        added = {"added_cond_kwargs": conditioning.added} if conditioning.added else {}
+        return {"encoder_hidden_states": conditioning.tokens} | added
 
     def _laid_out(self, x_t: Tensor) -> Tensor:
         """In the UNet's memory layout."""

@@ -5,7 +5,7 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spin_diffusion.diffusion.buckets import Size
+from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import decode_latents, to_images
+from spin_diffusion.selfplay.sending import sent
 
 SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     # Latents are not confined to [-1, 1]: DDIM clips them unless told otherwise
@@ -61,6 +63,7 @@ def draw_batches(
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]],
     eta: float = 0.0,
+    frames: Frames | None = None,
     keep_states: bool = False,
 ) -> Iterator[Drawn]:
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
@@ -68,31 +71,38 @@ def draw_batches(
     Args:
         resolution: height and width, px; one number for both, or two.
         guidance_scale: 1 or less = without guidance.
+        frames: what SDXL is told of size and crop, with guidance in both halves alike; None = what users tell it, who
+            leave it to diffusers: the size that is drawn and no crop.
         keep_states: for samplers that do not scale the UNet's input, such as DDIM.
 
     Raises:
         FloatingPointError: an image that is not finite.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    unet = pipeline.unet
     for start in range(0, len(prompts), batch_size):
         part = list(range(start, min(start + batch_size, len(prompts))))
         count = len(part)
-        if is_compiled(pipeline.unet):
+        if is_compiled(unet):
             part += [part[-1]] * (batch_size - count)  # every other size of a batch would be compiled anew
-        recorder = _Recorder(pipeline.unet, len(part)) if keep_states else None
-        with torch.no_grad(), autocast(), recorder or nullcontext():
-            latents = pipeline(
-                [prompts[place] for place in part],
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
-                eta=eta,
-                callback_on_step_end=recorder.after_step if recorder is not None else None,
-                output_type="latent",
-            ).images[:count]
-        states = torch.stack(recorder.states, dim=1)[:count] if recorder is not None else None
+        stand_in = _StandIn(unet, len(part), frames[part] if frames is not None else None, keep_states)
+        pipeline.unet = stand_in
+        try:
+            with torch.no_grad(), autocast():
+                latents = pipeline(
+                    [prompts[place] for place in part],
+                    height=height,
+                    width=width,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
+                    eta=eta,
+                    callback_on_step_end=stand_in.after_step if keep_states else None,
+                    output_type="latent",
+                ).images[:count]
+        finally:
+            pipeline.unet = unet
+        states = torch.stack(stand_in.states, dim=1)[:count] if keep_states else None
         pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompts[place][:60]) for place in part[:count]])
         yield Drawn(to_images(pixels), states)
 
@@ -123,20 +133,25 @@ def draw_images(
     return images
 
 
-class _Recorder(AbstractContextManager["_Recorder"]):
-    """Takes down a pipeline's latents: the first from the UNet's first input, the others at the end of each step."""
+class _StandIn:
+    """A pipeline's UNet for one batch: it tells each image its own frame, where diffusers has one for all of them, and
+    takes down the latents x_T, ..., x_0. A compiled UNet would not ask a hook."""
 
-    def __init__(self, unet: UNet2DConditionModel, images: int) -> None:
+    def __init__(self, unet: UNet2DConditionModel, images: int, frames: Frames | None, keep_states: bool) -> None:
+        self.unet, self.images, self.frames, self.keep_states = unet, images, frames, keep_states
         self.states: list[Tensor] = []
-        self.images = images
-        self._hook = unet.register_forward_pre_hook(self._before_step)
 
-    def __exit__(self, *error: object) -> None:
-        self._hook.remove()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unet, name)
 
-    def _before_step(self, unet: UNet2DConditionModel, inputs: tuple[Any, ...]) -> None:
-        if not self.states:
-            self._keep(inputs[0][: self.images])  # with guidance the batch is there twice
+    def __call__(self, x_t: Tensor, t: Tensor, **inputs: Any) -> Any:
+        if self.keep_states and not self.states:
+            self._keep(x_t[: self.images])  # with guidance the batch is there twice
+        added = inputs.get("added_cond_kwargs")
+        if self.frames is not None and added and "time_ids" in added:
+            frames = self.frames.repeat(len(x_t) // self.images, 1)
+            inputs["added_cond_kwargs"] = added | {"time_ids": sent(frames.float(), x_t.device)}
+        return self.unet(x_t, t, **inputs)
 
     def after_step(self, pipeline: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """For the pipeline's `callback_on_step_end`."""

@@ -25,6 +25,9 @@ class ImageSettings:
     """1 = every image is cropped to a square. Above: to the nearest in shape of some sizes with about as many pixels,
     whose long side is up to so many times the short one; the opponent draws each of its images in the size of the real
     one. SDXL was trained up to 4."""
+    size_conditioning: Literal["real", "target"] = "real"
+    """What SDXL is told of size and crop, for both images of a pair and while the opponent draws: real = those of the
+    real image; target = those that pipelines tell by default, the size that is drawn and no crop."""
     center_crop: bool = True
     """Crop the middle; otherwise a place that is drawn from the image's hash."""
     random_flip: bool = False

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from spin_diffusion.diffusion.latents import latents_of
+from spin_diffusion.diffusion.latents import latents_of, size_of
 from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
 from spin_diffusion.evaluation.statistics import Interval, paired_difference
 from spin_diffusion.selfplay.game import Row
@@ -217,7 +217,7 @@ class ShortcutProbe:
 
     def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
         """What the probe says of pairs of stored rows, of those of the most frequent size; see `report`."""
-        sizes = [tuple(row["frame"][4:]) for row in real]
+        sizes = [size_of(row) for row in real]
         most = max(sizes, key=sizes.count, default=None)
         real, generated = (
             [row for row, size in zip(rows, sizes, strict=True) if size == most] for rows in (real, generated)

@@ -120,9 +120,6 @@ class LanguageGame:
         self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = lambda samples: None
     ) -> list[Row]:
         """One answer by the opponent per row, as token ids."""
-        sampler = asdict(self.generation) | {"max_length": self.settings.max_length}
-        del sampler["vllm_memory_share"]  # no answer depends on it
-        settings = json.dumps(sampler, sort_keys=True)
         with self._as_opponent():
             drawn = self.draw([row["prompt_ids"] for row in rows], seeds, done=done)
         return [
@@ -134,10 +131,17 @@ class LanguageGame:
                 "text": self.chat.text(answer.ids),
                 "finish": answer.finish,
                 "seed": seed,
-                "sampler": settings,
+                "sampler": self.sampler_settings,
             }
             for row, seed, answer in zip(rows, seeds, drawn, strict=True)
         ]
+
+    @property
+    def sampler_settings(self) -> str:
+        """How the opponent's answers are drawn, as JSON."""
+        sampler = asdict(self.generation) | {"max_length": self.settings.max_length}
+        del sampler["vllm_memory_share"]  # no answer depends on it
+        return json.dumps(sampler, sort_keys=True)
 
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
         """Prompt and answer as one row of tokens, filled up with 0 to the shard's longest, and where each ends."""

@@ -231,7 +231,8 @@ class Round:
         if self.source != "opponent":
             return {"generated": self.source}
         metadata = {
-            "opponent": self.record["opponent"]["hash"], "data": self.record["data_hash"], "round": str(self.k)
+            "opponent": self.record["opponent"]["hash"], "data": self.record["data_hash"], "round": str(self.k),
+            "sampler": self.game.sampler_settings,
         }  # fmt: skip
         judge = None
         if self.candidates is not None:

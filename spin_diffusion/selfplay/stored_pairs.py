@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.game import KIND
+from spin_diffusion.selfplay.game import CONDITION, KIND
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.shards import Part, of_side, rows_in, shards
@@ -72,7 +72,7 @@ def open_pairs(
             found.append(sides[1].rows(drawn, drawn, of_drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
-    kinds = kinds_of(real.tensors, part) if KIND in sides[0].names else None
+    kinds = kinds_of(real.tensors, part) if CONDITION + KIND in sides[0].names else None
     return Pairs(ids, prompts, fetch, draws, kinds, kept_part)
 
 
@@ -82,8 +82,8 @@ def kinds_of(encoded: Path, part: Part) -> Tensor | None:
     for path in shards(encoded, ".safetensors"):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            if KIND in names:
-                found.append(file.get_tensor(KIND)[part.places])
+            if CONDITION + KIND in names:
+                found.append(file.get_tensor(CONDITION + KIND)[part.places])
             elif names:  # a shard may have no rows
                 return None
     return torch.cat(found) if found else None
@@ -115,15 +115,16 @@ def _open_chosen(
         found = []
         for index in indices:
             (number, place), best, _ = places[index]
-            if best is None:
-                found.append(in_data.rows([(number, part.index + place * part.of)], [(number, place)]))
-            else:
-                found.append(drawn.rows([best], [best]))
+            of_data = in_data.rows([(number, part.index + place * part.of)], [(number, place)])
+            if best is not None:  # a candidate in the place of the real sample, whose condition stays the pair's
+                candidate = drawn.rows([best], [best]).items()
+                of_data |= {name: tensor for name, tensor in candidate if not name.startswith(CONDITION)}
+            found.append(of_data)
         others = [places[index][2] for index in indices]
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
         return together, drawn.rows(others, others, parts)
 
-    kinds = kinds_of(real.tensors, part) if KIND in in_data.names else None
+    kinds = kinds_of(real.tensors, part) if CONDITION + KIND in in_data.names else None
     if kinds is not None:
         starts = Column(data, "id", part).starts
         kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]

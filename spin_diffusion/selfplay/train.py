@@ -258,13 +258,10 @@ def _backward_by_sides(
     copies = len(of_real) // len(batch.ids)
     of_real = of_real.view(len(batch.ids), copies).sum(dim=1)  # a real row has one score, however many rows it meets
     known = {"opponent_score": scores.opponent_real.detach()[::copies]}
-    passes = [(Batch(batch.ids, batch.prompts, batch.real | known, {}, batch.seeds), of_real)]
+    passes = [(batch.with_sides(batch.real | known, {}), of_real)]
     if batch.generated:
         known = {"opponent_score": scores.opponent_generated.detach()}
-        ids, prompts, seeds = (
-            [value for value in values for _ in range(copies)] for values in (batch.ids, batch.prompts, batch.seeds)
-        )
-        passes.append((Batch(ids, prompts, batch.generated | known, {}, seeds), of_generated))
+        passes.append((batch.with_sides(batch.generated | known, {}, copies), of_generated))
     for number, (side, gradient) in enumerate(passes):
         last = number + 1 == len(passes)
         # Gradients of several processes are gathered once, in the last of the backward passes

@@ -25,7 +25,7 @@ from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.stored_pairs import kinds_of
 from spin_diffusion.store.pictures import open_picture
-from tests.diffusion.test_game import nudge
+from tests.diffusion.test_game import nudge, only
 from tests.playing import ROUNDS, TRAINING, make_game
 
 SHAPES = [(64, 64), (40, 80), (90, 45), (33, 31), (30, 120), (64, 40)]
@@ -60,12 +60,6 @@ def mixed_batch(game, pairs: int = 6, losers: bool = False) -> Batch:
     other = game.generate(rows, list(range(pairs)))
     real, generated = game.encode(rows), game.encode(other)
     return Batch([row["id"] for row in rows], [row["prompt"] for row in rows], real, generated, list(range(pairs)))
-
-
-def only(batch: Batch, place: int) -> Batch:
-    here = slice(place, place + 1)
-    real, other = ({name: tensor[here] for name, tensor in side.items()} for side in (batch.real, batch.generated))
-    return Batch(batch.ids[here], batch.prompts[here], real, other, batch.seeds[here])
 
 
 # The table
@@ -180,7 +174,7 @@ def test_the_opponent_draws_each_image_in_the_size_of_the_real_one(sdxl_dir):
     for place, (row, made) in enumerate(zip(rows, drawn, strict=True)):
         real, other = (open_picture(each["image"]) for each in (row, made))
         assert real.size == other.size == (row["frame"][5], row["frame"][4])
-        assert made["frame"] == [other.height, other.width, 0, 0, other.height, other.width]
+        assert made["frame"] == row["frame"]
         assert made["id"] == row["id"] and made["seed"] == place
         seen.add(real.size)
     assert len(seen) >= 3
@@ -192,7 +186,8 @@ def test_the_opponent_draws_each_image_in_the_size_of_the_real_one(sdxl_dir):
 
 def test_a_pairs_worse_image_has_the_size_of_the_better_one(sdxl_dir):
     for row in game_of_sizes(sdxl_dir).real_rows(pictures(losers=True)):
-        assert row["frame"][4:] == row["loser_frame"][4:]
+        better, worse = (images.open_image(row[name]) for name in ("image", "loser_image"))
+        assert better.size == worse.size == (row["frame"][5], row["frame"][4])
 
 
 def test_an_image_on_its_side_is_turned_before_its_shape_is_taken(sdxl_dir):
@@ -212,7 +207,7 @@ def test_latents_are_those_of_each_image_alone(flip, sdxl_dir):
     for place, row in enumerate(rows):
         pixels = images.to_pixels([open_picture(row["image"])])
         height, width = row["frame"][4:]
-        assert game.sizes[encoded["kind"][place]] == (height, width)
+        assert game.sizes[encoded["condition_kind"][place]] == (height, width)
         for name, seen in (("latents", pixels), ("mirrored_latents", pixels.flip(-1)))[: 1 + flip]:
             found = unpacked(encoded[name][place][None], height // game.latent_px, width // game.latent_px)
             expected = images.encode_pixels(game.pipeline.vae, seen, ["a"])
@@ -225,7 +220,7 @@ def test_a_mixed_batch_scores_each_pair_as_it_scores_alone(base, request):
     batch = mixed_batch(game)
     nudge(game.player)
     together = game.scores(game.player, batch)
-    assert len(set(batch.real["kind"].tolist())) >= 3
+    assert len(set(batch.condition["kind"].tolist())) >= 3
     for place in range(len(batch.ids)):
         alone = game.scores(game.player, only(batch, place))
         for name in ("player_real", "player_generated", "opponent_real", "opponent_generated"):
@@ -366,7 +361,7 @@ def test_kinds_are_those_of_the_pairs_of_a_part_and_of_candidates(sdxl_dir, tmp_
     for kinds, batch, ids in seen:
         assert len(kinds) == len(ids) > 2
         assert [game.sizes[kind] for kind in kinds.tolist()] == [sizes[id_] for id_ in ids]
-        assert [game.sizes[kind] for kind in batch.real["kind"].tolist()] == [sizes[id_] for id_ in batch.ids]
+        assert [game.sizes[kind] for kind in batch.condition["kind"].tolist()] == [sizes[id_] for id_ in batch.ids]
 
 
 # Refusals and figures

@@ -15,7 +15,7 @@ from spin_diffusion.diffusion.cost import (
     work_of,
 )
 from spin_diffusion.selfplay.game import Batch
-from tests.playing import make_game
+from tests.playing import asked, make_game
 
 FLAT = {
     "train_batch_size": 3, "gradient_accumulation_steps": 1, "num_generated": 1, "num_inference_steps": 2,
@@ -25,7 +25,7 @@ FLAT = {
 
 def batch_of(game, sides: int) -> Batch:
     latents = torch.zeros(3, 4, 32 // game.latent_px, 32 // game.latent_px)
-    side = {"latents": latents, "frame": torch.tensor([[32, 32, 0, 0, 32, 32]] * 3, dtype=torch.int32)}
+    side = {"latents": latents, "condition_frame": torch.tensor([[32, 32, 0, 0, 32, 32]] * 3, dtype=torch.int32)}
     return Batch(["a", "b", "c"], ["a", "b", "c"], side, side if sides == 2 else {}, [1, 2, 3])
 
 
@@ -54,7 +54,7 @@ def test_a_rounds_images_cost_what_the_counter_counts(family, guidance_scale, re
     unit = count_units(game.family, game.pipeline, 32)
     zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
     work = work_of(FLAT | {"guidance_scale": guidance_scale}, "opponent", 3, 5, zeros)
-    rows = [{"id": str(n), "prompt": f"picture {n}"} for n in range(3)]
+    rows = asked(*(f"picture {n}" for n in range(3)))
     game.sampling = type(game.sampling)(num_inference_steps=2, guidance_scale=guidance_scale, generation_batch_size=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         game.encode(game.generate(rows, [1, 2, 3]))

@@ -1,5 +1,7 @@
 """The diffusion game: what must hold of scores, samples and saved weights, for every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.selfplay.run_dir import weights_hash
-from tests.playing import examples, make_game
+from tests.playing import asked, examples, make_game
 
 FAMILIES = ["sd1_dir", "sd2_dir", "sdxl_dir"]
 
@@ -27,6 +29,14 @@ def batch_of(game, pairs: int = 4, generated: bool = True) -> Batch:
     prompts = [row["prompt"] for row in rows[:pairs]]
     ids = [row["id"] for row in rows[:pairs]]
     return Batch(ids, prompts, real, other if generated else {}, list(range(pairs)))
+
+
+def only(batch: Batch, place: int) -> Batch:
+    here = slice(place, place + 1)
+    real, other, condition = (
+        {name: tensor[here] for name, tensor in side.items()} for side in (batch.real, batch.generated, batch.condition)
+    )
+    return Batch(batch.ids[here], batch.prompts[here], real, other, batch.seeds[here], condition)
 
 
 def nudge(module: torch.nn.Module, size: float = 0.05) -> None:
@@ -92,7 +102,7 @@ def test_a_denoiser_that_is_exact_for_one_side_scores_that_side_best(base, side)
 def test_real_and_generated_share_noise_and_level(base):
     game = make_game(base)
     batch = batch_of(game)
-    same = Batch(batch.ids, batch.prompts, batch.real, batch.real, batch.seeds)
+    same = replace(batch, generated=batch.real)
     nudge(game.player)
     scores = game.scores(game.player, same).scores
     assert torch.allclose(scores.player_real, scores.player_generated, atol=1e-6)
@@ -104,12 +114,7 @@ def test_a_pairs_scores_do_not_depend_on_the_pairs_beside_it(base):
     nudge(game.player)
     together = game.scores(game.player, batch).scores
     for i in range(4):
-        one = Batch(
-            [batch.ids[i]], [batch.prompts[i]],
-            {name: values[i : i + 1] for name, values in batch.real.items()},
-            {name: values[i : i + 1] for name, values in batch.generated.items()}, [batch.seeds[i]],
-        )  # fmt: skip
-        alone = game.scores(game.player, one).scores
+        alone = game.scores(game.player, only(batch, i)).scores
         assert torch.allclose(alone.player_real[0], together.player_real[i], atol=1e-5)
         assert torch.allclose(alone.opponent_generated[0], together.opponent_generated[i], atol=1e-5)
 
@@ -143,20 +148,6 @@ def test_without_a_generated_side_only_the_real_one_is_scored(sdxl_dir):
     assert (scores.player_real < 0).all() and torch.equal(scores.r_generated, torch.zeros(4))
 
 
-def test_sdxl_is_told_each_images_own_size_and_crop(sdxl_dir, monkeypatch):
-    game = make_game(sdxl_dir)
-    seen = {}
-    monkeypatch.setattr(
-        game.opponent, "forward", lambda x_t, t, **inputs: seen.update(inputs["added_cond_kwargs"]) or (x_t,)
-    )
-    rows = list(game.real_rows(examples(2)))
-    drawn = [row | {"drawn": True, "frame": [32, 32, 0, 0, 32, 32]} for row in rows]
-    batch = Batch(["a", "b"], ["p", "q"], game.encode(rows), game.encode(drawn), [0, 1])
-    game.scores(lambda x_t, t, **inputs: (x_t,), batch)
-    # The real images are 32 x 40 px, cropped by 4 px at the top; the generated ones were drawn at 32 px
-    assert seen["time_ids"].tolist() == [[40, 32, 4, 0, 32, 32]] * 2 + [[32, 32, 0, 0, 32, 32]] * 2
-
-
 def test_a_dropped_caption_is_the_samplers_unconditional_input(base):
     game = make_game(base)
     frames = torch.tensor([[32, 32, 0, 0, 32, 32]] * 2)
@@ -173,7 +164,7 @@ def test_a_dropped_caption_is_the_samplers_unconditional_input(base):
 
 def test_samples_are_the_same_bytes_again_and_depend_on_their_seed(base):
     game = make_game(base)
-    rows = [{"id": str(i), "prompt": f"p {i}"} for i in range(3)]
+    rows = asked("p 0", "p 1", "p 2")
     first, again = game.generate(rows, [1, 2, 3]), game.generate(rows, [1, 2, 3])
     assert [row["image"] for row in first] == [row["image"] for row in again]
     assert game.generate(rows, [4, 2, 3])[0]["image"] != first[0]["image"]
@@ -238,8 +229,6 @@ def test_restore_brings_back_what_was_saved_and_the_base(sdxl_dir, tmp_path):
 
 
 def test_resolutions_that_the_unet_cannot_take_are_refused(sdxl_dir):
-    from dataclasses import replace
-
     from spin_diffusion.diffusion.settings import ImageSettings
 
     game = make_game(sdxl_dir)
@@ -250,7 +239,7 @@ def test_resolutions_that_the_unet_cannot_take_are_refused(sdxl_dir):
 
 def test_samples_are_the_opponents_whatever_the_player_has_become(base):
     game = make_game(base)
-    rows = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a hen"}]
+    rows = asked("a fox", "a hen")
     before = [row["image"] for row in game.generate(rows, [1, 2])]
     nudge(game.player)
     assert [row["image"] for row in game.generate(rows, [1, 2])] == before

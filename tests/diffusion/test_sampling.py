@@ -11,7 +11,7 @@ from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.sampling import SAMPLERS
 from spin_diffusion.diffusion.settings import SamplingSettings
 from spin_diffusion.store.pictures import open_picture
-from tests.playing import make_game
+from tests.playing import asked, make_game
 from tests.tiny import BETAS
 
 
@@ -24,7 +24,7 @@ def test_by_default_25_steps_of_the_second_order_solver():
 
 def test_the_files_are_the_drawn_images_in_the_order_of_the_rows(sdxl_dir):
     game = make_game(sdxl_dir)
-    rows = [{"id": str(number), "prompt": f"fox {number}"} for number in range(5)]
+    rows = asked(*(f"fox {number}" for number in range(5)))
     told: list[int] = []
     made = game.generate(rows, [7, 8, 9, 10, 11], told.append)
     drawn = game.draw(game.opponent, [row["prompt"] for row in rows], [7, 8, 9, 10, 11], 3.0)
@@ -67,7 +67,7 @@ def test_a_compiled_unet_draws_the_same_and_is_saved_under_its_names(how, sdxl_d
     game = make_game(sdxl_dir, compile=how)
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in game.player.modules())
     assert len(compiled) == 2 * (blocks if how == "blocks" else 1)  # the player's and the opponent's
-    rows = [{"id": "a", "prompt": "a fox"}, {"id": "b", "prompt": "a hen"}]
+    rows = asked("a fox", "a hen")
     drawn, expected = game.generate(rows, [3, 4]), plain.generate(rows, [3, 4])
     assert [row["image"] for row in drawn] == [row["image"] for row in expected]
     game.save(tmp_path)
@@ -93,7 +93,7 @@ def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):
     plain = make_game(sdxl_dir)
     monkeypatch.setattr(torch, "compile", interpreted)
     game = make_game(sdxl_dir, compile="whole")
-    rows = [{"id": str(number), "prompt": f"fox {number}"} for number in range(5)]
+    rows = asked(*(f"fox {number}" for number in range(5)))
     seeds = [7, 8, 9, 10, 11]
     drawn, expected = game.generate(rows, seeds), plain.generate(rows, seeds)
     assert len(sizes) == 6 and set(sizes) == {4}  # always two images, with and without their prompts
@@ -104,5 +104,5 @@ def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):
 
 def test_drawing_does_not_keep_states_that_nobody_asked_for(sdxl_dir, monkeypatch):
     game = make_game(sdxl_dir)
-    monkeypatch.setattr("spin_diffusion.diffusion.sampling._Recorder", partial(pytest.fail, "states were kept"))
-    assert len(game.generate([{"id": "a", "prompt": "a fox"}], [3])) == 1
+    monkeypatch.setattr("spin_diffusion.diffusion.sampling._StandIn._keep", partial(pytest.fail, "states were kept"))
+    assert len(game.generate(asked("a fox"), [3])) == 1

@@ -322,8 +322,8 @@ def test_one_logit_of_all_steps_has_the_smaller_loss(sdxl_dir, weights, eta):
     exact = game.scores(game.player, batch).scores
     assert isinstance(game.steps, SamplerSteps)
     draws = draw_steps(batch.seeds, (4, 16, 16), 3, "exact", 0.0)
-    frames = torch.cat([batch.real["frame"], batch.generated["frame"]])
-    conditioning = game.prompts.conditioning(batch.prompts, draws.dropped, frames)
+    frames = batch.condition["frame"].repeat(2, 1)
+    conditioning = game.prompts.conditioning(batch.prompts * 2, draws.dropped * 2, frames)
     inputs = {"encoder_hidden_states": conditioning.tokens, "added_cond_kwargs": conditioning.added}
     each = []
     for pair in true_pairs(batch.real["latents"].float(), batch.generated["states"], draws, game.steps, "exact"):

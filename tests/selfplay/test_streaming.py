@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spin_diffusion.selfplay import stored_pairs as samples
-from spin_diffusion.selfplay.game import KIND
+from spin_diffusion.selfplay.game import CONDITION, KIND
 from spin_diffusion.selfplay.run_dir import write_rows, write_tensors
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs
@@ -77,7 +77,7 @@ def test_choices_of_other_samples_are_no_choices(data):
 def test_a_chosen_pair_has_the_kind_of_its_own_real_sample(data):
     for number, size in enumerate(SIZES):
         name, first = f"{number:05d}-of-{len(SIZES):05d}", sum(SIZES[:number])
-        kinds = {KIND: torch.arange(first, first + size, dtype=torch.int32), "x": torch.zeros(size, 1)}
+        kinds = {CONDITION + KIND: torch.arange(first, first + size, dtype=torch.int32), "x": torch.zeros(size, 1)}
         write_tensors(data / "kinds" / f"{name}.safetensors", kinds, {})
         choices = [
             {"id": f"id {first + place}", "place": place, "real": None, "generated": None if place == 1 else 0}
