@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from spin_diffusion.data.text import Message, TextExample
 from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.base import LanguageBase, load_model
 from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
 from spin_diffusion.llm.logprobs import AnswerScorer, places_of
@@ -35,6 +36,7 @@ from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.weights import load_whole
 
 PLAYER, OPPONENT = "player", "opponent"
 """Adapters on one base."""
@@ -66,7 +68,7 @@ class LanguageGame:
         base_options: dict[str, Any] | None = None,
     ) -> None:
         """Args: base, base_options: path or hub id that `model` was loaded from, and how."""
-        self.base, self.base_options = base, base_options or {}
+        self.base = LanguageBase(base, **(base_options or {}))
         self.tokenizer, self.settings, self.generation, self.accelerator = tokenizer, settings, generation, accelerator
         # Use leaves traces in a tokenizer, and what is saved must not depend on what was done before
         self._untouched = copy.deepcopy(tokenizer)
@@ -237,7 +239,10 @@ class LanguageGame:
             part = part_of(target)
             part.mkdir(parents=True, exist_ok=True)
             if self.settings.use_peft:
-                self.model.peft_config[PLAYER].save_pretrained(part)
+                # It lies on the base as it was given, with the adapters that were merged into it
+                config = copy.copy(self.model.peft_config[PLAYER])
+                config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
+                config.save_pretrained(part)
                 weights = get_peft_model_state_dict(self.model, adapter_name=PLAYER)
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
                 save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -271,7 +276,7 @@ class LanguageGame:
         """One answer per prompt and seed by the weights in memory."""
         if self.generation.engine == "vllm":
             self._vllm = self._vllm or Vllm(
-                self.base if self.settings.use_peft or self._folder is None else self._folder,
+                self.base.name if self.settings.use_peft or self._folder is None else self._folder,
                 self.generation,
                 end_ids=self.chat.end_ids,
                 max_length=self.settings.max_length,
@@ -279,7 +284,7 @@ class LanguageGame:
                 device=self.accelerator.device.type,
                 adapter=self._folder if self.settings.use_peft else None,
                 lora_r=self.settings.lora_r,
-                base_options=self.base_options,
+                base_options=self.base.options(),
             )
             drawn = self._vllm.draw(prompts, seeds)
             done(len(drawn))
@@ -343,10 +348,8 @@ class LanguageGame:
     def _load(self, folder: Path | None) -> PreTrainedModel:
         """A fresh copy of saved weights, or of the base's, on the CPU."""
         if folder is None:
-            return AutoModelForCausalLM.from_pretrained(
-                self.base, dtype=torch.float32, use_safetensors=True, **self.base_options
-            )
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            return load_model(self.base)
+        return load_whole(AutoModelForCausalLM, folder, where=str(folder), local_files_only=True)
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must score what the player scores, and answer."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from spin_diffusion import publishing
 from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.llm.base import base_of
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL
 from spin_diffusion.publishing import UPLOADED, objective_fact, round_facts, write_card
@@ -26,6 +27,7 @@ def write_model_card(output_dir: Path, config: LanguageConfig, rows: int, compar
         library="peft" if uses_adapter else "transformers",
         task="text-generation",
         uses_adapter=uses_adapter,
+        base_code=base_of(config).code(),
         argument=json.dumps(config.run.hub_model_id or str(output_dir / (ADAPTER if uses_adapter else MODEL))),
     )
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.report import PROMPT_TOO_LONG, LeftOut, ReadReport
-from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
@@ -72,11 +71,16 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     versions = {}
     if config.generation.engine == "vllm":
         adapter_rank = config.language.lora_r if config.language.use_peft else None
+        if len(base_of(config).adapters()) > 1:
+            raise InputError(
+                f"--engine vllm draws from the files of {config.model.model_name_or_path}, and those are an adapter: "
+                "leave --engine out, or merge it (PEFT's merge_and_unload), save_pretrained() the result with its "
+                "tokenizer, and give that folder"
+            )
         versions["vllm"] = check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
     for warning in warnings_of(config):
         accelerator.print(f"Warning: {warning}")
 
-    base = str(config.model.model_name_or_path)
     game = open_game(config, accelerator)
     check_training(config, game.player, accelerator)
     take_run_folder(config, output_dir, PROGRAM, accelerator)
@@ -86,8 +90,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    identity = {"name": base, "revision": config.model.revision}
-    write_manifest(output_dir, identity, weights_hash(game.model), manifest, config, accelerator, versions)
+    write_manifest(output_dir, game.base.identity(), weights_hash(game.model), manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with
@@ -109,7 +112,7 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     )  # fmt: skip
     if accelerator.is_main_process:
         write_model_card(output_dir, config, manifest["rows"], evaluator.tell())
-        _tell_where(records, output_dir, base, config.language.use_peft)
+        _tell_where(records, output_dir, game.base, config.language.use_peft)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config)}")
     return records
@@ -163,9 +166,7 @@ def plan(config: LanguageConfig) -> None:
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
     """The base checkpoint as a game."""
-    base = str(config.model.model_name_or_path)
-    options = {"revision": config.model.revision or "main", "trust_remote_code": config.language.trust_remote_code,
-               "cache_dir": config.data.cache_dir}  # fmt: skip
+    base, options = str(config.model.model_name_or_path), base_of(config).given()
     model, tokenizer = load_language_model(base, options)
     if config.model.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.model.chat_template))
@@ -180,37 +181,6 @@ def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
         gradient_checkpointing=config.training.gradient_checkpointing,
         base_options=options,
     )
-
-
-def load_language_model(base: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in fp32, and its tokenizer.
-
-    Raises:
-        InputError: it does not exist, cannot be reached, or is none.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, **options)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if Path(base).is_dir() and (lacking := _lacking(Path(base))):
-            raise InputError(f"--model_name_or_path {base}: the folder has no {' and no '.join(lacking)}") from error
-        raise InputError(
-            f"--model_name_or_path {base}: {one_line(error)[:300]}; give a hub id that can be reached, or a local "
-            "folder with config.json, safetensors weights and a tokenizer"
-        ) from error
-    return model, tokenizer
-
-
-def _lacking(folder: Path) -> list[str]:
-    """What a folder has not of a language model in transformers' layout."""
-    wanted = {
-        "config.json": ["config.json"],
-        "weights (*.safetensors)": ["*.safetensors"],
-        "tokenizer (tokenizer.json, say)": [
-            "tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken",
-        ],
-    }  # fmt: skip
-    return [what for what, names in wanted.items() if not any(any(folder.glob(name)) for name in names)]
 
 
 def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, max_length: int) -> None:
@@ -289,13 +259,11 @@ def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
     )
 
 
-def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: str, use_peft: bool) -> None:
+def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: LanguageBase, use_peft: bool) -> None:
     promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
     folder = output_dir / (ADAPTER if use_peft else MODEL)
     if not promoted:
         print(f"No round was promoted: the base stands, and there is no {folder.name}/ to load")
         return
-    loaded = f"AutoModelForCausalLM.from_pretrained({(base if use_peft else str(folder))!r})"
-    if use_peft:
-        loaded = f"PeftModel.from_pretrained({loaded}, {str(folder)!r})"
+    loaded = LanguageBase(str(folder)).code() if not use_peft else base.code_with(folder)
     print(f"The player of round {promoted[-1]} is in {folder}; load it with\n  {loaded}")

@@ -1,0 +1,336 @@
+"""The base of a language run: exactly what its files say, or refused.
+
+A base is a checkpoint in transformers' layout, or a LoRA adapter (PEFT) on one, such as supervised fine-tuning leaves:
+adapters are merged into the weights below them before anything is played.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from spin_diffusion.data.rows import one_line
+from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.config import LanguageConfig
+from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.text import printable
+from spin_diffusion.store.weights import load_whole
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+CONFIG_BYTES = 16 * 2**20
+MOST_ADAPTERS = 8
+"""So many may lie on each other."""
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of config.json by which weights are stored in other numbers than they are computed with."""
+UNSEEN = ("num_attention_heads",)
+"""Keys without which a model is another one, though every tensor fits."""
+
+
+@dataclass(frozen=True)
+class LanguageBase:
+    """A checkpoint on the disk or the hub, and how it is loaded; that is its identity."""
+
+    name: str
+    """Path or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Whether the code that a hub model brings along is run."""
+    cache_dir: str | None = None
+    """Where what comes from the hub is kept; it decides nothing."""
+
+    def options(self) -> dict[str, Any]:
+        """For `from_pretrained`."""
+        return {
+            "revision": self.revision or "main", "trust_remote_code": self.trust_remote_code,
+            "cache_dir": self.cache_dir,
+        }  # fmt: skip
+
+    def given(self) -> dict[str, Any]:
+        """Its fields but the name."""
+        said = asdict(self)
+        del said["name"]
+        return said
+
+    def file(self, name: str) -> Path | None:
+        """Where one of its files lies on this machine, downloaded if need be; None = it has none of that name."""
+        found = cached_file(
+            self.name, name, revision=self.revision or "main", cache_dir=self.cache_dir,
+            _raise_exceptions_for_missing_entries=False,
+        )  # fmt: skip
+        return Path(found) if found is not None else None
+
+    def adapters(self) -> list["LanguageBase"]:
+        """This base, then what its adapter lies on, and so on; the last one is a checkpoint with all weights.
+
+        Raises:
+            InputError: an adapter that does not say what it lies on, or one that comes with whole weights.
+        """
+        chain = [self]
+        while (path := chain[-1]._adapter_config()) is not None:
+            top, said = chain[-1], _read(path)
+            below = said.get("base_model_name_or_path")
+            if not isinstance(below, str) or not below:
+                raise InputError(
+                    f"{top.where()}: its {ADAPTER_CONFIG} does not say which checkpoint the adapter lies on: write "
+                    "base_model_name_or_path into it"
+                )
+            if len(chain) > MOST_ADAPTERS or below in [base.name for base in chain]:
+                raise InputError(
+                    f"{self.where()}: the adapter lies on itself, or on more than {MOST_ADAPTERS} others "
+                    f"(base_model_name_or_path in {ADAPTER_CONFIG}): name there the checkpoint with whole weights"
+                )
+            chain.append(replace(self, name=below, revision=said.get("revision")))
+        return chain
+
+    def identity(self) -> dict[str, Any]:
+        """For the manifest: name, revision, and the adapters that are merged into what, by their bytes."""
+        *adapters, root = self.adapters()
+        said: dict[str, Any] = {"name": self.name, "revision": self.revision}
+        if adapters:
+            said["adapters"] = [
+                {"name": base.name, "revision": base.revision, "sha256": file_hash(base._adapter_weights())}
+                for base in adapters
+            ]
+            said["merged_into"] = {"name": root.name, "revision": root.revision}
+        return said
+
+    def code(self) -> str:
+        """A Python expression that loads it."""
+        *adapters, root = self.adapters()
+        loaded = f"AutoModelForCausalLM.from_pretrained({root._arguments()})"
+        for adapter in reversed(adapters):
+            loaded = f"PeftModel.from_pretrained({loaded}, {adapter._arguments()}).merge_and_unload()"
+        return loaded
+
+    def code_with(self, adapter: Path) -> str:
+        """The same, with an adapter on it that a run left."""
+        return f"PeftModel.from_pretrained({self.code()}, {str(adapter)!r})"
+
+    def where(self) -> str:
+        """How messages begin."""
+        return f"--model_name_or_path {self.name}"
+
+    def _arguments(self) -> str:
+        revision = f", revision={self.revision!r}" if self.revision is not None else ""
+        return repr(self.name) + revision + (", trust_remote_code=True" if self.trust_remote_code else "")
+
+    def _adapter_config(self) -> Path | None:
+        """Where its adapter's configuration lies; None = it is no adapter."""
+        found = find_adapter_config_file(self.name, cache_dir=self.cache_dir, revision=self.revision)
+        if found is None:
+            return None
+        if whole := next((name for name in WHOLE if self.file(name) is not None), None):
+            raise InputError(
+                f"{self.where()}: it has both an adapter ({ADAPTER_CONFIG}) and whole weights ({whole}): take out what "
+                "is not meant"
+            )
+        return Path(found)
+
+    def _adapter_weights(self) -> Path:
+        path = self.file(ADAPTER_WEIGHTS)
+        if path is None:
+            raise InputError(
+                f"{self.where()}: the adapter has no {ADAPTER_WEIGHTS}: other formats are not read, save it again with "
+                "peft's save_pretrained"
+            )
+        return path
+
+
+def base_of(config: LanguageConfig) -> LanguageBase:
+    """The base that the settings name."""
+    return LanguageBase(
+        str(config.model.model_name_or_path), config.model.revision, config.language.trust_remote_code,
+        config.data.cache_dir,
+    )  # fmt: skip
+
+
+def load_language_model(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in fp32 with its adapters merged, and its tokenizer.
+
+    Args:
+        name, options: path or hub id, and the other fields of a `LanguageBase`.
+
+    Raises:
+        InputError: it does not exist, cannot be reached, or is none; it is not whole (`store.weights`), quantised, or
+            not causal; an adapter that cannot be merged.
+    """
+    base = LanguageBase(name, **options)
+    model = load_model(base)
+    with _in_one_line(base):
+        tokenizer = _load_tokenizer(base)
+    check_causal(model, base)
+    return model, tokenizer
+
+
+def load_model(base: LanguageBase) -> PreTrainedModel:
+    """The model alone. Raises as `load_language_model`."""
+    with _in_one_line(base):
+        *adapters, root = base.adapters()
+    where = base.where() + (f", on {root.name}" if adapters else "")
+    with _in_one_line(root, where):
+        _check_config(root, where, has_adapter=bool(adapters))
+        model = load_whole(AutoModelForCausalLM, root.name, where=where, **root.options())
+    with _in_one_line(base):
+        for adapter in reversed(adapters):
+            model = _merged(model, adapter)
+    return model
+
+
+def _merged(model: PreTrainedModel, adapter: LanguageBase) -> PreTrainedModel:
+    """The model with the adapter in its weights.
+
+    Raises:
+        InputError: not every tensor of the file is in its place and finite, or its kind cannot be merged.
+    """
+    path, where = adapter._adapter_weights(), f"{adapter.where()} (an adapter)"
+    by_hand = (
+        "merge it yourself (PEFT's merge_and_unload), save_pretrained() the result with its tokenizer, and give that "
+        "folder"
+    )
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(path.parent))
+        given = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    except Exception as error:  # PEFT raises what torch and its own parsers do
+        raise InputError(
+            f"{where} cannot be put on {model.name_or_path}: {one_line(error)[:300]}; {by_hand}"
+        ) from error
+    if not hasattr(wrapped, "merge_and_unload"):
+        kind = wrapped.peft_config["default"].peft_type
+        raise InputError(
+            f"{where} is of the kind {kind}, which has no weights to merge: give a LoRA adapter, or whole weights"
+        )
+    stored = load_file(path)
+    if odd := sorted(set(stored) ^ set(given)):
+        is_missing = odd[0] in given
+        raise InputError(
+            f"{where}: its file {'lacks' if is_missing else 'has'} {odd[0]}, {'which' if is_missing else 'for which'} "
+            f"{'its configuration asks for' if is_missing else 'PEFT has no place'}: {by_hand}"
+        )
+    if odd := [name for name, tensor in stored.items() if not bool(torch.isfinite(tensor).all())]:
+        raise InputError(f"{where}: {odd[0]} has numbers that are not finite (NaN or infinity): get its files again")
+    if odd := [name for name, tensor in stored.items() if not torch.equal(tensor.to(given[name].dtype), given[name])]:
+        raise InputError(f"{where}: PEFT loads {odd[0]} otherwise than its file says: {by_hand}")
+    apart = _logits(wrapped)
+    merged = wrapped.merge_and_unload()
+    if not torch.allclose(apart, _logits(merged), rtol=1e-3, atol=1e-3 * float(apart.abs().max())):
+        raise InputError(
+            f"{where}: merged into {model.name_or_path} it answers otherwise than on top of it (an adapter on weights "
+            "that two layers share, say): give whole weights"
+        )
+    return merged.requires_grad_(True)  # PEFT froze it
+
+
+def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
+    """Refuse before the weights are read what config.json shows to be no causal language model in full numbers."""
+    config = AutoConfig.from_pretrained(root.name, **root.options())
+    text, path = config.get_text_config(), root.file("config.json")
+    assert path is not None
+    written = _read(path)
+    if key := next((key for key in QUANTISED if written.get(key)), None):
+        kind = written[key].get("quant_method", "") if isinstance(written[key], dict) else ""
+        raise InputError(
+            f"{where}: its weights are quantised ({kind or key} in config.json), and what is trained here "
+            "needs them in full: give the checkpoint that it was made from"
+            + (f", and name that in {ADAPTER_CONFIG} (base_model_name_or_path)" if has_adapter else "")
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{where}: a {config.model_type} model has an encoder and a decoder, and only causal language "
+            "models are supported: give one"
+        )
+    written |= next((written[key] for key in config.sub_configs if getattr(config, key, None) is text), {})
+    for key in UNSEEN:
+        if hasattr(text, key) and not {key, text.attribute_map.get(key, key)} & set(written):
+            raise InputError(
+                f"{where}: config.json does not say {key}, and transformers would take its own default "
+                f"({getattr(text, key)}): write the model's own into it"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A configuration of somebody else's."""
+    try:
+        said = json.loads(read_bytes(path, at_most=CONFIG_BYTES))
+    except ValueError as error:
+        raise InputError(f"{printable(path)} is no JSON ({one_line(error)}): get it again") from error
+    if not isinstance(said, dict):
+        raise InputError(f"{printable(path)} is no JSON object: get it again")
+    return said
+
+
+def _load_tokenizer(base: LanguageBase) -> PreTrainedTokenizerBase:
+    """Of the first in the chain of adapters that brings one."""
+    chain = base.adapters()
+    own = next((each for each in chain if each.file("tokenizer_config.json") is not None), chain[-1])
+    tokenizer = AutoTokenizer.from_pretrained(own.name, **own.options())
+    # A class of its own makes an empty vocabulary where its files are missing
+    files = dict(tokenizer.vocab_files_names)
+    whole = files.pop("tokenizer_file", None)
+    if files and (whole is None or own.file(whole) is None):
+        if lacking := [name for name in files.values() if own.file(name) is None]:
+            raise InputError(
+                f"{base.where()}: its tokenizer has no {' and no '.join(lacking)}"
+                + (f" (nor {whole})" if whole else "") + ": put the files of its vocabulary beside it"
+            )  # fmt: skip
+    return tokenizer
+
+
+def check_causal(model: PreTrainedModel, base: LanguageBase) -> None:
+    """Raises InputError if what a model says of a token depends on a later one: log p(answer) would be no density."""
+    first, other = _logits(model)[:, :-1]
+    if not torch.allclose(first, other, rtol=1e-5, atol=1e-5 * float(first.abs().max())):
+        raise InputError(
+            f"{base.where()}: what this {type(model).__name__} says of a token depends on the tokens behind it, so it "
+            "is no causal language model (a masked one needs is_decoder in its config.json): give another"
+        )
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """Of two rows of five tokens that differ in the last, (2, 5, vocabulary)."""
+    rows = len(model.get_input_embeddings().weight)
+    ids = torch.tensor([[place % rows for place in (1, 2, 3, 4, last)] for last in (5, 6)], device=model.device)
+    return model.eval()(input_ids=ids).logits.float()
+
+
+@contextmanager
+def _in_one_line(base: LanguageBase, where: str = "") -> Iterator[None]:
+    where = where or base.where()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers, safetensors, tokenizers and the hub raise dozens of kinds
+        if Path(base.name).is_dir() and (lacking := _lacking(Path(base.name))):
+            raise InputError(f"{where}: the folder has no {' and no '.join(lacking)}") from error
+        raise InputError(
+            f"{where}: {one_line(error)[:300]}; give a hub id that can be reached, or a local folder with "
+            "config.json, safetensors weights and a tokenizer"
+        ) from error
+
+
+def _lacking(folder: Path) -> list[str]:
+    """What a folder has not of a language model in transformers' layout."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return []
+    wanted = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors"],
+        "tokenizer (tokenizer.json, say)": [
+            "tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken",
+        ],
+    }  # fmt: skip
+    return [what for what, names in wanted.items() if not any(any(folder.glob(name)) for name in names)]
