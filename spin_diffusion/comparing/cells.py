@@ -242,6 +242,7 @@ def _score(task: Task, view: View) -> None:
         num_inference_steps=task.drawing.num_inference_steps or config.sampling.num_inference_steps,
         guidance_scale=view.guidance_scale,
         batch_size=config.sampling.generation_batch_size,
+        eta=config.sampling.eta,
         autocast=contextlib.nullcontext,
     )
     distances: dict[str, float | None] = dict.fromkeys([row["id"] for row in rows])

@@ -18,6 +18,7 @@ from spin_diffusion.comparing.plan import Cell, make_plan, run_flops, steps_for
 from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.comparing.workers import run_all
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import settle, write_file
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.yaml_files import dump_yaml
@@ -253,6 +254,29 @@ class Comparison:
             return None
         return {"runs": len(found)} | {key: sum(said[key] for said in noted) for key in ("seconds", "cpu_seconds")}
 
+    def lacking(self, results: dict[str, Any]) -> str:
+        """Of which methods the table lacks results, and why, in one line; empty = of none.
+
+        That a run diverges is a result of its method, where other rates or seeds of it came to their end.
+        """
+        said = []
+        for world in results["worlds"]:
+            base = world["base"]["failures"]
+            said += [f"{world['name']}, base: {line}" for line in base[:1]]
+            for budget in world["budgets"]:
+                for row in budget["rows"]:
+                    reasons = [line for line in row["failures"] if " diverged: " not in line] or row["failures"]
+                    if row["state"] == "failed" or any(" diverged: " not in line for line in reasons):
+                        why = reasons[0] if reasons else "no run of it came to its end"
+                        said.append(f"{world['name']}, equal {budget['budget']}, {row['method']}: {why}")
+        if not said:
+            return ""
+        more = f", and {len(said) - 3} more" if len(said) > 3 else ""
+        return (
+            f"the comparison lacks results ({'; '.join(said[:3])}{more}): mend the cause; runs that were refused or "
+            "diverged are run again with --retry_failed"
+        )
+
     # What the folder says
 
     def claim(self) -> None:
@@ -281,7 +305,8 @@ def compare_methods(settings: CompareSettings) -> None:
     """Run the comparison and write its report.
 
     Raises:
-        InputError: anything the user gave that cannot be used; nothing that exists is touched.
+        InputError: anything the user gave that cannot be used; nothing that exists is touched. Or, once the report is
+            written, a method without a result, or a run that did not end by itself.
     """
     from spin_diffusion.comparing.analysis import conclude
     from spin_diffusion.comparing.report import write_reports
@@ -295,3 +320,5 @@ def compare_methods(settings: CompareSettings) -> None:
     results = conclude(comparison)
     for path in write_reports(results, comparison.output_dir):
         print(f"Report: {path}")
+    if lacking := comparison.lacking(results):
+        raise InputError(lacking)

@@ -433,7 +433,7 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
     assert results["worlds"][0]["budgets"][0]["rows"][1]["state"] == "ok"
 
 
-def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_path, monkeypatch):
+def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_path, monkeypatch, capsys):
     train = cells._train
 
     def diverges(task: Task) -> None:
@@ -442,10 +442,58 @@ def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_pat
         train(task)
 
     monkeypatch.setattr(cells, "_train", diverges)
-    assert run("--config", str(config), "--seeds", "[0]") == 0
+    why = "seed 0 diverged: loss nan"
+    refused(capsys, run("--config", str(config), "--seeds", "[0]"), "lacks results", "steps, spin: rate 1e-05", why)
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     assert "| spin | - | failed: rate 1e-05, seed 0 diverged: loss nan |" in markdown
-    assert "Without a result: spin." in markdown
+    assert "Not all was run. Without a result: spin." in markdown and "no method is ahead" not in markdown
+    assert "none of the methods with a result (there is none) is ahead" in markdown
+
+
+def test_a_method_that_is_refused_is_no_verdict_on_methods(config, tmp_path, capsys):
+    given = yaml.safe_load(config.read_text())
+    given |= {"learning_rates": [1e-4], "seeds": [0], "budget": "steps", "every_round": False}
+    given["methods"] |= {"dpo": {"objective": "dpo", "rounds": 1, "max_train_samples": 1}}
+    config.write_text(yaml.safe_dump(given))
+    code = run("--config", str(config))
+    refused(capsys, code, "lacks results", "tiny, equal steps, dpo: rate 0.0001, seed 0 refused: ", "--retry_failed")
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert "Not all was run. Without a result: dpo." in markdown and "no method is ahead" not in markdown
+    assert "none of the methods with a result (spin) is ahead" in markdown
+    # It is said again, not forgotten
+    refused(capsys, run("--config", str(config)), "lacks results", "dpo")
+
+
+def test_methods_with_an_adapter_are_trained_drawn_and_scored_like_the_others(config, tmp_path):
+    given = yaml.safe_load(config.read_text())
+    given |= {"learning_rates": [1e-2], "seeds": [0], "budget": "steps"}
+    given["methods"]["lora"] = {"objective": "spin", "use_lora": True, "rank": 4}
+    config.write_text(yaml.safe_dump(given))
+    assert run("--config", str(config)) == 0
+    out = tmp_path / "out"
+    rows = {
+        row["method"]: row
+        for row in json.loads((out / "comparison.json").read_text())["worlds"][0]["budgets"][0]["rows"]
+    }
+    assert {row["state"] for row in rows.values()} == {"ok"} and len(rows["lora"]["curve"]) == 2
+    assert "Not all was run" not in (out / "comparison.md").read_text()
+    scored = pq.read_table(out / "cells.parquet").to_pylist()
+    of = {m: [r["redness"] for r in scored if r["method"] == m and r["prompts"] == "test"] for m in ("base", "lora")}
+    assert of["lora"] and of["lora"][: len(of["base"])] != of["base"]
+    # The pictures are those of evaluation/evaluate.py from the same round: an adapter loaded as a user loads it
+    cell = next(path for path in (out / "cells" / "tiny").iterdir() if path.name.startswith("lora"))
+    assert (cell / "run" / "round-2" / "lora").is_dir() and not (cell / "failed.json").exists()
+    argv = ["--models", f"lora={cell / 'run' / 'round-2'}", "--prompts", given["prompts"], "--images_per_prompt", "4",
+            "--num_inference_steps", "2", "--guidance_scale", "3", "--resolution", "32", "--generation_batch_size", "4",
+            "--scorers", given["scorers"][0], "--output_dir", str(tmp_path / "evaluated")]  # fmt: skip
+    assert runpy.run_path(str(ROOT / "evaluation" / "evaluate.py"))["main"](argv) == 0
+    evaluated = pq.read_table(tmp_path / "evaluated" / "scores.parquet").to_pylist()
+    by_prompt = {(row["prompt"], row["k"]): row["score"] for row in evaluated}
+    last = [r for r in scored if r["method"] == "lora" and r["prompts"] == "test" and r["guidance_scale"] == 3
+            and r["round"] == 2]  # fmt: skip
+    assert last and [r["redness"] for r in last] == pytest.approx(
+        [by_prompt[r["prompt"], r["k"]] for r in last], abs=0.1
+    )
 
 
 def test_time_that_is_up_leaves_the_rest_for_the_next_command(config, tmp_path, capsys):
@@ -485,8 +533,8 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
     family, pipeline = load_checkpoint(str(sdxl_dir))
     unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    family.PIPELINE.save_lora_weights(str(tmp_path), unet_lora_layers=get_peft_model_state_dict(unet))
-    loaded = cells._trained_unet(pipeline, str(sdxl_dir), tmp_path)
+    family.PIPELINE.save_lora_weights(str(tmp_path / "lora"), unet_lora_layers=get_peft_model_state_dict(unet))
+    loaded = cells._trained_unet(pipeline, tmp_path)
     inputs = {
         "encoder_hidden_states": torch.ones(1, 7, unet.config.cross_attention_dim),
         "added_cond_kwargs": {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)},

@@ -171,20 +171,33 @@ def by_round_table(results: dict[str, Any], world: dict[str, Any], budget: dict[
 
 def findings(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     """Who is ahead of the reference, and who behind, at each guidance scale; whatever it is."""
-    reference, said = results["settings"]["reference"], []
+    reference, said, nobody = results["settings"]["reference"], [], "no method"
+    if lacking := incomplete(results, budget["rows"]):
+        said.append(f"Not all was run. {' '.join(lacking)}")
+        ended = [row["method"] for row in budget["rows"] if row["state"] != "failed" and row["method"] != reference]
+        nobody = f"none of the methods with a result ({', '.join(ended) or 'there is none'})"
     for mode, name in mode_names(world).items():
         ahead = _named(budget["rows"], mode, lambda low, high: low > 0)
         behind = _named(budget["rows"], mode, lambda low, high: high < 0)
         where = {"best": "at the best guidance of each"}.get(mode, f"at {name}")
         said.append(
-            f"{where.capitalize()}, {', '.join(ahead) if ahead else 'no method'} "
+            f"{where.capitalize()}, {', '.join(ahead) if ahead else nobody} "
             f"{'are' if len(ahead) > 1 else 'is'} ahead of {reference} by the 95 % interval"
             + (f"; {', '.join(behind)} {'are' if len(behind) > 1 else 'is'} behind" if behind else "")
             + "."
         )
-    failed = [row["method"] for row in budget["rows"] if row["state"] == "failed"]
-    if failed:
+    return said
+
+
+def incomplete(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Which methods have no result, and which have one of some seeds alone; a sentence each."""
+    seeds, said = results["seeds"], []
+    if failed := [row["method"] for row in rows if row["state"] == "failed"]:
         said.append(f"Without a result: {', '.join(failed)}.")
+    for row in rows:
+        if row["state"] == "partly":
+            lacking = ", ".join(str(seed) for seed in seeds if seed not in row["seeds"])
+            said.append(f"Of {row['method']} the runs with seed {lacking} are missing.")
     return said
 
 
