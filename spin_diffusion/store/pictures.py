@@ -79,9 +79,10 @@ def open_picture(data: bytes) -> Image.Image:
         raise InputError(printable(" ".join(str(error).split()) or type(error).__name__)) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = patience, most_pixels
-    turned = rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb.copy()
-    turned.info = {}
-    return turned
+    if orientation in _TURNS:
+        rgb = rgb.transpose(_TURNS[orientation])
+    rgb.info = {}
+    return rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
