@@ -1,6 +1,7 @@
 """From an exception to what a user reads: one line and exit code 2, or a traceback with --debug."""
 
 import errno
+import io
 import os
 import signal
 import socket
@@ -24,6 +25,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     Anything else is a defect of this program and keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         with _last_words():
             command(argv)

@@ -7,7 +7,7 @@ import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 
-from spin_diffusion.data.report import MISSING_IMAGE_FILE, LeftOut
+from spin_diffusion.data.report import BROKEN_TEXT, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
 from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
@@ -80,13 +80,32 @@ def _source(
     def rows(wanted: Sequence[str]) -> Iterator[Row]:
         needed = {"json" if column in from_json else column for column in wanted}
         chosen = dataset.select_columns([column for column in columns if column in needed])
-        for index, values in enumerate(chosen):
+        for index, values in enumerate(_values(chosen, name)):
+            if isinstance(values, LeftOut):
+                yield Row(f"{name} row {index}", {}, read_file, values)
+                continue
             if from_json:
                 values = dict(values)
                 flatten_json(values, values.get("json"))
             yield Row(f"{name} row {index}", values, read_file)
 
     return Source(name, columns + from_json, rows)
+
+
+def _values(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> Iterator[dict[str, object] | LeftOut]:
+    """The values of every row, or why they cannot be had. Raises InputError where a stream cannot go on."""
+    if isinstance(dataset, datasets.IterableDataset):
+        try:
+            yield from dataset
+        except UnicodeDecodeError as error:
+            where = f"{name} holds text that is not UTF-8 ({one_line(error)})"
+            raise InputError(f"{where}, at which its stream ends: leave --streaming away") from error
+        return
+    for index in range(len(dataset)):
+        try:
+            yield dataset[index]
+        except UnicodeDecodeError as error:
+            yield LeftOut(BROKEN_TEXT, one_line(error))
 
 
 def _cache_reader(name: str, roots: list[Path]) -> Callable[[str], bytes]:

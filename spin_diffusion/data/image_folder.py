@@ -6,19 +6,23 @@ Several subfolders may each have one. The columns are the metadata's plus "image
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from spin_diffusion.data.json_lines import parse_object
+from spin_diffusion.data.parquet_files import column_names, parquet_rows
 from spin_diffusion.data.report import EMPTY_CAPTION, NOT_IN_METADATA, LeftOut
-from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line
+from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line, whole_text
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
+from spin_diffusion.store.text import broken_character, printable
 
 FILE_NAME = "file_name"
+MAX_CAPTION_BYTES = 1 << 20
+"""A larger text file beside an image is no caption."""
+MAX_CSV_BYTES = 4 << 30
+"""A larger metadata file is refused if it is csv; parquet has no limit."""
 METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
 SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jpe", ".ppm", ".psd", ".svg", ".tga")
 """Files that somebody meant as an image: those of a format that cannot be read are counted, not passed over."""
@@ -30,13 +34,13 @@ class Metadata:
 
     path: Path
     columns: tuple[str, ...]
-    records: Callable[[], Iterator[tuple[int, dict[str, object]]]]
-    """(Number of the line or row, its values), in the order of the file."""
+    records: Callable[[], Iterator[tuple[int, dict[str, object] | LeftOut]]]
+    """(Number of the line or row, its values or why they cannot be had), in the order of the file."""
 
 
 def is_metadata(path: Path) -> bool:
     """Whether this is a metadata file by its name."""
-    return path.stem == "metadata" and path.suffix in METADATA_SUFFIXES
+    return path.stem == "metadata" and path.suffix.lower() in METADATA_SUFFIXES
 
 
 def is_image(path: Path) -> bool:
@@ -57,13 +61,14 @@ def open_image_folder(folder: Path, files: Sequence[Path]) -> Source:
         return _metadata_source(folder, metadata, images)
     if not images:
         raise InputError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
-    if not any(path.with_suffix(".txt").is_file() for path in images):
+    captions = text_files(files)
+    if not any(path.with_suffix("") in captions for path in images):
         line = json.dumps({FILE_NAME: images[0].relative_to(folder).as_posix(), "text": "what this image shows"})
         raise InputError(
             f"{folder} has {len(images)} images but no captions: put a metadata.jsonl into it with a line per image, "
             f"like {line}, or a .txt of the same name beside each image"
         )
-    return Source(str(folder), ("image", "text"), lambda wanted: _sidecar_rows(folder, images))
+    return Source(str(folder), ("image", "text"), lambda wanted: _sidecar_rows(folder, images, captions))
 
 
 def _metadata_source(folder: Path, metadata: list[Metadata], images: list[Path]) -> Source:
@@ -85,9 +90,12 @@ def _metadata_rows(folder: Path, metadata: list[Metadata], images: list[Path]) -
         base = file.path.parent
         read_file = file_reader(base)
         for number, values in file.records():
+            where = f"{file.path.relative_to(folder).as_posix()} line {number}"
+            if isinstance(values, LeftOut):
+                yield Row(where, {}, read_file, values)
+                continue
             name = values.get(FILE_NAME)
             if not isinstance(name, str) or not name:
-                where = f"{file.path.relative_to(folder).as_posix()} line {number}"
                 yield Row(where, {**values, "image": None}, read_file)
                 continue
             named.add(base / name)
@@ -99,30 +107,45 @@ def _metadata_rows(folder: Path, metadata: list[Metadata], images: list[Path]) -
             yield Row(where, {}, file_reader(folder), LeftOut(NOT_IN_METADATA, "no metadata file names this image"))
 
 
-def _sidecar_rows(folder: Path, images: list[Path]) -> Iterator[Row]:
+def _sidecar_rows(folder: Path, images: list[Path], captions: dict[Path, Path]) -> Iterator[Row]:
     read_file = file_reader(folder)
     for path in images:
         name = path.relative_to(folder).as_posix()
-        sidecar = path.with_suffix(".txt")
         caption, left_out = None, None
         try:
-            caption = sidecar.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            left_out = LeftOut(EMPTY_CAPTION, f"there is no {sidecar.name} beside it")
-        except (OSError, UnicodeDecodeError) as error:
-            left_out = LeftOut(EMPTY_CAPTION, f"{sidecar.name} cannot be read as UTF-8 text: {one_line(error)}")
+            caption = read_caption(path, captions)
+        except LeftOut as found:
+            left_out = found
         yield Row(name, {"image": name, "text": caption}, read_file, left_out)
+
+
+def text_files(files: Sequence[Path]) -> dict[Path, Path]:
+    """Path of an image without its suffix -> the text file beside it."""
+    return {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+
+
+def read_caption(image: Path, captions: Mapping[Path, Path]) -> str:
+    """The text beside an image. Raises LeftOut if there is none, or it is no whole UTF-8 text.
+
+    Args:
+        captions: see `text_files`.
+    """
+    sidecar = captions.get(image.with_suffix(""))
+    if sidecar is None:
+        raise LeftOut(EMPTY_CAPTION, f"there is no {image.with_suffix('.txt').name} beside it")
+    try:
+        data = read_bytes(sidecar, MAX_CAPTION_BYTES)
+    except InputError as error:
+        raise LeftOut(EMPTY_CAPTION, str(error)) from error
+    return whole_text(data.decode("utf-8-sig", "surrogateescape"), sidecar.name)
 
 
 def read_metadata(path: Path) -> Metadata:
     """Open a metadata file and find its columns. Raises InputError if it is not what its name says."""
-    if path.suffix == ".parquet":
-        try:
-            columns = tuple(pq.read_schema(path).names)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path} is not a readable parquet file: {one_line(error)}") from error
-        return Metadata(path, columns, lambda: _parquet_records(path))
-    if path.suffix == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return Metadata(path, column_names(path), lambda: enumerate(parquet_rows(path)))
+    if suffix == ".csv":
         return Metadata(path, _csv_columns(path), lambda: _csv_records(path))
     # A key may be absent from some lines, so all of them are read: a line is small beside its image.
     names: dict[str, None] = {}
@@ -131,31 +154,21 @@ def read_metadata(path: Path) -> Metadata:
     return Metadata(path, tuple(names), lambda: _jsonl_records(path))
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for values in batch.to_pylist():
-                    yield number, values
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged after row {number}: {one_line(error)}") from error
-
-
 def _csv_columns(path: Path) -> tuple[str, ...]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with open_text(path, MAX_CSV_BYTES) as file:
         try:
             columns = tuple(next(csv.reader(file), ()))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise InputError(f"{path} is not a UTF-8 csv file: {one_line(error)}") from error
+    if any(broken_character(column) for column in columns):
+        raise InputError(f"{path} is not a UTF-8 csv file: {printable(', '.join(columns))}")
     if len(set(columns)) < len(columns):
         raise InputError(f"{path} names a column twice: {', '.join(columns)}")
     return columns
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with open_text(path, MAX_CSV_BYTES) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for values in reader:
@@ -165,13 +178,13 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                         "put quotes around a caption with commas"
                     )
                 yield reader.line_num, dict(values)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise InputError(f"{path} line {reader.line_num} is not UTF-8 csv: {one_line(error)}") from error
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with open_regular(path) as file:
+        for number, line in enumerate(read_lines(file, path), start=1):
             if not line.strip():
                 continue
             try:

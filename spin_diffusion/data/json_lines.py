@@ -1,7 +1,6 @@
 """JSON files as a Source: one object a line, read as a stream, or one list of objects, read whole; .gz of both."""
 
 import gzip
-import io
 import json
 import os
 import zlib
@@ -11,10 +10,13 @@ from pathlib import Path
 from spin_diffusion.data.report import MALFORMED, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular, read_lines
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PEEK_LINES = 100
 """Lines of a file that are looked at for one that can be read."""
+MAX_LIST_BYTES = 4 << 30
+"""A list of objects is read whole, so a longer one is refused."""
 DAMAGE = (OSError, EOFError, zlib.error)
 EXAMPLE = '{"prompt": "...", "completion": "..."}'
 
@@ -34,10 +36,11 @@ def open_json(name: str, files: Sequence[Path]) -> Source:
 def parse_object(line: bytes, like: str) -> dict[str, object]:
     """The JSON object on a line. Raises ValueError that says what the line is instead; `like` is an example."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        # A byte that is not UTF-8 harms no more than the text that it stands in
+        values = json.loads(line.decode("utf-8-sig", "surrogateescape"))
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"is not an object like {like}")
@@ -77,12 +80,13 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, object] | ValueError]]
     """("line 3", its values or what is wrong with it), in the order of the file; lines and entries count from 1."""
     number, is_first = 0, True
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+        with open_regular(path) as raw:
+            file = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+            for number, line in enumerate(read_lines(file, path), start=1):
                 if not line.strip():
                     continue
                 if is_first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    yield from _entries(path, line + file.read())
+                    yield from _entries(path, line + file.read(MAX_LIST_BYTES))
                     return
                 is_first = False
                 yield f"line {number}", _parsed(line)
@@ -98,8 +102,10 @@ def _parsed(line: bytes) -> dict[str, object] | ValueError:
 
 
 def _entries(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, object] | ValueError]]:
+    if len(data) > MAX_LIST_BYTES:
+        raise InputError(f"{path} is a list of more than {MAX_LIST_BYTES:,} bytes: write one object a line instead")
     try:
-        entries = json.loads(data.decode("utf-8-sig"))
+        entries = json.loads(data.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} begins with '[' but is not one JSON list: {one_line(error)}; one list of objects is right, or one "
@@ -107,7 +113,3 @@ def _entries(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, object] |
         ) from error
     for number, entry in enumerate(entries, start=1):
         yield f"entry {number}", entry if isinstance(entry, dict) else ValueError(f"is not an object like {EXAMPLE}")
-
-
-def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")

@@ -152,7 +152,7 @@ def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, se
         _check_filter(row.values.get(settings.filter_column), settings)
     candidate = plan.candidate(row)
     prompt = table.caption_text(candidate.caption)
-    prompt_hash = short_hash(b"prompt", prompt.encode("utf-8", "surrogatepass"))
+    prompt_hash = short_hash(b"prompt", prompt.encode())
     if settings.one_image_per_prompt and prompt_hash in seen:
         raise LeftOut(REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
     image = image_bytes(row, candidate.image)

@@ -2,9 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from spin_diffusion.store.text import printable
+
 CORRUPT_IMAGE = "corrupt image"
 EMPTY_CAPTION = "empty caption"
 MISSING_IMAGE_FILE = "missing image file"
+BROKEN_TEXT = "broken characters in the text"
+DANGLING_LINK = "link to nothing"
+UNREADABLE_FOLDER = "folder that cannot be read"
 MALFORMED = "malformed line"
 OTHER_LAYOUT = "another layout"
 WRONG_TYPE = "wrong type"
@@ -16,8 +21,9 @@ ANSWER_IS_PROMPT = "answer equal to the prompt"
 TWO_PROMPTS = "pair of two prompts"
 REFUSED_BY_TEMPLATE = "refused by the chat template"
 BAD_REASONS = (
-    CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, MALFORMED, OTHER_LAYOUT, WRONG_TYPE, NO_USER_TURN,
-    NO_ASSISTANT_TURN, EMPTY_PROMPT, EMPTY_ANSWER, ANSWER_IS_PROMPT, TWO_PROMPTS, REFUSED_BY_TEMPLATE,
+    CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, BROKEN_TEXT, DANGLING_LINK, UNREADABLE_FOLDER, MALFORMED,
+    OTHER_LAYOUT, WRONG_TYPE, NO_USER_TURN, NO_ASSISTANT_TURN, EMPTY_PROMPT, EMPTY_ANSWER, ANSWER_IS_PROMPT,
+    TWO_PROMPTS, REFUSED_BY_TEMPLATE,
 )  # fmt: skip
 """The data is damaged: these count against max_bad_share."""
 
@@ -27,12 +33,13 @@ FILTERED = "filtered"
 REPEATED_PROMPT = "repeated prompt"
 REPEATED_EXAMPLE = "repeated example"
 NOT_IN_METADATA = "not in metadata"
+READ_ALREADY = "link to a folder that is read already"
 HELD_OUT = "held out"
 PROMPT_TOO_LONG = "prompt longer than --max_length"
 SPECIAL_TOKEN = "special token in the text"
 EXPECTED_REASONS = (
-    TIE, NO_LABEL, FILTERED, REPEATED_PROMPT, REPEATED_EXAMPLE, NOT_IN_METADATA, HELD_OUT, PROMPT_TOO_LONG,
-    SPECIAL_TOKEN,
+    TIE, NO_LABEL, FILTERED, REPEATED_PROMPT, REPEATED_EXAMPLE, NOT_IN_METADATA, READ_ALREADY, HELD_OUT,
+    PROMPT_TOO_LONG, SPECIAL_TOKEN,
 )  # fmt: skip
 """The rows are what they are meant to be, but not for training: never an error."""
 
@@ -48,7 +55,7 @@ class LeftOut(Exception):
         assert reason in REASONS, reason
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = printable(detail)
 
 
 @dataclass(frozen=True)

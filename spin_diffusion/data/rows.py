@@ -1,12 +1,16 @@
 """What sources hand to layouts, and layouts to `reading`: Source -> Row -> Candidate. What columns and paths hold."""
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from spin_diffusion.data.report import CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
+from spin_diffusion.data.report import BROKEN_TEXT, CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.text import broken_character, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
 """How files of the formats that can be read are called; what they are, their bytes say."""
@@ -17,13 +21,16 @@ class Row:
     """One row of a source."""
 
     where: str
-    """For messages: "train-00001.parquet row 17" (rows count from 0), "photos/cat.png"."""
+    """For messages, printable: "train-00001.parquet row 17" (rows count from 0), "photos/cat.png"."""
     values: Mapping[str, object]
     """Column -> value, at least for the columns that were asked for and that the row has."""
     read_file: Callable[[str], bytes]
     """Bytes of an image given by path. Raises LeftOut if it is not there, InputError if it may not be read."""
     left_out: LeftOut | None = None
     """Set when the source itself found that the row cannot be used."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", printable(self.where))
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,14 @@ def describe_columns(columns: Sequence[str], wanted: Sequence[str]) -> str:
         for column in columns
     }
     nearest = max(columns, key=lambda column: likeness[column])
-    return f"its columns are {', '.join(columns)}; the nearest is {nearest!r}"
+    return printable(f"its columns are {', '.join(columns)}; the nearest is {nearest!r}")
+
+
+def whole_text(text: str, what: str) -> str:
+    """The text itself. Raises LeftOut if it has broken characters; `what` names it there."""
+    if (place := broken_character(text)) is not None:
+        raise LeftOut(BROKEN_TEXT, f"character {place} of {what} is half of one, or its bytes are not UTF-8")
+    return text
 
 
 def image_bytes(row: Row, value: object) -> bytes:
@@ -107,21 +121,30 @@ def file_reader(folder: Path) -> Callable[[str], bytes]:
             raise InputError(
                 f"{folder}: the image {name!r} is an address: download the images and give their file names"
             )
-        as_windows = PureWindowsPath(name)  # splits at both kinds of slash
-        # By the name alone: links inside the folder are the owner's, and the hub's cache is made of them.
-        if as_windows.anchor or ".." in as_windows.parts or "\0" in name:
-            raise InputError(
-                f"{folder}: the file name {name!r} leads out of the folder; give it relative to the folder"
-            )
-        path = folder / name
-        if not path.is_file():
+        path = inside(folder, name)
+        if not os.path.lexists(path):
             raise LeftOut(MISSING_IMAGE_FILE, f"{name} does not exist in {folder.name}")
+        if not os.path.exists(path):
+            raise LeftOut(MISSING_IMAGE_FILE, f"{name} is a link to {os.readlink(path)}, which does not exist")
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise LeftOut(MISSING_IMAGE_FILE, f"{name} cannot be read: {error.strerror}") from error
+            return read_bytes(path, MAX_BYTES)
+        except InputError as error:
+            raise LeftOut(MISSING_IMAGE_FILE, str(error)) from error
 
     return read_file
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of this name in the folder. Raises InputError for a name that leads out of it.
+
+    By the name alone: links inside the folder are its owner's, and the hub's cache is made of them.
+    """
+    as_windows = PureWindowsPath(name)  # splits at both kinds of slash
+    if as_windows.anchor or ".." in as_windows.parts or "\0" in name:
+        raise InputError(
+            f"{printable(folder)}: the file name {name!r} leads out of the folder; give it relative to the folder"
+        )
+    return folder / name
 
 
 def no_files(name: str) -> Callable[[str], bytes]:
@@ -135,5 +158,5 @@ def no_files(name: str) -> Callable[[str], bytes]:
 
 def one_line(error: BaseException) -> str:
     """The message of another library's error on one line, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -4,17 +4,20 @@ import glob
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from spin_diffusion.data.hub import open_hub, open_saved
-from spin_diffusion.data.image_folder import is_image, is_metadata, open_image_folder
+from spin_diffusion.data.image_folder import METADATA_SUFFIXES, SEEN_SUFFIXES, is_image, is_metadata, open_image_folder
 from spin_diffusion.data.json_lines import JSON_SUFFIXES, open_json
 from spin_diffusion.data.parquet_files import open_parquet
-from spin_diffusion.data.rows import Source
+from spin_diffusion.data.report import DANGLING_LINK, READ_ALREADY, UNREADABLE_FOLDER, LeftOut
+from spin_diffusion.data.rows import Row, Source, no_files
 from spin_diffusion.data.settings import DataSettings, SourceSettings
 from spin_diffusion.data.webdataset import TAR_SUFFIXES, open_webdataset
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.text import printable
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -42,6 +45,8 @@ class FileKind:
 PARQUET = FileKind("parquet files", (".parquet",), open_parquet)
 TARS = FileKind("tars", TAR_SUFFIXES, open_webdataset)
 JSON = FileKind("JSON files", JSON_SUFFIXES, open_json)
+_READ_SUFFIXES = (*SEEN_SUFFIXES, ".txt", *METADATA_SUFFIXES, *PARQUET.suffixes, *TARS.suffixes, *JSON.suffixes)
+"""Files that are opened, so that a link to nothing is noticed there."""
 
 
 def open_source(settings: DataSettings) -> Source:
@@ -65,8 +70,33 @@ def open_text_source(settings: SourceSettings) -> Source:
     return _open_named(settings, JSON, open_text_folder)
 
 
-OpenFolder = Callable[[Path, Sequence[Path], str], Source]
-"""(folder, every file in it, split) -> Source"""
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder and its subfolders."""
+
+    files: tuple[Path, ...]
+    """Every file, sorted by path; hidden ones are passed over."""
+    left_out: tuple[Row, ...]
+    """Links and subfolders that nothing is read from."""
+
+    def with_left_out(self, source: Source) -> Source:
+        """The source, after what was left out while its folder was listed."""
+        if not self.left_out:
+            return source
+        return replace(source, rows=lambda wanted: chain(self.left_out, source.rows(wanted)))
+
+    def note(self) -> str:
+        """What was left out, for an error; empty if nothing was."""
+        if not self.left_out:
+            return ""
+        first = self.left_out[0]
+        return (
+            f"; {len(self.left_out)} links or folders in it were left out, the first is {first.where}: {first.left_out}"
+        )
+
+
+OpenFolder = Callable[[Path, Listing, str], Source]
+"""(folder, what lies in it, split) -> Source"""
 
 
 def _open_named(settings: SourceSettings, other: FileKind, open_folder: OpenFolder) -> Source:
@@ -120,7 +150,7 @@ def expand(pattern: str) -> list[Path]:
         found = (
             [Path(name)] if os.path.exists(name) else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         )
-        found = [path for path in found if path.is_file()]
+        found = [path for path in found if not path.is_dir()]  # what is no file either is refused where it is opened
         if not found:
             raise InputError(f"--dataset_name {pattern}: no file matches {name}")
         files.update(dict.fromkeys(found))
@@ -159,43 +189,86 @@ def open_files(name: str, files: Sequence[Path], other: FileKind) -> Source:
     raise InputError(f"--dataset_name {name} matches parquet files and {other.called}: name one kind")
 
 
-def open_folder(folder: Path, files: Sequence[Path], split: str) -> Source:
+def open_folder(folder: Path, listing: Listing, split: str) -> Source:
     """Open the split of a folder of images. Raises InputError if it has nothing that can be read, or no such split."""
+    files = listing.files
     tars = [path for path in files if TARS.matches(path)]
     parquets = [path for path in files if PARQUET.matches(path) and not is_metadata(path)]
     if any(is_metadata(path) for path in files) or not (tars or parquets):
         if not any(is_metadata(path) or is_image(path) for path in files):
-            raise InputError(f"{folder} has no images, parquet files or tars")
+            raise InputError(f"{folder} has no images, parquet files or tars{listing.note()}")
         if (folder / split).is_dir():
             folder = folder / split
-            files = list_files(folder)
+            listing = list_files(folder)
         elif split != "train":
             raise InputError(f"{folder} has no subfolder {split!r} (--dataset_split)")
-        return open_image_folder(folder, files)
+        return listing.with_left_out(open_image_folder(folder, listing.files))
     if tars and parquets:
         raise InputError(f"{folder} has parquet files and tars: name one kind, as in {folder}/*.parquet")
     chosen = files_of_split(folder, tars or parquets, split)
-    return open_parquet(str(folder), chosen) if parquets else open_webdataset(str(folder), chosen)
+    opened = open_parquet if parquets else open_webdataset
+    return listing.with_left_out(opened(str(folder), chosen))
 
 
-def open_text_folder(folder: Path, files: Sequence[Path], split: str) -> Source:
+def open_text_folder(folder: Path, listing: Listing, split: str) -> Source:
     """Open the split of a folder of text. Raises InputError if it has nothing that can be read, or no such split."""
-    files = [path for path in files if path.name not in LIBRARY_FILES]
+    files = [path for path in listing.files if path.name not in LIBRARY_FILES]
     found = [[path for path in files if kind.matches(path)] for kind in (PARQUET, JSON)]
     if all(found):
         raise InputError(f"{folder} has parquet files and JSON files: name one kind, as in {folder}/*.jsonl")
     if not any(found):
-        raise InputError(f"{folder} has no parquet files and none of {', '.join(JSON_SUFFIXES)}")
-    return open_files(str(folder), files_of_split(folder, found[0] or found[1], split), JSON)
+        raise InputError(f"{folder} has no parquet files and none of {', '.join(JSON_SUFFIXES)}{listing.note()}")
+    return listing.with_left_out(open_files(str(folder), files_of_split(folder, found[0] or found[1], split), JSON))
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Every file in the folder and its subfolders, sorted by path; hidden ones are passed over."""
+def list_files(folder: Path) -> Listing:
+    """What lies in the folder and its subfolders.
+
+    A link to a folder is followed wherever it leads, as it is the owner's; but not back to a folder around it, nor
+    into one that is read already. Raises InputError if the folder itself cannot be listed.
+    """
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise InputError(f"{printable(folder)} cannot be listed ({error.strerror})") from error
+    root, followed = folder.resolve(), set[Path]()
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+    left_out: list[Row] = []
+
+    def leave_out(path: Path, reason: str, detail: str) -> None:
+        where = path.relative_to(folder).as_posix()
+        left_out.append(Row(where, {}, no_files(str(folder)), LeftOut(reason, detail)))
+
+    places = [folder]
+    while places:
+        place = places.pop()
+        try:
+            with os.scandir(place) as entries:
+                found = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+        except OSError as error:
+            leave_out(place, UNREADABLE_FOLDER, error.strerror or "")
+            continue
+        here = place.resolve()
+        is_behind_a_link = here != root and root not in here.parents
+        for entry in found:
+            path = Path(entry.path)
+            if not os.path.isdir(path):  # a link to one is one
+                if entry.is_symlink() and not os.path.exists(path) and not path.name.lower().endswith(_READ_SUFFIXES):
+                    leave_out(path, DANGLING_LINK, f"it leads to {os.readlink(path)}, which does not exist")
+                else:
+                    files.append(path)
+                continue
+            if entry.is_symlink() or is_behind_a_link:
+                true = path.resolve()
+                if true == here or true in here.parents:
+                    leave_out(path, READ_ALREADY, f"it leads back to {true}, which it lies in")
+                    continue
+                if true == root or root in true.parents or true in followed:
+                    leave_out(path, READ_ALREADY, f"it leads to {true}")
+                    continue
+                followed.add(true)
+            places.append(path)
+    return Listing(tuple(sorted(files)), tuple(left_out))
 
 
 def files_of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:

@@ -1,11 +1,11 @@
 """Any table with an image column and a caption column: the layout of whatever no other layout recognises."""
 
 from spin_diffusion.data.report import EMPTY_CAPTION, LeftOut
-from spin_diffusion.data.rows import Candidate, Plan, Row, Source, describe_columns, require_column
+from spin_diffusion.data.rows import Candidate, Plan, Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.input_error import InputError
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
 """The names that are looked for, in this order, when none is given."""
 
@@ -50,4 +50,4 @@ def caption_text(value: object) -> str:
     text = value.strip()
     if not text:
         raise LeftOut(EMPTY_CAPTION, "the caption is blank")
-    return text
+    return whole_text(text, "the caption")

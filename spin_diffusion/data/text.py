@@ -36,7 +36,7 @@ from spin_diffusion.data.report import (
     LeftOut,
     ReadReport,
 )
-from spin_diffusion.data.rows import Row, Source, describe_columns, require_column
+from spin_diffusion.data.rows import Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.sources import is_pattern, open_text_source
 from spin_diffusion.input_error import InputError
@@ -365,11 +365,7 @@ def _text(value: object, what: str) -> str:
         value = "".join(str(part) for part in parts)
     if not isinstance(value, str):
         raise LeftOut(WRONG_TYPE, f"{what} is {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise LeftOut(WRONG_TYPE, f"{what} has half a character (a lone surrogate) at place {error.start}") from error
-    return value
+    return whole_text(value, what)
 
 
 def _check_not_blank(text: str, reason: str, detail: str) -> None:

@@ -1,7 +1,8 @@
 """Webdataset tars as a Source: members that share a name up to the first dot are one sample.
 
-The columns are the extensions (jpg, txt, ...), the keys of a sample's .json, and "image": its first .jpg, .jpeg, .png
-or .webp. Members are read in the order of the tar and never extracted; .pyd, .pickle, .pth, ... are not even opened.
+The columns are the extensions (jpg, txt, ...), the keys of a sample's .json, and "image": its first image by the
+extension. Members are read in the order of the tar and never extracted; .pyd, .pickle, .pth, ... are not even opened,
+and a link is no member but a row that is left out.
 """
 
 import json
@@ -15,9 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from spin_diffusion.data.report import CORRUPT_IMAGE, EMPTY_CAPTION, LeftOut
+from spin_diffusion.data.report import CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, no_files, one_line
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular
+from spin_diffusion.store.text import printable
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -42,7 +45,7 @@ class Sample:
 def open_webdataset(name: str, files: Sequence[Path]) -> Source:
     """The samples of the tars, one tar after the other. Raises InputError if the first is no tar or has no samples."""
     columns: dict[str, None] = {}
-    for sample in islice(_samples(files[0]), PEEK_SAMPLES):
+    for sample in islice((sample for sample in _samples(files[0]) if sample.values), PEEK_SAMPLES):
         columns.update(dict.fromkeys(sample.values))
     if not columns:
         raise InputError(
@@ -71,11 +74,11 @@ def _samples(path: Path, wanted: Sequence[str] | None = None) -> Iterator[Sample
     """The samples of one tar; images of columns that are not in `wanted` are passed over, None reads all."""
     sample = None
     try:
-        with tarfile.open(path, "r:*") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it keeps a record of every member otherwise: gigabytes over a big set
                 parts = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
-                if parts is None or not member.isfile():
+                if parts is None or member.isdir():
                     continue
                 key, extension = parts[1], parts[2].lower()
                 if sample is not None and (sample.key != key or extension in sample.members):
@@ -86,8 +89,8 @@ def _samples(path: Path, wanted: Sequence[str] | None = None) -> Iterator[Sample
                 _read_member(tar, member, extension, sample, wanted)
             _check_end(tar, path)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        after = f" after sample {sample.key}" if sample is not None else ""
-        raise InputError(f"{path} is not a whole tar: {one_line(error)}{after}; fetch it again") from error
+        after = f" after sample {printable(sample.key)}" if sample is not None else ""
+        raise InputError(f"{printable(path)} is not a whole tar: {one_line(error)}{after}; fetch it again") from error
     if sample is not None:
         yield _finished(sample)
 
@@ -101,20 +104,25 @@ def _read_member(
     is_an_image = kind in IMAGE_EXTENSIONS
     if is_an_image and wanted is not None and "image" not in wanted and extension not in wanted:
         return
+    if not member.isfile():
+        reason = MISSING_IMAGE_FILE if is_an_image else EMPTY_CAPTION
+        sample.left_out = LeftOut(reason, f"{member.name} is a link or a device, not a file")
+        return
     if member.size > MAX_MEMBER_BYTES:
         reason = CORRUPT_IMAGE if is_an_image else EMPTY_CAPTION
         sample.left_out = LeftOut(reason, f"{member.name} has {member.size} bytes, more than {MAX_MEMBER_BYTES}")
         return
     file: IO[bytes] | None = tar.extractfile(member)
-    assert file is not None, "isfile() was checked"
+    assert file is not None, "it is a file"
     data = file.read()
     if is_an_image:
         sample.values[extension] = data
         if extension == kind:
             sample.values.setdefault("image", data)
         return
+    text = data.decode("utf-8-sig", "surrogateescape")
     try:
-        sample.values[extension] = json.loads(data) if kind == "json" else data.decode("utf-8-sig")
+        sample.values[extension] = json.loads(text) if kind == "json" else text
     except (ValueError, RecursionError) as error:
         sample.left_out = LeftOut(EMPTY_CAPTION, f"{member.name} cannot be read: {one_line(error)}")
 

@@ -40,6 +40,9 @@ from spin_diffusion.running import make_accelerator, quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.text import printable
 from spin_diffusion.store.yaml_files import dump_yaml
 
 PROGRAM = "evaluation"
@@ -208,7 +211,7 @@ def _pictures(
     accelerator.print(
         f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
         + (f", guidance {', '.join(f'{scale:g}' for scale in scales)}" if drawn else "")
-        + (f"; {prompts.duplicates} repeated prompts left out" if prompts.duplicates else "")
+        + prompts.said_left_out()
         + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
     )
     models = []
@@ -282,22 +285,23 @@ def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSe
         return load_prompts(settings.prompts, settings.max_prompts)
     if any(source.kind != "images" for source in sources):
         raise InputError("--prompts is missing: give a file or the name of a set (parti, hpdv2, geneval, ...)")
-    rows = read_given_pictures(Path(sources[0].path))
-    categories = {row["prompt"]: row["category"] for row in rows}
+    pictures = read_given_pictures(Path(sources[0].path))
+    categories = {row["prompt"]: row["category"] for row in pictures.rows}
     texts = list(categories)[: settings.max_prompts]
     if len(texts) < 2:
-        raise InputError(f"{sources[0].path} has {len(texts)} prompts: too few to compare models, 2 or more are needed")
+        few = f"{sources[0].path} has {len(texts)} prompts: too few to compare models, 2 or more are needed"
+        raise InputError(few + pictures.note())
     kept = tuple(PromptRow(f"{n:05d}", text, categories[text] or None) for n, text in enumerate(texts))
     return PromptSet(
-        Path(sources[0].path).name, kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
+        printable(Path(sources[0].path).name), kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
     )
 
 
 def _check_pictures(source: ModelSource, prompts: list[str], images_per_prompt: int) -> None:
     """A folder without one whole prompt leaves nothing to compare; pictures that lack here and there are counted."""
-    numbers = Counter(row["prompt"] for row in read_given_pictures(Path(source.path)))
+    numbers = Counter(row["prompt"] for row in read_given_pictures(Path(source.path)).rows)
     most = max(numbers[prompt] for prompt in prompts)
-    where = f"--models {source.name}={source.path}"
+    where = f"--models {source.name}={printable(source.path)}"
     if most == 0:
         raise InputError(f"{where} has pictures of none of the {len(prompts)} prompts, such as {shortened(prompts[0])}")
     if most < images_per_prompt:
@@ -379,7 +383,10 @@ def _take_pictures(
     claim(directory, protocol, accelerator)
     if accelerator.is_main_process:
         by_prompt: dict[str, list[Path]] = {}
-        for row in read_given_pictures(Path(source.path)):
+        pictures = read_given_pictures(Path(source.path))
+        if pictures.left_out:
+            print(f"--models {source.name}={source.path}{pictures.note()}")
+        for row in pictures.rows:
             by_prompt.setdefault(row["prompt"], []).append(row["path"])
         for scale in protocol["guidance_scales"]:
             folder = directory / folder_of(scale)
@@ -395,7 +402,7 @@ def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -
         return without_picture(row, "there is no such picture")
     path = given[row["k"]]
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        return without_picture(row, f"cannot be read: {error.strerror}")
+        data = read_bytes(path, MAX_BYTES)
+    except InputError as error:
+        return without_picture(row, f"cannot be read: {error}")
     return save_bytes(row, data, folder / f"{row['id']}-{row['k']}{path.suffix.lower()}")

@@ -1,20 +1,32 @@
 """What `NAME=PATH` means: a pipeline, a round of a run, or a folder of pictures that somebody drew already."""
 
-import csv
-import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spin_diffusion.data.image_folder import (
+    FILE_NAME,
+    Metadata,
+    is_image,
+    is_metadata,
+    read_caption,
+    read_metadata,
+    text_files,
+)
+from spin_diffusion.data.report import LeftOut
+from spin_diffusion.data.rows import inside
+from spin_diffusion.data.sources import list_files
+from spin_diffusion.data.table import caption_text
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
+from spin_diffusion.evaluation.drawing import read_index
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.store.text import printable
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_METADATA = ("metadata.jsonl", "metadata.csv")
 _PROMPTS = ("prompt", "caption", "text")
 
 
@@ -62,7 +74,7 @@ def read_source(
         for place in (folder, folder / "lora"):
             if (place / LORA_WEIGHTS).is_file():
                 return ModelSource(name, path, "round", _base_of(folder), lora=place)
-        if any(file.suffix.lower() in PICTURES for file in folder.rglob("*")):
+        if any(is_image(file) for file in list_files(folder).files):
             return ModelSource(name, path, "images", None)
         raise InputError(
             f"--models {spec!r}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), "
@@ -96,61 +108,77 @@ def _base_of(folder: Path) -> Base:
     )
 
 
-def read_given_pictures(folder: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class GivenPictures:
+    """The pictures of a folder."""
+
+    rows: tuple[dict[str, Any], ...]
+    """Of each picture path, prompt and, where it is known, category."""
+    left_out: tuple[str, ...]
+    """Where a picture is that has no prompt which can be read, or a link to nothing, and why."""
+
+    def note(self) -> str:
+        """What was left out, as the end of a line; empty if nothing was."""
+        return f"; {len(self.left_out)} left out, the first is {self.left_out[0]}" if self.left_out else ""
+
+
+def read_given_pictures(folder: Path) -> GivenPictures:
     """The pictures of a folder with their prompts.
 
-    They are read from metadata.jsonl or metadata.csv (file_name and prompt, caption or text), from the index files of
-    an evaluation, or from a .txt file beside each picture.
-
-    Returns:
-        Rows of path, prompt and, where it is known, category.
+    They are read from metadata.jsonl, .csv or .parquet (file_name and prompt, caption or text), from the index files of
+    an evaluation, or from a .txt file beside each picture. Whether a picture can be read is not looked at here.
 
     Raises:
-        InputError: a picture without a prompt, a line that cannot be read.
+        InputError: a picture without a prompt, a line that cannot be read, or a name that leads out of the folder.
     """
-    metadata = next((folder / name for name in _METADATA if (folder / name).is_file()), None)
-    rows = _read_metadata(metadata) if metadata else _read_indices(folder)
-    if rows:
-        return [row | {"path": folder / row["path"]} for row in rows]
-    found = []
-    for path in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES):
-        sidecar = path.with_suffix(".txt")
-        if not sidecar.is_file():
+    listing = list_files(folder)
+    metadata = [path for path in listing.files if is_metadata(path) and path.parent == folder]
+    indices = sorted(folder.glob("*-of-*.jsonl"))
+    left_out = [f"{row.where}: {row.left_out}" for row in listing.left_out]
+    rows: list[dict[str, Any]] = []
+    if metadata:
+        found = _of_metadata(read_metadata(metadata[0]), folder)
+    elif indices:
+        found = ((row["file"], folder / row["file"], row["prompt"], row.get("category"))
+                 for index in indices for row in read_index(index) if row["file"] is not None)  # fmt: skip
+    else:
+        found = _of_text_files(listing.files, folder)
+    for where, path, prompt, category in found:
+        try:
+            if isinstance(prompt, LeftOut):
+                raise prompt
+            rows.append({"path": path, "prompt": caption_text(prompt), "category": printable(category or "")})
+        except LeftOut as reason:
+            left_out.append(f"{printable(where)}: {reason}")
+    return GivenPictures(tuple(rows), tuple(left_out))
+
+
+_Found = Iterator[tuple[str, Path, object, object]]
+"""(where, the picture, its prompt as it was found or why it cannot be read, its category)"""
+
+
+def _of_metadata(metadata: Metadata, folder: Path) -> _Found:
+    for number, values in metadata.records():
+        where = f"{metadata.path}, entry {number}"
+        if isinstance(values, LeftOut):
+            yield where, folder, values, None
+            continue
+        prompt = next((values[key] for key in _PROMPTS if values.get(key)), None)
+        name = values.get(FILE_NAME)
+        if prompt is None or not isinstance(name, str) or not name:
+            raise InputError(f"{where}: file_name and prompt are needed")
+        yield where, inside(folder, name), prompt, values.get("category")
+
+
+def _of_text_files(files: Sequence[Path], folder: Path) -> _Found:
+    captions = text_files(files)
+    for path in filter(is_image, files):
+        if path.with_suffix("") not in captions:
             raise InputError(
-                f"{path} has no prompt: give {folder}/metadata.jsonl with file_name and prompt, or {sidecar.name} "
-                "beside it"
+                f"{path} has no prompt: give {folder}/metadata.jsonl with file_name and prompt, or "
+                f"{path.with_suffix('.txt').name} beside it"
             )
-        found.append({"path": path, "prompt": sidecar.read_text(encoding="utf-8").strip(), "category": ""})
-    return found
-
-
-def _read_metadata(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            lines = list(csv.DictReader(text.splitlines()))
-        else:
-            lines = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): one JSON object per line, or CSV") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        prompt = next((line[key] for key in _PROMPTS if isinstance(line, dict) and line.get(key)), None)
-        if prompt is None or not line.get("file_name"):
-            raise InputError(f"{path}, entry {number}: file_name and prompt are needed")
-        name = Path(line["file_name"])
-        if name.is_absolute() or ".." in name.parts:
-            raise InputError(f"{path}, entry {number}: {line['file_name']!r} leaves the folder")
-        rows.append({"path": name, "prompt": str(prompt).strip(), "category": str(line.get("category") or "")})
-    return rows
-
-
-def _read_indices(folder: Path) -> list[dict[str, Any]]:
-    """The index files that an evaluation leaves beside its pictures."""
-    rows = []
-    for index in sorted(folder.glob("*-of-*.jsonl")):
-        for line in index.read_text(encoding="utf-8").split("\n"):
-            row = json.loads(line) if line else {}
-            if row.get("file"):
-                rows.append({"path": Path(row["file"]), "prompt": row["prompt"], "category": row.get("category", "")})
-    return rows
+        try:
+            yield str(path), path, read_caption(path, captions), None
+        except LeftOut as reason:
+            yield str(path), path, reason, None

@@ -80,6 +80,8 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)
     write_manifest(output_dir, base.as_dict(), game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    if prompts is not None and prompts.broken:
+        accelerator.print(f"{len(prompts.rows)} prompts of {prompts.name}{prompts.said_left_out()}")
     config = settle_draws(config, game, pairs)
     _check_room(config, game, pairs)
 

@@ -20,6 +20,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json, seed_from, shard_name, write_file, write_json
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import open_picture
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
@@ -192,9 +193,16 @@ def index_files(directory: Path, scale: float | None) -> list[Path]:
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """The rows of one index file."""
+    """The rows of one index file. Raises InputError if it is damaged, or names a file that is not beside it."""
     try:
         # Not splitlines: a prompt may hold other line separators of Unicode
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
+        named = [row["file"] for row in rows if row["file"] is not None]
+    except (ValueError, RecursionError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: delete it and run the same command again") from None
+    folder = path.parent.resolve()
+    for name in named:
+        # An index of somebody else's must not show any file of this machine, not through a link either
+        if not isinstance(name, str) or Path(name).name != name or (folder / name).resolve().parent != folder:
+            raise InputError(f"{path} names {name!r}, which does not lie beside it: nothing of it is read")
+    return rows

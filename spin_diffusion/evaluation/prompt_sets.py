@@ -9,6 +9,7 @@ import csv
 import difflib
 import hashlib
 import json
+import os
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.text import broken_character, printable
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 """Where a prompt is looked for, whatever the case of the name."""
+MAX_BYTES = 1 << 30
+"""A larger file is no set of prompts."""
 CATEGORY_COLUMNS = ("category", "tag", "style")
 
 
@@ -51,6 +56,13 @@ class PromptSet:
     """Where it came from: an address with its revision, or the name of the file."""
     duplicates: int = 0
     """Repeated prompts that were left out, before the limit."""
+    broken: int = 0
+    """Prompts that were left out as they hold half a character, or bytes that are not UTF-8."""
+
+    def said_left_out(self) -> str:
+        """What was left out, as the end of a line; empty if nothing was."""
+        counts = ((self.duplicates, "repeated prompts"), (self.broken, "prompts with broken characters"))
+        return "".join(f"; {count} {what} left out" for count, what in counts if count)
 
 
 @dataclass(frozen=True)
@@ -133,8 +145,8 @@ def load_prompts(
     if limit is not None and limit < 2:
         raise InputError(f"{limit} prompts are too few to compare models, give 2 or more (200 say more)")
     path = Path(spec)
-    if path.is_file():
-        name, licence, source, files = path.stem, "not stated", path.name, [path]
+    if os.path.exists(path) and not os.path.isdir(path):
+        name, licence, source, files = printable(path.stem), "not stated", printable(path.name), [path]
         if path.resolve().parent == OWN_SETS.resolve():
             licence = "CC0-1.0"
         categories: list[str | None] = [None]
@@ -151,21 +163,26 @@ def load_prompts(
 
     columns = (prompt_column, category_column)
     found: dict[str, str | None] = {}
-    total = 0
+    total, broken = 0, 0
     for file, of_file in zip(files, categories, strict=True):
         for where, prompt, category in _read(file, *columns):
             total += 1
+            if isinstance(prompt, str) and broken_character(prompt) is not None:
+                broken += 1
+                continue
             found.setdefault(_checked(prompt, where), category if of_file is None else of_file)
     kept = list(found.items())[:limit]
     if len(kept) < 2:
-        raise InputError(f"{spec}: {len(kept)} prompts are too few to compare models, give 2 or more (200 say more)")
+        few = f"{spec}: {len(kept)} prompts are too few to compare models, give 2 or more (200 say more)"
+        raise InputError(few + (f"; {broken} with broken characters were left out" if broken else ""))
     return PromptSet(
         name=name,
         rows=tuple(PromptRow(f"{number:05d}", prompt, category) for number, (prompt, category) in enumerate(kept)),
         sha256=prompts_hash([prompt for prompt, _ in kept]),
         licence=licence,
         source=source,
-        duplicates=total - len(found),
+        duplicates=total - broken - len(found),
+        broken=broken,
     )
 
 
@@ -234,7 +251,7 @@ def _read(path: Path, prompt_column: str | None, category_column: str | None) ->
 
 def _text(path: Path) -> str:
     """The whole file with \\n at the end of its lines. Other separators of Unicode are part of a prompt."""
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_BYTES)
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
@@ -338,17 +355,26 @@ def _unquoted(field: str) -> str:
 
 def _read_parquet(path: Path, prompt_column: str | None, category_column: str | None) -> _Found:
     try:
-        schema = pq.read_schema(path)
-        prompt, category = _required_columns(path, schema.names, prompt_column, category_column)
-        table = pq.read_table(path, columns=list(dict.fromkeys(filter(None, (prompt, category)))))
-    except (pa.ArrowException, OSError) as error:
+        with open_regular(path) as file:
+            schema = pq.read_schema(file)
+            prompt, category = _required_columns(path, schema.names, prompt_column, category_column)
+            table = pq.read_table(file, columns=list(dict.fromkeys(filter(None, (prompt, category)))))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
     classes = _class_names(schema, category)
-    for number, row in enumerate(table.to_pylist()):
-        value = None if category is None else row[category]
+    for number in range(table.num_rows):
+        value = None if category is None else _whole(table[category][number])
         if isinstance(value, int) and 0 <= value < len(classes):
             value = classes[value]
-        yield f"{path} row {number}", row[prompt], _category(value)
+        yield f"{path} row {number}", _whole(table[prompt][number]), _category(value)
+
+
+def _whole(cell: pa.Scalar) -> object:
+    """The value of a cell; half characters in a text that is not UTF-8, which a writer of parquet need not check."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return "\udcff"
 
 
 def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
@@ -381,7 +407,7 @@ def _column(columns: Sequence[str], asked: str | None, usual: tuple[str, ...]) -
 
 
 def _category(value: object) -> str | None:
-    text = "" if value is None else str(value).strip()
+    text = "" if value is None else printable(str(value).strip())
     return text or None
 
 
@@ -389,10 +415,6 @@ def _checked(prompt: object, where: str) -> str:
     """The prompt without white space around it, if it is one."""
     if not isinstance(prompt, str) or not (stripped := prompt.strip()):
         raise InputError(f"{where}: expected a prompt, got {json.dumps(prompt, default=str)[:80]}")
-    try:
-        stripped.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: the prompt has half of a surrogate pair, which is no character") from None
     return stripped
 
 

@@ -1,6 +1,9 @@
+import os
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spin_diffusion.data import DataSettings, pickapic, read_examples, reading, table
@@ -220,3 +223,35 @@ def test_the_layout_is_chosen_by_the_columns_alone(tmp_path: Path) -> None:
     assert reading.find_layout(columns[:-1], DataSettings()) is table
     path = write_table(tmp_path / "pickapic_v2" / "train.parquet", [row("a")])
     assert prompts(settings(path)) == ["a"], "the name of the folder must not matter"
+
+
+def test_a_pattern_does_not_pass_over_a_link_to_nothing(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", [row("a")])
+    (tmp_path / "b.parquet").symlink_to("gone.parquet")
+    with pytest.raises(InputError, match="b.parquet cannot be opened"):
+        read(settings(tmp_path / "*.parquet"))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("suffix", [".parquet", ".tar", ".tar.gz"])
+def test_a_pipe_or_a_device_in_the_place_of_the_data_is_an_error(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(InputError, match=f"is a .*{name}, not a file"):
+            read_examples(settings(tmp_path / f"{name}{suffix}"))
+    with pytest.raises(InputError, match="not a file"):
+        read_examples(settings(tmp_path))
+
+
+def test_text_in_a_parquet_file_or_a_saved_data_set_that_is_not_utf_8_is_left_out(tmp_path: Path) -> None:
+    cells = pa.array([b"whole", b"caf\xe9", b"the last"], pa.binary()).view(pa.string())
+    table = pa.table({"image": [RED, BLUE, picture("green")], "text": cells})
+    with (tmp_path / os.fsdecode(b"caf\xe9.parquet")).open("wb") as file:  # pyarrow itself cannot open such a name
+        pq.write_table(table, file)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in (os.fsdecode(b"caf\xe9.parquet"), "saved"):
+        examples, report = read(settings(tmp_path / name, max_bad_share=0.5))
+        assert [example.prompt for example in examples] == ["whole", "the last"]
+        assert counts(report) == {"broken characters in the text": 1}
+        "".join(example.where for example in examples).encode()

@@ -217,9 +217,9 @@ def test_a_missing_column_is_an_error_with_the_columns_there_are_and_the_nearest
         ({"prompt": 3, "completion": "b"}, "wrong type: 'prompt' is int, not text or a list of messages"),
         ({"prompt": "a", "completion": 3}, "wrong type: 'completion' is int, not text or a list of messages"),
         ({"prompt": "\ud800", "completion": "b"},
-         "wrong type: 'prompt' has half a character (a lone surrogate) at place 0"),
+         "broken characters in the text: character 1 of 'prompt' is half of one, or its bytes are not UTF-8"),
         ({"prompt": "a", "completion": "b\udfff"},
-         "wrong type: 'completion' has half a character (a lone surrogate) at place 1"),
+         "broken characters in the text: character 2 of 'completion' is half of one, or its bytes are not UTF-8"),
         ({"prompt": None, "completion": "b"}, "empty prompt: 'prompt' is null"),
         ({"prompt": " \n", "completion": "b"}, "empty prompt: the prompt is blank"),
         ({"prompt": "a", "completion": None}, "empty answer: 'completion' is null"),
@@ -371,11 +371,16 @@ def test_one_object_a_line_is_read_as_a_stream_whatever_the_name(tmp_path: Path,
     assert [example.prompt for example in read(settings(path))[0]] == [row["prompt"] for row in PLAIN]
 
 
-def test_a_line_that_is_not_utf_8_is_a_malformed_one(tmp_path: Path) -> None:
+def test_a_line_whose_text_is_not_utf_8_is_left_out(tmp_path: Path) -> None:
+    """What is wrong in a column that is not used harms nothing."""
     path = write_lines(tmp_path / "a.jsonl", PLAIN)
-    path.write_bytes(path.read_bytes() + b'{"prompt": "\xe9", "completion": "b"}\n')
-    _, report = read(settings(path))
-    assert "can't decode byte 0xe9" in report.kept_rows["malformed line"][0].detail
+    path.write_bytes(
+        path.read_bytes()
+        + b'{"prompt": "\xe9", "completion": "b"}\n{"prompt": "whole", "completion": "b", "author": "Andr\xe9"}\n'
+    )
+    examples, report = read(settings(path))
+    assert counts(report) == {"broken characters in the text": 1} and examples[-1].prompt == "whole"
+    assert "character 1 of 'prompt'" in report.kept_rows["broken characters in the text"][0].detail
 
 
 @pytest.mark.parametrize(

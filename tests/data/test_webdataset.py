@@ -1,5 +1,7 @@
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +90,9 @@ def test_samples_with_missing_parts_are_bad(tmp_path: Path) -> None:
     members += [("4.json", b"{"), ("4.png", RED)] + sample("5", caption=" ") + [("6.png", RED), ("6.txt", b"caf\xe9")]
     _, report = read(settings(write_tar(tmp_path / "0.tar", members), max_bad_share=0.9))
     assert report.used == 1
-    assert counts(report) == {"empty caption": 4, "missing image file": 1, "corrupt image": 1}
+    assert counts(report) == {
+        "empty caption": 3, "missing image file": 1, "corrupt image": 1, "broken characters in the text": 1
+    }  # fmt: skip
     assert report.kept_rows["empty caption"][1].detail.startswith("4.json cannot be read")
 
 
@@ -129,3 +133,39 @@ def test_a_file_that_is_no_tar_and_a_tar_without_samples_are_errors(tmp_path: Pa
     write_tar(tmp_path / "readme.tar", [("README", b"hello")])
     with pytest.raises(InputError, match="readme.tar has no samples.*00001.jpg and 00001.txt"):
         read_examples(settings(tmp_path / "readme.tar"))
+
+
+def test_links_and_devices_in_a_tar_are_left_out_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(RED)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, kind, target in (
+            ("a.png", tarfile.SYMTYPE, str(tmp_path / "secret.png")),
+            ("b.png", tarfile.LNKTYPE, "../secret.png"),
+            ("c.png", tarfile.CHRTYPE, ""),
+            ("d.png", tarfile.FIFOTYPE, ""),
+            ("e.txt", tarfile.SYMTYPE, "secret.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+        for name, data in (("/absolute/f.png", RED), ("/absolute/f.txt", b"f"), ("../g.png", BLUE), ("../g.txt", b"g")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    examples, report = read(settings(tmp_path / "0.tar", max_bad_share=0.9))
+    assert [(example.prompt, example.image) for example in examples] == [("f", RED), ("g", BLUE)]
+    assert counts(report) == {"missing image file": 4, "empty caption": 1}
+    assert report.kept_rows["missing image file"][0].detail == "a.png is a link or a device, not a file"
+    assert not (tmp_path.parent / "g.png").exists()
+
+
+def test_names_and_captions_in_a_tar_need_not_be_utf_8(tmp_path: Path) -> None:
+    members = sample("caf\udce9", RED, "whole") + [("b.png", BLUE), ("b.txt", b"caf\xe9")]
+    examples, report = read(settings(write_tar(tmp_path / "0.tar", members), max_bad_share=0.9))
+    assert [(example.prompt, example.where) for example in examples] == [("whole", "0.tar sample caf\\udce9")]
+    assert counts(report) == {"broken characters in the text": 1}
+    members = [("a.png", RED), ("a.json", b'{"text": "a", "x": "\xe9"}')]
+    members += [("b.png", BLUE), ("b.json", b'{"text": "\\ud83d"}')]
+    examples, more = read(settings(write_tar(tmp_path / "1.tar", members), max_bad_share=0.9))
+    assert [example.prompt for example in examples] == ["a"] and counts(more) == counts(report)
+    assert json.dumps(report.as_dict(), ensure_ascii=False).encode() and "\n".join(report.lines()).encode()

@@ -1,16 +1,20 @@
 """evaluation/evaluate.py and report.py as a user runs them."""
 
 import json
+import os
 import runpy
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
 from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.input_error import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORER = """
@@ -284,3 +288,115 @@ def test_results_of_another_schema_version_are_refused(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"schema_version": 99}')
     refused(capsys, run("report.py", str(tmp_path)), "99")
     refused(capsys, run("report.py", str(tmp_path / "nowhere")), "results.json")
+
+
+# Folders of pictures that are given
+
+
+def given(folder: Path, **texts: str) -> Path:
+    """A folder of pictures of one colour each, with their prompts in text files beside them."""
+    folder.mkdir(exist_ok=True)
+    for number, (name, text) in enumerate(texts.items()):
+        Image.new("RGB", (16, 16), (40 * number, 90, 200)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_a_picture_with_a_prompt_that_cannot_be_read_is_left_out_and_said(tmp_path, capsys):
+    models = []
+    for name in ("a", "b"):
+        folder = given(tmp_path / name, one="one", two="two", three="three", odd="odd")
+        rng = np.random.default_rng(len(models))
+        for path in folder.glob("*.png"):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
+        models.append(f"{name}={folder}")
+    (tmp_path / "b" / "odd.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b" / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "b" / "one.png").read_bytes())
+    (tmp_path / "b" / os.fsdecode(b"caf\xe9.txt")).write_text("four")
+    (tmp_path / "b" / "linked").symlink_to("../gone")
+    (tmp_path / "b" / "three.png").unlink()
+    os.mkfifo(tmp_path / "b" / "three.png")
+    argv = ["--scorers", "sharpness", "--images_per_prompt", "1", "--output_dir", str(tmp_path / "out")]
+    assert run("evaluate.py", "--models", *models, *argv) == 0
+    said = capsys.readouterr().out
+    assert f"--models {models[1]}; 2 left out, the first is linked: link to nothing" in said
+    results = read_results(tmp_path / "out" / "results.json")
+    what = {failure["prompt"]: failure["what"] for failure in results["failures"]}
+    assert "three.png is a named pipe, not a file" in what["three"] and "no such picture" in what["odd"]
+    assert len(what) == 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_an_entry_with_broken_characters_is_left_out(tmp_path, kind):
+    folder = given(tmp_path / "a", one="", two="", three="")
+    lines = [b'{"file_name": "one.png", "prompt": "one"}', b'{"file_name": "two.png", "prompt": "half \\ud83d"}']
+    lines += [b'{"file_name": "three.png", "prompt": "caf\xe9"}']
+    if kind == "jsonl":
+        (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    elif kind == "csv":
+        (folder / "metadata.csv").write_bytes(
+            b"file_name,prompt\none.png,one\ntwo.png,\xed\xa0\xbd\nthree.png,caf\xe9\n"
+        )
+    else:
+        cells = pa.array([b"one", b"\xed\xa0\xbd", b"caf\xe9"], pa.binary()).view(pa.string())
+        names = [f"{name}.png" for name in ("one", "two", "three")]
+        pq.write_table(pa.table({"file_name": names, "prompt": cells}), folder / "metadata.parquet")
+    pictures = read_given_pictures(folder)
+    assert [row["prompt"] for row in pictures.rows] == ["one"] and len(pictures.left_out) == 2
+    assert "broken characters in the text" in pictures.note() and pictures.note().isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/hostname", "x/../../secret.png", "C:\\secret.png", "..\\s.png"]
+)
+@pytest.mark.parametrize("kind", ["metadata", "index"])
+def test_the_index_of_a_folder_may_not_lead_out_of_it(tmp_path, name, kind):
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    folder = given(tmp_path / "a", one="one", two="two")
+    if kind == "metadata":
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "prompt": "one"}))
+    else:
+        row = {"id": "00000", "k": 0, "prompt": "one", "category": "", "file": name}
+        (folder / "00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="leads out of the folder|does not lie beside it") as caught:
+        read_given_pictures(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_may_not_lead_out_of_its_folder_through_a_link_either(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    folder = given(tmp_path / "a", one="one")
+    (folder / "linked.png").symlink_to("../secret.png")
+    row = {"id": "00000", "k": 0, "prompt": "one", "category": "", "file": "linked.png"}
+    (folder / "00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="names 'linked.png', which does not lie beside it"):
+        read_given_pictures(folder)
+    # The owner's own link, without an index of somebody else's
+    (folder / "00000-of-00001.jsonl").unlink()
+    (folder / "linked.txt").write_text("linked")
+    assert [row["prompt"] for row in read_given_pictures(folder).rows] == ["linked", "one"]
+
+
+def test_pictures_behind_a_link_to_a_folder_are_found(tmp_path):
+    given(tmp_path / "elsewhere", one="one", two="two")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "a" / "around").symlink_to("..")
+    assert read_source(f"a={tmp_path / 'a'}").kind == "images"
+    pictures = read_given_pictures(tmp_path / "a")
+    assert [row["prompt"] for row in pictures.rows] == ["one", "two"]
+    assert pictures.note().startswith("; 1 left out, the first is around: link to a folder that is read already")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["one.txt", "metadata.jsonl", "metadata.csv", "00000-of-00001.jsonl"])
+def test_what_is_no_file_beside_given_pictures_is_not_waited_for(tmp_path, kind, name):
+    folder = given(tmp_path / "a", one="one", two="two")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to("/dev/zero")
+    if name == "one.txt":
+        assert "not a file" in read_given_pictures(folder).note()
+    else:
+        with pytest.raises(InputError, match="not a file"):
+            read_given_pictures(folder)

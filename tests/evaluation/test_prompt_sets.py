@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -188,7 +189,11 @@ def test_odd_prompts_survive_every_format(tmp_path: Path, suffix: str, newline: 
         ("x.jsonl", b'{"prompt": "a fox"}\n{"prompt": 7}\n', ["line 2", "expected a prompt, got 7"]),
         ("x.jsonl", b'{"prompt": "a fox"}\n{"prompt": null}\n', ["line 2", "got null"]),
         ("x.jsonl", b'{"prompt": "a fox"}\n{"prompt": "  "}\n', ["line 2", "expected a prompt"]),
-        ("x.jsonl", b'{"prompt": "a fox"}\n{"prompt": "\\ud83d half"}\n', ["line 2", "surrogate"]),
+        (
+            "x.jsonl",
+            b'{"prompt": "a fox"}\n{"prompt": "\\ud83d half"}\n',
+            ["1 prompts are too few", "1 with broken characters"],
+        ),
         ("x.jsonl", b'{"prompt": "a fox"}\n' + b"[" * 100_000, ["line 2", "not JSON"]),
         ("x.json", b'["a fox", \n', ["not JSON", "line 2"]),
         ("x.json", b'["a fox", 3]', ["entry 2", "expected a string or an object"]),
@@ -215,6 +220,31 @@ def test_what_cannot_be_read_is_refused_with_its_place(
 ) -> None:
     message = refused(write(tmp_path / name, content))
     assert all(word in message for word in [str(tmp_path / name), *words]), message
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_prompt_with_broken_characters_is_left_out_and_counted(tmp_path: Path, suffix: str) -> None:
+    prompts = ["a fox", "a smile \ud83d", "a cat", "\udfff", "a fox"]
+    if suffix == ".parquet":
+        cells = [prompt.encode("utf-8", "surrogatepass") for prompt in prompts]
+        column = pa.array(cells, pa.binary()).view(pa.string())  # as a writer that does not check leaves it
+        pq.write_table(pa.table({"prompt": column}), path := tmp_path / "x.parquet")
+    else:
+        lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
+        path = write(tmp_path / f"x{suffix}", text)
+    found = load_prompts(str(path))
+    assert prompts_of(found) == ["a fox", "a cat"] and (found.broken, found.duplicates) == (2, 1)
+    assert found.said_left_out() == "; 1 repeated prompts left out; 2 prompts with broken characters left out"
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_a_pipe_or_a_device_is_no_file_of_prompts(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    assert "is a named pipe, not a file" in refused(str(tmp_path / f"pipe{suffix}"))
+    assert "is a device, not a file" in refused(str(tmp_path / f"device{suffix}"))
 
 
 def test_what_does_not_exist_is_refused_with_what_does() -> None:
