@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from accelerate import Accelerator
@@ -194,15 +194,16 @@ def index_files(directory: Path, scale: float | None) -> list[Path]:
 
 def read_index(path: Path) -> list[dict[str, Any]]:
     """The rows of one index file. Raises InputError if it is damaged, or names a file that is not beside it."""
+    data = read_bytes(path)
     try:
         # Not splitlines: a prompt may hold other line separators of Unicode
-        rows = [json.loads(line) for line in read_bytes(path).decode("utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
         named = [row["file"] for row in rows if row["file"] is not None]
     except (ValueError, RecursionError, TypeError, KeyError):
         raise InputError(f"{path} is damaged: delete it and run the same command again") from None
     folder = path.parent.resolve()
     for name in named:
         # An index of somebody else's must not show any file of this machine, not through a link either
-        if not isinstance(name, str) or Path(name).name != name or (folder / name).resolve().parent != folder:
+        if not isinstance(name, str) or PureWindowsPath(name).name != name or (folder / name).resolve().parent != folder:
             raise InputError(f"{path} names {name!r}, which does not lie beside it: nothing of it is read")
     return rows
