@@ -204,6 +204,7 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     folder = path.parent.resolve()
     for name in named:
         # An index of somebody else's must not show any file of this machine, not through a link either
-        if not isinstance(name, str) or PureWindowsPath(name).name != name or (folder / name).resolve().parent != folder:
+        is_bare = isinstance(name, str) and PureWindowsPath(name).name == name
+        if not is_bare or (folder / name).resolve().parent != folder:
             raise InputError(f"{path} names {name!r}, which does not lie beside it: nothing of it is read")
     return rows

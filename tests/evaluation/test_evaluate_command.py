@@ -334,9 +334,7 @@ def test_an_entry_with_broken_characters_is_left_out(tmp_path, kind):
     if kind == "jsonl":
         (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
     elif kind == "csv":
-        (folder / "metadata.csv").write_bytes(
-            b"file_name,text\none.png,one\ntwo.png,\xed\xa0\xbd\nthree.png,caf\xe9\n"
-        )
+        (folder / "metadata.csv").write_bytes(b"file_name,text\none.png,one\ntwo.png,\xed\xa0\xbd\nthree.png,caf\xe9\n")
     else:
         cells = pa.array([b"one", b"\xed\xa0\xbd", b"caf\xe9"], pa.binary()).view(pa.string())
         names = [f"{name}.png" for name in ("one", "two", "three")]
@@ -346,9 +344,7 @@ def test_an_entry_with_broken_characters_is_left_out(tmp_path, kind):
     assert "broken characters in the text" in pictures.note() and pictures.note().isprintable()
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.png", "/etc/hostname", "x/../../secret.png", "C:\\s.png", "..\\s.png"]
-)
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "x/../../secret.png", "C:\\s.png", "..\\s.png"])
 @pytest.mark.parametrize("kind", ["metadata", "index"])
 def test_the_index_of_a_folder_may_not_lead_out_of_it(tmp_path, name, kind):
     Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
