@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
+from spin_diffusion.evaluation.concluding import closing_lines
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.report.reading import read_results
@@ -158,9 +159,10 @@ class RunEvaluator:
         if ledger := self._ledger():  # the last round's is whole only now
             write_json(self.output_dir / "results.json", results | {"ledger": ledger})
             write_report(self.output_dir)
+        closing = closing_lines(results)
         if comparisons:
             print_table(comparisons)
-            markdown = as_markdown(comparisons)
+            markdown = as_markdown(comparisons) + "".join(f"{line}\n\n" for line in closing)
             write_file(self.output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
         headline = results["headline"]
         for alarm in results["alarms"]:
@@ -169,6 +171,8 @@ class RunEvaluator:
         for said in results["verdicts"]:
             if (said["model"], said["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
                 print(f"Verdict on {said['model']}: {said['verdict']}. {said['reason']}")
+        for line in closing:
+            print(line)
         print(f"Report: {self.output_dir / 'report.html'}")
         return comparisons
 

@@ -1,6 +1,7 @@
 """Scores of all cells -> comparison.json and cells.parquet: means with intervals, differences, curves, costs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from spin_diffusion.comparing.intervals import crossed_interval
 from spin_diffusion.comparing.plan import Cell, run_flops
 from spin_diffusion.comparing.run import Comparison, Entry
 from spin_diffusion.evaluation.scorers import about
-from spin_diffusion.evaluation.statistics import Interval
 from spin_diffusion.selfplay.run_dir import write_file, write_json
 
 MODES = ("guidance 1", "usual", "best")
@@ -23,6 +23,36 @@ MODES = ("guidance 1", "usual", "best")
 
 Values = dict[int, np.ndarray]
 """Seed -> (prompts,) score, the mean over the images of a prompt."""
+
+
+@dataclass
+class Family:
+    """The differences in which a reader of one table may look for a winner."""
+
+    members: list[tuple[dict[str, Any], np.ndarray]] = field(default_factory=list)
+    """What is said of each, and its (seeds, prompts)."""
+
+    def difference(self, a: Values, b: Values) -> dict[str, Any] | None:
+        """a - b, paired over the seeds that both have and over prompts; None = they have no seed in common."""
+        both = sorted(a.keys() & b.keys())
+        if not both:
+            return None
+        stacked = np.stack([a[seed] - b[seed] for seed in both])
+        of_seeds = {str(seed): float(values.mean()) for seed, values in zip(both, stacked, strict=True)}
+        said = asdict(crossed_interval(stacked)) | {"seeds": of_seeds}
+        self.members.append((said, stacked))
+        return said
+
+    def adjust(self) -> int:
+        """Add to each its `adjusted` interval, which all have together at 95 % (Bonferroni); how many they are.
+
+        None = a difference of a single seed, where others have more: it says nothing of how training varies.
+        """
+        most = max((len(stacked) for _, stacked in self.members), default=0)
+        for said, stacked in self.members:
+            interval = crossed_interval(stacked, 1 - 0.05 / len(self.members))
+            said["adjusted"] = None if len(stacked) == 1 < most else [interval.low, interval.high]
+        return len(self.members)
 
 
 def conclude(comparison: Comparison) -> dict[str, Any]:
@@ -57,13 +87,16 @@ def _world(comparison: Comparison, world: str) -> dict[str, Any]:
         entries = [entry for entry in comparison.entries if (entry.world, entry.budget) == (world, budget)]
         scores = {entry.method: _entry_scores(comparison, entry) for entry in entries}
         reference = scores[comparison.settings.reference]
-        rivals = max(1, len(entries) - 1)
-        rows = [_row(comparison, entry, scores[entry.method], base, reference, rivals) for entry in entries]
+        family = Family()
+        rows = [_row(comparison, entry, scores[entry.method], base, reference, family) for entry in entries]
         if comparison.settings.test_rounds:
             of_reference = _rounds_of(comparison, next(e for e in entries if e.method == comparison.settings.reference))
             for entry, row in zip(entries, rows, strict=True):
-                row["by_round"] = _by_round(comparison, entry, base, of_reference, rivals)
-        budgets.append({"budget": budget, "total_steps": comparison.plan.total_steps(world), "rows": rows})
+                row["by_round"] = _by_round(comparison, entry, base, of_reference, family)
+        budgets.append({
+            "budget": budget, "total_steps": comparison.plan.total_steps(world), "rows": rows,
+            "differences": family.adjust(), "first": _first(scores),
+        })  # fmt: skip
     return {
         "usual_guidance": comparison.plan.usual_guidance(world),
         "guidance_scales": comparison.scales(world),
@@ -87,7 +120,7 @@ def _row(
     scores: dict[str, Values],
     base: dict[str, Values],
     reference: dict[str, Values],
-    rivals: int,
+    family: Family,
 ) -> dict[str, Any]:
     failures = _failures(comparison, entry)
     finished = sorted(scores["usual"])
@@ -113,17 +146,17 @@ def _row(
     assert entry.choice is not None
     last = entry.cells[0].rounds
     row |= _summary(comparison, entry.cells, last, entry.choice.guidance_scale, scores)
-    row["to_base"] = {mode: _difference(scores[mode], base[mode], rivals + 1) for mode in MODES}
+    row["to_base"] = {mode: family.difference(scores[mode], base[mode]) for mode in MODES}
     if entry.method != comparison.settings.reference:
-        row["to_reference"] = {mode: _difference(scores[mode], reference[mode], rivals) for mode in MODES}
+        row["to_reference"] = {mode: family.difference(scores[mode], reference[mode]) for mode in MODES}
     row |= _cost(comparison, entry)
     if comparison.settings.every_round:
-        row |= _over_rounds(comparison, entry, last, reference, rivals)
+        row |= _over_rounds(comparison, entry, last, reference, family)
     return row
 
 
 def _over_rounds(
-    comparison: Comparison, entry: Entry, last: int, reference: dict[str, Values], rivals: int
+    comparison: Comparison, entry: Entry, last: int, reference: dict[str, Values], family: Family
 ) -> dict[str, Any]:
     """The curve on validation prompts; where it is highest; how much of it is lost in the end; that round's test."""
     assert entry.choice is not None
@@ -140,7 +173,7 @@ def _over_rounds(
         said["at_best_round"] = {mode: _described(at_best[mode]) for mode in MODES}
         if entry.method != comparison.settings.reference:
             said["best_round_to_reference"] = {
-                mode: _difference(at_best[mode], reference[mode], rivals) for mode in MODES
+                mode: family.difference(at_best[mode], reference[mode]) for mode in MODES
             }
     return said
 
@@ -161,7 +194,7 @@ def _by_round(
     entry: Entry,
     base: dict[str, Values],
     of_reference: dict[int, tuple[float, dict[str, Values]]],
-    rivals: int,
+    family: Family,
 ) -> list[dict[str, Any]]:
     """Every round on test prompts, against the base and against the reference: after as many rounds if it has as
     many, else after its last one."""
@@ -172,11 +205,11 @@ def _by_round(
             "round": k,
             "best_guidance": scale,
             "scores": {mode: _described(scores[mode]) for mode in MODES},
-            "to_base": {mode: _difference(scores[mode], base[mode], rivals + 1) for mode in MODES},
+            "to_base": {mode: family.difference(scores[mode], base[mode]) for mode in MODES},
         }
         if entry.method != comparison.settings.reference and of_reference:
             of_k = of_reference[k if as_many else max(of_reference)][1]
-            row["to_reference"] = {mode: _difference(scores[mode], of_k[mode], rivals) for mode in MODES}
+            row["to_reference"] = {mode: family.difference(scores[mode], of_k[mode]) for mode in MODES}
         rows.append(row)
     return rows
 
@@ -251,21 +284,27 @@ def _described(values: Values) -> dict[str, Any] | None:
     return asdict(crossed_interval(stacked)) | {"seeds": {str(s): float(values[s].mean()) for s in sorted(values)}}
 
 
-def _difference(a: Values, b: Values, rivals: int) -> dict[str, Any] | None:
-    """Paired over the seeds that both have and over prompts; None = they have none in common.
+def _first(scores: dict[str, dict[str, Values]]) -> dict[str, dict[str, Any] | None]:
+    """Mode -> the method with the highest mean after its last round, and which others are not told apart from it.
 
-    Args:
-        rivals: comparisons that are made at once: `adjusted` is Bonferroni's interval for all of them together.
+    The differences between all methods are a family of their own at each guidance scale, since any may be first.
     """
-    both = sorted(a.keys() & b.keys())
-    if not both:
-        return None
-    stacked = np.stack([a[seed] - b[seed] for seed in both])
-    adjusted: Interval = crossed_interval(stacked, 1 - 0.05 / rivals, resamples=20_000)
-    return asdict(crossed_interval(stacked)) | {
-        "seeds": {str(seed): float((a[seed] - b[seed]).mean()) for seed in both},
-        "adjusted": [adjusted.low, adjusted.high],
-    }
+    found: dict[str, dict[str, Any] | None] = {}
+    for mode in MODES:
+        of_method = {method: scores[method][mode] for method in scores if scores[method][mode]}
+        means = {m: float(np.mean([of_seed.mean() for of_seed in values.values()])) for m, values in of_method.items()}
+        family, between = Family(), {}
+        for pair in combinations(of_method, 2):
+            between[frozenset(pair)] = family.difference(of_method[pair[0]], of_method[pair[1]])
+        family.adjust()
+        best = max(means, key=lambda method: means[method], default="")
+        level = [other for other in means if other != best and not _apart(between[frozenset((best, other))])]
+        found[mode] = {"method": best, "not_told_apart": level} if best else None
+    return found
+
+
+def _apart(said: dict[str, Any] | None) -> bool:
+    return said is not None and said["adjusted"] is not None and not said["adjusted"][0] <= 0 <= said["adjusted"][1]
 
 
 def _cost(comparison: Comparison, entry: Entry) -> dict[str, Any]:

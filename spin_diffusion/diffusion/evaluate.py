@@ -18,6 +18,7 @@ from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictu
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
+from spin_diffusion.evaluation.concluding import closing_lines
 from spin_diffusion.evaluation.drawing import (
     Draw,
     claim,
@@ -149,14 +150,18 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
         headline_scale=scales[-1], training_captions=captions,
     )  # fmt: skip
+    closing = closing_lines(results)
     if comparisons:
         print_table(comparisons)
-        write_file(output_dir / "table.md", lambda part: part.write_text(as_markdown(comparisons), encoding="utf-8"))
+        markdown = as_markdown(comparisons) + "".join(f"{line}\n\n" for line in closing)
+        write_file(output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
     for said in results["verdicts"]:
         at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
         print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
+    for line in closing:
+        print(line)
     if results["failures"]:
-        print(f"{len(results['failures'])} pictures failed; the report lists them")
+        print(f"{len(results['failures'])} pictures are missing, broken or without a score; the report lists them")
     print(f"Report: {write_report(output_dir)}")
     if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
         raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")

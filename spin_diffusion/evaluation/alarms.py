@@ -5,7 +5,7 @@ same picture for every seed. Each of these leaves a trace that costs nothing to 
 Every alarm is a function of arrays to an `Alarm`; `check_alarms` runs all of them for one model. Those of answers are
 in answer_alarms.py.
 
-An alarm goes off only when the effect is both larger than its threshold and beyond chance (95 % bootstrap interval over
+An alarm goes off only when the effect is both larger than its threshold and beyond chance (95 % interval over
 prompts). How often a model that is the same as the base sets one off stands in `check_alarms`. Thresholds are set by
 judgement: no images of released models have been measured for them.
 
@@ -35,9 +35,9 @@ class Thresholds:
 
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
-    diversity_prompts: int = 5
+    diversity_prompts: int = 6
     """Of fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is chance
-    in one case of four, and that five of five do in one of 32."""
+    in one case of four, and that six of six do in one of 64."""
     style_similarity_rise: float = 0.05
     """Rise of the mean cosine between images of different prompts, -2 to 2."""
     near_duplicate_cosine: float = 0.97
@@ -138,7 +138,6 @@ def check_alarms(
     prompts: Sequence[str] = (),
     training_captions: Iterable[str] | None = None,
     thresholds: Thresholds | None = None,
-    resamples: int = 10_000,
 ) -> list[Alarm]:
     """All alarms for one model at one guidance scale against the base, always the same ones in the same order.
 
@@ -162,7 +161,6 @@ def check_alarms(
         prompts: of the evaluation.
         training_captions: what the model was trained with. None = not known.
         thresholds: default: `Thresholds()`.
-        resamples: of each bootstrap.
 
     Raises:
         ValueError: arrays whose shapes do not match, numbers that are not finite, or fewer than 2 prompts.
@@ -171,19 +169,19 @@ def check_alarms(
     differences = differences_of(candidate_scores, baseline_scores)
     num_leaked = None if training_captions is None else count_leaked(training_captions, prompts)
     return [
-        goodhart(differences, roles, resamples),
-        aesthetics_up_alignment_down(differences, roles, resamples),
-        diversity_over_seeds(baseline_features, candidate_features, limits, resamples),
-        style_collapse(baseline_features, candidate_features, limits, resamples),
-        near_duplicates(baseline_features, candidate_features, limits, resamples),
-        photometry(baseline_photometry or {}, candidate_photometry or {}, limits, resamples),
+        goodhart(differences, roles),
+        aesthetics_up_alignment_down(differences, roles),
+        diversity_over_seeds(baseline_features, candidate_features, limits),
+        style_collapse(baseline_features, candidate_features, limits),
+        near_duplicates(baseline_features, candidate_features, limits),
+        photometry(baseline_photometry or {}, candidate_photometry or {}, limits),
         broken_images(baseline_broken, candidate_broken, limits),
         training_leak(num_leaked, len(prompts), limits),
-        stagnation(candidate_scores, previous, roles, resamples),
+        stagnation(candidate_scores, previous, roles),
     ]
 
 
-def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role], resamples: int = 10_000) -> Alarm:
+def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -> Alarm:
     """The scorer that training pleases goes up while one that it does not know goes down.
 
     Args:
@@ -191,16 +189,14 @@ def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role], r
         roles: scorer -> its role. Judged against "in-domain" are "truth", "held-out" and "alignment".
     """
     return _opposed(
-        "goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"), resamples,
+        "goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"),
         "The model pleases {up} more, which was trained on the same preferences, but is worse by {down}: it is "
         "learning the scorer and not what people like. Use an earlier round, a smaller learning rate or fewer steps, "
         "and look at the prompts that lose most by {names}.",
     )  # fmt: skip
 
 
-def aesthetics_up_alignment_down(
-    differences: Mapping[str, np.ndarray], roles: Mapping[str, Role], resamples: int = 10_000
-) -> Alarm:
+def aesthetics_up_alignment_down(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -> Alarm:
     """Images get more beautiful and show less of what the prompt asks for.
 
     Args:
@@ -208,7 +204,7 @@ def aesthetics_up_alignment_down(
         roles: scorer -> its role.
     """
     return _opposed(
-        "aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",), resamples,
+        "aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",),
         "Images are more beautiful by {up} and match their prompts less by {down}: the model paints what it likes. "
         "Look at the prompts that lose most by {names}, and use an earlier round or captions that say what the "
         "training images show.",
@@ -221,7 +217,6 @@ def _opposed(
     roles: Mapping[str, Role],
     up_role: Role,
     down_roles: tuple[Role, ...],
-    resamples: int,
     explanation: str,
 ) -> Alarm:
     """The alarm of a scorer that rises while another falls; the value is the upper end of the fall's interval.
@@ -234,14 +229,14 @@ def _opposed(
     if not ups or not downs:
         missing = up_role if not ups else " or ".join(down_roles)
         return not_run(alarm, f"no {missing} scorer was run for both models")
-    risen = {name: mean_interval(differences[name], 1 - 0.05 / len(ups), resamples) for name in ups}
+    risen = {name: mean_interval(differences[name], 1 - 0.05 / len(ups)) for name in ups}
     risen = {name: interval for name, interval in risen.items() if interval.low > 0}
-    wide = {name: mean_interval(differences[name], 1 - 0.05 / len(downs), resamples) for name in downs}
+    wide = {name: mean_interval(differences[name], 1 - 0.05 / len(downs)) for name in downs}
     # Scorers have different units: in units of its own half-width, the fall that is clearest comes first
     clearest = min(wide, key=lambda name: wide[name].high / max(wide[name].high - wide[name].low, 1e-300))
     value = wide[clearest].high
     if risen:
-        plain = {name: mean_interval(differences[name], 0.95, resamples) for name in downs}
+        plain = {name: mean_interval(differences[name], 0.95) for name in downs}
         surely = [name for name in downs if wide[name].high < 0]
         perhaps = [name for name in downs if plain[name].high < 0]
         if surely or perhaps:
@@ -258,9 +253,7 @@ def _opposed(
     return Alarm(alarm, "ok", value, 0.0, text)
 
 
-def diversity_over_seeds(
-    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
-) -> Alarm:
+def diversity_over_seeds(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
     """The images of one prompt become alike: their mean pairwise 1 - cosine falls.
 
     Args:
@@ -273,7 +266,7 @@ def diversity_over_seeds(
     assert baseline is not None and candidate is not None
     base, cand = _unit(baseline), _unit(candidate)
     before, after = 1 - _pair_cosines(base).mean(axis=1), 1 - _pair_cosines(cand).mean(axis=1)
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     level = float(before.mean())
     if level <= 1e-6:
         return not_run(alarm, "the base draws the same image for every seed, so there is no diversity to lose")
@@ -288,9 +281,7 @@ def diversity_over_seeds(
     return Alarm(alarm, state, drop, thresholds.diversity_drop, numbers + (advice if state != "ok" else ""))
 
 
-def style_collapse(
-    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
-) -> Alarm:
+def style_collapse(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
     """The images of different prompts become alike: their mean cosine rises.
 
     Args:
@@ -304,7 +295,7 @@ def style_collapse(
     if len(baseline) < 3:
         return not_run(alarm, "it takes 3 prompts or more")
     before, after = _cosine_between_prompts(_unit(baseline)), _cosine_between_prompts(_unit(candidate))
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     state = state_of(difference.mean, thresholds.style_similarity_rise, difference.low > 0)
     numbers = (
         f"The mean cosine between images of different prompts goes from {before.mean():.3f} to {after.mean():.3f}, "
@@ -319,9 +310,7 @@ def style_collapse(
     )
 
 
-def near_duplicates(
-    baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds, resamples: int = 10_000
-) -> Alarm:
+def near_duplicates(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
     """More pairs of seeds give the same picture.
 
     Args:
@@ -335,7 +324,7 @@ def near_duplicates(
     cosine = thresholds.near_duplicate_cosine
     before = (_pair_cosines(_unit(baseline)) > cosine).mean(axis=1)
     after = (_pair_cosines(_unit(candidate)) > cosine).mean(axis=1)
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     state = state_of(difference.mean, thresholds.near_duplicate_rise, difference.low > 0)
     numbers = (
         f"Pairs of seeds that give the same picture (cosine above {cosine:g}): {before.mean():.1%} of the base's, "
@@ -351,7 +340,6 @@ def photometry(
     baseline: Mapping[str, np.ndarray],
     candidate: Mapping[str, np.ndarray],
     thresholds: Thresholds,
-    resamples: int = 10_000,
 ) -> Alarm:
     """Saturation, clipped luma or sharpness move far from where the base's images lie.
 
@@ -367,7 +355,7 @@ def photometry(
     found: list[tuple[float, AlarmState, str]] = []
     for name in names:
         before = np.asarray(baseline[name], dtype=np.float64)
-        difference = paired_difference(np.asarray(candidate[name]), before, resamples=resamples)
+        difference = paired_difference(np.asarray(candidate[name]), before)
         by_prompt = before if before.ndim == 1 else before.mean(axis=1)
         mad = float(np.median(np.abs(by_prompt - np.median(by_prompt))))
         shift = difference.mean / max(mad, thresholds.photometry_smallest_mad)
@@ -456,7 +444,6 @@ def stagnation(
     candidate: Mapping[str, np.ndarray],
     previous: Mapping[str, np.ndarray] | None,
     roles: Mapping[str, Role],
-    resamples: int = 10_000,
 ) -> Alarm:
     """No scorer tells this round from the one before. A reason to stop, not to distrust: "warn" at most.
 
@@ -475,7 +462,7 @@ def stagnation(
     if not differences:
         return not_run("stagnation", "no scorer was run for both rounds")
     confidence = 1 - 0.05 / len(differences)
-    intervals = {name: mean_interval(array, confidence, resamples) for name, array in differences.items()}
+    intervals = {name: mean_interval(array, confidence) for name, array in differences.items()}
     moved = [name for name, interval in intervals.items() if interval.low > 0 or interval.high < 0]
     if moved:
         numbers = ", ".join(f"{name} ({signed(intervals[name])})" for name in moved)

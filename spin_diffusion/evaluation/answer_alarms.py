@@ -49,9 +49,9 @@ class AnswerThresholds:
     """Rise of the mean share of repeated runs of three words, 0 to 1."""
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
-    diversity_prompts: int = 5
-    """Of fewer prompts it is not judged: that two of two fall is chance in one case of four, and that five of five do
-    in one of 32."""
+    diversity_prompts: int = 6
+    """Of fewer prompts it is not judged: that two of two fall is chance in one case of four, and that six of six do in
+    one of 64."""
     same_rise: float = 0.05
     """Rise of the share of pairs of seeds that give the same answer, 0 to 1."""
     cut_rise: float = 0.05
@@ -74,7 +74,6 @@ def check_answer_alarms(
     previous: Mapping[str, np.ndarray] | None = None,
     training_prompts: Iterable[str] | None = None,
     thresholds: AnswerThresholds | None = None,
-    resamples: int = 10_000,
 ) -> list[Alarm]:
     """All alarms for one model against the base, always the same ones in the same order.
 
@@ -91,7 +90,6 @@ def check_answer_alarms(
         previous: the scores of the round before. None = there is none.
         training_prompts: what the model was trained with. None = not known.
         thresholds: default: `AnswerThresholds()`.
-        resamples: of each bootstrap.
 
     Raises:
         ValueError: answers or scores whose shapes do not match, or fewer than 2 prompts.
@@ -104,29 +102,27 @@ def check_answer_alarms(
     trained = None if training_prompts is None else trained_among(training_prompts, keys)
     num_leaked = None if trained is None else sum(key in trained for key in keys)
     return [
-        goodhart(differences_of(candidate_scores, baseline_scores), roles, resamples),
-        answer_length(baseline, candidate, limits, resamples),
-        repetition(baseline, candidate, limits, resamples),
-        diversity_over_seeds(baseline, candidate, limits, resamples),
-        same_answers(baseline, candidate, limits, resamples),
-        cut_answers(baseline, candidate, limits, resamples),
+        goodhart(differences_of(candidate_scores, baseline_scores), roles),
+        answer_length(baseline, candidate, limits),
+        repetition(baseline, candidate, limits),
+        diversity_over_seeds(baseline, candidate, limits),
+        same_answers(baseline, candidate, limits),
+        cut_answers(baseline, candidate, limits),
         empty_answers(baseline, candidate, limits),
         copied_answers(baseline, candidate, trained, limits),
         training_leak(num_leaked, len(prompts), Thresholds(), "training prompts"),
-        stagnation(candidate_scores, previous, roles, resamples),
+        stagnation(candidate_scores, previous, roles),
     ]
 
 
-def answer_length(
-    baseline: Answers, candidate: Answers, thresholds: AnswerThresholds, resamples: int = 10_000
-) -> Alarm:
+def answer_length(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """Answers become much longer or shorter, and not because the real ones are.
 
     The value is how many times as long, or as short, the mean answer is. A model that comes closer to the length of the
     real answers (in characters, of which the real ones have no tokens) does what it is trained for.
     """
     before, after = _of_each(baseline, _tokens), _of_each(candidate, _tokens)
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     # Half a token, so that no answers at all are very short and not a division by 0
     ratio = max(float(after.mean()), 0.5) / max(float(before.mean()), 0.5)
     value = max(ratio, 1 / ratio)
@@ -149,10 +145,10 @@ def answer_length(
     return Alarm("answer_length", state, value, thresholds.length_factor, text)
 
 
-def repetition(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds, resamples: int = 10_000) -> Alarm:
+def repetition(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """Answers loop: the share of their runs of three words that occurred before rises."""
     before, after = (_of_each(answers, lambda answer: repeated_share(answer.text)) for answers in (baseline, candidate))
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     state = state_of(difference.mean, thresholds.repetition_rise, difference.low > 0)
     text = f"Repeated runs of three words: {before.mean():.1%} of the base's, {after.mean():.1%} of the model's."
     if state != "ok":
@@ -160,9 +156,7 @@ def repetition(baseline: Answers, candidate: Answers, thresholds: AnswerThreshol
     return Alarm("repetition", state, difference.mean, thresholds.repetition_rise, text)
 
 
-def diversity_over_seeds(
-    baseline: Answers, candidate: Answers, thresholds: AnswerThresholds, resamples: int = 10_000
-) -> Alarm:
+def diversity_over_seeds(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """The answers to one prompt become alike: the share of pairs of words that two of them do not share falls."""
     alarm = "diversity_over_seeds"
     if min(len(row) for row in baseline) < 2:
@@ -172,7 +166,7 @@ def diversity_over_seeds(
             alarm, f"{len(baseline)} prompts are too few to tell; ask {thresholds.diversity_prompts} or more"
         )
     before, after = (np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate))
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     level = float(before.mean())
     if level <= 1e-6:
         return not_run(alarm, "the base gives the same answer for every seed, so there is no diversity to lose")
@@ -192,7 +186,7 @@ def diversity_over_seeds(
     return Alarm(alarm, state, drop, thresholds.diversity_drop, text)
 
 
-def same_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds, resamples: int = 10_000) -> Alarm:
+def same_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """More pairs of seeds give the same answer, of at least `min_words` words."""
     alarm = "same_answers"
     if min(len(row) for row in baseline) < 2:
@@ -203,7 +197,7 @@ def same_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresh
         return sum(_plain(a) == _plain(b) and len(words(a.text)) >= thresholds.min_words for a, b in pairs) / len(pairs)
 
     before, after = (np.array([share(row) for row in answers]) for answers in (baseline, candidate))
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     state = state_of(difference.mean, thresholds.same_rise, difference.low > 0)
     text = (
         f"Pairs of seeds that give the same answer of {thresholds.min_words} words or more: {before.mean():.1%} of the "
@@ -214,10 +208,10 @@ def same_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresh
     return Alarm(alarm, state, difference.mean, thresholds.same_rise, text)
 
 
-def cut_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds, resamples: int = 10_000) -> Alarm:
+def cut_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """More answers do not end by themselves."""
     before, after = (_of_each(answers, lambda answer: answer.finish == "length") for answers in (baseline, candidate))
-    difference = paired_difference(after, before, resamples=resamples)
+    difference = paired_difference(after, before)
     state = state_of(difference.mean, thresholds.cut_rise, difference.low > 0)
     text = (
         f"Answers cut at the longest one allowed: {before.mean():.1%} of the base's, {after.mean():.1%} of the model's."

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TypeVar
 
 import numpy as np
@@ -42,11 +43,13 @@ class Row:
     """What the scorer can say; a difference of a "drift" score is never good news."""
     modality: Modality = IMAGES
     """Of what was scored."""
+    lost: frozenset[str] = frozenset()
+    """Ids of further prompts of which this model lacks a sample or its score, so that they are in no model's scores."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model at one guidance scale by one scorer, against the baseline at the same guidance scale."""
+    """One model at one guidance scale by one scorer, against another, mostly the baseline, at the same scale."""
 
     model: str
     guidance_scale: float | None
@@ -59,21 +62,23 @@ class Comparison:
     difference: Interval | None
     """Model minus baseline, paired by prompt. None for the baseline, and so are the fields below."""
     wins: int | None
-    """Prompts where the model scores higher than the baseline."""
+    """Prompts where the model scores higher. A prompt that only the model ahead has lost counts against it."""
     ties: int | None
     losses: int | None
     p: float | None
     """Two-sided sign test of wins against losses."""
     p_holm: float | None = None
-    """The same, adjusted by Holm over the scorers of one model and guidance scale."""
+    """The same, adjusted by Holm over all tests that were made together."""
     role: Role = "held-out"
     """Of the scorer."""
     modality: Modality = IMAGES
     """Of what was scored."""
+    other: str = ""
+    """The model that it is compared with."""
 
 
 def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
-    """One Comparison per row, in the order of the rows.
+    """One Comparison with the baseline per row, in the order of the rows; their tests are one family.
 
     Raises:
         InputError: no row of the baseline at some guidance scale and scorer, a row twice, shapes that differ, scores
@@ -101,6 +106,20 @@ def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
     return _adjusted(comparisons)
 
 
+def compare_others(rows: Sequence[Row], baseline: str) -> list[Comparison]:
+    """Each pair of models but the baseline, the later one against the earlier; their tests are one family.
+
+    Args:
+        rows: as in `compare`.
+    """
+    groups: dict[tuple[float | None, str], list[Row]] = {}
+    for row in rows:
+        if row.model != baseline:
+            groups.setdefault((row.guidance_scale, row.scorer), []).append(row)
+    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+    return _adjusted([_compare_row(later, earlier) for earlier, later in pairs])
+
+
 def _compare_row(row: Row, base: Row) -> Comparison:
     num_prompts, num_images = row.scores.shape
     mean = mean_interval(row.scores)
@@ -108,24 +127,23 @@ def _compare_row(row: Row, base: Row) -> Comparison:
     if row is not base:
         difference = paired_difference(row.scores, base.scores)
         wins, ties, losses = win_tie_loss(row.scores, base.scores)
+        # Whoever is ahead may be so because the prompts that it failed at are not compared
+        if wins > losses:
+            losses += len(row.lost - base.lost)
+        elif losses > wins:
+            wins += len(base.lost - row.lost)
         p = sign_test_p(wins, losses)
     return Comparison(
         row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
-        role=row.role, modality=row.modality,
+        role=row.role, modality=row.modality, other=base.model,
     )  # fmt: skip
 
 
 def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
-    """With p_holm: a family of tests is what one model at one guidance scale is judged by."""
-    families: dict[tuple[str, float | None], list[int]] = {}
-    for place, comparison in enumerate(comparisons):
-        if comparison.p is not None:
-            families.setdefault((comparison.model, comparison.guidance_scale), []).append(place)
-    adjusted = list(comparisons)
-    for places in families.values():
-        for place, p in zip(places, holm([comparisons[place].p for place in places]).tolist(), strict=True):
-            adjusted[place] = replace(comparisons[place], p_holm=p)
-    return adjusted
+    """With p_holm: all of them are one family of tests."""
+    tested = [comparison for comparison in comparisons if comparison.p is not None]
+    adjusted = iter(holm([comparison.p for comparison in tested]).tolist())
+    return [c if c.p is None else replace(c, p_holm=next(adjusted)) for c in comparisons]
 
 
 def _describe(row: Row) -> str:
@@ -219,7 +237,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             parts.append(f"| {' | '.join(row)} |")
         parts += [
             "",
-            f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm over the scorers.",
+            f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm over all tests of these tables.",
             "",
         ]
     return "\n".join(parts)
@@ -227,7 +245,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
 
 def _title(comparisons: list[Comparison]) -> str:
     sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.modality.plural}" for c in comparisons)
-    return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % bootstrap over prompts, seeds shared"
+    return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % t-intervals over prompts, seeds shared"
 
 
 def _mean(interval: Interval, decimals: int, separator: str) -> str:

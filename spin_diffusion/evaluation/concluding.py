@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.alarms import Alarm
 from spin_diffusion.evaluation.breakdowns import breakdowns
-from spin_diffusion.evaluation.comparison import Comparison, Row, compare
+from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compare_others
 from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.drawing import folder_of
 from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
+from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -76,8 +77,13 @@ def conclude_samples(
     ran = [scorer["name"] for scorer in scorers if scorer["state"] == "run"]
     roles = {scorer["name"]: scorer["role"] for scorer in scorers}
     per_prompt = samples_per_prompt(protocol)
+    lost = {
+        (model.name, scale): _lost(samples[baseline, scale], samples[model.name, scale], per_prompt, ran)
+        for model in models
+        for scale in scales
+    }
     complete = {
-        scale: _complete([samples[model.name, scale] for model in models], per_prompt, ran, modality, scale)
+        scale: _complete(samples[baseline, scale], {m.name: lost[m.name, scale] for m in models}, modality, scale)
         for scale in scales
     }
     arrays = {
@@ -86,13 +92,24 @@ def conclude_samples(
         for scale in scales
         for name in ran
     }
-    comparisons = compare(
-        [Row(model, scale, name, scores, roles[name], modality) for (model, scale, name), scores in arrays.items()],
-        baseline,
-    )
-    entries = [_comparison_entry(comparison, baseline) for comparison in comparisons if comparison.p is not None]
+    rows = [
+        Row(model, scale, name, scores, roles[name], modality, lost[model, scale])
+        for (model, scale, name), scores in arrays.items()
+    ]
+    comparisons = compare(rows, baseline)
+    entries = [_comparison_entry(comparison) for comparison in comparisons if comparison.p is not None]
+    others = [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]
     alarms = _all_alarms(models, samples, arrays, complete, roles, ran, check)
-    judged = [(model.name, scale) for model in models[1:] for scale in scales] if ran else []
+    counts = [
+        _counts(model.name, scale, samples[model.name, scale], lost[model.name, scale], ran)
+        for model in models
+        for scale in scales
+    ]
+    verdicts = [
+        _verdict_entry(count, entries, roles, alarms, modality)
+        for count in counts
+        if ran and count["model"] != baseline
+    ]
     results = {
         "schema_version": SCHEMA_VERSION,
         "title": title,
@@ -103,10 +120,11 @@ def conclude_samples(
             "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
         },
         "models": [_model_entry(model) for model in models],
+        "samples": counts,
         "scorers": scorers,
         "results": _aggregates(arrays, comparisons, ran, roles),
         "comparisons": entries,
-        "verdicts": [_verdict_entry(name, scale, entries, roles, alarms, modality) for name, scale in judged],
+        "verdicts": verdicts,
         "alarms": alarms,
         "breakdowns": breakdowns(models, scales, samples, arrays, complete, ran),
         "failures": _failures(models, scales, samples, ran),
@@ -119,6 +137,10 @@ def conclude_samples(
         "ledger": [dict(entry) for entry in ledger or []],
     }
     results |= {name: rows for name, rows in of_training.items() if rows}
+    if others:
+        names = [model.name for model in models]
+        places = [rank(names, scale, [*entries, *others], scorers, verdicts) for scale in scales]
+        results |= {"between_others": others, "ranking": [place for place in places if place is not None]}
     _check_schema(results)
     return results, comparisons
 
@@ -152,25 +174,71 @@ def _truncated_prompts(samples: BySample, name: str) -> int:
     return len(prompts)
 
 
+def _lost(baseline: Samples, of_model: Samples, per_prompt: int, ran: Sequence[str]) -> frozenset[str]:
+    """Ids of the baseline's prompts of which a model lacks a sample, or the score of one."""
+    return frozenset(
+        id_
+        for id_ in {id_ for id_, _ in baseline.rows}
+        for key in [(id_, k) for k in range(per_prompt)]
+        if not of_model.rows.get(key, {}).get("there") or any(key not in of_model.scores[name] for name in ran)
+    )
+
+
 def _complete(
-    of_scale: Sequence[Samples], per_prompt: int, ran: Sequence[str], modality: Modality, scale: float | None
+    baseline: Samples, lost: Mapping[str, frozenset[str]], modality: Modality, scale: float | None
 ) -> list[str]:
     """Ids of the prompts that count, in the baseline's order."""
-    ids = list(dict.fromkeys(id_ for id_, _ in of_scale[0].rows))
-    keys = {id_: [(id_, k) for k in range(per_prompt)] for id_ in ids}
-    kept = [
-        id_
-        for id_ in ids
-        if all(of_model.rows.get(key, {}).get("there") for of_model in of_scale for key in keys[id_])
-        and all(key in of_model.scores[name] for of_model in of_scale for name in ran for key in keys[id_])
-    ]
+    left_out = frozenset().union(*lost.values())
+    kept = [id_ for id_ in dict.fromkeys(id_ for id_, _ in baseline.rows) if id_ not in left_out]
     if len(kept) < 2:
         what, at = modality.plural, modality.at.format(folder_of(scale))
+        failed = ", ".join(f"{model} {len(ids)}" for model, ids in lost.items() if ids) or "none by any"
         raise InputError(
-            f"only {len(kept)} prompts have all {what} by every model{at}, and their scores: too few to compare; look "
-            f"for what failed in the files of the {what} and of the scores"
+            f"only {len(kept)} prompts have all {what} by every model{at}, and their scores (lost: {failed}): too few "
+            f"to compare; look for what failed in the files of the {what} and of the scores"
         )
     return kept
+
+
+def _counts(
+    model: str, scale: float | None, of_model: Samples, lost: frozenset[str], ran: Sequence[str]
+) -> dict[str, Any]:
+    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
+    there = {key: row for key, row in of_model.rows.items() if row["there"]}
+    return {
+        "model": model, "guidance_scale": scale, "asked": len(of_model.rows),
+        "missing": len(of_model.rows) - len(there),
+        "unscored": sum(any(key not in of_model.scores[name] for name in ran) for key in there),
+        "broken": sum(row["state"] != "ok" for row in there.values()), "prompts_lost": len(lost),
+    }  # fmt: skip
+
+
+def losses_of(results: dict[str, Any], scale: float | None) -> list[str]:
+    """Sentences: which models lack samples at a guidance scale, and what is compared for it; none where nothing is."""
+    plural, said = modality_of(results["protocol"]).plural, []
+    for count in results.get("samples", []):
+        if count["guidance_scale"] == scale and count["prompts_lost"]:
+            unscored = f" and {count['unscored']} scores" if count["unscored"] else ""
+            said.append(f"{count['model']} lacks {count['missing']} of {count['asked']} {plural}{unscored}, "
+                        f"of {count['prompts_lost']} prompts")  # fmt: skip
+    if not said:
+        return []
+    left = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), 0)
+    asked, at = results["protocol"]["prompt_set"]["num_prompts"], "" if scale is None else f" at guidance {scale:g}"
+    return [
+        f"Only {left} of {asked} prompts are compared{at}: {'; '.join(said)}. They "
+        "are left out for every model, and those that are left may be easier ones."
+    ]
+
+
+def closing_lines(results: dict[str, Any]) -> list[str]:
+    """What is said below the tables: who wins, and what is compared although samples are missing."""
+    lines = []
+    for scale in guidance_scales(results["protocol"]):
+        at = "" if scale is None else f"At guidance {scale:g}: "
+        lines += [at + place["sentence"] for place in results.get("ranking", []) if place["guidance_scale"] == scale]
+        lines += losses_of(results, scale)
+    return lines
 
 
 def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
@@ -194,29 +262,32 @@ def _model_entry(m: EvaluatedModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _comparison_entry(c: Comparison, baseline: str) -> dict[str, Any]:
+def _comparison_entry(c: Comparison) -> dict[str, Any]:
+    won = win_rate(c.wins, c.ties, c.losses)
     return {
-        "model": c.model, "baseline": baseline, "scorer": c.scorer, "guidance_scale": c.guidance_scale,
+        "model": c.model, "baseline": c.other, "scorer": c.scorer, "guidance_scale": c.guidance_scale,
         "num_prompts": c.num_prompts, "difference": c.difference.mean, "low": c.difference.low,
         "high": c.difference.high, "wins": c.wins, "ties": c.ties, "losses": c.losses,
-        "win_rate": win_rate(c.wins, c.ties, c.losses), "p": c.p, "p_holm": c.p_holm,
-        "verdict": verdict(c.difference, c.p_holm, c.role == "drift"),
+        "win_rate": won.mean, "win_rate_low": won.low, "win_rate_high": won.high, "p": c.p, "p_holm": c.p_holm,
+        "verdict": verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift"),
     }  # fmt: skip
 
 
 def _verdict_entry(
-    model: str,
-    scale: float | None,
+    count: dict[str, Any],
     entries: list[dict[str, Any]],
     roles: dict[str, Any],
     alarms: list[dict[str, Any]],
     modality: Modality,
 ) -> dict[str, Any]:
+    model, scale = count["model"], count["guidance_scale"]
     ours = [e for e in entries if e["model"] == model and e["guidance_scale"] == scale]
     verdicts = {e["scorer"]: e["verdict"] for e in ours}
     moved = [e["scorer"] for e in ours if e["low"] > 0 or e["high"] < 0]
     states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
     said, reason = overall_verdict(verdicts, roles, states, modality, moved)
+    if count["prompts_lost"]:
+        reason += f" It failed at {count['prompts_lost']} prompts, which no mean includes."
     return {"model": model, "guidance_scale": scale, "verdict": said, "reason": reason}
 
 

@@ -1,7 +1,7 @@
 """Intervals and tests for scores of the same prompts under several models, and what may be concluded from them.
 
-The unit is the prompt: images of one prompt are averaged first, and prompts are what is resampled, so that many images
-of few prompts do not look like much evidence. Everything here is a pure function of numpy arrays.
+The unit is the prompt: images of one prompt are averaged first, and intervals speak of prompts, so that many images of
+few prompts do not look like much evidence. Everything here is a pure function of numpy arrays.
 """
 
 import math
@@ -23,9 +23,10 @@ AlarmState = Literal["ok", "warn", "alarm", "not run"]
 """State of an alarm: nothing seen; worth a look; believe no verdict before it is explained; could not be computed."""
 
 SIGNIFICANCE = 0.05
-"""Largest p-value, adjusted by Holm over the scorers of a comparison, that counts as evidence."""
+"""Largest p-value, adjusted by Holm over all tests that are made at once, that counts as evidence."""
 
-_BATCH_ELEMENTS = 4_000_000  # values resampled at a time: bounds the memory, not the result
+_ROUNDING = 2.0**-22
+"""Scores are made in fp32: what differs by less than this share of them does not differ."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,16 @@ class Interval:
     high: float
 
 
-def mean_interval(
-    values_by_prompt: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean over prompts with a percentile bootstrap interval over prompts.
+def mean_interval(values_by_prompt: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean over prompts with Student's t-interval over prompts.
 
-    It is a little narrow for few prompts. How often a 95 % interval holds the true mean, in simulation (4000 sets of
-    normal and of exponential scores): 93 and 91 % at 20 prompts, 94 and 93.5 % at 50, 95 and 94.5 % at 200.
-    The accelerated (BCa) bootstrap does no better.
+    How often a 95 % interval holds the true mean at 5, 10 and 20 prompts, in simulation (20,000 sets each): 95 % for
+    normal values, 96 % for heavy tails (t with 3 degrees of freedom), 94 to 99 % for rounded values with many ties. It
+    fails for skewed values: 88, 90 and 92 % for exponential ones, 82, 83 and 87 % for lognormal ones, 93 to 95 % at 200
+    prompts; and for outcomes that are nearly always the same, such as 9 of 10, 88 % at 20 to 50 prompts.
+
+    Equal values x have no spread to estimate an interval from. Theirs is that of a mean of values x and -x (Clopper and
+    Pearson): at 95 % it reaches 0 for 5 prompts and not for 6, as the sign test does. All zeros have no width.
 
     Args:
         values_by_prompt: (prompts,) or (prompts, images).
@@ -55,28 +58,23 @@ def mean_interval(
     values = _by_prompt(values_by_prompt, "values")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
     if np.ptp(values) == 0:
-        # The mean of equal numbers can differ from them in the last bit, and would give a width that is not 0.
-        return Interval(float(values[0]), float(values[0]), float(values[0]))
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        axis=-1,
-        n_resamples=resamples,
-        batch=max(1, _BATCH_ELEMENTS // values.size),
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(float(values.mean()), float(result.confidence_interval.low), float(result.confidence_interval.high))
+        value = float(values[0])
+        unseen = 1 - ((1 - confidence) / 2) ** (1 / values.size)  # the largest share of -x that this fits
+        nearer = value - 2 * unseen * value
+        return Interval(value, min(value, nearer), max(value, nearer))
+    mean, width = float(values.mean()), float(half_width(values, confidence))
+    return Interval(mean, mean - width, mean + width)
 
 
-def paired_difference(
-    a: np.ndarray, b: np.ndarray, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean of a - b over the same prompts with its bootstrap interval; above 0 means that `a` scores higher.
+def half_width(values: np.ndarray, confidence: float) -> np.ndarray | np.floating:
+    """Half the width of Student's t-interval of the mean over the last axis."""
+    n = values.shape[-1]
+    return stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(axis=-1, ddof=1) / math.sqrt(n)
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean of a - b over the same prompts with its interval, as `mean_interval`; above 0: `a` scores higher.
 
     Args:
         a: (prompts,) or (prompts, images).
@@ -85,7 +83,7 @@ def paired_difference(
     Raises:
         ValueError: the shapes differ, or as in `mean_interval`.
     """
-    return mean_interval(_difference_by_prompt(a, b), confidence, resamples, seed)
+    return mean_interval(_difference_by_prompt(a, b), confidence)
 
 
 def win_tie_loss(a: np.ndarray, b: np.ndarray, tolerance: float = 0.0) -> tuple[int, int, int]:
@@ -130,15 +128,21 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def win_rate(wins: int, ties: int, losses: int) -> float:
-    """Share of prompts that the model wins, from 0 to 1; a tie counts half.
+def win_rate(wins: int, ties: int, losses: int, confidence: float = 0.95) -> Interval:
+    """Share of prompts that the model wins, from 0 to 1, a tie counting half, with its interval.
+
+    The interval is Clopper and Pearson's, exact without ties and too wide with them: a tie varies less than a win and a
+    loss. 5 wins of 5 are 1 [0.48, 1].
 
     Raises:
         ValueError: a negative count, or no prompt at all.
     """
     if min(wins, ties, losses) < 0 or wins + ties + losses == 0:
         raise ValueError(f"a win rate needs counts of at least one prompt, got {wins}, {ties} and {losses}")
-    return (wins + ties / 2) / (wins + ties + losses)
+    won, lost, tail = wins + ties / 2, losses + ties / 2, (1 - confidence) / 2
+    low = float(stats.beta.ppf(tail, won, lost + 1)) if won else 0.0
+    high = float(stats.beta.ppf(1 - tail, won + 1, lost)) if lost else 1.0
+    return Interval(won / (won + lost), low, high)
 
 
 def best_of_k(values: np.ndarray) -> np.ndarray:
@@ -193,15 +197,17 @@ def best_by_average(values_by_scorer: dict[str, np.ndarray]) -> dict[str, np.nda
     return {name: np.take_along_axis(values, best[:, None], axis=1)[:, 0] for name, values in arrays.items()}
 
 
-def verdict(interval: Interval, p_holm: float, drift: bool) -> ScorerVerdict:
+def verdict(interval: Interval, p_holm: float, lead: int, drift: bool) -> ScorerVerdict:
     """What one scorer says of a model against the baseline.
 
-    "improved" asks for both a difference whose interval lies above 0 and a sign test below SIGNIFICANCE: a mean that a
-    few prompts carry and a majority of tiny wins are each not enough. "regressed" mirrors it.
+    "improved" asks for both a difference whose interval lies above 0 and a sign test below SIGNIFICANCE that says the
+    same: a mean that a few prompts carry and a majority of tiny wins are each not enough. "regressed" mirrors it. The
+    sign test can say so from 6 prompts on.
 
     Args:
         interval: of the paired difference, model minus baseline.
-        p_holm: sign test, adjusted by Holm over all scorers of this comparison.
+        p_holm: sign test, adjusted by Holm over all that are made at once.
+        lead: wins minus losses.
         drift: the score is good neither up nor down; the answer is then "drift", whatever the numbers.
 
     Raises:
@@ -211,9 +217,9 @@ def verdict(interval: Interval, p_holm: float, drift: bool) -> ScorerVerdict:
         raise ValueError(f"a verdict needs finite numbers and a p-value from 0 to 1, got {interval} and {p_holm}")
     if drift:
         return "drift"
-    if p_holm < SIGNIFICANCE and interval.low > 0:
+    if p_holm < SIGNIFICANCE and interval.low > 0 and lead > 0:
         return "improved"
-    if p_holm < SIGNIFICANCE and interval.high < 0:
+    if p_holm < SIGNIFICANCE and interval.high < 0 and lead < 0:
         return "regressed"
     return "inconclusive"
 
@@ -229,16 +235,17 @@ def overall_verdict(
 
     The first of these rules that applies:
 
-    1. suspect: any alarm is in state "alarm"; scores that rise beside it may be won by cheating.
-    2. regressed: a scorer of the role truth, held-out or alignment regressed.
+    1. regressed: a scorer of the role truth, held-out or alignment regressed; or any other that can tell better from
+       worse did, none improved, and an alarm is in state "alarm". A fall wins over an alarm.
+    2. suspect: any alarm is in state "alarm"; scores that rise beside it may be won by cheating.
     3. improved: the truth improved; or no scorer knows the truth and a held-out one improved.
     4. inconclusive: anything else. An in-domain scorer judges what the model was trained to please, an aesthetics
        scorer does not read the prompt, and an alignment scorer guards against harm: none of them is enough alone.
 
-    With `verdict` adjusted by Holm over the scorers, a model that is the same as the baseline is called improved or
-    regressed in at most 5 % of evaluations, however many scorers there are. Measured with five that have nothing in
-    common, in 1000 simulated evaluations of 200 prompts each: 1.5 % (normal differences), 0.9 % (heavy tails), 2.2 %
-    (many ties).
+    With `verdict` adjusted by Holm over all tests of an evaluation, at most 5 % of evaluations call any model improved
+    or regressed that is the same as the baseline, however many scorers, models and guidance scales there are. Measured
+    with five scorers that have nothing in common, in 1000 simulated evaluations of one model on 200 prompts each: 1.5 %
+    (normal differences), 0.9 % (heavy tails), 2.2 % (many ties).
 
     Args:
         verdicts: scorer -> its `verdict`.
@@ -248,50 +255,52 @@ def overall_verdict(
         moved: scorers whose interval of the difference excludes 0, for the sentence: tables show these numbers in bold.
     """
     fired = [alarm for alarm, state in alarms.items() if state == "alarm"]
-    if fired:
-        plural = "s" if len(fired) > 1 else ""
-        return "suspect", (
-            f"The alarm{plural} {_listed(fired)} went off, so higher scores may not mean better {modality.plural}: "
-            "read what they say before you believe any score."
-        )
+    alarm = f"the alarm{'s' if len(fired) > 1 else ''} {listed(fired)} went off" if fired else ""
 
     def named(said: ScorerVerdict, *wanted: Role) -> list[str]:
         return [name for name, its in verdicts.items() if its == said and roles[name] in wanted]
 
-    judges = named("regressed", "truth", "held-out", "alignment")
-    if judges:
-        better = named("improved", *_QUALITY)
-        beside = f", although {_listed(better)} improved" if better else ""
-        return "regressed", f"The model is worse than the baseline by {_listed(judges)}{beside}."
+    rose, fell = named("improved", *_QUALITY), named("regressed", *_QUALITY)
+    if (judges := named("regressed", "truth", "held-out", "alignment")) or (fired and fell and not rose):
+        beside = f", although {listed(rose)} improved" if rose else ""
+        also = f"; {alarm} too" if fired else ""
+        return "regressed", f"The model is worse than the baseline by {listed(judges or fell)}{beside}{also}."
+    if fired:
+        if rose:
+            worse = f", and {listed(fell)} got worse" if fell else ""
+            doubt = f"so the higher scores by {listed(rose)} may not mean better {modality.plural}{worse}"
+        else:
+            doubt = "although no score is clearly better or worse"
+        return "suspect", f"T{alarm[1:]}, {doubt}: read what is said there before you believe any score."
 
     knows_truth = any(roles[name] == "truth" for name in verdicts)
     if knows_truth and (better := named("improved", "truth")):
-        return "improved", f"The model is better than the baseline by {_listed(better)}, which knows the truth."
+        return "improved", f"The model is better than the baseline by {listed(better)}, which knows the truth."
     if not knows_truth and (better := named("improved", "held-out")):
         return "improved", (
-            f"The model is better than the baseline by {_listed(better)}, {modality.held_out}, "
+            f"The model is better than the baseline by {listed(better)}, {modality.held_out}, "
             "and worse by no scorer that counts."
         )
 
     if not any(roles[name] in _QUALITY for name in verdicts):
         return "inconclusive", "No scorer that can tell better from worse was run."
-    if better := named("improved", *_QUALITY):
+    if rose:
         lacking = "the scorer that knows the truth" if knows_truth else "no held-out scorer"
         confirms = "does not confirm it" if knows_truth else "confirms it"
         return "inconclusive", (
-            f"The model is better than the baseline by {_listed(better)} alone, and {lacking} {confirms}; "
+            f"The model is better than the baseline by {listed(rose)} alone, and {lacking} {confirms}; "
             "that is not enough to call it improved."
         )
-    if worse := named("regressed", *_QUALITY):
+    if fell:
         return "inconclusive", (
-            f"The model is worse than the baseline by {_listed(worse)} alone, and no other scorer confirms it; "
+            f"The model is worse than the baseline by {listed(fell)} alone, and no other scorer confirms it; "
             "that is not enough to call it regressed."
         )
     drifted = [name for name in moved if verdicts.get(name) == "drift"]
-    beside = f" It did change by {_listed(drifted)}, which is neither good nor bad." if drifted else ""
+    beside = f" It did change by {listed(drifted)}, which is neither good nor bad." if drifted else ""
     if unconfirmed := [name for name in moved if verdicts.get(name) == "inconclusive"]:
         return "inconclusive", (
-            f"The mean moved by {_listed(unconfirmed)}, but wins and losses do not confirm it (sign test): a few "
+            f"The mean moved by {listed(unconfirmed)}, but wins and losses do not confirm it (sign test): a few "
             f"prompts carry it, or there are too few.{beside}"
         )
     no_scorer = "No scorer that can tell better from worse" if drifted else "No scorer"
@@ -307,12 +316,13 @@ _QUALITY: tuple[Role, ...] = ("truth", "in-domain", "held-out", "alignment", "ae
 def required_prompts(sd_of_difference: float, difference: float, power: float = 0.8) -> int:
     """How many prompts show a true mean difference: its 95 % interval then excludes 0 with probability `power`.
 
-    Normal approximation, two-sided 5 %. The sign test, which `verdict` asks for as well, needs up to 1.57 times as many
-    (pi / 2, for normal differences), and Holm over several scorers some more.
+    The fewest whose t-test has that power for normal differences. The sign test, which `verdict` asks for as well,
+    needs up to 1.57 times as many (pi / 2), and Holm over several scorers some more: `benchmarks/power.py` counts them.
 
     Args:
         sd_of_difference: standard deviation over prompts of the paired differences, in the unit of the score. From an
-            evaluation of n prompts: half the width of the difference's interval times sqrt(n) / 1.96.
+            evaluation of n prompts: half the width of the difference's interval times sqrt(n) / t, where t is 2.78 for
+            5 prompts, 2.09 for 20 and 1.96 for many.
         difference: mean difference to be seen, in the same unit; its sign does not matter.
         power: from above 0.05 to below 1.
 
@@ -327,10 +337,13 @@ def required_prompts(sd_of_difference: float, difference: float, power: float = 
     if not SIGNIFICANCE < power < 1:
         raise ValueError(f"power must lie between {SIGNIFICANCE} and 1, got {power}")
     quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(power)
-    return max(2, math.ceil((quantiles * sd_of_difference / size) ** 2))
+    n = max(2, math.floor((quantiles * sd_of_difference / size) ** 2))  # a little too few
+    while stats.nct.sf(stats.t.ppf(1 - SIGNIFICANCE / 2, n - 1), n - 1, math.sqrt(n) * size / sd_of_difference) < power:
+        n += 1
+    return n
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
@@ -360,6 +373,11 @@ def _by_prompt(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _difference_by_prompt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(prompts,) a - b; those that differ by rounding alone are equal, and 0 if that is within it too."""
     if np.shape(a) != np.shape(b):
         raise ValueError(f"a and b must score the same prompts and images, got shapes {np.shape(a)} and {np.shape(b)}")
-    return _by_prompt(a, "a") - _by_prompt(b, "b")
+    a, b = _by_prompt(a, "a"), _by_prompt(b, "b")
+    difference, rounding = a - b, _ROUNDING * max(np.abs(a).max(), np.abs(b).max())
+    if np.ptp(difference) > rounding:
+        return difference
+    return np.full(difference.size, 0.0 if abs(difference[0]) <= rounding else difference[0])

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from scipy.stats import sem, t
 
 from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
@@ -27,6 +26,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
+from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import read_json, write_json
 
@@ -156,15 +156,13 @@ class AnswerEvaluator(RunEvaluator):
         return self._tokens[prompt, completion]
 
     def _held_out_nll(self) -> dict[str, Any]:
-        """Of all held-out answers, not only of one per prompt: the mean in nats per answer, with a 95 % t-interval."""
+        """Of all held-out answers, not only of one per prompt: the mean in nats per answer, interval over prompts."""
         prompts = [transcript(example.prompt) for example in self.examples]
         scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
-        mean = -sum(scores) / len(scores)
-        error = float(sem(scores)) if len(scores) > 1 else 0.0
-        low, high = t.interval(0.95, len(scores) - 1, mean, error) if error > 0 else (mean, mean)
+        found = clustered_mean([-score for score in scores], prompts)
         return {
-            "held_out_nll": {"title": "held-out negative log-likelihood, nats per answer", "value": mean,
-                             "low": float(low), "high": float(high), "better": "lower"}
+            "held_out_nll": {"title": "held-out negative log-likelihood, nats per answer", "value": found["mean"],
+                             "low": found["low"], "high": found["high"], "better": "lower"}
         }  # fmt: skip
 
     def _lm_eval(self) -> dict[str, Any]:

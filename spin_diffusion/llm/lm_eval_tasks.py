@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t
 
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.input_error import InputError
@@ -42,7 +43,7 @@ def check_tasks(tasks: HarnessTasks) -> None:
 
 
 def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, Any]]:
-    """Each task's metrics by "task/metric": value, and a 95 % interval from the harness's own standard error.
+    """Each task's metrics by "task/metric": value, and a 95 % t-interval from the harness's own standard error.
 
     Raises:
         InputError: as `check_tasks`; or a task's data, or the chat template, cannot be used.
@@ -89,8 +90,10 @@ def metrics_of(
             metric, is_metric, kind = key.partition(",")
             if not is_metric or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = said.get(f"{metric}_stderr,{kind}")  # "N/A" where it has none
-            spread = 1.96 * float(error) if isinstance(error, int | float) else None
+            error, number = said.get(f"{metric}_stderr,{kind}"), said.get("sample_len", 0)
+            # "N/A" where it has none; 0 says that all examples are alike, not that more would be
+            has_spread = isinstance(error, int | float) and error > 0
+            spread = float(error * t.ppf(0.975, number - 1 if number > 1 else 1_000)) if has_spread else None
             better = {True: "higher", False: "lower"}.get(higher_is_better.get(task, {}).get(metric), "none")
             found[f"{task}/{key}"] = {
                 "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""), "value": float(value),

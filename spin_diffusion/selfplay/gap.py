@@ -5,8 +5,10 @@ between data and opponent (2 JSD for mu = 1; arXiv 2512.07175 calls the loss noi
 this opponent cannot be told from the data any more, or that the round only learnt its training samples by heart.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -17,20 +19,41 @@ from spin_diffusion.selfplay.objectives import Loss, PairScores
 from spin_diffusion.selfplay.pairs import Pairs
 
 
+def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, float | None]:
+    """Mean of all values, and its 95 % t-interval over groups: values of one group say much the same.
+
+    Args:
+        values: finite.
+        groups: of each value, such as its prompt.
+
+    Returns:
+        mean, low, high; the last two are None where there is no spread between groups to estimate them from.
+    """
+    mean = float(np.mean(values))
+    number = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    # As many numbers as groups, whose mean is 0 and which are what each group adds to the mean's deviation
+    sums = np.bincount([number[group] for group in groups], np.asarray(values) - mean)
+    error = float(sem(sums)) * len(number) / len(values) if len(number) > 1 else 0.0
+    low, high = t.interval(0.95, len(number) - 1, mean, error) if error > 0 else (None, None)
+    return {"mean": mean, "low": low if low is None else float(low), "high": high if high is None else float(high)}
+
+
 @torch.no_grad()
 def held_out_gap(
     game: Game, pairs: Pairs, loss: Loss, batch_size: int, seed: int, round_: int, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Mean of loss(r = 0) - loss over held-out samples, in the loss's unit, with its 95 % t-interval over samples.
+    """Mean of loss(r = 0) - loss over held-out samples, in the loss's unit, with its 95 % t-interval over prompts.
 
     Args:
         batch_size: real samples per forward pass.
     """
     places = list(range(len(pairs.ids)))[accelerator.process_index :: accelerator.num_processes]
-    found: dict[int, tuple[float, float, float]] = {}
+    found: dict[int, tuple[float, ...]] = {}
+    prompts: dict[int, str] = {}
     for start in range(0, len(places), batch_size):
         mine = places[start : start + batch_size]
-        scores = game.scores(game.player, pairs.batch(mine, seed, round_)).scores
+        batch = pairs.batch(mine, seed, round_)
+        scores = game.scores(game.player, batch).scores
         at_zero = PairScores(
             scores.opponent_real, scores.opponent_generated, scores.opponent_real, scores.opponent_generated
         )
@@ -38,18 +61,25 @@ def held_out_gap(
         # Several generated samples of one real one are one observation
         rows = torch.stack(columns, dim=1).view(len(mine), -1, 3).mean(dim=1).tolist()
         found |= dict(zip(mine, map(tuple, rows), strict=True))
-    gathered = gather_object([found])
-    rows = dict(sorted((place, row) for part in gathered for place, row in part.items()))
+        prompts |= dict(zip(mine, batch.prompts, strict=True))
+    gathered = gather_object([(found, prompts)])
+    rows = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
+    of_place = {place: prompt for _, part in gathered for place, prompt in part.items()}
     gaps, r_real, r_generated = zip(*rows.values(), strict=True)
-    mean = sum(gaps) / len(gaps)
-    # One sample says nothing of its spread; scipy's interval of a constant is nan
-    error = float(sem(gaps)) if len(gaps) > 1 else float("nan")
-    low, high = t.interval(0.95, len(gaps) - 1, mean, error) if error > 0 else (mean, mean)
-    return {
-        "mean": mean,
-        "low": float(low),
-        "high": float(high),
+    return clustered_mean(gaps, [of_place[place] for place in rows]) | {
         "r_real": sum(r_real) / len(gaps),
         "r_generated": sum(r_generated) / len(gaps),
         "num_samples": len(gaps),
     }
+
+
+def is_above_zero(gap: dict[str, Any]) -> bool:
+    """Whether its interval is; where it has none, whether it is itself."""
+    return (gap["mean"] if gap["low"] is None else gap["low"]) > 0
+
+
+def gap_text(gap: dict[str, Any]) -> str:
+    """The gap with its interval, or why it has none."""
+    if gap["low"] is None:
+        return f"{gap['mean']:+.4f} (no interval: its prompts are one, or all alike)"
+    return f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"

@@ -21,7 +21,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import CHOICES, chosen_samples, judge_shards, summary
 from spin_diffusion.selfplay.checkpoints import remove_checkpoints
 from spin_diffusion.selfplay.game import KEPT, Row
-from spin_diffusion.selfplay.gap import held_out_gap
+from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
 from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
 from spin_diffusion.selfplay.objectives import Loss, ObjectiveName, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
@@ -530,8 +530,8 @@ class Round:
             self.k, self.accelerator,
         )  # fmt: skip
         self.accelerator.print(
-            f"{self.title}: held-out gap {gap['mean']:+.4f} nats [{gap['low']:+.4f}, {gap['high']:+.4f}] over "
-            f"{gap['num_samples']} samples" + ("" if gap["low"] > 0 else "; nothing is learnt that carries over")
+            f"{self.title}: held-out gap {gap_text(gap)} nats over {gap['num_samples']} samples"
+            + ("" if is_above_zero(gap) else "; nothing is learnt that carries over")
         )
         return {"held_out_gap": gap}
 
@@ -571,10 +571,10 @@ class Round:
 
     def _evaluate(self) -> dict[str, Any]:
         gap = self.record.get("held_out_gap")
-        learnt = self.rounds.stop_when_learnt and gap is not None and gap["low"] <= 0
+        learnt = self.rounds.stop_when_learnt and gap is not None and not is_above_zero(gap)
         reason = None
         if learnt:
-            reason = f"its held-out gap {gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}] is not above 0"
+            reason = f"its held-out gap {gap_text(gap)} is not above 0"
         ended = self.record["training"]["ended_by"]
         if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:
             reason = f"it was rolled back to its start, {ended['rule']}: {ended['sentence']}"

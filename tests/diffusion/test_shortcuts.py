@@ -129,10 +129,23 @@ def test_the_auc_of_shifted_normals_is_its_closed_form(shift):
     first, second = rng.normal(size=(400, 1)) + shift, rng.normal(size=(400, 1))
     found = separability(first, second)
     assert found.low <= stats.norm.cdf(shift / math.sqrt(2)) <= found.high
-    assert 0.02 < found.high - found.low < 0.12
+    assert 0.02 < found.high - found.low < 0.14
 
 
-def test_the_auc_and_its_bootstrap_are_those_of_counting():
+def test_the_interval_holds_chance_where_there_is_nothing_and_is_no_point_where_all_is_told_apart():
+    held = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        content = rng.normal(size=(48, 12))
+        found = separability(*(content + 0.5 * rng.normal(size=(2, 48, 12))), seed=seed)
+        held += found.low <= 0.5 <= found.high
+    assert held >= 93
+    place = np.arange(32)[:, None] * 1e-3
+    perfect = separability(place + 1, place)
+    assert perfect.mean == perfect.high == 1 and 0.7 < perfect.low < 1
+
+
+def test_the_auc_is_that_of_counting():
     rng = np.random.default_rng(4)
     first, second = rng.normal(size=(40, 2)) + 0.7, rng.normal(size=(40, 2))
     fold = np.random.default_rng(0).permutation(40) % shortcuts.NUM_FOLDS

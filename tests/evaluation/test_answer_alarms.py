@@ -56,9 +56,9 @@ def scores(seed: int, **by: float) -> dict[str, np.ndarray]:
     return {name: level + by.get(name, 0.0) + rng.normal(size=(PROMPTS, ANSWERS)) for name in ROLES}
 
 
-def check(baseline: Grid, candidate: Grid, resamples: int = 300, **options) -> list:
+def check(baseline: Grid, candidate: Grid, **options) -> list:
     given = {"baseline_scores": scores(0), "candidate_scores": scores(1), "roles": ROLES} | options
-    return check_answer_alarms(baseline, candidate, resamples=resamples, **given)
+    return check_answer_alarms(baseline, candidate, **given)
 
 
 def test_the_same_model_with_other_seeds_seldom_sets_off_anything() -> None:
@@ -143,9 +143,9 @@ def test_the_same_answer_for_every_seed_is_an_alarm() -> None:
     assert "ever the same answer" in fired.explanation
     said = diversity_over_seeds(base, nearly, LIMITS).explanation
     assert "from 4.00 to 4.00 of 4" in said and "the same answer" not in said and "fewer words" in said
-    few = diversity_over_seeds(base[:4], nearly[:4], LIMITS)
-    assert few.state == "not run" and "4 prompts are too few" in few.explanation
-    assert diversity_over_seeds(base[:5], nearly[:5], LIMITS).state == "alarm"
+    few = diversity_over_seeds(base[:5], nearly[:5], LIMITS)
+    assert few.state == "not run" and "5 prompts are too few" in few.explanation
+    assert diversity_over_seeds(base[:6], nearly[:6], LIMITS).state == "alarm"
 
 
 def test_equal_answers_count_from_ten_words_on() -> None:

@@ -75,7 +75,6 @@ def test_numbers_are_those_of_a_plain_computation(whole) -> None:
     by: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         by.setdefault((row["model"], row["scorer"]), {}).setdefault(row["id"], []).append(row["score"])
-    p_values = {}
     for scorer in ("log_likelihood", "length", "distinct"):
         base = np.array([np.mean(values) for _, values in sorted(by["base", scorer].items())])
         ours = np.array([np.mean(values) for _, values in sorted(by["round 2", scorer].items())])
@@ -84,16 +83,16 @@ def test_numbers_are_those_of_a_plain_computation(whole) -> None:
         compared = entry(results, "comparisons", model="round 2", scorer=scorer)
         error = stats.sem(ours - base)
         assert compared["difference"] == pytest.approx((ours - base).mean())
-        assert compared["low"] == pytest.approx((ours - base).mean() - 1.96 * error, abs=0.25 * error + 1e-12)
-        assert compared["high"] == pytest.approx((ours - base).mean() + 1.96 * error, abs=0.25 * error + 1e-12)
+        # Student's t, or of equal differences x that of a mean of x and -x
+        tied = (20 * 0.025**0.02 - 10, 10)
+        low, high = stats.t.interval(0.95, 49, (ours - base).mean(), error) if error else tied
+        assert (compared["low"], compared["high"]) == pytest.approx((low, high))
         wins, losses = int((ours > base).sum()), int((ours < base).sum())
         assert (compared["wins"], compared["ties"], compared["losses"]) == (wins, 50 - wins - losses, losses)
-        p_values[scorer] = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-        assert compared["p"] == pytest.approx(p_values[scorer])
-    ordered = sorted(p_values, key=p_values.get)
-    assert entry(results, "comparisons", model="round 2", scorer=ordered[0])["p_holm"] == pytest.approx(
-        min(1.0, 3 * p_values[ordered[0]])
-    )
+        assert compared["p"] == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0)
+    # Adjusted over all tests of the page
+    smallest = min(results["comparisons"], key=lambda row: row["p"])
+    assert len(results["comparisons"]) == 3 * 3 and smallest["p_holm"] == pytest.approx(min(1.0, 9 * smallest["p"]))
     # What the rules of the made-up models say: gain of 3 nats, 10 words more
     assert entry(results, "comparisons", model="round 2", scorer="length")["difference"] == 10.0
     assert entry(results, "comparisons", model="round 2", scorer="log_likelihood")["difference"] == pytest.approx(
@@ -110,6 +109,12 @@ def test_the_verdicts_follow_the_rule(whole) -> None:
     states = {row["id"]: row["state"] for row in results["alarms"] if row["model"] == "round 2"}
     assert states["answer_length"] == "warn" and states["training_leak"] == "ok" and states["goodhart"] == "not run"
     assert verdicts == {"round 1": "improved", "round 2": "improved", "sft": "regressed"}
+    (ranking,) = results["ranking"]
+    assert ranking["winner"] == "round 2" and ranking["scorers"] == ["log_likelihood"]
+    assert [(p["model"], p["place"]) for p in ranking["places"]] == [
+        ("round 2", 1), ("round 1", 2), ("base", 3), ("sft", 4)
+    ]  # fmt: skip
+    assert "round 2 wins" in ranking["sentence"] and len(results["between_others"]) == 3 * 3
     assert "which is held out" in entry(results, "verdicts", model="round 2")["reason"]
     assert entry(results, "comparisons", model="round 2", scorer="length")["verdict"] == "drift"
     assert {row["by"] for row in results["breakdowns"]} == {"category", "prompt length"}
@@ -123,7 +128,7 @@ def test_an_alarm_makes_the_verdict_suspect(tmp_path: Path) -> None:
     results, _ = evaluate(tmp_path, models, rows=prompts(30))
     (verdict,) = results["verdicts"]
     assert verdict["verdict"] == "suspect" and "diversity_over_seeds" in verdict["reason"]
-    assert "higher scores may not mean better answers" in verdict["reason"]
+    assert "so the higher scores by log_likelihood may not mean better answers" in verdict["reason"]
 
 
 def test_the_table_of_answers_has_every_answer(whole) -> None:

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, print_table
-from spin_diffusion.evaluation.statistics import Interval, holm, mean_interval, paired_difference, sign_test_p
+from spin_diffusion.evaluation.comparison import Comparison, Row, as_markdown, compare, compare_others, print_table
+from spin_diffusion.evaluation.statistics import (
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+    sign_test_p,
+    verdict,
+)
 from spin_diffusion.input_error import InputError
 
 EFFECTS = {"base": 0.0, "round 1": 0.5, "round 2": -0.5, "sft": 0.0}
@@ -53,13 +60,50 @@ def test_the_numbers_are_those_of_statistics() -> None:
     assert [c.p for c in comparisons[1:]] == [sign_test_p(c.wins, c.losses) for c in comparisons[1:]]
 
 
-def test_p_is_adjusted_over_the_scorers_of_one_model_at_one_guidance_and_over_nothing_else() -> None:
+def test_p_is_adjusted_over_all_models_scorers_and_guidance_scales_of_the_tables() -> None:
     rows = [replace(row, scorer=name) for name in ("one", "two", "three") for row in make_rows(scales=(1.0, 7.5))]
-    comparisons = compare(rows, "base")
-    for model in ("round 1", "round 2", "sft"):
-        for scale in (1.0, 7.5):
-            family = [c for c in comparisons if (c.model, c.guidance_scale) == (model, scale)]
-            assert [c.p_holm for c in family] == holm([c.p for c in family]).tolist() and len(family) == 3
+    family = [c for c in compare(rows, "base") if c.p is not None]
+    assert [c.p_holm for c in family] == holm([c.p for c in family]).tolist() and len(family) == 3 * 3 * 2
+    others = compare_others(rows, "base")
+    assert [c.p_holm for c in others] == holm([c.p for c in others]).tolist() and len(others) == 3 * 3 * 2
+
+
+def test_all_but_the_baseline_are_compared_with_each_other() -> None:
+    rows = make_rows(scales=(7.5,))
+    scores = {row.model: row.scores for row in rows}
+    others = compare_others(rows, "base")
+    assert [(c.model, c.other) for c in others] == [("round 2", "round 1"), ("sft", "round 1"), ("sft", "round 2")]
+    for c in others:
+        assert c.difference == paired_difference(scores[c.model], scores[c.other])
+    assert compare_others(rows[:2], "base") == []
+
+
+def test_of_models_that_are_all_the_same_hardly_ever_any_is_called_better() -> None:
+    """Five models at two guidance scales by three scorers: of 24 tests at 5 % each one would be expected to err."""
+    found = 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        rows = [Row(m, g, s, rng.normal(size=(30, 1))) for m in "abcde" for g in (1.0, 7.5) for s in ("x", "y", "z")]
+        tested = [c for c in compare(rows, "a") if c.p_holm is not None]
+        assert len(tested) == 24
+        found += any(verdict(c.difference, c.p_holm, c.wins - c.losses, False) != "inconclusive" for c in tested)
+    assert found <= 0.05 * 150
+
+
+def test_what_only_the_model_ahead_has_lost_counts_against_it() -> None:
+    base = np.random.default_rng(3).normal(size=(20, 1))
+    lost = frozenset(f"{n}" for n in range(12))
+
+    def counts(of_model: frozenset[str], of_base: frozenset[str], sign: int) -> tuple[int, int, int]:
+        scores = base + 0.1 * sign
+        c = compare([Row("base", 1.0, "s", base, lost=of_base), Row("m", 1.0, "s", scores, lost=of_model)], "base")[1]
+        assert c.p == sign_test_p(c.wins, c.losses) and c.num_prompts == 20
+        return c.wins, c.ties, c.losses
+
+    assert counts(lost, frozenset(), 1) == (20, 0, 12)
+    assert counts(lost, lost, 1) == (20, 0, 0), "prompts that both lack say nothing"
+    assert counts(frozenset(), lost, 1) == (20, 0, 0), "what the baseline lacks is no win"
+    assert counts(frozenset(), lost, -1) == (12, 0, 20)
 
 
 def test_better_is_positive_worse_is_negative() -> None:

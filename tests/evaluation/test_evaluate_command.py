@@ -152,7 +152,7 @@ def test_when_no_scorer_can_run_that_is_an_error_and_the_pictures_stay(sdxl_dir,
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, tmp_path):
+def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, tmp_path, capsys):
     prompts = [f"picture {n}" for n in range(30)]
     dark = write_pictures(tmp_path / "dark", prompts, 20)
     light = write_pictures(tmp_path / "light", prompts, 120)
@@ -183,7 +183,52 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     assert "not finite" in what["picture 10"] and "cannot be shown: an image of 32-bit floats" in what["picture 11"]
     redness = next(c for c in results["comparisons"] if c["scorer"] == "redness")
     assert redness["num_prompts"] == 26 and redness["verdict"] == "improved" and 90 < redness["difference"] < 105
-    assert next(v for v in results["verdicts"])["verdict"] in ("improved", "suspect")
+    assert (redness["wins"], redness["ties"], redness["losses"]) == (26, 0, 4), "what it lost counts against it"
+    (judged,) = results["verdicts"]
+    assert judged["verdict"] in ("improved", "suspect") and "It failed at 4 prompts" in judged["reason"]
+    counts = {"guidance_scale": None, "asked": 60, "unscored": 0}
+    assert results["samples"] == [
+        counts | {"model": "dark", "missing": 0, "broken": 0, "prompts_lost": 0},
+        counts | {"model": "light", "missing": 4, "broken": 2, "prompts_lost": 4},
+    ]
+    # Said wherever the numbers are: the console, the table, the page
+    said = "Only 26 of 30 prompts are compared: light lacks 4 of 60 images, of 4 prompts"
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "table.md").read_text(), page):
+        assert said in text
+    assert "<dt>prompts compared</dt><dd>26 of 30</dd>" in page
+
+
+def test_of_three_models_it_is_said_who_wins(scorer, tmp_path, capsys):
+    prompts = [f"picture {n}" for n in range(20)]
+    folders = {name: write_pictures(tmp_path / name, prompts, level) for name, level in
+               {"dark": 20, "light": 120, "lighter": 160}.items()}  # fmt: skip
+    twin = write_pictures(tmp_path / "twin", prompts, 160)
+
+    def said(**models: Path) -> tuple[dict, str]:
+        out = tmp_path / "-".join(models)
+        specs = [f"{name}={folder}" for name, folder in models.items()]
+        argv = ["--scorers", str(scorer), "--images_per_prompt", "2", "--output_dir", str(out)]
+        assert run("evaluate.py", "--models", *specs, *argv) == 0
+        (ranking,) = read_results(out / "results.json")["ranking"]
+        for text in (capsys.readouterr().out, (out / "table.md").read_text(), (out / "report.html").read_text()):
+            assert ranking["sentence"] in text
+        return ranking, (out / "report.html").read_text()
+
+    ranking, page = said(**folders)
+    assert ranking["winner"] == "lighter" and ranking["sentence"].startswith("lighter wins: it is better than each")
+    assert 'id="ranking">Who wins' in page and "Pair by pair (1)" in page
+    # Whoever is the baseline, and where two are the same
+    assert said(**dict(reversed(folders.items())))[0]["winner"] == "lighter"
+    ranking, page = said(**folders, twin=twin)
+    assert ranking["winner"] is None
+    assert ranking["sentence"].startswith("A tie by Redness: lighter and twin are not told apart; better than dark and")
+    assert [(p["model"], p["place"]) for p in ranking["places"]] == [
+        ("lighter", 1),
+        ("twin", 1),
+        ("light", 3),
+        ("dark", 4),
+    ]
 
 
 def test_a_folder_that_has_nothing_to_compare_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -256,7 +301,7 @@ def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_p
     unet.save_pretrained(folder / "unet")
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": {"name": str(sdxl_dir)}}))
     models = [f"base={sdxl_dir}", f"nan={folder}"]
-    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "only 0 prompts")
+    refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "only 0 prompts", "(lost: nan ")
     index = next((tmp_path / "out" / "images" / "nan" / "guidance-3").glob("*.jsonl"))
     assert {json.loads(line)["state"] for line in index.read_text().splitlines()} == {"not finite"}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Row = dict[str, Any]
 MODES = ("guidance 1", "usual", "best")
 Weight = Literal["", "some", "sure"]
-"""Of a difference: nothing; its 95 % interval excludes 0; so does the one that allows for all methods of the table."""
+"""Of a difference: nothing; its 95 % interval excludes 0; so does the one that holds together with all others."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def difference(found: dict[str, Any] | None) -> Text:
 
 def weight(found: dict[str, Any]) -> Weight:
     """How much a difference says."""
-    if found["adjusted"][0] > 0 or found["adjusted"][1] < 0:
+    adjusted = found["adjusted"] or (0, 0)
+    if adjusted[0] > 0 or adjusted[1] < 0:
         return "sure"
     return "some" if found["low"] > 0 or found["high"] < 0 else ""
 
@@ -170,22 +171,34 @@ def by_round_table(results: dict[str, Any], world: dict[str, Any], budget: dict[
 
 
 def findings(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any]) -> list[str]:
-    """Who is ahead of the reference, and who behind, at each guidance scale; whatever it is."""
+    """Who is ahead of the reference, who behind, and who is first, at each guidance scale; whatever it is."""
     reference, said, nobody = results["settings"]["reference"], [], "no method"
+    every = "every other method"
     if lacking := incomplete(results, budget["rows"]):
         said.append(f"Not all was run. {' '.join(lacking)}")
         ended = [row["method"] for row in budget["rows"] if row["state"] != "failed" and row["method"] != reference]
         nobody = f"none of the methods with a result ({', '.join(ended) or 'there is none'})"
+        every += " with a result"
     for mode, name in mode_names(world).items():
-        ahead = _named(budget["rows"], mode, lambda low, high: low > 0)
-        behind = _named(budget["rows"], mode, lambda low, high: high < 0)
+        ahead, behind = _named(budget["rows"], mode, "sure", 1), _named(budget["rows"], mode, "sure", -1)
         where = {"best": "at the best guidance of each"}.get(mode, f"at {name}")
         said.append(
             f"{where.capitalize()}, {', '.join(ahead) if ahead else nobody} "
-            f"{'are' if len(ahead) > 1 else 'is'} ahead of {reference} by the 95 % interval"
+            f"{'are' if len(ahead) > 1 else 'is'} ahead of {reference} by an interval that allows for all differences"
             + (f"; {', '.join(behind)} {'are' if len(behind) > 1 else 'is'} behind" if behind else "")
             + "."
         )
+        perhaps = [
+            f"{', '.join(methods)} {word}"
+            for sign, word in ((1, "ahead"), (-1, "behind"))
+            if (methods := _named(budget["rows"], mode, "some", sign))
+        ]
+        if perhaps:
+            said.append(f"By its own 95 % interval alone, which may be chance: {'; '.join(perhaps)}.")
+        if (first := budget["first"][mode]) and len(budget["rows"]) > 1:
+            level = first["not_told_apart"]
+            apart = f"not told apart from it: {', '.join(level)}" if level else f"it is ahead of {every}"
+            said.append(f"The highest mean is that of {first['method']}; {apart}.")
     return said
 
 
@@ -201,9 +214,9 @@ def incomplete(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _named(rows: Sequence[Row], mode: str, holds: Any) -> list[str]:
+def _named(rows: Sequence[Row], mode: str, wanted: Weight, sign: int) -> list[str]:
     found = [(row["method"], (row.get("to_reference") or {}).get(mode)) for row in rows]
-    return [method for method, said in found if said is not None and holds(said["low"], said["high"])]
+    return [method for method, said in found if said is not None and weight(said) == wanted and said["mean"] * sign > 0]
 
 
 def how(results: dict[str, Any]) -> str:
@@ -211,16 +224,25 @@ def how(results: dict[str, Any]) -> str:
     settings, prompts, seeds = results["settings"], results["prompts"], results["seeds"]
     title = results["scorers"][results["scorer"]]
     grid = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    family = max((budget["differences"] for world in results["worlds"] for budget in world["budgets"]), default=0)
+    if len(seeds) == 1:
+        intervals = "95 % intervals are over prompts: they speak of these runs only, not of how training varies"
+    else:
+        intervals = (
+            "95 % intervals are for other seeds and other prompts (Student's t over both), and wide, since "
+            f"{len(seeds)} seeds say little of how training varies"
+        )
     return (
         f"{title} (mean, higher is better) on {prompts['test']['num']} test prompts with "
         f"{settings['images_per_prompt']} images each, {len(seeds)} training seeds ({', '.join(map(str, seeds))}). "
         f"Each method's learning rate (of {grid} unless it has a grid of its own), its best guidance and its best "
         f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]}; "
         "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
-        "95 % intervals resample prompts and seeds; italic = it excludes 0, bold = so does one that allows for all "
-        "methods of the table (Bonferroni). With few seeds an interval says little of how training varies: look at "
-        "the seeds one by one. Equal compute counts the FLOPs of training, of drawing and of encoding images, not the "
-        "choice of the rate and not the evaluation. Seconds are of one run while others ran beside it."
+        f"{intervals}. Italic = it excludes 0; bold = so does one that holds together with all other differences of "
+        f"that world and budget: every method, round and guidance, to the base and to {settings['reference']} "
+        f"(Bonferroni, {family} at most). Look at the seeds one by one. Equal compute counts the FLOPs of training, of "
+        "drawing and of encoding images, not the choice of the rate and not the evaluation. Seconds are of one run "
+        "while others ran beside it."
     ) + _took(results)
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from spin_diffusion.evaluation.concluding import losses_of
 from spin_diffusion.evaluation.modalities import samples_per_prompt
 from spin_diffusion.evaluation.report import distributions, facts, gallery, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of, scale_label
@@ -61,6 +62,7 @@ class Page:
     other_alarms: list[tables.AlarmRow]
     models: list[tables.ModelTable]
     verdicts: list[tables.VerdictRow]
+    rankings: list[tables.Ranking]
     best_of_k: list[tables.ModelTable]
     best_by_average: list[tables.ModelTable]
     curves: list[tables.CurvePanel]
@@ -161,12 +163,13 @@ def _page(evaluation: Evaluation) -> Page:
         verdict=wording.STATES[verdict["verdict"]] if verdict and candidate is not None else None,
         reason=wording.shortened(verdict["reason"] if verdict and candidate is not None else "", 600),
         facts=facts.banner_facts(results),
-        notices=doubts,
+        notices=[*losses_of(results, headline["guidance_scale"]), *doubts],
         headline=tables.headline_rows(results),
         alarms=alarms,
         other_alarms=other_alarms[: tables.MAX_LISTED],
         models=tables.model_tables(results),
         verdicts=tables.verdict_rows(results) if len(results["verdicts"]) > 1 else [],
+        rankings=tables.rankings(results),
         best_of_k=tables.aggregate_tables(results, "best_of_k"),
         best_by_average=tables.aggregate_tables(results, "best_by_average"),
         curves=tables.curve_panels(results),

@@ -37,8 +37,10 @@ def banner_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     headline = (results["headline"]["model"], results["headline"]["guidance_scale"])
     states = [a["state"] for a in results["alarms"] if (a["model"], a["guidance_scale"]) == headline]
     alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
+    asked, scale = protocol["prompt_set"]["num_prompts"], results["headline"]["guidance_scale"]
+    compared = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), asked)
     return [
-        ("prompts", f"{protocol['prompt_set']['num_prompts']:,}"),
+        ("prompts compared", f"{compared:,}" if compared == asked else f"{compared:,} of {asked:,}"),
         (f"{modality_of(protocol).plural} per prompt", str(samples_per_prompt(protocol))),
         ("scorers run", f"{ran} of {len(results['scorers'])}"),
         ("alarms", alarms if states else "none computed"),

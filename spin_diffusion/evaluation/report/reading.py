@@ -23,7 +23,8 @@ from spin_diffusion.input_error import InputError
 
 SCHEMA_VERSION = 1
 _FLOATS = {
-    "guidance_scale", "guidance_scales", "mean", "low", "high", "sd", "difference", "win_rate", "p", "p_holm", "value",
+    "guidance_scale", "guidance_scales", "mean", "low", "high", "sd", "difference", "win_rate", "win_rate_low",
+    "win_rate_high", "p", "p_holm", "value",
     "threshold", "r_real", "r_generated", "loss",
 }  # fmt: skip
 _MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte

@@ -106,6 +106,43 @@ class VerdictRow:
 
 
 @dataclass(frozen=True)
+class PlaceRow:
+    """What one model has won and lost against all others."""
+
+    place: int
+    label: str
+    state: State | None
+    """What is concluded of it against the baseline; None = it is the baseline."""
+    better_than: str
+    level_with: str
+    worse_than: str
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """Two models by one scorer."""
+
+    label: str
+    other: str
+    scorer: str
+    difference: Number
+    counts: str
+    p: str
+    mark: State | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Who wins at one guidance scale."""
+
+    scale: str
+    sentence: Text
+    rows: list[PlaceRow]
+    pairs: list[PairRow]
+    """Of the scorers that decide, without the pairs with the baseline."""
+
+
+@dataclass(frozen=True)
 class CurvePanel:
     """Round curves of one scorer."""
 
@@ -192,7 +229,7 @@ def headline_rows(results: Results) -> list[HeadlineRow]:
                 difference=_difference(comparison, digits),
                 bar=_own_bar(comparison) if comparison else None,
                 counts=f"{comparison['wins']} / {comparison['ties']} / {comparison['losses']}" if comparison else "",
-                win_rate=f"{100 * comparison['win_rate']:.1f} %" if comparison else "",
+                win_rate=_win_rate(comparison) if comparison else "",
                 p=p_value(comparison["p_holm"]) if comparison else "",
                 verdict=(_mark(comparison) or STATES["inconclusive"]) if comparison else None,
                 is_significant=_mark(comparison) is not None,
@@ -266,6 +303,40 @@ def verdict_rows(results: Results) -> list[VerdictRow]:
         )
         for v in results["verdicts"][:MAX_LISTED]
     ]  # fmt: skip
+
+
+def rankings(results: Results) -> list[Ranking]:
+    """Who wins at each guidance scale, that of the headline first; none for two models."""
+    named = labels(model["name"] for model in results["models"])
+    titles = {scorer["name"]: shortened(scorer["title"] or scorer["name"], 60).short for scorer in results["scorers"]}
+    verdicts = {(v["model"], v["guidance_scale"]): STATES[v["verdict"]] for v in results["verdicts"]}
+    digits, found = decimals_by_scorer(results), []
+    for ranking in results.get("ranking", []):
+        scale, rows = ranking["guidance_scale"], []
+        for place in ranking["places"][:MAX_LISTED]:
+            decided = {place["model"], *place["better_than"], *place["worse_than"]}
+            level = [name for name in named if name not in decided]
+            rows.append(
+                PlaceRow(
+                    place["place"], named[place["model"]], verdicts.get((place["model"], scale)),
+                    *(", ".join(named[name] for name in of)
+                      for of in (place["better_than"], level, place["worse_than"])),
+                )
+            )  # fmt: skip
+        pairs = [
+            PairRow(
+                named[pair["model"]], named[pair["baseline"]], titles[pair["scorer"]],
+                _difference(pair, digits[pair["scorer"]]), f"{pair['wins']} / {pair['ties']} / {pair['losses']}",
+                p_value(pair["p_holm"]), _mark(pair),
+            )
+            for pair in results.get("between_others", [])
+            if pair["guidance_scale"] == scale and pair["scorer"] in ranking["scorers"]
+        ]  # fmt: skip
+        found.append(
+            Ranking(scale_label(results, scale), shortened(ranking["sentence"], 600), rows, pairs[:MAX_LISTED])
+        )
+    headline = scale_label(results, results["headline"]["guidance_scale"])
+    return sorted(found, key=lambda ranking: ranking.scale != headline)
 
 
 def curve_panels(results: Results) -> list[CurvePanel]:
@@ -407,6 +478,14 @@ def _difference(row: dict[str, Any] | None, digits: int) -> Number | None:
     return (
         Number(signed(row["difference"], digits), interval_text(row["low"], row["high"], digits, True)) if row else None
     )
+
+
+def _win_rate(row: dict[str, Any]) -> str:
+    """In percent, with its interval if results.json has one: older ones have none."""
+    rate = f"{100 * row['win_rate']:.1f} %"
+    if "win_rate_low" not in row:
+        return rate
+    return f"{rate} {interval_text(100 * row['win_rate_low'], 100 * row['win_rate_high'], 0, False)}"
 
 
 def _own_bar(row: dict[str, Any]) -> Markup:

@@ -172,7 +172,7 @@ def _results(
                     results.append(
                         {"model": model, "scorer": s, "guidance_scale": scale, "aggregate": aggregate,
                          "num_prompts": len(values), "sd": float(values.std()),
-                         **_interval(mean_interval(values, resamples=200))}
+                         **_interval(mean_interval(values))}
                     )  # fmt: skip
             if role == "baseline":
                 continue
@@ -182,7 +182,7 @@ def _results(
                 wins, tied, losses = win_tie_loss(ours, theirs)
                 found.append(
                     {"model": model, "baseline": baseline, "scorer": s, "guidance_scale": scale,
-                     "num_prompts": len(ours), **_difference(paired_difference(ours, theirs, resamples=200)),
+                     "num_prompts": len(ours), **_difference(paired_difference(ours, theirs)),
                      "wins": wins, "ties": tied, "losses": losses, "win_rate": (wins + tied / 2) / len(ours),
                      "p": sign_test_p(wins, losses)}
                 )  # fmt: skip
@@ -196,7 +196,7 @@ def _results(
                             continue
                         # Some parts have an interval, some are too few for one
                         low = {"low": None, "high": None}
-                        difference = paired_difference(ours[chosen], theirs[chosen], resamples=200)
+                        difference = paired_difference(ours[chosen], theirs[chosen])
                         breakdowns.append(
                             {"by": by, "value": value, "model": model, "scorer": s, "guidance_scale": scale,
                              "num_prompts": 12 + 7 * part, **_difference(difference), **(low if part == 0 else {})}

@@ -120,7 +120,7 @@ def test_the_page_speaks_of_answers(page: Parsed) -> None:
     headings = {attrs["id"] for tag, attrs in page.elements if tag == "h2"}
     assert headings == {
         "verdict", "scores", "alarms", "models", "rounds", "training", "breakdown", "distributions", "vote", "gallery",
-        "failures", "provenance", "reading",
+        "failures", "provenance", "ranking", "reading",
     }  # fmt: skip
     assert "which reward model?" in text and "empty answer" in text
 

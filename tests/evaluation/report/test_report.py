@@ -358,7 +358,7 @@ def test_all_sections_are_there(page: Parsed) -> None:
         "Compare only equal protocol ids",
         "too few",
         "best_of_k",
-        "Nothing is adjusted",
+        "over all models, guidance scales, and scorers of this page",
     ):
         assert words in text
     assert count(page, "svg", class_="chart") == 3 + 3
