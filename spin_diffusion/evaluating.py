@@ -1,16 +1,16 @@
 """The evaluations of a run of any kind: base, rounds and rivals by the same code; table, page, curves, promotion."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
 from spin_diffusion.evaluation.concluding import closing_lines
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
+from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import EvaluatedModel
@@ -19,9 +19,9 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig, rivals
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
-from spin_diffusion.selfplay.one_round import FINAL
-from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import read_json, write_file, write_json
+from spin_diffusion.selfplay.progress import Progress, tell
+from spin_diffusion.selfplay.record import FINAL, read_record
+from spin_diffusion.selfplay.run_dir import AGAIN, Damaged, read_json, read_json_lines, write_file, write_json
 from spin_diffusion.selfplay.stored_pairs import Column
 from spin_diffusion.selfplay.table import Evaluate, Judgement
 from spin_diffusion.selfplay.train_settings import of_round
@@ -30,6 +30,26 @@ _CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "im
 
 _SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
 """What the page shows of the shortcut probe."""
+
+
+_Step = TypedDict("_Step", {"step": int} | dict.fromkeys(_CURVES, Any))
+"""A line of metrics.jsonl, as far as the page shows it."""
+
+
+class _Plan(TypedDict):
+    """plan.json, as far as the ledger shows it."""
+
+    rounds: list[dict[str, Any]]
+    memory_bytes: dict[str, Any]
+    disk_bytes: Any
+
+
+class _Model(TypedDict):
+    """model.json: the fields of an EvaluatedModel without its folder."""
+
+    name: str
+    role: str
+    round_: int | None
 
 
 class RunEvaluator:
@@ -90,7 +110,11 @@ class RunEvaluator:
         """Evaluate the base, once."""
         if not self.active:
             return
-        if not (self.output_dir / "base" / "model.json").is_file():
+        folder = self.output_dir / "base"
+        if self.accelerator.is_main_process:
+            remove_damaged(folder)
+        self.accelerator.wait_for_everyone()
+        if not (folder / "model.json").is_file():
             self.game.restore(None)
             self._evaluate("base", self.output_dir / "base", "baseline", 0, self.base_name, self.base_kind)
         promote_if = self.config.evaluation.promote_if
@@ -102,7 +126,8 @@ class RunEvaluator:
                         f"--promote_if {promote_if} needs every scorer, and {said['name']} cannot be run: "
                         f"{said['reason']}"
                     )
-        self._report()
+        if len(self._folders_with_models()) == 1:  # else the rounds report, once they have looked at their files
+            self._report()
 
     base_kind = "pipeline"
 
@@ -205,11 +230,13 @@ class RunEvaluator:
     def _models(self) -> list[EvaluatedModel]:
         """The models that were evaluated so far, the base first."""
         found = []
-        for folder in self._folders():
-            if (folder / "model.json").is_file():
-                said = read_json(folder / "model.json")
-                found.append(self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said))
+        for folder in self._folders_with_models():
+            said = read_json(folder / "model.json", _Model, AGAIN)
+            found.append(self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said))
         return found
+
+    def _folders_with_models(self) -> list[Path]:
+        return [folder for folder in self._folders() if (folder / "model.json").is_file()]
 
     def _read_model(self, k: int) -> EvaluatedModel | None:
         return next((m for m in self._models() if m.round_ == k and m.role != "rival"), None)
@@ -231,19 +258,25 @@ class RunEvaluator:
         for name, folder in self._runs():
             for k in range(1, self.config.rounds.rounds + 1):
                 path = folder / f"round-{k}" / "metrics.jsonl"
-                for line in path.read_text().splitlines() if path.is_file() else []:
-                    entry = json.loads(line)
+                for entry in self._for_the_page(read_json_lines, path, _Step) or []:
                     values = {key: entry[key] for key in _CURVES}
                     found.append({"model": name, "round": k, "step": entry["step"]} | values)
         return found
+
+    def _for_the_page(self, read: Callable[..., Any], path: Path, kind: type) -> Any:
+        """What a file has for the page, which does without it when there is none or it is damaged."""
+        try:
+            return read(path, kind, "the page does without it") if path.is_file() else None
+        except Damaged as error:
+            tell(str(error))
+            return None
 
     def _events(self) -> list[dict[str, Any]]:
         """What the rules of health said of the rounds and the rivals."""
         found = []
         for name, folder in self._runs():
             for k in range(1, self.config.rounds.rounds + 1):
-                path = folder / f"round-{k}" / "round.json"
-                training = read_json(path).get("training", {}) if path.is_file() else {}
+                training = read_record(folder / f"round-{k}").get("training", {})
                 ended = training.get("ended_by") or {}
                 for event in training.get("health", []):
                     ends = event["rule"] == ended.get("rule")
@@ -254,14 +287,13 @@ class RunEvaluator:
     def _ledger(self) -> list[dict[str, Any]]:
         """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
         path = self.output_dir / "plan.json"
-        plan = read_json(path) if path.is_file() else {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
+        plan = self._for_the_page(read_json, path, _Plan) or {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
         planned = {entry["round"]: entry for entry in plan["rounds"]}
         memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
         found = []
         for name, folder in self._runs():
             for k in range(1, self.config.rounds.rounds + 1):
-                path = folder / f"round-{k}" / "round.json"
-                record = read_json(path) if path.is_file() else {}
+                record = read_record(folder / f"round-{k}")
                 ledger = record.get("ledger", {})
                 predicted = planned.get(k, {}) if folder == self.output_dir else {}
                 for phase in COUNTED:
@@ -284,8 +316,7 @@ class RunEvaluator:
         rounds += [(name, None, folder / f"round-{last}") for name, folder in self._runs()[1:]]
         found = []
         for name, k, folder in rounds:
-            path = folder / "round.json"
-            record = read_json(path) if path.is_file() else {}
+            record = read_record(folder)
             gap = record.get("held_out_gap")
             if gap is not None:
                 found.append(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import diffusers
 import torch
@@ -183,6 +183,21 @@ def needs_losers(config: AnyConfig) -> bool:
     return "data" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
 
 
+class BaseRecord(TypedDict):
+    """The base that a run was started from: its path or hub id, and the hash of its weights."""
+
+    name: str
+    weights: str
+
+
+class RunManifest(TypedDict):
+    """What a run was started from."""
+
+    base: BaseRecord
+    data: dict[str, Any]
+    versions: dict[str, str]
+
+
 def write_manifest(
     output_dir: Path, base: dict[str, Any], weights: str, data: dict[str, Any], config: AnyConfig,
     accelerator: Accelerator, versions: dict[str, str] | None = None,
@@ -204,7 +219,7 @@ def write_manifest(
         | (versions or {}),
     }
     if path.is_file():
-        begun = read_json(path)
+        begun = read_json(path, RunManifest, "delete it and run the same command again, which writes it anew")
         if begun["base"]["weights"] != weights:
             raise InputError(
                 f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "

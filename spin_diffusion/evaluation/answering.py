@@ -23,11 +23,13 @@ from spin_diffusion.evaluation.drawing import ROWS_PER_SHARD
 from spin_diffusion.evaluation.judges import Answer, LogLikelihood, load_judge
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import prompts_hash
-from spin_diffusion.evaluation.scoring import run_and_record
+from spin_diffusion.evaluation.scoring import ScorerRecord, run_and_record
 from spin_diffusion.evaluation.specs import check_specs, describe, parse_spec
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
+    AGAIN,
+    has_rows,
     is_shard,
     read_json,
     read_rows,
@@ -138,7 +140,7 @@ def draw_answers(
     told, done = progress.phase(f"{model}: answer" if model else "answer", len(rows)), 0
     for chunk, path in shared_out(list(zip(chunks, paths, strict=True)), accelerator):
         belongs = {"protocol": protocol["id"], "requests": _hash(chunk), "weights": weights_sha256}
-        if not _belongs(path, belongs):
+        if not has_rows(path, belongs):
             answered = _answered(chunk, draw(chunk, partial(_tell, told, done, accelerator.num_processes)))
             write_rows(path, answered, belongs | {"texts": _hash([row["sha256"] for row in answered])})
         done += len(chunk)
@@ -185,7 +187,7 @@ def judge_answers(
         ]
         # Shared out before looking at what is there: another process may be writing already
         mine = shards[accelerator.process_index :: accelerator.num_processes]
-        missing = [(model, path, out) for model, path, out in mine if not _belongs(out, score_belongs(path, spec))]
+        missing = [(model, path, out) for model, path, out in mine if not has_rows(out, score_belongs(path, spec))]
         records = [folder / "scores" / f"{name}.json" for folder in folders.values()]
         undescribed = accelerator.is_main_process and not all(path.is_file() for path in records)
         judge = partial(_load_and_judge, spec, missing, log_likelihood, accelerator, progress)
@@ -236,7 +238,7 @@ def answer_files(folder: Path) -> list[Path]:
     """The files of a model's answers, in order; InputError when some are missing."""
     found = sorted((folder / "answers").glob("*-of-*.parquet"))
     if not found or len(found) != int(found[0].stem.split("-of-")[1]):
-        raise InputError(f"{folder / 'answers'} is incomplete: run the same command again")
+        raise InputError(f"{folder / 'answers'} is incomplete: {AGAIN}")
     return found
 
 
@@ -264,7 +266,7 @@ def read_answer_scores(folder: Path, spec: str) -> list[dict[str, Any]]:
 
 def read_judge(folder: Path, name: str) -> dict[str, Any]:
     """What is known of a judge that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
-    return read_json(folder / "scores" / f"{name}.json")
+    return read_json(folder / "scores" / f"{name}.json", ScorerRecord, AGAIN)
 
 
 def score_belongs(answers: Path, spec: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 from PIL import Image
@@ -18,13 +18,34 @@ from PIL import Image
 from spin_diffusion.evaluation.alarms import measure_image
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json, seed_from, shard_name, write_file, write_json
+from spin_diffusion.selfplay.run_dir import (
+    AGAIN,
+    read_json,
+    read_json_lines,
+    seed_from,
+    shard_name,
+    write_file,
+    write_json,
+)
 from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import open_picture
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
 ROWS_PER_SHARD = 64
+
+
+class PictureRow(TypedDict):
+    """A row of an index: what was asked for, and the file that it made (None = there is none, `state` says why)."""
+
+    id: str
+    k: int
+    prompt: str
+    category: str
+    seed: int
+    file: str | None
+    sha256: str | None
+    state: str
+
 
 Draw = Callable[[list[str], list[int], float, Callable[[int], None]], list[Image.Image]]
 """(prompts, seeds, guidance scale, told the number drawn so far) -> images by the model."""
@@ -188,23 +209,18 @@ def index_files(directory: Path, scale: float | None) -> list[Path]:
     """The index files of one guidance scale, in order; InputError when some are missing."""
     found = sorted((directory / folder_of(scale)).glob("*-of-*.jsonl"))
     if not found or len(found) != int(found[0].stem.split("-of-")[1]):
-        raise InputError(f"{directory / folder_of(scale)} is incomplete: run the same command again")
+        raise InputError(f"{directory / folder_of(scale)} is incomplete: {AGAIN}")
     return found
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """The rows of one index file. Raises InputError if it is damaged, or names a file that is not beside it."""
-    data = read_bytes(path)
-    try:
-        # Not splitlines: a prompt may hold other line separators of Unicode
-        rows = [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
-        named = [row["file"] for row in rows if row["file"] is not None]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        raise InputError(f"{path} is damaged: delete it and run the same command again") from None
+    """The rows of one index file. Raises Damaged if it is not what was written, InputError if it names a file that is not
+    beside it."""
+    rows = read_json_lines(path, PictureRow, AGAIN)
     folder = path.parent.resolve()
-    for name in named:
+    for row in rows:
         # An index of somebody else's must not show any file of this machine, not through a link either
-        is_bare = isinstance(name, str) and PureWindowsPath(name).name == name
-        if not is_bare or (folder / name).resolve().parent != folder:
+        name = row["file"]
+        if name is not None and not (PureWindowsPath(name).name == name and (folder / name).resolve().parent == folder):
             raise InputError(f"{path} names {name!r}, which does not lie beside it: nothing of it is read")
     return rows

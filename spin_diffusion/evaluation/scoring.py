@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -14,7 +14,7 @@ from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json, read_rows, rows_metadata, write_json, write_rows
+from spin_diffusion.selfplay.run_dir import AGAIN, has_rows, read_json, read_rows, write_json, write_rows
 from spin_diffusion.store.pictures import read_picture
 
 BATCH = 16
@@ -27,6 +27,14 @@ class ScoredFolder:
 
     pictures: Path
     scores: Path
+
+
+class ScorerRecord(TypedDict):
+    """What is known of a scorer, or a judge, that was asked for, beside all of its ABOUT."""
+
+    name: str
+    state: Literal["run", "not run"]
+    reason: str
 
 
 def check_specs(specs: list[str]) -> None:
@@ -118,7 +126,7 @@ def _load_and_score(
 
 def _is_scored(shard: Path, spec: str) -> bool:
     """Whether a shard is complete and by this very scorer."""
-    return shard.is_file() and rows_metadata(shard).get("source") == spec
+    return has_rows(shard, {"source": spec})
 
 
 def _keeper_of_features(specs: list[str]) -> str | None:
@@ -168,4 +176,4 @@ def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[
 
 def read_scorer(directory: Path, scorer: str) -> dict[str, Any]:
     """What is known of a scorer that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
-    return read_json(directory / scorer / "scorer.json")
+    return read_json(directory / scorer / "scorer.json", ScorerRecord, AGAIN)

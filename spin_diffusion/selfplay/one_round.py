@@ -26,17 +26,21 @@ from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
 from spin_diffusion.selfplay.objectives import Loss, ObjectiveName, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
 from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.selfplay.progress import tell
+from spin_diffusion.selfplay.record import FINAL, STATES, read_record, replay
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.run_dir import (
+    Damaged,
     commit,
     file_hashes,
+    find_damage,
     is_shard,
     is_whole,
     part_of,
-    read_json,
     read_rows,
     remove_files,
     seed_from,
+    tell_remade,
     verify_hashes,
     write_file,
     write_json,
@@ -62,10 +66,7 @@ from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
 
-STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
-
-FINAL = ("PROMOTED", "REJECTED")
-
+CACHED = STATES.index("CACHED")
 SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
 BETWEEN = "between"
 """Of `seconds`: what no step took."""
@@ -103,8 +104,7 @@ class Round:
         self.sets = [_Samples(table.data, self.directory, part, self.title)]
         if table.held_out is not None and self.source != "data":  # held-out samples come without worse ones
             self.sets.append(_Samples(table.held_out, self.directory / HELD_OUT, Part(), f"{self.title}: held out"))
-        path = self.directory / "round.json"
-        self.record: dict[str, Any] = read_json(path) if path.is_file() else {}
+        self.record = read_record(self.directory)
 
     def run(self) -> dict[str, Any]:
         """Take every step that is not committed yet."""
@@ -117,8 +117,8 @@ class Round:
                 f"{self.directory} was trained on other data (hash {self.record['data_hash'][:12]}, now "
                 f"{data_hash[:12]}): restore {self.table.data}, or start in another --output_dir"
             )
-        if self.record:
-            verify_hashes(self._unremoved(self.record["files"]), self.table.output_dir)
+        while self.record and (damage := self._damage()):
+            self._mend(damage)
         if not self.finished:
             if not self._reached("PLANNED"):
                 self._commit("PLANNED", round=self.k, parent=self.parent, data_hash=data_hash, files={}, seconds={})
@@ -184,10 +184,57 @@ class Round:
             write_json(self.directory / "round.json", self.record)
         self.accelerator.wait_for_everyone()
 
+    def _damage(self) -> dict[str, str]:
+        """What is wrong with the files that are still needed. A trained player needs no samples any more; that they are
+        not there, or not as they were, is said."""
+        found = [{}]
+        if self.accelerator.is_main_process:
+            damage = find_damage(self._unremoved(self.record["files"]), self.table.output_dir)
+            needed = {name for name in damage if not self._reached("TRAINED") or STATES.index(_made_in(name)) > CACHED}
+            if rest := damage.keys() - needed:
+                tell(f"{self.title}: {len(rest)} files such as {min(rest)} are missing or damaged; it is trained and "
+                     "needs them no more")  # fmt: skip
+            found = [{name: damage[name] for name in damage if name in needed}]
+        return broadcast_object_list(found)[0]
+
     def _unremoved(self, files: dict[str, str]) -> dict[str, str]:
         """The files that a round still has: a finished one has removed what its samples give again."""
         removed = {ENCODED, KEPT} if self.finished else set()
         return {name: digest for name, digest in files.items() if not removed & set(Path(name).parent.parts)}
+
+    def _mend(self, damage: dict[str, str]) -> None:
+        """Go back to the state before the one that made the first of the damaged files, which makes them anew; the
+        state of a finished round stays, and only its evaluation is made again.
+
+        Raises:
+            Damaged: the player of a finished round.
+        """
+        first = min(STATES.index(_made_in(name)) for name in damage)
+        errors = [Damaged(self.table.output_dir / name, damage[name], replay(self.directory)) for name in damage]
+        if self.finished and STATES[first] == "TRAINED":
+            raise errors[0]
+        if self.accelerator.is_main_process:
+            for error in errors:
+                tell_remade(error)
+                for path in self._resting_on(error.path):
+                    path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        files = self.record["files"]
+        kept = {name: files[name] for name in files if STATES.index(_made_in(name)) < first}
+        if self.finished:
+            made = self._evaluate()
+            metrics = made["metrics"] or self.record["metrics"]
+            self._commit(self.record["state"], metrics=metrics, files=kept | made.get("files", {}))
+        else:
+            self._commit(STATES[first - 1], files=kept)
+
+    def _resting_on(self, path: Path) -> list[Path]:
+        """A damaged file, and of samples what was made of them: files of the same shard."""
+        if _made_in(path.relative_to(self.table.output_dir).as_posix()) != "GENERATED":
+            return [path]
+        folder = path.parent.parent
+        names = (SAMPLES, KEPT, CHOICES, ENCODED, f"{SCORES}/real", f"{SCORES}/generated")
+        return [found for name in names for found in (folder / name).glob(f"{path.stem}.*")]
 
     def _clean(self) -> None:
         """Remove what a finished round does not need: encodings, which the samples give again, what was kept for its
@@ -224,7 +271,12 @@ class Round:
         found = self.table.seat_opponent(k)
         known = [*self.record["opponent"]["members"], *self.record["opponent"]["anchors"]]
         expected = next(self_["hash"] for self_ in known if self_["round"] == k)
-        assert found == expected, f"round {self.k}: the opponent is not the one that the round was started with"
+        if found != expected:
+            where = f"round-{k}" if k else "the base"
+            raise InputError(
+                f"{self.directory} was started against other weights of {where} ({expected[:12]}..., now "
+                f"{found[:12]}...): restore them, or {replay(self.directory)}"
+            )
         return found
 
     def _generate(self) -> dict[str, Any]:
@@ -270,7 +322,7 @@ class Round:
     def _check_judge(self, judge: str) -> None:
         """One judge for all rounds: InputError when an earlier one was played with another."""
         for earlier in range(1, self.k):
-            before = read_json(self.table.output_dir / f"round-{earlier}" / "round.json").get("candidates", {})
+            before = read_record(self.table.output_dir / f"round-{earlier}").get("candidates", {})
             if before.get("judge", judge) != judge:
                 raise InputError(
                     f"round {self.k} would have another judge of candidates than round {earlier} (then "
@@ -565,8 +617,8 @@ class Round:
                 if row["opponent"] not in known:
                     raise InputError(
                         f"{path}: sample {row['id']} was drawn by another opponent ({str(row['opponent'])[:12]}) than "
-                        f"round {self.k}'s ({', '.join(sorted(digest[:12] for digest in known))}): delete "
-                        f"{path.parent} and round.json beside it"
+                        f"round {self.k}'s ({', '.join(sorted(digest[:12] for digest in known))}): "
+                        f"{replay(self.directory)}"
                     )
 
     def _evaluate(self) -> dict[str, Any]:
@@ -634,6 +686,14 @@ class Round:
         self.accelerator.wait_for_everyone()
         folders = [samples.folder / name for samples in self.sets]
         return file_hashes([folder for folder in folders if folder.is_dir()], self.table.output_dir)
+
+
+def _made_in(name: str) -> str:
+    """The state that makes the file of a name in a record, such as round-1/held_out/samples/00000-of-00001.parquet."""
+    inside = Path(name).parts[1:]
+    folder = inside[1] if inside[0] == HELD_OUT else inside[0]
+    made_in = dict.fromkeys((SAMPLES, KEPT, CHOICES), "GENERATED") | dict.fromkeys((ENCODED, SCORES), "CACHED")
+    return (made_in | {"evaluation": "EVALUATED"}).get(folder, "TRAINED")
 
 
 def _hash_of(members: list[dict[str, Any]]) -> str:

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.keys import KEY
+from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.text import printable
+from spin_diffusion.store.typed import fit
 
 PART, OLD = ".spin-part", ".spin-old"
 """Ends of the names of what is not complete yet, and of a folder that is being replaced. No user has such names."""
@@ -139,16 +144,63 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, atomically."""
-    write_file(path, lambda part: part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
+    """Write `content` as JSON, atomically. Halves of a surrogate pair are escaped, as JSON can."""
+    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    write_file(path, lambda part: part.write_bytes(data))
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; InputError when it is not JSON."""
+ELSEWHERE = "restore it, or start in another --output_dir"
+AGAIN = "run the same command again, which makes it anew"
+
+
+class Damaged(InputError):
+    """A file of ours is missing or is not what was written. Who can make it anew does so; else the message says what
+    can be done."""
+
+    def __init__(self, path: Path, problem: object, remedy: str) -> None:
+        problem = " ".join(printable(problem).split())[:200]
+        state = f"is damaged ({problem})" if os.path.lexists(path) else "is missing"
+        super().__init__(f"{printable(path)} {state}: {remedy}")
+        self.path = path
+
+
+def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> Any:
+    """The content of a JSON file of ours, which is of the type that is expected of it.
+
+    Args:
+        type_: as `store.typed.fit` knows it; a TypedDict names the keys.
+        remedy: what can be done when it is damaged, in the imperative.
+
+    Raises:
+        Damaged: it is missing, is not a file, is not JSON, or is JSON of another type.
+    """
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): restore it, or start in another --output_dir") from None
+        return fit(json.loads(_own_bytes(path, remedy)), type_)
+    except (ValueError, RecursionError) as error:  # JSON's, Unicode's and Misfit are ValueErrors
+        if isinstance(error, InputError):
+            raise
+        raise Damaged(path, error, remedy) from None
+
+
+def read_json_lines(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> list[Any]:
+    """The rows of a file of ours with a JSON value on each line, as `read_json`."""
+    try:
+        # Not splitlines: a text may hold other line separators of Unicode
+        lines = _own_bytes(path, remedy).decode("utf-8").split("\n")
+        if lines.pop():
+            raise ValueError("its last line is cut")
+        return [fit(json.loads(line), type_, f"line {number}") for number, line in enumerate(lines, 1)]
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise Damaged(path, error, remedy) from None
+
+
+def _own_bytes(path: Path, remedy: str) -> bytes:
+    try:
+        return read_bytes(path)
+    except InputError as error:
+        raise Damaged(path, str(error).removeprefix(printable(path)).strip(), remedy) from None
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str]) -> None:
@@ -157,22 +209,56 @@ def write_rows(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str])
     write_file(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
 
 
-def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a parquet shard, its checksums verified; InputError when it is damaged."""
-    try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
+def read_rows(path: Path, columns: list[str] | None = None, remedy: str = AGAIN) -> list[dict[str, Any]]:
+    """The rows of a parquet shard, its checksums verified; Damaged when it is not what was written, or lacks one of the
+    columns."""
+    with _reading(path, remedy):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        if missing := set(columns or []) - set(file.schema_arrow.names):
+            raise pa.ArrowInvalid(f"it has no column {min(missing)}")
+        return file.read(columns=columns).to_pylist()
 
 
-def rows_metadata(path: Path) -> dict[str, str]:
+def rows_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
     """The metadata that `write_rows` put beside the rows, and "rows": their number."""
-    try:
+    with _reading(path, remedy):
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): delete it and run again") from None
-    metadata = file.schema_arrow.metadata or {}
-    return {key.decode(): value.decode() for key, value in metadata.items()} | {"rows": str(file.metadata.num_rows)}
+        metadata = file.schema_arrow.metadata or {}
+        return {key.decode(): value.decode() for key, value in metadata.items()} | {"rows": str(file.metadata.num_rows)}
+
+
+def has_rows(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a parquet shard is there, whole, with this metadata; one that is damaged is said, and is to be written
+    again."""
+    if not path.is_file():
+        return False
+    try:
+        if not metadata.items() <= rows_metadata(path).items():
+            return False
+        read_rows(path)
+        return True
+    except Damaged as error:
+        tell_remade(error)
+        return False
+
+
+def tell_remade(error: Damaged) -> None:
+    """Say that a damaged file is made anew."""
+    tell(f"{str(error).rpartition(': ')[0]}: it is made anew")
+
+
+@contextmanager
+def _reading(path: Path, remedy: str) -> Iterator[None]:
+    """What pyarrow and safetensors say of a file that is not what was written."""
+    try:
+        open_regular(path).close()  # they would wait for a named pipe
+        yield
+    except InputError as error:
+        raise Damaged(path, str(error).removeprefix(printable(path)).strip(), remedy) from None
+    except Exception as error:  # damaged bytes make the readers raise almost anything
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # the machine's
+            raise
+        raise Damaged(path, (str(error).splitlines() or [type(error).__name__])[0], remedy) from None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -202,27 +288,33 @@ def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([metadata, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()
 
 
-def tensors_metadata(path: Path) -> dict[str, str]:
-    """The metadata that `write_tensors` put beside the tensors; InputError when the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
-            return {key: value for key, value in said.items() if key != _CONTENT}
-    except Exception as error:  # damaged bytes make the reader raise almost anything
-        raise _damaged(path, error) from None
+def tensors_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
+    """The metadata that `write_tensors` put beside the tensors; Damaged when the file's head or length is not right."""
+    with _reading(path, remedy), safe_open(path, framework="pt") as file:
+        said = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+        return {key: value for key, value in said.items() if key != _CONTENT}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `write_tensors` wrote, their hash verified; InputError when it is damaged."""
+def read_tensors(path: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
+    """The tensors of a file that `write_tensors` wrote, their hash verified; Damaged when it is not the recorded."""
+    with _reading(path, remedy), safe_open(path, framework="pt") as file:
+        said = json.loads((file.metadata() or {})[_ABOUT])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if said.pop(_CONTENT) != _content_hash(tensors, said):
+            raise ValueError("its content is not what was written")
+        return tensors
+
+
+def has_tensors(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether a file of tensors is there, whole, with this metadata; one that is damaged is said, and is to be written
+    again."""
+    if not path.is_file():
+        return False
     try:
-        with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {})[_ABOUT])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if said.pop(_CONTENT) != _content_hash(tensors, said):
-                raise ValueError("its content is not what was written")
-    except Exception as error:  # damaged bytes make the reader raise almost anything
-        raise _damaged(path, error) from None
-    return tensors
+        return metadata.items() <= tensors_metadata(path).items() and read_tensors(path) is not None
+    except Damaged as error:
+        tell_remade(error)
+        return False
 
 
 def is_built(path: Path, key: str) -> bool:
@@ -230,24 +322,15 @@ def is_built(path: Path, key: str) -> bool:
 
     That one is damaged is said in a line; it counts as missing, and is made anew.
     """
-    if not path.is_file():
-        return False
+    if path.suffix == ".parquet":
+        return has_rows(path, {KEY: key})
+    if path.suffix != ".json":
+        return has_tensors(path, {KEY: key})
     try:
-        if path.suffix == ".parquet":
-            return rows_metadata(path).get(KEY) == key and read_rows(path) is not None
-        if path.suffix == ".json":
-            return read_json(path).get(KEY) == key
-        found = tensors_metadata(path).get(KEY)
-        read_tensors(path)
-    except Exception:  # damaged bytes make the readers raise almost anything
-        print(f"{path} is damaged: it is made anew")
+        return path.is_file() and read_json(path).get(KEY) == key
+    except Damaged as error:
+        tell_remade(error)
         return False
-    return found == key
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(f"{path} is damaged ({reason}): delete it and run again")
 
 
 def file_hash(path: Path) -> str:
@@ -267,16 +350,21 @@ def file_hashes(paths: Iterable[Path], below: Path) -> dict[str, str]:
     return {file.relative_to(below).as_posix(): file_hash(file) for file in files if file.is_file()}
 
 
-def verify_hashes(hashes: dict[str, str], below: Path) -> None:
-    """Check every file against its recorded hash; InputError names the first that is missing or damaged."""
+def find_damage(hashes: Mapping[str, str], below: Path) -> dict[str, str]:
+    """The files that are missing, or whose SHA-256 is not the recorded one: name -> what is wrong with it."""
+    found = {}
     for name, expected in hashes.items():
-        path = below / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing though its round is recorded as finished: restore it, or start in "
-                             "another --output_dir")  # fmt: skip
-        if file_hash(path) != expected:
-            raise InputError(f"{path} is damaged (its SHA-256 is not the recorded {expected[:12]}...): restore it, or "
-                             "start in another --output_dir")  # fmt: skip
+        if not (below / name).is_file():
+            found[name] = "it is missing"
+        elif file_hash(below / name) != expected:
+            found[name] = f"its SHA-256 is not the recorded {expected[:12]}..."
+    return found
+
+
+def verify_hashes(hashes: Mapping[str, str], below: Path, remedy: str = ELSEWHERE) -> None:
+    """Check every file against its recorded hash; Damaged names the first that is missing or another."""
+    for name, problem in find_damage(hashes, below).items():
+        raise Damaged(below / name, problem, remedy)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
@@ -24,6 +24,16 @@ from spin_diffusion.selfplay.run_dir import (
     write_rows,
 )
 from spin_diffusion.selfplay.shards import ENCODED, encode_shards, rows_in, shards
+
+
+class DataManifest(TypedDict):
+    """What `prepare` wrote about the real samples."""
+
+    rows: int
+    hash: str
+    settings: dict[str, Any]
+    left_out: dict[str, Any]
+    files: dict[str, str]
 
 
 def prepare(
@@ -50,7 +60,8 @@ def prepare(
         raise InputError(_differs(directory, begun["settings"], settings))
     if accelerator.is_main_process:
         if begun is not None:
-            verify_hashes({name: digest for name, digest in begun["files"].items() if _is_sample(name)}, directory)
+            samples = {name: digest for name, digest in begun["files"].items() if _is_sample(name)}
+            verify_hashes(samples, directory, _prepare_anew(directory))
         elif not ((directory / "left_out.json").is_file() and (directory / "samples").is_dir()):
             part = part_of(directory / "samples")
             shutil.rmtree(part, ignore_errors=True)
@@ -68,7 +79,9 @@ def prepare(
         files = file_hashes([directory / "samples", directory / ENCODED], directory)
         if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
             drawn = {name: digest for name, digest in files.items() if _is_sample(name)}
-            left_out = read_json(directory / "left_out.json") if begun is None else begun["left_out"]
+            left_out = begun["left_out"] if begun is not None else None
+            if left_out is None:
+                left_out = read_json(directory / "left_out.json", remedy=_prepare_anew(directory))
             write_json(
                 directory / "manifest.json",
                 {
@@ -107,6 +120,10 @@ def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
     )
 
 
+def _prepare_anew(directory: Path) -> str:
+    return f"delete {directory} and run the same command again, which prepares it anew from the data set"
+
+
 def _write_real(
     directory: Path,
     rows: Iterator[Row],
@@ -134,4 +151,4 @@ def _write_real(
 
 def data_manifest(directory: Path) -> dict[str, Any]:
     """What `prepare` wrote about the real samples: rows, hash, settings, left_out, files."""
-    return read_json(directory / "manifest.json")
+    return read_json(directory / "manifest.json", DataManifest, _prepare_anew(directory))

@@ -19,6 +19,7 @@ from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.run_dir import (
+    AGAIN,
     file_hash,
     is_built,
     read_rows,
@@ -39,7 +40,7 @@ def shards(directory: Path, suffix: str) -> list[Path]:
     """The shards in a folder, in order; InputError when some are missing."""
     found = sorted(directory.glob(f"*-of-*{suffix}"))
     if not found or len(found) != int(found[0].stem.split("-of-")[1]):
-        raise InputError(f"{directory} is incomplete: it has {len(found)} of its shards; delete it and run again")
+        raise InputError(f"{directory} is incomplete (it has {len(found)} of its shards): {AGAIN}")
     return found
 
 

@@ -1,12 +1,14 @@
 """What trackers are told of a round's steps, which begin anew in every round."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.run_dir import write_file
 
 RUN_ID = "tracker_run_id"
@@ -22,9 +24,7 @@ def start_trackers(project: str, settings: dict[str, Any], run_dir: Path, logs: 
     """
     known = {}
     if accelerator.is_main_process:
-        if not (logs / RUN_ID).is_file():
-            write_file(logs / RUN_ID, lambda part: part.write_text(secrets.token_hex(4)))
-        run_id = (logs / RUN_ID).read_text()
+        run_id = _run_id(logs / RUN_ID)
         name = run_dir.resolve().name
         wandb = {"name": name, "id": f"{name}-{run_id}"[-64:], "resume": "allow"}
         # wandb reads these itself, and what its user says there comes first
@@ -32,6 +32,18 @@ def start_trackers(project: str, settings: dict[str, Any], run_dir: Path, logs: 
         known["wandb"] = {key: value for key, value in wandb.items() if key not in given}
         known["trackio"] = {"name": f"{name}-{run_id}", "resume": "allow"}  # its runs are told apart by name
     accelerator.init_trackers(project, config=settings, init_kwargs=known)
+
+
+def _run_id(path: Path) -> str:
+    """The id that the run has in the trackers; a new one where none can be read."""
+    if path.is_file():
+        known = path.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{8}", known):
+            return known.decode()
+        tell(f"{path} is damaged: the trackers begin a new run")
+    run_id = secrets.token_hex(4)
+    write_file(path, lambda part: part.write_text(run_id))
+    return run_id
 
 
 def name_axis(name: str, accelerator: Accelerator) -> None:

@@ -305,13 +305,17 @@ def test_a_kill_around_any_rename_changes_no_byte(sdxl_dir, unbroken, tmp_path, 
     assert weights_of(tmp_path / "round-1") == weights_of(unbroken / "round-1")
 
 
-def test_a_changed_choice_is_refused(sdxl_dir, unbroken, tmp_path):
+def test_a_changed_choice_is_never_trained_on_but_made_again(sdxl_dir, unbroken, tmp_path, capsys):
     shutil.copytree(unbroken, tmp_path / "copy")
+    record = tmp_path / "copy" / "round-1" / "round.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "GENERATED"}))
     path = tmp_path / "copy" / "round-1" / CHOICES / "00000-of-00003.parquet"
     rows = read_rows(path)
     write_rows(path, [row | {"real": None} for row in rows], {})
-    with pytest.raises(InputError, match="is damaged"):
-        play_all(sdxl_dir, tmp_path / "copy", candidates=candidates(3, 0.5))
+    play_all(sdxl_dir, tmp_path / "copy", candidates=candidates(3, 0.5))
+    assert files_of(path.parent) == files_of(unbroken / "round-1" / CHOICES)
+    assert weights_of(tmp_path / "copy" / "round-1") == weights_of(unbroken / "round-1")
+    assert f"{path.name} is damaged" in capsys.readouterr().out
 
 
 def test_a_judge_that_finds_all_alike_leaves_nothing_to_train_on(sdxl_dir, tmp_path):

@@ -236,22 +236,6 @@ def test_a_round_taken_back_is_played_again_to_the_same_bits(copied, unbroken, s
     assert final_hashes(copied) == final_hashes(unbroken)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "round-1/unet/diffusion_pytorch_model.safetensors",
-        "data/samples/00000-of-00003.parquet",
-        "round-2/samples/00001-of-00003.parquet",
-    ],
-)
-def test_a_damaged_file_is_named(name, copied, sdxl_dir):
-    with open(copied / name, "r+b") as file:
-        file.seek(-20, 2)
-        file.write(b"\0\1\2\3")
-    with pytest.raises(InputError, match=name.split("/")[-1]):
-        play_all(sdxl_dir, copied)
-
-
 @pytest.mark.parametrize("harm", ["damaged", "cut", "removed", "folder removed", "another round's"])
 def test_what_a_user_loads_is_mended_before_it_is_announced(harm, copied, unbroken, sdxl_dir, capsys):
     weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
@@ -285,7 +269,7 @@ def test_damaged_encodings_of_the_real_samples_are_made_anew(copied, unbroken, s
         path.write_bytes(harmed) if harmed is not None else path.unlink()
         play_all(sdxl_dir, copied)
         assert path.read_bytes() == whole
-        assert (f"{path} is damaged: it is made anew" in capsys.readouterr().out) == (harmed is not None)
+        assert (f"{path} is damaged (" in capsys.readouterr().out) == (harmed is not None)
 
 
 def test_data_that_another_vae_encoded_are_refused_and_half_encoded_ones_are_encoded_anew(sdxl_dir, tmp_path):

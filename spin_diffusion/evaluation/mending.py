@@ -1,0 +1,50 @@
+"""What of an evaluation cannot be read any more is removed before it goes on: all of it can be made anew."""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from spin_diffusion.evaluation.drawing import read_index
+from spin_diffusion.evaluation.scoring import ScorerRecord
+from spin_diffusion.selfplay.run_dir import AGAIN, Damaged, read_json, read_rows, tell_remade
+
+
+class _Protocol(TypedDict):
+    id: str
+
+
+class ModelRecord(TypedDict):
+    """Whose samples lie in a folder (`model.json`)."""
+
+    weights_sha256: str | None
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove the files of an evaluation below `folder` that are not what was written, each with a line that says so.
+
+    An evaluation of a run that lacks something is begun again where it lacks it (its `model.json` is removed as well).
+    Where whose pictures they are, or by which protocol they were drawn, is not known any more, they are drawn anew.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in paths:
+        try:
+            _read(path)
+        except Damaged as error:
+            tell_remade(error)
+            if path.name in ("model.json", "protocol.json"):
+                for index in path.parent.rglob("*-of-*.jsonl"):
+                    index.unlink()
+            path.unlink(missing_ok=True)
+            (folder / "model.json").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Any:
+    """Read one file as its reader will; Damaged when it cannot."""
+    if path.suffix == ".parquet":
+        return read_rows(path)
+    if path.suffix == ".jsonl":
+        return read_index(path)
+    if path.suffix != ".json" or path.name == "results.json":  # the results are written from the rest each time
+        return None
+    types = {"model.json": ModelRecord, "protocol.json": _Protocol, "held_out.json": dict[str, dict[str, Any]]}
+    kind = types.get(path.name, ScorerRecord if "scores" in path.parts[-4:] else dict[str, Any])
+    return read_json(path, kind, AGAIN)

@@ -1,0 +1,183 @@
+"""Damaged files of a run: what others give again is made anew to the same bytes; else the message's remedy is followed
+to the letter, and the run ends with the same bytes."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.record import read_record
+from spin_diffusion.selfplay.run_dir import Damaged, file_hashes, read_json, read_json_lines, read_rows, write_rows
+from spin_diffusion.selfplay.samples import data_manifest
+from tests.playing import play_all
+
+SHARD = "00001-of-00003"
+
+
+@pytest.fixture(scope="module")
+def unbroken(sdxl_dir, tmp_path_factory):
+    """A run that nothing disturbed."""
+    output_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    play_all(sdxl_dir, output_dir)
+    return output_dir
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def hashes(output_dir) -> dict[str, str]:
+    found = file_hashes([output_dir], output_dir)
+    return {name: digest for name, digest in found.items() if not name.endswith(("round.json", "metrics.jsonl"))}
+
+
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def taken_back(output_dir, state: str) -> None:
+    """The second round, finished but for what comes after `state`."""
+    path = output_dir / "round-2" / "round.json"
+    record = read_json(path)
+    path.write_text(json.dumps(record | {"state": state}))
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize("state", ["GENERATED", "CACHED"])
+def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damage, capsys):
+    taken_back(copied, state)
+    shutil.rmtree(copied / "round-2" / "unet")
+    DAMAGES[damage](copied / "round-2" / "samples" / f"{SHARD}.parquet")
+    play_all(sdxl_dir, copied)
+    assert hashes(copied) == hashes(unbroken)
+    assert f"{SHARD}.parquet is " in (said := capsys.readouterr().out) and "made anew" in said
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_player_that_was_not_promoted_yet_is_trained_anew(copied, unbroken, sdxl_dir, damage):
+    taken_back(copied, "TRAINED")
+    DAMAGES[damage](copied / "round-2" / "unet" / "diffusion_pytorch_model.safetensors")
+    play_all(sdxl_dir, copied)
+    assert hashes(copied) == hashes(unbroken)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_encodings_of_the_real_samples_are_made_anew(copied, unbroken, sdxl_dir, damage, capsys):
+    DAMAGES[damage](copied / "data" / "encoded" / f"{SHARD}.safetensors")
+    play_all(sdxl_dir, copied)
+    assert hashes(copied) == hashes(unbroken) and "made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gone", ["round-1/samples", "round-2/samples", f"round-1/samples/{SHARD}.parquet"])
+def test_a_finished_round_needs_no_samples(copied, unbroken, sdxl_dir, gone, capsys):
+    shutil.rmtree(copied / gone) if (copied / gone).is_dir() else flip(copied / gone)
+    play_all(sdxl_dir, copied)
+    kept = {name: digest for name, digest in hashes(unbroken).items() if not name.startswith(gone)}
+    assert kept.items() <= hashes(copied).items() and "needs them no more" in capsys.readouterr().out
+
+
+def follow(message: str, output_dir) -> None:
+    """Delete what the message says, and nothing else."""
+    if prepared := re.search(r"delete (\S+) and run the same command again", message):
+        shutil.rmtree(prepared[1]) if (path := output_dir / prepared[1]).is_dir() else path.unlink()
+        return
+    rounds = re.search(r"delete (round-\d+(?: and round-\d+)*) in (\S+) and run the same command again", message)
+    for name in rounds[1].split(" and "):
+        shutil.rmtree(f"{rounds[2]}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("round-1/round.json", b"{}"),
+        ("round-2/round.json", "cut"),
+        ("round-1/unet/diffusion_pytorch_model.safetensors", "flipped"),
+        ("round-2/unet/config.json", "gone"),
+        ("data/manifest.json", b"[]"),
+        (f"data/samples/{SHARD}.parquet", "flipped"),
+        (f"data/samples/{SHARD}.parquet", "gone"),
+    ],
+)
+def test_the_remedy_that_a_message_names_is_followed_and_works(copied, unbroken, sdxl_dir, name, content):
+    path = copied / name
+    path.write_bytes(content) if isinstance(content, bytes) else DAMAGES[content](path)
+    with pytest.raises(InputError) as caught:
+        play_all(sdxl_dir, copied)
+    message = str(caught.value)
+    assert name.split("/")[-1] in message and "\n" not in message
+    follow(message, copied)
+    play_all(sdxl_dir, copied)
+    assert hashes(copied) == hashes(unbroken)
+
+
+BROKEN = [
+    b"{}",
+    b"[]",
+    b"abc",
+    b"\0",
+    b"",
+    b"\x80\x81",
+    b"[" * 100000,
+    b"3",
+    b"null",
+    b'{"state": "DONE"}',
+    b'{"rows": 1}',
+]
+
+
+@pytest.mark.parametrize("content", [*BROKEN, None])
+def test_no_content_of_a_record_is_a_traceback(copied, content):
+    readers = {
+        "round-1/round.json": lambda: read_record(copied / "round-1"),
+        "data/manifest.json": lambda: data_manifest(copied / "data"),
+    }
+    for name, read in readers.items():
+        path = copied / name
+        path.write_bytes(path.read_bytes()[:-30] if content is None else content)
+        with pytest.raises(Damaged, match="run the same command again") as caught:
+            read()
+        assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "missing"),
+    [("PLANNED", "files"), ("GENERATED", "opponent"), ("TRAINED", "training"), ("EVALUATED", "rejected_because"),
+     ("REJECTED", "metrics"), ("PROMOTED", "decision")],
+)  # fmt: skip
+def test_a_record_has_what_its_state_leaves(copied, state, missing):
+    path = copied / "round-1" / "round.json"
+    record = {key: value for key, value in read_json(path).items() if key != missing}
+    path.write_text(json.dumps(record | {"state": state}))
+    with pytest.raises(Damaged, match=f"{missing} is missing.*delete round-1 and round-2 in"):
+        read_record(copied / "round-1")
+
+
+def test_a_reader_of_rows_says_what_is_wrong(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_rows(path, [{"id": "1"}], {})
+    with pytest.raises(Damaged, match="a.parquet is damaged .it has no column score"):
+        read_rows(path, columns=["id", "score"])
+    path.write_bytes(b"PAR1" + b"\0" * 50 + b"PAR1")
+    with pytest.raises(Damaged, match="run the same command again"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}\n{"a"', b"{}\n[1]\n", b"\xff\n", b"\0", b'{"a": 1}'])
+def test_lines_of_json_that_are_cut_or_of_another_kind_are_damaged(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(Damaged, match="a.jsonl is damaged"):
+        read_json_lines(tmp_path / "a.jsonl")
