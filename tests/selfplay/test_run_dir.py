@@ -251,7 +251,7 @@ def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_
             assert "a.safetensors is damaged" in str(error) and not run_dir.is_built(path, "k")
             continue
         assert same.keys() == tensors.keys() and all(torch.equal(same[name], tensors[name]) for name in tensors)
-    assert capsys.readouterr().out.count("a.safetensors is damaged: it is made anew") > len(whole) / 2
+    assert capsys.readouterr().out.count("a.safetensors is damaged (") > len(whole) / 2
 
 
 def test_rows_are_built_only_with_their_key_and_whole(tmp_path, capsys):
