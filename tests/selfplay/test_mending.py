@@ -79,7 +79,8 @@ def test_a_player_that_was_not_promoted_yet_is_trained_anew(copied, unbroken, sd
 def test_encodings_of_the_real_samples_are_made_anew(copied, unbroken, sdxl_dir, damage, capsys):
     DAMAGES[damage](copied / "data" / "encoded" / f"{SHARD}.safetensors")
     play_all(sdxl_dir, copied)
-    assert hashes(copied) == hashes(unbroken) and "made anew" in capsys.readouterr().out
+    assert hashes(copied) == hashes(unbroken)
+    assert damage == "gone" or "made anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gone", ["round-1/samples", "round-2/samples", f"round-1/samples/{SHARD}.parquet"])
