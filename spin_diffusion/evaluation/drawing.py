@@ -214,7 +214,7 @@ def index_files(directory: Path, scale: float | None) -> list[Path]:
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """The rows of one index file. Raises Damaged if it is not what was written, InputError if it names a file that is not
+    """The rows of one index file; Damaged when it is not what was written, InputError when it names a file that is not
     beside it."""
     rows = read_json_lines(path, PictureRow, AGAIN)
     folder = path.parent.resolve()
