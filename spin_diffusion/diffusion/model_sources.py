@@ -22,7 +22,7 @@ from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
-from spin_diffusion.evaluation.drawing import read_index
+from spin_diffusion.evaluation.drawing import GivenRow, read_index
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import read_json
 from spin_diffusion.store.text import printable
@@ -140,7 +140,7 @@ def read_given_pictures(folder: Path) -> GivenPictures:
         found = _of_metadata(read_metadata(metadata[0]), folder)
     elif indices:
         found = ((row["file"], folder / row["file"], row["prompt"], row.get("category"))
-                 for index in indices for row in read_index(index) if row["file"] is not None)  # fmt: skip
+                 for index in indices for row in read_index(index, GivenRow, "restore it, or remove it") if row["file"] is not None)  # fmt: skip
     else:
         found = _of_text_files(listing.files, folder)
     for where, path, prompt, category in found:

@@ -34,15 +34,21 @@ SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the s
 ROWS_PER_SHARD = 64
 
 
-class PictureRow(TypedDict):
-    """A row of an index: what was asked for, and the file that it made (None = there is none, `state` says why)."""
+class GivenRow(TypedDict):
+    """A row of an index, as far as a folder of pictures that somebody else gives needs it."""
+
+    prompt: str
+    file: str | None
+    """None = there is no picture."""
+
+
+class PictureRow(GivenRow):
+    """A row of an index: what was asked for, and the file that it made; `state` says why there is none."""
 
     id: str
     k: int
-    prompt: str
     category: str
     seed: int
-    file: str | None
     sha256: str | None
     state: str
 
@@ -213,10 +219,10 @@ def index_files(directory: Path, scale: float | None) -> list[Path]:
     return found
 
 
-def read_index(path: Path) -> list[dict[str, Any]]:
+def read_index(path: Path, kind: type = PictureRow, remedy: str = AGAIN) -> list[dict[str, Any]]:
     """The rows of one index file; Damaged when it is not what was written, InputError when it names a file that is not
     beside it."""
-    rows = read_json_lines(path, PictureRow, AGAIN)
+    rows = read_json_lines(path, kind, remedy)
     folder = path.parent.resolve()
     for row in rows:
         # An index of somebody else's must not show any file of this machine, not through a link either
