@@ -139,8 +139,12 @@ def read_given_pictures(folder: Path) -> GivenPictures:
     if metadata:
         found = _of_metadata(read_metadata(metadata[0]), folder)
     elif indices:
-        found = ((row["file"], folder / row["file"], row["prompt"], row.get("category"))
-                 for index in indices for row in read_index(index, GivenRow, "restore it, or remove it") if row["file"] is not None)  # fmt: skip
+        given = (row for index in indices for row in read_index(index, GivenRow, "restore it, or remove it"))
+        found = (
+            (row["file"], folder / row["file"], row["prompt"], row.get("category"))
+            for row in given
+            if row["file"] is not None
+        )
     else:
         found = _of_text_files(listing.files, folder)
     for where, path, prompt, category in found:
