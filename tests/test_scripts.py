@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -100,6 +101,45 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     # Once more: nothing to do, the same table
     assert play(tmp_path, settings) == 0
     assert "spin round 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(use_lora, unevaluated, sd1_dir, tmp_path):
+    """A base of which only fp16 weights are there, with a VAE that makes nothing finite beside one that does."""
+    base, out, prompts = tmp_path / "fp16", tmp_path / "out", tmp_path / "prompts.txt"
+    pipeline = DiffusionPipeline.from_pretrained(sd1_dir).to(torch.float16)
+    for coder in (pipeline.vae.encoder, pipeline.vae.decoder):
+        coder.conv_out.weight.data.fill_(float("inf"))
+    pipeline.save_pretrained(base, variant="fp16")
+    given = {"pretrained_model_name_or_path": str(base), "variant": "fp16", "use_lora": use_lora, "rank": 2}
+    given["pretrained_vae_model_name_or_path"] = str(sd1_dir / "vae")
+    assert play(tmp_path, unevaluated | given, script="train_spin_sd.py") == 0
+    said = json.loads((out / "manifest.json").read_text())["base"]
+    vae = {"vae": given["pretrained_vae_model_name_or_path"]}
+    assert said == {"name": str(base), "revision": None, "variant": "fp16", "weights": said["weights"]} | vae
+    # The evaluation of the round draws with them
+    prompts.write_text("a red fox\na blue cat\na dog\n")
+    argv = [
+        "--models",
+        f"base={sd1_dir}",
+        f"round1={out / 'round-1'}",
+        "--prompts",
+        str(prompts),
+        "--scorers",
+        "sharpness",
+    ]
+    argv += ["--resolution", "32", "--num_inference_steps", "2", "--guidance_scale", "1", "--images_per_prompt", "1"]
+    evaluate = runpy.run_path(str(ROOT / "evaluation" / "evaluate.py"))["main"]
+    assert evaluate([*argv, "--output_dir", str(tmp_path / "evaluation")]) == 0
+    results = read_results(tmp_path / "evaluation" / "results.json")
+    assert not results["failures"]
+    assert results["models"][1]["base"] == f"{base} (variant fp16, VAE {vae['vae']})"
+    # The card's lines load it, and what they load draws
+    found: dict = {}
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    found["pipeline"].set_progress_bar_config(disable=True)
+    drawn = found["pipeline"]("a fox", height=32, width=32, num_inference_steps=1, output_type="pt").images
+    assert drawn.isfinite().all() and drawn.std() > 0
 
 
 def test_the_header_says_which_values_of_a_list_have_no_round(settings):
@@ -297,6 +337,8 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--trajectory", "steps", "--trajectory_weights", "sampler"], ["--trajectory_weights sampler", "--eta"]),
         (["--eta", "2"], ["--eta 2", "between 0 and 1"]),
         (["--eta", "1", "--sampler", "dpmpp"], ["--eta 1", "--sampler ddim"]),
+        (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
+        (["--variant", "fp16"], ["--variant fp16", "leave --variant out"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
@@ -537,3 +579,7 @@ def test_the_number_of_fixed_draws_is_settled_by_the_run(unevaluated, tmp_path, 
 def test_a_plan_is_refused_where_its_run_would_be(unevaluated, tmp_path, capsys):
     code = play(tmp_path, unevaluated | {"fully_shard": True}, script="plan.py")
     refused(capsys, code, "--fully_shard", "launch two or more")
+
+
+def test_a_precision_that_the_device_has_not_is_refused_in_a_plan_too(unevaluated, tmp_path, capsys):
+    refused(capsys, play(tmp_path, unevaluated, "--mixed_precision", "fp16", script="plan.py"), "give bf16 or no")

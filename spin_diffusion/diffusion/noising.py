@@ -5,6 +5,7 @@ To add a prediction target, add one line to TARGETS.
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -101,13 +102,13 @@ def check_scheduler(config: Mapping[str, object], where: str, kind: str | None =
     for found in kinds:
         if found not in _SCHEDULERS:
             raise InputError(
-                f"{where} is a {found}: models of EDM, flow matching or consistency distillation are not supported, "
-                "and would learn from the wrong noise; supported are the schedulers of DDPM's process, such as "
-                "DDIMScheduler, PNDMScheduler and EulerDiscreteScheduler"
+                f"{where}, {found}, is not one of DDPM's noise, which training would add: models of EDM, flow matching "
+                "and consistency distillation are not supported; give a base with DDIMScheduler, PNDMScheduler, "
+                "EulerDiscreteScheduler or another of DDPM's"
             )
     if kind is not None and config.get("_class_name") != kind:
         raise InputError(
-            f"{where} is a {kind} by model_index.json and a {config.get('_class_name')} by its own file: name one "
+            f"{where} is {kind} by model_index.json and {config.get('_class_name')} by scheduler_config.json: name one "
             "class in both"
         )
     prediction_type = config.get("prediction_type", "epsilon")
@@ -125,6 +126,26 @@ def check_scheduler(config: Mapping[str, object], where: str, kind: str | None =
         if config.get(key, plain[0]) not in plain:
             raise InputError(f"{where} has {key} {config[key]!r}, which is not supported ({plain[0]!r} is)")
     _check_betas(config, where)
+    if kinds:
+        check_complete(config, getattr(diffusers, kinds[0]), where, "scheduler_config.json")
+
+
+def check_complete(config: Mapping[str, object], kind: type, where: str, file: str) -> None:
+    """Refuse a configuration that was written by this version of diffusers, or a later one, and lacks keys of its
+    class: diffusers writes all of them, so they were lost. A key that an older file lacks is younger than the file, and
+    its default is what was computed before there was a choice."""
+    known = set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}
+    missing = sorted(key for key in known if key not in config)
+    if missing and _release(config.get("_diffusers_version")) >= _release(diffusers.__version__):
+        raise InputError(
+            f"{where}: {', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing in {file}, and the "
+            "library's default may be another: get the checkpoint's own file"
+        )
+
+
+def _release(version: object) -> tuple[int, ...]:
+    """The first two numbers of a version, (0, 42) of "0.42.1.dev0"; () of what is none."""
+    return tuple(int(number) for number in re.findall(r"\d+", str(version))[:2]) if isinstance(version, str) else ()
 
 
 def _check_betas(config: Mapping[str, object], where: str) -> None:

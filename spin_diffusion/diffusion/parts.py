@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.noising import check_scheduler
+from spin_diffusion.diffusion.noising import check_complete, check_scheduler
 from spin_diffusion.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
@@ -35,6 +35,8 @@ _WEIGHTS = re.compile(
 )
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that are not loaded: they draw nothing of a prompt, or would blacken training samples."""
+
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 # Keys that decide what is computed and that no tensor's shape shows, all of them in the first published files
 _UNET_KEYS = (
@@ -136,6 +138,7 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
             what its files say.
     """
     config = _read_config(folder, where, "UNet2DConditionModel")
+    check_complete(config, UNet2DConditionModel, where, CONFIG)
     _check_keys(config, _UNET_KEYS, _parameters(UNet2DConditionModel) | _LEFT_BY_TRAINING, where)
     for key, (value, needs) in _UNET_INPUTS.items():
         if config.get(key, value) != value:
@@ -147,6 +150,7 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
 
 def _load_vae(family: ModuleType, folder: Path, where: str, variant: str | None) -> AutoencoderKL:
     config = _read_config(folder, where, "AutoencoderKL")
+    check_complete(config, AutoencoderKL, where, CONFIG)
     _check_keys(config, _VAE_KEYS, _parameters(AutoencoderKL), where)
     channels = config["latent_channels"]
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
@@ -235,6 +239,10 @@ def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLI
     for key in ("model_max_length", "pad_token"):
         if said.get(key) is None:
             raise InputError(f"{where}: {key} is missing in tokenizer_config.json: get the checkpoint's own file")
+    if config.get("tokenizer_class", "CLIPTokenizer") not in _TOKENIZERS:
+        raise InputError(
+            f"{where} is {config['tokenizer_class']} by its tokenizer_config.json, CLIPTokenizer is supported"
+        )
     longest, positions = config.get("model_max_length"), encoder["max_position_embeddings"]
     if longest != positions:
         raise InputError(
@@ -251,7 +259,7 @@ def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLI
             f"{where} has ids up to {highest}, and its text encoder {rows} embeddings: give the tokenizer that it was "
             "trained with"
         )
-    end = encoder.get("eos_token_id", 2)
+    end = encoder.get("eos_token_id", CLIPTextConfig().eos_token_id)
     # 2 is what old files say where the end token is the one of the highest id
     if end != tokenizer.eos_token_id and not (end == 2 and tokenizer.eos_token_id == highest):
         raise InputError(
@@ -266,16 +274,15 @@ def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLI
 
 def _check_index(family: ModuleType, index: Mapping[str, Any], where: str) -> None:
     """The classes that a pipeline names are those of its family, and each of its settings is there and known."""
-    tokenizers = {name.replace("text_encoder", "tokenizer"): ("CLIPTokenizer",) for name in family.ENCODERS}
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in family.ENCODERS]
     expected: dict[str, tuple[str, ...]] = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
     expected |= {name: (kind.__name__,) for name, kind in family.ENCODERS.items()}
-    expected |= {name: ("CLIPTokenizer", "CLIPTokenizerFast") for name in tokenizers}
+    expected |= dict.fromkeys(tokenizers, _TOKENIZERS)
     for name, kinds in expected.items():
         found = _class_in(index, name)
         if found not in kinds:
             raise InputError(
-                f"{where}: model_index.json has {f'a {found}' if found else 'nothing'} as its {name}, a "
-                f"{kinds[0]} is supported"
+                f"{where}: model_index.json has {found or 'nothing'} as its {name}, {kinds[0]} is supported"
             )
     known = {*expected, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE.__init__).parameters}
     if foreign := sorted(key for key in index if key not in known and not key.startswith("_")):
@@ -303,7 +310,7 @@ def _read_config(folder: Path, where: str, kind: str | None) -> dict[str, Any]:
         raise InputError(f"{where}: the folder {folder} is missing: get the whole checkpoint")
     config = read_json_object(folder / CONFIG, where)
     if kind is not None and config.get("_class_name") != kind:
-        raise InputError(f"{where} is a {config.get('_class_name')} by its {CONFIG}, a {kind} is supported")
+        raise InputError(f"{where} is {config.get('_class_name')} by its {CONFIG}, {kind} is supported")
     if config.get("quantization_config"):
         raise InputError(
             f"{where}: its weights are quantised (quantization_config), which cannot be trained from: give the "
@@ -344,6 +351,13 @@ def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) ->
             f"{where}: its UNet has addition_embed_type {unet.addition_embed_type!r}, that of a "
             f"{family.PIPELINE.__name__} is {family.ADDED_EMBEDDING!r}"
         )
+    added, size = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim or 0
+    pooled = parts[[*family.ENCODERS][-1]].config.projection_dim
+    if family.ADDED_EMBEDDING is not None and added != 6 * size + pooled:
+        raise InputError(
+            f"{where}: its UNet takes an added embedding of width {added}, and it is given six numbers in {size} each "
+            f"and a pooled prompt of {pooled}: they are not of one model"
+        )
     widths = [parts[name].config.hidden_size for name in family.ENCODERS]
     taken = unet.cross_attention_dim
     if any(width != sum(widths) for width in (taken if isinstance(taken, list | tuple) else [taken])):
@@ -371,7 +385,7 @@ def _load(kind: Any, folder: Path, where: str, variant: str | None) -> Any:
     except InputError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors raise dozens of kinds
-        raise InputError(f"{where} cannot be loaded: {reason_of(error)}") from error
+        raise InputError(f"{where} cannot be loaded ({reason_of(error)}): get its files again") from error
 
 
 def _variants(folder: Path) -> dict[str | None, list[Path]]:
@@ -386,7 +400,7 @@ def _variants(folder: Path) -> dict[str | None, list[Path]]:
 def _present(folder: Path, names: list[str]) -> str:
     """Of the parts' weights the variants that there are, in words."""
     found = sorted({variant for name in names for variant in _variants(folder / name) if variant})
-    return f"there is {' and '.join(found)}" if found else "leave --variant out"
+    return f"give --variant {' or '.join(found)}" if found else "leave --variant out"
 
 
 def _parameters(kind: type) -> set[str]:

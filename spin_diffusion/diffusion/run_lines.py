@@ -114,8 +114,10 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
         parts["vae"] = f"AutoencoderKL.from_pretrained({python_arguments(base.vae)})"
     classes = sorted({pipeline, *(call.partition(".")[0] for call in parts.values())})
     of_base = python_arguments(base.name, revision=base.revision, variant=base.variant)
-    loaded = f"{pipeline}.from_pretrained({', '.join([of_base, *(f'{name}={name}' for name in parts)])})"
-    lines = [f"from diffusers import {', '.join(classes)}", ""]
+    # Text encoders would come in the precision of their files, which need not be the UNet's
+    given = ", ".join([of_base, *(f"{name}={name}" for name in parts), "dtype=torch.float32"])
+    loaded = f"{pipeline}.from_pretrained({given})"
+    lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     lines += [f"{name} = {call}" for name, call in parts.items()] + [f"pipeline = {loaded}"]
     return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
 

@@ -320,6 +320,7 @@ def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_p
         (["base={sdxl}"], ["--images_per_prompt", "0"], ["--images_per_prompt 0"]),
         (["base={sdxl}"], ["--guidence_scale", "3"], ["did you mean 'guidance_scale'"]),
         (["empty={tmp}"], [], ["neither a pipeline"]),
+        (["base={sdxl}"], ["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(models, argv, parts, sdxl_dir, tiny_prompts, tmp_path, capsys):

@@ -142,6 +142,7 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--real_parts", "9", "--samples_per_shard", "8"], ["--real_parts 9"]),
         (["--judges", "no_such_judge"], ["no_such_judge"]),
         (["--judges", "reward_model=/nowhere/at/all"], ["--judges reward_model=/nowhere/at/all", "does not exist"]),
+        (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
         (["--judges", "length", "missing.py"], ["missing.py"]),
         (["--chat_template", "nowhere.jinja"], ["--chat_template nowhere.jinja"]),
         (["--train_batch_size", "64"], ["48 pairs", "64"]),
