@@ -20,10 +20,11 @@ EMPTY_ANSWER = "empty answer"
 ANSWER_IS_PROMPT = "answer equal to the prompt"
 TWO_PROMPTS = "pair of two prompts"
 REFUSED_BY_TEMPLATE = "refused by the chat template"
+CHANGED_BY_TEMPLATE = "changed by the chat template"
 BAD_REASONS = (
     CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, BROKEN_TEXT, DANGLING_LINK, UNREADABLE_FOLDER, MALFORMED,
     OTHER_LAYOUT, WRONG_TYPE, NO_USER_TURN, NO_ASSISTANT_TURN, EMPTY_PROMPT, EMPTY_ANSWER, ANSWER_IS_PROMPT,
-    TWO_PROMPTS, REFUSED_BY_TEMPLATE,
+    TWO_PROMPTS, REFUSED_BY_TEMPLATE, CHANGED_BY_TEMPLATE,
 )  # fmt: skip
 """The data is damaged: these count against max_bad_share."""
 

@@ -1,20 +1,22 @@
 """Text -> tokens: the one place, for the prompts that answers are drawn to and for the pairs that are scored.
 
 An answer's score is the density that it was drawn from only if both see the same prompt tokens, and if a real answer is
-written as a drawn one is: it ends with the end token that the model draws, and where it is cut it has none.
+written as a drawn one is: it is the answer and nothing that a template puts around it, it ends with the end token that
+the model draws, and where it is cut it has none. What only one side had would tell the sides apart.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from keyword import iskeyword
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spin_diffusion.data.report import (
+    CHANGED_BY_TEMPLATE,
     EMPTY_ANSWER,
     EMPTY_PROMPT,
     PROMPT_TOO_LONG,
@@ -25,7 +27,12 @@ from spin_diffusion.data.report import (
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import Message, TextExample, last_question
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.deadline import fill_template
 
+OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
+"""Variables of a chat template that no argument may be named like."""
+SWITCHES = ({"enable_thinking": False}, {"thinking": False})
+"""Arguments by which published templates write before the answer to a prompt what they write before a given answer."""
 STAND_INS = 0xF0000
 """First of the private characters that stand for special tokens' texts in the data while a template is filled."""
 SAMPLE = ("Which question?", "This answer.")
@@ -52,6 +59,7 @@ class _Written(NamedTuple):
     text: str
     is_merged: bool
     has_special_text: bool
+    is_stripped: bool
 
 
 class Chat:
@@ -72,6 +80,14 @@ class Chat:
     """Answers so far with the text of a special token in them or in their prompt."""
     lossy_answers: int
     """Answers so far whose tokens do not give back their text."""
+    stripped_answers: int
+    """Answers so far from whose ends the template takes blanks."""
+    blanks_around: int
+    """Answers so far with blanks at an end that are the template's."""
+    cut_answers: int
+    """Answers so far that were cut."""
+    longest: int
+    """Tokens of the longest answer so far, before it was cut."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, max_new_tokens: int) -> None:
         """
@@ -83,12 +99,13 @@ class Chat:
         """
         assert max_length > 0 and max_new_tokens > 0
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
-        self.boundary_merges = self.special_texts = self.lossy_answers = 0
+        self.count_anew()
         added = tokenizer.added_tokens_decoder
         self._added = {token.content: (id_, token) for id_, token in added.items() if not token.content.isspace()}
-        self._after_answer = _after_answer(tokenizer)
+        self._lead, self._after_answer = _around_answer(tokenizer)
         turn_end = _pattern(self._added).search(self._after_answer)
         self._turn_end_id = self._added[turn_end[0]][0] if turn_end else None
+        self._trail = self._after_answer[: turn_end.start()] if turn_end else ""
         ends = (self._turn_end_id, tokenizer.eos_token_id)
         self.end_ids = tuple(dict.fromkeys(id_ for id_ in ends if id_ is not None))
         if not self.end_ids:
@@ -130,8 +147,12 @@ class Chat:
         self.boundary_merges += written.is_merged
         self.special_texts += written.has_special_text
         self.lossy_answers += not self._gives_back(written)
+        self.stripped_answers += written.is_stripped
+        self.blanks_around += bool(self._lead + self._trail) and not isinstance(prompt, str)
         limit = min(self.max_new_tokens, self.max_length - len(written.prompt_ids))
         ids = [*written.ids, written.end_id]
+        self.cut_answers += len(ids) > limit
+        self.longest = max(self.longest, len(ids))
         return Tokens(ids[:limit], len(ids) > limit)
 
     def text(self, answer_ids: list[int]) -> str:
@@ -150,11 +171,21 @@ class Chat:
     def notes(self) -> list[str]:
         """What was counted so far, a line each for people; nothing where nothing occurred."""
         said = {
+            f"answers cut at --max_new_tokens {self.max_new_tokens} or --max_length {self.max_length}, scored without "
+            f"an end token (the longest has {self.longest} tokens)": self.cut_answers,
+            f"answers with the chat template's own blanks around them ({self._lead!r} before, {self._trail!r} behind), "
+            "scored with those": self.blanks_around,
+            "answers from whose ends the chat template takes blanks, scored without those": self.stripped_answers,
             "answers that melt into their prompt's last token, tokenised by themselves": self.boundary_merges,
             "answers with a special token's text in them or in their prompt, taken as text": self.special_texts,
             "answers that the tokenizer does not give back as they were, scored as it reads them": self.lossy_answers,
         }
         return [f"{what}: {count}" for what, count in said.items() if count]
+
+    def count_anew(self) -> None:
+        """Begin the counts again, for other answers."""
+        self.boundary_merges = self.special_texts = self.lossy_answers = 0
+        self.blanks_around = self.stripped_answers = self.cut_answers = self.longest = 0
 
     # From text to text: special tokens' texts in the data are stand-ins, those that are left are the template's own
 
@@ -163,20 +194,41 @@ class Chat:
             return self._hidden(prompt)
         return self._filled(prompt, opens_answer=True)
 
-    def _answered(self, prompt: str | list[Message], completion: str, asked: str) -> tuple[str, str]:
-        """What follows the prompt, and the text of the end token behind it, "" where only the tokenizer has one."""
+    def _answered(self, prompt: str | list[Message], completion: str, asked: str) -> tuple[str, str, bool]:
+        """What follows the prompt: the answer, blanks at its ends as the template has them; the text of the end token
+        behind it, "" where only the tokenizer has one; and whether blanks were taken off.
+
+        Raises:
+            LeftOut: the template writes the conversation otherwise than its prompt, or the answer otherwise than it is.
+            InputError: it puts something around every answer.
+        """
+        hidden = self._hidden(completion)
         if isinstance(prompt, str):
-            return self._hidden(completion), ""
+            return hidden, "", False
         whole = self._filled([*prompt, {"role": "assistant", "content": completion}], opens_answer=False)
         if not whole.startswith(asked):
             check_template(self.tokenizer)
             raise LeftOut(REFUSED_BY_TEMPLATE, f"answered, it is written otherwise: {_difference(asked, whole)}")
         answer = whole[len(asked) :]
         end = self._ends.search(answer)
-        if end is None:
-            return answer.removesuffix(self._after_answer), ""
         # Whatever a template writes behind the end, a model that ended its turn never does
-        return answer[: end.start()], end[0]
+        written = answer[: end.start()] if end else answer.removesuffix(self._after_answer)
+        if written.strip() != hidden.strip():
+            self._refuse_changed(hidden.strip(), written)
+        return written, end[0] if end else "", not hidden == written.removeprefix(self._lead).removesuffix(self._trail)
+
+    def _refuse_changed(self, hidden: str, written: str) -> NoReturn:
+        """An answer that the template does not write as it is: the generated ones are not changed like that."""
+        lead, trail = self._lead.strip(), self._trail.strip()
+        if lead + trail and written.strip().removeprefix(lead).removesuffix(trail).strip() == hidden:
+            raise _around_every_answer(self.tokenizer, self._lead, self._trail)
+        given, made = self._shown(hidden), self._shown(written.strip())
+        place = max(len(os.path.commonprefix([given, made])) - 8, 0)  # with what is alike before it
+        raise LeftOut(
+            CHANGED_BY_TEMPLATE,
+            f"the answer {given[place : place + 40]!r} is written {made[place : place + 40]!r}: give a template that "
+            "writes answers as they are (--chat_template)",
+        )
 
     def _filled(self, messages: list[Message], opens_answer: bool) -> str:
         hidden = [{"role": turn["role"], "content": self._hidden(turn["content"])} for turn in messages]
@@ -202,7 +254,7 @@ class Chat:
 
     def _written(self, prompt: str | list[Message], completion: str) -> _Written:
         asked = self._asked(prompt)
-        answer, end = self._answered(prompt, completion, asked)
+        answer, end, is_stripped = self._answered(prompt, completion, asked)
         prompt_ids = self._prompt_ids(asked, isinstance(prompt, str))
         begin = prompt_ids[len(self._before_text) :] if isinstance(prompt, str) else prompt_ids
         ids = self._encode(asked + answer + end)
@@ -216,7 +268,7 @@ class Chat:
         if any(id_ in self.end_ids for id_ in ids):
             raise LeftOut(SPECIAL_TOKEN, "this tokenizer takes the text of an end token in the answer for the token")
         has_special_text = self._any_stand_in.search(asked + answer) is not None
-        return _Written(prompt_ids, ids, end_id, self._shown(answer), is_merged, has_special_text)
+        return _Written(prompt_ids, ids, end_id, self._shown(answer), is_merged, has_special_text, is_stripped)
 
     def _encode(self, text: str) -> list[int]:
         """The tokens of a text with stand-ins; special tokens are only those that the template wrote."""
@@ -317,47 +369,96 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _odd_template(chat: Chat) -> list[str]:
     found = []
-    asked, whole = _sample(chat.tokenizer)
     if chat._turn_end_id is None:
         token = chat.tokenizer.convert_ids_to_tokens(chat.end_ids[-1])
         found.append(f"the chat template writes no special token after an answer: {token!r} is put there")
-    silent = _fill(chat.tokenizer, [{"role": "user", "content": SAMPLE[0]}], opens_answer=False) == asked
-    if silent and not whole[len(asked) :].lstrip().startswith(SAMPLE[1]):
-        header = whole[len(asked) :].partition(SAMPLE[1])[0]
-        found.append(
-            f"the chat template ignores add_generation_prompt: the model has to write {header!r} itself, and that is "
-            "scored as a part of its answer"
-        )
     if "strftime_now" in str(chat.tokenizer.chat_template):
-        found.append("the chat template may write today's date into prompts: another day gives other prompts")
+        pinned = "date_string" in str(chat.tokenizer.chat_template)
+        found.append(
+            "the chat template may write today's date into prompts: another day gives other prompts"
+            + (" (--chat_template_kwargs '{date_string: 26 Jul 2024}' keeps one)" if pinned else "")
+        )
     return found
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """A prompt as the template writes it, and the same prompt with its answer. Raises LeftOut if it refuses them."""
+def _around_every_answer(tokenizer: PreTrainedTokenizerBase, lead: str, trail: str) -> InputError:
+    """What is wrong with a template that writes more than the answer between prompt and end token, and what helps."""
+    said = [f"{lead!r} before"] * bool(lead.strip()) + [f"{trail!r} behind"] * bool(trail.strip())
+    helps = "give a template (--chat_template) that does not, or that writes it behind add_generation_prompt too"
+    for switch in SWITCHES:
+        (name,) = switch
+        if re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+            before, _ = _around_answer(tokenizer, with_arguments(tokenizer.chat_template, switch))
+            if not before.strip() and not trail.strip():
+                helps = f"give --chat_template_kwargs '{{{name}: false}}', with which prompts end in it, for both"
+                break
+    return InputError(
+        f"the chat template writes {' and '.join(said)} every real answer, and generated ones do not have it, so it "
+        f"alone would tell them apart: {helps}"
+    )
+
+
+def with_arguments(template: str | dict[str, str] | None, arguments: Mapping[str, Any]) -> str | dict[str, str]:
+    """A chat template whose variables have these values wherever it is filled without others.
+
+    The values become a part of the template, so prompts and conversations, evaluations, other programs and whoever
+    loads the tokenizer that a run saves write alike.
+
+    Raises:
+        InputError: there is no template, or none of its variables is named so.
+    """
+    if isinstance(template, dict):
+        return {name: with_arguments(each, arguments) for name, each in template.items()}
+    if not template:
+        raise InputError("--chat_template_kwargs: the tokenizer has no chat template: give one with --chat_template")
+    for name, value in arguments.items():
+        if not (name.isidentifier() and re.search(rf"\b{name}\b", template)) or name in OWN_NAMES or iskeyword(name):
+            raise InputError(
+                f"--chat_template_kwargs {name}: the chat template has no variable of this name that may be set: give "
+                "one that it reads, such as enable_thinking in Qwen3's"
+            )
+        # The line's end is taken off by the template's own rules, and its first line stays one
+        template = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}\n{template}"
+    return template
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> tuple[str, str]:
+    """A prompt as the template writes it, and the same prompt with its answer. Raises LeftOut if it refuses them.
+
+    Args:
+        template: instead of the tokenizer's own.
+    """
     user, assistant = {"role": "user", "content": SAMPLE[0]}, {"role": "assistant", "content": SAMPLE[1]}
-    return _fill(tokenizer, [user], opens_answer=True), _fill(tokenizer, [user, assistant], opens_answer=False)
+    asked = _fill(tokenizer, [user], opens_answer=True, template=template)
+    return asked, _fill(tokenizer, [user, assistant], opens_answer=False, template=template)
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_answer: bool) -> str:
+def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_answer: bool, template: Any = None) -> str:
     if not tokenizer.chat_template:
         check_template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
-    except TemplateError as error:
+        return fill_template(
+            lambda: tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
+            )
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: it is a program of somebody else's
         roles = ", ".join(turn["role"] for turn in messages[:8])
-        raise LeftOut(REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error)}") from error
+        raise LeftOut(REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error) or type(error).__name__}") from error
 
 
-def _after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes behind the last answer, "" without a template."""
+def _around_answer(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> tuple[str, str]:
+    """What the template writes between the prompt and the last answer, and behind that; "" without a template."""
     if not tokenizer.chat_template:
-        return ""
+        return "", ""
     try:
-        _, answer, after = _sample(tokenizer)[1].rpartition(SAMPLE[1])
+        asked, whole = _sample(tokenizer, template)
     except LeftOut:
-        return ""
-    return after if answer else ""
+        return "", ""
+    before, answer, after = whole.rpartition(SAMPLE[1])
+    return before[len(asked) :] if before.startswith(asked) else "", after if answer else ""
 
 
 def _before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

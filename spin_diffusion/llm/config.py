@@ -24,6 +24,9 @@ class CheckpointSettings:
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None
     """File with a chat template (Jinja) for a tokenizer that has none, or instead of its own."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the chat template, such as '{enable_thinking: false}': for prompts and answers, in training and
+    evaluation, and in the tokenizer that is saved with the player."""
 
 
 @dataclass(frozen=True)

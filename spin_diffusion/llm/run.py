@@ -13,7 +13,7 @@ from spin_diffusion.data.report import PROMPT_TOO_LONG, LeftOut, ReadReport
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
-from spin_diffusion.llm.chat import check_tokenizer, fingerprint
+from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.evaluating import AnswerEvaluator, check_judges, harness_tasks
@@ -21,7 +21,7 @@ from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.llm.model_card import push_to_hub, write_model_card
-from spin_diffusion.llm.planning import make_plan
+from spin_diffusion.llm.planning import FIRST_ROWS, make_plan
 from spin_diffusion.planning import lines
 from spin_diffusion.running import (
     check_run_folder,
@@ -44,9 +44,12 @@ from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.text import printable
 
 PROGRAM = "language training"
 
+TEMPLATE_BYTES = 2**20
 HOPELESS_LONG_ROWS = 1000
 """So many rows whose prompts are too long, and none before them that can be used, end the reading."""
 
@@ -134,11 +137,15 @@ def _prepared(config: LanguageConfig, game: LanguageGame, output_dir: Path, prog
         accelerator.print(line)
     if config.data.holds_out:
         aside = ReadReport()
+        game.chat.count_anew()
         prepare(
             output_dir / HELD_OUT,
             lambda: _rows(game, read_held_out(config.data, report=aside), aside, lambda warning: None), settings,
             config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
         )  # fmt: skip
+        if aside.read:
+            for line in [f"{aside.used} answers", *aside.lines()[1:], *game.chat.notes()]:
+                accelerator.print(f"held out: {line.strip()}")
     return manifest
 
 
@@ -160,6 +167,8 @@ def plan(config: LanguageConfig) -> None:
     found = make_plan(config, game, Bars() if accelerator.is_main_process else Progress())
     for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
         accelerator.print(line)
+    for line in game.chat.notes():
+        accelerator.print(f"Of the first {FIRST_ROWS} answers: {line}")
     if config.generation.engine == "vllm":
         accelerator.print("Drawing was timed with transformers, not with vLLM")
 
@@ -170,6 +179,8 @@ def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
     model, tokenizer = load_language_model(base, options)
     if config.model.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.model.chat_template))
+    if config.model.chat_template_kwargs:
+        tokenizer.chat_template = with_arguments(tokenizer.chat_template, config.model.chat_template_kwargs)
     check_sizes(model, tokenizer, base, config.language.max_length)
     return LanguageGame(
         model,
@@ -208,9 +219,9 @@ def check_sizes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base
 
 def _template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--chat_template {path} cannot be read ({error}): give a Jinja file") from None
+        return read_bytes(path, at_most=TEMPLATE_BYTES).decode("utf-8")
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat_template {printable(path)} cannot be read ({error}): give a Jinja file") from None
 
 
 def _rows(

@@ -4,10 +4,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin_diffusion.data.report import LeftOut
+from spin_diffusion.data.report import BAD_REASONS, CHANGED_BY_TEMPLATE, LeftOut
 from spin_diffusion.data.text import Message, TextExample
 from spin_diffusion.input_error import InputError
-from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer
+from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.generation import until_end
 
 CHATML = (
@@ -153,14 +153,173 @@ def test_a_template_without_an_end_token_gets_the_tokenizers() -> None:
     assert warning == "the chat template writes no special token after an answer: '<|endoftext|>' is put there"
 
 
-def test_what_a_template_writes_before_the_content_belongs_to_the_answer() -> None:
-    thinking = CHATML.replace(
-        "+ m['content'] +", "+ ('<think></think>' if m['role'] == 'assistant' else '') + m['content'] +"
-    )
-    tokenizer = chatml(thinking)
+# A real answer is the answer: whatever a template made of it would tell it from a drawn one
+
+
+def answers_as(written: str) -> str:
+    """CHATML with another way of writing the assistant's turns."""
+    return CHATML.replace("+ m['content'] +", f"+ ({written} if m['role'] == 'assistant' else m['content']) +")
+
+
+QWEN3 = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{- '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1].strip('\n') + '\n</think>\n\n' "
+    "+ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{%- elif m.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' + m.content }}"
+    "{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+AROUND = {
+    "a think block": ("'<think></think>' + m['content']", "'<think></think>' before every real answer"),
+    "a date": ("'[30 Nov] ' + m['content']", "'[30 Nov] ' before every real answer"),
+    "a date behind": ("m['content'] + ' (30 Nov)'", "' (30 Nov)' behind every real answer"),
+    "both": ("'<b>' + m['content'] + '</b>'", "'<b>' before and '</b>' behind every real answer"),
+    "with blanks taken off": ("'<t>\n' + m['content'].strip()", "'<t>\\n' before every real answer"),
+}
+
+
+@pytest.mark.parametrize("written, says", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("prompt", [asked("q"), asked("q", "a", "r")], ids=["one turn", "three turns"])
+def test_a_template_that_writes_something_around_answers_is_refused(written: str, says: str, prompt) -> None:
+    made = chat(chatml(answers_as(written)))
+    for answer in ("yes", " yes\n"):
+        with pytest.raises(InputError) as refused:
+            made.answer_ids(prompt, answer)
+        assert f"the chat template writes {says}" in str(refused.value) and "\n" not in str(refused.value)
+        assert "--chat_template)" in str(refused.value)
+
+
+def test_what_belongs_to_the_prompt_is_put_there_by_the_argument_that_the_message_names() -> None:
+    tokenizer = chatml(QWEN3)
+    with pytest.raises(InputError, match=r"'<think>\\n\\n</think>\\n\\n' before every .*enable_thinking: false}'"):
+        chat(tokenizer).answer_ids(asked("q"), "yes")
+    tokenizer.chat_template = with_arguments(tokenizer.chat_template, {"enable_thinking": False})
     made = chat(tokenizer)
-    assert made.text(made.answer_ids(asked("q"), "yes").ids) == "<think></think>yes"
-    assert made.lossy_answers == 0
+    assert made.text(made.prompt_ids(asked("q"))).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert made.text(made.answer_ids(asked("q"), "yes").ids) == "yes"
+    # who loads the tokenizer may still say otherwise
+    text = tokenizer.apply_chat_template(asked("q"), tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert text.endswith("assistant\n")
+
+
+def test_answers_that_think_are_written_as_they_are() -> None:
+    made = chat(chatml(QWEN3))
+    thinking = "<think>\nwell\n</think>\n\nyes"
+    assert made.text(made.answer_ids(asked("q"), thinking).ids) == thinking
+
+
+@pytest.mark.parametrize(
+    "written, answer",
+    [
+        ("m['content'].split('</think>')[-1]", "<think>well</think>yes"),
+        ("m['content'].replace('e', 'a')", "yes"),
+        ("m['content'] | replace('\n', ' ')", "one\ntwo"),
+        ("m['content'][:3]", "longer"),
+        ("m['content'] if m['content'] != 'odd' else 'even'", "odd"),
+    ],
+)
+def test_an_answer_that_the_template_changes_is_left_out_and_counted_as_bad(written: str, answer: str) -> None:
+    made = chat(chatml(answers_as(f"({written})")))
+    with pytest.raises(LeftOut, match=r"changed by the chat template: the answer .* is written .*\(--chat_template\)"):
+        made.answer_ids(asked("q"), answer)
+    assert CHANGED_BY_TEMPLATE in BAD_REASONS
+
+
+def test_blanks_at_an_answers_ends_are_the_templates() -> None:
+    made = chat(chatml(answers_as("m['content'] | trim")))
+    assert made.text(made.answer_ids(asked("q"), " \nyes, he \n").ids) == "yes, he"
+    assert made.text(made.answer_ids(asked("q"), "yes").ids) == "yes"
+    assert made.notes() == ["answers from whose ends the chat template takes blanks, scored without those: 1"]
+    made = chat(llama())
+    assert made.text(made.answer_ids(asked("q"), "yes").ids) == " yes "
+    made.answer_ids(asked("q"), " no")
+    assert [line.rpartition(": ")[2] for line in made.notes()] == ["2", "1"]
+    assert made.notes()[0].startswith(
+        "answers with the chat template's own blanks around them (' ' before, ' ' behind)"
+    )
+    made.count_anew()
+    assert made.notes() == []
+
+
+def test_answers_that_are_cut_are_counted_with_the_longest() -> None:
+    made = chat(chatml(), max_new_tokens=3)
+    for answer in ("ab", "abc", "abcdefg"):
+        made.answer_ids(asked("q"), answer)
+    assert made.notes() == [
+        "answers cut at --max_new_tokens 3 or --max_length 500, scored without an end token (the longest has 8 "
+        "tokens): 2"
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", [False, True, 3, 0.5, "26 Jul 2024", "caf\u00e9 '\"%} }}\n", None, [1, "a"], {"a": 1}]
+)
+def test_arguments_reach_prompts_and_answers_alike(value) -> None:
+    template = "  {% if true %}\n" + CHATML.replace("+ '<|im_end|>'", "+ (own | string) + '<|im_end|>'") + "{% endif %}"
+    tokenizer = chatml(template)
+    messages = [*asked("q"), {"role": "assistant", "content": "a"}]
+
+    def written(**arguments) -> list[str]:
+        return [
+            tokenizer.apply_chat_template(messages, tokenize=False, **arguments),
+            tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True, **arguments),
+        ]
+
+    expected = written(own=value)
+    tokenizer.chat_template = with_arguments(template, {"own": value})
+    assert written() == expected
+    assert fingerprint(tokenizer) != fingerprint(chatml(template))
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_thinkin", "messages", "add_generation_prompt", "im_start|", "for", "not there"]
+)
+def test_an_argument_that_the_template_does_not_read_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="--chat_template_kwargs .*no variable of this name"):
+        with_arguments(QWEN3, {name: True})
+    with pytest.raises(InputError, match="no chat template"):
+        with_arguments(None, {"enable_thinking": True})
+
+
+FAULTY = {
+    "division": "{{ 1 / 0 }}",
+    "addition": "{{ messages + 1 }}",
+    "attribute": "{{ messages[0].nothing.more }}",
+    "index": "{{ messages[7]['content'] }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "forbidden": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "huge range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "syntax": "{% for m in %}",
+    "no filter": "{{ messages | nothing }}",
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("template", FAULTY.values(), ids=FAULTY)
+def test_whatever_a_template_raises_is_said(template: str) -> None:
+    with pytest.raises(InputError, match="the chat template cannot write one question and its answer"):
+        check_tokenizer(chatml(template), chats=True)
+
+
+ENDLESS = {
+    "loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",
+    "where the answer says so": "{% if 'loop' in messages[-1]['content'] %}{% for i in range(90000) %}"
+    "{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}" + CHATML,
+    "memory": "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_never_ends_is_refused(template: str, monkeypatch) -> None:
+    monkeypatch.setattr("spin_diffusion.store.deadline.TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr("spin_diffusion.store.deadline.TEMPLATE_GIB", 0.25)
+    with pytest.raises(InputError, match=r"the chat template does not end \(it takes more than .*--chat_template"):
+        chat(chatml(template)).answer_ids(asked("q"), "loop")
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -418,18 +577,18 @@ def test_turns_that_a_template_refuses_are_left_out_and_a_template_that_refuses_
         assert chat(chatml(template)).answer_ids("plain", "text").ids, "plain text needs none"
 
 
-def test_a_template_that_ignores_the_generation_prompt_is_told_only_where_it_matters() -> None:
+def test_a_template_that_ignores_the_generation_prompt_is_refused_where_it_matters() -> None:
     header = CHATML.partition("{% if add")[0]
-    (warning,) = check_tokenizer(chatml(header), chats=True)
-    assert (
-        "the model has to write '<|im_start|>assistant\\n' itself, and that is scored as a part of its answer"
-        in warning
-    )
+    with pytest.raises(
+        InputError, match=r"'<\|im_start\|>assistant\\n' before every real answer.*add_generation_prompt"
+    ):
+        chat(chatml(header)).answer_ids(asked("q"), "a")
     response = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q: ' + m['content'] + ' A: ' }}"
         "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
     )
     assert check_tokenizer(chatml(response), chats=True) == []
+    assert chat(chatml(response)).answer_ids(asked("q"), "a")
 
 
 def test_a_template_that_writes_the_date_is_told() -> None:

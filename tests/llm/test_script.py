@@ -1,6 +1,7 @@
 """The language script as a user runs it: the whole path, and one clear line with exit code 2 for what is wrong."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from spin_diffusion.evaluation.report.reading import read_results
-from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
 from spin_diffusion.store.folder import MARKER
 from tests.llm.playing import LANGUAGE
 from tests.test_scripts import refused, run
@@ -269,6 +270,65 @@ def test_a_tokenizer_without_a_pad_token_is_used_with_another(settings, tmp_path
     config.pop("pad_token")
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     assert play(tmp_path, settings | {"model_name_or_path": str(base), "rounds": 1}) == 0
+
+
+THINKS = (
+    "{%- for m in messages %}<|{{ m.role }}|>{%- if m.role == 'assistant' and loop.last %}think {% endif %}"
+    "{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|assistant|>{%- if enable_thinking is defined and not enable_thinking %}think "
+    "{% endif %}{%- endif %}"
+)
+
+
+def test_what_a_template_writes_before_answers_is_refused_until_it_belongs_to_the_prompt(settings, tmp_path, capsys):
+    (tmp_path / "own.jinja").write_text(THINKS)
+    settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "lm_eval_tasks": None}
+    refused(
+        capsys, play(tmp_path, settings), "the chat template writes 'think ' before every real answer",
+        "give --chat_template_kwargs '{enable_thinking: false}'",
+    )  # fmt: skip
+    refused(capsys, play(tmp_path, settings, "--chat_template_kwargs", "{thinking: false}"), "no variable of this name")
+    argv = ["--chat_template_kwargs", "{enable_thinking: false}"]
+    assert play(tmp_path, settings, *argv) == 0
+    out = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    for part in ("data", "held_out"):
+        rows = [row for path in sorted((out / part).rglob("*.parquet")) for row in read_rows(path)]
+        assert rows
+        for row in rows:
+            assert tokenizer.decode(row["prompt_ids"]).endswith("<|assistant|>think "), row["prompt"]
+            assert tokenizer.decode(row["tokens"]).removesuffix("</s>") == row["text"]
+    drawn = [row for path in sorted((out / "round-1" / "samples").rglob("*.parquet")) for row in read_rows(path)]
+    assert all(tokenizer.decode(row["prompt_ids"]).endswith("<|assistant|>think ") for row in drawn)
+    # Who loads the player asks it as it was trained
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a dog"}], tokenize=False, add_generation_prompt=True
+    )
+    assert asked.endswith("<|assistant|>think ")
+    assert "chat_template_kwargs:\n  enable_thinking: false" in (out / "config.yaml").read_text()
+    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "chat_template_kwargs")
+
+
+def test_a_template_that_is_no_small_file_or_never_ends_is_refused(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spin_diffusion.store.deadline.TEMPLATE_SECONDS", 0.5)
+    pipe, large, endless = (tmp_path / name for name in ("pipe.jinja", "large.jinja", "endless.jinja"))
+    os.mkfifo(pipe)
+    large.write_bytes(b" " * 2**21)
+    endless.write_text("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}")
+    for path, says in ((pipe, "named pipe"), (large, "bytes"), (endless, "does not end")):
+        refused(capsys, play(tmp_path, settings | {"chat_template": str(path)}), "chat", says)
+
+
+def test_answers_that_are_cut_are_counted_before_training_and_by_the_plan(settings, tmp_path, capsys):
+    settings |= {"max_new_tokens": 5, "rounds": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert run("plan.py", "--config", str(config)) == 0
+    line = r"answers cut at --max_new_tokens 5 or --max_length 48, .*\(the longest has \d+ tokens\): \d+"
+    assert re.search(r"Of the first \d+ answers: " + line, capsys.readouterr().out)
+    assert play(tmp_path, settings) == 0
+    printed = capsys.readouterr().out
+    assert re.search("\n" + line, printed) and re.search("held out: " + line, printed)
 
 
 def test_answers_that_cannot_be_used_are_counted(settings, tmp_path, capsys):

@@ -17,6 +17,8 @@ from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.specs import About
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.store.deadline import fill_template
+from spin_diffusion.store.weights import load_whole
 
 ABOUT = About(
     title="Reward model",
@@ -45,14 +47,18 @@ def load(device: str, path: str | None = None) -> Judge:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{path} has no .safetensors file: other formats are not read")
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{path} is an adapter (adapter_config.json): merge it into its model, and give that")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if config.num_labels != 1:
             raise InputError(f"{path} has {config.num_labels} logits, and a reward model has one")
-        model, said = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
-            local_files_only=True,
-        )  # fmt: skip
+        if getattr(config, "quantization_config", None):
+            raise InputError(f"{path}: its weights are quantised: give the reward model in full numbers")
+        # A language model without a trained head would look like a judge if what is missing were filled
+        model = load_whole(
+            AutoModelForSequenceClassification, folder, where=str(path), config=config, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except InputError:
         raise
@@ -60,9 +66,6 @@ def load(device: str, path: str | None = None) -> Judge:
         raise InputError(
             f"{path} is no sequence classifier that transformers can load: {one_line(error)[:200]}"
         ) from error
-    if missing := sorted(said["missing_keys"]):
-        # transformers would fill them with noise: a language model without a trained head would look like a judge
-        raise InputError(f"{path} lacks the weights {', '.join(missing[:3])}: it is not trained as a reward model")
     checkpoint = {file.name: file_hash(file) for file in weights}
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device, checkpoint)
 
@@ -104,7 +107,7 @@ class RewardModel:
             found = self.tokenizer(answer.prompt, answer.text, verbose=False)
         else:
             turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = fill_template(lambda: self.tokenizer.apply_chat_template(turns, tokenize=False))
             # The template has written the special tokens
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}

@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -187,8 +188,8 @@ def test_a_reward_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model = LlamaForSequenceClassification.from_pretrained(folder)
     model.score.weight.data.fill_(math.nan)
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="reward_model returned nan"):
-        load_judge(f"reward_model={folder}", "cpu")(some_answers(), no_model)
+    with pytest.raises(InputError, match="score.weight has numbers that are not finite"):
+        load_judge(f"reward_model={folder}", "cpu")
 
 
 def test_what_is_no_reward_model_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -200,6 +201,10 @@ def test_what_is_no_reward_model_is_refused_in_one_line(tmp_path: Path) -> None:
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     broken = write_reward_model(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
+    quantised, adapter = write_reward_model(tmp_path / "quantised"), write_reward_model(tmp_path / "adapter")
+    config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (quantised / "config.json").write_text(json.dumps(config))
+    (adapter / "adapter_config.json").write_text("{}")
     for spec, message in (
         ("reward_model", "which reward model"),
         (f"reward_model={tmp_path / 'gone'}", "gone is no folder"),
@@ -207,7 +212,9 @@ def test_what_is_no_reward_model_is_refused_in_one_line(tmp_path: Path) -> None:
         (f"reward_model={tmp_path / 'empty'}", "has no .safetensors file"),
         (f"reward_model={pickled}", "has no .safetensors file"),
         (f"reward_model={two}", "has 2 logits, and a reward model has one"),
-        (f"reward_model={headless}", "lacks the weights .*score.weight.*not trained as a reward model"),
+        (f"reward_model={headless}", "its weights lack score.weight"),
+        (f"reward_model={quantised}", "its weights are quantised"),
+        (f"reward_model={adapter}", "is an adapter"),
         (f"reward_model={broken}", "no sequence classifier that transformers can load"),
     ):
         with pytest.raises(InputError, match=message) as raised:
