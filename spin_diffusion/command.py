@@ -1,6 +1,5 @@
 """From an exception to what a user reads: one line and exit code 2, or a traceback with --debug."""
 
-import errno
 import io
 import os
 import signal
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import end_bars
+from spin_diffusion.store.machine import in_words, trouble_of
 
 # Read by transformers when it is imported, which happens after this module: its notes about image processors that are
 # not used here would be the first thing that a user sees.
@@ -39,18 +39,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
-        # torch and safetensors report a full disk as errors of their own, with the system's words in them
-        reasons = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-        reason = next((os.strerror(n) for n in reasons if getattr(error, "errno", None) == n), None)
-        reason = reason or next((os.strerror(n) for n in reasons if os.strerror(n) in str(error)), None)
-        if reason is None and not _lost_another(error):
+        number = trouble_of(error)
+        if number is None and not _lost_another(error):
             raise
         raised = error
-        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-        full = reason in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-        remedy = "make room or give another --output_dir" if full else "allow it, or give another --output_dir"
-        message = f"{reason}{where}: {remedy}, then run the same command again"
-        if reason is None:
+        if number is not None:
+            message = in_words(number, error)
+        else:
             message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
     end_bars()
     if "--debug" in argv or "--debug=true" in argv:
@@ -93,6 +88,12 @@ def _last_words() -> Iterator[None]:
                 print(f"\n{_who()}told to stop (SIGTERM). {_KEPT}", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
 
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        # A library's writer raises it again in the main thread, which says it
+        if args.exc_value is None or trouble_of(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    hooked, threading.excepthook = threading.excepthook, of_thread
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     woken = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=wait, daemon=True).start()
@@ -101,4 +102,5 @@ def _last_words() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGTERM, before)
+        threading.excepthook = hooked
         writer.close()

@@ -47,6 +47,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_rows,
 )
 from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.machine import trouble_of
 
 SetName = Literal["validation", "test"]
 
@@ -148,7 +149,7 @@ def is_done(task: Task) -> bool:
 
 
 def do(task: Task) -> None:
-    """Train and score; a failure is written down rather than raised."""
+    """Train and score; a failure is written down rather than raised, but for what the machine has against it."""
     folder = Path(task.folder)
     with _alone(folder):
         if is_done(task):
@@ -165,6 +166,8 @@ def do(task: Task) -> None:
         except InputError as error:
             write_failure(folder, "refused", str(error))
         except Exception as error:
+            if trouble_of(error) is not None:
+                raise  # the next cell would meet it too
             with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 log.write(traceback.format_exc())
             said = (str(error).strip().splitlines() or [""])[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.cells import Task, do, write_failure
+from spin_diffusion.store.machine import trouble_of
 
 
 def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_on: Callable[[], bool]) -> None:
@@ -30,18 +31,22 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
         waiting.put(task)
     lock = threading.Lock()
     processes: list[_Process] = []
+    failures: list[Exception] = []
 
     def serve() -> None:
         process = _Process()
         processes.append(process)
-        while go_on():
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                break
-            process.do(task)
-            with lock:
-                done(task)
+        try:
+            while go_on() and not failures:
+                try:
+                    task = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                process.do(task)
+                with lock:
+                    done(task)
+        except Exception as error:  # a thread's own would end with the thread
+            failures.append(error)
         process.close()
 
     threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(jobs, len(tasks)))]
@@ -54,6 +59,8 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
         for process in processes:
             process.kill()
         raise
+    if failures:
+        raise failures[0]
 
 
 class _Process:
@@ -72,12 +79,15 @@ class _Process:
             theirs.close()
         try:
             self.pipe.send(task)
-            self.pipe.recv()
+            failure = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             code = self.process.exitcode
             self.process = None
             write_failure(Path(task.folder), "killed", f"its process ended with code {code}")
+            return
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         if self.process is not None:
@@ -101,11 +111,17 @@ def _serve(pipe: Any) -> None:
             task = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
+        failure = None
         try:
             do(task)
         except KeyboardInterrupt:
             return
+        except Exception as error:
+            number = trouble_of(error)
+            if number is None:
+                raise
+            failure = OSError(number, os.strerror(number), task.folder)
         try:
-            pipe.send(None)
+            pipe.send(failure)
         except OSError:
             return  # the comparison is gone

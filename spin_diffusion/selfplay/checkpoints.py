@@ -6,15 +6,40 @@ Each appears whole or not at all, and a checkpoint is read only if every byte of
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.run_dir import commit, file_hashes, part_of, read_json, remove_files, verify_hashes
+from spin_diffusion.selfplay.progress import tell
+from spin_diffusion.selfplay.run_dir import (
+    Damaged,
+    commit,
+    file_hashes,
+    part_of,
+    read_json,
+    remove_files,
+    verify_hashes,
+)
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
+from spin_diffusion.store.machine import writing
 
 CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
 _AVERAGE, _EMA, _HASHES, _TRAINER = "average.safetensors", "ema.safetensors", "hashes.json", "trainer.json"
+
+
+class _State(TypedDict):
+    """What trainer.json holds."""
+
+    step: int
+    kind: str
+    global_batch: int
+    lr: float
+    ema_steps: int
+    history: list[dict[str, Any]]
+    anchors: list[dict[str, Any]]
 
 
 class Checkpoints:
@@ -37,51 +62,50 @@ class Checkpoints:
         if main:
             part.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        self.trainee.save(part)
-        self.accelerator.wait_for_everyone()
-        if main:
-            if self.average is not None:
-                save_weights(self.average.weights, part / _AVERAGE)
-            if anchors:
-                shutil.copytree(self.directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
-            state = {
-                "step": step,
-                "kind": self.trainee.kind,
-                "global_batch": self.global_batch,
-                "lr": self.trainee.optimizer.param_groups[0]["lr"],
-                "ema_steps": ema.optimization_step if ema is not None else 0,
-                "history": history,
-                "anchors": anchors,
-            }
-            (part / _TRAINER).write_text(json.dumps(state))
-            _commit_listed(part, path)
-            if limit is not None:  # only now: with a limit of 1 there would be none while this one was written
-                others = [old for old in _checkpoints(self.directory) if old != path]
-                for old in others[: len(others) + 1 - limit]:
-                    _remove(old)
+        with writing(path):
+            self.trainee.save(part)
+            self.accelerator.wait_for_everyone()
+            if main:
+                if self.average is not None:
+                    save_weights(self.average.weights, part / _AVERAGE)
+                if anchors:
+                    shutil.copytree(self.directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
+                state = {
+                    "step": step,
+                    "kind": self.trainee.kind,
+                    "global_batch": self.global_batch,
+                    "lr": self.trainee.optimizer.param_groups[0]["lr"],
+                    "ema_steps": ema.optimization_step if ema is not None else 0,
+                    "history": history,
+                    "anchors": anchors,
+                }
+                (part / _TRAINER).write_text(json.dumps(state))
+                _commit_listed(part, path)
+        if main and limit is not None:  # only now: with a limit of 1 there would be none while this one was written
+            others = [old for old in _checkpoints(self.directory) if old != path]
+            for old in others[: len(others) + 1 - limit]:
+                _remove(old)
         self.accelerator.wait_for_everyone()
 
     def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
-        """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors."""
-        path = _newest_checkpoint(self.directory, wanted)
+        """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors.
+
+        Where the newest is wanted and is not what was written, the one before it is taken, which is said.
+        """
+        path = _first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
         if path is None:
             return 0, [], []
-        if not (path / _HASHES).is_file():
-            raise InputError(
-                f"{path} is not a checkpoint of this program (it has no hashes.json): delete it and run again"
-            )
-        verify_hashes(read_json(path / _HASHES), path)
-        state = read_json(path / _TRAINER)
+        state = read_json(path / _TRAINER, _State)
         if state["global_batch"] != self.global_batch:
             raise InputError(
                 f"{path} was made with {state['global_batch']} pairs in each optimizer step, this run has "
                 f"{self.global_batch}: change --train_batch_size, --gradient_accumulation_steps or the number of "
                 "processes to keep their product"
             )
-        if state.get("kind", "whole") != self.trainee.kind:
+        if state["kind"] != self.trainee.kind:
             raise InputError(
                 f"{path} holds the player {state['kind']}, this run trains it {self.trainee.kind}: launch it as "
-                "before until the round is done, or delete the checkpoint"
+                f"before until the round is done, or delete all {CHECKPOINT}* in {self.directory}"
             )
         if state["anchors"]:
             self._seat_anchor(path, state["anchors"][-1]["hash"])
@@ -167,17 +191,45 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
-def _newest_checkpoint(directory: Path, wanted: str) -> Path | None:
+def _wanted_checkpoints(directory: Path, wanted: str) -> list[Path]:
+    """Those that may be taken up, the best first."""
     found = _checkpoints(directory)
     if wanted == "latest":
-        return found[-1] if found else None
+        return found[::-1]
     named = [path for path in found if path.name == Path(wanted).name]
     if found and not named:
         raise InputError(
             f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
             "give one of these, or latest"
         )
-    return named[0] if named else None
+    return named
+
+
+def _first_whole(folders: list[Path], accelerator: Accelerator, stop: bool = False) -> Path | None:
+    """The first of the folders of which every byte is as it was written; all processes take the one that the main one
+    finds. Those that are not are said.
+
+    Args:
+        stop: raise Damaged instead.
+    """
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        for path in folders:
+            try:
+                listed = read_json(path / _HASHES, dict[str, str], _ANOTHER)
+                if not listed:
+                    raise Damaged(path / _HASHES, "it lists no files", _ANOTHER)
+                verify_hashes(listed, path, _ANOTHER)
+                found = [path]
+                break
+            except Damaged as error:
+                if stop:
+                    raise
+                tell(f"{str(error).rpartition(': ')[0]}: the round goes on from what it kept before, or from its start")
+    return broadcast_object_list(found)[0]
+
+
+_ANOTHER = "give another --resume_from_checkpoint, or latest"
 
 
 def remove_checkpoints(directory: Path) -> None:

@@ -40,6 +40,7 @@ from spin_diffusion.selfplay.run_dir import (
     read_rows,
     remove_files,
     seed_from,
+    settle,
     tell_remade,
     verify_hashes,
     write_file,
@@ -65,6 +66,7 @@ from spin_diffusion.selfplay.tracking import log_phase
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
+from spin_diffusion.store.machine import trouble_of
 
 CACHED = STATES.index("CACHED")
 SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
@@ -107,7 +109,15 @@ class Round:
         self.record = read_record(self.directory)
 
     def run(self) -> dict[str, Any]:
-        """Take every step that is not committed yet."""
+        """Take every step that is not committed yet. What a full disk leaves half-written is removed."""
+        try:
+            return self._run()
+        except Exception as error:
+            if self.accelerator.is_main_process and trouble_of(error) is not None:
+                settle(self.directory)
+            raise
+
+    def _run(self) -> dict[str, Any]:
         self._marked = time.perf_counter()
         # All have read the record before one of them changes it: otherwise a late one would skip a step
         self.accelerator.wait_for_everyone()

@@ -27,12 +27,13 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.keys import KEY
+from spin_diffusion.store.machine import PART, writing
 from spin_diffusion.store.opening import open_regular, read_bytes
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.typed import fit
 
-PART, OLD = ".spin-part", ".spin-old"
-"""Ends of the names of what is not complete yet, and of a folder that is being replaced. No user has such names."""
+OLD = ".spin-old"
+"""End of the name of a folder that is being replaced. No user has such names."""
 
 
 def seed_from(*parts: str | int | float) -> int:
@@ -139,8 +140,9 @@ def _remove_empty(folder: Path) -> None:
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file through `write(part path)` and commit it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(part_of(path))
-    commit(path)
+    with writing(path):
+        write(part_of(path))
+        commit(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -269,10 +271,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     """Write a file into a folder where other programs may be writing the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
-    _save_tensors(part, tensors, {KEY: key})
-    _sync(part)
-    os.replace(part, path)
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with writing(own):
+        _save_tensors(part_of(own), tensors, {KEY: key})
+        _sync(part_of(own))
+        os.replace(part_of(own), path)
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

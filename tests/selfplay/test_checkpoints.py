@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots, _newest_checkpoint, remove_checkpoints
+from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots, _wanted_checkpoints, remove_checkpoints
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.run_dir import file_hashes, write_json
 from spin_diffusion.selfplay.trainee import Average, Trainee
@@ -31,14 +31,14 @@ def folder(tmp_path) -> Path:
 
 
 def test_the_newest_whole_checkpoint_is_taken_up_or_the_one_that_is_named(folder, tmp_path):
-    assert _newest_checkpoint(folder, "latest").name == "checkpoint-10"
+    assert [path.name for path in _wanted_checkpoints(folder, "latest")] == ["checkpoint-10", "checkpoint-9"]
     for named in ("checkpoint-9", str(folder / "checkpoint-9"), "elsewhere/checkpoint-9/"):
-        assert _newest_checkpoint(folder, named).name == "checkpoint-9"
+        assert _wanted_checkpoints(folder, named) == [folder / "checkpoint-9"]
     with pytest.raises(InputError, match="checkpoint-8: .* has checkpoint-9, checkpoint-10; give one of these"):
-        _newest_checkpoint(folder, "checkpoint-8")
+        _wanted_checkpoints(folder, "checkpoint-8")
     # A round that has none yet, as all are after the one that was meant
-    assert _newest_checkpoint(folder / "unet", "checkpoint-9") is None
-    assert _newest_checkpoint(folder / "unet", "latest") is None
+    assert _wanted_checkpoints(folder / "unet", "checkpoint-9") == []
+    assert _wanted_checkpoints(folder / "unet", "latest") == []
 
 
 def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays_but_what_is_its_users(folder):
@@ -89,7 +89,8 @@ def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
 )
 def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_path):
     path = tmp_path / "checkpoint-1"
-    write_json(path / "trainer.json", {"step": 1, "kind": "whole", "global_batch": 4, "anchors": []} | changed)
+    state = {"step": 1, "kind": "whole", "global_batch": 4, "lr": 1e-4, "ema_steps": 0, "history": [], "anchors": []}
+    write_json(path / "trainer.json", state | changed)
     write_json(path / "hashes.json", file_hashes([path], path))
     trainee = create_autospec(Trainee, instance=True)
     trainee.kind, trainee.game, trainee.accelerator = (

@@ -4,6 +4,7 @@ to the letter, and the run ends with the same bytes."""
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.record import read_record
 from spin_diffusion.selfplay.run_dir import Damaged, file_hashes, read_json, read_json_lines, read_rows, write_rows
 from spin_diffusion.selfplay.samples import data_manifest
-from tests.playing import play_all
+from tests.playing import TRAINING, play_all
 
 SHARD = "00001-of-00003"
 
@@ -182,3 +183,80 @@ def test_lines_of_json_that_are_cut_or_of_another_kind_are_damaged(tmp_path, con
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(Damaged, match="a.jsonl is damaged"):
         read_json_lines(tmp_path / "a.jsonl")
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: no handler may catch it."""
+
+
+@pytest.fixture(scope="module")
+def killed(sdxl_dir, tmp_path_factory):
+    """A run that was killed in the fourth step of its first round, with three checkpoints."""
+    from spin_diffusion.selfplay import health
+
+    def dying(*args, **kwargs):
+        if kwargs["step"] == 3:
+            raise Killed
+
+    output_dir = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(health, "check_finite", dying)
+        with pytest.raises(Killed):
+            play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1))
+    return output_dir
+
+
+def play_on(sdxl_dir, output_dir, **training) -> None:
+    play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1, **training))
+
+
+NEWEST = "round-1/checkpoint-3/"
+
+
+@pytest.mark.parametrize(
+    ("damages", "resumed"),
+    [
+        ({NEWEST + "optimizer.bin": "flipped"}, "checkpoint-2"),
+        ({NEWEST + "optimizer.bin": "gone", "round-1/checkpoint-2/trainer.json": "cut"}, "checkpoint-1"),
+        ({NEWEST + "hashes.json": "empty"}, "checkpoint-2"),
+        ({NEWEST + "hashes.json": "{}"}, "checkpoint-2"),
+        ({f"round-1/checkpoint-{step}/random_states_0.pkl": "flipped" for step in (1, 2, 3)}, None),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    killed, unbroken, sdxl_dir, tmp_path, capsys, damages, resumed
+):
+    shutil.copytree(killed, tmp_path / "run")
+    for name, damage in damages.items():
+        path = tmp_path / "run" / name
+        path.write_text(damage) if damage == "{}" else DAMAGES[damage](path)
+    play_on(sdxl_dir, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert (f"Resuming from round-1/{resumed}" in said) if resumed else "Resuming" not in said
+    for name in damages:
+        assert f"{name} is " in said and "the round goes on from what it kept before" in said
+    weights = {name for name in hashes(unbroken) if name.endswith(".safetensors")}
+    assert {name: hashes(tmp_path / "run")[name] for name in weights} == {
+        name: hashes(unbroken)[name] for name in weights
+    }
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_with_a_remedy_that_works(killed, sdxl_dir, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    flip(tmp_path / "run" / NEWEST / "optimizer.bin")
+    with pytest.raises(InputError, match="optimizer.bin is damaged .*: give another .*, or latest$"):
+        play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="checkpoint-3")
+    play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="latest")
+
+
+def test_checkpoints_of_another_layout_of_the_player_may_be_deleted_as_the_message_says(killed, sdxl_dir, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    folder = tmp_path / "run" / NEWEST
+    (folder / "trainer.json").write_text(json.dumps(read_json(folder / "trainer.json") | {"kind": "in shards"}))
+    (folder / "hashes.json").unlink()
+    (folder / "hashes.json").write_text(json.dumps(file_hashes([folder], folder)))
+    with pytest.raises(InputError, match=r"or delete all checkpoint-\* in \S+/round-1$"):
+        play_on(sdxl_dir, tmp_path / "run")
+    for path in folder.parent.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    play_on(sdxl_dir, tmp_path / "run")

@@ -323,26 +323,6 @@ def test_what_a_killed_process_left_half_done_is_put_right_first(copied, unbroke
     assert not [path for pattern in ("*.spin-old", "*.spin-part") for path in copied.rglob(pattern)]
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "trainer.json"])
-def test_a_damaged_checkpoint_is_named(name, sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay import health
-
-    def dying(*args, **kwargs):
-        if kwargs["step"] == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(health, "check_finite", dying)
-        with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path, rounds=1)
-    damaged = tmp_path / "round-1" / "checkpoint-2" / name
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    with pytest.raises(InputError, match=f"checkpoint-2/{name} is damaged .its SHA-256"):
-        play_all(sdxl_dir, tmp_path, rounds=1)
-
-
 def test_other_data_under_a_running_round_is_refused(copied, sdxl_dir):
     back_to_generated(copied)
     manifest = read_json(copied / "data" / "manifest.json")
