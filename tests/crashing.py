@@ -43,7 +43,9 @@ State = dict[str, str]
 SCORER = """
 import torch
 def load(device):
-    return lambda images, prompts: torch.tensor([float(image.convert("L").resize((1, 1)).getpixel((0, 0))) for image in images])
+    def score(images, prompts):
+        return torch.tensor([float(image.convert("L").resize((1, 1)).getpixel((0, 0))) for image in images])
+    return score
 """
 
 VOLATILE = {"seconds", "ledger", "pairs_per_second", "resumed_from"}
