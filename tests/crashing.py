@@ -1,6 +1,6 @@
 """Every point at which a command can be killed: the states of its folder before each change, and what is made of them.
 
-    python -m tests.crashing {images,lora,language,evaluation} FOLDER [EVERY]
+    python -m tests.crashing {images,lora,language,evaluation} FOLDER [all | borders]
 
 The command runs once, and a copy of its folder is kept from before each change (an audit hook of Python sees every open
 for writing, rename, mkdir, unlink and rmdir). From a copy of each state the command is started again, and what it ends
@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -306,8 +307,20 @@ def settled(store: Store, state: State | None, scratch: Path) -> str:
     return json.dumps(store.steady(store.state_of(scratch)), sort_keys=True)
 
 
-def try_all(kind: str, folder: Path, every: int = 1) -> dict[str, Any]:
-    """Record, start again from each state (or every so many of them), and say what came out otherwise.
+def _borders(states: list[State | None], numbers: list[int]) -> list[int]:
+    """Those of the states that have other folders at the top than the one before."""
+
+    def folders(number: int) -> set[str]:
+        return {name for name, content in (states[number] or {}).items() if content == "folder" and "/" not in name}
+
+    return [here for before, here in pairwise(numbers) if folders(before) != folders(here)]
+
+
+def try_all(kind: str, folder: Path, which: str = "all") -> dict[str, Any]:
+    """Record, start again from each state, and say what came out otherwise.
+
+    Args:
+        which: "borders" = only where a folder at the top came, went or stepped aside.
 
     Returns:
         `changes` and `states` of the unbroken run, `tried` of them, `in_place`: paths that were opened for writing
@@ -323,7 +336,8 @@ def try_all(kind: str, folder: Path, every: int = 1) -> dict[str, Any]:
     wanted = store.steady(states[-1])
     running: dict[int, tuple[int, Path]] = {}
     wrong: dict[int, str] = {}
-    left = sorted(classes.values())[::every]
+    left = sorted(classes.values())
+    left = _borders(states, left) if which == "borders" else left
     tried, started = len(left), time.monotonic()
     while left or running:
         while left and len(running) < AT_A_TIME:
@@ -357,4 +371,4 @@ def try_all(kind: str, folder: Path, every: int = 1) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(try_all(sys.argv[1], Path(sys.argv[2]).absolute(), int(sys.argv[3]) if sys.argv[3:] else 1)))
+    print(json.dumps(try_all(sys.argv[1], Path(sys.argv[2]).absolute(), *sys.argv[3:])))

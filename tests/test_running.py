@@ -91,10 +91,11 @@ def test_shared_encodings_lie_in_a_folder_of_their_own(tmp_path):
         begin(tmp_path / "elsewhere" / ".." / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="--encodings_dir .*/mine is not empty and not a folder of this program"):
+    with pytest.raises(InputError, match="--encodings_dir .*/mine is not empty and has no .spin-diffusion.json"):
         begin(tmp_path / "mine")
     assert not out.exists() and len(list((tmp_path / "mine").iterdir())) == 1
     begin(shared)
     begin(shared)
+    assert [path.name for path in shared.iterdir()] == [MARKER]
     with pytest.raises(InputError, match="--encodings_dir .*/out .*says image training, not store of encodings"):
         check_folder(out, "store of encodings", "--encodings_dir")

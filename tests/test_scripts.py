@@ -480,7 +480,7 @@ def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(settings
 def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    refused(capsys, play(tmp_path, settings), "is not empty and not a folder of this program")
+    refused(capsys, play(tmp_path, settings), "is not empty and has no .spin-diffusion.json")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 

@@ -28,6 +28,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.folder import take_folder
+
 HERE = Path(__file__).resolve().parent
 TOKENS = 64
 """Positions of the model: prompt, answer and special tokens."""
@@ -244,6 +247,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=128, help="answers per step")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     args = parser.parse_args(argv)
+    if args.output_dir.resolve() != HERE:
+        try:
+            take_folder(args.output_dir, "toy language")
+        except InputError as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     for name, per_prompt, stream in (("train", args.rows, 1), ("held_out", args.held_out_rows, 2)):

@@ -18,6 +18,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.folder import take_folder
+
 HERE = Path(__file__).resolve().parent
 METHODS = {
     "SPACE": ["--objective", "space"],
@@ -156,7 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        take_folder(args.output_dir, "comparison on the toy language")
+    except InputError as error:
+        parser.error(str(error))
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker has one core
     runs = [(method, data, seed) for seed in args.seeds for method in METHODS for data in DATA]
     found: dict[tuple[str, str], list[list[float]]] = {(method, data): [] for method in METHODS for data in DATA}

@@ -49,6 +49,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from spin_diffusion.input_error import InputError
+from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.folder import take_folder
+
 HERE = Path(__file__).resolve().parent
 TOKENS = 77
 TEXT_WIDTH = 64
@@ -450,8 +454,7 @@ def train_pipeline(
             state = {"modules": modules.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
             state["settings"] = settings
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state, state_path.with_suffix(".part"))
-            state_path.with_suffix(".part").rename(state_path)
+            write_file(state_path, lambda part, state=state: torch.save(state, part))
             save(with_modules(pipeline, *averaged), folder)
     return with_modules(pipeline, *averaged)
 
@@ -535,6 +538,15 @@ def write_hashes(folder: Path) -> None:
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=1) + "\n")
 
 
+def claim(folder: Path, program: str, parser: argparse.ArgumentParser) -> None:
+    """Take a folder to write into, which is absent, empty, this program's already, or this repository's own."""
+    if HERE not in (folder.resolve(), *folder.resolve().parents):
+        try:
+            take_folder(folder, program)
+        except InputError as error:
+            parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE)
@@ -553,8 +565,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if WORKERS > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        claim(args.output_dir, "toy world", parser)
+        claim(args.work_dir, "states of a toy world", parser)
+    barrier()
     torch.manual_seed(args.seed)  # the same initial weights in every worker
     drawings = args.drawings // WORKERS  # every worker draws its own
     args.batch_size //= WORKERS

@@ -144,8 +144,7 @@ def train_unet(
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             state = {"unet": unet.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
             state |= {"optimizer": optimizer.state_dict(), "settings": settings}
-            torch.save(state, state_path.with_suffix(".part"))
-            state_path.with_suffix(".part").rename(state_path)
+            build.write_file(state_path, lambda part, state=state: torch.save(state, part))
     return averaged
 
 
@@ -195,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (parent / "model_index.json").exists():
         parser.error(f"{parent} holds no pipeline: build.py makes it")
     torch.set_num_threads(1)  # the order of sums, and with it the bytes, depends on the number of threads
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    build.claim(args.output_dir, "toy world", parser)
+    build.claim(args.work_dir, "states of a toy world", parser)
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(parent, torch_dtype=torch.float32)
     for stage, (_, swap_colour, swap_shape) in enumerate(STAGES):

@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="captions, each with two drawings")
     parser.add_argument("--captions", type=int, default=8000)
     args = parser.parse_args(argv)
+    build.claim(args.output_dir, "toy scorer", parser)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng((args.seed, 21))
     tokenizer = build.write_tokenizer(args.output_dir, "<|endoftext|>")

@@ -76,7 +76,8 @@ def prepare(
                   progress.phase("encode the real samples", total))  # fmt: skip
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = file_hashes([directory / "samples", directory / ENCODED], directory)
+        found = file_hashes([directory / "samples", directory / ENCODED], directory)
+        files = {name: digest for name, digest in found.items() if is_shard(name)}
         if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
             drawn = {name: digest for name, digest in files.items() if _is_sample(name)}
             left_out = begun["left_out"] if begun is not None else None

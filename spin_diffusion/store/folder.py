@@ -1,7 +1,7 @@
 """Whose a folder is: a marker file names the program that writes there, and its lock keeps a second command out.
 
 A folder without the marker is somebody else's, and nothing in it is ever written, replaced or removed. The marker is
-written first, into a folder that is absent or empty, and is never replaced: whoever deletes it takes the folder back.
+written first, into a folder that is absent or empty, and it is never removed: whoever deletes it takes the folder back.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
         flag: that the folder was given with.
 
     Returns:
-        Whether it is this program's already; otherwise it is absent or empty.
+        Whether it is this program's already; otherwise it is absent, or there is nothing in it but a marker.
 
     Raises:
         InputError: it holds something else, is another program's, or is no folder.
@@ -56,16 +56,20 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
     strangers = {name for name in names - _OF_NOBODY - {MARKER} if not name.startswith(".nfs")}
     if MARKER in names:
         said = _read(folder / MARKER)
-        if not said and not strangers:
-            return False  # killed, or on a full disk, after the marker was made and before it said something
+        if not strangers and said != _marker_of(program):
+            return False  # emptied by its user; or a command was killed before its marker said something
         _check_marker(said, program, where)
         return True
     if strangers:
         raise InputError(
-            f"{where} is not empty and not a folder of this program, or one of an earlier version (it has no {MARKER}):"
-            " give another"
+            f"{where} is not empty and has no {MARKER}: it is somebody else's, or of an earlier version, or was copied "
+            "without that file: give another"
         )
     return False
+
+
+def _marker_of(program: str) -> dict[str, Any]:
+    return {"program": program, "format": FORMAT}
 
 
 def _read(marker: Path) -> dict[str, Any]:
@@ -196,7 +200,7 @@ def _lock(folder: Path, descriptor: int, flag: str, wait: bool) -> bool:
 
 def _write(descriptor: int, program: str) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps({"program": program, "format": FORMAT}) + "\n").encode(), 0)
+    os.pwrite(descriptor, (json.dumps(_marker_of(program)) + "\n").encode(), 0)
     os.fsync(descriptor)
 
 

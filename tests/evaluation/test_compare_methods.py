@@ -364,11 +364,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(config, tmp_path, capsys, 
 def test_another_programs_folder_is_refused(config, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("worlds: {a: {}}")
-    refused(capsys, run("--config", str(config)), "is not empty and not a folder of this program")
+    refused(capsys, run("--config", str(config)), "is not empty and has no .spin-diffusion.json")
     (tmp_path / "out" / "config.yaml").unlink()
     take_folder(tmp_path / "out", "evaluation")
+    (tmp_path / "out" / "results.json").write_text("{}")
     refused(capsys, run("--config", str(config)), "says evaluation, not comparison")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [MARKER]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [MARKER, "results.json"]
 
 
 # The whole

@@ -54,11 +54,12 @@ def test_somebodys_folder_is_left_alone(tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    left_alone(tmp_path / "out", "out is not empty and not a folder of this program, or one of an earlier version")
+    left_alone(tmp_path / "out", "out is not empty and has no .spin-diffusion.json: it is somebody")
 
 
 def test_a_folder_of_another_program_or_format_is_left_alone(tmp_path):
     take_folder(tmp_path / "out", "comparison")
+    (tmp_path / "out" / "results.json").touch()
     left_alone(tmp_path / "out", f"out is not this program's folder .{MARKER} says comparison, not evaluation.")
     (tmp_path / "out" / MARKER).write_text(json.dumps({"program": PROGRAM, "format": 2}))
     left_alone(tmp_path / "out", "is of another version of this program .format 2, this one has 1.")
@@ -70,6 +71,14 @@ def test_a_damaged_marker_makes_no_folder_of_ours(tmp_path, said):
     (tmp_path / "out" / MARKER).write_text(said)
     (tmp_path / "out" / "mine").write_text("mine")
     left_alone(tmp_path / "out", "out is not this program's folder")
+
+
+def test_a_folder_that_its_user_emptied_is_any_programs_again(tmp_path):
+    take_folder(tmp_path / "out", "comparison")
+    release(tmp_path / "out")
+    assert not check_folder(tmp_path / "out", PROGRAM)
+    take_folder(tmp_path / "out", PROGRAM)
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["program"] == PROGRAM
 
 
 @pytest.mark.parametrize("said", ["", '{"prog'])
@@ -180,6 +189,7 @@ def test_a_shared_folder_is_marked_and_not_kept(tmp_path):
     share_folder(tmp_path / "shared", "store of encodings", "--encodings_dir")
     take_folder(tmp_path / "shared", "store of encodings")
     release(tmp_path / "shared")
+    (tmp_path / "shared" / "latents").touch()
     with pytest.raises(InputError, match="--encodings_dir .*says store of encodings, not another"):
         share_folder(tmp_path / "shared", "another", "--encodings_dir")
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,18 @@ def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(build
     assert all(torch.equal(continued[name], unbroken[name]) for name in unbroken)
     with pytest.raises(SystemExit, match="'seed': 0.*'seed': 1"):
         build(builder, tmp_path / "killed", seed=1)
+
+
+def test_somebodys_folder_is_not_written_into(builder, tmp_path, capsys):
+    for name in ("out", "work"):
+        (tmp_path / name / "data").mkdir(parents=True)
+        (tmp_path / name / "data" / "train.parquet").write_text("mine")
+        with pytest.raises(SystemExit):
+            build(builder, tmp_path)
+        assert f"{name} is not empty and has no .spin-diffusion.json" in capsys.readouterr().err
+        (tmp_path / name).rename(tmp_path / "away")
+        assert (tmp_path / "away" / "data" / "train.parquet").read_text() == "mine"
+        shutil.rmtree(tmp_path / "away")
 
 
 def test_what_the_builder_draws_first_is_what_is_shipped(builder, tmp_path):
