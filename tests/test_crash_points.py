@@ -34,7 +34,7 @@ def check(kind: str, found: dict[str, Any]) -> None:
     assert found["changes"] >= CHANGES[kind]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_kill_where_a_folder_comes_or_goes_changes_no_byte(tmp_path):
     found = tried("images", tmp_path, "borders")
     check("images", found)

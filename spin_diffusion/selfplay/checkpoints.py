@@ -247,10 +247,12 @@ def _commit_listed(part: Path, path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete the files that a folder lists as written; one without a list that can be read is left alone."""
+    """Delete the files that a folder lists as written, and folders that are empty then; without a list that can be read
+    no file."""
     try:
         listed = read_json(folder / _HASHES)
     except (InputError, OSError):
-        return
-    remove_files(folder, lambda name: name in listed)
-    remove_files(folder, lambda name: name == _HASHES)  # last: what a kill leaves can still be known
+        listed = None
+    ours = set(listed) if isinstance(listed, dict) else set()
+    remove_files(folder, lambda name: name in ours)
+    remove_files(folder, lambda name: name == _HASHES and listed is not None)  # last: what a kill leaves is known
