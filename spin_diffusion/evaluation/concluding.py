@@ -214,21 +214,26 @@ def _counts(
 
 
 def losses_of(results: dict[str, Any], scale: float | None) -> list[str]:
-    """Sentences: which models lack samples at a guidance scale, and what is compared for it; none where nothing is."""
-    plural, said = modality_of(results["protocol"]).plural, []
-    for count in results.get("samples", []):
-        if count["guidance_scale"] == scale and count["prompts_lost"]:
-            unscored = f" and {count['unscored']} scores" if count["unscored"] else ""
-            said.append(f"{count['model']} lacks {count['missing']} of {count['asked']} {plural}{unscored}, "
-                        f"of {count['prompts_lost']} prompts")  # fmt: skip
-    if not said:
-        return []
-    left = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), 0)
-    asked, at = results["protocol"]["prompt_set"]["num_prompts"], "" if scale is None else f" at guidance {scale:g}"
-    return [
-        f"Only {left} of {asked} prompts are compared{at}: {'; '.join(said)}. They "
-        "are left out for every model, and those that are left may be easier ones."
+    """Sentences: which models lack samples at a guidance scale, and what is compared for it; whose are broken."""
+    plural, at = modality_of(results["protocol"]).plural, "" if scale is None else f" at guidance {scale:g}"
+    counts = [count for count in results.get("samples", []) if count["guidance_scale"] == scale]
+    lost = [
+        f"{count['model']} lacks {count['missing']} of {count['asked']} {plural}"
+        + (f" and the scores of {count['unscored']}" if count["unscored"] else "")
+        + f", of {count['prompts_lost']} prompts"
+        for count in counts
+        if count["prompts_lost"]
     ]
+    said = []
+    if lost:
+        left = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), 0)
+        said.append(
+            f"Only {left} of {results['protocol']['prompt_set']['num_prompts']} prompts are compared{at}: "
+            f"{'; '.join(lost)}. They are left out for every model, and those that are left may be easier ones."
+        )
+    if broken := [f"{count['broken']} of {count['model']}" for count in counts if count["broken"]]:
+        said.append(f"Broken {plural} (of one colour, empty) count with their scores{at}: {', '.join(broken)}.")
+    return said
 
 
 def closing_lines(results: dict[str, Any]) -> list[str]:

@@ -193,9 +193,10 @@ def test_folders_of_pictures_are_compared_and_what_is_broken_is_counted(scorer, 
     ]
     # Said wherever the numbers are: the console, the table, the page
     said = "Only 26 of 30 prompts are compared: light lacks 4 of 60 images, of 4 prompts"
+    broken = "Broken images (of one colour, empty) count with their scores: 2 of light."
     page = (tmp_path / "out" / "report.html").read_text()
     for text in (capsys.readouterr().out, (tmp_path / "out" / "table.md").read_text(), page):
-        assert said in text
+        assert said in text and broken in text
     assert "<dt>prompts compared</dt><dd>26 of 30</dd>" in page
 
 

@@ -35,7 +35,7 @@ from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache, pixel
 from spin_diffusion.evaluation.scorers._open_clip_weights import is_open_clip, to_clip_model
 from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.evaluation.scorers._precision import full_precision
-from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, ftfy_version
+from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, load_ftfy
 from spin_diffusion.input_error import InputError
 from spin_diffusion.store.pictures import to_rgb
 
@@ -225,7 +225,7 @@ def _load(device: str, files: Files, recipe: Recipe) -> ClipTowers:
     model = build_clip(config, tensors, where, names).to(device)
     checkpoint = dict(files.read)
     if recipe.cleans_like_open_clip:
-        checkpoint["ftfy (package)"] = ftfy_version()
+        checkpoint["ftfy (package)"] = load_ftfy().__version__
     text = ClipText(
         tokenizer,
         limit=config.text_config.max_position_embeddings,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from spin_diffusion.evaluation.scorers._clip import H14, CosineScorer, load_clip
 from spin_diffusion.evaluation.scorers._pixels import letterbox, letterbox_without_antialias
+from spin_diffusion.evaluation.scorers._text import load_ftfy
 from spin_diffusion.input_error import InputError
 
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -33,8 +34,9 @@ def load_hps(device: str, path: str, version: str, antialias: bool = True) -> Co
         antialias: whether images are smoothed when they are made smaller.
 
     Raises:
-        InputError: the weights cannot be had, or are another model's or the other version's.
+        InputError: ftfy is not installed, or the weights cannot be had, or are another model's or the other version's.
     """
+    load_ftfy()
     for other, name in PUBLISHED.items():
         if other != version and Path(path).name == name:
             raise InputError(f"{path} is HPS {other}; HPS {version} is {PUBLISHED[version]}")

@@ -29,7 +29,8 @@ ABOUT = About(
     scale="rating from about 1 to 10; usually 5 to 6.5",
     role="aesthetics",
     checkpoint="trl-lib/ddpo-aesthetic-predictor",
-    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored), CLIP's mean and std",
+    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored as in transformers; "
+    "LAION's own script rounds it and computes features in half precision on a GPU), CLIP's mean and std",
     text="prompts are not read",
     licence="Apache-2.0 (head), MIT (backbone)",
     citation="https://github.com/christophschuhmann/improved-aesthetic-predictor",

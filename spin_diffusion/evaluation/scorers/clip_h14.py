@@ -10,8 +10,10 @@ ABOUT = About(
     scale="100 max(cos, 0), 0 to 100; usually 25 to 40, not comparable with ViT-L/14",
     role="alignment",
     checkpoint="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored), CLIP's mean and std",
-    text="CLIP's tokenizer, no prefix, 77 tokens with the end token kept",
+    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored as in transformers), "
+    "CLIP's mean and std",
+    text="CLIP's tokenizer as in transformers (open_clip's own mends quotes and HTML first), no prefix, 77 "
+    "tokens, end token kept",
     licence="MIT",
     citation="arXiv 2212.07143, 2104.08718",
 )

@@ -12,8 +12,10 @@ ABOUT = About(
     scale="100 max(cos, 0), 0 to 100; usually 20 to 32",
     role="alignment",
     checkpoint="openai/clip-vit-large-patch14",
-    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored), CLIP's mean and std",
-    text="CLIP's tokenizer, no prefix, 77 tokens with the end token kept",
+    preprocessing="RGB, short side to 224 px (Pillow bicubic), middle square (offset floored as in transformers), "
+    "CLIP's mean and std",
+    text="CLIP's tokenizer as in transformers (OpenAI's own package mends quotes and HTML first), no prefix, 77 "
+    "tokens, end token kept",
     licence="MIT",
     citation="arXiv 2103.00020, 2104.08718",
 )

@@ -12,7 +12,7 @@ ABOUT = About(
     role="held-out",
     checkpoint="xswu/HPSv2",
     preprocessing="RGB, long side to 224 px (bicubic on floats, antialiased), black bars, CLIP's mean and std",
-    text="encodings (if ftfy is installed) and HTML mended, lower case; CLIP's tokenizer, 77 tokens, end token kept",
+    text="encodings (by ftfy) and HTML mended, lower case; CLIP's tokenizer, 77 tokens, end token kept",
     licence="Apache-2.0",
     citation="arXiv 2306.09341",
 )

@@ -9,6 +9,7 @@ It needs the extra "openclip", which nothing else here does: the
 package pulls in torchvision, and one that does not fit the installed torch breaks transformers and diffusers.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def load(device: str, path: str | None = None) -> Scorer:
     Raises:
         InputError: no backbone is named, the package is missing or broken, or it cannot load the backbone.
     """
-    if not path or ("/" not in path and not path.startswith(WHOLE)):
+    # Without PRETRAINED, open_clip gives random weights and a warning
+    if not path or path.endswith("/") or ("/" not in path and not path.startswith(WHOLE)):
         raise InputError(
             f"openclip needs a backbone: openclip=MODEL/PRETRAINED, such as ViT-B-32/laion2b_s34b_b79k, not {path!r}"
         )
@@ -58,10 +60,19 @@ def load(device: str, path: str | None = None) -> Scorer:
         ) from error
     model_name, pretrained = (path, None) if path.startswith(WHOLE) else path.split("/", 1)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=pretrained, device=device)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model, _, transform = open_clip.create_model_and_transforms(
+                model_name, pretrained=pretrained, device=device
+            )
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # its loaders let through whatever hub, torch and torchvision raise
         raise InputError(f"open_clip cannot load {path}: {_one_line(error)}") from error
+    if mismatch := next((w for w in said if "quickgelu mismatch" in str(w.message).lower()), None):
+        raise InputError(
+            f"openclip={path} has another activation than its weights were trained with, and its scores would be "
+            f"nobody's: name the model {model_name}-quickgelu, or without it ({_one_line(mismatch.message)})"
+        )
     from spin_diffusion.selfplay.run_dir import file_hash
 
     checkpoint = {"open_clip (package)": open_clip.__version__} | {
@@ -128,5 +139,5 @@ def _batches(items: list) -> list[list]:
     return [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

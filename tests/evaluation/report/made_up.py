@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from spin_diffusion.evaluation.comparison import Row, compare_others
+from spin_diffusion.evaluation.concluding import _comparison_entry
+from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,
@@ -222,8 +225,23 @@ def _results(
                      "explanation": f"What {id_} found, in plain words. " + ("Training captions are not known."
                                     if value is None else "Look at the pictures that changed most.")}
                 )  # fmt: skip
-    return {
+    asked = len(texts) * images_per_prompt
+    counts = [
+        {"model": model, "guidance_scale": scale, "asked": asked, "missing": 0, "unscored": 0, "broken": 0,
+         "prompts_lost": 0}
+        for scale in scales
+        for model, *_ in models
+    ]  # fmt: skip
+    rows = [Row(model, scale, s, arrays[model, s, scale], SCORERS[s]["role"])
+            for scale in scales for model, *_ in models for s in scorers]  # fmt: skip
+    more = {}
+    if others := [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]:
+        names, known = [model for model, *_ in models], [{"name": s, "state": "run", **SCORERS[s]} for s in scorers]
+        ranking = [rank(names, scale, [*comparisons, *others], known, verdicts) for scale in scales]
+        more = {"between_others": others, "ranking": [place for place in ranking if place]}
+    return more | {
         "schema_version": 1,
+        "samples": counts,
         "title": "Toy world, SPIN after three rounds",
         "protocol": {
             "id": hashlib.sha256(repr(texts).encode()).hexdigest(),

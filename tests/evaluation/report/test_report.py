@@ -350,7 +350,7 @@ def test_all_sections_are_there(page: Parsed) -> None:
     headings = {attrs["id"] for tag, attrs in page.elements if tag == "h2"}
     assert headings == {
         "verdict", "scores", "alarms", "models", "rounds", "breakdown", "distributions", "vote", "gallery", "failures",
-        "provenance", "reading",
+        "provenance", "ranking", "reading",
     }  # fmt: skip
     text = said(page)
     for words in (

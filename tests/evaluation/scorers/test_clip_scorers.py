@@ -425,7 +425,7 @@ def test_a_scorer_says_what_it_is_without_importing_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_scorers_file_imports_nothing_heavy_until_it_is_loaded(name: str) -> None:
-    light = {"collections.abc", "dataclasses", "pathlib", "typing", "torch", "jaxtyping", "PIL"}
+    light = {"collections.abc", "dataclasses", "pathlib", "typing", "warnings", "torch", "jaxtyping", "PIL"}
     light |= {"spin_diffusion.evaluation.scorers", "spin_diffusion.input_error"}
     path = Path(importlib.import_module(f"spin_diffusion.evaluation.scorers.{name}").__file__)
     for node in ast.parse(path.read_text()).body:

@@ -3,6 +3,7 @@
 fixtures/hpsv2.json and hpsv2.safetensors hold its numbers, written by fixtures/make_hpsv2.py. No test needs it.
 """
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._pixels import letterbox
 from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip
+from spin_diffusion.input_error import InputError
 from tests import tiny
 from tests.evaluation.scorers.tiny_models import (
     END,
@@ -143,8 +145,7 @@ def package() -> dict:
 def ftfy_as_it_was(package: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ftfy made of these prompts when the fixture was written, whether it is installed or not."""
     made = dict(package["mended"])
-    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=made.__getitem__))
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "6.3.1")
+    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=made.__getitem__, __version__="6.3.1"))
 
 
 @pytest.fixture
@@ -175,15 +176,28 @@ def test_a_prompt_cannot_claim_its_own_end(package: dict, ftfy_as_it_was: None, 
     assert len(theirs) == 3 and ours[:2] == theirs[:2] and ours.count(END) == 1 and len(ours) > 10
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("ftfy") is None,
+    reason="ftfy is not installed; would check what it makes of awkward prompts",
+)
 def test_the_installed_ftfy_mends_as_it_did_for_the_package(package: dict) -> None:
-    ftfy = pytest.importorskip("ftfy", reason="ftfy is not installed; would check what it makes of awkward prompts")
+    import ftfy
+
     assert [ftfy.fix_text(prompt) for prompt, _ in package["mended"]] == [mended for _, mended in package["mended"]]
 
 
-def test_without_ftfy_only_mended_prompts_differ(
-    package: dict, text: ClipText, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["hps_v2_0", "hps_v2_1"])
+def test_without_ftfy_hps_is_not_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(InputError, match="pip install ftfy") as caught:
+        load_scorer(f"{name}={tmp_path}", "cpu")
+    assert "\n" not in str(caught.value) and "curly quotes" in str(caught.value)
+    with pytest.raises(InputError, match="pip install ftfy"):
+        clean_like_open_clip("plain")
+
+
+def test_what_ftfy_decides_is_what_it_mends(package: dict, text: ClipText, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=str))
     different = [i for i, prompt in enumerate(PROMPTS) if text.ids([prompt])[0].tolist() != package["tiny"][i]]
     mended = {prompt for prompt, made in package["mended"] if made != prompt}
     assert {PROMPTS[i] for i in different if i != CLAIMS_AN_END} < mended

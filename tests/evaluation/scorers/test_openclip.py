@@ -4,6 +4,7 @@ import hashlib
 import json
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +79,22 @@ def test_any_backbone_is_asked_for_by_its_name(
         (tmp_path / "weights" / "tiny").mkdir(parents=True, exist_ok=True)
         load_scorer(f"openclip={name}", "cpu")
         assert package.asked == (name, None, "cpu")
+
+
+def test_a_model_without_weights_is_refused_and_so_is_another_activation_than_theirs(
+    package: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="MODEL/PRETRAINED"):
+        load_scorer("openclip=ViT-B-32/", "cpu")  # open_clip would take random ones
+    create = package.create_model_and_transforms
+
+    def warned(*given, **named):
+        warnings.warn("QuickGELU mismatch between final model config (quick_gelu=False) and 'x' (True).", stacklevel=2)
+        return create(*given, **named)
+
+    monkeypatch.setattr(package, "create_model_and_transforms", warned)
+    with pytest.raises(InputError, match="another activation.*ViT-B-32-quickgelu"):
+        load_scorer("openclip=ViT-B-32/openai", "cpu")
 
 
 def test_files_of_this_machine_leave_their_hashes(package: ModuleType, tmp_path: Path) -> None:

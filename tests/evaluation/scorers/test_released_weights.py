@@ -87,7 +87,9 @@ def test_hps_reads_awkward_prompts_as_the_package_does(monkeypatch: pytest.Monke
     checks = f"token ids of {len(PROMPTS)} awkward prompts against the package hpsv2 with CLIP's whole vocabulary"
     folder = released("hps_v2_1", checks, "vocab.json", "merges.txt")
     made = json.loads((FIXTURES / "hpsv2.json").read_text(encoding="utf-8"))
-    monkeypatch.setitem(sys.modules, "ftfy", SimpleNamespace(fix_text=dict(made["mended"]).__getitem__))
+    monkeypatch.setitem(
+        sys.modules, "ftfy", SimpleNamespace(fix_text=dict(made["mended"]).__getitem__, __version__="6.3.1")
+    )
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     text = ClipText(tokenizer, 77, clean_like_open_clip, reads_special_tokens=False)
     found = [text.ids([prompt])[0].tolist() for prompt in PROMPTS]
