@@ -2,8 +2,9 @@
 
     python benchmarks/power.py
 
-In standard deviations of the paired difference over prompts, for normal differences: what the 95 % interval sees 4 times
-in 5, and what the verdict calls improved 4 times in 5 when one held-out scorer of five improves and four do not change.
+In standard deviations of the paired difference over prompts, for normal differences: what the 95 % interval sees 4
+times in 5, and what the verdict calls improved 4 times in 5 when one held-out scorer of five improves and four do not
+change.
 """
 
 import argparse
