@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import end_bars
 from spin_diffusion.store.machine import in_words, trouble_of
+from spin_diffusion.store.text import broken_character, printable
 
 # Read by transformers when it is imported, which happens after this module: its notes about image processors that are
 # not used here would be the first thing that a user sees.
@@ -34,6 +35,12 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
         return 0
     except (InputError, FloatingPointError) as error:
         raised, message = error, str(error)
+    except UnicodeEncodeError as error:
+        if broken_character(str(error.object)) is None:
+            raise
+        raised = error
+        name = printable(error.object)[:300]
+        message = f"{name} is not UTF-8, and a library that it is given to takes nothing else: rename it"
     except KeyboardInterrupt:
         end_bars()
         print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr)

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 import traceback
@@ -49,7 +50,7 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     # The path is part of the module's name: two files of one name, or one named like a library, can coexist.
-    unique_name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    unique_name = f"{path.stem}_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
     if unique_name in sys.modules:
         return sys.modules[unique_name]
     spec = importlib.util.spec_from_file_location(unique_name, path)

@@ -79,7 +79,8 @@ def write_card(
         tags=[task, library, "self-play", *objectives],
     )
     card = f"---\n{data.to_yaml()}\n---\n\n{text}\n"
-    write_file(output_dir / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+    encoded = card.encode("utf-8", errors="backslashreplace")  # a data set's path need not be UTF-8
+    write_file(output_dir / "README.md", lambda part: part.write_bytes(encoded))
 
 
 def push_to_hub(output_dir: Path, config: AnyConfig, patterns: Sequence[str], at_root: Path | None = None) -> str:

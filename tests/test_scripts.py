@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -516,6 +517,50 @@ def test_a_defect_of_the_program_keeps_its_traceback():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
+        run_command(defect, [])
+
+
+def test_a_folder_of_odd_names_captions_and_links_is_trained_on_and_what_is_left_out_is_said(
+    unevaluated, tmp_path, capsys
+):
+    """Names that are not UTF-8, half a character, links that lead to nothing and back, and a file of another format."""
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    (tmp_path / "elsewhere").mkdir()
+    data.mkdir()
+    for number, name in enumerate([b"a.png", b"b\xff.png", b"../elsewhere/c.png", b"d.png", b"e.png"]):
+        path = Path(os.fsdecode(os.fsencode(data) + b"/" + name))
+        Image.new("RGB", (32, 32), (40 * number, 90, 200)).save(path)
+        path.with_suffix(".txt").write_bytes(b"caf\xe9" if name == b"d.png" else b"picture %d" % number)
+    (data / "e.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    for name, target in (("linked", "../elsewhere"), ("back", ".."), ("gone", "nowhere")):
+        (data / name).symlink_to(target)
+    argv = ["--train_data_dir", str(data), "--max_bad_share", "1", "--report_to", "tensorboard"]
+    played = unevaluated | {"dataset_name": None, "max_train_steps": 1, "train_batch_size": 1}
+    for _ in range(2):
+        assert play(tmp_path, played, *argv) == 0
+    said = capsys.readouterr().out
+    assert "read 7 rows: used 3, left out 4" in said
+    for line in (
+        "corrupt image: 1 (first: e.png: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture)",
+        "broken characters in the text: 1 (first: d.png: character 4 of d.txt is half of one",
+        "link to nothing: 1 (first: gone: it leads to nowhere, which does not exist)",
+        f"link to a folder that is read already: 1 (first: back: it leads back to {tmp_path}",
+    ):
+        assert line in said
+    manifest = read_json(tmp_path / "out" / "data" / "manifest.json")
+    assert sum(manifest["left_out"]["left_out"].values()) == 4
+
+
+def test_a_name_that_a_library_does_not_take_is_said_in_a_line(capsys):
+    def command(argv):
+        os.fsdecode(b"/models/caf\xe9").encode()
+
+    refused(capsys, run_command(command, []), "/models/caf\\udce9 is not UTF-8", "rename it")
+
+    def defect(argv):
+        "\u65e5\u672c".encode("ascii")
+
+    with pytest.raises(UnicodeEncodeError):
         run_command(defect, [])
 
 

@@ -61,7 +61,7 @@ def read_source(
         raise InputError(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
-    if name != name.strip() or name.startswith(".") or any(character in name for character in '/\\:*?"<>|'):
+    if name != printable(name).strip() or name.startswith(".") or any(character in name for character in '/\\:*?"<>|'):
         raise InputError(f"--models {spec!r}: the name becomes a folder's, use letters, digits, - and _")
     folder = Path(path)
     if folder.is_dir():

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.text import printable
 
 RUN_ID = "tracker_run_id"
 
@@ -31,7 +32,8 @@ def start_trackers(project: str, settings: dict[str, Any], run_dir: Path, logs: 
         given = {key for key in wandb if os.environ.get(f"WANDB_{'RUN_ID' if key == 'id' else key.upper()}")}
         known["wandb"] = {key: value for key, value in wandb.items() if key not in given}
         known["trackio"] = {"name": f"{name}-{run_id}", "resume": "allow"}  # its runs are told apart by name
-    accelerator.init_trackers(project, config=settings, init_kwargs=known)
+    shown = {key: printable(value) if isinstance(value, str) else value for key, value in settings.items()}
+    accelerator.init_trackers(project, config=shown, init_kwargs=known)
 
 
 def _run_id(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.text import broken_character, printable
 
 MARKER = ".spin-diffusion.json"
 FORMAT = 1
@@ -40,9 +40,11 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
         Whether it is this program's already; otherwise it is absent, or there is nothing in it but a marker.
 
     Raises:
-        InputError: it holds something else, is another program's, or is no folder.
+        InputError: it holds something else, is another program's, is no folder, or has a name that is not UTF-8.
     """
     where = f"{flag} {printable(folder)}"
+    if broken_character(str(folder.absolute())) is not None:
+        raise InputError(f"{where} is not UTF-8, and no weights can be written there: give another name")
     try:
         names = set(os.listdir(folder))
     except FileNotFoundError:

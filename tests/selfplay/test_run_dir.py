@@ -294,3 +294,10 @@ def test_the_weights_hash_sees_names_shapes_and_dtypes():
     zeros = torch.zeros(2, 6)
     named = [("a", zeros), ("b", zeros), ("a", zeros.view(3, 4)), ("a", zeros.int()), ("a", torch.zeros(4, 6).half())]
     assert len({hash_of(name, tensor) for name, tensor in named}) == 5
+
+
+def test_a_path_that_is_not_utf_8_is_written_and_read_as_the_same_path(tmp_path):
+    said = {"data": os.fsdecode(b"/data/caf\xe9"), "prompt": "\u65e5\u672c \U0001f600"}
+    run_dir.write_json(tmp_path / "a.json", said)
+    assert run_dir.read_json(tmp_path / "a.json") == said
+    assert "\u65e5\u672c" in (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -202,3 +202,10 @@ def test_a_folder_of_any_program_can_be_taken_by_its_marker(tmp_path):
     release(tmp_path / "out")
     take_marked(tmp_path / "out", "--output")
     assert "another command works in" in take_elsewhere(tmp_path / "out").communicate()[1]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
+    """pyarrow, safetensors and the libraries' configurations take no such name."""
+    with pytest.raises(InputError, match=r"--output_dir .*caf\\udce9 is not UTF-8") as caught:
+        check_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "image training")
+    assert str(caught.value).isprintable()

@@ -6,8 +6,9 @@ import socket
 import pytest
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.store.opening import open_regular, read_bytes
-from spin_diffusion.store.text import printable
+from spin_diffusion.store import opening
+from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
+from spin_diffusion.store.text import broken_character, printable
 
 
 def test_a_file_and_a_link_to_one_are_read(tmp_path):
@@ -52,3 +53,25 @@ def test_every_string_of_a_disk_can_be_shown():
     assert printable("red \x1b[31m\n") == "red \\x1b[31m\\n"
     assert printable("é 日本 😀") == "é 日本 😀"
     printable("\udcff\ud800").encode("utf-8")
+
+
+def test_broken_characters_are_found_where_they_are():
+    assert broken_character("caf\u00e9 \U0001f600") is None and broken_character("") is None
+    assert (
+        broken_character("a smile \ud83d") == 9 and broken_character(b"caf\xe9".decode(errors="surrogateescape")) == 4
+    )
+
+
+def test_text_that_is_not_utf_8_comes_back_with_broken_characters(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ncaf\xe9\n")
+    with open_text(tmp_path / "a.txt") as file:
+        assert list(file) == ["one\r\n", "caf\udce9\n"]
+    with pytest.raises(InputError, match="at most 5 are read"):
+        open_text(tmp_path / "a.txt", 5)
+
+
+def test_a_line_without_an_end_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "MAX_LINE_BYTES", 5)
+    (tmp_path / "a.txt").write_bytes(b"one\nsix56\n")
+    with open_regular(tmp_path / "a.txt") as file, pytest.raises(InputError, match="a line of more than 5 bytes"):
+        list(read_lines(file, tmp_path / "a.txt"))
