@@ -16,6 +16,7 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.parts import load_unet
+from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.concluding import closing_lines
@@ -201,7 +202,7 @@ def _pictures(
     """
     drawn = [source for source in sources if source.kind != "images"]
     scales: list[Any] = settings.guidance_scales if drawn else [None]
-    drawer = _Drawer(settings, accelerator)
+    drawer = _Drawer(settings, prompts, accelerator)
     resolution = settings.resolution or (drawer.resolution(drawn[0]) if drawn else None)
     protocol = protocol_of(
         prompts,
@@ -316,8 +317,8 @@ def _check_pictures(source: ModelSource, prompts: list[str], images_per_prompt: 
 class _Drawer:
     """Draws with any of the models; rounds of one base share its pipeline, and one base is held at a time."""
 
-    def __init__(self, settings: EvaluateSettings, accelerator: Accelerator) -> None:
-        self.settings, self.accelerator = settings, accelerator
+    def __init__(self, settings: EvaluateSettings, prompts: PromptSet, accelerator: Accelerator) -> None:
+        self.settings, self.prompts, self.accelerator = settings, prompts, accelerator
         self.base: Base | None = None
         self.family: Any = None
         self.pipeline: Any = None
@@ -364,6 +365,8 @@ class _Drawer:
                 if isinstance(module, torch.nn.Module):
                     module.requires_grad_(False).eval().to(self.accelerator.device)
             self.base = source.base
+            if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
+                self.accelerator.print(line)
 
 
 def _take_pictures(

@@ -12,6 +12,7 @@ from spin_diffusion.data import Example, read_examples
 from spin_diffusion.diffusion.cost import draws_worth_keeping, work_of
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import to_bytes
+from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.planning import count_rows, kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
@@ -58,14 +59,17 @@ class Rates:
     training_memory: int
 
 
-def make_plan(config: Config, game: DiffusionGame, progress: Progress) -> dict[str, Any]:
+def make_plan(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> dict[str, Any]:
     """Probe, predict, and write `plan.json` into the output folder, where the run's report finds it.
+
+    Args:
+        captions: counts those of the real images, while these are counted.
 
     Raises:
         InputError: a batch that does not fit in memory; fewer pairs than a batch.
     """
     accelerator = game.accelerator
-    few, rows = _examples(config, progress)
+    few, rows = _examples(config, captions, progress)
     pairs = rows // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)
     config = settle_draws(config, game, pairs)
@@ -93,10 +97,10 @@ def settle_draws(config: Config, game: DiffusionGame, pairs: int) -> Config:
     return replace(config, denoiser=replace(config.denoiser, fixed_draws=game.fixed_draws))
 
 
-def _examples(config: Config, progress: Progress) -> tuple[list[Example], int]:
+def _examples(config: Config, captions: CutPrompts, progress: Progress) -> tuple[list[Example], int]:
     """The first examples, and how many there are."""
     wanted = max(config.training.train_batch_size, 2)
-    examples = read_examples(config.data, with_losers=needs_losers(config))
+    examples = captions.passing(read_examples(config.data, with_losers=needs_losers(config)))
     few = list(islice(examples, wanted))
     return few, count_rows(len(few), examples, progress)
 

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from spin_diffusion.data.reading import short_hash
+from spin_diffusion.data.reading import Example, short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
+from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import is_built, weights_hash, write_shared_tensors
 from spin_diffusion.selfplay.sending import sent
@@ -22,6 +24,74 @@ from spin_diffusion.selfplay.sharing import shared_out
 from spin_diffusion.store.keys import key_of
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
+TOKENISED_AT_ONCE = 512
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+class CutPrompts:
+    """What of prompts the text encoders do not read: counted as they pass, said before anything is drawn or trained."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.tokenizers = [found for name in TOKENIZERS if (found := getattr(pipeline, name, None)) is not None]
+        self.prompts = self.cut = self.longest = 0
+        self._waiting: list[str] = []
+        self._first: tuple[str, str] | None = None
+        # Of what is read of the prompts that fill a text encoder, the hashes of the prompts
+        self._alike: dict[bytes, set[bytes]] = {}
+
+    def add(self, texts: Iterable[str]) -> "CutPrompts":
+        """Count these too."""
+        for text in texts:
+            self._waiting.append(text)
+            if len(self._waiting) == TOKENISED_AT_ONCE:
+                self._count()
+        return self
+
+    def passing(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same examples; their captions are counted as they are taken."""
+        for example in examples:
+            self.add([example.prompt])
+            yield example
+
+    def line(self, what: str) -> str | None:
+        """A warning for people; None when none is cut.
+
+        Args:
+            what: the prompts' name in the plural.
+        """
+        self._count()
+        if self._first is None:
+            return None
+        limits = " and ".join(dict.fromkeys(str(tokenizer.model_max_length) for tokenizer in self.tokenizers))
+        caption, lost = self._first
+        alike = sum(len(prompts) for prompts in self._alike.values() if len(prompts) > 1)
+        return (
+            f"Warning: {self.cut} of {self.prompts} {what} have more than the {limits} tokens that the text encoders "
+            f"read (the longest has {self.longest}), and what is behind those is not seen: {shortened(caption)} loses "
+            f"{shortened(lost)}" + (f"; {alike} different {what} are equal to another after that" if alike else "")
+        )
+
+    def _count(self) -> None:
+        texts, self._waiting = self._waiting, []
+        if not texts:
+            return
+        of_each = [tokenizer(texts, verbose=False)["input_ids"] for tokenizer in self.tokenizers]
+        self.prompts += len(texts)
+        for text, *ids in zip(texts, *of_each, strict=True):
+            limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+            self.longest = max(self.longest, *map(len, ids))
+            if all(len(each) < limit for each, limit in zip(ids, limits, strict=True)):
+                continue
+            # The last token that is read is the end token, whatever stands there
+            read = [each[: limit - 1] for each, limit in zip(ids, limits, strict=True)]
+            key = short_hash(json.dumps(read).encode())
+            self._alike.setdefault(key, set()).add(short_hash(text.encode("utf-8", "surrogatepass")))
+            over = [len(each) > limit for each, limit in zip(ids, limits, strict=True)]
+            if any(over):
+                self.cut += 1
+                place = over.index(True)
+                lost = ids[place][limits[place] - 1 : -1]
+                self._first = self._first or (text, self.tokenizers[place].decode(lost))
 
 
 class Prompts:
@@ -116,7 +186,7 @@ class Prompts:
 
     def _encoders_hash(self, dtype: torch.dtype) -> str:
         """Of all that decides an embedding, but the prompt."""
-        tokenizers = [getattr(self.pipeline, name, None) for name in ("tokenizer", "tokenizer_2")]
+        tokenizers = [getattr(self.pipeline, name, None) for name in TOKENIZERS]
         words = [(sorted(found.get_vocab().items()), found.model_max_length) for found in tokenizers if found]
         content = [*((weights_hash(encoder), _how(encoder)) for encoder in self._encoders()), words, str(dtype)]
         return key_of(content=content)

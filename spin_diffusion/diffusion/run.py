@@ -23,6 +23,7 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.model_card import push_to_hub, write_model_card
 from spin_diffusion.diffusion.planning import make_plan, settle_draws
+from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.run_lines import header, keeps_trajectories, tell_where, trajectory_bytes
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
@@ -80,6 +81,8 @@ def run(config: Config, family_name: str) -> None:
     check_batch(pairs, config.training, accelerator.num_processes)
     write_manifest(output_dir, base.as_dict(), game.base_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
+    if prompts is not None and (line := cut_validation(game, prompts)):
+        accelerator.print(line)
     if prompts is not None and prompts.broken:
         accelerator.print(f"{len(prompts.rows)} prompts of {prompts.name}{prompts.said_left_out()}")
     config = settle_draws(config, game, pairs)
@@ -121,6 +124,8 @@ def _prepared(config: Config, game: DiffusionGame, output_dir: Path, progress: P
         lambda: report.as_dict() | ({"curation": curation.summary} if curation else {}),
     )
     for line in report.lines() if report.read else []:
+        accelerator.print(line)
+    if report.read and (line := CutPrompts(game.pipeline).add(Column(output_dir / "data", "prompt")).line("captions")):
         accelerator.print(line)
     if curation and report.read:
         for line in curation_lines(curation.summary, config.curation):
@@ -196,7 +201,7 @@ def plan(config: Config) -> None:
     """
     output_dir = Path(config.run.output_dir)
     check_run_folder(config, output_dir, PROGRAM)
-    _check_inputs(config)
+    prompts = _check_inputs(config)
     quiet_libraries()
     accelerator = make_accelerator(config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
@@ -205,9 +210,18 @@ def plan(config: Config) -> None:
     progress = Bars() if accelerator.is_main_process else Progress()
     if accelerator.is_main_process:
         take_folder(output_dir, PROGRAM)
-    found = make_plan(config, game, progress)
+    captions = CutPrompts(game.pipeline)
+    found = make_plan(config, game, captions, progress)
     for line in lines(found, config.run.output_dir, accelerator.device, "scorers"):
         accelerator.print(line)
+    for line in (captions.line("captions"), cut_validation(game, prompts) if prompts is not None else None):
+        if line is not None:
+            accelerator.print(line)
+
+
+def cut_validation(game: DiffusionGame, prompts: PromptSet) -> str | None:
+    """A warning where the text encoders do not read validation prompts to their ends."""
+    return CutPrompts(game.pipeline).add(row.prompt for row in prompts.rows).line("validation prompts")
 
 
 def open_game(config: Config, accelerator: Accelerator, family_name: str | None = None) -> DiffusionGame:
