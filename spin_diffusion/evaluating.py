@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
 from spin_diffusion.evaluation.concluding import closing_lines
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
-from spin_diffusion.evaluation.mending import remove_damaged
+from spin_diffusion.evaluation.mending import records_in, remove_damaged
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import EvaluatedModel
@@ -21,7 +21,15 @@ from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.progress import Progress, tell
 from spin_diffusion.selfplay.record import FINAL, read_record
-from spin_diffusion.selfplay.run_dir import AGAIN, Damaged, read_json, read_json_lines, write_file, write_json
+from spin_diffusion.selfplay.run_dir import (
+    AGAIN,
+    Damaged,
+    file_hashes,
+    read_json,
+    read_json_lines,
+    write_file,
+    write_json,
+)
 from spin_diffusion.selfplay.stored_pairs import Column
 from spin_diffusion.selfplay.table import Evaluate, Judgement
 from spin_diffusion.selfplay.train_settings import of_round
@@ -215,7 +223,7 @@ class RunEvaluator:
         self.draw_and_score(model)
         if self.accelerator.is_main_process:
             said = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
-            write_json(folder / "model.json", said)
+            write_json(folder / "model.json", said | {"files": file_hashes(records_in(folder), folder)})
         self.accelerator.wait_for_everyone()
 
     def _folders(self) -> list[Path]:
@@ -232,6 +240,7 @@ class RunEvaluator:
         found = []
         for folder in self._folders_with_models():
             said = read_json(folder / "model.json", _Model, AGAIN)
+            said.pop("files", None)
             found.append(self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said))
         return found
 

@@ -11,11 +11,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
+from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
-from spin_diffusion.selfplay.run_dir import read_json, write_file
+from spin_diffusion.selfplay.run_dir import write_file
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")
@@ -46,7 +47,7 @@ def write_card(
         sources: objective -> method and arXiv number, where they are not those of `OBJECTIVES` in this kind of run.
         more: what the template's own blocks need.
     """
-    results = read_json(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
+    results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
     on_hub = not Path(base).exists()
     objectives = objectives_of(config.rounds)
     generated = {source_of(config.rounds, name) for name in objectives}

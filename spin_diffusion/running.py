@@ -65,7 +65,7 @@ def write_config(config: AnyConfig, path: Any) -> None:
 def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
     """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
     if check_folder(output_dir, program) and _has_begun(output_dir):
-        changed = changes(_saved_settings(output_dir), config.flat())
+        changed = changes(saved_settings(output_dir / "config.yaml"), config.flat())
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
@@ -107,7 +107,7 @@ def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerat
             share_folder(encodings, ENCODINGS, "--encodings_dir")
         take_folder(output_dir, program)
         settle(output_dir)
-        if not _has_begun(output_dir) and changes(_saved_settings(output_dir), config.flat()):
+        if not _has_begun(output_dir) and changes(_settings_before(output_dir), config.flat()):
             # What a command with other settings had prepared before it was refused
             for name in ("data", "held_out"):
                 forget_prepared(output_dir / name)
@@ -120,9 +120,12 @@ def _has_begun(output_dir: Path) -> bool:
     return (output_dir / "manifest.json").is_file()
 
 
-def _saved_settings(output_dir: Path) -> dict[str, Any]:
-    saved = output_dir / "config.yaml"
-    return saved_settings(saved) if saved.is_file() else {}
+def _settings_before(output_dir: Path) -> dict[str, Any]:
+    """Of a command that did not get far enough for its settings to matter; none where they cannot be read."""
+    try:
+        return saved_settings(output_dir / "config.yaml")
+    except InputError:
+        return {}
 
 
 def _encodings_dir(config: AnyConfig) -> Path | None:

@@ -283,6 +283,25 @@ def test_the_command_line_wins_over_the_file(unevaluated, tmp_path):
     assert saved["use_ema"] is True
 
 
+def test_what_is_damaged_of_a_finished_run_and_can_be_made_anew_is_made_anew(settings, tmp_path, capsys):
+    assert play(tmp_path, settings | {"validation_guidance_scales": [3]}) == 0
+    out, shard = tmp_path / "out", "00000-of-00001"
+    names = [f"base/scores/sharpness/guidance-3/{shard}.parquet", f"base/images/guidance-3/{shard}.jsonl",
+             f"round-1/evaluation/scores/sharpness/guidance-3/{shard}.parquet"]  # fmt: skip
+    kept = {path: (out / path).read_bytes() for path in [*names, "scores.parquet"]}
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-40] + bytes(40)), lambda path: path.unlink()):
+        for name in names:
+            damage(out / name)
+        for name in ("base/model.json", "results.json", "plan.json", "round-1/metrics.jsonl"):
+            (out / name).write_text("{}")
+        capsys.readouterr()
+        assert play(tmp_path, settings | {"validation_guidance_scales": [3]}) == 0
+        said = capsys.readouterr().out
+        assert "it is made anew" in said and "metrics.jsonl is damaged" in said and "plan.json is damaged" in said
+        assert {path: (out / path).read_bytes() for path in kept} == kept
+    assert read_results(out / "results.json")["models"]
+
+
 def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
     assert play(tmp_path, settings) == 0
     before = file_hash(tmp_path / "out" / "round-1" / "round.json")

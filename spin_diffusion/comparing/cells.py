@@ -13,9 +13,9 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -37,15 +37,17 @@ from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_s
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import quiet_libraries
+from spin_diffusion.selfplay.record import FINAL, read_record
 from spin_diffusion.selfplay.run_dir import (
     file_hash,
-    read_json,
+    read_if_whole,
     read_rows,
     rows_metadata,
     settle,
     write_json,
     write_rows,
 )
+from spin_diffusion.selfplay.samples import data_manifest
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.machine import trouble_of
 
@@ -125,22 +127,32 @@ def missing_views(task: Task) -> list[View]:
 def is_trained(task: Task) -> bool:
     """Whether the training run is finished."""
     path = Path(task.folder) / "run" / f"round-{task.rounds}" / "round.json"
-    return task.rounds == 0 or path.is_file() and read_json(path)["state"] in ("PROMOTED", "REJECTED")
+    return task.rounds == 0 or path.is_file() and read_record(path.parent)["state"] in FINAL
+
+
+class Failure(TypedDict):
+    """What ended a cell."""
+
+    kind: str
+    message: str
+
+
+class Took(TypedDict):
+    """What a cell's processes took."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 def failure_of(task: Task) -> dict[str, str] | None:
     """`kind` and `message` of what ended a cell for good; None = nothing did, or it is to be run again."""
-    path = Path(task.folder) / "failed.json"
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    return None if task.retry_failed or found["kind"] == "killed" else found
+    found = last_failure(Path(task.folder))
+    return None if found is None or task.retry_failed or found["kind"] == "killed" else found
 
 
 def last_failure(folder: Path) -> dict[str, str] | None:
     """`kind` and `message` of the last failure."""
-    path = folder / "failed.json"
-    return read_json(path) if path.is_file() else None
+    return read_if_whole(folder / "failed.json", Failure)
 
 
 def is_done(task: Task) -> bool:
@@ -205,8 +217,7 @@ def _timed(folder: Path) -> Iterator[None]:
 
 def took(folder: Path) -> dict[str, float] | None:
     """`seconds` of a cell's process, and its `cpu_seconds`; None = nobody noted them."""
-    path = folder / _TOOK
-    return read_json(path) if path.is_file() else None
+    return read_if_whole(folder / _TOOK, Took)
 
 
 # Training
@@ -352,20 +363,21 @@ def unit_costs(task: Task) -> tuple[UnitCosts, bool]:
 
 def counted_costs(task: Task, path: Path) -> tuple[UnitCosts, bool]:
     """`unit_costs`, kept in a file."""
-    if not path.is_file():
+    kind = TypedDict("Kept", {field.name: field.type for field in fields(UnitCosts)} | {"zeros_for_empty": bool})
+    said = read_if_whole(path, kind)
+    if said is None:
         unit, zeros = unit_costs(task)
-        write_json(path, asdict(unit) | {"zeros_for_empty": zeros})
-    said = dict(read_json(path))
-    zeros = said.pop("zeros_for_empty")
-    return UnitCosts(**said), zeros
+        said = asdict(unit) | {"zeros_for_empty": zeros}
+        write_json(path, said)
+    return UnitCosts(**{field.name: said[field.name] for field in fields(UnitCosts)}), said["zeros_for_empty"]
 
 
 def rounds_of(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """The records of a cell's finished rounds."""
     paths = [folder / "run" / f"round-{k}" / "round.json" for k in range(1, rounds + 1)]
-    return [read_json(path) for path in paths if path.is_file()]
+    return [read_record(path.parent) for path in paths if path.is_file()]
 
 
 def rows_of(folder: Path) -> int:
     """Real samples that a cell was trained on."""
-    return read_json(folder / "run" / "data" / "manifest.json")["rows"]
+    return data_manifest(folder / "run" / "data")["rows"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     file_hash,
+    read_if_whole,
     read_json,
     read_rows,
     remove_files,
@@ -130,6 +131,12 @@ def choose(
 # From the data set to the chosen examples
 
 
+class _Complete(TypedDict):
+    """What complete.json holds: how many images have scores."""
+
+    scored: int
+
+
 @dataclass(eq=False)
 class Curation:
     """The curation of one run's real images. All processes may score; the main one alone chooses.
@@ -198,8 +205,8 @@ class Curation:
         spec = str(self.settings.curation_scorer)
         said_path, done_path = self.directory / "scorer.json", self.directory / "complete.json"
         decides = self.decides | {"curation_scorer": content_settings(self.settings)["curation_scorer"]}
-        said = read_json(said_path) if said_path.is_file() else {}
-        is_done = said.get("decides") == decides and done_path.is_file()
+        said = read_if_whole(said_path) or {}
+        is_done = said.get("decides") == decides and read_if_whole(done_path, _Complete) is not None
         wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
         is_main = accelerator is None or accelerator.is_main_process
         wait()  # all have looked before one of them changes something
@@ -269,7 +276,7 @@ class Curation:
         ]
 
     def _scored_already(self, path: Path, examples: Iterator[Example]) -> list[Row]:
-        rows = read_rows(path)
+        rows = read_rows(path, remedy=self._score_again())
         ids = [self.id_of(example) for example in examples]
         if ids != [row["id"] for row in rows]:
             raise InputError(self._has_changed())
@@ -281,7 +288,7 @@ class Curation:
         """Score, id and the prompt's hash of every example, in the order of the data set: 24 bytes for each."""
         scores, ids, prompts = array("d"), array("Q"), array("Q")
         for path in self._shards():
-            for row in read_rows(path):
+            for row in read_rows(path, remedy=self._score_again()):
                 scores.append(row["score"])
                 ids.append(int(row["id"], 16))
                 digest = hashlib.blake2b(row["prompt"].encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -289,7 +296,7 @@ class Curation:
         return np.array(scores, np.float64), np.array(ids, np.uint64), np.array(prompts, np.uint64)
 
     def _shards(self) -> list[Path]:
-        count = read_json(self.directory / "complete.json")["scored"]
+        count = read_json(self.directory / "complete.json", _Complete, self._score_again())["scored"]
         return [self.directory / f"{number:05d}.parquet" for number in range(-(-count // self.rows_per_shard))]
 
     # What was chosen
@@ -316,7 +323,7 @@ class Curation:
             with pq.ParquetWriter(part, schema, write_page_checksum=True) as writer:
                 start = 0
                 for path in self._shards():
-                    rows = read_rows(path)
+                    rows = read_rows(path, remedy=self._score_again())
                     kept = chosen[start : start + len(rows)].tolist()
                     said = [row | {"chosen": is_kept} for row, is_kept in zip(rows, kept, strict=True)]
                     writer.write_table(pa.Table.from_pylist(said, schema))
@@ -328,7 +335,7 @@ class Curation:
         kept = scores[choice.chosen]
         return {
             "scorer": self.settings.curation_scorer,
-            "checkpoint": read_json(self.directory / "scorer.json")["checkpoint"],
+            "checkpoint": read_json(self.directory / "scorer.json", remedy=self._score_again())["checkpoint"],
             "scored": len(scores),
             "kept": len(kept),
             "left_out": choice.left_out,
@@ -345,6 +352,9 @@ class Curation:
             f"{_name(self.settings.curation_scorer)} scores {len(scores)} images from {low:.4g} to {high:.4g}, the "
             f"median is {middle:.4g}; give a lower one, their scores are kept"
         )
+
+    def _score_again(self) -> str:
+        return f"delete {self.directory} and run the same command again, which scores the data set anew"
 
     def _has_changed(self) -> str:
         return (

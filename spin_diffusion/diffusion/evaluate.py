@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,7 @@ from spin_diffusion.evaluation.drawing import (
     without_picture,
     write_index,
 )
+from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
@@ -40,7 +41,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import parse_sections, saved_settings
 from spin_diffusion.running import make_accelerator, quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
-from spin_diffusion.selfplay.run_dir import read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.selfplay.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
@@ -137,6 +138,9 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         settle(output_dir)
         saved = dump_yaml(dataclasses.asdict(settings))
         write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
+        for source in sources:
+            remove_damaged(output_dir / "images" / source.name)
+            remove_damaged(output_dir / "scores" / source.name)
     accelerator.wait_for_everyone()
 
     models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
@@ -274,12 +278,22 @@ def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
             )
 
 
+class _Known(TypedDict):
+    """Whose pictures lie in a folder."""
+
+    path: str
+    weights_sha256: str | None
+
+
 def _check_known(source: ModelSource, weights: str | None, output_dir: Path) -> None:
     """A name that stood for another model, or other weights, would take over its pictures."""
     path = output_dir / "images" / source.name / "model.json"
     if not path.is_file():
         return
-    known = read_json(path)
+    try:
+        known = read_json(path, _Known)
+    except Damaged:
+        return  # it is removed, and the pictures are drawn anew
     if known["path"] != source.path:
         raise InputError(f"{path.parent} has pictures of {known['path']}, not {source.path}: give it another name")
     if weights is not None and known["weights_sha256"] != weights:
@@ -380,8 +394,8 @@ def _take_pictures(
     """Copy pictures that were given, as they are, beside those that are drawn. A missing one is a failure."""
     theirs = Path(source.path) / "protocol.json"
     theirs = theirs if theirs.is_file() else Path(source.path).parent / "protocol.json"
-    known = read_json(theirs) if theirs.is_file() else None
-    drawn_alike = known is not None and known["id"] == protocol["id"]
+    known = read_json(theirs, dict[str, Any], "restore it, or remove it") if theirs.is_file() else None
+    drawn_alike = known is not None and known.get("id") == protocol["id"]
     if protocol["guidance_scales"] != [None] and not drawn_alike and not settings.allow_unequal_protocol:
         said = "by another protocol" if known else "by a protocol that nobody recorded"
         raise InputError(

@@ -198,7 +198,8 @@ def read_adapter(folder: Path, expected: Mapping[str, Tensor], base_hash: str) -
     Raises:
         InputError: an adapter of another rank, on other layers, of another base, or with numbers that are not finite.
     """
-    base = read_json(folder / CONFIG).get("base", base_hash) if (folder / CONFIG).is_file() else base_hash
+    said = read_json(folder / CONFIG, remedy="restore it") if (folder / CONFIG).is_file() else {}
+    base = said.get("base", base_hash)
     if base != base_hash:
         raise InputError(
             f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this one has {base_hash[:12]}): give "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from spin_diffusion.data.image_folder import (
     FILE_NAME,
@@ -24,7 +24,7 @@ from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.evaluation.drawing import GivenRow, read_index
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.selfplay.run_dir import Damaged, read_json
 from spin_diffusion.store.text import printable
 
 _PROMPTS = ("prompt", "caption", "text")
@@ -87,13 +87,24 @@ def read_source(
     return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
 
 
+class _BaseName(TypedDict):
+    name: str
+
+
+class _WithBase(TypedDict):
+    """The manifest of a run, as far as it names its base."""
+
+    base: _BaseName
+
+
 def _base_of(folder: Path) -> Base:
     """The base of a round, from the manifest of its run: in the folder or up to three above it."""
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():
-            said = read_json(place / "manifest.json").get("base", {})
-            if "name" not in said:
-                continue
+            try:
+                said = read_json(place / "manifest.json", _WithBase)["base"]
+            except Damaged:
+                continue  # another program's, or a run's that lost it
             base = Base.of_manifest(said, place / "config.yaml")
             for path in (base.name, base.vae):
                 if path is not None and is_local(path) and not Path(path).is_dir():

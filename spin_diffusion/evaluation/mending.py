@@ -1,11 +1,11 @@
 """What of an evaluation cannot be read any more is removed before it goes on: all of it can be made anew."""
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from spin_diffusion.evaluation.drawing import read_index
 from spin_diffusion.evaluation.scoring import ScorerRecord
-from spin_diffusion.selfplay.run_dir import AGAIN, Damaged, read_json, read_rows, tell_remade
+from spin_diffusion.selfplay.run_dir import AGAIN, Damaged, find_damage, read_json, read_rows, tell_remade
 
 
 class _Protocol(TypedDict):
@@ -16,6 +16,8 @@ class ModelRecord(TypedDict):
     """Whose samples lie in a folder (`model.json`)."""
 
     weights_sha256: str | None
+    files: NotRequired[dict[str, str]]
+    """SHA-256 of the evaluation's records when it came to its end."""
 
 
 def remove_damaged(folder: Path) -> None:
@@ -35,6 +37,19 @@ def remove_damaged(folder: Path) -> None:
                     index.unlink()
             path.unlink(missing_ok=True)
             (folder / "model.json").unlink(missing_ok=True)
+    if (folder / "model.json").is_file():
+        listed = read_json(folder / "model.json").get("files", {})
+        for name, problem in find_damage(listed, folder).items():
+            tell_remade(Damaged(folder / name, problem, AGAIN))
+            (folder / name).unlink(missing_ok=True)
+            (folder / "model.json").unlink(missing_ok=True)
+
+
+def records_in(folder: Path) -> list[Path]:
+    """The files of an evaluation that its end is recorded with: not its media, whose hashes they hold, nor what is
+    written from them."""
+    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".parquet")]
+    return [path for path in found if path.parent != folder or path.name == "held_out.json"]
 
 
 def _read(path: Path) -> Any:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
@@ -24,8 +22,9 @@ from spin_diffusion.llm.generation import language_model
 from spin_diffusion.llm.logprobs import answer_logprobs, applies_head_to_hidden_states
 from spin_diffusion.selfplay.ledger import Costs, counted, matrix_rate
 from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.selfplay.record import read_record
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
-from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.shards import shards
 from spin_diffusion.selfplay.train_settings import of_round
 
@@ -95,9 +94,9 @@ def lengths_of(folder: Path, answers: str = "tokens") -> Lengths:
     """
     found: list[Any] = []
     for path in shards(folder, ".parquet"):
-        table = pq.read_table(path, columns=["prompt_ids", answers])
-        found.append([pc.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", answers)])
-    prompt, answer = (np.concatenate(columns).astype(np.float64) for columns in zip(*found, strict=True))
+        rows = read_rows(path, columns=["prompt_ids", answers])
+        found.append([[len(row[name]) for row in rows] for name in ("prompt_ids", answers)])
+    prompt, answer = (np.concatenate(columns, dtype=np.float64) for columns in zip(*found, strict=True))
     return prompt, answer
 
 
@@ -130,7 +129,7 @@ def ledger_costs(
             if phase == "generated":
                 return round(samples * unit.drawing(sides[1][1]))
             if phase == "cached":  # counted in generated answers
-                anchors = len(read_json(directory / "round.json")["opponent"]["anchors"])
+                anchors = len(read_record(directory)["opponent"]["anchors"])
                 pair = sum(copies * unit.scoring(lengths) for copies, lengths in sides)
                 return round(samples / rounds.num_generated * anchors * pair)
             if phase == "trained":

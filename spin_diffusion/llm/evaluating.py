@@ -173,6 +173,6 @@ class AnswerEvaluator(RunEvaluator):
         found = super()._measures()
         for model in self._models():
             path = model.folder / "held_out.json"
-            for name, said in read_json(path).items() if path.is_file() else []:
+            for name, said in (self._for_the_page(read_json, path, dict[str, dict[str, Any]]) or {}).items():
                 found.append({"model": model.name, "round": model.round_, "name": name} | said)
         return found

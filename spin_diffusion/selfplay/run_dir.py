@@ -184,6 +184,16 @@ def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) 
         raise Damaged(path, error, remedy) from None
 
 
+def read_if_whole(path: Path, type_: Any = dict[str, Any]) -> Any | None:
+    """The content of a JSON file that is made anew where it is not there; None then, and when it is damaged, which is
+    said."""
+    try:
+        return read_json(path, type_, AGAIN) if path.is_file() else None
+    except Damaged as error:
+        tell_remade(error)
+        return None
+
+
 def read_json_lines(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> list[Any]:
     """The rows of a file of ours with a JSON value on each line, as `read_json`."""
     try:
@@ -329,11 +339,7 @@ def is_built(path: Path, key: str) -> bool:
         return has_rows(path, {KEY: key})
     if path.suffix != ".json":
         return has_tensors(path, {KEY: key})
-    try:
-        return path.is_file() and read_json(path).get(KEY) == key
-    except Damaged as error:
-        tell_remade(error)
-        return False
+    return (read_if_whole(path) or {}).get(KEY) == key
 
 
 def file_hash(path: Path) -> str:
