@@ -186,7 +186,7 @@ def test_the_opponent_draws_each_image_in_the_size_of_the_real_one(sdxl_dir):
 
 def test_a_pairs_worse_image_has_the_size_of_the_better_one(sdxl_dir):
     for row in game_of_sizes(sdxl_dir).real_rows(pictures(losers=True)):
-        better, worse = (images.open_image(row[name]) for name in ("image", "loser_image"))
+        better, worse = (open_picture(row[name]) for name in ("image", "loser_image"))
         assert better.size == worse.size == (row["frame"][5], row["frame"][4])
 
 
