@@ -14,7 +14,8 @@ To add a layout, put one file here that defines
         report's reasons for a row that is not to be used; `plan` raises InputError for a column that does not exist
         (`rows.require_column` says it well).
 
-Everything else is common and lives in `reading`: filter, caption, the check that the image decodes, repeats, counts.
+Everything else is common and lives in `reading`: filter, caption, the check that the image decodes (`store.pictures`
+is the one reader of pictures), repeats, counts.
 To add a source, put one file here with `open_...(...) -> Source` and call it where `sources` looks at what is there.
 
 A data set of text comes from parquet_files, json_lines or hub; what its columns mean, and what is held out, is in

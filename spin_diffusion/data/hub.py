@@ -12,6 +12,8 @@ from spin_diffusion.data.rows import Row, Source, no_files, one_line
 from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.pictures import MAX_BYTES
 
 ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 """What the datasets library raises for an id, split or configuration that is not there, and for the network."""
@@ -117,6 +119,11 @@ def _cache_reader(name: str, roots: list[Path]) -> Callable[[str], bytes]:
             raise InputError(
                 f"{name} names the file {path!r}, which is not part of it: the data set must hold its images"
             )
+        if not is_remote:
+            try:
+                return read_bytes(path, MAX_BYTES)
+            except InputError as error:
+                raise LeftOut(MISSING_IMAGE_FILE, str(error)) from error
         try:
             storage = pa.array([{"bytes": None, "path": path}], type=datasets.Image().pa_type)
             encoded = datasets.Image().embed_storage(storage)[0].as_py()["bytes"]

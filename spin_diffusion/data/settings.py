@@ -48,7 +48,7 @@ class DataSettings(SourceSettings):
     train_data_dir: str | None = None
     """Folder of images with a metadata.jsonl, .csv or .parquet (file_name and caption), or with a .txt beside each."""
     image_column: str | None = None
-    """Column of the image; default: Pick-a-Pic's winner, else the first of image, jpg, jpeg, png, webp that exists."""
+    """Column of the image; default: Pick-a-Pic's winner, else the first of image, jpg, png, ... that exists."""
     caption_column: str | None = None
     """Column of the caption; default: the first of text, caption, prompt, txt that exists. A list gives its first."""
     one_image_per_prompt: bool = False

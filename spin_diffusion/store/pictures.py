@@ -27,6 +27,8 @@ MAX_BYTES = 256 << 20
 MAX_PIXELS = 100_000_000
 """300 MB once it is decoded."""
 MAX_SIDE_PX = 65_535
+MAX_SEGMENTS = 10_000
+"""Of a JPEG before its pixels; whole ones have a few hundred at most."""
 ORIENTATION = 0x0112
 """EXIF's and TIFF's tag: 1 is upright, 2 to 8 are turned or mirrored."""
 _TURNS = {
@@ -63,14 +65,15 @@ def open_picture(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_header(image)
+                _check_size(*image.size)
                 if image.format == "TIFF":
                     _prepare_tiff(image)
+                    _check_size(image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))  # of a tile, which is decoded whole
                 image.load()
                 if image.format == "PNG":
                     _scale_transparent_colour(image, bit_depth=data[24])
                 rgb = _on_white(image)
-                orientation = _orientation(exif or _exif_of(image))
+                orientation = _orientation(exif or image.info.get("exif", b""))
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -100,8 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return rgb.transpose(_TURNS[orientation]) if orientation in _TURNS else rgb
 
 
-def _check_header(image: Image.Image) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
         raise InputError(
             f"{width} x {height} px, at most {MAX_PIXELS:,} pixels and {MAX_SIDE_PX:,} px a side are read: make it "
@@ -170,11 +172,20 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _without_metadata(data: bytes) -> tuple[bytes, bytes]:
-    """A JPEG without the segments that Pillow would interpret while opening it, and its EXIF data; others unchanged."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return data, b""
+    """A JPEG or PNG without what Pillow interprets when it opens it beside the pixels, and its EXIF data; others as
+    they are."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _bare_jpeg(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _bare_png(data)
+    return data, b""
+
+
+def _bare_jpeg(data: bytes) -> tuple[bytes, bytes]:
     kept, exif, place = [data[:2]], b"", 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    for _ in range(MAX_SEGMENTS):
+        if place + 4 > len(data) or data[place] != 0xFF:
+            break
         name = data[place + 1]
         if name == 0xFF:  # one byte more of the mark
             place += 1
@@ -185,22 +196,25 @@ def _without_metadata(data: bytes) -> tuple[bytes, bytes]:
         content = data[place + 4 : end]
         if name == 0xE1 and content.startswith(b"Exif\0\0"):
             exif = exif or content
-        elif name not in (0xE1, 0xED) and not (name == 0xE2 and content.startswith(b"MPF\0")):
-            kept.append(data[place:end])
+        elif name & 0xF0 != 0xE0 and name != 0xFE or name == 0xEE or content.startswith(b"JFIF\0"):
+            kept.append(data[place:end])  # of the application's, JFIF's and Adobe's say how colours are coded
         place = end
+    else:
+        raise InputError(f"more than {MAX_SEGMENTS:,} segments before the pixels")
     return b"".join([*kept, data[place:]]), exif
 
 
-def _exif_of(image: Image.Image) -> bytes:
-    """The EXIF data of a PNG, WebP or TIFF; empty where there is none."""
-    profile = image.info.get("Raw profile type exif")  # how ImageMagick wrote them into a PNG
-    if isinstance(profile, str):
-        try:
-            return bytes.fromhex("".join(profile.split("\n")[3:]))
-        except ValueError:
-            return b""
-    exif = image.info.get("exif", b"")
-    return exif if isinstance(exif, bytes) else b""
+def _bare_png(data: bytes) -> tuple[bytes, bytes]:
+    kept, exif, place = [data[:8]], b"", 8
+    while place + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if name == b"eXIf":
+            exif = exif or data[place + 8 : end - 4]
+        elif name == b"tRNS" or name[0] < 0x60:  # of capitals: without it the picture cannot be read
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]]), exif
 
 
 def _orientation(exif: bytes) -> int:

@@ -163,6 +163,19 @@ def test_a_picture_with_unreadable_exif_data_is_upright(format, data):
     assert open_picture(encoded(Image.fromarray(coloured(32, 48)), format, exif=data)).size == (48, 32)
 
 
+def test_text_and_profiles_of_any_size_make_no_picture_unreadable():
+    """Pillow reads a compressed text of at most a megabyte, and a chunk whose sum is right alone."""
+    whole = encoded(Image.fromarray(coloured()), "PNG")
+    for name, content in (
+        (b"zTXt", b"a\0\0" + zlib.compress(bytes(2_000_000))),
+        (b"iCCP", b"a\0\0" + zlib.compress(bytes(2_000_000))),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b'<a tiff:Orientation="6"/>'),
+        (b"gAMA", b"?"),
+    ):
+        chunk = struct.pack(">I", len(content)) + name + content + bytes(4)  # a wrong sum
+        assert np.array_equal(np.asarray(open_picture(whole[:33] + chunk + whole[33:])), coloured())
+
+
 def test_no_exif_data_make_a_whole_jpeg_unreadable():
     random = np.random.default_rng(0)
     whole = exif([orientation(6), (0x011A, 5, 1, bytes(4)), (0x0103, 2, 4, b"abc\0"), (0x8769, 4, 1, bytes(4))])
@@ -265,6 +278,18 @@ def test_the_limit_on_pixels_is_not_another_librarys(monkeypatch):
     for limit in (None, 1):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert shown(encoded(Image.new("RGB", (8, 8)), "PNG")) == (0, 0, 0) and limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_tile_of_a_tiff_counts_as_what_it_is_decoded_to():
+    tags = [(256, 64), (257, 64), (258, 8), (259, 5), (262, 1), (277, 1), (322, 30_000), (323, 30_000), (324, 200)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (325, 50)])
+    with pytest.raises(InputError, match="^30000 x 30000 px, at most"):
+        open_picture(struct.pack("<2sHIH", b"II", 42, 8, len(tags) + 1) + entries + bytes(400))
+
+
+def test_a_jpeg_of_countless_segments_is_not_walked_through():
+    with pytest.raises(InputError, match="more than 10,000 segments"):
+        open_picture(b"\xff\xd8" + b"\xff\xe1\0\2" * 1_000_000)
 
 
 def test_too_many_bytes_are_refused(tmp_path, monkeypatch):

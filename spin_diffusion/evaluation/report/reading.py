@@ -5,6 +5,7 @@ Nothing in these files is trusted: text may be anything that JSON can hold, and 
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -20,6 +21,7 @@ from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.opening import open_regular, read_bytes
 
 SCHEMA_VERSION = 1
 _FLOATS = {
@@ -27,6 +29,7 @@ _FLOATS = {
     "win_rate_high", "p", "p_holm", "value",
     "threshold", "r_real", "r_generated", "loss",
 }  # fmt: skip
+_MAX_BYTES = 1 << 30  # of results.json
 _MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte
 
 
@@ -81,12 +84,13 @@ def read_results(path: Path) -> dict[str, Any]:
         InputError: no such file, not JSON, another schema version, not valid by the schema, or a name that it does not
             explain itself.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: give the folder of a finished evaluation")
+    data = read_bytes(path, _MAX_BYTES)
     try:
         # utf-8-sig: an editor may have put a byte order mark in front
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
         results = _as_floats(json.loads(text, parse_constant=_refuse_constant, parse_float=_finite))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give the folder of a finished evaluation") from None
     except (ValueError, OverflowError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise InputError(f"{path} is not JSON ({_one_line(str(error))})") from None
     version = results.get("schema_version") if isinstance(results, dict) else None
@@ -149,6 +153,9 @@ def _first_repeated(names: Iterable[str]) -> str | None:
 
 def _rows(path: Path, columns: list[str], scale: float | None) -> list[dict[str, Any]]:
     """The rows of a parquet file at one guidance scale; None stands for pictures that were given, not drawn."""
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: results.json needs it beside itself")
+    open_regular(path).close()
     try:
         names = pq.read_schema(path).names
         if missing := [name for name in [*columns, "guidance_scale"] if name not in names]:
@@ -157,8 +164,6 @@ def _rows(path: Path, columns: list[str], scale: float | None) -> list[dict[str,
         scales = table["guidance_scale"].cast(pa.float64())
         at_scale = pc.is_null(scales) if scale is None else pc.fill_null(pc.equal(scales, float(scale)), False)
         return table.select(columns).filter(at_scale).to_pylist()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: results.json needs it beside itself") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({_one_line(str(error))})") from None
 

@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -455,6 +456,24 @@ def test_a_picture_that_cannot_be_shown_is_said_so(small: Path, damage, words: s
     assert re.search(words, said(damaged))
     island = json.loads(damaged.raw[1][2])
     assert "00002" not in {pair["id"] for pair in island["pairs"]} and len(island["pairs"]) == 5
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["results.json", "images.parquet", "scores.parquet"])
+def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(small: Path, name: str) -> None:
+    (small / name).unlink()
+    os.mkfifo(small / name)
+    with pytest.raises(InputError, match=f"{name} is a named pipe, not a file"):
+        read_evaluation(small)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_in_the_place_of_a_picture_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "a.png"
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](place)
+    said = pictures.thumbnail(tmp_path, pictures.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok"))
+    assert isinstance(said, str) and said.isprintable()
 
 
 @pytest.mark.parametrize("file", ["../outside.png", "/etc/passwd", "models/\x00", "x" * 5000, "", "."])
