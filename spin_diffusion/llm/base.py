@@ -25,7 +25,7 @@ from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.selfplay.run_dir import file_hash
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
-from spin_diffusion.store.weights import load_whole
+from spin_diffusion.store.weights import check_not_quantised, load_whole
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
@@ -34,8 +34,8 @@ MOST_ADAPTERS = 8
 """So many may lie on each other."""
 QUANTISED = ("quantization_config", "compression_config")
 """Keys of config.json by which weights are stored in other numbers than they are computed with."""
-UNSEEN = ("num_attention_heads",)
-"""Keys without which a model is another one, though every tensor fits."""
+UNSEEN = ("num_attention_heads", "hidden_act", "rms_norm_eps")
+"""Keys without which a model is another one, though every tensor fits; transformers always writes them."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def load_language_model(name: str, options: dict[str, Any]) -> tuple[PreTrainedM
 
 def load_model(base: LanguageBase) -> PreTrainedModel:
     """The model alone. Raises as `load_language_model`."""
+    if base.revision is not None and Path(base.name).is_dir():
+        raise InputError(f"{base.where()}: a folder has no revisions: leave --revision {base.revision} out")
     with _in_one_line(base):
         *adapters, root = base.adapters()
     where = base.where() + (f", on {root.name}" if adapters else "")
@@ -251,13 +253,23 @@ def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
             f"{where}: a {config.model_type} model has an encoder and a decoder, and only causal language "
             "models are supported: give one"
         )
-    written |= next((written[key] for key in config.sub_configs if getattr(config, key, None) is text), {})
-    for key in UNSEEN:
+    # Of a model with several parts, those of the text are written as what differs from the class's own
+    for key in UNSEEN if text is config else ():
         if hasattr(text, key) and not {key, text.attribute_map.get(key, key)} & set(written):
             raise InputError(
                 f"{where}: config.json does not say {key}, and transformers would take its own default "
                 f"({getattr(text, key)}): write the model's own into it"
             )
+    check_not_quantised(_weight_files(root), where=where)
+
+
+def _weight_files(root: LanguageBase) -> list[Path]:
+    """Its safetensors files on this machine."""
+    whole, index = (root.file(name) for name in WHOLE)
+    if whole is not None:
+        return [whole]
+    named = _read(index).get("weight_map", {}) if index is not None else {}
+    return [path for name in sorted(set(named.values())) if (path := root.file(name)) is not None]
 
 
 def _read(path: Path) -> dict[str, Any]:

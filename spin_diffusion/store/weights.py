@@ -18,6 +18,8 @@ from spin_diffusion.store.text import printable
 
 _TRAINED_IN = {"F64", "F32", "F16", "BF16"}
 """How safetensors names the number types of weights that are not quantised."""
+_BUFFERS = ("position_ids", "attn.bias", "attention.bias")
+"""Whole numbers that old checkpoints keep beside weights: those of the positions, and attention's masks."""
 _LONGEST_HEADER = 2**27
 """Bytes; the header of the largest models has a hundredth of it."""
 
@@ -100,8 +102,7 @@ def check_not_quantised(paths: Iterable[Path], *, where: str) -> None:
     """
     for path in paths:
         for name, said in read_header(path).items():
-            # Old CLIP text encoders keep the numbers of their positions, 0 to 76
-            if said.get("dtype") not in _TRAINED_IN and not name.endswith("position_ids"):
+            if said.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
                 raise InputError(
                     f"{where}: {printable(name)} is stored as {said.get('dtype')}: quantised weights cannot be trained "
                     "from; give the checkpoint in float32, float16 or bfloat16"

@@ -1,6 +1,7 @@
 """A base is what its files say: adapters are merged into it, and what is not whole is refused in one line."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import (
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, load_language_model
-from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from spin_diffusion.selfplay.run_dir import file_hash, read_json, weights_hash
 from tests.llm.playing import LANGUAGE, examples, make_game
 from tests.llm.test_script import changed_base, play, refused, settings  # noqa: F401
 
@@ -191,6 +192,14 @@ def named(folder: Path, weights: str) -> None:
     (folder / "model.safetensors").rename(folder / weights)
 
 
+def sharded(folder: Path) -> Path:
+    """Rewrite the weights in several files; one of them."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
 def t5(folder: Path) -> None:
     config = T5Config(vocab_size=176, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(folder)
@@ -226,6 +235,26 @@ SPOILT_BASES = {
     ),
     "gguf": (lambda f: named(f, "model.gguf"), "has no weights (*.safetensors)"),
     "pickle": (lambda f: named(f, "pytorch_model.bin"), "has no weights (*.safetensors)"),
+    "codes": (
+        lambda f: tensors(f / "model.safetensors", lambda t, n: t.update({n: t[n].to(torch.int8)})),
+        "is stored as I8",
+    ),
+    "eight bits": (
+        lambda f: tensors(f / "model.safetensors", lambda t, n: t.update({n: t[n].to(torch.float8_e4m3fn)})),
+        "is stored as F8_E4M3",
+    ),
+    "shard missing": (lambda f: sharded(f).unlink(), "safetensors"),
+    "codes in a shard": (
+        lambda f: tensors(sharded(f), lambda t, n: t.update({n: t[n].to(torch.int8)})),
+        "is stored as I8",
+    ),
+    "tensor missing in a shard": (lambda f: tensors(sharded(f), lambda t, n: t.pop(n)), "lack"),
+    "config is a pipe": (lambda f: (f / "config.json").unlink() or os.mkfifo(f / "config.json"), "config.json"),
+    "weights are a folder": (
+        lambda f: (f / "model.safetensors").unlink() or (f / "model.safetensors").mkdir(),
+        "model.safetensors",
+    ),
+    "activation not said": (lambda f: change(f / "config.json", "hidden_act", None), "does not say hidden_act"),
     "encoder and decoder": (t5, "an encoder and a decoder"),
     "both ways": (bert, "depends on the tokens behind it"),
     "heads not said": (lambda f: change(f / "config.json", "num_attention_heads", None), "does not say num_attention"),
@@ -248,6 +277,31 @@ SPOILT_BASES = {
 }  # fmt: skip
 
 
+def test_a_base_in_several_files_is_whole(tmp_path):
+    folder = changed_base(tmp_path)
+    assert sharded(folder).is_file()
+    model, _ = load_language_model(str(folder), {})
+    assert weights_hash(model) == weights_hash(load_language_model(str(BASE), {})[0])
+
+
+def test_an_adapter_on_a_quantised_base_says_where_to_name_the_whole_one(tmp_path):
+    below = changed_base(tmp_path)
+    quantised(below)
+    folder = adapter(tmp_path / "sft", below=below)
+    with pytest.raises(
+        InputError, match=r"on .*base: its weights are quantised \(gptq.*adapter_config.json \(base_model"
+    ):
+        load_language_model(str(folder), {})
+    change(folder / "adapter_config.json", "base_model_name_or_path", str(BASE))
+    assert load_language_model(str(folder), {})
+
+
+def test_a_folder_has_no_revisions():
+    with pytest.raises(InputError, match="a folder has no revisions: leave --revision v1 out"):
+        load_language_model(str(BASE), {"revision": "v1"})
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", SPOILT_BASES)
 def test_a_base_that_is_not_whole_is_refused(kind, tmp_path):
     folder = changed_base(tmp_path)
