@@ -272,7 +272,7 @@ class RunEvaluator:
                     found.append({"model": name, "round": k, "step": entry["step"]} | values)
         return found
 
-    def _for_the_page(self, read: Callable[..., Any], path: Path, kind: type) -> Any:
+    def _for_the_page(self, read: Callable[..., Any], path: Path, kind: Any) -> Any:
         """What a file has for the page, which does without it when there is none or it is damaged."""
         try:
             return read(path, kind, "the page does without it") if path.is_file() else None
