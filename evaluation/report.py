@@ -13,6 +13,7 @@ from spin_diffusion.command import run_command
 def report(argv: list[str]) -> None:
     """Write the page and print where it is."""
     from spin_diffusion.evaluation.report import write_report
+    from spin_diffusion.evaluation.report.reading import read_results
     from spin_diffusion.store.folder import take_marked
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,6 +21,7 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="the page's file; default: report.html in the folder")
     arguments = parser.parse_args(argv)
     if arguments.output is None:
+        read_results(arguments.folder / "results.json")  # before the folder is taken: it may hold something else
         take_marked(arguments.folder, "--output")
     print(f"Report: {write_report(arguments.folder, arguments.output)}")
 

@@ -24,7 +24,7 @@ from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.running import round_lines
 from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.run_dir import file_hash, read_json
-from spin_diffusion.store.folder import MARKER, release
+from spin_diffusion.store.folder import MARKER, release, take_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -600,6 +600,18 @@ def test_two_commands_do_not_work_in_one_folder(unevaluated, tmp_path, capsys):
         )
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert play(tmp_path, unevaluated | {"max_train_steps": 1}) == 0
+
+
+@pytest.mark.parametrize("program", ["evaluation", "comparison", "language training"])
+def test_the_folder_of_another_program_is_left_alone(program, unevaluated, tmp_path, capsys):
+    out = tmp_path / "out"
+    take_folder(out, program)
+    for name in ("config.yaml", "data/manifest.json", "base/model.json"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    refused(capsys, play(tmp_path, unevaluated), f"says {program}, not image training", "give another")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_nothing_is_written_before_the_base_is_known_to_be_good(unevaluated, tmp_path, capsys):

@@ -57,7 +57,10 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
         raise _unusable(folder, flag, error) from None
     strangers = {name for name in names - _OF_NOBODY - {MARKER} if not name.startswith(".nfs")}
     if MARKER in names:
-        said = _read(folder / MARKER)
+        try:
+            said = _read(folder / MARKER)
+        except InputError as error:
+            raise InputError(f"{where} cannot be known as this program's folder ({error}): give another") from None
         if not strangers and said != _marker_of(program):
             return False  # emptied by its user; or a command was killed before its marker said something
         _check_marker(said, program, where)

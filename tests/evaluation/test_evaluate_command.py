@@ -1,5 +1,6 @@
 """evaluation/evaluate.py and report.py as a user runs them."""
 
+import fcntl
 import json
 import os
 import runpy
@@ -15,6 +16,7 @@ from PIL import Image
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.folder import MARKER, release
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORER = """
@@ -335,6 +337,30 @@ def test_results_of_another_schema_version_are_refused(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"schema_version": 99}')
     refused(capsys, run("report.py", str(tmp_path)), "99")
     refused(capsys, run("report.py", str(tmp_path / "nowhere")), "results.json")
+
+
+def test_a_second_command_and_a_page_are_refused_while_an_evaluation_works(scorer, tmp_path, capsys):
+    prompts, out = ["a red apple", "a blue boat"], tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    models = [f"{name}={write_pictures(tmp_path / name, prompts, 30)}" for name in ("a", "b")]
+
+    def again() -> int:
+        return evaluate(tmp_path, tmp_path / "prompts.txt", str(scorer), models=models)
+
+    assert again() == 0
+    release(out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with open(out / MARKER, "r+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        capsys.readouterr()
+        refused(capsys, again(), "another command works in", "give another --output_dir")
+        refused(capsys, run("report.py", str(out)), "another command works in", "give another --output")
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        assert run("report.py", str(out), "--output", str(tmp_path / "page.html")) == 0
+    (out / MARKER).unlink()
+    capsys.readouterr()
+    refused(capsys, run("report.py", str(out)), "is not a folder of this program", "give --output")
+    refused(capsys, again(), f"is not empty and has no {MARKER}")
 
 
 # Folders of pictures that are given
