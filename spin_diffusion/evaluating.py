@@ -19,6 +19,7 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.running import AnyConfig, rivals
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
+from spin_diffusion.selfplay.one_round import EVALUATION
 from spin_diffusion.selfplay.progress import Progress, tell
 from spin_diffusion.selfplay.record import FINAL, read_record
 from spin_diffusion.selfplay.run_dir import (
@@ -99,6 +100,18 @@ class RunEvaluator:
         """Samples of the present player, and their scores; what is there already stays."""
         raise NotImplementedError
 
+    def is_drawn(self, model: EvaluatedModel) -> bool:
+        """Whether the model's samples are there, whole, and its alone, with whatever else only it can say."""
+        raise NotImplementedError
+
+    def is_scored(self, model: EvaluatedModel) -> bool:
+        """Whether its samples have scores by the scorers as they are now."""
+        raise NotImplementedError
+
+    def score(self, model: EvaluatedModel) -> None:
+        """Scores of samples that are there, without the model."""
+        raise NotImplementedError
+
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
     ) -> tuple[dict[str, Any], list[Comparison]]:
@@ -115,16 +128,12 @@ class RunEvaluator:
     # The models of a run
 
     def base(self) -> None:
-        """Evaluate the base, once."""
+        """Evaluate the base, and bring the evaluations of finished rounds up to date; what is as it should be stays."""
         if not self.active:
             return
-        folder = self.output_dir / "base"
-        if self.accelerator.is_main_process:
-            remove_damaged(folder)
-        self.accelerator.wait_for_everyone()
-        if not (folder / "model.json").is_file():
-            self.game.restore(None)
-            self._evaluate("base", self.output_dir / "base", "baseline", 0, self.base_name, self.base_kind)
+        self.game.restore(None)
+        self._evaluate("base", self.output_dir / "base", "baseline", 0, self.base_name, self.base_kind)
+        self._renew()
         promote_if = self.config.evaluation.promote_if
         if promote_if != "always":
             for spec in self.specs:
@@ -134,10 +143,58 @@ class RunEvaluator:
                         f"--promote_if {promote_if} needs every scorer, and {said['name']} cannot be run: "
                         f"{said['reason']}"
                     )
-        if len(self._folders_with_models()) == 1:  # else the rounds report, once they have looked at their files
-            self._report()
+        self._report()
 
     base_kind = "pipeline"
+
+    def _renew(self) -> None:
+        """Bring the evaluations of finished rounds and rivals up to date: samples that are lost or damaged are drawn
+        anew, and all are scored by the scorers as they are now. What was decided by older scores stays so."""
+        last = self.config.rounds.rounds
+        places = [(self._round_name(k), self.output_dir / f"round-{k}", "round", k) for k in range(1, last + 1)]
+        places += [(name, folder / f"round-{last}", "rival", None) for name, folder in self._runs()[1:]]
+        places = [place for place in places if self._was_evaluated(place[1])]
+        if self.accelerator.is_main_process:
+            for _, directory, *_ in places:
+                remove_damaged(directory / EVALUATION)
+        self.accelerator.wait_for_everyone()
+        whole = {folder for folder, model in self._evaluated() if self.is_drawn(model)}
+        self.accelerator.wait_for_everyone()  # all have looked before one of them changes something
+        for name, directory, role, k in places:
+            if directory / EVALUATION not in whole:
+                self.accelerator.print(f"{name}: its samples in {directory / EVALUATION} are made anew where they lack")
+                source = f"{directory.relative_to(self.output_dir)}/{self.saved}"
+                self.game.restore(directory)
+                self._evaluate(name, directory / EVALUATION, role, k, source, "round")
+        self._score_again(self._models())
+        for _, directory, role, _ in places:
+            if role == "round" and directory / EVALUATION not in whole:
+                self._conclude_round(directory)
+
+    def _states(self, folder: Path) -> list[str]:
+        return [self.said_of(folder, parse_spec(spec)[0])["state"] for spec in self.specs]
+
+    def _was_evaluated(self, directory: Path) -> bool:
+        """Whether a round's evaluation is behind it."""
+        record = read_record(directory) if (directory / EVALUATION).is_dir() else {}
+        return record.get("state") in ("EVALUATED", *FINAL)
+
+    def _score_again(self, models: Sequence[EvaluatedModel]) -> None:
+        """Score those of the models whose scores are by other scorers than are there now."""
+        states = self._states(self.output_dir / "base")  # a scorer may run now that could not before
+        folders = {model.name: folder for folder, model in self._evaluated()}
+        stale = [model for model in models if not self.is_scored(model) or self._states(folders[model.name]) != states]
+        self.accelerator.wait_for_everyone()
+        for model in stale:
+            self.accelerator.print(
+                f"{model.name}: a scorer has changed since its samples were scored, or scores were lost: they are "
+                "scored anew" + ("; what was decided by the old ones stays" if model.round_ else "")
+            )
+            self.score(model)
+            self._note(model, folders[model.name])
+        for model in stale:
+            if model.role == "round" and model.round_:
+                self._conclude_round(self.output_dir / f"round-{model.round_}")
 
     def of_rounds(self) -> Evaluate | None:
         """The evaluation of the run's own rounds."""
@@ -149,15 +206,9 @@ class RunEvaluator:
                 return Judgement({})
             name = self._round_name(k)
             self._evaluate(name, folder, "round", k, f"round-{k}/{self.saved}", "round")
+            self._score_again(self._models())
             if self.accelerator.is_main_process:
-                opponent = self._read_model(parent) or self._read_model(0)
-                player = self._read_model(k)
-                assert opponent is not None and player is not None
-                self.conclude(
-                    folder,
-                    [dataclasses.replace(opponent, role="baseline"), dataclasses.replace(player, role="candidate")],
-                    f"{name} against {opponent.name}",
-                )
+                self._conclude_round(folder.parent, parent)
                 self._report()
             self.accelerator.wait_for_everyone()
             results = read_results(folder / "results.json")
@@ -170,6 +221,25 @@ class RunEvaluator:
 
         return evaluate
 
+    def _conclude_round(self, directory: Path, parent: int | None = None) -> None:
+        """What is concluded of a round's player against its opponent.
+
+        Args:
+            directory: of the round.
+            parent: whose player the opponent is; None = as the round's record says.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        parent = read_record(directory)["parent"] if parent is None else parent
+        player = next(model for folder, model in self._evaluated() if folder == directory / EVALUATION)
+        opponent = self._read_model(parent) or self._read_model(0)
+        assert opponent is not None
+        self.conclude(
+            directory / EVALUATION,
+            [dataclasses.replace(opponent, role="baseline"), dataclasses.replace(player, role="candidate")],
+            f"{player.name} against {opponent.name}",
+        )
+
     def of_rival(self, objective: str) -> Evaluate | None:
         """The evaluation of a rival: its last round, since it has as many steps as the run's last round."""
         if not self.active:
@@ -179,6 +249,7 @@ class RunEvaluator:
             if k == self.config.rounds.rounds:
                 source = f"compare-{objective}/round-{k}/{self.saved}"
                 self._evaluate(f"{objective}, same steps", folder, "rival", None, source, "round")
+                self._score_again(self._models())
                 self._report()
             return Judgement({})
 
@@ -220,7 +291,14 @@ class RunEvaluator:
             name, folder, role, round_, source=source, kind=kind, base=self.base_name,
             weights_sha256=self.weights_hash(),
         )  # fmt: skip
+        if self.accelerator.is_main_process:
+            remove_damaged(folder)
+        self.accelerator.wait_for_everyone()
         self.draw_and_score(model)
+        self._note(model, folder)
+
+    def _note(self, model: EvaluatedModel, folder: Path) -> None:
+        """Write down whose samples lie in a folder, and what its files are now."""
         if self.accelerator.is_main_process:
             said = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
             write_json(folder / "model.json", said | {"files": file_hashes(records_in(folder), folder)})
@@ -237,11 +315,16 @@ class RunEvaluator:
 
     def _models(self) -> list[EvaluatedModel]:
         """The models that were evaluated so far, the base first."""
+        return [model for _, model in self._evaluated()]
+
+    def _evaluated(self) -> list[tuple[Path, EvaluatedModel]]:
+        """The same with the folder of each."""
         found = []
         for folder in self._folders_with_models():
             said = read_json(folder / "model.json", _Model, AGAIN)
             said.pop("files", None)
-            found.append(self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said))
+            model = self.model_at(said.pop("name"), folder, said.pop("role"), said.pop("round_"), **said)
+            found.append((folder, model))
         return found
 
     def _folders_with_models(self) -> list[Path]:

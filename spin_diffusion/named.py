@@ -1,10 +1,8 @@
 """Parts that are found by the name of their file: a scorer, a family, a data layout. To add one, add a file."""
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
-import os
 import pkgutil
 import sys
 import traceback
@@ -13,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.keys import code_files, code_hash, key_of
 
 
 def load_named(package: str, name: str, attribute: str) -> Any:
@@ -49,21 +48,30 @@ def load_module(package: str, name: str) -> ModuleType:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    # The path is part of the module's name: two files of one name, or one named like a library, can coexist.
-    unique_name = f"{path.stem}_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
+    # Path and content are part of the module's name: two files of one name, or one named like a library, can coexist,
+    # and a file that has changed is another module.
+    unique_name = f"{path.stem}_{key_of(path=str(path.resolve()), code=code_hash(path))[:12]}"
     if unique_name in sys.modules:
         return sys.modules[unique_name]
+    beside = {str(file) for file in code_files(path)}
+    for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None) in beside]:
+        del sys.modules[name]  # what the file imports may have changed, too
     spec = importlib.util.spec_from_file_location(unique_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[unique_name] = module  # dataclasses and pickling look their module up here
+    # Python takes a compiled file for that of the source by its time, to the second, and its length: none is kept of a
+    # file that may be edited
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     except BaseException as error:
         del sys.modules[unique_name]
         if isinstance(error, InputError) or not isinstance(error, Exception):
             raise
         raise InputError(f"{path} cannot be imported: {raised(error)}") from error
+    finally:
+        sys.dont_write_bytecode = written
     return module
 
 

@@ -1,14 +1,13 @@
 """The judge of self-labelled candidates (`selfplay.candidates`): any scorer of images."""
 
-from pathlib import Path
-
-from spin_diffusion.evaluation.scorers import about, load_scorer, parse_spec
+from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.evaluation.scorers import about, load_scorer
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
+from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import Candidates, Judge
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.round_settings import CandidateSettings
-from spin_diffusion.selfplay.run_dir import file_hash
 from spin_diffusion.store.pictures import open_picture
 
 
@@ -38,10 +37,14 @@ def candidates_of(settings: CandidateSettings, device: str) -> Candidates | None
     spec = settings.candidate_scorer
     if not settings.num_candidates or spec is None:
         return None
-    module = parse_spec(spec)[1]
-    # A file of the user's own may change between two starts of a run, its name does not
-    judge = f"{spec} (SHA-256 {file_hash(Path(module))[:16]})" if module.endswith(".py") else spec
+    judge = scorer_by_content(spec)
     return Candidates(settings.num_candidates, settings.candidate_share, judge, lambda: scorer_as_judge(spec, device))
+
+
+def scorer_by_content(spec: str) -> str:
+    """A scorer's spec with the hash of what is behind it: code and weights may change between two starts of a run,
+    their names do not."""
+    return f"{spec} (SHA-256 {part_key(SCORERS, spec)[:16]})"
 
 
 def scorer_as_judge(spec: str, device: str) -> Judge:

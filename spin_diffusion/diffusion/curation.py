@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data import Example
+from spin_diffusion.diffusion.candidates import scorer_by_content
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
@@ -30,7 +31,6 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
-    file_hash,
     read_if_whole,
     read_json,
     read_rows,
@@ -67,13 +67,9 @@ def check_curator(settings: CurationSettings) -> None:
 
 
 def content_settings(settings: CurationSettings) -> dict[str, Any]:
-    """What decides which images are chosen: the settings, and the hash of a scorer that is the user's own file."""
-    kept = asdict(settings)
+    """What decides which images are chosen: the settings, with the hash of what is behind the scorer's name."""
     spec = settings.curation_scorer
-    if spec is not None and parse_spec(spec)[1].endswith(".py"):
-        # A file of the user's own may change between two starts of a run, its name does not
-        kept["curation_scorer"] = f"{spec} (SHA-256 {file_hash(Path(parse_spec(spec)[1]))[:16]})"
-    return kept
+    return asdict(settings) | {"curation_scorer": scorer_by_content(spec) if spec is not None else None}
 
 
 # Which are chosen

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.identity import config_of, parts_hash
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.parts import load_unet
@@ -25,6 +26,9 @@ from spin_diffusion.evaluation.drawing import (
     claim,
     draw_pictures,
     folder_of,
+    is_drawn,
+    picture_key,
+    precision_of,
     protocol_of,
     requests,
     save_bytes,
@@ -43,6 +47,7 @@ from spin_diffusion.running import make_accelerator, quiet_libraries
 from spin_diffusion.selfplay.progress import Bars, Progress
 from spin_diffusion.selfplay.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
+from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
 from spin_diffusion.store.text import printable
@@ -180,7 +185,7 @@ def _checked_input(
     check_specs(settings.scorers or [])
     _check_output_dir(settings, output_dir)
     for source in sources:
-        _check_known(source, None, output_dir)
+        _check_known(source, output_dir)
     prompts = _prompts(settings, sources)
     for source in sources:
         if source.kind == "images":
@@ -216,6 +221,8 @@ def _pictures(
         num_inference_steps=settings.num_inference_steps if drawn else None,
         guidance_scales=scales,
         resolution=resolution,
+        eta=0.0 if drawn else None,
+        precision=precision_of(accelerator.mixed_precision) if drawn else None,
     )
     wanted = requests(prompts, settings.images_per_prompt, settings.seed)
     accelerator.print(
@@ -227,18 +234,18 @@ def _pictures(
     models = []
     for source in sources:
         folder = ScoredFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
-        draw, weights = None, None
+        draw, weights, drawn_by = None, None, ""
         if source.kind == "images":
             _take_pictures(source, wanted, folder.pictures, protocol, settings, accelerator)
         else:
-            draw, weights = drawer.open(source, resolution)
-            _check_known(source, weights, output_dir)
+            draw, weights, drawn_by = drawer.open(source, resolution)
         if accelerator.is_main_process:
             write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
         if draw is not None:
             draw_pictures(
                 wanted, folder.pictures, protocol, draw, accelerator,
                 lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
+                drawn_by,
             )  # fmt: skip
         role = "baseline" if source is sources[0] else "candidate"
         base = str(source.base) if source.base is not None else None
@@ -282,11 +289,10 @@ class _Known(TypedDict):
     """Whose pictures lie in a folder."""
 
     path: str
-    weights_sha256: str | None
 
 
-def _check_known(source: ModelSource, weights: str | None, output_dir: Path) -> None:
-    """A name that stood for another model, or other weights, would take over its pictures."""
+def _check_known(source: ModelSource, output_dir: Path) -> None:
+    """A name that stood for another model would take over its pictures."""
     path = output_dir / "images" / source.name / "model.json"
     if not path.is_file():
         return
@@ -296,8 +302,6 @@ def _check_known(source: ModelSource, weights: str | None, output_dir: Path) -> 
         return  # it is removed, and the pictures are drawn anew
     if known["path"] != source.path:
         raise InputError(f"{path.parent} has pictures of {known['path']}, not {source.path}: give it another name")
-    if weights is not None and known["weights_sha256"] != weights:
-        raise InputError(f"{path.parent} was drawn with other weights of {source.path}: give it another name")
 
 
 def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSet:
@@ -336,14 +340,15 @@ class _Drawer:
         self.base: Base | None = None
         self.family: Any = None
         self.pipeline: Any = None
+        self.parts = ""
 
     def resolution(self, source: ModelSource) -> int:
         """The usual image size of a model's family."""
         self._load(source)
         return self.family.RESOLUTION
 
-    def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str]:
-        """The function that draws, and the hash of the UNet's weights."""
+    def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str, str]:
+        """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
         self._load(source)
         unet = self.pipeline.unet
         if source.unet is not None:
@@ -362,7 +367,7 @@ class _Drawer:
                 batch_size=self.settings.generation_batch_size,
             )  # fmt: skip
 
-        return draw, digest
+        return draw, digest, key_of(weights=digest, unet=config_of(unet), parts=self.parts)
 
     def close(self) -> None:
         """Free the memory for the scorers."""
@@ -378,7 +383,7 @@ class _Drawer:
             for module in self.pipeline.components.values():
                 if isinstance(module, torch.nn.Module):
                     module.requires_grad_(False).eval().to(self.accelerator.device)
-            self.base = source.base
+            self.base, self.parts = source.base, parts_hash(self.pipeline)
             if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
                 self.accelerator.print(line)
 
@@ -410,19 +415,31 @@ def _take_pictures(
             print(f"--models {source.name}={source.path}{pictures.note()}")
         for row in pictures.rows:
             by_prompt.setdefault(row["prompt"], []).append(row["path"])
+        given = key_of(pictures=[_hash_of(_given(row, by_prompt)) for row in wanted])
         for scale in protocol["guidance_scales"]:
-            folder = directory / folder_of(scale)
+            folder, key = directory / folder_of(scale), picture_key(protocol, scale, given)
             index = folder / f"{shard_name(0, 1)}.jsonl"
-            if not index.is_file():
-                write_index(index, [_take(row, by_prompt, folder) for row in wanted])
+            if not is_drawn(index, wanted, key):
+                write_index(index, [_take(row, by_prompt, folder) for row in wanted], key)
     accelerator.wait_for_everyone()
 
 
+def _given(row: dict[str, Any], by_prompt: dict[str, list[Path]]) -> Path | None:
+    paths = by_prompt.get(row["prompt"], [])
+    return paths[row["k"]] if row["k"] < len(paths) else None
+
+
+def _hash_of(path: Path | None) -> str | None:
+    try:
+        return known_hash(path) if path is not None else None
+    except InputError:  # counted where it is taken
+        return None
+
+
 def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
-    given = by_prompt.get(row["prompt"], [])
-    if row["k"] >= len(given):
+    path = _given(row, by_prompt)
+    if path is None:
         return without_picture(row, "there is no such picture")
-    path = given[row["k"]]
     try:
         data = read_bytes(path, MAX_BYTES)
     except InputError as error:

@@ -9,9 +9,10 @@ from PIL import Image
 
 from spin_diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.evaluating import RunEvaluator
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.drawing import folder_of, requests
+from spin_diffusion.evaluation.drawing import folder_of, precision_of, requests
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.in_rounds import RunEvaluation, model_of, run_evaluation
 from spin_diffusion.evaluation.prompt_sets import PromptSet
@@ -19,6 +20,7 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
 from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 
 
@@ -50,7 +52,10 @@ class Evaluator(RunEvaluator):
                 num_inference_steps=config.sampling.num_inference_steps,
                 guidance_scale=config.sampling.guidance_scale,
                 resolution=game.resolution,
+                eta=config.sampling.eta,
+                precision=precision_of(accelerator.mixed_precision, config.training.allow_tf32),
             )
+        self.drawn_with = key_of(unet=game.base_hash, parts=parts_hash(game.pipeline))
 
     def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
         """A model whose images and scores lie in `folder`."""
@@ -71,7 +76,26 @@ class Evaluator(RunEvaluator):
         self.evaluation.evaluate(
             model,
             lambda prompts, seeds, scale, done: self.game.draw(self.game.player, prompts, seeds, scale, steps, done),
+            self._drawn_by(model),
         )
+
+    def is_drawn(self, model: EvaluatedModel) -> bool:
+        """Whether its pictures are there, and theirs alone."""
+        assert self.evaluation is not None
+        return self.evaluation.is_drawn(model, self._drawn_by(model))
+
+    def is_scored(self, model: EvaluatedModel) -> bool:
+        """Whether they have the scores of the scorers as they are now."""
+        assert self.evaluation is not None
+        return self.evaluation.is_scored(model)
+
+    def score(self, model: EvaluatedModel) -> None:
+        """Scores of pictures that are there."""
+        assert self.evaluation is not None
+        self.evaluation.score(model)
+
+    def _drawn_by(self, model: EvaluatedModel) -> str:
+        return key_of(base=self.drawn_with, weights=model.weights_sha256)
 
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, **more: Any

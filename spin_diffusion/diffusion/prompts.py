@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from spin_diffusion.data.reading import Example, short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
+from spin_diffusion.diffusion.identity import config_of, words_of
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import is_built, weights_hash, write_shared_tensors
@@ -187,8 +188,8 @@ class Prompts:
     def _encoders_hash(self, dtype: torch.dtype) -> str:
         """Of all that decides an embedding, but the prompt."""
         tokenizers = [getattr(self.pipeline, name, None) for name in TOKENIZERS]
-        words = [(sorted(found.get_vocab().items()), found.model_max_length) for found in tokenizers if found]
-        content = [*((weights_hash(encoder), _how(encoder)) for encoder in self._encoders()), words, str(dtype)]
+        words = [words_of(found) for found in tokenizers if found]
+        content = [*((weights_hash(encoder), config_of(encoder)) for encoder in self._encoders()), words, str(dtype)]
         return key_of(content=content)
 
     def _encode(self, prompts: list[str], dtype: torch.dtype) -> Embedded:
@@ -213,13 +214,6 @@ class Prompts:
             )
             for name in self._unconditional
         }
-
-
-def _how(encoder: Any) -> dict[str, Any]:
-    """An encoder's configuration, which decides what its weights do not show: how it computes with them."""
-    about_the_file = ("architectures", "dtype", "torch_dtype", "transformers_version")
-    config = encoder.config.to_dict()
-    return {name: value for name, value in config.items() if name[0] != "_" and name not in about_the_file}
 
 
 def _number(prompt: str) -> int:

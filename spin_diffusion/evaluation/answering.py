@@ -20,16 +20,16 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.drawing import ROWS_PER_SHARD
-from spin_diffusion.evaluation.judges import Answer, LogLikelihood, load_judge
+from spin_diffusion.evaluation.judges import Answer, LoadedJudge, LogLikelihood, load_judge
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import prompts_hash
-from spin_diffusion.evaluation.scoring import ScorerRecord, run_and_record
-from spin_diffusion.evaluation.specs import check_specs, describe, parse_spec
+from spin_diffusion.evaluation.scoring import SCORER, ScorerRecord, Scoring, Shard, run_and_record, says
+from spin_diffusion.evaluation.specs import check_specs, parse_spec, part_key
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.run_dir import (
     AGAIN,
-    has_rows,
+    is_built,
     is_shard,
     read_json,
     read_rows,
@@ -39,6 +39,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_rows,
 )
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.keys import KEY, key_of
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the answer), the same for every model"
 
@@ -135,22 +136,43 @@ def draw_answers(
         ValueError: `draw` returns anything but one answer per request.
     """
     rows = [dict(row) for row in requests]
-    chunks = [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
-    paths = [folder / "answers" / f"{shard_name(number, len(chunks))}.parquet" for number in range(len(chunks))]
+    shards = _chunks(rows, folder)
     told, done = progress.phase(f"{model}: answer" if model else "answer", len(rows)), 0
-    for chunk, path in shared_out(list(zip(chunks, paths, strict=True)), accelerator):
-        belongs = {"protocol": protocol["id"], "requests": _hash(chunk), "weights": weights_sha256}
-        if not has_rows(path, belongs):
+    for path, chunk in shared_out(shards, accelerator):
+        key = answer_key(protocol, chunk, weights_sha256)
+        if not is_built(path, key):
             answered = _answered(chunk, draw(chunk, partial(_tell, told, done, accelerator.num_processes)))
-            write_rows(path, answered, belongs | {"texts": _hash([row["sha256"] for row in answered])})
+            texts = _hash([row["sha256"] for row in answered])
+            said = {"protocol": protocol["id"], "weights": weights_sha256, "texts": texts}
+            write_rows(path, answered, said | {KEY: key})
         done += len(chunk)
         told(done * accelerator.num_processes, "")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        for path in set((folder / "answers").glob("*-of-*.parquet")) - set(paths):
+        for path in set((folder / "answers").glob("*-of-*.parquet")) - {path for path, _ in shards}:
             if is_shard(path.name):
                 path.unlink()  # of a protocol with more or fewer requests
     accelerator.wait_for_everyone()
+
+
+def are_answered(
+    requests: Sequence[Mapping[str, Any]], folder: Path, protocol: Mapping[str, Any], weights_sha256: str
+) -> bool:
+    """Whether `draw_answers` would find nothing to do."""
+    shards = _chunks([dict(row) for row in requests], folder)
+    return all(is_built(path, answer_key(protocol, chunk, weights_sha256)) for path, chunk in shards)
+
+
+def _chunks(rows: list[dict[str, Any]], folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """The file of each shard of answers, and what is asked in it."""
+    starts = range(0, len(rows), ROWS_PER_SHARD)
+    names = [f"{shard_name(number, len(starts))}.parquet" for number in range(len(starts))]
+    return [(folder / "answers" / name, rows[at : at + ROWS_PER_SHARD]) for name, at in zip(names, starts, strict=True)]
+
+
+def answer_key(protocol: Mapping[str, Any], requests: list[dict[str, Any]], weights_sha256: str) -> str:
+    """What a file of answers depends on."""
+    return key_of(protocol=protocol["id"], requests=requests, weights=weights_sha256)
 
 
 def judge_answers(
@@ -180,44 +202,49 @@ def judge_answers(
         raise ValueError(f"one log-likelihood cannot be that of {len(folders)} models: give a dict by their names")
     for spec in specs:
         name = parse_spec(spec)[0]
-        shards = [
-            (model, path, folder / "scores" / name / path.name)
-            for model, folder in folders.items()
-            for path in answer_files(folder)
-        ]
-        # Shared out before looking at what is there: another process may be writing already
-        mine = shards[accelerator.process_index :: accelerator.num_processes]
-        missing = [(model, path, out) for model, path, out in mine if not has_rows(out, score_belongs(path, spec))]
+        model_of = {path: model for model, folder in folders.items() for path in answer_files(folder)}
+        shards = [(path, path.parents[1] / "scores" / name / path.name) for path in model_of]
+
+        def score(judge: LoadedJudge, missing: list[Shard], key: str, models: dict[Path, str] = model_of) -> None:
+            total = sum(int(rows_metadata(path)["rows"]) for path, _ in missing) * accelerator.num_processes
+            named = ", ".join(dict.fromkeys(models[path] for path, _ in missing))
+            told, done = progress.phase(f"{named}: score by {judge.name}", total), 0
+            for path, out in missing:
+                answers = read_answers(path)
+                scores = judge([of_row(row) for row in answers], _likelihood_of(models[path], log_likelihood))
+                truncated = judge.truncated([of_row(row) for row in answers])
+                scored = [
+                    {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut}
+                    for row, score, cut in zip(answers, scores, truncated, strict=True)
+                ]
+                write_rows(out, scored, {SCORER: key, KEY: _score_key((path, out), key)})
+                done += len(answers)
+                told(done * accelerator.num_processes, "")
+
         records = [folder / "scores" / f"{name}.json" for folder in folders.values()]
-        undescribed = accelerator.is_main_process and not all(path.is_file() for path in records)
-        judge = partial(_load_and_judge, spec, missing, log_likelihood, accelerator, progress)
-        run_and_record(describe(JUDGES, spec), records, judge if missing or undescribed else None, accelerator)
+        load = partial(load_judge, spec, str(accelerator.device))
+        run_and_record(Scoring(JUDGES, spec, records, shards, _score_key, load, score), accelerator)
 
 
-def _load_and_judge(
-    spec: str,
-    shards: list[tuple[str, Path, Path]],
-    log_likelihood: LogLikelihood | Mapping[str, LogLikelihood] | None,
-    accelerator: Accelerator,
-    progress: Progress,
-) -> tuple[str, dict[str, str]]:
-    """Where the weights came from, and what was loaded."""
-    judge = load_judge(spec, str(accelerator.device))
-    total = sum(int(rows_metadata(path)["rows"]) for _, path, _ in shards) * accelerator.num_processes
-    models = ", ".join(dict.fromkeys(model for model, *_ in shards))
-    told, done = progress.phase(f"{models}: score by {judge.name}", total), 0
-    for model, path, out in shards:
-        answers = read_answers(path)
-        scores = judge([of_row(row) for row in answers], _likelihood_of(model, log_likelihood))
-        truncated = judge.truncated([of_row(row) for row in answers])
-        scored = [
-            {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut}
-            for row, score, cut in zip(answers, scores, truncated, strict=True)
-        ]
-        write_rows(out, scored, score_belongs(path, spec))
-        done += len(answers)
-        told(done * accelerator.num_processes, "")
-    return judge.source, judge.checkpoint
+def are_judged(folder: Path, specs: Sequence[str]) -> bool:
+    """Whether every answer has the scores of the judges as they are now, but of those that could not be run."""
+    for spec in specs:
+        name, key = parse_spec(spec)[0], part_key(JUDGES, spec)
+        shards = [(path, folder / "scores" / name / path.name) for path in answer_files(folder)]
+        record = folder / "scores" / f"{name}.json"
+        if not says(record, key):
+            if record.is_file() and read_judge(folder, name)["state"] == "not run":
+                continue
+            return False
+        if not all(is_built(out, _score_key((path, out), key)) for path, out in shards):
+            return False
+    return True
+
+
+def _score_key(shard: Shard, judge: str) -> str:
+    """What the scores of a file of answers depend on: some judges read the model itself, and the real answers."""
+    said = rows_metadata(shard[0])
+    return key_of(judge=judge, answers=said.get(KEY), texts=said.get("texts"))
 
 
 def _likelihood_of(model: str, given: LogLikelihood | Mapping[str, LogLikelihood] | None) -> LogLikelihood:
@@ -256,27 +283,19 @@ def of_row(row: Mapping[str, Any]) -> Answer:
 def read_answer_scores(folder: Path, spec: str) -> list[dict[str, Any]]:
     """The rows of one judge (id, k, sha256, score, truncated) that belong to the answers and to the judge."""
     name = parse_spec(spec)[0]
+    judge = read_judge(folder, name).get(KEY)
+    shards = [(path, folder / "scores" / name / path.name) for path in answer_files(folder)]
     return [
         row
-        for path in answer_files(folder)
-        if _belongs(scores := folder / "scores" / name / path.name, score_belongs(path, spec))
-        for row in read_rows(scores)
+        for path, out in shards
+        if judge is not None and out.is_file() and rows_metadata(out).get(KEY) == _score_key((path, out), judge)
+        for row in read_rows(out)
     ]
 
 
 def read_judge(folder: Path, name: str) -> dict[str, Any]:
     """What is known of a judge that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
     return read_json(folder / "scores" / f"{name}.json", ScorerRecord, AGAIN)
-
-
-def score_belongs(answers: Path, spec: str) -> dict[str, str]:
-    """What the scores of a file of answers belong to: some judges read the model itself, and the real answers."""
-    said = rows_metadata(answers)
-    return {"source": spec} | {f"answers {key}": said.get(key, "") for key in ("requests", "weights", "texts")}
-
-
-def _belongs(path: Path, metadata: Mapping[str, str]) -> bool:
-    return path.is_file() and metadata.items() <= rows_metadata(path).items()
 
 
 def _answered(requests: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from spin_diffusion.evaluation.statistics import (
 )
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import write_file, write_json
+from spin_diffusion.store.keys import KEY
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")
@@ -152,7 +153,11 @@ def _check_schema(results: dict[str, Any]) -> None:
 
 
 def first_not_run(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is known of a scorer, of what each model's folder says of it: run only if it was run for all."""
+    """What is known of a scorer, of what each model's folder says of it: run only if it was run for all, and was the
+    same scorer each time."""
+    apart = {s.get(KEY) for s in said if s["state"] == "run"}
+    if len(apart) > 1:
+        return said[0] | {"state": "not run", "reason": "not every model was scored by the same version of it"}
     return next((s for s in said if s["state"] == "not run"), said[0])
 
 

@@ -28,6 +28,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_json,
 )
 from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.keys import KEY, key_of, known_hash
 from spin_diffusion.store.pictures import open_picture
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
@@ -76,8 +77,18 @@ def protocol_of(
     num_inference_steps: int | None,
     guidance_scales: Sequence[float | None],
     resolution: int | None,
+    eta: float | None,
+    precision: str | None,
 ) -> dict[str, Any]:
-    """What must be equal for two results to be comparable, with its hash as `id`."""
+    """What must be equal for two results to be comparable, with its hash as `id`: all that decides a picture but the
+    model. Versions of libraries, devices and the number of pictures in a batch, which change the last bits, are not in
+    it.
+
+    Args:
+        sampler, num_inference_steps, resolution, eta, precision: as `draw_batches` has them; of given pictures the
+            first is "as given" and the others are None.
+        precision: of the denoiser, see `precision_of`.
+    """
     rest = {
         "prompt_set": {
             "name": prompts.name,
@@ -93,10 +104,19 @@ def protocol_of(
         "num_inference_steps": num_inference_steps,
         "guidance_scales": list(guidance_scales),
         "resolution": resolution,
+        "eta": eta,
+        "precision": precision,
+        # A model that is told an image's size is told that of the whole picture, as pipelines do by themselves
+        "size_condition": None if resolution is None else "the picture's own, not cropped",
     }
     # The same prompts from another place are the same prompts
     compared = rest | {"prompt_set": prompts.sha256}
     return {"id": hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()} | rest
+
+
+def precision_of(mixed_precision: str, allow_tf32: bool = False) -> str:
+    """The protocol's word for a precision: "fp32", "fp16" or "bf16", and whether products may be rounded to TF32."""
+    return ("fp32" if mixed_precision == "no" else mixed_precision) + (" with TF32" if allow_tf32 else "")
 
 
 def folder_of(scale: float | None) -> str:
@@ -111,31 +131,85 @@ def draw_pictures(
     draw: Draw,
     accelerator: Accelerator,
     bar: Callable[[float, int], Callable[[int, str], None]],
+    drawn_by: str = "",
 ) -> None:
-    """Draw what is `wanted` at every guidance scale of the protocol; what is there already stays.
+    """Draw what is `wanted` at every guidance scale of the protocol; what this very model drew already stays, picture
+    for picture as it was drawn.
 
     Args:
         bar: (guidance scale, number of images) -> the function that is told how many are done.
+        drawn_by: hash of the model, with all of its parts.
 
     Raises:
         InputError: the folder holds pictures of another protocol.
     """
     claim(directory, protocol, accelerator)
-    chunks = [wanted[start : start + ROWS_PER_SHARD] for start in range(0, len(wanted), ROWS_PER_SHARD)]
     for scale in protocol["guidance_scales"]:
         folder = directory / folder_of(scale)
         progress, done = bar(scale, len(wanted)), 0
-        for number, rows in shared_out(list(enumerate(chunks)), accelerator):
-            index = folder / f"{shard_name(number, len(chunks))}.jsonl"
-            if not index.is_file():
+        for index, rows in shared_out(_chunks(wanted, folder), accelerator):
+            key = picture_key(protocol, scale, drawn_by)
+            if not is_drawn(index, rows, key):
                 told = partial(_tell, progress, done, accelerator.num_processes)
                 pictures = _draw_all(draw, rows, scale, told)
-                write_index(
-                    index, [save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)]
-                )
+                drawn = [save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)]
+                write_index(index, drawn, key)
             done += len(rows)
             progress(done * accelerator.num_processes, "")
         accelerator.wait_for_everyone()
+
+
+def are_drawn(wanted: list[dict[str, Any]], directory: Path, protocol: dict[str, Any], drawn_by: str) -> bool:
+    """Whether `draw_pictures` would find nothing to do."""
+    return all(
+        is_drawn(index, rows, picture_key(protocol, scale, drawn_by))
+        for scale in protocol["guidance_scales"]
+        for index, rows in _chunks(wanted, directory / folder_of(scale))
+    )
+
+
+def _chunks(wanted: list[dict[str, Any]], folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
+    """The index file of each shard, and what is asked for in it."""
+    starts = range(0, len(wanted), ROWS_PER_SHARD)
+    names = [f"{shard_name(number, len(starts))}.jsonl" for number in range(len(starts))]
+    return [(folder / name, wanted[at : at + ROWS_PER_SHARD]) for name, at in zip(names, starts, strict=True)]
+
+
+def picture_key(protocol: dict[str, Any], scale: float | None, drawn_by: str) -> str:
+    """What all pictures of a model at a guidance scale depend on, beside what was asked for."""
+    return key_of(protocol=protocol["id"], scale=scale, drawn_by=drawn_by)
+
+
+def is_drawn(index: Path, wanted: list[dict[str, Any]], key: str) -> bool:
+    """Whether an index lists what is wanted, made of what `key` stands for, and its pictures are as they were drawn.
+
+    That something is lost or damaged is said in a line.
+    """
+    if not index.is_file():
+        return False
+    try:
+        rows = read_index(index)
+        asked = [{name: row.get(name) for name in request} for row, request in zip(rows, wanted, strict=False)]
+        if len(rows) != len(wanted) or asked != wanted or any(row.get(KEY) != _row_key(row, key) for row in rows):
+            print(f"{index} belongs to another model or to other pictures, or is damaged: its pictures are made anew")
+            return False
+        lost = [
+            row["file"]
+            for row in rows
+            if row["file"] is not None
+            and not ((path := index.parent / row["file"]).is_file() and known_hash(path) == row["sha256"])
+        ]
+    except (InputError, AttributeError, KeyError, TypeError) as error:
+        print(f"{index} is damaged ({str(error)[:100]}): its pictures are made anew")
+        return False
+    if lost:
+        print(f"{index.parent / lost[0]} is lost or damaged: it and the other pictures of {index.name} are made anew")
+    return not lost
+
+
+def _row_key(row: dict[str, Any], key: str) -> str:
+    """What stands in a row of an index: it says what made the picture, and shows that the row is as it was written."""
+    return key_of(made_of=key, row={name: value for name, value in row.items() if name != KEY})
 
 
 def _tell(progress: Callable[[int, str], None], done: int, num_processes: int, images: int) -> None:
@@ -205,8 +279,13 @@ def without_picture(row: dict[str, Any], state: str, sha256: str | None = None) 
     return row | nothing | {"sha256": sha256, "state": state}
 
 
-def write_index(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the index of a shard; the shard is complete from now on."""
+def write_index(path: Path, rows: list[dict[str, Any]], key: str) -> None:
+    """Write the index of a shard; the shard is complete from now on.
+
+    Args:
+        key: of what made the pictures.
+    """
+    rows = [row | {KEY: _row_key(row, key)} for row in rows]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 

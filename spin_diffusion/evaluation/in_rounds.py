@@ -7,11 +7,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.drawing import Draw, draw_pictures, protocol_of, requests
+from spin_diffusion.evaluation.drawing import Draw, are_drawn, draw_pictures, protocol_of, requests
 from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
-from spin_diffusion.evaluation.scoring import ScoredFolder, score_pictures
+from spin_diffusion.evaluation.scoring import ScoredFolder, is_scored, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.progress import Progress
@@ -29,13 +29,33 @@ class RunEvaluation:
     protocol: dict[str, Any]
     headline_scale: float
 
-    def evaluate(self, model: EvaluatedModel, draw: Draw) -> None:
-        """Draw and score the pictures of a model; what is there already stays."""
-        rows = requests(self.prompts, self.settings.num_validation_images, self.protocol["seed"])
+    def evaluate(self, model: EvaluatedModel, draw: Draw, drawn_by: str) -> None:
+        """Draw and score the pictures of a model; what is there already stays.
+
+        Args:
+            drawn_by: hash of the model, with all of its parts.
+        """
         draw_pictures(
-            rows, model.folder.pictures, self.protocol, draw, self.accelerator,
-            lambda scale, total: self.progress.phase(f"{model.name}: draw at guidance {scale:g}", total),
+            self.wanted, model.folder.pictures, self.protocol, draw, self.accelerator,
+            lambda scale, total: self.progress.phase(f"{model.name}: draw at guidance {scale:g}", total), drawn_by,
         )  # fmt: skip
+        self.score(model)
+
+    @property
+    def wanted(self) -> list[dict[str, Any]]:
+        """What every model is asked to draw."""
+        return requests(self.prompts, self.settings.num_validation_images, self.protocol["seed"])
+
+    def is_drawn(self, model: EvaluatedModel, drawn_by: str) -> bool:
+        """Whether all pictures of a model are there, as it drew them."""
+        return are_drawn(self.wanted, model.folder.pictures, self.protocol, drawn_by)
+
+    def is_scored(self, model: EvaluatedModel) -> bool:
+        """Whether all pictures of a model have the scores of the scorers as they are now."""
+        return is_scored(model.folder, self.protocol["guidance_scales"], self.settings.scorers or [])
+
+    def score(self, model: EvaluatedModel) -> None:
+        """Score the pictures of a model that have no score, or one by another scorer."""
         score_pictures(
             {model.name: model.folder}, self.protocol["guidance_scales"], self.settings.scorers or [],
             self.accelerator, lambda scorer, total: self.progress.phase(f"{model.name}: score by {scorer}", total),
@@ -67,6 +87,8 @@ def run_evaluation(
     num_inference_steps: int,
     guidance_scale: float,
     resolution: int,
+    eta: float,
+    precision: str,
 ) -> RunEvaluation:
     """The evaluation of a run by its settings; unset ones are those of the opponent's samples."""
     scales = settings.validation_guidance_scales or [guidance_scale]
@@ -78,6 +100,8 @@ def run_evaluation(
         num_inference_steps=settings.validation_num_inference_steps or num_inference_steps,
         guidance_scales=scales,
         resolution=resolution,
+        eta=eta,
+        precision=precision,
     )
     headline = guidance_scale if guidance_scale in scales else scales[-1]
     return RunEvaluation(settings, prompts, output_dir, accelerator, progress, protocol, headline)

@@ -60,6 +60,6 @@ def _read(path: Path) -> Any:
         return read_index(path)
     if path.suffix != ".json" or path.name == "results.json":  # the results are written from the rest each time
         return None
-    types = {"model.json": ModelRecord, "protocol.json": _Protocol, "held_out.json": dict[str, dict[str, Any]]}
+    types = {"model.json": ModelRecord, "protocol.json": _Protocol, "held_out.json": dict[str, Any]}
     kind = types.get(path.name, ScorerRecord if "scores" in path.parts[-4:] else dict[str, Any])
     return read_json(path, kind, AGAIN)

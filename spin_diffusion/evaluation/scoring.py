@@ -14,9 +14,21 @@ from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import AGAIN, has_rows, read_json, read_rows, write_json, write_rows
+from spin_diffusion.selfplay.run_dir import (
+    AGAIN,
+    Damaged,
+    is_built,
+    read_json,
+    read_rows,
+    rows_metadata,
+    write_json,
+    write_rows,
+)
+from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import read_picture
 
+SCORER = "scorer"
+"""In the metadata of a file of scores: the key of the scorer alone."""
 BATCH = 16
 """Pictures that a scorer gets at a time; the scores do not depend on it."""
 
@@ -66,67 +78,125 @@ def score_pictures(
             for scale in guidance_scales
             for index in index_files(folder.pictures, scale)
         ]
-        # Shared out before looking at what is there: another process may be writing already
-        mine = shards[accelerator.process_index :: accelerator.num_processes]
-        missing = [(index, out) for index, out in mine if not _is_scored(out, spec)]
+        with_features = spec == keeps_features
+
+        def score(scorer: LoadedScorer, missing: list[Shard], key: str, with_features: bool = with_features) -> None:
+            total = sum(len(read_index(index)) for index, _ in missing) * accelerator.num_processes
+            told = bar(scorer.name, total)
+            _score_shards(scorer, key, missing, told, accelerator.num_processes, with_features)
+
         records = [folder.scores / name / "scorer.json" for folder in folders.values()]
-        undescribed = accelerator.is_main_process and not all(path.is_file() for path in records)
-        score = partial(_load_and_score, spec, missing, bar, accelerator, spec == keeps_features)
-        run_and_record(
-            of_specs.describe(SCORERS, spec), records, score if missing or undescribed else None, accelerator
-        )
+        key_of_shard = partial(_score_key, with_features=with_features)
+        load = partial(load_scorer, spec, str(accelerator.device))
+        run_and_record(Scoring(SCORERS, spec, records, shards, key_of_shard, load, score), accelerator)
 
 
-def run_and_record(
-    described: dict[str, Any],
-    records: list[Path],
-    run: Callable[[], tuple[str, dict[str, str]]] | None,
-    accelerator: Accelerator,
-) -> None:
-    """Run a scorer in every process, and write into `records` what is known of it: state, reason, source, checkpoint.
+def is_scored(folder: ScoredFolder, guidance_scales: list[float | None], specs: list[str]) -> bool:
+    """Whether every picture has the scores of the scorers as they are now, but of those that could not be run."""
+    keeps_features = _keeper_of_features(specs)
+    for spec in specs:
+        name = parse_spec(spec)[0]
+        key = of_specs.part_key(SCORERS, spec)
+        record = folder.scores / name / "scorer.json"
+        if not says(record, key):
+            if record.is_file() and read_scorer(folder.scores, name)["state"] == "not run":
+                continue
+            return False
+        for scale in guidance_scales:
+            for index in index_files(folder.pictures, scale):
+                out = folder.scores / name / folder_of(scale) / f"{index.stem}.parquet"
+                if not is_built(out, _score_key((index, out), key, spec == keeps_features)):
+                    return False
+    return True
+
+
+Shard = tuple[Path, Path]
+"""A file of samples, and the file of their scores."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What one scorer or judge is to do.
+
+    Attributes:
+        package, spec: which it is.
+        records: where is written what is known of it: one file for each model.
+        shards: of all models.
+        key: (shard, key of the scorer) -> what the file of scores depends on.
+        load: the scorer, ready for `score`.
+        score: (loaded scorer, shards, its key) writes these shards.
+    """
+
+    package: str
+    spec: str
+    records: list[Path]
+    shards: list[Shard]
+    key: Callable[[Shard, str], str]
+    load: Callable[[], Any]
+    score: Callable[[Any, list[Shard], str], None]
+
+    def missing(self, shards: list[Shard], key: str) -> list[Shard]:
+        """Those without scores, or with scores by another scorer or of other samples."""
+        return [shard for shard in shards if not is_built(shard[1], self.key(shard, key))]
+
+
+def run_and_record(scoring: Scoring, accelerator: Accelerator) -> None:
+    """Let the processes score what is missing, and write into the records what is known of the scorer: state, reason,
+    source, checkpoint, key.
 
     Where one process could not run it, it has no score: not a score of 0, and not the scores of the others alone.
-
-    Args:
-        described: all of its ABOUT.
-        run: scores what is missing and returns where the weights came from and what was loaded; an InputError is the
-            reason why it was not run. None = this process has nothing to do.
+    Scores that are all there already, by one and the same scorer, stay when it cannot be run any more.
     """
+    described = of_specs.describe(scoring.package, scoring.spec)
+    known = _one_key(scoring) if accelerator.is_main_process else None
+    # Shared out before looking at what is there: another process may be writing already
+    mine = scoring.shards[accelerator.process_index :: accelerator.num_processes]
     said = []
-    if run is not None:
-        try:
-            source, checkpoint = run()
-            said = [described | {"source": source, "checkpoint": checkpoint, "reason": ""}]
-        except InputError as error:
-            said = [described | {"reason": str(error)}]
+    try:
+        key = of_specs.part_key(scoring.package, scoring.spec)
+        missing = scoring.missing(mine, key)
+        if missing or accelerator.is_main_process and not all(says(path, key) for path in scoring.records):
+            loaded = scoring.load()
+            if (now := of_specs.part_key(scoring.package, scoring.spec)) != key:  # the hub had another version
+                key, missing = now, scoring.missing(mine, now)
+            scoring.score(loaded, missing, key)
+            said = [described | {"source": loaded.source, "checkpoint": loaded.checkpoint, "key": key, "reason": ""}]
+            del loaded  # its memory is free before the next one's weights are read
+    except InputError as error:
+        said = [described | {"reason": str(error)}]
     if accelerator.num_processes > 1:
         said = gather_object(said)
     if said and accelerator.is_main_process:
         reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
-        for path in records:
-            write_json(path, said[0] | {"state": "not run" if reason else "run", "reason": reason})
-        if reason:
-            print(f"scorer {described['name']} was not run: {reason}")
+        if reason and known is not None and _one_key(scoring) == known:
+            print(f"scorer {described['name']} cannot be run now ({reason}): the scores that it gave before stay")
+        else:
+            for path in scoring.records:
+                write_json(path, said[0] | {"state": "not run" if reason else "run", "reason": reason})
+            if reason:
+                print(f"scorer {described['name']} was not run: {reason}")
     accelerator.wait_for_everyone()
 
 
-def _load_and_score(
-    spec: str,
-    shards: list[tuple[Path, Path]],
-    bar: Callable[[str, int], Callable[[int, str], None]],
-    accelerator: Accelerator,
-    with_features: bool,
-) -> tuple[str, dict[str, str]]:
-    """Where the weights came from, and what was loaded."""
-    scorer = load_scorer(spec, str(accelerator.device))
-    total = sum(len(read_index(index)) for index, _ in shards) * accelerator.num_processes
-    _score_shards(scorer, spec, shards, bar(scorer.name, total), accelerator.num_processes, with_features)
-    return scorer.source, scorer.checkpoint  # its memory is free before the next one's weights are read
+def says(record: Path, key: str) -> bool:
+    """Whether a record is that of this very scorer, which was run."""
+    return is_built(record, key) and read_json(record)["state"] == "run"
 
 
-def _is_scored(shard: Path, spec: str) -> bool:
-    """Whether a shard is complete and by this very scorer."""
-    return has_rows(shard, {"source": spec})
+def _one_key(scoring: Scoring) -> str | None:
+    """The key of the scorer by which all shards of all models were scored; None = there is none."""
+    try:
+        keys = {read_json(path).get(KEY) for path in scoring.records}
+    except Damaged:  # or missing
+        return None
+    key = keys.pop() if len(keys) == 1 else None
+    return key if key is not None and not scoring.missing(scoring.shards, key) else None
+
+
+def _score_key(shard: Shard, scorer: str, with_features: bool) -> str:
+    """What the scores of a shard of pictures depend on."""
+    pictures = [[row["id"], row["k"], row["prompt"], row["sha256"]] for row in read_index(shard[0]) if row["file"]]
+    return key_of(scorer=scorer, pictures=pictures, features=with_features)
 
 
 def _keeper_of_features(specs: list[str]) -> str | None:
@@ -138,8 +208,8 @@ def _keeper_of_features(specs: list[str]) -> str | None:
 
 def _score_shards(
     scorer: LoadedScorer,
-    spec: str,
-    shards: list[tuple[Path, Path]],
+    key: str,
+    shards: list[Shard],
     progress: Callable[[int, str], None],
     num_processes: int,
     with_features: bool,
@@ -162,16 +232,23 @@ def _score_shards(
                 for row, score, cut, feature in zip(part, scores, truncated, features, strict=True)
             ]  # fmt: skip
             progress((done + start + len(part)) * num_processes, "")
-        write_rows(out, scored, {"source": spec})
+        write_rows(out, scored, {SCORER: key, KEY: _score_key((index, out), key, with_features)})
         done += len(rows)
         progress(done * num_processes, "")
 
 
 def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[str, Any]]:
-    """The rows of one scorer at one guidance scale: id, k, sha256, score, truncated, features."""
-    return [
-        row for path in sorted((directory / scorer / folder_of(scale)).glob("*.parquet")) for row in read_rows(path)
-    ]
+    """The rows of one scorer at one guidance scale, as far as the scorer of the record gave them: id, k, sha256, score,
+    truncated, features."""
+    paths = sorted((directory / scorer / folder_of(scale)).glob("*.parquet"))
+    return rows_by(read_scorer(directory, scorer), paths)
+
+
+def rows_by(record: dict[str, Any], paths: list[Path]) -> list[dict[str, Any]]:
+    """The rows of those files of scores that the scorer of a record gave."""
+    key = record.get(KEY)
+    return [row for path in paths if key is not None and rows_metadata(path).get(SCORER) == key
+            for row in read_rows(path)]  # fmt: skip
 
 
 def read_scorer(directory: Path, scorer: str) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from spin_diffusion.input_error import InputError
 from spin_diffusion.named import load_module, load_named, raised
+from spin_diffusion.store.keys import code_hash, key_of, place_hash
 
 _T = TypeVar("_T")
 
@@ -70,6 +72,41 @@ def describe(package: str, spec: str) -> dict[str, Any]:
     said = asdict(about_part(package, spec))
     checkpoint = said.pop("checkpoint")
     return {"name": name, **said, "source": path or checkpoint or "", "checkpoint": {}}
+
+
+def part_key(package: str, spec: str) -> str:
+    """Hash of all that decides what a scorer or judge says of a sample: of its code, with what that imports and names
+    beside it, and of its weights, wherever they lie. Devices and versions of libraries, which change the last digits,
+    are not in it, but for packages that it names in `PACKAGES`.
+
+    Weights on the hub are those that this machine's cache has: after a scorer was loaded they may be others.
+
+    Raises:
+        InputError: there is no such module, or a file cannot be read.
+    """
+    _, name, path = parse_spec(spec)
+    module = load_module(package, name)
+    file, is_own = Path(str(module.__file__)), not name.endswith(".py")
+    place = path or about_part(package, spec).checkpoint
+    found = getattr(module, "places", _one_place)(place)
+    return key_of(
+        code=code_hash(file, Path(__file__).parent if is_own else None),
+        version=version("spin-diffusion"),
+        packages={name: _version(name) for name in getattr(module, "PACKAGES", ())},
+        # What is no file, folder or repository may be an option: its text decides
+        weights=[place_hash(place) or place for place in found],
+    )
+
+
+def _one_place(place: str | None) -> list[str]:
+    return [place] if place else []
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def load_part(package: str, kind: str, spec: str, device: str) -> Part:

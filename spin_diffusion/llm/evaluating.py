@@ -1,6 +1,7 @@
 """The evaluations of a language run: held-out prompts answered by the present player, judged; held-out likelihood."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,29 @@ from spin_diffusion.evaluation.answer_results import conclude_answers
 from spin_diffusion.evaluation.answering import (
     answer_protocol,
     answer_requests,
+    are_answered,
+    are_judged,
     draw_answers,
     judge_answers,
     read_judge,
 )
 from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.drawing import precision_of
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.input_error import InputError
+from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import read_json, write_json
+from spin_diffusion.selfplay.run_dir import is_built, read_json, write_json
+from spin_diffusion.store.keys import KEY, key_of, place_hash
+
+HELD_OUT_MEASURES = "held_out.json"
 
 
 def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
@@ -104,7 +112,8 @@ class AnswerEvaluator(RunEvaluator):
         self.protocol = answer_protocol(
             self.requests, name="held-out prompts", seed=config.rounds.seed, temperature=generation.temperature,
             top_p=generation.top_p, top_k=generation.top_k or None, max_new_tokens=generation.max_new_tokens,
-            max_length=config.language.max_length, **engine,
+            max_length=config.language.max_length, precision=precision_of(accelerator.mixed_precision),
+            **fingerprint(game.tokenizer), **engine,
         )  # fmt: skip
 
     def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
@@ -122,9 +131,33 @@ class AnswerEvaluator(RunEvaluator):
             weights_sha256=model.weights_sha256 or "", model=model.name,
         )  # fmt: skip
         judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
-        if self.accelerator.is_main_process and not (model.folder / "held_out.json").is_file():
-            write_json(model.folder / "held_out.json", self._held_out_nll() | self._lm_eval())
+        path, key = model.folder / HELD_OUT_MEASURES, self._held_out_key(model)
+        if self.accelerator.is_main_process and not is_built(path, key):
+            write_json(path, {KEY: key} | self._held_out_nll() | self._lm_eval())
         self.accelerator.wait_for_everyone()
+
+    def is_drawn(self, model: EvaluatedModel) -> bool:
+        """Whether its answers are there, and their scores, for which some judges ask the model itself."""
+        answered = are_answered(self.requests, model.folder, self.protocol, model.weights_sha256 or "")
+        measured = is_built(model.folder / HELD_OUT_MEASURES, self._held_out_key(model))
+        return answered and measured and self.is_scored(model)
+
+    def is_scored(self, model: EvaluatedModel) -> bool:
+        """Whether its answers have the scores of the judges as they are now."""
+        return are_judged(model.folder, self.specs)
+
+    def score(self, model: EvaluatedModel) -> None:
+        """Scores of its answers, by judges that do not ask the model."""
+        judge_answers({model.name: model.folder}, self.specs, None, self.accelerator, self.progress)
+
+    def _held_out_key(self, model: EvaluatedModel) -> str:
+        asked = [[transcript(example.prompt), example.completion] for example in self.examples]
+        tasks = harness_tasks(self.config)
+        places = [*tasks.names, tasks.folder] if tasks is not None else []
+        return key_of(
+            weights=model.weights_sha256, protocol=self.protocol["id"], asked=asked,
+            tasks=asdict(tasks) if tasks is not None else None, files=[place and place_hash(place) for place in places],
+        )  # fmt: skip
 
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
@@ -172,7 +205,9 @@ class AnswerEvaluator(RunEvaluator):
     def _measures(self) -> list[dict[str, Any]]:
         found = super()._measures()
         for model in self._models():
-            path = model.folder / "held_out.json"
-            for name, said in (self._for_the_page(read_json, path, dict[str, dict[str, Any]]) or {}).items():
+            path = model.folder / HELD_OUT_MEASURES
+            for name, said in (self._for_the_page(read_json, path, dict[str, Any]) or {}).items():
+                if name == KEY:
+                    continue
                 found.append({"model": model.name, "round": model.round_, "name": name} | said)
         return found

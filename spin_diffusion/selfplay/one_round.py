@@ -69,7 +69,7 @@ from spin_diffusion.selfplay.trainee import Average, trained_parameters
 from spin_diffusion.store.machine import trouble_of
 
 CACHED = STATES.index("CACHED")
-SAMPLES, SCORES, HELD_OUT = "samples", "scores", "held_out"
+SAMPLES, SCORES, HELD_OUT, EVALUATION = "samples", "scores", "held_out", "evaluation"
 BETWEEN = "between"
 """Of `seconds`: what no step took."""
 DRAWN_BY, SCORED_BY = "drawn_by", "scored_by"
@@ -208,20 +208,20 @@ class Round:
         return broadcast_object_list(found)[0]
 
     def _unremoved(self, files: dict[str, str]) -> dict[str, str]:
-        """The files that a round still has: a finished one has removed what its samples give again."""
-        removed = {ENCODED, KEPT} if self.finished else set()
+        """The files that a round still has as they were: a finished one has removed what its samples give again, and
+        its evaluation may have been made anew by other scorers."""
+        removed = {ENCODED, KEPT, EVALUATION} if self.finished else {EVALUATION}
         return {name: digest for name, digest in files.items() if not removed & set(Path(name).parent.parts)}
 
     def _mend(self, damage: dict[str, str]) -> None:
-        """Go back to the state before the one that made the first of the damaged files, which makes them anew; the
-        state of a finished round stays, and only its evaluation is made again.
+        """Go back to the state before the one that made the first of the damaged files, which makes them anew.
 
         Raises:
             Damaged: the player of a finished round.
         """
         first = min(STATES.index(_made_in(name)) for name in damage)
         errors = [Damaged(self.table.output_dir / name, damage[name], replay(self.directory)) for name in damage]
-        if self.finished and STATES[first] == "TRAINED":
+        if self.finished:
             raise errors[0]
         if self.accelerator.is_main_process:
             for error in errors:
@@ -231,12 +231,7 @@ class Round:
         self.accelerator.wait_for_everyone()
         files = self.record["files"]
         kept = {name: files[name] for name in files if STATES.index(_made_in(name)) < first}
-        if self.finished:
-            made = self._evaluate()
-            metrics = made["metrics"] or self.record["metrics"]
-            self._commit(self.record["state"], metrics=metrics, files=kept | made.get("files", {}))
-        else:
-            self._commit(STATES[first - 1], files=kept)
+        self._commit(STATES[first - 1], files=kept)
 
     def _resting_on(self, path: Path) -> list[Path]:
         """A damaged file, and of samples what was made of them: files of the same shard."""
@@ -643,19 +638,13 @@ class Round:
         if self.table.evaluate is None:
             return {"metrics": {}, "rejected_because": reason, "learnt": learnt}
         self.table.seat_player(self.directory)
-        judged = self.table.evaluate(self.k, self.directory / "evaluation", self.parent)
+        judged = self.table.evaluate(self.k, self.directory / EVALUATION, self.parent)
         self.accelerator.wait_for_everyone()
-        # Media are not hashed here: the evaluation's own records hold their hashes
-        records = [
-            path
-            for path in sorted((self.directory / "evaluation").rglob("*"))
-            if path.suffix in (".json", ".jsonl", ".parquet")
-        ]
+        # Its files are not hashed here: they say themselves what they belong to, and are made anew when that changes
         return {
             "metrics": judged.metrics,
             "rejected_because": reason or (None if judged.promote else judged.reason),
             "learnt": learnt,
-            "files": file_hashes(records, self.table.output_dir),
         }
 
     def _promote(self) -> dict[str, Any]:
@@ -689,7 +678,7 @@ class Round:
         """Top-level names in the round's folder that `game.save` wrote."""
         prefix = f"{self.directory.name}/"
         names = {name.removeprefix(prefix).split("/")[0] for name in self.record["files"] if name.startswith(prefix)}
-        return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, "evaluation"})
+        return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, EVALUATION})
 
     def _hashes(self, name: str) -> dict[str, str]:
         """Of all files in the folders of this name."""
@@ -703,7 +692,7 @@ def _made_in(name: str) -> str:
     inside = Path(name).parts[1:]
     folder = inside[1] if inside[0] == HELD_OUT else inside[0]
     made_in = dict.fromkeys((SAMPLES, KEPT, CHOICES), "GENERATED") | dict.fromkeys((ENCODED, SCORES), "CACHED")
-    return (made_in | {"evaluation": "EVALUATED"}).get(folder, "TRAINED")
+    return made_in.get(folder, "TRAINED")
 
 
 def _hash_of(members: list[dict[str, Any]]) -> str:

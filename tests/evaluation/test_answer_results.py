@@ -246,8 +246,9 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     texts = [f"prompt {i}" for i in range(20)]
     set_ = PromptSet("p", tuple(PromptRow(f"{i:05d}", text) for i, text in enumerate(texts)), "0" * 64, "", "")
     protocol = drawing.protocol_of(
-        set_, images_per_prompt=1, seed=0, sampler="none", num_inference_steps=None, guidance_scales=[3.0], resolution=8
-    )
+        set_, images_per_prompt=1, seed=0, sampler="none", num_inference_steps=None, guidance_scales=[3.0],
+        resolution=8, eta=0.0, precision="fp32",
+    )  # fmt: skip
     accelerator, models = Accelerator(cpu=True), []
     for place, name in enumerate(("base", "round 1")):
         folder = scoring.ScoredFolder(tmp_path / name / "images", tmp_path / name / "scores")

@@ -22,5 +22,7 @@ def test_the_headline_is_at_the_opponents_guidance_where_that_is_compared(
     evaluation = run_evaluation(
         settings, load_prompts(str(tiny_prompts), None), Path(tmp_path), Accelerator(cpu=True), Progress(),
         seed=0, sampler="ddim", num_inference_steps=4, guidance_scale=guidance, resolution=32,
+        eta=0.5, precision="bf16",
     )  # fmt: skip
     assert evaluation.protocol["guidance_scales"] == compared and evaluation.headline_scale == headline
+    assert (evaluation.protocol["eta"], evaluation.protocol["precision"]) == (0.5, "bf16")

@@ -16,7 +16,7 @@ RECORDS = (INDEX, SCORES, "images/protocol.json", "scores/oracle/scorer.json", "
 def folder(tmp_path):
     """An evaluation that came to its end."""
     row = {"id": "0", "k": 0, "prompt": "a cat", "category": "", "seed": 1, "file": None, "sha256": None, "state": "x"}
-    write_index(tmp_path / INDEX, [row])
+    write_index(tmp_path / INDEX, [row], "a key")
     write_rows(tmp_path / SCORES, [{"id": "0", "k": 0, "score": 1.0}], {"source": "oracle"})
     write_json(tmp_path / "images" / "protocol.json", {"id": "abc"})
     write_json(tmp_path / "scores" / "oracle" / "scorer.json", {"name": "oracle", "state": "run", "reason": ""})

@@ -10,6 +10,15 @@ one score per image. It may also have
     features(images) -> Float[Tensor, "batch width"]     image embeddings of length 1, for the diversity alarms
     checkpoint: dict[str, str]             what was loaded: file -> SHA-256, say
 
+A module may also have
+
+    places(place: str | None) -> list[str]     every file, folder and hub id that `load` reads, from PATH or, without
+                                               one, ABOUT.checkpoint; by default that alone
+    PACKAGES: tuple[str, ...]                  packages whose version decides what is scored
+
+Scores are kept for as long as the scorer is the same: its file, the files that it imports or names beside it, what lies
+at its places, and the pictures. When one of them changes, everything is scored anew.
+
 Import heavy packages inside `load`: scorers nobody asks for cost nothing. A file outside of this folder works as well:
 name it by a path that ends in ".py"; there `load(device)` is enough. Where weights come from is `NAME=PATH`.
 """

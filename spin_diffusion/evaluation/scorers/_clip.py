@@ -37,6 +37,7 @@ from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, load_ftfy
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.pictures import to_rgb
 
 BATCH_SIZE = 32
@@ -181,7 +182,7 @@ def pooled(output: Any) -> Float[Tensor, "batch width"]:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-_loaded: WeakValueDictionary[tuple[str, str, Recipe], ClipTowers] = WeakValueDictionary()
+_loaded: WeakValueDictionary[tuple[str, str | None, str, Recipe], ClipTowers] = WeakValueDictionary()
 
 
 def load_clip(device: str, path: str, recipe: Recipe) -> ClipTowers:
@@ -194,7 +195,8 @@ def load_clip(device: str, path: str, recipe: Recipe) -> ClipTowers:
         InputError: it cannot be had, or is another model's.
     """
     files = open_place(path)
-    key = (str(files.first or files.place), device, recipe)
+    place = str(files.first or files.place)
+    key = (place, place_hash(place), device, recipe)
     towers = _loaded.get(key)
     if towers is None:
         towers = _load(device, files, recipe)

@@ -16,6 +16,14 @@ ABOUT = About(
     licence="Apache-2.0",
     citation="arXiv 2306.09341",
 )
+PACKAGES = ("ftfy",)
+
+
+def places(place: str) -> list[str]:
+    """What is read: the weights, and the tokenizer of those that have none of their own."""
+    from spin_diffusion.evaluation.scorers._clip import H14
+
+    return [place, H14.tokenizer]
 
 
 def load(device: str, path: str | None = None) -> Scorer:

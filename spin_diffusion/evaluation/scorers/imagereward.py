@@ -37,6 +37,11 @@ BATCH_SIZE = 16
 TOKENIZER = "google-bert/bert-base-uncased"
 
 
+def places(place: str) -> list[str]:
+    """What is read: the weights, and the tokenizer of those that have none of their own."""
+    return [place, TOKENIZER]
+
+
 def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; `path` is the .pt file, its folder or a hub id, default ABOUT.checkpoint.
 

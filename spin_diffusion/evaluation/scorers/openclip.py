@@ -37,6 +37,16 @@ WHOLE = ("hf-hub:", "local-dir:")
 """How a name begins that says model and weights in one."""
 
 
+PACKAGES = ("open_clip_torch",)
+
+
+def places(place: str | None) -> list[str]:
+    """What is read: the name itself, which is a tag of the package, say, and the file or folder or repository in it."""
+    name = place or ""
+    inside = [name.removeprefix(kind) for kind in WHOLE if name.startswith(kind)] or [name.partition("/")[2]]
+    return [name, *filter(None, inside)]
+
+
 def load(device: str, path: str | None = None) -> Scorer:
     """The scorer of a backbone.
 

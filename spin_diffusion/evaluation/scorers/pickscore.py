@@ -18,6 +18,13 @@ ABOUT = About(
 )
 
 
+def places(place: str) -> list[str]:
+    """What is read: the weights, and the tokenizer of those that have none of their own."""
+    from spin_diffusion.evaluation.scorers._clip import H14
+
+    return [place, H14.tokenizer]
+
+
 def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint.
 

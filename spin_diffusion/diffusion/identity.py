@@ -1,0 +1,42 @@
+"""What a pipeline is: hashes of the parts that decide a picture beside the denoiser."""
+
+import json
+from typing import Any
+
+from torch import nn
+
+from spin_diffusion.selfplay.run_dir import weights_hash
+from spin_diffusion.store.keys import key_of
+
+_ABOUT_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def config_of(part: Any) -> dict[str, Any]:
+    """A part's configuration, which decides what its weights do not show: how it computes with them."""
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    kept = {name: value for name, value in config.items() if name[0] != "_" and name not in _ABOUT_THE_FILE}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def words_of(tokenizer: Any) -> list[Any]:
+    """What decides the tokens of a prompt."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return [
+        sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, str(tokenizer.special_tokens_map),
+        backend.to_str() if backend is not None else None,
+    ]  # fmt: skip
+
+
+def parts_hash(pipeline: Any) -> str:
+    """Hash of all parts of a pipeline but its UNet: weights, configurations, vocabularies, noise process, switches."""
+    found: dict[str, Any] = {"switches": config_of(pipeline)}
+    for name, part in pipeline.components.items():
+        if name == "unet" or part is None:
+            continue
+        if isinstance(part, nn.Module):
+            found[name] = [weights_hash(part), config_of(part)]
+        elif hasattr(part, "get_vocab"):
+            found[name] = words_of(part)
+        else:
+            found[name] = [type(part).__name__, config_of(part) if hasattr(part, "config") else None]
+    return key_of(**found)
