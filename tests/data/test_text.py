@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from collections import Counter
@@ -640,3 +641,27 @@ def test_choosing_single_rows_keeps_eight_bytes_of_each_of_the_others(monkeypatc
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found) == 20 and peak < 1_000_000
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
+def test_a_pipe_or_a_device_in_the_place_of_the_data_is_an_error(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(InputError, match=f"is a .*{name}, not a file"):
+            read_text_examples(settings(tmp_path / f"{name}{suffix}"))
+
+
+def test_a_conversation_with_broken_characters_is_left_out(tmp_path: Path) -> None:
+    texts = pa.array([b"whole", b"caf\xe9", b"half \xed\xa0\xbd", b"last"], pa.binary()).view(pa.string())
+    turns = pa.StructArray.from_arrays([pa.array(["user"] * 4), texts], ["role", "content"])
+    prompts = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3, 4], pa.int32()), turns)
+    pq.write_table(pa.table({"prompt": prompts, "completion": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
+    examples, report = read(settings(tmp_path / "a.parquet", max_bad_share=0.5))
+    assert [example.prompt[-1]["content"] for example in examples] == ["whole", "last"]
+    assert counts(report) == {"broken characters in the text": 2}
+    assert [row.where for row in report.kept_rows["broken characters in the text"]] == [
+        "a.parquet row 1",
+        "a.parquet row 2",
+    ]

@@ -108,7 +108,7 @@ def test_the_nearest_size_is_nearest_in_shape():
 
 
 @pytest.mark.parametrize("target", [(48, 80), (80, 48), (64, 64)])
-@pytest.mark.parametrize("shape", [(200, 100), (100, 200), (96, 160), (77, 33)])
+@pytest.mark.parametrize("shape", [(200, 100), (100, 200), (96, 160), (77, 33), (2000, 25), (25, 2000)])
 def test_a_crop_shows_what_its_frame_says(target, shape):
     """On a picture whose colour is its place, the crop's corners have the colours of the frame's places."""
     width, height = shape
