@@ -354,11 +354,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         asked, whole = _sample(tokenizer)
     except LeftOut as error:
         raise InputError(f"the chat template cannot write one question and its answer: {error.detail}") from error
-    if SAMPLE[0] not in asked or SAMPLE[1] not in whole:
-        raise InputError(
-            f"the chat template does not write what is said: {SAMPLE[0]!r} becomes {asked!r}; give one with "
-            "--chat_template that takes the content of a message as text"
-        )
+    for said, written in ((SAMPLE[0], asked), (SAMPLE[1], whole.removeprefix(asked))):
+        if said not in written:
+            raise InputError(
+                f"the chat template does not write what is said: {said!r} becomes {written!r}; give one with "
+                "--chat_template that takes the content of a message as text, and writes it as it is"
+            )
     if not whole.startswith(asked):
         raise InputError(
             "the chat template writes a conversation otherwise than the prompt that asks for its answer: "

@@ -19,7 +19,8 @@ class CheckpointSettings:
     """The base checkpoint."""
 
     model_name_or_path: str | None = None
-    """Hub id or local folder of a causal language model in transformers' layout, with its tokenizer."""
+    """Hub id or local folder of a causal language model in transformers' layout, with its tokenizer; or of a LoRA
+    adapter (PEFT) on one, which is merged into it."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None

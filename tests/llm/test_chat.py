@@ -556,6 +556,11 @@ def test_a_template_that_takes_only_lists_of_parts_is_an_error_and_not_an_empty_
     assert tokenizer.convert_ids_to_tokens(chat(tokenizer).end_ids) == ["<|endoftext|>"], "for plain text it will do"
 
 
+def test_a_template_that_changes_every_answer_is_an_error_that_shows_how() -> None:
+    with pytest.raises(InputError, match=r"'This answer\.' becomes 'this answer\.<\|im_end\|>.*writes it as it is"):
+        check_tokenizer(chatml(answers_as("m['content'].lower()")), chats=True)
+
+
 def test_a_row_that_alone_is_written_otherwise_is_left_out() -> None:
     odd = "{% if messages | length > 1 and 'odd' in messages[-1]['content'] %}{{ 'x' }}{% endif %}"
     made = chat(chatml(odd + CHATML))
