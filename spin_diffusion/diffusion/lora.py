@@ -185,15 +185,19 @@ class Adapters:
         if folder is None:
             self._load(PLAYER, self._fresh)
             return
-        self._load(PLAYER, read_adapter(folder, self._fresh, self.base_hash))
+        other = ", or start in another --output_dir"
+        self._load(PLAYER, read_adapter(folder, self._fresh, self.base_hash, other))
 
 
-def read_adapter(folder: Path, expected: Mapping[str, Tensor], base_hash: str) -> dict[str, Tensor]:
+def read_adapter(
+    folder: Path, expected: Mapping[str, Tensor], base_hash: str, otherwise: str = ""
+) -> dict[str, Tensor]:
     """The weights of a saved adapter, by the names that diffusers knows them by.
 
     Args:
         expected: tensors of the same names and shapes.
         base_hash: of the UNet that they are to be put on.
+        otherwise: what else can be done about another base, for the message.
 
     Raises:
         InputError: an adapter of another rank, on other layers, of another base, or with numbers that are not finite.
@@ -203,14 +207,16 @@ def read_adapter(folder: Path, expected: Mapping[str, Tensor], base_hash: str) -
     if base != base_hash:
         raise InputError(
             f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this one has {base_hash[:12]}): give "
-            "that base, or start in another --output_dir"
+            f"that base{otherwise}"
         )
     try:
         weights = {key.removeprefix("unet."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / WEIGHTS} cannot be read ({str(error).splitlines()[0]}): restore it") from error
     if {key: tensor.shape for key, tensor in weights.items()} != {key: t.shape for key, t in expected.items()}:
-        raise InputError(f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them")
+        raise InputError(
+            f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them: restore it, or give the settings that it was trained with"
+        )
     if odd := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
         raise InputError(f"{folder / WEIGHTS}: {odd[0]} has numbers that are not finite (NaN or infinity): restore it")
     return weights
@@ -223,7 +229,7 @@ def load_adapter(pipeline: Any, folder: Path) -> None:
     Raises:
         InputError: as `read_adapter`.
     """
-    base_hash = weights_hash(pipeline.unet)
+    base_hash, layers = weights_hash(pipeline.unet), _layers_of(folder, pipeline.unet)
     try:
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
     except Exception as error:  # peft and diffusers raise dozens of kinds
@@ -231,4 +237,17 @@ def load_adapter(pipeline: Any, folder: Path) -> None:
         raise InputError(f"cannot load the adapter {folder}: {reason}") from error
     # peft fills what the file lacks with random numbers, and leaves out what it has no place for
     (name,) = pipeline.get_active_adapters()
-    read_adapter(folder, get_peft_model_state_dict(pipeline.unet, adapter_name=name), base_hash)
+    weights = read_adapter(folder, get_peft_model_state_dict(pipeline.unet, adapter_name=name), base_hash)
+    lacking = sorted(layers - {key.rpartition(".lora_")[0] for key in weights})
+    if lacking:
+        raise InputError(
+            f"{folder / WEIGHTS} lacks what it learned of {len(lacking)} layers, such as {lacking[0]}: restore it"
+        )
+
+
+def _layers_of(folder: Path, unet: UNet2DConditionModel) -> set[str]:
+    """The layers of a UNet that a saved adapter is on by its settings."""
+    if not (folder / CONFIG).is_file():
+        return set()
+    targets = read_json(folder / CONFIG).get("lora_target_modules") or ATTENTION
+    return {name for name, _ in unet.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)}

@@ -87,14 +87,20 @@ def read_source(
     return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
 
 
-class _BaseName(TypedDict):
+class _Options(TypedDict, total=False):
+    revision: str | None
+    variant: str | None
+    vae: str | None
+
+
+class _BaseSaid(_Options):
     name: str
 
 
 class _WithBase(TypedDict):
     """The manifest of a run, as far as it names its base."""
 
-    base: _BaseName
+    base: _BaseSaid
 
 
 def _base_of(folder: Path) -> Base:

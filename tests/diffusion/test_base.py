@@ -376,6 +376,10 @@ def test_a_rounds_base_is_all_that_its_run_was_started_with(fp16, sd1_dir, tmp_p
     manifest.write_text(json.dumps({"base": base.as_dict() | {"vae": str(tmp_path / "gone")}}))
     with pytest.raises(InputError, match="gone, which is not there"):
         read_source(f"round1={folder}")
+    for damaged in ({"base": base.as_dict() | {"vae": 5}}, {"base": "a name"}, []):
+        manifest.write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="no run's manifest.json above it that names its base"):
+            read_source(f"round1={folder}")
 
 
 def test_the_lines_that_load_it_run(fp16, sd1_dir):

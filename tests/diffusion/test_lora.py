@@ -7,8 +7,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, load_adapter
 from spin_diffusion.diffusion.run_lines import trained_line
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.input_error import InputError
@@ -39,6 +42,57 @@ def prediction(unet, game) -> torch.Tensor:
         inputs["added_cond_kwargs"] = conditioning.added
     with torch.no_grad():
         return unet(x_t, torch.tensor([500]), **inputs).sample
+
+
+def damage(folder, change) -> None:
+    """Apply a function to the tensors of a saved adapter."""
+    file = folder / WEIGHTS
+    with safe_open(file, framework="pt") as opened:
+        said = opened.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=said)
+
+
+def lose_both(tensors) -> None:
+    """Of one layer both matrices: nothing would be left of what it learned."""
+    name = next(name for name in tensors if ".lora_A." in name)
+    del tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(next(iter(tensors))), "lacks some of them"),
+        (lose_both, "lacks"),
+        (lambda tensors: tensors.update({"unet.elsewhere.lora_A.weight": torch.zeros(4, 4)}), "other layers"),
+        (lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")), "not finite"),
+        (lambda tensors: tensors.update({name: t[:2] for name, t in tensors.items() if "_A" in name}), "another rank"),
+    ],
+)
+def test_a_saved_adapter_is_whole_wherever_it_is_loaded(change, words, sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, lora=LORA)
+    move(game)
+    game.save(tmp_path, prove=False)
+    fresh = load_checkpoint(str(sdxl_dir))[1]
+    load_adapter(fresh, tmp_path / "lora")
+    assert torch.allclose(prediction(fresh.unet, game), prediction(game.player, game), atol=1e-5)
+    damage(tmp_path / "lora", change)
+    fresh = load_checkpoint(str(sdxl_dir))[1]
+    with pytest.raises(InputError, match=words if "rank" not in words else "another rank|cannot load") as error:
+        load_adapter(fresh, tmp_path / "lora")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=words):
+        game.restore(tmp_path)
+
+
+def test_an_adapter_of_another_base_is_not_put_on_this_one(sdxl_dir, tmp_path):
+    game = make_game(sdxl_dir, lora=LORA)
+    game.save(tmp_path, prove=False)
+    other = load_checkpoint(str(sdxl_dir))[1]
+    other.unet.conv_out.bias.data += 1
+    with pytest.raises(InputError, match="was trained on another base .*: give that base$"):
+        load_adapter(other, tmp_path / "lora")
 
 
 def test_only_the_player_s_adapter_is_trained_and_there_is_one_unet(sdxl_dir):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
 from spin_diffusion.evaluation.report.reading import read_results
@@ -307,6 +308,19 @@ def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_p
     refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "only 0 prompts", "(lost: nan ")
     index = next((tmp_path / "out" / "images" / "nan" / "guidance-3").glob("*.jsonl"))
     assert {json.loads(line)["state"] for line in index.read_text().splitlines()} == {"not finite"}
+
+
+@pytest.mark.parametrize("change", ["missing", "nan"])
+def test_a_round_whose_weights_are_not_whole_is_refused(change, brighter, sdxl_dir, tiny_prompts, tmp_path, capsys):
+    file = brighter / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    if change == "missing":
+        del weights["conv_out.bias"]
+    else:
+        weights["conv_out.bias"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    code = evaluate(tmp_path, tiny_prompts, "sharpness", models=[f"base={sdxl_dir}", f"round1={brighter}"])
+    refused(capsys, code, str(brighter / "unet"), "conv_out.bias", "lack" if change == "missing" else "not finite")
 
 
 @pytest.mark.parametrize(
