@@ -215,7 +215,8 @@ def read_adapter(
         raise InputError(f"{folder / WEIGHTS} cannot be read ({str(error).splitlines()[0]}): restore it") from error
     if {key: tensor.shape for key, tensor in weights.items()} != {key: t.shape for key, t in expected.items()}:
         raise InputError(
-            f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them: restore it, or give the settings that it was trained with"
+            f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them: restore it, "
+            "or give the settings that it was trained with"
         )
     if odd := [key for key, tensor in weights.items() if not bool(tensor.isfinite().all())]:
         raise InputError(f"{folder / WEIGHTS}: {odd[0]} has numbers that are not finite (NaN or infinity): restore it")
