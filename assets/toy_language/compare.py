@@ -120,7 +120,8 @@ def table(found: dict[tuple[str, str], list[list[float]]], args: argparse.Namesp
             by_round = list(zip(*found[method, data], strict=True))
             _, low, high = interval(list(by_round[-1]))
             means = " | ".join(f"{interval(list(values))[0]:.3f}" for values in by_round)
-            lines.append(f"| {method} | {means} | [{low:.3f}, {high:.3f}] |")
+            spread = f"[{low:.3f}, {high:.3f}]" if low < high else "none of one seed"
+            lines.append(f"| {method} | {means} | {spread} |")
         lines.append("")
     return "\n".join(lines)
 

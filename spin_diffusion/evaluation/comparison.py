@@ -20,13 +20,15 @@ from spin_diffusion.evaluation.statistics import (
     mean_interval,
     paired_difference,
     sign_test_p,
+    t_test_p,
+    verdict,
     win_tie_loss,
 )
 from spin_diffusion.input_error import InputError
 
 _T = TypeVar("_T")
 _STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
-_CAPTION = "Bold: the interval of the difference excludes 0."
+_CAPTION = "Bold: mean and wins are both beyond chance (adjusted over all tables)."
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Comparison:
     ties: int | None
     losses: int | None
     p: float | None
-    """Two-sided sign test of wins against losses."""
+    """The larger p-value of the sign test of wins against losses and of the t-test of the mean, both two-sided."""
     p_holm: float | None = None
     """The same, adjusted by Holm over all tests that were made together."""
     role: Role = "held-out"
@@ -132,7 +134,7 @@ def _compare_row(row: Row, base: Row) -> Comparison:
             losses += len(row.lost - base.lost)
         elif losses > wins:
             wins += len(base.lost - row.lost)
-        p = sign_test_p(wins, losses)
+        p = max(sign_test_p(wins, losses), t_test_p(row.scores, base.scores))
     return Comparison(
         row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
         role=row.role, modality=row.modality, other=base.model,
@@ -158,9 +160,9 @@ def _scale(guidance_scale: float | None) -> str:
 def print_table(comparisons: Sequence[Comparison], console: Console | None = None) -> None:
     """One table per scorer: a line per model, for each guidance scale its mean and its difference to the baseline.
 
-    Bold and green is a difference whose interval is above 0, bold and red one whose interval is below; bold alone
-    where neither is good (a drift score). A console too
-    narrow for that gets the intervals on lines of their own, then one table per guidance scale.
+    Bold and green is a difference that `verdict` calls improved, bold and red one that it calls regressed; bold alone
+    where neither is good (a drift score). A console too narrow for that gets the intervals on lines of their own, then
+    one table per guidance scale.
     """
     console = console or Console()
     for scorer in _distinct(c.scorer for c in comparisons):
@@ -205,14 +207,14 @@ def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
                 continue
             mean = Text(_mean(comparison.mean, decimals, separator))
             difference = Text(_difference(comparison.difference, decimals, separator))
-            difference.stylize(_STYLES[comparison.role == "drift"][_direction(comparison.difference)])
+            difference.stylize(_STYLES[comparison.role == "drift"][_direction(comparison)])
             cells += [mean, difference]
         table.add_row(*cells)
     return table
 
 
 def as_markdown(comparisons: Sequence[Comparison]) -> str:
-    """One table per scorer with everything `print_table` shows, and wins, ties, losses and the sign test."""
+    """One table per scorer with everything `print_table` shows, and wins, ties, losses and p-values."""
     parts = []
     for scorer in _distinct(c.scorer for c in comparisons):
         of_scorer = [c for c in comparisons if c.scorer == scorer]
@@ -227,7 +229,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
         ]
         for c in of_scorer:
             difference = _difference(c.difference, decimals, " ")
-            if _direction(c.difference):
+            if _direction(c):
                 difference = f"**{difference}**"
             counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
             p = "" if c.p_holm is None else "< 0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
@@ -237,7 +239,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             parts.append(f"| {' | '.join(row)} |")
         parts += [
             "",
-            f"{_CAPTION} p: two-sided sign test over prompts, adjusted by Holm over all tests of these tables.",
+            f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm.",
             "",
         ]
     return "\n".join(parts)
@@ -261,11 +263,12 @@ def _difference(interval: Interval | None, decimals: int, separator: str) -> str
     return f"{mean}{separator}[{low}, {high}]"
 
 
-def _direction(interval: Interval | None) -> int:
-    """1 if the interval is above 0, -1 if it is below, 0 if 0 is in it or there is none."""
-    if interval is None:
+def _direction(c: Comparison) -> int:
+    """1 if the score rose by the rule of `verdict`, -1 if it fell, 0 if neither is sure or there is no difference."""
+    if c.difference is None:
         return 0
-    return int(interval.low > 0) - int(interval.high < 0)
+    said = verdict(c.difference, c.p_holm, c.wins - c.losses, drift=False)
+    return {"improved": 1, "regressed": -1}.get(said, 0)
 
 
 def _decimals(comparisons: list[Comparison]) -> int:

@@ -12,6 +12,7 @@ from spin_diffusion.evaluation.statistics import (
     mean_interval,
     paired_difference,
     sign_test_p,
+    t_test_p,
     verdict,
 )
 from spin_diffusion.input_error import InputError
@@ -57,7 +58,8 @@ def test_the_numbers_are_those_of_statistics() -> None:
     assert comparisons[1].difference == paired_difference(round_1.scores, base.scores)
     assert comparisons[1].wins + comparisons[1].ties + comparisons[1].losses == comparisons[1].num_prompts == 40
     assert comparisons[1].num_images == 2
-    assert [c.p for c in comparisons[1:]] == [sign_test_p(c.wins, c.losses) for c in comparisons[1:]]
+    for row, c in zip(rows[1:], comparisons[1:], strict=True):
+        assert c.p == max(sign_test_p(c.wins, c.losses), t_test_p(row.scores, base.scores))
 
 
 def test_p_is_adjusted_over_all_models_scorers_and_guidance_scales_of_the_tables() -> None:
@@ -165,7 +167,24 @@ def test_a_wide_console_shows_one_line_per_model() -> None:
     assert line.count("[") == 4
 
 
-def test_colours_follow_the_interval() -> None:
+def test_what_is_bold_is_what_the_verdict_calls_significant() -> None:
+    rng = np.random.default_rng(4)
+    base = rng.normal(size=(12, 1))
+    carried = base + np.array([[3.0]] * 5 + [[-0.01]] * 7)  # a few prompts carry the mean
+    one = [Row("base", 1.0, "s", base), Row("better", 1.0, "s", base + 1), Row("carried", 1.0, "s", carried)]
+    comparisons = compare(one, "base")
+    assert comparisons[2].difference.low > 0
+    lines = {line.split("|")[1].strip(): line for line in as_markdown(comparisons).splitlines() if "|" in line}
+    assert "**" in lines["better"] and "**" not in lines["carried"] and "**" not in lines["base"]
+    # Of many models chance makes some interval exclude 0
+    zero = np.zeros((12, 1))
+    same = [Row("base", 1.0, "s", zero), *(Row(f"m{n}", 1.0, "s", rng.normal(size=(12, 1))) for n in range(60))]
+    found = compare(same, "base")
+    assert any(c.difference and (c.difference.low > 0 or c.difference.high < 0) for c in found)
+    assert "**+" not in as_markdown(found) and "**-" not in as_markdown(found)
+
+
+def test_colours_follow_the_verdict() -> None:
     text = printed(compare(make_rows(scales=(7.5,)), "base"), 200, force_terminal=True)
     green, red = "\x1b[1;32m", "\x1b[1;31m"
     lines = {name: next(line for line in text.splitlines() if name in line) for name in EFFECTS}
