@@ -182,7 +182,7 @@ def test_the_p_of_the_t_test_is_where_the_interval_meets_0() -> None:
 def test_scorers_whose_differences_are_skewed_seldom_call_a_model_better_or_worse_that_is_neither() -> None:
     """Mean 0, median not: the sign test rejects, and intervals miss the mean more often than they say.
 
-    With a t-test that is not adjusted it would be one evaluation in seven.
+    With a t-test that is not adjusted it would be one evaluation in nine.
     """
     names = ["pickscore", "hps", "imagereward", "clip", "beauty"]
     called = 0
