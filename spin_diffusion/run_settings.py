@@ -1,5 +1,6 @@
 """Where results go, which settings may change in a resumed run, and what values they may have."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -9,6 +10,7 @@ from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.names import file_name, folder_inside
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class RunSettings:
     report_to: str = "tensorboard"
     """tensorboard, wandb, trackio, all (that are installed) or none. wandb and trackio need the extra of their name."""
     tracker_project_name: str = "spin-diffusion"
-    """The trackers' project."""
+    """The trackers' project: a name, not a path."""
     matrix_flops_per_second: float | None = None
     """What one device can do in large matrix products, FLOP/s: the ledger says what share of it was reached. Default:
     measured at the start."""
@@ -64,6 +66,12 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
+def check_paths(flat: Mapping[str, Any]) -> None:
+    """InputError for a name that would lead the trackers out of the run's folder."""
+    file_name(flat["tracker_project_name"], "--tracker_project_name")
+    folder_inside(flat["logging_dir"], "--logging_dir")
+
+
 def check_ranges(flat: dict[str, Any]) -> None:
     """Ranges of the settings by their flags; those that a kind of run does not have are passed over.
 
@@ -95,6 +103,7 @@ def check_ranges(flat: dict[str, Any]) -> None:
         for value in values(key):
             if value <= 0:
                 raise InputError(f"--{key} {value} must be above 0")
+    check_paths(flat)
     values("objective")
     for name in flat.get("compare_with") or []:
         if name not in OBJECTIVES:

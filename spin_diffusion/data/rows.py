@@ -4,10 +4,11 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from spin_diffusion.data.report import BROKEN_TEXT, CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.input_error import InputError
+from spin_diffusion.store.names import leads_out
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
 from spin_diffusion.store.text import broken_character, printable
@@ -139,8 +140,7 @@ def inside(folder: Path, name: str) -> Path:
 
     By the name alone: links inside the folder are its owner's, and the hub's cache is made of them.
     """
-    as_windows = PureWindowsPath(name)  # splits at both kinds of slash
-    if as_windows.anchor or ".." in as_windows.parts or "\0" in name:
+    if leads_out(name):
         raise InputError(
             f"{printable(folder)}: the file name {name!r} leads out of the folder; give it relative to the folder"
         )

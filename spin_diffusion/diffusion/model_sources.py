@@ -25,6 +25,7 @@ from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.evaluation.drawing import GivenRow, read_index
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.run_dir import Damaged, read_json
+from spin_diffusion.store.names import file_name
 from spin_diffusion.store.text import printable
 
 _PROMPTS = ("prompt", "caption", "text")
@@ -61,8 +62,7 @@ def read_source(
         raise InputError(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
-    if name != printable(name).strip() or name.startswith(".") or any(character in name for character in '/\\:*?"<>|'):
-        raise InputError(f"--models {spec!r}: the name becomes a folder's, use letters, digits, - and _")
+    file_name(name, "--models")
     folder = Path(path)
     if folder.is_dir():
         if (folder / "model_index.json").is_file():

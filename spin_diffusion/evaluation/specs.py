@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from spin_diffusion.input_error import InputError
 from spin_diffusion.named import load_module, load_named, raised
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
+from spin_diffusion.store.names import file_name
 
 _T = TypeVar("_T")
 
@@ -145,6 +146,7 @@ def check_specs(package: str, specs: Sequence[str]) -> None:
     """InputError when two specs have one name, or one does not exist; no weights are read."""
     names = [parse_spec(spec)[0] for spec in specs]
     for name in names:
+        file_name(name, "--scorers")
         if names.count(name) > 1:
             raise InputError(f"--scorers has {name!r} twice: one result could not be told from the other")
     for spec in specs:

@@ -1,0 +1,38 @@
+"""No name leads out of its folder."""
+
+import pytest
+
+from spin_diffusion.input_error import InputError
+from spin_diffusion.run_settings import check_paths
+from spin_diffusion.store.names import file_name, folder_inside
+
+OUT = ["../..", "..", "a/../..", "/tmp/x", "C:\\x", "\\\\host\\x", "..\\x", "a\0b", "", "a\nb"]
+
+
+@pytest.mark.parametrize(
+    "name", [*OUT, ".", ".hidden", "a/b", "a\\b", " a", "a ", "a" * 201, "a:b", "\udce9", "a\x1b[2J", "*"]
+)
+def test_a_name_that_is_none_of_one_file_is_refused_in_one_line(name):
+    with pytest.raises(InputError, match="the name becomes a file's") as caught:
+        file_name(name, "--x")
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 200 and said.encode()
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_a_path_that_leads_out_of_its_folder_is_refused(name):
+    with pytest.raises(InputError, match="leads out of the folder"):
+        folder_inside(name, "--x")
+
+
+def test_names_and_paths_that_stay_are_taken():
+    for name in ("spin-diffusion", "a b", "1.5", "\u732b", "a" * 200):
+        assert file_name(name, "--x") == name == folder_inside(name, "--x")
+    assert folder_inside("logs/tb", "--x") == "logs/tb"
+
+
+@pytest.mark.parametrize("flag", ["tracker_project_name", "logging_dir"])
+@pytest.mark.parametrize("name", OUT)
+def test_no_setting_leads_a_tracker_out_of_the_runs_folder(flag, name):
+    with pytest.raises(InputError, match=f"--{flag}"):
+        check_paths({"tracker_project_name": "spin", "logging_dir": "logs"} | {flag: name})
