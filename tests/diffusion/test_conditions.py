@@ -147,6 +147,7 @@ def frames_of(game, folder) -> dict[tuple[int, ...], str]:
         ({"objective": "dpo"}, {"fixed_draws": 2, "images": {"max_aspect_ratio": 4.0}}),
         ({"num_generated": 2}, {"fixed_draws": 2, "images": {"random_flip": True}}),
         ({"opponent": "pool", "rounds": 2}, {}),
+        ({"real_parts": 2, "rounds": 2, "objective": "space"}, {"images": {"random_flip": True}}),
     ],
     ids=[
         "target",
@@ -161,6 +162,7 @@ def frames_of(game, folder) -> dict[tuple[int, ...], str]:
         "dpo_draws",
         "draws",
         "pool",
+        "parts",
     ],
 )
 def test_both_sides_reach_the_denoiser_with_the_same_inputs(rounds, options, sdxl_dir, tmp_path, monkeypatch):
