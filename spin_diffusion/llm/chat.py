@@ -439,9 +439,10 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
         check_template(tokenizer)
     try:
         return fill_template(
+            str(template or tokenizer.chat_template),
             lambda: tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
-            )
+            ),
         )
     except InputError:
         raise

@@ -1,15 +1,19 @@
 """A limit of time and memory on Python code that somebody else wrote, such as a chat template.
 
 A signal reaches the main thread alone, and a thread cannot be ended from outside. So the code is traced: it looks at
-the clock itself, in any thread of any process. What it cannot leave is one call into C that never returns.
+the clock itself, in any thread of any process. What it cannot leave is one call into C that never returns; in a
+template that would be a power, which is refused.
 """
 
+import functools
 import resource
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
+
+import jinja2
 
 from spin_diffusion.input_error import InputError
 
@@ -55,17 +59,29 @@ def run_within(seconds: float, gib: float, inside: str, run: Callable[[], T]) ->
         sys.settrace(before)
 
 
-def fill_template(fill: Callable[[], str]) -> str:
-    """What `fill()` returns, which fills a chat template once.
+def fill_template(template: str, fill: Callable[[], str]) -> str:
+    """What `fill()` returns, which fills this chat template once.
 
     Raises:
         InputError: it does not end. What the template raises passes.
     """
+    if _has_powers(template):
+        raise InputError("the chat template takes a number to a power (**), which may not end: give another "
+                         "(--chat_template, or in the tokenizer)")  # fmt: skip
     try:
         return run_within(TEMPLATE_SECONDS, TEMPLATE_GIB, "<template>", fill)
     except Unending as error:
         raise InputError(f"the chat template does not end ({error}): give another (--chat_template, or in the "
                          "tokenizer)") from error  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _has_powers(template: str) -> bool:
+    """Whether a template has the one operator of Jinja that can compute for hours within a single call into C: `**`."""
+    try:
+        return any(kind == "operator" and word == "**" for _, kind, word in jinja2.Environment().lex(template))
+    except jinja2.TemplateSyntaxError:  # whoever fills it says where
+        return False
 
 
 def _peak_gib() -> float:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from spin_diffusion.store.deadline import Unending, run_within
+from spin_diffusion.input_error import InputError
+from spin_diffusion.store.deadline import Unending, fill_template, run_within
 
 FILE = "<somebody else's>"
 
@@ -58,3 +59,17 @@ def test_what_ends_returns_or_raises_as_ever():
     assert run_within(5.0, 1.0, FILE, code("def run():\n return sum(range(10))")) == 45
     with pytest.raises(ZeroDivisionError):
         run_within(5.0, 1.0, FILE, code("def run():\n return 1 / 0"))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "template", ["{{ 9 ** 9 ** 9 }}", "{% set x = messages|length %}{%- if x ** 99 ** 9 %}{% endif %}"]
+)
+def test_a_template_with_a_power_is_refused_before_it_is_filled(template):
+    with pytest.raises(InputError, match=r"\(\*\*\)"):
+        fill_template(template, lambda: pytest.fail("it was filled"))
+
+
+@pytest.mark.parametrize("template", ["**bold** {{ 2 * 3 }} {# ** #} {{ '**' }}", "{% generation %}", "{{ broken"])
+def test_stars_that_are_text_and_what_jinja_does_not_know_pass(template):
+    assert fill_template(template, lambda: "filled") == "filled"

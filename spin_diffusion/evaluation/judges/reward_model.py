@@ -107,7 +107,10 @@ class RewardModel:
             found = self.tokenizer(answer.prompt, answer.text, verbose=False)
         else:
             turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
-            text = fill_template(lambda: self.tokenizer.apply_chat_template(turns, tokenize=False))
+            text = fill_template(
+                str(self.tokenizer.chat_template),
+                lambda: self.tokenizer.apply_chat_template(turns, tokenize=False),
+            )
             # The template has written the special tokens
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
