@@ -196,7 +196,14 @@ def _load_given_vae(family: ModuleType, base: Base, cache_dir: str | None) -> Au
         folder = _downloaded_vae(str(base.vae), flag, cache_dir)
     if (folder / "model_index.json").is_file():
         raise InputError(f"{flag} is a whole pipeline: give its VAE, {folder / 'vae'}")
-    return _load_vae(family, folder, flag, base.variant)
+    found = _variants(folder)
+    if found and None not in found:
+        load = f"AutoencoderKL.from_pretrained({str(base.vae)!r}, variant={min(map(str, found))!r})"
+        raise InputError(
+            f"{flag}: it has variants of its weights alone, and is taken without one: save it plainly with diffusers, "
+            f"{load}.save_pretrained(FOLDER), and give FOLDER"
+        )
+    return _load_vae(family, folder, flag, None)
 
 
 def _downloaded_vae(name: str, flag: str, cache_dir: str | None) -> Path:

@@ -355,6 +355,8 @@ def test_another_vae_is_checked_like_the_bases_own(base, sdxl_dir, tmp_path):
     refused(base, "does not exist", vae="./nowhere")
     refused(base, "from_single_file", vae=str(next(other.glob("*.safetensors"))))
     refused(base, "UNet2DConditionModel", "AutoencoderKL", vae=str(sdxl_dir / "unet"))
+    AutoencoderKL.from_pretrained(sdxl_dir / "vae").save_pretrained(tmp_path / "fp16", variant="fp16")
+    refused(base, "variant='fp16').save_pretrained(FOLDER)", vae=str(tmp_path / "fp16"))
 
 
 def test_a_rounds_base_is_all_that_its_run_was_started_with(fp16, sd1_dir, tmp_path):
