@@ -115,11 +115,11 @@ def _open_chosen(
         found = []
         for index in indices:
             (number, place), best, _ = places[index]
-            of_data = in_data.rows([(number, part.index + place * part.of)], [(number, place)])
-            if best is not None:  # a candidate in the place of the real sample, whose condition stays the pair's
-                candidate = drawn.rows([best], [best]).items()
-                of_data |= {name: tensor for name, tensor in candidate if not name.startswith(CONDITION)}
-            found.append(of_data)
+            of_data = [(number, part.index + place * part.of)]
+            if best is None:
+                found.append(in_data.rows(of_data, [(number, place)]))
+            else:  # a candidate in the place of the real sample, whose condition stays the pair's
+                found.append(drawn.rows([best], [best]) | in_data.condition(of_data))
         others = [places[index][2] for index in indices]
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
         return together, drawn.rows(others, others, parts)
@@ -184,6 +184,11 @@ class _Tensors:
             raise InputError(
                 f"{side.tensors} has no worse samples, which --objective dpo needs: give a data set with pairs"
             )
+
+    def condition(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """Of the rows at (shard, place) the condition of their pairs alone."""
+        names = [name for name in self.names if name.startswith(CONDITION)]
+        return {name: _stacked([self.file(s).get_slice(name)[p] for s, p in places]) for name in names}
 
     def rows(
         self, places: list[tuple[int, int]], scored: list[tuple[int, int]], parts: list[slice] | None = None
