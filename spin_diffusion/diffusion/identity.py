@@ -21,9 +21,11 @@ def config_of(part: Any) -> dict[str, Any]:
 def words_of(tokenizer: Any) -> list[Any]:
     """What decides the tokens of a prompt."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for name in ("truncation", "padding"):  # those of the last call, whatever it was for
+        rules.pop(name, None)
     return [
-        sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, str(tokenizer.special_tokens_map),
-        backend.to_str() if backend is not None else None,
+        sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules
     ]  # fmt: skip
 
 

@@ -419,8 +419,9 @@ def test_the_page_has_the_probes_aucs_by_round(tmp_path):
     from types import SimpleNamespace
 
     found = said(noise(128, 11), noise(128, 12))
-    write_json(tmp_path / "round-1" / "round.json", {"shortcut": found})
-    write_json(tmp_path / "round-2" / "round.json", {"shortcut": shortcuts.not_run(3)})
+    for k, shortcut in ((1, found), (2, shortcuts.not_run(3))):
+        record = {"state": "PLANNED", "round": k, "parent": k - 1, "data_hash": "0" * 64, "files": {}, "seconds": {}}
+        write_json(tmp_path / f"round-{k}" / "round.json", record | {"shortcut": shortcut})
     run = SimpleNamespace(
         config=SimpleNamespace(rounds=SimpleNamespace(rounds=3)), output_dir=tmp_path,
         _round_name=lambda k: f"round {k}", _runs=lambda: [("spin", tmp_path)],

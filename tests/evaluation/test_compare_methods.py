@@ -29,6 +29,7 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.store.folder import MARKER, take_folder
 from tests.evaluation.test_evaluate_command import SCORER, refused
+from tests.store.test_folder import take_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = UnitCosts(unet=10, unet_backward=20, unet_backward_inputs=11, text=1, vae_encode=3, vae_decode=5)
@@ -634,18 +635,27 @@ def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path)
 
 
 def test_one_process_at_a_time_works_on_a_cell(tmp_path):
-    entered = threading.Event()
+    program, entered, leave = "run of a comparison", threading.Event(), threading.Event()
 
     def enter():
         with cells._alone(tmp_path):
             entered.set()
+            leave.wait(60)
 
-    with cells._alone(tmp_path):
-        other = threading.Thread(target=enter)
-        other.start()
-        assert not entered.wait(0.3)
+    other = take_elsewhere(tmp_path, program=program)
+    assert other.stdout.readline() == "taken\n"
+    here = threading.Thread(target=enter)
+    here.start()
+    assert not entered.wait(0.3)
+    other.kill()
+    other.wait()
     assert entered.wait(30)
-    other.join()
+    refused = take_elsewhere(tmp_path, program=program)
+    assert "another command works in" in refused.communicate()[1] and refused.returncode == 1
+    leave.set()
+    here.join()
+    other = take_elsewhere(tmp_path, program=program)
+    assert other.communicate()[0] == "taken\n"
 
 
 def test_another_drawing_is_scored_again(config):

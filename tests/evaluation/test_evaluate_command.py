@@ -349,7 +349,7 @@ def test_what_is_wrong_is_said_in_one_line(models, argv, parts, sdxl_dir, tiny_p
 
 def test_results_of_another_schema_version_are_refused(tmp_path, capsys):
     (tmp_path / "results.json").write_text('{"schema_version": 99}')
-    refused(capsys, run("report.py", str(tmp_path)), "99")
+    refused(capsys, run("report.py", str(tmp_path)), "schema_version 99", "reads 1")
     refused(capsys, run("report.py", str(tmp_path / "nowhere")), "results.json")
 
 

@@ -13,7 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from tokenizers import normalizers
 
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.evaluation.concluding import first_not_run
 from spin_diffusion.evaluation.drawing import precision_of, protocol_of
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
@@ -269,6 +272,17 @@ def test_a_model_that_is_replaced_under_its_path_is_drawn_anew(part, sdxl_dir, t
     assert evaluate(fresh, tiny_prompts, "sharpness", models=models) == 0
     again = pq.read_table(fresh / "out" / "scores.parquet").to_pylist()
     assert scores("base") == [row["score"] for row in again if row["model"] == "base"]
+
+
+def test_a_pipeline_is_the_same_whatever_its_tokenizers_were_asked(sdxl_dir):
+    _, pipeline = load_checkpoint(str(sdxl_dir))
+    before = parts_hash(pipeline)
+    for asked in ({"padding": "max_length", "truncation": True, "max_length": 77}, {"truncation": True}, {}):
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+            tokenizer(["a fox", "a red hen"], **asked)
+        assert parts_hash(pipeline) == before
+    pipeline.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert parts_hash(pipeline) != before
 
 
 # Inside a run

@@ -127,11 +127,11 @@ def test_a_folder_that_may_not_be_written_is_said(tmp_path, monkeypatch, reason)
 # One command at a time
 
 
-def take_elsewhere(folder: Path, wait: bool = False) -> subprocess.Popen:
+def take_elsewhere(folder: Path, wait: bool = False, program: str = PROGRAM) -> subprocess.Popen:
     """Another process that takes the folder, says so, and holds it until its input ends."""
     command = (
         "import sys; from pathlib import Path; from spin_diffusion.store.folder import take_folder\n"
-        f"take_folder(Path({str(folder)!r}), {PROGRAM!r}, wait={wait})\n"
+        f"take_folder(Path({str(folder)!r}), {program!r}, wait={wait})\n"
         "print('taken', flush=True); sys.stdin.read()"
     )
     return subprocess.Popen(
