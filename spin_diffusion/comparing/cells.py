@@ -9,7 +9,6 @@ CELL/log.txt                                    what the run said
 import contextlib
 import copy
 import functools
-import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -34,21 +33,25 @@ from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.drawing import requests
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
+from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH
+from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.input_error import InputError
 from spin_diffusion.running import quiet_libraries
-from spin_diffusion.selfplay.record import FINAL, read_record
+from spin_diffusion.selfplay.record import FINAL, read_record, replay
 from spin_diffusion.selfplay.run_dir import (
-    file_hash,
+    Damaged,
+    find_damage,
+    is_built,
     read_if_whole,
     read_rows,
-    rows_metadata,
     settle,
     write_json,
     write_rows,
 )
 from spin_diffusion.selfplay.samples import data_manifest
 from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.keys import KEY, key_of, place_hash
 from spin_diffusion.store.machine import trouble_of
 
 SetName = Literal["validation", "test"]
@@ -244,7 +247,10 @@ def _score(task: Task, view: View) -> None:
     family, pipeline = _pipeline(Base.of_settings(config.flat()))
     unet = pipeline.unet
     if view.round:
-        unet = _trained_unet(pipeline, Path(task.folder) / "run" / f"round-{view.round}")
+        run_ = Path(task.folder) / "run"
+        for name, problem in find_damage(_saved(run_, view.round), run_).items():
+            raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
+        unet = _trained_unet(pipeline, run_ / f"round-{view.round}")
     prompts = prompt_sets(task.drawing)[view.prompts]
     images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
     rows = requests(prompts, images_per_prompt, task.seed)
@@ -261,7 +267,7 @@ def _score(task: Task, view: View) -> None:
     )
     distances: dict[str, float | None] = dict.fromkeys([row["id"] for row in rows])
     for spec in task.drawing.scorers:
-        scorer = _scorer(spec)
+        scorer = _scorer(spec, part_key(SCORERS, spec))
         for start in range(0, len(rows), BATCH):
             part = slice(start, start + BATCH)
             scores = scorer(images[part], [row["prompt"] for row in rows[part]]).tolist()
@@ -276,7 +282,7 @@ def _score(task: Task, view: View) -> None:
     for row in rows:
         del row["category"]
         row["distance"] = distances[row["id"]]
-    write_rows(_scores_path(task, view), rows, {"drawing": _said(task, view), "resolved": _resolved(task)})
+    write_rows(_scores_path(task, view), rows, {KEY: _view_key(task, view)})
 
 
 def mean_distances(features: np.ndarray) -> np.ndarray:
@@ -296,25 +302,36 @@ def _scores_path(task: Task, view: View) -> Path:
     return Path(task.folder) / "scores" / f"{view.name}.parquet"
 
 
-def _said(task: Task, view: View) -> str:
-    """What the scores of a view depend on beside the weights."""
-    prompts = prompt_sets(task.drawing)[view.prompts].sha256
-    images = task.drawing.images_per_prompt if view.prompts == "test" else 1
-    return json.dumps([prompts, images, task.drawing.scorers, task.drawing.num_inference_steps])
+def _view_key(task: Task, view: View) -> str:
+    """What the scores of a view depend on: the weights, how they draw, the prompts, and what is behind each scorer."""
+    config, run_ = config_of(task), Path(task.folder) / "run"
+    places = [config.model.pretrained_model_name_or_path, config.model.pretrained_vae_model_name_or_path]
+    return key_of(
+        prompts=prompt_sets(task.drawing)[view.prompts].sha256,
+        images=task.drawing.images_per_prompt if view.prompts == "test" else 1,
+        seed=task.seed,
+        scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.drawing.scorers},
+        steps=task.drawing.num_inference_steps or config.sampling.num_inference_steps,
+        sampling=[config.sampling.sampler, config.sampling.eta, config.images.resolution, view.guidance_scale],
+        base=[place and (place_hash(place) or place) for place in places],
+        weights=_saved(run_, view.round) if view.round and (run_ / f"round-{view.round}").is_dir() else None,
+    )
 
 
-def _resolved(task: Task) -> str:
-    """The same where the drawing leaves it to others: the training settings' steps, the content of a scorer's file."""
-    steps = task.drawing.num_inference_steps or config_of(task).sampling.num_inference_steps
-    files = [Path(parse_spec(spec)[1]) for spec in task.drawing.scorers]
-    return json.dumps([steps, [file_hash(file) for file in files if file.suffix == ".py"]])
+def _saved(run_: Path, round_: int) -> dict[str, str]:
+    """SHA-256 of the files of a round's player, by their names in the run's folder, as its record has them."""
+    files = read_record(run_ / f"round-{round_}").get("files", {})
+    return {name: digest for name, digest in files.items() if Path(name).parent.name in ("unet", "lora")}
 
 
 def _is_scored(task: Task, view: View) -> bool:
-    path = _scores_path(task, view)
-    said = rows_metadata(path) if path.is_file() else {}
-    # Scores of a version that did not write the second are taken as they are
-    return said.get("drawing") == _said(task, view) and said.get("resolved") in (None, _resolved(task))
+    return is_built(_scores_path(task, view), _view_key(task, view))
+
+
+def forget_stale(task: Task) -> None:
+    """Remove scores of other weights, scorers or prompts than there are now: a run that fails would keep them."""
+    for view in missing_views(task):
+        _scores_path(task, view).unlink(missing_ok=True)
 
 
 def _trained_unet(pipeline: Any, folder: Path) -> UNet2DConditionModel:
@@ -341,7 +358,8 @@ def _pipeline(base: Base) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _scorer(spec: str) -> LoadedScorer:
+def _scorer(spec: str, key: str) -> LoadedScorer:
+    """A scorer, kept for the next view as long as it is the one of this key."""
     return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -4,7 +4,6 @@ Two budgets that come to the same training settings share one cell, and a change
 """
 
 import functools
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from spin_diffusion.parsing import build_sections, settings_of
 from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
+from spin_diffusion.store.keys import code_hash, key_of, place_hash
 
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 
@@ -26,6 +26,21 @@ QUIET = {
     "validation_prompts": None, "scorers": None, "validation_guidance_scales": None, "promote_if": "always",
     "compare_with": None, "report_to": "none", "push_to_hub": False,
 }  # fmt: skip
+
+
+_PLACES = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "train_data_dir",
+    "candidate_scorer", "curation_scorer",
+)  # fmt: skip
+
+
+def _content(place: str | None) -> str | None:
+    """What lies at a setting's path; of a scorer what is behind its NAME[=PATH]; a name that is no path stays."""
+    if place is None:
+        return None
+    places = [Path(part) for part in str(place).split("=", 1)]
+    found = [code_hash(path) if path.suffix == ".py" and path.is_file() else place_hash(path) for path in places]
+    return "=".join(content or str(path) for content, path in zip(found, places, strict=True))
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,8 @@ class Cell:
         else:  # how a step's pairs are split is harmless, their number is not
             given = {key: self.training[key] for key in _SPLIT if key in self.training}
             kept["pairs_per_step"] = pairs_per_step(TrainSettings(**given), 1)
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        # A base, data or a scorer may be replaced under its name
+        return key_of(**{key: _content(value) if key in _PLACES else value for key, value in kept.items()})
 
     @property
     def folder(self) -> str:

@@ -209,7 +209,12 @@ class Comparison:
 
     def costs(self, cell: Cell) -> tuple[Any, bool]:
         """FLOPs of one call of each network of the cell's base."""
-        return cells.counted_costs(self.task(cell, []), self.output_dir / "costs" / f"{cell.world}.json")
+        return cells.counted_costs(
+            self.task(cell, []), self.output_dir / "costs" / f"{cell.world}-{self._base_key(cell)}.json"
+        )
+
+    def _base_key(self, cell: Cell) -> str:
+        return self.plan.base(cell.world, self.settings.all_seeds[0]).key[:8]
 
     def _run(self, name: str, tasks: list[Task]) -> bool:
         """Run what is not done; False = time is up, with something left."""
@@ -217,6 +222,8 @@ class Comparison:
         for task in tasks:  # one cell may be asked for by two budgets
             known = merged.setdefault(task.folder, task)
             known.views.extend(view for view in task.views if view not in known.views)
+        for task in merged.values():
+            cells.forget_stale(task)
         left = [task for task in merged.values() if not is_done(task)]
         if not left:
             return True

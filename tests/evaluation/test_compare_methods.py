@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import threading
 from dataclasses import fields, replace
 from pathlib import Path
@@ -674,14 +675,34 @@ def test_another_drawing_is_scored_again(config):
     assert not cells.is_done(task)
 
 
-def test_scores_that_do_not_say_all_that_they_depend_on_are_kept(config):
+def test_scores_that_do_not_say_what_they_depend_on_are_made_anew(config):
     comparison = Comparison(settings_of(config))
     task = task_of(config, comparison)
     cells.do(task)
     path = cells._scores_path(task, task.views[0])
-    table = pq.read_table(path)
-    pq.write_table(table.replace_schema_metadata({"drawing": table.schema.metadata[b"drawing"]}), path)
-    assert cells.is_done(task)
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"drawing": "[]"}), path)
+    assert not cells.is_done(task)
+    cells.forget_stale(task)
+    assert not path.exists()
+
+
+def test_a_base_data_or_scorer_that_is_replaced_under_its_name_makes_another_cell(
+    config, sdxl_dir, tiny_parquet, tmp_path
+):
+    base, data = tmp_path / "base", tmp_path / "train.parquet"
+    shutil.copytree(sdxl_dir, base)
+    shutil.copyfile(tiny_parquet, data)
+    scorer = tmp_path / "redness.py"
+    more = {"pretrained_model_name_or_path": str(base), "dataset_name": str(data), "curation_scorer": str(scorer)}
+    plan = make_plan(settings_of(config))
+    cells_ = [plan.cell("tiny", "spin", 1e-4, 0, 2), plan.base("tiny", 0)]
+    trained, alone = (replace(cell, training=cell.training | more) for cell in cells_)
+    seen = [(trained.key, alone.key)]
+    assert seen == [(trained.key, alone.key)]
+    for path in (base / "vae" / "config.json", data, scorer):
+        path.write_bytes(path.read_bytes() + b" ")
+        seen.append((trained.key, alone.key))
+    assert len({key for key, _ in seen}) == 4 and len({key for _, key in seen}) == 2
 
 
 def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):
