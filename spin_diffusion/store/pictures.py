@@ -12,6 +12,7 @@ ever opened (Pillow would start Ghostscript for a PostScript file). A picture co
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,13 @@ def _bare_png(data: bytes) -> tuple[bytes, bytes]:
         if name == b"eXIf":
             exif = exif or data[place + 8 : end - 4]
         elif name == b"tRNS" or name[0] < 0x60:  # of capitals: without it the picture cannot be read
+            # Pillow does not check the pixels' sums: the rest of a file that was never written would be read as black
+            if end <= len(data) and zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise InputError(f"damaged: the checksum of its {printable(name.decode('latin-1'))} chunk is wrong")
             kept.append(data[place:end])
         place = end
+        if name == b"IEND":
+            break
     return b"".join([*kept, data[place:]]), exif
 
 

@@ -301,6 +301,14 @@ def test_too_many_bytes_are_refused(tmp_path, monkeypatch):
         open_picture((tmp_path / "a.png").read_bytes())
 
 
+def test_a_png_whose_end_was_never_written_is_not_read_as_black():
+    data = encoded(Image.fromarray(coloured(64, 80)), "PNG")
+    with pytest.raises(InputError, match="damaged: the checksum of its IDAT chunk is wrong"):
+        open_picture(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    # what follows the picture is not looked at
+    assert np.array_equal(open_picture(data + bytes(4) + b"JUNK" + bytes(8)), coloured(64, 80))
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_damage_is_told_in_one_line_that_can_be_printed(format, monkeypatch):
     """Not a picture of another library's patience, and never another error than InputError."""
