@@ -1,5 +1,8 @@
-"""What of an evaluation cannot be read any more is removed before it goes on: all of it can be made anew."""
+"""What of an evaluation cannot be read any more is removed before it goes on: all of it can be made anew.
 
+Nothing else is: other files in its folder are its user's."""
+
+import re
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -26,14 +29,13 @@ def remove_damaged(folder: Path) -> None:
     An evaluation of a run that lacks something is begun again where it lacks it (its `model.json` is removed as well).
     Where whose pictures they are, or by which protocol they were drawn, is not known any more, they are drawn anew.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in paths:
+    for path in [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_ours(path)]:
         try:
             _read(path)
         except Damaged as error:
             tell_remade(error)
             if path.name in ("model.json", "protocol.json"):
-                for index in path.parent.rglob("*-of-*.jsonl"):
+                for index in filter(_is_ours, list(path.parent.rglob("*-of-*.jsonl"))):
                     index.unlink()
             path.unlink(missing_ok=True)
             (folder / "model.json").unlink(missing_ok=True)
@@ -48,8 +50,21 @@ def remove_damaged(folder: Path) -> None:
 def records_in(folder: Path) -> list[Path]:
     """The files of an evaluation that its end is recorded with: not its media, whose hashes they hold, nor what is
     written from them."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".parquet")]
+    found = [path for path in sorted(folder.rglob("*")) if _is_ours(path)]
     return [path for path in found if path.parent != folder or path.name == "held_out.json"]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an evaluation writes a file of that name at that place."""
+    return (
+        path.name in ("model.json", "protocol.json", "held_out.json", "scorer.json", *_TABLES)
+        or re.fullmatch(r"\d{5}-of-\d{5}\.(jsonl|parquet)", path.name) is not None
+        or path.suffix == ".json"  # of a judge
+        and path.parent.name == "scores"
+    )
+
+
+_TABLES = ("images.parquet", "answers.parquet", "scores.parquet")
 
 
 def _read(path: Path) -> Any:

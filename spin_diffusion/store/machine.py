@@ -35,6 +35,9 @@ _REMEDIES = {
     errno.ESTALE: _BACK,
     errno.ENOTCONN: _BACK,
     errno.ENODEV: _BACK,
+    errno.EISDIR: "a file belongs there: move that folder away",
+    errno.EEXIST: "it stands in the way: move it away",
+    errno.ELOOP: "a link leads round in a circle: mend it",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOMEM: "let it have more memory",
 }

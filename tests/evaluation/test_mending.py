@@ -59,3 +59,13 @@ def test_a_record_that_is_gone_or_says_something_else_is_seen_by_its_hash(folder
     remove_damaged(folder)
     assert left(folder) == set(RECORDS) - {name, "model.json"}
     assert f"{folder / name} is " in capsys.readouterr().out
+
+
+def test_a_users_own_files_stay_whatever_they_hold(folder):
+    names = ("notes.json", "images/notes.json", "images/guidance-3/mine.jsonl", "scores/oracle/mine.parquet", "my.jsonl")
+    for name in names:
+        (folder / name).write_text("[1, 2]")
+    assert not set(names) & {path.relative_to(folder).as_posix() for path in records_in(folder)}
+    (folder / "images" / "protocol.json").write_text("[1, 2]")  # all pictures are drawn anew
+    remove_damaged(folder)
+    assert [(folder / name).read_text() for name in names] == ["[1, 2]"] * len(names)

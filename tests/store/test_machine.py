@@ -35,6 +35,7 @@ def chained(cause: Exception, by_cause: bool) -> Exception:
         (RuntimeError("write failed: Read-only file system"), errno.EROFS), (MemoryError(), errno.ENOMEM),
         (RuntimeError("unable to open file: Too many open files (os error 24)"), errno.EMFILE),
         (FileNotFoundError("No such file or directory: a.safetensors"), errno.ENOENT),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), errno.EISDIR),
         (chained(OSError(errno.ENOSPC, "full"), True), errno.ENOSPC),
         (chained(OSError(errno.EIO, "broken"), False), errno.EIO),
         # What is handled while nothing is written is not the reason of a defect
