@@ -9,8 +9,12 @@ from spin_diffusion.input_error import InputError
 from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.selfplay.train_settings import LR_SCHEDULERS, POLYNOMIAL_END, TrainSettings
 from spin_diffusion.store.names import file_name, folder_inside
+
+MAX_ROUNDS = 10_000
+MAX_BETA = 1e30
+"""Beyond, its product with a difference of scores is no number in fp32."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +94,41 @@ def check_ranges(flat: dict[str, Any]) -> None:
         "checkpointing_steps": 1, "lr_warmup_steps": 0, "max_grad_norm": 0, "samples_per_shard": 1,
         "num_validation_images": 1, "vae_encode_batch_size": 1, "adam_weight_decay": 0, "seed": 0, "num_generated": 1,
         "real_parts": 1, "checkpoints_total_limit": 1, "generation_batch_size": 1, "refresh_opponent_steps": 1,
+        "lr_num_cycles": 1, "lr_power": 0, "max_validation_prompts": 1, "validation_num_inference_steps": 1,
+        "num_gallery_prompts": 0,
         "sft_weight": 0, "pool_weights": 0, "max_distance": 0, "max_error_growth": 0, "max_gradient_ratio": 1,
     }  # fmt: skip
     for key, lowest in at_least.items():
         for value in values(key):
             if value < lowest:
                 raise InputError(f"--{key} {value} must be at least {lowest}")
+    for key, highest in {"rounds": MAX_ROUNDS, "beta": MAX_BETA}.items():
+        for value in values(key):
+            if value > highest:
+                raise InputError(f"--{key} {value} must be at most {highest:,}")
     for value in values("seed"):
         if value >= 2**32:  # numpy's generators take no larger one
             raise InputError(f"--seed {value} must be below {2**32}")
-    for key in ("learning_rate", "beta", "mu", "adam_epsilon", "ema_decay", "num_train_epochs"):
+    above_0 = ("learning_rate", "beta", "mu", "adam_epsilon", "num_train_epochs", "matrix_flops_per_second")
+    for key in above_0:
         for value in values(key):
             if value <= 0:
                 raise InputError(f"--{key} {value} must be above 0")
+    for value in values("lr_scheduler"):
+        if value not in LR_SCHEDULERS:
+            raise InputError(
+                f"--lr_scheduler {value}: give one of {', '.join(LR_SCHEDULERS)}{nearest(value, list(LR_SCHEDULERS))}"
+            )
+        if value == "polynomial" and min(values("learning_rate"), default=1) <= POLYNOMIAL_END:
+            raise InputError(
+                f"--learning_rate {min(values('learning_rate'))} must be above {POLYNOMIAL_END}, where polynomial ends"
+            )
     check_paths(flat)
     values("objective")
     for name in flat.get("compare_with") or []:
         if name not in OBJECTIVES:
             raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")
-    for key in ("margin_dropout", "opponent_ema_decay"):
+    for key in ("margin_dropout", "opponent_ema_decay", "adam_beta1", "adam_beta2"):
         for value in values(key):
             if not 0 <= value < 1:
                 raise InputError(f"--{key} {value} must be at least 0 and below 1")
@@ -116,9 +136,10 @@ def check_ranges(flat: dict[str, Any]) -> None:
         raise InputError("--pool_weights are all 0: give one of the selves a weight")
     objective = flat["objective"] if isinstance(flat["objective"], list) else [flat["objective"]]
     check_options(list(dict.fromkeys(objective)), flat.get("objective_options") or {})
-    for value in values("stop_at_saturation"):
-        if not 0 < value <= 1:
-            raise InputError(f"--stop_at_saturation {value} must be above 0 and at most 1")
+    for key in ("stop_at_saturation", "ema_decay"):
+        for value in values(key):
+            if not 0 < value <= 1:
+                raise InputError(f"--{key} {value} must be above 0 and at most 1")
     for value in values("lr_warmup_ratio"):
         if not 0 <= value <= 1:
             raise InputError(f"--lr_warmup_ratio {value} must be between 0 and 1")

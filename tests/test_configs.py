@@ -7,6 +7,7 @@ import pytest
 from spin_diffusion.comparing import settings as comparing
 from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion import evaluate
+from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import parse_language_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,3 +37,30 @@ def test_the_recipes_of_space_are_the_published_ones(name):
 def test_an_evaluations_configuration_is_read_by_its_program(path):
     compares = "methods:" in path.read_text().splitlines()
     assert (comparing if compares else evaluate).parse_settings(["--config", str(path)]).output_dir.startswith("runs/")
+
+
+NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "1000000000000"], "--rounds 1000000000000 must be at most 10,000"),
+        (["--beta", "1e300"], "--beta 1e+300 must be at most"),
+        (["--adam_beta1", "1"], "--adam_beta1 1.0 must be at least 0 and below 1"),
+        (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 must be at least 0 and below 1"),
+        (["--ema_decay", "1.5"], "--ema_decay 1.5 must be above 0 and at most 1"),
+        (["--lr_scheduler", "cosin"], "did you mean 'cosine'?"),
+        (["--lr_scheduler", "polynomial", "--learning_rate", "[1e-5, 1e-7]"], "--learning_rate 1e-07 must be above"),
+        (["--lr_num_cycles", "0"], "--lr_num_cycles 0 must be at least 1"),
+        (["--lr_power", "-1"], "--lr_power -1.0 must be at least 0"),
+        (["--max_validation_prompts", "0"], "--max_validation_prompts 0 must be at least 1"),
+        (["--validation_num_inference_steps", "0"], "--validation_num_inference_steps 0 must be at least 1"),
+        (["--num_gallery_prompts", "-1"], "--num_gallery_prompts -1 must be at least 0"),
+        (["--matrix_flops_per_second", "0"], "--matrix_flops_per_second 0.0 must be above 0"),
+    ],
+)
+def test_what_a_library_would_refuse_later_is_refused_by_its_flag(flags, message):
+    with pytest.raises(InputError) as refused:
+        parse_config([*NEEDED, *flags])
+    assert message in str(refused.value)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import decode_latents, to_images
+from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sending import sent
 
 SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -77,7 +78,9 @@ def draw_batches(
 
     Raises:
         FloatingPointError: an image that is not finite.
+        InputError: more steps than the model's noise has.
     """
+    _check_steps(pipeline.scheduler, num_inference_steps)
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     unet = pipeline.unet
     for start in range(0, len(prompts), batch_size):
@@ -105,6 +108,15 @@ def draw_batches(
         states = torch.stack(stand_in.states, dim=1)[:count] if keep_states else None
         pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompts[place][:60]) for place in part[:count]])
         yield Drawn(to_images(pixels), states)
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    most = scheduler.config.num_train_timesteps
+    if steps <= most:
+        scheduler.set_timesteps(steps)  # as the pipeline does
+        if int(max(scheduler.timesteps)) < most:  # with an offset the last of them may lie beyond
+            return
+    raise InputError(f"{steps} denoising steps are too many for a model that was trained with {most}: give fewer")
 
 
 def is_compiled(network: nn.Module) -> bool:

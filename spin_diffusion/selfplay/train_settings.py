@@ -7,6 +7,10 @@ from typing import Any, Literal
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
 
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+POLYNOMIAL_END = 1e-7
+"""The learning rate at which diffusers' polynomial schedule ends."""
+
 
 @dataclass(frozen=True)
 class TrainSettings(health.HealthSettings):

@@ -76,7 +76,9 @@ def _number(error: BaseException) -> int | None:
 
 def in_words(number: int, error: BaseException) -> str:
     """One line: what the machine said, where, and what can be done."""
-    path = getattr(error, "filename", None)
+    path = getattr(error, "filename2", None) or getattr(
+        error, "filename", None
+    )  # the former: what a rename was to make
     where = f" ({printable(path)})" if path else ""
     return f"{os.strerror(number)}{where}: {_REMEDIES[number]}, then run the same command again"
 

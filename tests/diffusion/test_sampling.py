@@ -8,8 +8,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from spin_diffusion.diffusion import images
-from spin_diffusion.diffusion.sampling import SAMPLERS
+from spin_diffusion.diffusion.sampling import SAMPLERS, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
+from spin_diffusion.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 from tests.playing import asked, make_game
 from tests.tiny import BETAS
@@ -106,3 +107,13 @@ def test_drawing_does_not_keep_states_that_nobody_asked_for(sdxl_dir, monkeypatc
     game = make_game(sdxl_dir)
     monkeypatch.setattr("spin_diffusion.diffusion.sampling._StandIn._keep", partial(pytest.fail, "states were kept"))
     assert len(game.generate(asked("a fox"), [3])) == 1
+
+
+@pytest.mark.parametrize(("sampler", "offset", "steps"), [("ddim", 0, 1001), ("ddim", 1, 1000), ("dpmpp", 0, 1001)])
+def test_more_steps_than_the_noise_has_are_refused_before_anything_is_drawn(sampler, offset, steps, sdxl_dir):
+    game = make_game(sdxl_dir)
+    pipeline = sampling_pipeline(game.pipeline, game.opponent, sampler)
+    pipeline.scheduler.register_to_config(steps_offset=offset)
+    rest = dict(resolution=64, guidance_scale=1.0, batch_size=1, autocast=game.accelerator.autocast)
+    with pytest.raises(InputError, match=f"^{steps} denoising steps are too many .* trained with 1000: give fewer$"):
+        draw_images(pipeline, ["a fox"], [1], num_inference_steps=steps, **rest)

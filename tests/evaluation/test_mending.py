@@ -62,7 +62,13 @@ def test_a_record_that_is_gone_or_says_something_else_is_seen_by_its_hash(folder
 
 
 def test_a_users_own_files_stay_whatever_they_hold(folder):
-    names = ("notes.json", "images/notes.json", "images/guidance-3/mine.jsonl", "scores/oracle/mine.parquet", "my.jsonl")
+    names = (
+        "notes.json",
+        "images/notes.json",
+        "images/guidance-3/mine.jsonl",
+        "scores/oracle/mine.parquet",
+        "my.jsonl",
+    )
     for name in names:
         (folder / name).write_text("[1, 2]")
     assert not set(names) & {path.relative_to(folder).as_posix() for path in records_in(folder)}

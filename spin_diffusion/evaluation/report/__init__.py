@@ -108,7 +108,9 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
     """
     output = directory / "report.html" if output is None else output
     if output.is_dir():
-        raise InputError(f"{output} is a folder: name the file that the report shall be written to")
+        raise InputError(
+            f"{output} is a folder, and the report is to be written there: move it away or name another file"
+        )
     page = build_page(read_evaluation(directory))
     write_file(output, lambda part: part.write_bytes(page))
     return output
