@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,8 +183,6 @@ def test_a_kill_before_or_after_any_rename_changes_nothing_in_the_end(unbroken, 
 
 
 def test_one_sample_of_another_opponent_is_refused(unbroken, tmp_path):
-    import shutil
-
     copied = tmp_path / "copied"
     shutil.copytree(unbroken, copied)
     record = read_json(copied / "round-2" / "round.json")
@@ -207,14 +207,33 @@ def test_kept_scores_carry_the_hash_of_their_opponent(unbroken):
         assert len(found) == 8 and {run_dir.tensors_metadata(path)["opponent"] for path in found} == {opponent}
 
 
-def test_kept_scores_that_were_changed_are_refused(unbroken, tmp_path):
-    import shutil
-
-    copied = tmp_path / "copied"
+def with_changed_scores(unbroken, copied) -> Path:
+    """A copy of a run in which a file of the second round's kept scores was changed; the file."""
     shutil.copytree(unbroken, copied)
     path = sorted((copied / "round-2" / "scores" / "real").glob("*"))[0]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(InputError, match="damaged"):
-        play_all(copied, held_out=8)
+    return path
+
+
+def test_kept_scores_that_were_changed_are_never_trained_on_but_made_anew(unbroken, tmp_path, capsys):
+    path = with_changed_scores(unbroken, tmp_path / "copied")
+    record = read_json(tmp_path / "copied" / "round-2" / "round.json")
+    of_later = ("training", "metrics", "rejected_because", "decision", "held_out_gap")
+    files = {name: digest for name, digest in record["files"].items() if "/samples/" in name or "/scores/" in name}
+    left = {key: value for key, value in record.items() if key not in of_later} | {"state": "CACHED", "files": files}
+    (tmp_path / "copied" / "round-2" / "round.json").write_text(json.dumps(left))
+    play_all(tmp_path / "copied", held_out=8)
+    assert f"{path} is damaged" in (said := capsys.readouterr().out) and "it is made anew" in said
+    assert path.read_bytes() == (unbroken / path.relative_to(tmp_path / "copied")).read_bytes()
+    assert final_hashes(tmp_path / "copied") == final_hashes(unbroken)
+
+
+def test_kept_scores_of_a_trained_round_that_were_changed_are_said(unbroken, tmp_path, capsys):
+    path = with_changed_scores(unbroken, tmp_path / "copied")
+    play_all(tmp_path / "copied", held_out=8)
+    name = path.relative_to(tmp_path / "copied")
+    said = f"1 files such as {name} are missing or damaged; it is trained and needs them no more"
+    assert said in capsys.readouterr().out
+    assert final_hashes(tmp_path / "copied") == final_hashes(unbroken)
