@@ -74,6 +74,7 @@ _SCHEDULERS = (
     "SASolverScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
 """Samplers of diffusers for one and the same forward process: DDPM's, in steps. They differ in how they go back."""
+_SPACINGS = ("leading", "linspace", "trailing")
 _NEEDED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 # Of these settings only the values that leave DDPM's process and the denoiser's inputs and outputs as they are
@@ -126,6 +127,14 @@ def check_scheduler(config: Mapping[str, object], where: str, kind: str | None =
         if config.get(key, plain[0]) not in plain:
             raise InputError(f"{where} has {key} {config[key]!r}, which is not supported ({plain[0]!r} is)")
     _check_betas(config, where)
+    steps, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
+    if not isinstance(offset, int) or isinstance(offset, bool) or not 0 <= offset < steps:
+        raise InputError(f"{where} has steps_offset {offset!r}: it must be a whole number from 0 to below {steps}")
+    if config.get("timestep_spacing", _SPACINGS[0]) not in _SPACINGS:
+        raise InputError(
+            f"{where} has timestep_spacing {config['timestep_spacing']!r}, which is not supported (supported: "
+            f"{', '.join(_SPACINGS)})"
+        )
     if kinds:
         check_complete(config, getattr(diffusers, kinds[0]), where, "scheduler_config.json")
 

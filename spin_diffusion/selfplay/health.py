@@ -69,8 +69,8 @@ def check_prediction(prediction: Tensor, path: Path) -> None:
 
 
 _AFTER_THE_LAST_STEP = (
-    "after the last step. Lower --learning_rate, or train in another precision; the same command then goes on from the "
-    "last checkpoint"
+    "after the last step: lower --learning_rate or train in another precision, in another --output_dir (a begun run "
+    "keeps its settings)"
 )
 
 

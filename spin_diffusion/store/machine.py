@@ -71,7 +71,9 @@ def _number(error: BaseException) -> int | None:
         return int(said[1])
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT
-    return next((number for number in (*_OF_WRITING, errno.EACCES) if os.strerror(number) in str(error)), None)
+    return next(
+        (number for number in (*_OF_WRITING, errno.EACCES, errno.ENOMEM) if os.strerror(number) in str(error)), None
+    )
 
 
 def in_words(number: int, error: BaseException) -> str:

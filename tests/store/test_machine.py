@@ -34,6 +34,7 @@ def chained(cause: Exception, by_cause: bool) -> Exception:
         (pa.ArrowException("[Errno 27] Error writing bytes to file. Detail: [errno 27] File too large"), errno.EFBIG),
         (RuntimeError("write failed: Read-only file system"), errno.EROFS), (MemoryError(), errno.ENOMEM),
         (RuntimeError("unable to open file: Too many open files (os error 24)"), errno.EMFILE),
+        (RuntimeError("can't allocate memory: Error code 12 (Cannot allocate memory)"), errno.ENOMEM),
         (FileNotFoundError("No such file or directory: a.safetensors"), errno.ENOENT),
         (IsADirectoryError(errno.EISDIR, "Is a directory"), errno.EISDIR),
         (chained(OSError(errno.ENOSPC, "full"), True), errno.ENOSPC),
