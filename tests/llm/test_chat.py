@@ -291,7 +291,7 @@ FAULTY = {
     "index": "{{ messages[7]['content'] }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "forbidden": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-    "huge range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "huge range": "{% for i in range(1000000000) %}{% endfor %}",
     "syntax": "{% for m in %}",
     "no filter": "{{ messages | nothing }}",
 }
