@@ -67,7 +67,7 @@ def _load_file(path: Path) -> ModuleType:
         exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     except BaseException as error:
         del sys.modules[unique_name]
-        if isinstance(error, InputError) or not isinstance(error, Exception):
+        if isinstance(error, InputError) or not isinstance(error, Exception | SystemExit):
             raise
         raise InputError(f"{path} cannot be imported: {raised(error)}") from error
     finally:
@@ -75,7 +75,7 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def raised(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """In one line, what was raised and where: type, file, line and message."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""

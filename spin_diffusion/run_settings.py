@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -10,8 +11,11 @@ from spin_diffusion.parsing import nearest
 from spin_diffusion.selfplay.objectives import OBJECTIVES, check_options
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.train_settings import LR_SCHEDULERS, POLYNOMIAL_END, TrainSettings
+from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.names import file_name, folder_inside
 
+_TAKEN = ("data", "base", "encodings", "unet", "lora", "model")
+"""Folders of a run."""
 MAX_ROUNDS = 10_000
 MAX_BETA = 1e30
 """Beyond, its product with a difference of scores is no number in fp32."""
@@ -73,7 +77,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def check_paths(flat: Mapping[str, Any]) -> None:
     """InputError for a name that would lead the trackers out of the run's folder."""
     file_name(flat["tracker_project_name"], "--tracker_project_name")
-    folder_inside(flat["logging_dir"], "--logging_dir")
+    first = Path(folder_inside(flat["logging_dir"], "--logging_dir")).parts[:1]
+    if first and (first[0] in _TAKEN or first[0].startswith(("round-", MARKER)) or Path(first[0]).suffix):
+        raise InputError(f"--logging_dir {flat['logging_dir']} is where a run keeps other things: give another name")
 
 
 def check_ranges(flat: dict[str, Any]) -> None:

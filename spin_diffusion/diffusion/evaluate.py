@@ -54,6 +54,7 @@ from spin_diffusion.store.text import printable
 from spin_diffusion.store.yaml_files import dump_yaml
 
 PROGRAM = "evaluation"
+MAX_IMAGES_PER_PROMPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class EvaluateSettings:
         for name in ("images_per_prompt", "num_inference_steps", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.images_per_prompt > MAX_IMAGES_PER_PROMPT:
+            raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at most {MAX_IMAGES_PER_PROMPT:,}")
         if min(self.guidance_scales) < 0 or len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):

@@ -138,7 +138,7 @@ def guarded(who: str, run: Callable[..., _T], *arguments: Any) -> _T:
         return run(*arguments)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter would end the whole command, with whatever code it says
         raise InputError(f"{who} failed: {raised(error)}") from error
 
 

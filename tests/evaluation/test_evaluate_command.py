@@ -278,6 +278,7 @@ def test_a_scorer_of_ones_own_that_raises_is_not_run_and_the_others_are_kept(cod
     [
         ("import nothere\n", "ModuleNotFoundError at odd.py line 1: No module named 'nothere'"),
         ("def load(device:\n", "SyntaxError at odd.py line 1"),
+        ("import sys\nsys.exit(0)\n", "SystemExit at odd.py line 2: 0"),
     ],
 )
 def test_a_scorer_that_cannot_be_imported_is_said_in_one_line(code, reason, tmp_path, capsys):
