@@ -24,13 +24,13 @@ compare-toy: install
 rounds-toy: install
 	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/rounds_toy.yaml --jobs 2
 
-## Install, then lint and the tests (ten minutes on two cores)
+## Install, then lint and the tests (a quarter of an hour on two cores)
 test: install lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
-## The tests that take minutes: real kills at random instants
+## The tests that take minutes: kills at random instants, and at every point of a run (some twenty minutes on two cores)
 test-slow: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow $(SELECT)
 
 lint: install
 	$(BIN)/ruff check .
