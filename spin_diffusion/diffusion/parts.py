@@ -25,7 +25,7 @@ from spin_diffusion.diffusion.noising import check_complete, check_scheduler
 from spin_diffusion.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
-from spin_diffusion.store.weights import check_not_quantised, load_whole
+from spin_diffusion.store.weights import check_stored, load_whole
 
 CONFIG = "config.json"
 _LONGEST_CONFIG = 2**24
@@ -139,7 +139,8 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
     """
     config = _read_config(folder, where, "UNet2DConditionModel")
     check_complete(config, UNet2DConditionModel, where, CONFIG)
-    _check_keys(config, _UNET_KEYS, _parameters(UNet2DConditionModel) | _LEFT_BY_TRAINING, where)
+    _check_keys(config, _UNET_KEYS, _parameters(UNet2DConditionModel).keys() | _LEFT_BY_TRAINING, where)
+    _check_types(config, UNet2DConditionModel, where)
     for key, (value, needs) in _UNET_INPUTS.items():
         if config.get(key, value) != value:
             raise InputError(
@@ -151,7 +152,8 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
 def _load_vae(family: ModuleType, folder: Path, where: str, variant: str | None) -> AutoencoderKL:
     config = _read_config(folder, where, "AutoencoderKL")
     check_complete(config, AutoencoderKL, where, CONFIG)
-    _check_keys(config, _VAE_KEYS, _parameters(AutoencoderKL), where)
+    _check_keys(config, _VAE_KEYS, {*_parameters(AutoencoderKL)}, where)
+    _check_types(config, AutoencoderKL, where)
     channels = config["latent_channels"]
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
     if not _is_number(scale) or not scale > 0:
@@ -345,6 +347,19 @@ def _check_keys(config: Mapping[str, Any], needed: tuple[str, ...], known: set[s
         )
 
 
+def _check_types(config: Mapping[str, Any], kind: type, where: str) -> None:
+    """Where a class has a text as its default a text is given, and none where it has a number or a switch: diffusers
+    checks neither, and a text is true."""
+    for key, parameter in _parameters(kind).items():
+        value, default = config.get(key), parameter.default
+        if isinstance(value, bool | int | float | str) and isinstance(default, bool | int | float | str):
+            if isinstance(value, str) != isinstance(default, str):
+                raise InputError(
+                    f"{where}: {key} is {printable(repr(value))} in {CONFIG}, where {kind.__name__} has "
+                    f"{default!r} by default: get the checkpoint's own file"
+                )
+
+
 def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) -> None:
     """The parts fit each other."""
     unet, vae = parts["unet"].config, parts["vae"].config
@@ -386,7 +401,7 @@ def _load(kind: Any, folder: Path, where: str, variant: str | None) -> Any:
             f"{where}: {folder} has no weights in safetensors files (pickled ones, .bin, are not loaded): save it with "
             "save_pretrained(FOLDER, safe_serialization=True) and give FOLDER"
         )
-    check_not_quantised(found[chosen], where=where)
+    check_stored(found[chosen], read_json_object(folder / CONFIG, where), where=where)
     try:
         return load_whole(kind, str(folder), where=where, variant=chosen)
     except InputError:
@@ -410,8 +425,8 @@ def _present(folder: Path, names: list[str]) -> str:
     return f"give --variant {' or '.join(found)}" if found else "leave --variant out"
 
 
-def _parameters(kind: type) -> set[str]:
-    return set(inspect.signature(kind.__init__).parameters)
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.__init__).parameters
 
 
 def _is_number(value: Any) -> bool:

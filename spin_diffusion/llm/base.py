@@ -25,7 +25,7 @@ from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.selfplay.run_dir import file_hash
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
-from spin_diffusion.store.weights import check_not_quantised, load_whole
+from spin_diffusion.store.weights import check_stored, load_whole
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
@@ -260,7 +260,7 @@ def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
                 f"{where}: config.json does not say {key}, and transformers would take its own default "
                 f"({getattr(text, key)}): write the model's own into it"
             )
-    check_not_quantised(_weight_files(root), where=where)
+    check_stored(_weight_files(root), written, where=where)
 
 
 def _weight_files(root: LanguageBase) -> list[Path]:
@@ -288,6 +288,7 @@ def _load_tokenizer(base: LanguageBase) -> PreTrainedTokenizerBase:
     chain = base.adapters()
     own = next((each for each in chain if each.file("tokenizer_config.json") is not None), chain[-1])
     tokenizer = AutoTokenizer.from_pretrained(own.name, **own.options())
+    tokenizer("What its configuration breaks, shows now.", verbose=False)
     # A class of its own makes an empty vocabulary where its files are missing
     files = dict(tokenizer.vocab_files_names)
     whole = files.pop("tokenizer_file", None)

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.progress import tell
+from spin_diffusion.selfplay.record import replay
 from spin_diffusion.selfplay.run_dir import (
     Damaged,
     commit,
@@ -136,7 +137,8 @@ class Checkpoints:
         self.game.promote()
         assert self.game.opponent_hash() == expected, f"{checkpoint}: its anchor is not the one that it was made with"
         if self.accelerator.is_main_process:
-            shutil.copytree(checkpoint / ANCHOR, self.directory / ANCHOR, dirs_exist_ok=True)
+            shutil.copytree(checkpoint / ANCHOR, part_of(self.directory / ANCHOR), dirs_exist_ok=True)
+            commit(self.directory / ANCHOR)
         self.accelerator.wait_for_everyone()
 
 
@@ -168,9 +170,15 @@ class Snapshots:
         self.accelerator.wait_for_everyone()
 
     def go_back(self, before: int) -> int:
-        """Put the newest player of at most this step back, or the round's first; its step."""
-        step = max(found for found in self._steps() if found <= max(before, 0))
-        source, ema = self.folder / str(step), self.trainee.ema
+        """Put the newest whole player of at most this step back, or the round's first; its step.
+
+        Raises:
+            Damaged: none of them is as it was written.
+        """
+        earlier = [self.folder / str(step) for step in self._steps() if step <= max(before, 0)]
+        source, ema = _first_whole(earlier[::-1], self.accelerator), self.trainee.ema
+        if source is None:
+            raise Damaged(self.folder / "0", "no snapshot to go back to is whole", replay(self.folder.parent))
         self.game.restore(source)
         self.trainee.scatter()
         if ema is not None:
@@ -178,7 +186,7 @@ class Snapshots:
         if self.average is not None:
             self.average.weights = load_weights(source / _AVERAGE, self.accelerator)
         self.accelerator.wait_for_everyone()
-        return step
+        return int(source.name)
 
     def _steps(self) -> list[int]:
         found = self.folder.iterdir() if self.folder.is_dir() else []
@@ -242,6 +250,7 @@ def remove_checkpoints(directory: Path) -> None:
 
 def _commit_listed(part: Path, path: Path) -> None:
     """Commit a folder with the hashes of its files in it, by which they are known when they are removed."""
+    (part / _HASHES).unlink(missing_ok=True)  # of an attempt that ended before the commit: it does not list itself
     (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))
     commit(path)
 

@@ -5,7 +5,7 @@ one that they have no place for; either way the model that is run is not the one
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
         **options,
     )  # fmt: skip
     check_whole(model, said, where)
+    if getattr(model.config, "return_dict", True) is False:
+        model.config.return_dict = True  # how transformers hands over what it computed, which is read by name
     return model
 
 
@@ -94,19 +96,45 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     return {name: said for name, said in header.items() if name != "__metadata__"}
 
 
-def check_not_quantised(paths: Iterable[Path], *, where: str) -> None:
-    """Whole numbers or 8 bits in a file are codes of weights; the libraries would take them for the weights themselves.
+def check_stored(paths: Iterable[Path], config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse before a model is made of them what the weights' files show, whose tensors' headers alone are read.
+
+    Args:
+        paths: all files of one model.
+        config: the model's configuration.
 
     Raises:
-        InputError: a tensor is stored so, or a file cannot be read.
+        InputError: a tensor is stored in whole numbers or 8 bits, which are codes of weights that the libraries would
+            take for the weights themselves; the configuration has more layers than there are tensors, which could take
+            for ever to make; a file cannot be read.
     """
+    tensors = 0
     for path in paths:
         for name, said in read_header(path).items():
+            tensors += 1
             if said.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
                 raise InputError(
                     f"{where}: {printable(name)} is stored as {said.get('dtype')}: quantised weights cannot be trained "
                     "from; give the checkpoint in float32, float16 or bfloat16"
                 )
+    for key, value in _layers(config) if tensors else ():
+        if value > tensors:
+            raise InputError(
+                f"{where}: {printable(key)} is {value} by its config.json, and its weights are {tensors} tensors: "
+                "weights and configuration are not of one model, get both again"
+            )
+
+
+def _layers(said: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers of a configuration whose keys name layers, also of its parts and by block."""
+    if isinstance(said, Mapping):
+        for name, value in said.items():
+            yield from _layers(value, name)
+    elif isinstance(said, list):
+        for value in said:
+            yield from _layers(value, key)
+    elif "layer" in key and isinstance(said, int):
+        yield key, said
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -9,7 +9,14 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots, _wanted_checkpoints, remove_checkpoints
+from spin_diffusion.selfplay.checkpoints import (
+    Checkpoints,
+    Snapshots,
+    _commit_listed,
+    _first_whole,
+    _wanted_checkpoints,
+    remove_checkpoints,
+)
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.run_dir import file_hashes, write_json
 from spin_diffusion.selfplay.trainee import Average, Trainee
@@ -60,7 +67,11 @@ def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays_but_what_is_it
 def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
     done: list[str] = []
     game, trainee, average = (create_autospec(kind, instance=True) for kind in (Game, Trainee, Average))
-    game.save.side_effect = lambda target, prove: (done.append(f"saved {target.name}"), target.mkdir(parents=True))
+    game.save.side_effect = lambda target, prove: (
+        done.append(f"saved {target.name}"),
+        target.mkdir(parents=True),
+        (target / "weights").write_text(target.name),
+    )
     game.restore.side_effect = lambda source: done.append(f"restored {source.name}")
     trainee.game, trainee.accelerator, trainee.ema = game, Accelerator(cpu=True), create_autospec(EMAModel)
     trainee.gather.side_effect = lambda: done.append("gathered")
@@ -78,6 +89,34 @@ def test_going_back_puts_player_parts_ema_and_average_back(tmp_path):
     done.clear()
     snapshots.take(60)  # as a resumed run comes by it again
     assert done == []
+
+
+def test_going_back_passes_by_a_snapshot_that_is_damaged(tmp_path, capsys):
+    game, trainee = (create_autospec(kind, instance=True) for kind in (Game, Trainee))
+    game.save.side_effect = lambda target, prove: (target.mkdir(parents=True), (target / "weights").write_text("w"))
+    trainee.game, trainee.accelerator, trainee.ema = game, Accelerator(cpu=True), None
+    directory = tmp_path / "round-2"
+    snapshots = Snapshots(directory, trainee, None)
+    for step in (0, 20, 40):
+        snapshots.take(step)
+    (directory / "healthy" / "40" / "weights").write_text("v")
+    (directory / "healthy" / "20" / "hashes.json").write_text("{}")
+    assert snapshots.go_back(before=45) == 0
+    game.restore.assert_called_once_with(directory / "healthy" / "0")
+    said = capsys.readouterr().out
+    assert "healthy/40/weights is damaged" in said and "healthy/20/hashes.json is damaged" in said
+    (directory / "healthy" / "0" / "weights").unlink()
+    with pytest.raises(InputError, match="no snapshot to go back to is whole.*delete round-2 in .* and run the same"):
+        snapshots.go_back(before=45)
+
+
+def test_what_a_killed_attempt_listed_is_not_listed_again(tmp_path):
+    part = tmp_path / "anchor.spin-part"
+    part.mkdir()
+    (part / "weights").write_text("w")
+    write_json(part / "hashes.json", {"weights": "of before"})
+    _commit_listed(part, tmp_path / "anchor")
+    assert _first_whole([tmp_path / "anchor"], Accelerator(cpu=True)) == tmp_path / "anchor"
 
 
 @pytest.mark.parametrize(
