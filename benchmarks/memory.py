@@ -37,8 +37,8 @@ from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.evaluation.alarms import count_leaked
 from spin_diffusion.llm.game import LanguageGame
-from spin_diffusion.llm.run import load_language_model
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
+from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs

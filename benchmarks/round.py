@@ -23,11 +23,11 @@ from models import MODELS, build, family_of
 from PIL import Image
 from timing import machine, report
 
-from spin_diffusion.command import run_command
-from spin_diffusion.config import parse_config
-from spin_diffusion.diffusion.run import run
+from spin_diffusion.cli.command import run_command
+from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.runs.image_run import run
 from spin_diffusion.selfplay.ledger import COUNTED
-from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.store.run_dir import read_json
 
 
 def write_pairs(path: Path, pairs: int, size: int) -> None:

@@ -8,12 +8,12 @@ Worlds, methods and their training settings stand in the file. The same command 
 
 import sys
 
-from spin_diffusion.command import run_command
+from spin_diffusion.cli.command import run_command
 
 
 def compare(argv: list[str]) -> None:
     """Read the settings, then train, draw, score and report."""
-    from spin_diffusion.comparing.run import compare_methods
+    from spin_diffusion.comparing.compare import compare_methods
     from spin_diffusion.comparing.settings import parse_settings
 
     compare_methods(parse_settings(argv))

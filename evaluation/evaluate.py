@@ -8,12 +8,12 @@ With several GPUs: accelerate launch evaluation/evaluate.py ... The same command
 
 import sys
 
-from spin_diffusion.command import run_command
+from spin_diffusion.cli.command import run_command
 
 
 def evaluate(argv: list[str]) -> None:
     """Read the settings, then draw, score and report."""
-    from spin_diffusion.diffusion.evaluate import evaluate_models, parse_settings
+    from spin_diffusion.runs.evaluate_models import evaluate_models, parse_settings
 
     evaluate_models(parse_settings(argv))
 

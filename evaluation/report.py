@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spin_diffusion.command import run_command
+from spin_diffusion.cli.command import run_command
 
 
 def report(argv: list[str]) -> None:

@@ -115,7 +115,7 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
     """Where a stand-in with the real client's signatures puts what is uploaded."""
-    from spin_diffusion import publishing
+    from spin_diffusion.runs import publish
 
     api, repository = create_autospec(HfApi, instance=True), tmp_path / "hub"
 
@@ -132,5 +132,5 @@ def hub(tmp_path, monkeypatch) -> Path:
 
     api.create_repo.side_effect = lambda name, *, exist_ok: type("Address", (), {"repo_id": name})
     api.upload_folder.side_effect = upload_folder
-    monkeypatch.setattr(publishing, "HfApi", client)
+    monkeypatch.setattr(publish, "HfApi", client)
     return repository

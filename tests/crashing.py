@@ -28,9 +28,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLI
 import torch
 from markupsafe import Markup
 
-from spin_diffusion.command import run_command
-from spin_diffusion.selfplay.run_dir import OLD, PART, settle
+from spin_diffusion.cli.command import run_command
 from spin_diffusion.store.folder import MARKER
+from spin_diffusion.store.run_dir import OLD, PART, settle
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -57,8 +57,8 @@ VOLATILE = {"seconds", "ledger", "pairs_per_second", "resumed_from"}
 
 
 def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
-    from spin_diffusion.config import parse_config
-    from spin_diffusion.diffusion.run import run
+    from spin_diffusion.diffusion.config import parse_config
+    from spin_diffusion.runs.image_run import run
 
     tiny.build_sdxl(Path("base"))
     tiny.write_parquet(Path("train.parquet"))
@@ -84,7 +84,7 @@ def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
 
 def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
     from spin_diffusion.llm.config import parse_language_config
-    from spin_diffusion.llm.run import run_language
+    from spin_diffusion.runs.language_run import run_language
 
     base = ROOT / "assets" / "toy_language"
     settings = {
@@ -99,7 +99,7 @@ def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
 
 
 def _evaluation() -> tuple[str, Callable[[list[str]], None], list[str]]:
-    from spin_diffusion.diffusion.evaluate import evaluate_models, parse_settings
+    from spin_diffusion.runs.evaluate_models import evaluate_models, parse_settings
 
     tiny.build_sdxl(Path("base"))
     tiny.build_sdxl(Path("other"), seed=1)
@@ -282,10 +282,10 @@ def record(kind: str, folder: Path) -> tuple[dict[str, Any], Any]:
 def _import_all(argv: list[str]) -> None:
     """What is imported late is in memory once, for all forks."""
     import spin_diffusion.diffusion.cost
-    import spin_diffusion.diffusion.evaluate
-    import spin_diffusion.diffusion.run
     import spin_diffusion.evaluation.report.plots
-    import spin_diffusion.llm.run  # noqa: F401
+    import spin_diffusion.runs.evaluate_models
+    import spin_diffusion.runs.image_run
+    import spin_diffusion.runs.language_run  # noqa: F401
     from spin_diffusion.diffusion.families import families
 
     families()

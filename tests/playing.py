@@ -23,9 +23,9 @@ from spin_diffusion.diffusion.settings import (
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.rounds import RoundSettings, play
-from spin_diffusion.selfplay.run_dir import settle
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.store.run_dir import settle
 
 ROUNDS = RoundSettings(rounds=2, beta=2000.0, samples_per_shard=4, seed=1)
 TRAINING = TrainSettings(max_train_steps=4, train_batch_size=2, learning_rate=1e-4, checkpointing_steps=2)

@@ -23,7 +23,7 @@ _FORKING.set_forkserver_preload(
     # `command` first: it says how loud transformers is, which that reads when it is imported. DeepSpeed's Muon, which
     # it imports for every optimizer, compiles, and so takes all of torch's compiler with it
     [
-        "spin_diffusion.command", "spin_diffusion.diffusion.run", "spin_diffusion.llm.run",
+        "spin_diffusion.cli.command", "spin_diffusion.runs.image_run", "spin_diffusion.runs.language_run",
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ]
 )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.store.run_dir import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 20

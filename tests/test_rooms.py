@@ -3,35 +3,77 @@
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "spin_diffusion"
-FORBIDDEN = {
-    "store": {"selfplay", "diffusion", "llm", "data", "evaluation", "config", "running", "evaluating", "publishing"},
-    "selfplay": {"diffusion", "llm", "data", "evaluation", "config", "running", "evaluating", "publishing"},
-    "data": {"diffusion", "llm", "selfplay", "evaluation", "config", "running", "evaluating", "publishing"},
-    "evaluation": {"diffusion", "llm", "config", "running", "evaluating", "publishing"},
-    "diffusion": {"llm"},
-    "llm": {"diffusion", "config"},
+BELOW = {
+    "store": set(),
+    "data": {"store"},
+    "samples": {"store", "data"},
+    "selfplay": {"store", "samples"},
+    "evaluation": {"store", "data", "samples", "selfplay"},
+    "llm": {"store", "data", "samples", "selfplay", "evaluation"},
+    "diffusion": {"store", "data", "samples", "selfplay", "evaluation"},
+    "runs": {"store", "data", "samples", "selfplay", "evaluation", "llm", "diffusion"},
+    "comparing": {"store", "data", "samples", "selfplay", "evaluation", "llm", "diffusion", "runs"},
+    "cli": {"store", "data", "samples", "selfplay", "evaluation", "llm", "diffusion", "runs", "comparing"},
 }
+"""Room -> the rooms that it may import."""
+DEEPEST = 23
+"""Modules in the longest chain of imports."""
 
 
-def imported_rooms(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("spin_diffusion.")}
+@cache
+def imports() -> dict[str, set[str]]:
+    """Every module of the package -> the modules of the package that it imports, also inside of functions."""
+    paths = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        paths[name.removesuffix(".__init__")] = path
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[name] |= {one if one in paths else node.module for one in full} & set(paths)
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names} & set(paths)
+        found[name] -= {name}
+    return found
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_imports_point_one_way(room):
-    for path in (PACKAGE / room).rglob("*.py"):
-        assert not imported_rooms(path) & FORBIDDEN[room], path
+def test_every_module_is_in_a_room():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py"}
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(BELOW)
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_rooms_below_it(room):
+    for module, imported in imports().items():
+        if module.split(".")[1:2] == [room]:
+            climbs = {one for one in imported if one.count(".") and one.split(".")[1] not in BELOW[room] | {room}}
+            assert not climbs, f"{module} imports {sorted(climbs)}"
+
+
+@cache
+def chain(module: str) -> tuple[str, ...]:
+    """The longest chain of imports that begins at `module`, which must be part of no circle."""
+    return (module, *max((chain(one) for one in imports()[module]), key=len, default=()))
+
+
+def test_no_circle_of_imports():
+    TopologicalSorter(imports()).prepare()
+
+
+def test_no_chain_of_imports_is_too_long():
+    longest = max((chain(module) for module in imports()), key=len)
+    assert len(longest) <= DEEPEST, " > ".join(longest)
 
 
 def test_no_line_of_selfplay_names_a_modality():
@@ -56,7 +98,7 @@ def test_the_library_does_not_know_the_toy_world():
         assert "toy" not in path.read_text().lower(), path
 
 
-@pytest.mark.parametrize("module", ["config", "llm.config"])
+@pytest.mark.parametrize("module", ["diffusion.config", "llm.config"])
 def test_settings_are_read_without_the_libraries_that_use_them(module):
     """`--help` and the answer to a misspelt flag wait for what is imported here."""
     loaded = subprocess.run(

@@ -10,12 +10,12 @@ the plan beside what it really took.
 import importlib
 import sys
 
-from spin_diffusion.command import run_command
-from spin_diffusion.config import parse_config
-from spin_diffusion.input_error import InputError
+from spin_diffusion.cli.command import run_command
+from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.store.input_error import InputError
 
-KINDS = ((parse_config, "spin_diffusion.diffusion.run"), (parse_language_config, "spin_diffusion.llm.run"))
+KINDS = ((parse_config, "spin_diffusion.runs.image_run"), (parse_language_config, "spin_diffusion.runs.language_run"))
 """Of runs: what reads their settings, and the module that plans them. It is imported after the settings were read: a
 misspelt flag is not answered only when all libraries are there."""
 

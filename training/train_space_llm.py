@@ -9,7 +9,7 @@ Running the same command again goes on where it stopped.
 
 import sys
 
-from spin_diffusion.command import run_command
+from spin_diffusion.cli.command import run_command
 from spin_diffusion.llm.config import parse_language_config
 
 
@@ -17,7 +17,7 @@ def play(argv: list[str]) -> None:
     """Read the settings, then play."""
     config = parse_language_config(argv)
     # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.llm.run import run_language
+    from spin_diffusion.runs.language_run import run_language
 
     run_language(config)
 

@@ -9,15 +9,15 @@ Running the same command again goes on where it stopped.
 
 import sys
 
-from spin_diffusion.command import run_command
-from spin_diffusion.config import parse_config
+from spin_diffusion.cli.command import run_command
+from spin_diffusion.diffusion.config import parse_config
 
 
 def play(argv: list[str]) -> None:
     """Read the settings, then play."""
     config = parse_config(argv)
     # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.diffusion.run import run
+    from spin_diffusion.runs.image_run import run
 
     run(config, family_name="sdxl")
 

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 64

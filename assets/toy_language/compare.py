@@ -18,8 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
 
 HERE = Path(__file__).resolve().parent
 METHODS = {
@@ -66,7 +66,7 @@ def play(method: str, data: str, seed: int, args: argparse.Namespace) -> list[fl
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from spin_diffusion.llm.config import parse_language_config
-    from spin_diffusion.llm.run import run_language
+    from spin_diffusion.runs.language_run import run_language
 
     torch.set_num_threads(1)
     folder = folder_of(method, data, seed, args)

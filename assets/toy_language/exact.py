@@ -18,7 +18,7 @@ from types import ModuleType
 
 from spin_diffusion.evaluation.judges import Answer, Judge, LogLikelihood
 from spin_diffusion.evaluation.scorers import About
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 ABOUT = About(
     title="minus KL(data || model)",

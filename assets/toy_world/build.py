@@ -49,9 +49,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import write_file
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import write_file
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 77

@@ -6,9 +6,10 @@
     workers.py     cells in several processes
     choosing.py    which rate, guidance and round, by validation prompts
     intervals.py   intervals over prompts and seeds
-    run.py         the phases of a comparison
+    phases.py      the phases of a comparison
     analysis.py    scores -> comparison.json, cells.parquet
     report/        comparison.md, comparison.html
+    compare.py     all of it
 
 A method is a name and training settings: to add one, write it into the YAML file.
 """

@@ -13,10 +13,10 @@ from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import View, read_view
 from spin_diffusion.comparing.choosing import best_guidance
 from spin_diffusion.comparing.intervals import crossed_interval
+from spin_diffusion.comparing.phases import Comparison, Entry
 from spin_diffusion.comparing.plan import Cell, run_flops
-from spin_diffusion.comparing.run import Comparison, Entry
 from spin_diffusion.evaluation.scorers import about
-from spin_diffusion.selfplay.run_dir import write_file, write_json
+from spin_diffusion.store.run_dir import write_file, write_json
 
 MODES = ("guidance 1", "usual", "best")
 """Guidance scales that are reported: none, the usual one, each method's best."""

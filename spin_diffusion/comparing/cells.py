@@ -22,13 +22,12 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 
 from spin_diffusion.comparing.plan import parsed
-from spin_diffusion.config import Config
 from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.diffusion.run import run
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.evaluation.drawing import requests
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
@@ -36,10 +35,15 @@ from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_s
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.evaluation.specs import part_key
-from spin_diffusion.input_error import InputError
-from spin_diffusion.running import quiet_libraries
+from spin_diffusion.runs.image_run import run
+from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.selfplay.record import FINAL, read_record, replay
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.selfplay.samples import data_manifest
+from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of, place_hash
+from spin_diffusion.store.machine import trouble_of
+from spin_diffusion.store.run_dir import (
     Damaged,
     find_damage,
     is_built,
@@ -49,10 +53,6 @@ from spin_diffusion.selfplay.run_dir import (
     write_json,
     write_rows,
 )
-from spin_diffusion.selfplay.samples import data_manifest
-from spin_diffusion.store.folder import release, take_folder
-from spin_diffusion.store.keys import KEY, key_of, place_hash
-from spin_diffusion.store.machine import trouble_of
 
 SetName = Literal["validation", "test"]
 

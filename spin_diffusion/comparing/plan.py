@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
-from spin_diffusion.config import SECTIONS, Config
+from spin_diffusion.diffusion.config import SECTIONS, Config
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
-from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import build_sections, settings_of
-from spin_diffusion.run_settings import HARMLESS
 from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.run_settings import HARMLESS
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
+from spin_diffusion.store.parsing import build_sections, settings_of
 
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 

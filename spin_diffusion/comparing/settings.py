@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from spin_diffusion.evaluation.scoring import check_specs
-from spin_diffusion.input_error import InputError
-from spin_diffusion.parsing import nearest, parse_sections
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.parsing import nearest, parse_sections
 
 Budget = Literal["steps", "compute"]
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")

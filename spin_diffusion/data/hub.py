@@ -11,7 +11,7 @@ from spin_diffusion.data.report import BROKEN_TEXT, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
 from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
 

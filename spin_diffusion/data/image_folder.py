@@ -14,7 +14,7 @@ from spin_diffusion.data.json_lines import parse_object
 from spin_diffusion.data.parquet_files import column_names, parquet_rows
 from spin_diffusion.data.report import EMPTY_CAPTION, NOT_IN_METADATA, LeftOut
 from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line, whole_text
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
 from spin_diffusion.store.text import broken_character, printable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spin_diffusion.data.report import MALFORMED, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files, one_line
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_lines
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.data.report import BROKEN_TEXT, LeftOut
 from spin_diffusion.data.rows import Row, Source, file_reader, one_line
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
 from spin_diffusion.store.text import printable
 

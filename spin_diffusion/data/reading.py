@@ -17,7 +17,7 @@ from spin_diffusion.data.report import CORRUPT_IMAGE, FILTERED, REPEATED_EXAMPLE
 from spin_diffusion.data.rows import Plan, Row, Source, image_bytes, require_column
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import open_source
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 
 MIN_SIDE_PX = 8

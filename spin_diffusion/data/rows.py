@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_diffusion.data.report import BROKEN_TEXT, CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import leads_out
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES

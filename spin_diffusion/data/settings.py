@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from spin_diffusion.data.report import DANGLING_LINK, READ_ALREADY, UNREADABLE_F
 from spin_diffusion.data.rows import Row, Source, no_files
 from spin_diffusion.data.settings import DataSettings, SourceSettings
 from spin_diffusion.data.webdataset import TAR_SUFFIXES, open_webdataset
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.text import printable
 
 SPLIT_WORDS = {

@@ -3,7 +3,7 @@
 from spin_diffusion.data.report import EMPTY_CAPTION, LeftOut
 from spin_diffusion.data.rows import Candidate, Plan, Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import DataSettings
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")

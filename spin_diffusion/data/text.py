@@ -39,7 +39,7 @@ from spin_diffusion.data.report import (
 from spin_diffusion.data.rows import Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.sources import is_pattern, open_text_source
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 ANSWER_COLUMNS = ("real", "chosen", "messages", "conversations", "completion")
 """The names that are looked for, in this order, when none is given."""

@@ -18,7 +18,7 @@ from typing import IO
 
 from spin_diffusion.data.report import CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, LeftOut
 from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, no_files, one_line
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
 from spin_diffusion.store.text import printable
 

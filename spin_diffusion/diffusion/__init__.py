@@ -11,6 +11,6 @@ batches      pairs -> passes through the denoiser -> the pairs' scores
 game         all of it behind the contract that the rounds know
 shortcuts    are real and generated images told apart by traces of the decoder alone?
 candidates   a scorer as the judge of the opponent's own images
-run          the main job; run_lines: what it prints; planning: what it will take, by cost; model_card: what it leaves
-evaluating   base, rounds and rivals in a run; evaluate: any models, from model_sources
+config       the settings of a run; cost: what its parts take in floating-point operations
+base         which files the base is; parts: what of them is known; model_sources: what is evaluated outside of runs
 """

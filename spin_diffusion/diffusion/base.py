@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.parsing import saved_settings
+from spin_diffusion.store.parsing import saved_settings
 
 
 @dataclass(frozen=True)

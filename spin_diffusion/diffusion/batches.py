@@ -8,8 +8,8 @@ from torch import Tensor
 from spin_diffusion.diffusion.images import mirrored_frame
 from spin_diffusion.selfplay.game import KIND, Batch, ScoredBatch
 from spin_diffusion.selfplay.objectives import PairScores
-from spin_diffusion.selfplay.run_dir import seed_from
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.run_dir import seed_from
 
 MIRRORED = "mirrored_"
 """Before the names of a mirror image's tensors."""

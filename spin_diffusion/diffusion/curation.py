@@ -27,10 +27,12 @@ from spin_diffusion.diffusion.candidates import scorer_by_content
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.selfplay.shards import rows_in
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import (
     read_if_whole,
     read_json,
     read_rows,
@@ -39,9 +41,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_json,
     write_rows,
 )
-from spin_diffusion.selfplay.shards import rows_in
-from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.sharing import shared_out
 
 IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""

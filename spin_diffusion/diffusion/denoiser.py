@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.store.input_error import InputError
 
 
 def opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:

@@ -41,15 +41,15 @@ from spin_diffusion.diffusion.settings import (
     TrajectorySettings,
 )
 from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import CONDITION, KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
-from spin_diffusion.selfplay.run_dir import commit, part_of, seed_from, weights_hash
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.run_dir import commit, part_of, seed_from, weights_hash
 
 
 def example_id(example: Example) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from spin_diffusion.selfplay.run_dir import weights_hash
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.run_dir import weights_hash
 
 _ABOUT_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
 

@@ -11,9 +11,9 @@ from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.run_dir import is_built, read_tensors, weights_hash, write_shared_tensors
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.run_dir import is_built, read_tensors, weights_hash, write_shared_tensors
 
 
 def size_of(row: Row) -> Size:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import read_json, weights_hash
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import read_json, weights_hash
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -23,9 +23,9 @@ from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.evaluation.drawing import GivenRow, read_index
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import Damaged, read_json
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import file_name
+from spin_diffusion.store.run_dir import Damaged, read_json
 from spin_diffusion.store.text import printable
 
 _PROMPTS = ("prompt", "caption", "text")

@@ -15,8 +15,8 @@ from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.input_error import InputError
 
 Latents = Float[Tensor, "batch channels height width"]
 Timesteps = Int[Tensor, " batch"]

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.noising import check_complete, check_scheduler
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import check_stored, load_whole

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import decode_latents, to_images
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.input_error import InputError
 
 SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     # Latents are not confined to [-1, 1]: DDIM clips them unless told otherwise

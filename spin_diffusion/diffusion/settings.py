@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 Kernel = Literal["torch", "measure", "flash", "efficient", "cudnn", "math"]
 

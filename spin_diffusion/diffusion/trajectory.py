@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spin_diffusion.diffusion.noising import Latents
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.input_error import InputError
 
 Trajectory = Float[Tensor, "batch states channels height width"]
 """The states x_T, ..., x_0 of a sampler, from the noise to the image: one more than it takes steps."""

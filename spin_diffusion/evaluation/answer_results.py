@@ -15,8 +15,8 @@ from spin_diffusion.evaluation.concluding import belonging, conclude_samples, fi
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import rows_metadata
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import rows_metadata
 
 __all__ = ["EvaluatedModel", "conclude_answers"]
 

@@ -25,9 +25,10 @@ from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import prompts_hash
 from spin_diffusion.evaluation.scoring import SCORER, ScorerRecord, Scoring, Shard, run_and_record, says
 from spin_diffusion.evaluation.specs import check_specs, parse_spec, part_key
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import (
     AGAIN,
     is_built,
     is_shard,
@@ -38,8 +39,7 @@ from spin_diffusion.selfplay.run_dir import (
     shard_name,
     write_rows,
 )
-from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the answer), the same for every model"
 

@@ -24,7 +24,7 @@ from spin_diffusion.evaluation.statistics import (
     verdict,
     win_tie_loss,
 )
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 _T = TypeVar("_T")
 _STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}

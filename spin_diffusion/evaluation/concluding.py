@@ -33,9 +33,9 @@ from spin_diffusion.evaluation.statistics import (
     verdict,
     win_rate,
 )
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import write_file, write_json
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY
+from spin_diffusion.store.run_dir import write_file, write_json
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("results.schema.json")

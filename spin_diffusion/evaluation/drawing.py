@@ -17,8 +17,10 @@ from PIL import Image
 
 from spin_diffusion.evaluation.alarms import measure_image
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of, known_hash
+from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.run_dir import (
     AGAIN,
     read_json,
     read_json_lines,
@@ -27,9 +29,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_file,
     write_json,
 )
-from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.store.keys import KEY, key_of, known_hash
-from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
 ROWS_PER_SHARD = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.run_dir import write_file
 
 _MIN_CELL_PX = 160  # smaller images are enlarged by a whole factor to at least this
 _MAX_CELL_PX = 512

@@ -13,8 +13,8 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, is_scored, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress
 
 
 @dataclass

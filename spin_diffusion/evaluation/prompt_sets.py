@@ -19,9 +19,9 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.run_dir import write_file
 from spin_diffusion.store.text import broken_character, printable
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"

@@ -13,8 +13,10 @@ from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.pictures import read_picture
+from spin_diffusion.store.run_dir import (
     AGAIN,
     Damaged,
     is_built,
@@ -24,8 +26,6 @@ from spin_diffusion.selfplay.run_dir import (
     write_json,
     write_rows,
 )
-from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.pictures import read_picture
 
 SCORER = "scorer"
 """In the metadata of a file of scores: the key of the scorer alone."""

@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from spin_diffusion.input_error import InputError
-from spin_diffusion.named import load_module, load_named, raised
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
+from spin_diffusion.store.named import load_module, load_named, raised
 from spin_diffusion.store.names import file_name
 
 _T = TypeVar("_T")

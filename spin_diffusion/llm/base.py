@@ -20,10 +20,10 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from spin_diffusion.data.rows import one_line
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.config import LanguageConfig
-from spin_diffusion.selfplay.run_dir import file_hash
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.run_dir import file_hash
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import check_stored, load_whole
 

@@ -26,8 +26,8 @@ from spin_diffusion.data.report import (
 )
 from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import Message, TextExample, last_question
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store.deadline import fill_template
+from spin_diffusion.store.input_error import InputError
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
 """Variables of a chat template that no argument may be named like."""

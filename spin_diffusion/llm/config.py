@@ -4,14 +4,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from spin_diffusion.data.text import TextDataSettings
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
-from spin_diffusion.parsing import parse_sections
-from spin_diffusion.run_settings import RunSettings, check_ranges
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
 from spin_diffusion.selfplay.opponents import OpponentName
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
+from spin_diffusion.selfplay.run_settings import RunSettings, check_ranges
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.parsing import parse_sections
 
 
 @dataclass(frozen=True)

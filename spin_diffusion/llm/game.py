@@ -24,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.text import Message, TextExample
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, load_model
 from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
@@ -33,9 +32,10 @@ from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSetting
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.objectives import PairScores
-from spin_diffusion.selfplay.run_dir import commit, part_of, weights_hash
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.run_dir import commit, part_of, weights_hash
 from spin_diffusion.store.weights import load_whole
 
 PLAYER, OPPONENT = "player", "opponent"

@@ -14,12 +14,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.run_dir import file_hash, is_built, read_rows, seed_from, write_rows
 from spin_diffusion.selfplay.shards import rows_in, shards
-from spin_diffusion.selfplay.sharing import shared_out
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.run_dir import file_hash, is_built, read_rows, seed_from, write_rows
+from spin_diffusion.store.sharing import shared_out
 
 CHOICES = "choices"
 

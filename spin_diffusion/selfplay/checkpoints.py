@@ -11,11 +11,13 @@ from typing import Any, TypedDict
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.record import replay
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.machine import writing
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import (
     Damaged,
     commit,
     file_hashes,
@@ -24,8 +26,6 @@ from spin_diffusion.selfplay.run_dir import (
     remove_files,
     verify_hashes,
 )
-from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
-from spin_diffusion.store.machine import writing
 
 CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
 _AVERAGE, _EMA, _HASHES, _TRAINER = "average.safetensors", "ema.safetensors", "hashes.json", "trainer.json"

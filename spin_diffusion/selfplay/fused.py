@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.optimizers import make_optimizer
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.trainee import Trainee, trained_parameters
+from spin_diffusion.store.input_error import InputError
 
 _STATE, _NUMBERS = "optimizer.safetensors", "optimizer.json"
 

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 
 @dataclass(frozen=True)

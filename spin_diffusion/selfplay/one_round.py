@@ -17,7 +17,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import CHOICES, chosen_samples, judge_shards, summary
 from spin_diffusion.selfplay.checkpoints import remove_checkpoints
 from spin_diffusion.selfplay.game import KEPT, Row
@@ -26,26 +25,8 @@ from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
 from spin_diffusion.selfplay.objectives import Loss, ObjectiveName, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
 from spin_diffusion.selfplay.pairs import Pairs
-from spin_diffusion.selfplay.progress import tell
 from spin_diffusion.selfplay.record import FINAL, STATES, read_record, replay
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.run_dir import (
-    Damaged,
-    commit,
-    file_hashes,
-    find_damage,
-    is_shard,
-    is_whole,
-    part_of,
-    read_rows,
-    remove_files,
-    seed_from,
-    settle,
-    tell_remade,
-    verify_hashes,
-    write_file,
-    write_json,
-)
 from spin_diffusion.selfplay.samples import data_manifest
 from spin_diffusion.selfplay.shards import (
     ENCODED,
@@ -66,7 +47,26 @@ from spin_diffusion.selfplay.tracking import log_phase
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.machine import trouble_of
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import (
+    Damaged,
+    commit,
+    file_hashes,
+    find_damage,
+    is_shard,
+    is_whole,
+    part_of,
+    read_rows,
+    remove_files,
+    seed_from,
+    settle,
+    tell_remade,
+    verify_hashes,
+    write_file,
+    write_json,
+)
 
 CACHED = STATES.index("CACHED")
 SAMPLES, SCORES, HELD_OUT, EVALUATION = "samples", "scores", "held_out", "evaluation"

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.selfplay.run_dir import seed_from
+from spin_diffusion.store.run_dir import seed_from
 
 Mixture = dict[int, float]
 """Round -> share of the samples that its player draws; the shares sum to 1."""

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.input_error import InputError
 
 
 def make_optimizer(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spin_diffusion.selfplay.game import Batch
-from spin_diffusion.selfplay.run_dir import seed_from
+from spin_diffusion.store.run_dir import seed_from
 
 TOGETHER = 8
 """Pairs of one kind that lie side by side in the stream: twice as many samples make a batch that is as fast as larger

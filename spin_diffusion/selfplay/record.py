@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from spin_diffusion.selfplay.run_dir import read_json
+from spin_diffusion.store.run_dir import read_json
 
 STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
 FINAL = ("PROMOTED", "REJECTED")

@@ -14,10 +14,10 @@ from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.one_round import Round
-from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.table import Evaluate, Probe, Table
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.progress import Progress
 
 
 def play(

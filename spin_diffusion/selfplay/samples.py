@@ -7,10 +7,11 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import Game, Row
-from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.selfplay.shards import ENCODED, encode_shards, rows_in, shards
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import (
     commit,
     file_hashes,
     is_shard,
@@ -23,7 +24,6 @@ from spin_diffusion.selfplay.run_dir import (
     write_json,
     write_rows,
 )
-from spin_diffusion.selfplay.shards import ENCODED, encode_shards, rows_in, shards
 
 
 class DataManifest(TypedDict):

@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
-from spin_diffusion.selfplay.run_dir import (
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.run_dir import (
     AGAIN,
     file_hash,
     is_built,
@@ -28,8 +29,7 @@ from spin_diffusion.selfplay.run_dir import (
     write_rows,
     write_tensors,
 )
-from spin_diffusion.selfplay.sharing import shared_out
-from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.sharing import shared_out
 
 T = TypeVar("T")
 ENCODED = "encoded"

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import CONDITION, KIND
 from spin_diffusion.selfplay.pairs import Pairs
-from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.shards import Part, of_side, rows_in, shards
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import read_rows
 
 IN_MEMORY = 64
 """Shards of a kind that are read, or mapped, at a time while pairs are taken at random."""

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Game, Row
 from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.progress import Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.progress import Progress
 
 EMA = "ema"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.progress import tell
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import write_file
 from spin_diffusion.store.text import printable
 
 RUN_ID = "tracker_run_id"

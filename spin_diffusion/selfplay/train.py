@@ -25,8 +25,6 @@ from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
 from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
-from spin_diffusion.selfplay.progress import tell
-from spin_diffusion.selfplay.run_dir import seed_from, write_file
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
@@ -34,6 +32,8 @@ from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
 from spin_diffusion.selfplay.zero import Zero, launched_stage
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import seed_from, write_file
 
 
 @dataclass(frozen=True)

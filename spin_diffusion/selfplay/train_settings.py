@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import health
+from spin_diffusion.store.input_error import InputError
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 POLYNOMIAL_END = 1e-7

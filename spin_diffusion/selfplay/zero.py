@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.optimizers import make_optimizer
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.store.input_error import InputError
 
 ELEMENTWISE = ("adamw", "rmsprop", "sgd")
 """Optimizers that can work on a part of a tensor: the others look at whole ones or have kernels of their own."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 T = TypeVar("T")
 TEMPLATE_SECONDS, TEMPLATE_GIB = 10.0, 2.0

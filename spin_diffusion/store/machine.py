@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.text import printable
 
 PART = ".spin-part"

@@ -2,7 +2,7 @@
 
 from pathlib import PureWindowsPath
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.text import printable
 
 _SEPARATORS = '/\\:*?"<>|'

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
 from spin_diffusion.store.text import printable
 

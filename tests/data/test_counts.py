@@ -5,7 +5,7 @@ import pytest
 
 from spin_diffusion.data import DataSettings, ReadReport, read_examples
 from spin_diffusion.data.report import MAX_KEPT_ROWS
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 
 RED, BLUE, GREEN = picture("red"), picture("blue"), picture("green")

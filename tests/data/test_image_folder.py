@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin_diffusion.data import DataSettings, read_examples
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 
 RED, BLUE = picture("red"), picture("blue", format="JPEG")

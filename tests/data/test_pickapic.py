@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from spin_diffusion.data import DataSettings
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_table
 
 RED, BLUE, GREEN = picture("red"), picture("blue"), picture("green")

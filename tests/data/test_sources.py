@@ -8,7 +8,7 @@ import pytest
 
 from spin_diffusion.data import DataSettings, pickapic, read_examples, reading, table
 from spin_diffusion.data.sources import expand_braces, looks_like_a_path, split_of
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table, write_tar
 
 RED, BLUE = picture("red"), picture("blue", format="JPEG")

@@ -6,8 +6,8 @@ import pytest
 from PIL import ImageFile
 
 from spin_diffusion.data import DataSettings, ReadReport, read_examples
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store import pictures
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_table
 
 RED, BLUE = picture("red"), picture("blue")

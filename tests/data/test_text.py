@@ -16,7 +16,7 @@ from spin_diffusion.data import ReadReport, TextDataSettings, TextExample, read_
 from spin_diffusion.data import text as reading_text
 from spin_diffusion.data.json_lines import PEEK_LINES
 from spin_diffusion.data.reading import Seen
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 Rows = Sequence[Mapping[str, object]]
 

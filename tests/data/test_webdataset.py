@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin_diffusion.data import DataSettings, read_examples, webdataset
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_tar
 
 RED, BLUE, GREEN = picture("red"), picture("blue", format="JPEG"), picture("green", format="WEBP")

@@ -9,19 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from spin_diffusion.config import parse_config
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import game as game_module
+from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.sampling import Drawn
 from spin_diffusion.diffusion.settings import ImageSettings, TrajectorySettings
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.run_dir import read_rows
 from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.run_dir import read_rows
 from tests.playing import ROUNDS, SAMPLING, TRAINING, make_game
 
 SHAPES = [(40, 40), (96, 60), (30, 120), (32, 32), (248, 60), (20, 32)]

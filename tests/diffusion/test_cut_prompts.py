@@ -12,7 +12,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from spin_diffusion.diffusion.prompts import TOKENISED_AT_ONCE, CutPrompts
-from tests.test_scripts import ROOT, play, settings  # noqa: F401
+from tests.cli.test_scripts import ROOT, play, settings  # noqa: F401
 
 
 @pytest.fixture(scope="module")

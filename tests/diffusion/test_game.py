@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from spin_diffusion.config import parse_config
-from spin_diffusion.diffusion.run import open_game
-from spin_diffusion.input_error import InputError
+from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.runs.image_run import open_game
 from spin_diffusion.selfplay.game import Batch, Game
 from spin_diffusion.selfplay.objectives import spin
-from spin_diffusion.selfplay.run_dir import weights_hash
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import weights_hash
 from tests.playing import asked, examples, make_game
 
 FAMILIES = ["sd1_dir", "sd2_dir", "sdxl_dir"]

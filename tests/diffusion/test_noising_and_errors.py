@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from spin_diffusion.diffusion import errors
 from spin_diffusion.diffusion.noising import draw, read_noising
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 

@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.sampling import SAMPLERS, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 from tests.playing import asked, make_game
 from tests.tiny import BETAS

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from spin_diffusion.config import parse_config
 from spin_diffusion.diffusion import shortcuts
+from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.settings import ImageSettings, ProbeSettings
 from spin_diffusion.diffusion.shortcuts import (
     MIN_PAIRS,
@@ -24,12 +24,12 @@ from spin_diffusion.diffusion.shortcuts import (
     ridge_direction,
     separability,
 )
-from spin_diffusion.evaluating import RunEvaluator
-from spin_diffusion.input_error import InputError
+from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, write_json
 from spin_diffusion.selfplay.table import Probe
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json, write_json
 from tests.playing import ROUNDS, TRAINING, examples, make_game, prepare_data
 
 

@@ -21,10 +21,10 @@ from spin_diffusion.diffusion.trajectory import (
     step_weights,
     true_pairs,
 )
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.game import KEPT, Batch
 from spin_diffusion.selfplay.objectives import spin
-from spin_diffusion.selfplay.run_dir import file_hash, read_json
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json
 from tests.playing import SAMPLING, TRAINING, examples, make_game, play_all
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

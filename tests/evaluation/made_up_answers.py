@@ -16,7 +16,7 @@ from spin_diffusion.evaluation.answering import (
     judge_answers,
 )
 from spin_diffusion.evaluation.judges import Answer, LogLikelihood
-from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.store.progress import Progress
 
 WORDS = "the quick brown fox jumps over a lazy dog and then sleeps in warm sun while small birds sing of summer".split()
 SCRIPT = "</script><script>window.injected = 1</script>"

@@ -24,8 +24,8 @@ from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.results import conclude
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.progress import Progress
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress
 from tests.evaluation.made_up_answers import answers_by, babble, evaluate, prompts, protocol_of
 
 MODELS = [

@@ -15,9 +15,9 @@ from spin_diffusion.evaluation.answering import (
     read_answers,
     read_judge,
 )
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.progress import Progress
-from spin_diffusion.selfplay.run_dir import rows_metadata
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import rows_metadata
 from tests.evaluation.made_up_answers import answers_by, babble, likes, prompts, protocol_of
 
 REQUESTS = answer_requests(prompts(40), 4, 7)

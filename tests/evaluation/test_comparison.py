@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.statistics import (
     t_test_p,
     verdict,
 )
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 EFFECTS = {"base": 0.0, "round 1": 0.5, "round 2": -0.5, "sft": 0.0}
 

@@ -24,7 +24,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.report.reading import read_results
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import part_key
-from tests.evaluation.test_evaluate_command import ROOT, evaluate, run, write_pictures
+from tests.runs.test_evaluate_command import ROOT, evaluate, run, write_pictures
 
 PROMPTS = [f"picture {n}" for n in range(5)]
 SCORER = """

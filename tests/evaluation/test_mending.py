@@ -6,7 +6,7 @@ import pytest
 
 from spin_diffusion.evaluation.drawing import write_index
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.selfplay.run_dir import file_hashes, write_json, write_rows
+from spin_diffusion.store.run_dir import file_hashes, write_json, write_rows
 
 INDEX, SCORES = "images/guidance-3/00000-of-00001.jsonl", "scores/oracle/guidance-3/00000-of-00001.parquet"
 RECORDS = (INDEX, SCORES, "images/protocol.json", "scores/oracle/scorer.json", "model.json")

@@ -13,7 +13,7 @@ import pytest
 
 from spin_diffusion.evaluation import prompt_sets
 from spin_diffusion.evaluation.prompt_sets import OWN_SETS, PUBLISHED, PromptRow, PromptSet, load_prompts, prompts_hash
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 
 def write(path: Path, content: str | bytes) -> str:

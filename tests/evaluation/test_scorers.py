@@ -9,8 +9,8 @@ from PIL import Image
 
 from spin_diffusion.evaluation.scorers import About, LoadedScorer, Scorer, load_scorer
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
-from spin_diffusion.input_error import InputError
-from spin_diffusion.named import load_named
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.named import load_named
 
 SCORERS = "spin_diffusion.evaluation.scorers"
 

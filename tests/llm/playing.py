@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from spin_diffusion.data.text import TextDataSettings, TextExample, read_text_examples
 from spin_diffusion.llm.game import LanguageGame
-from spin_diffusion.llm.run import load_language_model
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
+from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.selfplay.rounds import RoundSettings, play
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings

@@ -18,11 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, load_language_model
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, weights_hash
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json, weights_hash
+from tests.cli.test_language_script import changed_base, play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE, examples, make_game
-from tests.llm.test_script import changed_base, play, refused, settings  # noqa: F401
 
 BASE = LANGUAGE / "base"
 
@@ -327,6 +327,6 @@ def test_a_base_that_asks_for_tuples_is_read_all_the_same(tmp_path):
 
 
 def test_vllm_is_not_given_an_adapter(settings, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("spin_diffusion.llm.run.check_vllm", lambda *_: "0")
+    monkeypatch.setattr("spin_diffusion.runs.language_run.check_vllm", lambda *_: "0")
     settings |= {"model_name_or_path": str(adapter(tmp_path / "sft")), "engine": "vllm"}
     refused(capsys, play(tmp_path, settings), "--engine vllm", "those are an adapter", "merge_and_unload")

@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerFast
 
 from spin_diffusion.data.report import BAD_REASONS, CHANGED_BY_TEMPLATE, LeftOut
 from spin_diffusion.data.text import Message, TextExample
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.generation import until_end
+from spin_diffusion.store.input_error import InputError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.llm import lm_eval_tasks
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, check_tasks, metrics_of, run_tasks
+from spin_diffusion.store.input_error import InputError
+from tests.cli.test_language_script import play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE, make_game
-from tests.llm.test_script import play, refused, settings  # noqa: F401
 
 QUESTIONS, LIMIT = 24, 16
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay import run_dir
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, seed_from, write_rows
+from spin_diffusion.store import run_dir
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, rows_metadata, seed_from, write_rows
 from tests.llm.playing import TRAINING, make_game, play_all
 
 

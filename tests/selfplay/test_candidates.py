@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import candidates as candidates_module
-from spin_diffusion.selfplay import run_dir
 from spin_diffusion.selfplay.candidates import CHOICES, Candidates, best_and_worst, choose, judge_shards, summary
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, write_rows
 from spin_diffusion.selfplay.shards import Part, encode_shards
 from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.train import train
+from spin_diffusion.store import run_dir
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, write_rows
 from tests.playing import TRAINING, make_game, play_all
 
 

@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.checkpoints import (
     Checkpoints,
     Snapshots,
@@ -18,8 +17,9 @@ from spin_diffusion.selfplay.checkpoints import (
     remove_checkpoints,
 )
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.run_dir import file_hashes, write_json
 from spin_diffusion.selfplay.trainee import Average, Trainee
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hashes, write_json
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_diffusion.config import parse_config
+from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.planning import settle_draws
 from spin_diffusion.diffusion.settings import LoraSettings
-from spin_diffusion.input_error import InputError
+from spin_diffusion.runs.image_plan import settle_draws
 from spin_diffusion.selfplay import train as train_module
-from spin_diffusion.selfplay.run_dir import file_hash
 from spin_diffusion.selfplay.train import Pairs
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
 SAVED = "unet/diffusion_pytorch_model.safetensors"

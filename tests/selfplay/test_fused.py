@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.fused import Fused, check_fused
 from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.store.input_error import InputError
 from tests.playing import TRAINING, make_game, play_all
 
 PLAIN = replace(

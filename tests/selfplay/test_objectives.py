@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.objectives import (
     OBJECTIVES,
     PairScores,
@@ -25,6 +24,7 @@ from spin_diffusion.selfplay.objectives import (
     with_anchor,
     without_margin,
 )
+from spin_diffusion.store.input_error import InputError
 
 
 def scores(pairs: int = 64, seed: int = 0, scale: float = 1.0) -> PairScores:

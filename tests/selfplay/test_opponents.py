@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_diffusion.running import lineage
+from spin_diffusion.runs.start import lineage
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, mixture_score, pool
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows
 from spin_diffusion.selfplay.train import Average
+from spin_diffusion.store.run_dir import file_hash, read_json, read_rows
 from tests.playing import TRAINING, make_game, play_all
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from spin_diffusion.diffusion.latents import vae_hash
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import one_round as rounds_module
-from spin_diffusion.selfplay import run_dir
-from spin_diffusion.selfplay.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
 from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.store import run_dir
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
 from tests.playing import TRAINING, make_game, play_all, prepare_data
 
 

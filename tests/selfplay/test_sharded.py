@@ -13,10 +13,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
+from spin_diffusion.store.input_error import InputError
 from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("sharded_steps.py")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.selfplay import samples, shards
 from spin_diffusion.selfplay.game import KEPT, Game
-from spin_diffusion.selfplay.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.shards import Part, draw_shards, merge_shards, score_shards, some_pairs
 from spin_diffusion.selfplay.shards import shards as shards_of
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 
 NAMES = [f"{number:05d}-of-00003" for number in range(3)]
 

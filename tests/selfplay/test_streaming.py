@@ -5,9 +5,9 @@ import torch
 
 from spin_diffusion.selfplay import stored_pairs as samples
 from spin_diffusion.selfplay.game import CONDITION, KIND
-from spin_diffusion.selfplay.run_dir import write_rows, write_tensors
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, Side, open_pairs
+from spin_diffusion.store.run_dir import write_rows, write_tensors
 
 SIZES = (3, 1, 4, 2)
 

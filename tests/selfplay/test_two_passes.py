@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin_diffusion.config import parse_config
-from spin_diffusion.input_error import InputError
+from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.selfplay.game import Batch
 from spin_diffusion.selfplay.objectives import OBJECTIVES, bind
 from spin_diffusion.selfplay.pairs import ReadAhead
 from spin_diffusion.selfplay.train import Pairs, RoundPlan, _take_step
 from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.store.input_error import InputError
 from tests.diffusion.test_game import batch_of, nudge
 from tests.playing import TRAINING, make_game
 

@@ -6,8 +6,8 @@ import pytest
 from accelerate import Accelerator
 
 from spin_diffusion.selfplay import shards as samples
-from spin_diffusion.selfplay.run_dir import read_rows, write_rows
 from spin_diffusion.selfplay.shards import draw_shards
+from spin_diffusion.store.run_dir import read_rows, write_rows
 
 NAMES = [f"{number:05d}-of-00003.parquet" for number in range(3)]
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store.deadline import Unending, fill_template, run_within
+from spin_diffusion.store.input_error import InputError
 
 FILE = "<somebody else's>"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store.folder import MARKER, check_folder, release, share_folder, take_folder, take_marked
+from spin_diffusion.store.input_error import InputError
 
 PROGRAM = "evaluation"
 

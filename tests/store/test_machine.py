@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from spin_diffusion.command import run_command
-from spin_diffusion.input_error import InputError
+from spin_diffusion.cli.command import run_command
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.machine import in_words, trouble_of, writing
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_too_large_is_one_line_whoever_writes_it(library, tmp_pat
     code = f"""
     import pyarrow as pa, pyarrow.parquet as pq, torch
     from safetensors.torch import save_file
-    from spin_diffusion.command import run_command
+    from spin_diffusion.cli.command import run_command
     from spin_diffusion.store.machine import writing
     def command(argv):
         with writing(folder / "a"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from spin_diffusion.input_error import InputError
-from spin_diffusion.run_settings import check_paths
+from spin_diffusion.selfplay.run_settings import check_paths
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import file_name, folder_inside
 
 OUT = ["../..", "..", "a/../..", "/tmp/x", "C:\\x", "\\\\host\\x", "..\\x", "a\0b", "", "a\nb"]

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store import opening
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
 from spin_diffusion.store.text import broken_character, printable
 

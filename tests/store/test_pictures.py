@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageFile
 
 import spin_diffusion
-from spin_diffusion.input_error import InputError
 from spin_diffusion.store import pictures
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture, read_picture, to_rgb
 
 PACKAGE = Path(spin_diffusion.__file__).parent

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPTextModel, CLIPTextModelWithProjection
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.weights import load_whole
 from tests.llm.playing import LANGUAGE
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 

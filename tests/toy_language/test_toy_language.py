@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion.evaluation.judges import Answer, load_judge
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 TOY_LANGUAGE = Path(__file__).resolve().parents[2] / "assets" / "toy_language"
 

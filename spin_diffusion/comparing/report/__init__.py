@@ -5,7 +5,7 @@ from typing import Any
 
 from spin_diffusion.comparing.report.markdown import as_markdown
 from spin_diffusion.comparing.report.page import as_page
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.run_dir import write_file
 
 
 def write_reports(results: dict[str, Any], output_dir: Path) -> list[Path]:

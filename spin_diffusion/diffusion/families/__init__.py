@@ -29,7 +29,7 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.parts import is_local, load_parts, read_json_object, reason_of
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.weights import read_header
 
 Frames = Int[Tensor, "batch 6"]

@@ -20,7 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from spin_diffusion.evaluation.specs import About, Role, check_finite, guarded, load_part, parse_spec
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 __all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "Role", "load_judge"]
 

@@ -6,7 +6,7 @@ what self-play promises: that the model comes nearer to the data's distribution.
 
 from spin_diffusion.evaluation.judges import Answer, Judge, LogLikelihood
 from spin_diffusion.evaluation.specs import About
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 ABOUT = About(
     title="log p(real answer)",

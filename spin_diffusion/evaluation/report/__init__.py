@@ -35,8 +35,8 @@ from spin_diffusion.evaluation.modalities import samples_per_prompt
 from spin_diffusion.evaluation.report import distributions, facts, gallery, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of, scale_label
 from spin_diffusion.evaluation.report.reading import Evaluation, read_evaluation
-from spin_diffusion.input_error import InputError
-from spin_diffusion.selfplay.run_dir import write_file
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import write_file
 
 MAX_PAGE_BYTES = 8_000_000
 _RANDOM_PAIRS, _RANKED_PAIRS = 24, 8

@@ -10,7 +10,7 @@ from typing import ClassVar
 from PIL import Image
 
 from spin_diffusion.evaluation.report.rows import SampleRow
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES, open_picture
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.rows import SampleRow
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_bytes
 
 SCHEMA_VERSION = 1

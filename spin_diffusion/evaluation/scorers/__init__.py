@@ -44,7 +44,7 @@ from spin_diffusion.evaluation.specs import (
     parse_spec,
     shortened,
 )
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 __all__ = ["About", "LoadedScorer", "Role", "Scorer", "about", "load_scorer", "parse_spec"]
 

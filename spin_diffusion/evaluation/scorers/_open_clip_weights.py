@@ -6,7 +6,7 @@ open_clip keeps one matrix for query, key and value, and multiplies features by 
 from torch import Tensor
 
 from spin_diffusion.evaluation.scorers._checkpoints import count_blocks, take
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 TOWERS = {"visual.transformer.resblocks.": "vision_model", "transformer.resblocks.": "text_model"}
 SAME = {

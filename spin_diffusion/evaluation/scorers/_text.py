@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 if TYPE_CHECKING:
     from spin_diffusion.evaluation.scorers._blip import Blip

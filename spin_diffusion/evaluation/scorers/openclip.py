@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 
 ABOUT = About(
     title="CLIP score (open_clip)",
@@ -83,7 +83,7 @@ def load(device: str, path: str | None = None) -> Scorer:
             f"openclip={path} has another activation than its weights were trained with, and its scores would be "
             f"nobody's: name the model {model_name}-quickgelu, or without it ({_one_line(mismatch.message)})"
         )
-    from spin_diffusion.selfplay.run_dir import file_hash
+    from spin_diffusion.store.run_dir import file_hash
 
     checkpoint = {"open_clip (package)": open_clip.__version__} | {
         file.name: file_hash(file) for file in _local_files(path, pretrained)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from spin_diffusion.evaluation.judges import Judge, load_judge
 from spin_diffusion.evaluation.judges.distinct import repeated_share, words
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.evaluation.made_up_answers import WORDS, answer, sentence
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}</s>"

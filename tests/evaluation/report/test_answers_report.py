@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES
 from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, _template, build_page, training, wording, write_report
 from spin_diffusion.evaluation.report.editions import _EDITIONS
 from spin_diffusion.evaluation.report.reading import read_evaluation
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.evaluation.made_up_answers import SCRIPT, answers_by, babble, evaluate, prompts, sentence
 from tests.evaluation.report.made_up import write_evaluation
 from tests.evaluation.report.test_report import Parsed, change, count, said

@@ -25,7 +25,7 @@ from spin_diffusion.evaluation.report import (
     write_report,
 )
 from spin_diffusion.evaluation.report.reading import read_evaluation
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.evaluation.report.made_up import NASTY_PROMPTS, SCRIPT, write_evaluation
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}

@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.scorers._clip import H14, L14, build_clip, config
 from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache
 from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.evaluation.scorers._precision import full_precision
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests import tiny
 from tests.evaluation.scorers.tiny_models import (
     PROMPTS,
@@ -426,7 +426,7 @@ def test_a_scorer_says_what_it_is_without_importing_models(name: str) -> None:
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_scorers_file_imports_nothing_heavy_until_it_is_loaded(name: str) -> None:
     light = {"collections.abc", "dataclasses", "pathlib", "typing", "warnings", "torch", "jaxtyping", "PIL"}
-    light |= {"spin_diffusion.evaluation.scorers", "spin_diffusion.input_error"}
+    light |= {"spin_diffusion.evaluation.scorers", "spin_diffusion.store.input_error"}
     path = Path(importlib.import_module(f"spin_diffusion.evaluation.scorers.{name}").__file__)
     for node in ast.parse(path.read_text()).body:
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -12,7 +12,7 @@ from spin_diffusion.evaluation.scorers._pixels import (
     letterbox,
     letterbox_without_antialias,
 )
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import to_rgb
 from tests.evaluation.scorers.tiny_models import pictures
 

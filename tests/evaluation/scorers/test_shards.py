@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin_diffusion.evaluation.scorers import load_scorer
-from spin_diffusion.input_error import InputError
+from spin_diffusion.store.input_error import InputError
 from tests.evaluation.scorers.tiny_models import (
     PROMPTS,
     head_tensors,

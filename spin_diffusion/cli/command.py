@@ -1,0 +1,113 @@
+"""From an exception to what a user reads: one line and exit code 2, or a traceback with --debug."""
+
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.machine import in_words, trouble_of
+from spin_diffusion.store.progress import end_bars
+from spin_diffusion.store.text import broken_character, printable
+
+# Read by transformers when it is imported, which happens after this module: its notes about image processors that are
+# not used here would be the first thing that a user sees.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run `command(argv)` and return the exit code: 0, 2 for what the user or the machine caused, 130 after Ctrl-C.
+
+    Anything else is a defect of this program and keeps its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    try:
+        with _last_words():
+            command(argv)
+        return 0
+    except (InputError, FloatingPointError) as error:
+        raised, message = error, str(error)
+    except UnicodeEncodeError as error:
+        if broken_character(str(error.object)) is None:
+            raise
+        raised = error
+        name = printable(error.object)[:300]
+        message = f"{name} is not UTF-8, and a library that it is given to takes nothing else: rename it"
+    except KeyboardInterrupt:
+        end_bars()
+        print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        number = trouble_of(error)
+        if number is None and not _lost_another(error):
+            raise
+        raised = error
+        if number is not None:
+            message = in_words(number, error)
+        else:
+            message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
+    end_bars()
+    if "--debug" in argv or "--debug=true" in argv:
+        traceback.print_exception(raised)
+    print(f"{_who()}error: {message}", file=sys.stderr)
+    return 2
+
+
+_KEPT = "What is finished is kept; the same command goes on from there."
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether the error is what torch's exchange between processes says when one of them is gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    return of_torch or any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
+def _who() -> str:
+    return f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """Say what to do when the process is told to end: by a launcher, as another process died, or by a scheduler.
+
+    A handler in Python would wait until the main thread is back from whatever it does in the device's libraries, for
+    ever if that is an exchange with a dead process. The byte that Python writes when a signal comes wakes a thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def wait() -> None:
+        while number := reader.recv(1):
+            if number == bytes([signal.SIGTERM]):
+                print(f"\n{_who()}told to stop (SIGTERM). {_KEPT}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        # A library's writer raises it again in the main thread, which says it
+        if args.exc_value is None or trouble_of(args.exc_value) is None:
+            threading.__excepthook__(args)
+
+    hooked, threading.excepthook = threading.excepthook, of_thread
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    woken = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGTERM, before)
+        threading.excepthook = hooked
+        writer.close()

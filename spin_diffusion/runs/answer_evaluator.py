@@ -1,0 +1,213 @@
+"""The evaluations of a language run: held-out prompts answered by the present player, judged; held-out likelihood."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from spin_diffusion.data.report import LeftOut
+from spin_diffusion.data.text import TextExample, read_held_out
+from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.evaluation.answer_results import conclude_answers
+from spin_diffusion.evaluation.answering import (
+    answer_protocol,
+    answer_requests,
+    are_answered,
+    are_judged,
+    draw_answers,
+    judge_answers,
+    read_judge,
+)
+from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.drawing import precision_of
+from spin_diffusion.evaluation.judges import __name__ as JUDGES
+from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
+from spin_diffusion.evaluation.specs import check_specs, parse_spec
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.llm.chat import fingerprint
+from spin_diffusion.llm.config import LanguageConfig
+from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
+from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
+from spin_diffusion.selfplay.gap import clustered_mean
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import is_built, read_json, write_json
+from spin_diffusion.store.keys import KEY, key_of, place_hash
+
+HELD_OUT_MEASURES = "held_out.json"
+
+
+def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
+    """What lm-evaluation-harness is asked for, if anything."""
+    asked = config.evaluation
+    if not asked.lm_eval_tasks:
+        return None
+    return HarnessTasks(
+        tuple(asked.lm_eval_tasks), asked.lm_eval_folder, asked.lm_eval_limit, asked.lm_eval_chat_template
+    )
+
+
+def check_judges(specs: Sequence[str]) -> None:
+    """Refuse before a run judges that there are not, and weights that are neither on the disk nor a hub's.
+
+    An evaluation goes on without a judge that cannot be loaded; whoever asks for one should not train first.
+
+    Raises:
+        InputError: names the flag and the judge.
+    """
+    check_specs(JUDGES, specs)
+    for spec in specs:
+        _, _, path = parse_spec(spec)
+        if path and not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+            raise InputError(f"--judges {spec}: {path} does not exist, and a hub id is written ORG/NAME")
+
+
+def _fits(example: TextExample, game: LanguageGame) -> bool:
+    """Whether it can be written as tokens; what cannot was counted when the held-out answers were prepared."""
+    try:
+        game.chat.answer_ids(example.prompt, example.completion)
+    except LeftOut:
+        return False
+    return True
+
+
+class AnswerEvaluator(RunEvaluator):
+    """What a language run measures. Without held-out answers it does nothing."""
+
+    base_kind = "model"
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        game: LanguageGame,
+        output_dir: Path,
+        accelerator: Accelerator,
+        progress: Progress,
+    ) -> None:
+        super().__init__(config, game, str(config.model.model_name_or_path), output_dir, accelerator, progress)
+        self.examples = [example for example in read_held_out(config.data) if _fits(example, game)]
+        self.active = bool(self.examples)
+        self.specs = config.evaluation.judges or ["log_likelihood"]
+        self.saved = ADAPTER if config.language.use_peft else MODEL
+        if not self.active:
+            return
+        self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
+        firsts: dict[str, TextExample] = {}
+        for example in self.examples:
+            firsts.setdefault(transcript(example.prompt), example)
+        prompts = [{"prompt": prompt, "reference": example.completion} for prompt, example in firsts.items()]
+        if len(prompts) < 2:
+            raise InputError(
+                f"the held-out answers have {len(prompts)} prompt, and an interval needs 2: hold out more "
+                "(--num_held_out, --held_out_dataset_name), or none"
+            )
+        prompts = prompts[: config.evaluation.max_validation_prompts]
+        self.requests = answer_requests(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
+        generation = config.generation
+        # Another engine has other answers to the same seeds
+        engine = {} if generation.engine == "transformers" else {"engine": generation.engine}
+        self.protocol = answer_protocol(
+            self.requests, name="held-out prompts", seed=config.rounds.seed, temperature=generation.temperature,
+            top_p=generation.top_p, top_k=generation.top_k or None, max_new_tokens=generation.max_new_tokens,
+            max_length=config.language.max_length, precision=precision_of(accelerator.mixed_precision),
+            **fingerprint(game.tokenizer), **engine,
+        )  # fmt: skip
+
+    def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
+        return EvaluatedModel(name, role, folder, round_, **said)
+
+    def said_of(self, folder: Path, name: str) -> dict[str, Any]:
+        return read_judge(folder, name)
+
+    def weights_hash(self) -> str:
+        return self.game.player_hash()
+
+    def draw_and_score(self, model: EvaluatedModel) -> None:
+        draw_answers(
+            self.requests, model.folder, self.protocol, self._answer, self.accelerator, self.progress,
+            weights_sha256=model.weights_sha256 or "", model=model.name,
+        )  # fmt: skip
+        judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
+        path, key = model.folder / HELD_OUT_MEASURES, self._held_out_key(model)
+        if self.accelerator.is_main_process and not is_built(path, key):
+            write_json(path, {KEY: key} | self._held_out_nll() | self._lm_eval())
+        self.accelerator.wait_for_everyone()
+
+    def is_drawn(self, model: EvaluatedModel) -> bool:
+        """Whether its answers are there, and their scores, for which some judges ask the model itself."""
+        answered = are_answered(self.requests, model.folder, self.protocol, model.weights_sha256 or "")
+        measured = is_built(model.folder / HELD_OUT_MEASURES, self._held_out_key(model))
+        return answered and measured and self.is_scored(model)
+
+    def is_scored(self, model: EvaluatedModel) -> bool:
+        """Whether its answers have the scores of the judges as they are now."""
+        return are_judged(model.folder, self.specs)
+
+    def score(self, model: EvaluatedModel) -> None:
+        """Scores of its answers, by judges that do not ask the model."""
+        judge_answers({model.name: model.folder}, self.specs, None, self.accelerator, self.progress)
+
+    def _held_out_key(self, model: EvaluatedModel) -> str:
+        asked = [[transcript(example.prompt), example.completion] for example in self.examples]
+        tasks = harness_tasks(self.config)
+        places = [*tasks.names, tasks.folder] if tasks is not None else []
+        return key_of(
+            weights=model.weights_sha256, protocol=self.protocol["id"], asked=asked,
+            tasks=asdict(tasks) if tasks is not None else None, files=[place and place_hash(place) for place in places],
+        )  # fmt: skip
+
+    def conclude(
+        self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
+    ) -> tuple[dict[str, Any], list[Comparison]]:
+        # Where single answers are held out, prompts are shared on purpose
+        prompts = None if self.config.data.held_out_by == "row" else self._training_prompts()
+        return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=prompts, **more)
+
+    def _answer(self, rows: list[dict[str, Any]], done: Callable[[int], None]) -> list[dict[str, Any]]:
+        prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
+        drawn = self.game.draw(prompts, [row["seed"] for row in rows], done)
+        return [
+            {"text": self.game.chat.text(answer.ids), "finish": answer.finish, "num_tokens": len(answer.ids)}
+            for answer in drawn
+        ]
+
+    def _log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
+        tokens = [self._tokenised(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
+        return self.game.log_likelihood([prompt for prompt, _ in tokens], [answer for _, answer in tokens])
+
+    def _tokenised(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Prompt and answer; kept, since every round asks for the same. A prompt that is not held out is taken as one
+        question, if the data are chats."""
+        if (prompt, completion) not in self._tokens:
+            as_chat = isinstance(self.examples[0].prompt, list)
+            chat = self.chats.get(prompt, [{"role": "user", "content": prompt}] if as_chat else prompt)
+            answer = self.game.chat.answer_ids(chat, completion)
+            self._tokens[prompt, completion] = self.game.chat.prompt_ids(chat), answer.ids
+        return self._tokens[prompt, completion]
+
+    def _held_out_nll(self) -> dict[str, Any]:
+        """Of all held-out answers, not only of one per prompt: the mean in nats per answer, interval over prompts."""
+        prompts = [transcript(example.prompt) for example in self.examples]
+        scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
+        found = clustered_mean([-score for score in scores], prompts)
+        return {
+            "held_out_nll": {"title": "held-out negative log-likelihood, nats per answer", "value": found["mean"],
+                             "low": found["low"], "high": found["high"], "better": "lower"}
+        }  # fmt: skip
+
+    def _lm_eval(self) -> dict[str, Any]:
+        tasks = harness_tasks(self.config)
+        return run_tasks(self.game, tasks) if tasks is not None else {}
+
+    def _measures(self) -> list[dict[str, Any]]:
+        found = super()._measures()
+        for model in self._models():
+            path = model.folder / HELD_OUT_MEASURES
+            for name, said in (self._for_the_page(read_json, path, dict[str, Any]) or {}).items():
+                if name == KEY:
+                    continue
+                found.append({"model": model.name, "round": model.round_, "name": name} | said)
+        return found

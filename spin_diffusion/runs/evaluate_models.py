@@ -1,0 +1,450 @@
+"""evaluation/evaluate.py: draw the same prompts with the same seeds by every model, score them, conclude, report."""
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+from accelerate import Accelerator
+
+from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.identity import config_of, parts_hash
+from spin_diffusion.diffusion.lora import load_adapter
+from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
+from spin_diffusion.diffusion.parts import load_unet
+from spin_diffusion.diffusion.prompts import CutPrompts
+from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.evaluation.comparison import as_markdown, print_table
+from spin_diffusion.evaluation.concluding import closing_lines
+from spin_diffusion.evaluation.drawing import (
+    Draw,
+    claim,
+    draw_pictures,
+    folder_of,
+    is_drawn,
+    picture_key,
+    precision_of,
+    protocol_of,
+    requests,
+    save_bytes,
+    without_picture,
+    write_index,
+)
+from spin_diffusion.evaluation.mending import remove_damaged
+from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
+from spin_diffusion.evaluation.report import write_report
+from spin_diffusion.evaluation.results import EvaluatedModel, conclude
+from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
+from spin_diffusion.evaluation.specs import shortened
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.parsing import parse_sections, saved_settings
+from spin_diffusion.runs.start import make_accelerator, quiet_libraries
+from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.store.folder import check_folder, take_folder
+from spin_diffusion.store.keys import key_of, known_hash
+from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.text import printable
+from spin_diffusion.store.yaml_files import dump_yaml
+
+PROGRAM = "evaluation"
+MAX_IMAGES_PER_PROMPT = 10_000
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is compared, on which prompts, by which scorers."""
+
+    models: list[str] | None = None
+    """NAME=PATH_OR_ID of each model: a pipeline (folder or hub id), a round's folder, or a folder of pictures."""
+    revision: str | None = None
+    """Branch, tag or commit of the pipelines that are hub ids; a round takes all that its run was started with."""
+    variant: str | None = None
+    """Variant of the pipelines' weight files, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE than the pipelines' own."""
+    baseline: str | None = None
+    """Name of the model that the others are compared with; default: the first."""
+    prompts: str | None = None
+    """File of prompts or name of a set; default: those of the pictures, when all models are folders of pictures."""
+    max_prompts: int | None = None
+    """Only the first ones."""
+    images_per_prompt: int = 4
+    """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity."""
+    scorers: list[str] | None = None
+    """NAME[=PATH] of scorers, joined by commas."""
+    num_inference_steps: int = 50
+    """Denoising steps per image."""
+    guidance_scale: float | list[float] = 7.5
+    """Guidance scale, or several to compare at each; the last is the headline's."""
+    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
+    """checkpoint = the scheduler that each model names."""
+    resolution: int | None = None
+    """Image size, px; default: the family's."""
+    generation_batch_size: int = 8
+    """Images drawn at a time; guidance doubles the UNet's batch."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the UNet while it draws; scores are always computed in fp32."""
+    training_captions: str | None = None
+    """File of the training set's captions, to find evaluation prompts that were trained on."""
+    allow_unequal_protocol: bool = False
+    """Compare pictures although they were drawn by another protocol, or nobody knows by which."""
+    seed: int = 0
+    """Seed of the pictures."""
+    output_dir: str = "runs/evaluation"
+    """Everything is written here; the same command again resumes."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("images_per_prompt", "num_inference_steps", "generation_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.images_per_prompt > MAX_IMAGES_PER_PROMPT:
+            raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at most {MAX_IMAGES_PER_PROMPT:,}")
+        if min(self.guidance_scales) < 0 or len(set(self.guidance_scales)) < len(self.guidance_scales):
+            raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed} must be at least 0 and below {2**32}")
+
+    @property
+    def guidance_scales(self) -> list[float]:
+        """As a list."""
+        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
+
+
+_HARMLESS = {"models", "baseline", "scorers", "output_dir", "debug", "generation_batch_size", "training_captions",
+             "allow_unequal_protocol"}  # fmt: skip
+
+
+def parse_settings(argv: Sequence[str]) -> EvaluateSettings:
+    """The settings on the command line over those of `--config` over the defaults."""
+    return parse_sections({"evaluate": EvaluateSettings}, argv, listed=("models", "scorers"))["evaluate"]
+
+
+def evaluate_models(settings: EvaluateSettings) -> None:
+    """Draw, score, conclude and report; what an earlier run of the command finished stays.
+
+    Raises:
+        InputError: anything the user gave that cannot be used; nothing that exists is touched.
+    """
+    output_dir = Path(settings.output_dir)
+    sources, prompts, captions = _checked_input(settings, output_dir)
+    quiet_libraries()
+    accelerator = make_accelerator(settings.mixed_precision)
+    progress = Bars() if accelerator.is_main_process else Progress()
+    if accelerator.is_main_process:
+        take_folder(output_dir, PROGRAM)
+        settle(output_dir)
+        saved = dump_yaml(dataclasses.asdict(settings))
+        write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
+        for source in sources:
+            remove_damaged(output_dir / "images" / source.name)
+            remove_damaged(output_dir / "scores" / source.name)
+    accelerator.wait_for_everyone()
+
+    models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
+    scales = protocol["guidance_scales"]
+    score_pictures(
+        {model.name: model.folder for model in models}, scales, settings.scorers or [], accelerator,
+        lambda scorer, total: progress.phase(f"score by {scorer}", total),
+    )  # fmt: skip
+    if not accelerator.is_main_process:
+        return
+    results, comparisons = conclude(
+        output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
+        headline_scale=scales[-1], training_captions=captions,
+    )  # fmt: skip
+    closing = closing_lines(results)
+    if comparisons:
+        print_table(comparisons)
+        markdown = as_markdown(comparisons) + "".join(f"{line}\n\n" for line in closing)
+        write_file(output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
+    for said in results["verdicts"]:
+        at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
+        print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
+    for line in closing:
+        print(line)
+    if results["failures"]:
+        print(f"{len(results['failures'])} pictures are missing, broken or without a score; the report lists them")
+    print(f"Report: {write_report(output_dir)}")
+    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
+        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+
+
+def _checked_input(
+    settings: EvaluateSettings, output_dir: Path
+) -> tuple[list[ModelSource], PromptSet, list[str] | None]:
+    """The models, the prompts and the training set's captions, before anything is written."""
+    sources = _sources(settings)
+    check_specs(settings.scorers or [])
+    _check_output_dir(settings, output_dir)
+    for source in sources:
+        _check_known(source, output_dir)
+    prompts = _prompts(settings, sources)
+    for source in sources:
+        if source.kind == "images":
+            _check_pictures(source, [row.prompt for row in prompts.rows], settings.images_per_prompt)
+    captions = None
+    if settings.training_captions:
+        captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
+    return sources, prompts, captions
+
+
+def _pictures(
+    settings: EvaluateSettings,
+    sources: list[ModelSource],
+    prompts: PromptSet,
+    output_dir: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> tuple[list[EvaluatedModel], dict[str, Any]]:
+    """The pictures of every model, drawn or taken as they are given.
+
+    Returns:
+        The models, and the protocol that all of their pictures follow.
+    """
+    drawn = [source for source in sources if source.kind != "images"]
+    scales: list[Any] = settings.guidance_scales if drawn else [None]
+    drawer = _Drawer(settings, prompts, accelerator)
+    resolution = settings.resolution or (drawer.resolution(drawn[0]) if drawn else None)
+    protocol = protocol_of(
+        prompts,
+        images_per_prompt=settings.images_per_prompt,
+        seed=settings.seed,
+        sampler=settings.sampler if drawn else "as given",
+        num_inference_steps=settings.num_inference_steps if drawn else None,
+        guidance_scales=scales,
+        resolution=resolution,
+        eta=0.0 if drawn else None,
+        precision=precision_of(accelerator.mixed_precision) if drawn else None,
+    )
+    wanted = requests(prompts, settings.images_per_prompt, settings.seed)
+    accelerator.print(
+        f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
+        + (f", guidance {', '.join(f'{scale:g}' for scale in scales)}" if drawn else "")
+        + prompts.said_left_out()
+        + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
+    )
+    models = []
+    for source in sources:
+        folder = ScoredFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
+        draw, weights, drawn_by = None, None, ""
+        if source.kind == "images":
+            _take_pictures(source, wanted, folder.pictures, protocol, settings, accelerator)
+        else:
+            draw, weights, drawn_by = drawer.open(source, resolution)
+        if accelerator.is_main_process:
+            write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
+        if draw is not None:
+            draw_pictures(
+                wanted, folder.pictures, protocol, draw, accelerator,
+                lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
+                drawn_by,
+            )  # fmt: skip
+        role = "baseline" if source is sources[0] else "candidate"
+        base = str(source.base) if source.base is not None else None
+        models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
+    drawer.close()
+    return models, protocol
+
+
+def _sources(settings: EvaluateSettings) -> list[ModelSource]:
+    """The models, the baseline first."""
+    if not settings.models:
+        raise InputError("--models is missing: give NAME=PATH_OR_ID for each model")
+    if not settings.scorers:
+        raise InputError("--scorers is missing: give NAME[=PATH],..., such as pickscore,hps_v2_1,imagereward,clip_h14")
+    options = settings.revision, settings.variant, settings.pretrained_vae_model_name_or_path
+    sources = [read_source(spec, *options) for spec in settings.models]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--models has {name!r} twice: give every model a name of its own")
+    baseline = settings.baseline or names[0]
+    if baseline not in names:
+        raise InputError(f"--baseline {baseline}: there is no such model (there are {', '.join(names)})")
+    return sorted(sources, key=lambda source: source.name != baseline)
+
+
+def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
+    saved = output_dir / "config.yaml"
+    if check_folder(output_dir, PROGRAM) and saved.is_file():
+        old, new = saved_settings(saved), dataclasses.asdict(settings)
+        changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
+                   if key not in _HARMLESS and old.get(key) != new[key]]  # fmt: skip
+        if changed:
+            raise InputError(
+                f"{output_dir} holds an evaluation of another protocol ({'; '.join(changed)}): start in another "
+                "--output_dir"
+            )
+
+
+class _Known(TypedDict):
+    """Whose pictures lie in a folder."""
+
+    path: str
+
+
+def _check_known(source: ModelSource, output_dir: Path) -> None:
+    """A name that stood for another model would take over its pictures."""
+    path = output_dir / "images" / source.name / "model.json"
+    if not path.is_file():
+        return
+    try:
+        known = read_json(path, _Known)
+    except Damaged:
+        return  # it is removed, and the pictures are drawn anew
+    if known["path"] != source.path:
+        raise InputError(f"{path.parent} has pictures of {known['path']}, not {source.path}: give it another name")
+
+
+def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSet:
+    if settings.prompts:
+        return load_prompts(settings.prompts, settings.max_prompts)
+    if any(source.kind != "images" for source in sources):
+        raise InputError("--prompts is missing: give a file or the name of a set (parti, hpdv2, geneval, ...)")
+    pictures = read_given_pictures(Path(sources[0].path))
+    categories = {row["prompt"]: row["category"] for row in pictures.rows}
+    texts = list(categories)[: settings.max_prompts]
+    if len(texts) < 2:
+        few = f"{sources[0].path} has {len(texts)} prompts: too few to compare models, 2 or more are needed"
+        raise InputError(few + pictures.note())
+    kept = tuple(PromptRow(f"{n:05d}", text, categories[text] or None) for n, text in enumerate(texts))
+    return PromptSet(
+        printable(Path(sources[0].path).name), kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
+    )
+
+
+def _check_pictures(source: ModelSource, prompts: list[str], images_per_prompt: int) -> None:
+    """A folder without one whole prompt leaves nothing to compare; pictures that lack here and there are counted."""
+    numbers = Counter(row["prompt"] for row in read_given_pictures(Path(source.path)).rows)
+    most = max(numbers[prompt] for prompt in prompts)
+    where = f"--models {source.name}={printable(source.path)}"
+    if most == 0:
+        raise InputError(f"{where} has pictures of none of the {len(prompts)} prompts, such as {shortened(prompts[0])}")
+    if most < images_per_prompt:
+        raise InputError(f"{where} has {most} pictures of a prompt at most: give --images_per_prompt {most} or fewer")
+
+
+class _Drawer:
+    """Draws with any of the models; rounds of one base share its pipeline, and one base is held at a time."""
+
+    def __init__(self, settings: EvaluateSettings, prompts: PromptSet, accelerator: Accelerator) -> None:
+        self.settings, self.prompts, self.accelerator = settings, prompts, accelerator
+        self.base: Base | None = None
+        self.family: Any = None
+        self.pipeline: Any = None
+        self.parts = ""
+
+    def resolution(self, source: ModelSource) -> int:
+        """The usual image size of a model's family."""
+        self._load(source)
+        return self.family.RESOLUTION
+
+    def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str, str]:
+        """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
+        self._load(source)
+        unet = self.pipeline.unet
+        if source.unet is not None:
+            unet = load_unet(source.unet, str(source.unet))
+        if source.lora is not None:
+            unet = copy.deepcopy(unet)
+            load_adapter(sampling_pipeline(self.pipeline, unet, self.settings.sampler), source.lora)
+        digest = weights_hash(unet)
+        unet.to(self.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        pipeline = sampling_pipeline(self.pipeline, unet, self.settings.sampler)
+
+        def draw(prompts, seeds, scale, done):
+            return draw_images(
+                pipeline, prompts, seeds, resolution=resolution, guidance_scale=scale, done=done,
+                num_inference_steps=self.settings.num_inference_steps, autocast=self.accelerator.autocast,
+                batch_size=self.settings.generation_batch_size,
+            )  # fmt: skip
+
+        return draw, digest, key_of(weights=digest, unet=config_of(unet), parts=self.parts)
+
+    def close(self) -> None:
+        """Free the memory for the scorers."""
+        self.base = self.pipeline = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, source: ModelSource) -> None:
+        assert source.base is not None
+        if self.base != source.base:
+            self.close()
+            self.family, self.pipeline = load_checkpoint(source.base)
+            for module in self.pipeline.components.values():
+                if isinstance(module, torch.nn.Module):
+                    module.requires_grad_(False).eval().to(self.accelerator.device)
+            self.base, self.parts = source.base, parts_hash(self.pipeline)
+            if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
+                self.accelerator.print(line)
+
+
+def _take_pictures(
+    source: ModelSource,
+    wanted: list[dict[str, Any]],
+    directory: Path,
+    protocol: dict[str, Any],
+    settings: EvaluateSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Copy pictures that were given, as they are, beside those that are drawn. A missing one is a failure."""
+    theirs = Path(source.path) / "protocol.json"
+    theirs = theirs if theirs.is_file() else Path(source.path).parent / "protocol.json"
+    known = read_json(theirs, dict[str, Any], "restore it, or remove it") if theirs.is_file() else None
+    drawn_alike = known is not None and known.get("id") == protocol["id"]
+    if protocol["guidance_scales"] != [None] and not drawn_alike and not settings.allow_unequal_protocol:
+        said = "by another protocol" if known else "by a protocol that nobody recorded"
+        raise InputError(
+            f"--models {source.name}={source.path}: its pictures were drawn {said}, so a difference would say nothing "
+            "of the models; --allow_unequal_protocol true compares them all the same"
+        )
+    claim(directory, protocol, accelerator)
+    if accelerator.is_main_process:
+        by_prompt: dict[str, list[Path]] = {}
+        pictures = read_given_pictures(Path(source.path))
+        if pictures.left_out:
+            print(f"--models {source.name}={source.path}{pictures.note()}")
+        for row in pictures.rows:
+            by_prompt.setdefault(row["prompt"], []).append(row["path"])
+        given = key_of(pictures=[_hash_of(_given(row, by_prompt)) for row in wanted])
+        for scale in protocol["guidance_scales"]:
+            folder, key = directory / folder_of(scale), picture_key(protocol, scale, given)
+            index = folder / f"{shard_name(0, 1)}.jsonl"
+            if not is_drawn(index, wanted, key):
+                write_index(index, [_take(row, by_prompt, folder) for row in wanted], key)
+    accelerator.wait_for_everyone()
+
+
+def _given(row: dict[str, Any], by_prompt: dict[str, list[Path]]) -> Path | None:
+    paths = by_prompt.get(row["prompt"], [])
+    return paths[row["k"]] if row["k"] < len(paths) else None
+
+
+def _hash_of(path: Path | None) -> str | None:
+    try:
+        return known_hash(path) if path is not None else None
+    except InputError:  # counted where it is taken
+        return None
+
+
+def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
+    path = _given(row, by_prompt)
+    if path is None:
+        return without_picture(row, "there is no such picture")
+    try:
+        data = read_bytes(path, MAX_BYTES)
+    except InputError as error:
+        return without_picture(row, f"cannot be read: {error}")
+    return save_bytes(row, data, folder / f"{row['id']}-{row['k']}{path.suffix.lower()}")

@@ -1,0 +1,134 @@
+"""What a run prints of itself: before its rounds what it plays with, after them where the player is."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from spin_diffusion.diffusion.config import Config
+from spin_diffusion.diffusion.base import Base, python_arguments
+from spin_diffusion.diffusion.buckets import told
+from spin_diffusion.diffusion.curation import curation_line
+from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.runs.start import rivals
+from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.selfplay.shards import ENCODED, Part
+from spin_diffusion.selfplay.stored_pairs import kinds_of
+from spin_diffusion.selfplay.trainee import trained_parameters
+
+
+def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
+    """What a run plays with, in a few lines.
+
+    Args:
+        manifest: of the prepared data.
+    """
+    curated = manifest["left_out"].get("curation")
+    return (
+        f"Base       {game.base} ({game.family.PIPELINE.__name__}, "
+        f"{game.resolution} px, {game.noising.prediction_type})\n"
+        f"{trained_line(game)}"
+        f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
+        f"{_sizes_line(game, output_dir)}"
+        f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
+        f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
+        f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
+        f"{_candidate_lines(config)}"
+    )
+
+
+def trained_line(game: DiffusionGame) -> str:
+    """For the header: how much is trained, beside how much."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(game))
+    weights = sum(parameter.numel() for parameter in game.player.parameters())
+    if game.adapters is None:
+        return f"Trained    all {weights / 1e6:.1f} M parameters, fp32\n"
+    base = weights - 2 * trained  # the opponent has an adapter too
+    return f"Trained    an adapter of {trained / 1e6:.2g} M parameters, fp32, beside the base's {base / 1e6:.1f} M\n"
+
+
+def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
+    """For the header: how many real images have which size, where they differ."""
+    kinds = kinds_of(output_dir / "data" / ENCODED, Part())
+    return f"Sizes      {told(game.sizes, kinds)}\n" if kinds is not None else ""
+
+
+def _candidate_lines(config: Config) -> str:
+    """For the header: where pairs come from that have no real image, and what their scorer cannot be used for."""
+    found, scorers = config.candidates, config.evaluation.scorers or []
+    if not found.num_candidates:
+        return ""
+    of = "all prompts" if found.candidate_share == 1 else f"{found.candidate_share:.0%} of the prompts"
+    line = f"Candidates {found.num_candidates} for {of}, best against worst by {found.candidate_scorer}\n"
+    if found.candidate_scorer in scorers:
+        line += (
+            f"           so {found.candidate_scorer} says what was aimed at, not what was gained: trust the others\n"
+        )
+    return line
+
+
+def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
+    """For the header: what is kept of the opponent's denoising, and how large it gets."""
+    if not keeps_trajectories(config, game):
+        return ""
+    one = trajectory_bytes(game)
+    line = (
+        f"Trajectory {config.trajectory.trajectory}, "
+        f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
+        f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
+    )
+    if config.sampling.guidance_scale > 1:
+        line += (
+            "           drawn with guidance, its steps are not those of the opponent's own distribution, which the "
+            "theory speaks of: that is --guidance_scale 1\n"
+        )
+    return line
+
+
+def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
+    """Of one image: states, channels, height, width."""
+    size = game.resolution // game.latent_px
+    return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
+
+
+def keeps_trajectories(config: Config, game: DiffusionGame) -> bool:
+    """Whether an opponent draws at all, and its denoising is kept until the round is finished."""
+    objectives = (*objectives_of(config.rounds), *rivals(config))
+    return game.steps is not None and "opponent" in {source_of(config.rounds, name) for name in objectives}
+
+
+def trajectory_bytes(game: DiffusionGame) -> int:
+    """What is kept of the denoising of one image, in fp16."""
+    return 2 * math.prod(_trajectory_shape(game))
+
+
+def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
+    """Lines of Python by which a user loads what a run made of its base.
+
+    Args:
+        pipeline: the pipeline's class.
+        folder: which of the two was saved: unet or lora.
+        arguments: that name it to `from_pretrained` and `load_lora_weights`.
+    """
+    parts = {"unet": f"UNet2DConditionModel.from_pretrained({arguments})"} if folder == "unet" else {}
+    if base.vae is not None:
+        parts["vae"] = f"AutoencoderKL.from_pretrained({python_arguments(base.vae)})"
+    classes = sorted({pipeline, *(call.partition(".")[0] for call in parts.values())})
+    of_base = python_arguments(base.name, revision=base.revision, variant=base.variant)
+    # Text encoders would come in the precision of their files, which need not be the UNet's
+    given = ", ".join([of_base, *(f"{name}={name}" for name in parts), "dtype=torch.float32"])
+    loaded = f"{pipeline}.from_pretrained({given})"
+    lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
+    lines += [f"{name} = {call}" for name, call in parts.items()] + [f"pipeline = {loaded}"]
+    return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
+
+
+def tell_where(records: list[dict[str, Any]], output_dir: Path, base: Base, pipeline: str) -> None:
+    """Print where the last promoted player is, and how a user loads it."""
+    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
+    if not promoted:
+        print("No round was promoted: the base stands, and there is nothing to load")
+        return
+    folder = "lora" if (output_dir / "lora").is_dir() else "unet"
+    code = loading_code(base, pipeline, folder, python_arguments(str(output_dir / folder)))
+    print(f"The player of round {promoted[-1]} is in {output_dir / folder}; load it with")
+    print("\n".join(f"  {line}" for line in code.splitlines() if line))

@@ -1,0 +1,327 @@
+"""What every kind of run shares: how it is started, and the rounds with the objectives that it is compared with."""
+
+import dataclasses
+import logging
+import platform
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
+from torch import nn
+
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.parsing import saved_settings
+from spin_diffusion.selfplay.run_settings import PER_ROUND, RunSettings, changes
+from spin_diffusion.selfplay.candidates import Candidates
+from spin_diffusion.selfplay.fused import check_fused
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.ledger import Costs
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.store.run_dir import read_json, settle, write_file, write_json
+from spin_diffusion.selfplay.samples import forget_prepared
+from spin_diffusion.selfplay.sharded import check_sharding
+from spin_diffusion.selfplay.table import Evaluate, Probe
+from spin_diffusion.selfplay.tracking import start_trackers
+from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
+from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
+from spin_diffusion.store.folder import check_folder, share_folder, take_folder
+from spin_diffusion.store.yaml_files import dump_yaml
+
+ENCODINGS = "store of encodings"
+
+
+@runtime_checkable
+class AnyConfig(Protocol):
+    """The settings of a run of any kind."""
+
+    rounds: RoundSettings
+    training: TrainSettings
+    run: RunSettings
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flag."""
+        ...
+
+
+def write_config(config: AnyConfig, path: Any) -> None:
+    """All settings as a YAML file that `--config` reads."""
+    path.write_text(dump_yaml(config.flat()), encoding="utf-8")
+
+
+# The steps that every kind of run takes
+
+
+def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
+    """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
+    if check_folder(output_dir, program) and _has_begun(output_dir):
+        changed = changes(saved_settings(output_dir / "config.yaml"), config.flat())
+        if changed:
+            raise InputError(
+                f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
+            )
+    if (encodings := _encodings_dir(config)) is not None:
+        if encodings.resolve() == output_dir.resolve():
+            raise InputError(f"--encodings_dir {encodings} is the --output_dir: give another, or leave it out")
+        check_folder(encodings, ENCODINGS, "--encodings_dir")
+
+
+def quiet_libraries() -> None:
+    """Their notes are about parts that are not used here."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # Where it is installed accelerate loads it, asked or not
+    logging.getLogger("DeepSpeed").disabled = not launched_stage()
+
+
+def start(config: AnyConfig, output_dir: Path, program: str) -> Accelerator:
+    """Quiet the libraries and set the seeds. A folder in which another command works is refused; one that is not there
+    yet is not made."""
+    quiet_libraries()
+    accelerator = _accelerator(config, output_dir)
+    if accelerator.is_main_process and check_folder(output_dir, program):
+        take_folder(output_dir, program)
+    accelerator.wait_for_everyone()
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    set_seed(config.rounds.seed)
+    return accelerator
+
+
+def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerator: Accelerator) -> None:
+    """Make the folder this run's, put right what a killed run left in it, and write the settings; called once the base
+    is known to be good."""
+    if accelerator.is_main_process:
+        if (encodings := _encodings_dir(config)) is not None:
+            share_folder(encodings, ENCODINGS, "--encodings_dir")
+        take_folder(output_dir, program)
+        settle(output_dir)
+        if not _has_begun(output_dir) and changes(_settings_before(output_dir), config.flat()):
+            # What a command with other settings had prepared before it was refused
+            for name in ("data", "held_out"):
+                forget_prepared(output_dir / name)
+        write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
+    accelerator.wait_for_everyone()
+
+
+def _has_begun(output_dir: Path) -> bool:
+    """Whether base and data were found good once; until then settings may be corrected in the same folder."""
+    return (output_dir / "manifest.json").is_file()
+
+
+def _settings_before(output_dir: Path) -> dict[str, Any]:
+    """Of a command that did not get far enough for its settings to matter; none where they cannot be read."""
+    try:
+        return saved_settings(output_dir / "config.yaml")
+    except InputError:
+        return {}
+
+
+def _encodings_dir(config: AnyConfig) -> Path | None:
+    """That runs share, if there is one."""
+    given = config.flat().get("encodings_dir")
+    return Path(given) if given else None
+
+
+def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
+    report_to = None if config.run.report_to == "none" else config.run.report_to
+    # Accelerate would train on without it
+    if report_to in LoggerType.list()[1:] and LoggerType(report_to) not in get_available_trackers():
+        package = f"'spin-diffusion[{report_to}]'" if report_to in ("wandb", "trackio") else report_to
+        raise InputError(f"--report_to {report_to}: not installed: pip install {package}, or give another tracker")
+    return make_accelerator(
+        config.training.mixed_precision,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        log_with=report_to,
+        project_dir=str(output_dir / config.run.logging_dir),
+        # One process may read the data while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+
+
+def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
+    """Accelerate's, in a precision that the device has; InputError when it has not.
+
+    Args:
+        mixed_precision: None = what the launcher says.
+    """
+    try:
+        with as_plain_processes():
+            accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+    except (ValueError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise InputError(
+            "--mixed_precision fp16 is computed on a GPU alone, and there is none here, only the CPU: give bf16 or no"
+        )
+    return accelerator
+
+
+def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator) -> None:
+    """InputError names what the processes at hand, or the way of training asked for, cannot do."""
+    moving_average = config.rounds.opponent == "ema"
+    check_fused(config.training, accelerator)
+    check_zero(player, config.training, accelerator, moving_average)
+    check_sharding(player, config.training, accelerator, moving_average)
+
+
+def rivals(config: AnyConfig) -> list[str]:
+    """The objectives that the run is compared with, without its own."""
+    return [name for name in config.run.compare_with or [] if [name] != objectives_of(config.rounds)]
+
+
+def needs_losers(config: AnyConfig) -> bool:
+    """Whether some objective takes its generated side from the data set."""
+    return "data" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
+
+
+class BaseRecord(TypedDict):
+    """The base that a run was started from: its path or hub id, and the hash of its weights."""
+
+    name: str
+    weights: str
+
+
+class RunManifest(TypedDict):
+    """What a run was started from."""
+
+    base: BaseRecord
+    data: dict[str, Any]
+    versions: dict[str, str]
+
+
+def write_manifest(
+    output_dir: Path, base: dict[str, Any], weights: str, data: dict[str, Any], config: AnyConfig,
+    accelerator: Accelerator, versions: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Lineage of the run; a base or a global batch other than the one it was started with is refused.
+
+    Args:
+        base, weights: the base's identity (`name` is its path or hub id), and the hash of its weights.
+        versions: of packages that this run needs beside the usual ones.
+    """
+    path = output_dir / "manifest.json"
+    packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
+    content = {
+        "base": base | {"weights": weights},
+        "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
+        "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()}
+        | (versions or {}),
+    }
+    if path.is_file():
+        begun = read_json(path, RunManifest, "delete it and run the same command again, which writes it anew")
+        if begun["base"]["weights"] != weights:
+            raise InputError(
+                f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "
+                "start in another --output_dir"
+            )
+        if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
+            raise InputError(
+                f"{output_dir} was started with {begun['pairs_per_step']} pairs in each optimizer step, this command "
+                f"has {content['pairs_per_step']}: change --train_batch_size, --gradient_accumulation_steps or the "
+                "number of processes to keep their product, or start in another --output_dir"
+            )
+    elif accelerator.is_main_process:
+        write_json(path, content)
+    accelerator.wait_for_everyone()
+
+
+def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
+    """For the header: the batch, and each round's steps, rate and beta."""
+    training, rounds, world = config.training, config.rounds, accelerator.num_processes
+    batch = pairs_per_step(training, world)
+    lines = [
+        f"Batch      {batch} pairs a step = {training.train_batch_size} x {training.gradient_accumulation_steps} "
+        f"accumulation x {world} process{'es' if world > 1 else ''} on {accelerator.device.type}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
+    ]
+    for k in range(1, rounds.rounds + 1):
+        steps, _ = steps_of_round(training, k, rows // rounds.real_parts, world)
+        lines.append(
+            f"           round {k}: {steps} steps at lr {of_round(training.learning_rate, k):g}, beta "
+            f"{of_round(rounds.beta, k):g}"
+        )
+    for key, value in config.flat().items():
+        if key in PER_ROUND and isinstance(value, list) and len(value) > rounds.rounds:
+            left = len(value) - rounds.rounds
+            of = f"of the {len(value)} values of --{key} the last {left}"
+            lines.append(f"           {of} have no round: --rounds {rounds.rounds}")
+    return "\n".join(lines)
+
+
+def play_with_rivals(
+    config: AnyConfig,
+    game: Game,
+    output_dir: Path,
+    accelerator: Accelerator,
+    evaluate: Evaluate | None,
+    evaluate_rival: Callable[[str], Evaluate | None],
+    progress: Progress,
+    held_out: Path | None = None,
+    candidates: Candidates | None = None,
+    probe: Probe | None = None,
+    costs: Callable[[RoundSettings], Costs] | None = None,
+) -> list[dict[str, Any]]:
+    """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
+    data = output_dir / "data"
+    records = play(
+        game,
+        data,
+        output_dir,
+        config.rounds,
+        config.training,
+        accelerator,
+        evaluate,
+        progress,
+        held_out,
+        candidates,
+        probe,
+        costs(config.rounds) if costs else None,
+    )
+    for rival in rivals(config):
+        accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
+        rounds = dataclasses.replace(config.rounds, objective=rival)
+        play(
+            game, data, output_dir / f"compare-{rival}", rounds, config.training, accelerator, evaluate_rival(rival),
+            progress, held_out, candidates, costs=costs(rounds) if costs else None, run_dir=output_dir,
+        )  # fmt: skip
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        write_json(output_dir / "manifest.json", read_json(output_dir / "manifest.json") | {"rounds": lineage(records)})
+    return records
+
+
+def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
+    ones anchored its scores, in the middle of the round too."""
+    return [
+        {
+            "round": record["round"],
+            "started_from": record["parent"],
+            "opponent": record["opponent"],
+            "drawn": record.get("drawn", {}),
+            "anchors_within_the_round": record["training"]["anchors"],
+            "decision": record["decision"] if record["state"] == "PROMOTED" else record["rejected_because"],
+        }
+        for record in records
+    ]
+
+
+def open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
+    """Those of --report_to, with the settings that they can show."""
+    shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
+    logs = output_dir / config.run.logging_dir
+    start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)

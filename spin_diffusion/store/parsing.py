@@ -1,0 +1,180 @@
+"""Flat flags and YAML into frozen dataclasses, with errors of one line that name the nearest setting.
+
+The flags are flat (`--learning_rate`), a YAML file given by `--config` holds the same names, and the command line wins.
+A word on the command line is read as the same word in the file, so nothing has two meanings.
+"""
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import jsonargparse
+from jsonargparse import ArgumentParser
+
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import printable
+from spin_diffusion.store.typed import Misfit, container_of, fit, shown
+from spin_diffusion.store.yaml_files import parse_yaml, read_yaml
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def parse_sections(
+    sections: Mapping[str, type], argv: Sequence[str] | None, listed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One instance of each section's dataclass, from the command line over `--config` over the defaults.
+
+    Args:
+        listed: settings that also take words one after the other (`--models a=x b=y`) or joined by commas.
+
+    Raises:
+        InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
+    """
+    known = _known(sections)
+    given: dict[str, Any] = {}
+    files, flags = _split(list(sys.argv[1:] if argv is None else argv), known, listed)
+    for path in files:
+        given |= settings_of(path, known)
+    for name, values in flags:
+        if name in listed and not (len(values) == 1 and values[0].startswith("[")):
+            given[name] = [part for value in values for part in value.split(",") if part]
+        elif name in known:
+            given[name] = _read(values[0], name, known[name])
+    for name in _ABOUT:
+        if name in dict(flags):
+            _tell(sections, given, name)
+    return build_sections(sections, given)
+
+
+def build_sections(sections: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
+    """One instance of each section's dataclass, from settings by their flat names over the defaults.
+
+    Raises:
+        InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
+    """
+    known = _known(sections)
+    checked = {name: _checked(value, name, known, "--") for name, value in given.items()}
+    return {
+        name: section(**{field.name: checked[field.name] for field in fields(section) if field.name in checked})
+        for name, section in sections.items()
+    }
+
+
+def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a YAML file, their names and types checked.
+
+    Args:
+        known: the type of each setting by its name.
+    """
+    content = read_yaml(Path(path).expanduser())
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{printable(path)} must hold settings by name, as in `seed: 0`")
+    return {name: _checked(value, name, known, f"{printable(path)}: ") for name, value in content.items()}
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The settings that a command wrote into its folder; InputError when they cannot be read any more."""
+    try:
+        content = fit(read_yaml(path), dict[str, Any])
+    except Misfit as error:
+        raise InputError(f"{printable(path)} is damaged ({error}): {_START_ELSEWHERE}") from None
+    except InputError as error:
+        raise InputError(f"{error}: {_START_ELSEWHERE}") from None
+    return content
+
+
+_START_ELSEWHERE = "restore it, or start in another --output_dir"
+_ABOUT = ("help", "print_config")
+"""Flags that print and end the command."""
+
+
+def _tell(sections: Mapping[str, type], given: dict[str, Any], name: str) -> None:
+    """Print what the settings mean, or what they are, and end the command."""
+    parser = ArgumentParser(usage="%(prog)s --config CONFIG.yaml [--SETTING VALUE ...]")
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    for section in sections.values():
+        parser.add_class_arguments(section, as_group=True)
+    parser.set_defaults(given)
+    parser.parse_args([f"--{name}"])
+
+
+def _known(sections: Mapping[str, type]) -> dict[str, Any]:
+    return {field.name: field.type for section in sections.values() for field in fields(section)}
+
+
+def _split(
+    argv: list[str], known: Mapping[str, Any], listed: Sequence[str]
+) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The files of settings, and each flag with its words."""
+    files: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    place = 0
+    while place < len(argv):
+        flag, equals, value = argv[place].partition("=")
+        name = "help" if flag == "-h" else flag.removeprefix("--")
+        if not flag.startswith("--") and flag != "-h":
+            raise InputError(f"{printable(argv[place])!r} belongs to no setting: give --SETTING VALUE")
+        if name not in (*known, *_ABOUT, "config"):
+            raise InputError(f"unknown setting {printable(name)!r}{nearest(name, [*known, 'config'])}")
+        place += 1
+        words = [value] if equals else []
+        most = 1 if name not in listed else len(argv)
+        while not equals and name not in _ABOUT and len(words) < most and place < len(argv):
+            if argv[place].startswith("--"):
+                break
+            words.append(argv[place])
+            place += 1
+        if not words and known.get(name) is bool:
+            words = ["true"]  # `--use_ema` alone, as in diffusers' scripts
+        if not words and name not in (*_ABOUT, *listed):
+            raise InputError(f"--{name} has no value: give --{name} VALUE")
+        if name == "config":
+            files += words
+        else:
+            flags.append((name, words))
+    return files, flags
+
+
+def _read(word: str, name: str, type_: Any) -> Any:
+    """The value of a word on the command line: text where the setting takes any text, else what YAML reads."""
+    parts = get_args(type_) if get_origin(type_) is not Literal else ()
+    parts = parts if parts and get_origin(type_) not in (list, dict) else (type_,)
+    if str in parts and not (word == "null" and NoneType in parts):
+        if not (word[:1] in ("[", "{") and any(container_of(part) for part in parts)):
+            return word
+    return parse_yaml(word, f"--{name}") if word else word
+
+
+def _checked(value: Any, name: str, known: Mapping[str, Any], before: str) -> Any:
+    """A setting's value as its type has it; InputError names the setting, what was given and what would be right."""
+    if name not in known:
+        raise InputError(f"{before.removesuffix('--')}unknown setting {printable(name)!r}{nearest(name, list(known))}")
+    try:
+        return fit(value, known[name])
+    except Misfit as error:
+        given = printable(value) if value and isinstance(value, str) else shown(value)
+        if isinstance(value, str) and (choices := _choices(known[name])):
+            close = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"{before}{name} {given}: give one of {', '.join(choices)}{hint}") from None
+        raise InputError(f"{before}{name} {given}: {error}") from None
+
+
+def _choices(type_: Any) -> list[str]:
+    """The words that a setting of a closed set of them can have, one or a list; of other settings none."""
+    if get_origin(type_) is Literal:
+        return [str(word) for word in get_args(type_)]
+    parts = [_choices(part) for part in get_args(type_) if part is not type(None)]
+    return list(dict.fromkeys(word for part in parts for word in part)) if all(parts) else []
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean ...?", or all that are known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"

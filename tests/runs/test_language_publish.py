@@ -1,0 +1,73 @@
+"""The model card of a language run, and what of the run's folder reaches a hub, by a stand-in of its client."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.runs.language_card import write_model_card
+from tests.llm.playing import LANGUAGE
+from tests.cli.test_language_script import play, refused, settings  # noqa: F401
+
+RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings, tmp_path, capsys):  # noqa: F811
+    argv = [*RUN, "--use_peft", "true", "--lora_r", "4"] if use_peft else RUN
+    assert play(tmp_path, settings, *argv) == 0
+    assert "Uploaded to https://huggingface.co/someone/some-model" in capsys.readouterr().out
+    weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    names = {path.name for path in hub.rglob("*")}
+    assert {weights, "tokenizer.json", "README.md", "config.yaml", "manifest.json", "report.html"} <= names
+    assert not names & {"samples", "data", "round-1", "model", "adapter", "answers.parquet", "logs"}
+    assert "hf_secret" not in (hub / "config.yaml").read_text()
+    # At the root, where transformers and PEFT look
+    base = LANGUAGE / "base"
+    model = AutoModelForCausalLM.from_pretrained(base if use_peft else hub)
+    model = PeftModel.from_pretrained(model, hub) if use_peft else model
+    assert AutoTokenizer.from_pretrained(hub).chat_template
+    card = ModelCard.load(hub / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft" if use_peft else "transformers",
+                                                                "text-generation")  # fmt: skip
+    text = card.text
+    for part in ("someone/some-model", "| answers | 48 from", "space, beta 1, 1 rounds", "| space round 1 |",
+                 "LoRA of rank 4" if use_peft else "all weights"):  # fmt: skip
+        assert part in text, part
+    assert ("PeftModel" in text) == use_peft and "guidance" not in text and "image" not in text
+
+
+@pytest.mark.parametrize(
+    "objective, says",
+    [
+        ("spin", "by self-play from [base](#use) with [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+        ("space", "with [SPACE](https://arxiv.org/abs/2512.07175): in each round"),
+        ("dpo", "fine-tuned from [base](#use) with [DPO](https://arxiv.org/abs/2305.18290): the player learns to"),
+        ("sft", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155) on the data's answers alone."),
+        ("kto", "with [KTO](https://arxiv.org/abs/2402.01306): in each round"),
+        ("[sft, space, spin]", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155), "
+         "[SPACE](https://arxiv.org/abs/2512.07175) and [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+    ],
+)  # fmt: skip
+def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
+    argv = ["--model_name_or_path", str(LANGUAGE / "base"), "--dataset_name", "rows.jsonl", "--rounds", "4"]
+    write_model_card(tmp_path, parse_language_config([*argv, "--objective", objective]), 48, [])
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert says in card and "Diffusion" not in card
+
+
+def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811
+    assert play(tmp_path, settings, "--rounds", "1") == 0
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    found = {}
+    exec(code, found)
+    assert found["model"].config.model_type == "llama" and found["tokenizer"].eos_token
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):  # noqa: F811
+    refused(capsys, play(tmp_path, settings, *RUN), "--push_to_hub", "someone/some-model", "run the same command again")
+    assert (tmp_path / "out" / "model").is_dir() and (tmp_path / "out" / "README.md").is_file()
+    assert "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()

@@ -1,0 +1,80 @@
+"""The model card that every kind of run writes: what it says of the base, of the settings and of the verdict."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.runs.image_card import write_model_card
+from spin_diffusion.runs import language_card
+from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.runs.publish import _verdict, by_round, round_facts
+
+
+def config(base: str = "someone/base", *flags: str):
+    return parse_config(["--pretrained_model_name_or_path", base, "--dataset_name", "a|b\nc.parquet",
+                         "--train_batch_size", "2", "--max_train_steps", "4", *flags])  # fmt: skip
+
+
+def card_of(tmp_path, settings) -> ModelCard:
+    write_model_card(tmp_path, settings, "StableDiffusionPipeline", 48, [])
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def test_a_base_on_the_hub_is_linked_with_its_licence_and_a_local_one_is_not(tmp_path):
+    card = card_of(tmp_path, config())
+    assert card.data.base_model == "someone/base" and "The licence of the base applies" in card.text
+    assert "[someone/base](https://huggingface.co/someone/base)" in card.text
+    local = tmp_path / "home" / "base"
+    local.mkdir(parents=True)
+    card = card_of(tmp_path, config(str(local)))
+    assert card.data.base_model is None and "licence" not in card.text
+    assert "[base](#use)" in card.text and "huggingface.co" not in card.text
+
+
+def test_what_was_written_by_others_stays_in_its_cell(tmp_path):
+    row = next(line for line in card_of(tmp_path, config()).text.splitlines() if line.startswith("| images |"))
+    assert row == "| images | 48 from `a\\|b c.parquet` |"
+
+
+def test_settings_of_each_round_are_told_of_each_round(tmp_path):
+    changing = config("base", "--rounds", "3", "--objective", "[sft, spin]", "--beta", "[100, 200]")
+    assert by_round(changing, changing.rounds.beta) == "100, 200, 200" and by_round(changing, [5.0]) == "5"
+    card = card_of(tmp_path, changing)
+    assert "| objective | sft, spin, beta 100, 200, 200, 3 rounds |" in card.text
+    assert "[SPIN-Diffusion](" in card.text  # the method of the rounds that the result came from
+    assert {"sft", "spin", "self-play"} <= set(card.data.tags)
+
+
+def test_the_steps_of_a_round_are_those_of_its_part_on_all_processes(monkeypatch):
+    epochs = config("base", "--max_train_steps", "null", "--num_train_epochs", "2", "--real_parts", "2")
+    assert dict(round_facts(epochs, 48))["optimizer steps a round"] == "24"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert dict(round_facts(epochs, 48))["optimizer steps a round"] == "6"
+
+
+@pytest.mark.parametrize("scale", [3.0, None])
+def test_the_verdict_is_the_headlines(scale):
+    said = [
+        {"model": model, "guidance_scale": at, "verdict": verdict, "reason": f"{model} at {at}."}
+        for model, at, verdict in (("round 1", scale, "regressed"), ("round 2", 1.0, "inconclusive"),
+                                   ("round 2", scale, "improved"))
+    ]  # fmt: skip
+    results = {"headline": {"model": "round 2", "guidance_scale": scale}, "verdicts": said}
+    at = "" if scale is None else " at guidance 3"
+    assert _verdict(json.loads(json.dumps(results))) == f"round 2{at}: **improved**. round 2 at {scale}."
+    assert _verdict(None) == ""
+
+
+@pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_peft", "true"), "adapter")])
+def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, folder, tmp_path):
+    def card(*more: str) -> str:
+        settings = ["--model_name_or_path", "base", "--dataset_name", "a.jsonl", "--max_train_steps", "4"]
+        language_card.write_model_card(tmp_path, parse_language_config([*settings, *flags, *more]), 48, [])
+        return (tmp_path / "README.md").read_text()
+
+    # The weights, and the tokenizer beside them
+    assert card().count(json.dumps(str(tmp_path / folder))) == 2
+    uploaded = card("--hub_model_id", "someone/it")
+    assert uploaded.count('"someone/it"') == 2 and str(tmp_path) not in uploaded

@@ -1,0 +1,101 @@
+"""What a run with changed settings is held against."""
+
+from dataclasses import fields
+
+import pytest
+from accelerate import Accelerator
+
+from spin_diffusion.diffusion import config
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.selfplay.run_settings import HARMLESS
+from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder, write_manifest
+from spin_diffusion.store.run_dir import write_json
+from spin_diffusion.store.folder import MARKER, check_folder
+
+
+def test_a_setting_is_changed_whichever_side_knows_it():
+    old, new = (
+        {"beta": 1.0, "gone": 2, "seed": 0, "debug": False},
+        {"beta": 3.0, "added": [4], "seed": 0, "debug": True},
+    )
+    assert changes(old, new) == ["added: None -> [4]", "beta: 1.0 -> 3.0", "gone: 2 -> None"]
+    assert changes(old, old) == []
+
+
+def test_no_setting_of_the_game_itself_is_harmless():
+    names = {name: {field.name for field in fields(kind)} & HARMLESS for name, kind in config.SECTIONS.items()}
+    playing = {name: found for name, found in names.items() if name not in ("run", "training") and found}
+    assert playing == {
+        "rounds": {"rounds"}, "images": {"vae_encode_batch_size"}, "caches": {"encodings_dir"},
+        "probe": {"probe_samples", "on_shortcut"}, "data": {"cache_dir"},
+    }  # fmt: skip
+    assert names["training"] == {
+        "checkpointing_steps", "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint",
+        "train_batch_size", "gradient_accumulation_steps",
+    }  # fmt: skip
+
+
+def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
+    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}}, Accelerator(cpu=True)
+
+    def begin(weights: str = "w", *flags: str) -> None:
+        settings = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--train_batch_size", "4"]
+        write_manifest(tmp_path, {"name": "base"}, weights, data, config.parse_config([*settings, *flags]), accelerator)
+
+    begin()
+    written = (tmp_path / "manifest.json").read_bytes()
+    begin("w", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    with pytest.raises(InputError, match="the weights of base are not the ones that this run was started with"):
+        begin("other")
+    with pytest.raises(InputError, match="started with 4 pairs in each optimizer step, this command has 8"):
+        begin("w", "--train_batch_size", "8")
+    assert (tmp_path / "manifest.json").read_bytes() == written
+
+
+def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(tmp_path):
+    out, accelerator = tmp_path / "out", Accelerator(cpu=True)
+
+    def begin(*flags: str) -> None:
+        settings = config.parse_config(["--pretrained_model_name_or_path", "base", "--max_train_steps", *flags])
+        check_run_folder(settings, out, "image training")
+        take_run_folder(settings, out, "image training", accelerator)
+
+    def prepared() -> set[str]:
+        return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {"config.yaml", MARKER}
+
+    begin("1")
+    for name in ("data/manifest.json", "data/left_out.json", "data/samples/mine.txt", "held_out/left_out.json"):
+        write_json(out / name, {})
+    begin("1")
+    assert len(prepared()) == 4
+    begin("2")
+    assert prepared() == {"data/samples/mine.txt"}
+    write_json(out / "manifest.json", {})
+    write_json(out / "data/manifest.json", {})
+    with pytest.raises(InputError, match="holds a run with other settings"):
+        begin("1")
+    assert len(prepared()) == 3
+
+
+def test_shared_encodings_lie_in_a_folder_of_their_own(tmp_path):
+    out, shared, accelerator = tmp_path / "out", tmp_path / "shared", Accelerator(cpu=True)
+
+    def begin(encodings: object) -> None:
+        settings = config.parse_config(
+            ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--encodings_dir", str(encodings)]
+        )
+        check_run_folder(settings, out, "image training")
+        take_run_folder(settings, out, "image training", accelerator)
+
+    with pytest.raises(InputError, match="--encodings_dir .*/out is the --output_dir"):
+        begin(tmp_path / "elsewhere" / ".." / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="--encodings_dir .*/mine is not empty and has no .spin-diffusion.json"):
+        begin(tmp_path / "mine")
+    assert not out.exists() and len(list((tmp_path / "mine").iterdir())) == 1
+    begin(shared)
+    begin(shared)
+    assert [path.name for path in shared.iterdir()] == [MARKER]
+    with pytest.raises(InputError, match="--encodings_dir .*/out .*says image training, not store of encodings"):
+        check_folder(out, "store of encodings", "--encodings_dir")
