@@ -197,7 +197,7 @@ def write_failure(folder: Path, kind: Literal["diverged", "refused", "killed"], 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process works on the cell: one may be left of a comparison that was killed."""
-    take_folder(folder, "run of a comparison", wait=True)
+    take_folder(folder, "run of a comparison", wait=True, inside=True)
     try:
         settle(folder)
         yield

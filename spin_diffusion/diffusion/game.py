@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.buckets import bucket_sizes, nearest, packed, places_by_size
 from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
+from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, load_adapter
 from spin_diffusion.diffusion.noising import read_noising
@@ -50,6 +51,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.run_dir import commit, part_of, seed_from, weights_hash
+from spin_diffusion.store.weights import config_of
 
 
 def example_id(example: Example) -> str:
@@ -101,7 +103,8 @@ class DiffusionGame:
         # The images' sizes
         self.resolution = images.resolution or family.RESOLUTION
         self.latent_px = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        multiple = self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        # Pipelines take multiples of 8 alone, also with a VAE of a factor below that
+        multiple = max(8, self.latent_px * 2 ** (len(pipeline.unet.config.block_out_channels) - 1))
         if self.resolution % multiple:
             raise InputError(f"--resolution {self.resolution}: {self.base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
@@ -159,6 +162,11 @@ class DiffusionGame:
             self.player.requires_grad_(True).eval()
             self.opponent = self._opponent_of_player()
         compile_unet(self.player, self.denoiser.compile)
+
+    @cached_property
+    def parts_hash(self) -> str:
+        """Hash of all that makes the base, beside its UNet's weights: the other parts, and every configuration."""
+        return key_of(unet=config_of(self.player), parts=parts_hash(self.pipeline))
 
     @property
     def has_sizes(self) -> bool:

@@ -7,15 +7,7 @@ from torch import nn
 
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.run_dir import weights_hash
-
-_ABOUT_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
-
-
-def config_of(part: Any) -> dict[str, Any]:
-    """A part's configuration, which decides what its weights do not show: how it computes with them."""
-    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-    kept = {name: value for name, value in config.items() if name[0] != "_" and name not in _ABOUT_THE_FILE}
-    return json.loads(json.dumps(kept, default=str))
+from spin_diffusion.store.weights import config_of
 
 
 def words_of(tokenizer: Any) -> list[Any]:

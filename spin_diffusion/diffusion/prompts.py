@@ -16,13 +16,14 @@ from safetensors import safe_open
 
 from spin_diffusion.data.reading import Example, short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
-from spin_diffusion.diffusion.identity import config_of, words_of
+from spin_diffusion.diffusion.identity import words_of
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import is_built, weights_hash, write_shared_tensors
 from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.weights import config_of
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
 TOKENISED_AT_ONCE = 512

@@ -13,6 +13,14 @@ Kernel = Literal["torch", "measure", "flash", "efficient", "cudnn", "math"]
 
 MIN_PAIRS = 32
 """Of the probe."""
+MAX_RESOLUTION = 10_000
+"""Pixels; larger pictures are not read either (`store.pictures`)."""
+
+
+def check_resolution(resolution: int | None) -> None:
+    """InputError for a resolution that no checkpoint draws in; None = its own."""
+    if resolution is not None and (not 8 <= resolution <= MAX_RESOLUTION or resolution % 8):
+        raise InputError(f"--resolution {resolution} must be a multiple of 8, and at most {MAX_RESOLUTION:,}")
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,7 @@ class ImageSettings:
     """Images encoded at a time."""
 
     def __post_init__(self) -> None:
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        check_resolution(self.resolution)
         if not self.max_aspect_ratio >= 1:
             raise InputError(f"--max_aspect_ratio {self.max_aspect_ratio} must be at least 1, which means squares")
         if not 1 <= self.jpeg_quality <= 100:

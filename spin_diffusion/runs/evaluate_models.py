@@ -13,12 +13,13 @@ from accelerate import Accelerator
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.identity import config_of, parts_hash
+from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.diffusion.settings import check_resolution
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.concluding import closing_lines
 from spin_diffusion.evaluation.drawing import (
@@ -51,6 +52,7 @@ from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
 from spin_diffusion.store.text import printable
+from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml
 
 PROGRAM = "evaluation"
@@ -110,8 +112,7 @@ class EvaluateSettings:
             raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at most {MAX_IMAGES_PER_PROMPT:,}")
         if min(self.guidance_scales) < 0 or len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise InputError(f"--resolution {self.resolution} must be a multiple of 8")
+        check_resolution(self.resolution)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed {self.seed} must be at least 0 and below {2**32}")
 

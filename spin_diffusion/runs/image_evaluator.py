@@ -9,7 +9,6 @@ from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.drawing import folder_of, precision_of, requests
@@ -55,7 +54,7 @@ class Evaluator(RunEvaluator):
                 eta=config.sampling.eta,
                 precision=precision_of(accelerator.mixed_precision, config.training.allow_tf32),
             )
-        self.drawn_with = key_of(unet=game.base_hash, parts=parts_hash(game.pipeline))
+        self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
 
     def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
         """A model whose images and scores lie in `folder`."""

@@ -79,7 +79,7 @@ def run(config: Config, family_name: str) -> None:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    write_manifest(output_dir, base.as_dict(), game.base_hash, manifest, config, accelerator)
+    write_manifest(output_dir, base.as_dict(), game.base_hash, game.parts_hash, manifest, config, accelerator)
     accelerator.print(header(config, game, manifest, output_dir) + round_lines(config, manifest["rows"], accelerator))
     if prompts is not None and (line := cut_validation(game, prompts)):
         accelerator.print(line)

@@ -44,8 +44,10 @@ from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import printable
+from spin_diffusion.store.weights import config_of
 
 PROGRAM = "language training"
 
@@ -93,7 +95,8 @@ def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
     pairs = manifest["rows"] // config.rounds.real_parts
     # Now, not after a night of drawing
     check_batch(pairs, config.training, accelerator.num_processes)
-    write_manifest(output_dir, game.base.identity(), weights_hash(game.model), manifest, config, accelerator, versions)
+    weights, parts = weights_hash(game.model), key_of(config=config_of(game.model))
+    write_manifest(output_dir, game.base.identity(), weights, parts, manifest, config, accelerator, versions)
     accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
 
     # The rounds, and what they are compared with

@@ -202,19 +202,20 @@ class RunManifest(TypedDict):
 
 
 def write_manifest(
-    output_dir: Path, base: dict[str, Any], weights: str, data: dict[str, Any], config: AnyConfig,
+    output_dir: Path, base: dict[str, Any], weights: str, parts: str, data: dict[str, Any], config: AnyConfig,
     accelerator: Accelerator, versions: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Lineage of the run; a base or a global batch other than the one it was started with is refused.
 
     Args:
-        base, weights: the base's identity (`name` is its path or hub id), and the hash of its weights.
+        base, weights: the base's identity (`name` is its path or hub id), and the hash of the weights that are trained.
+        parts: hash of what else it is: its other parts, its configurations.
         versions: of packages that this run needs beside the usual ones.
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
     content = {
-        "base": base | {"weights": weights},
+        "base": base | {"weights": weights, "parts": parts},
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
         "versions": {name: version(name) for name in packages}
@@ -227,6 +228,13 @@ def write_manifest(
             raise InputError(
                 f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "
                 "start in another --output_dir"
+            )
+        # Another version of a library may know keys of a configuration more
+        libraries = [{name: said["versions"].get(name) for name in packages[:3]} for said in (begun, content)]
+        if begun["base"].get("parts", parts) != parts and libraries[0] == libraries[1]:
+            raise InputError(
+                f"{base['name']} is not what this run was started with (its weights are, its configuration or another "
+                "of its parts is not): restore it, or start in another --output_dir"
             )
         if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
             raise InputError(

@@ -29,18 +29,20 @@ _unlocked: set[Path] = set()
 """Folders of which was said that they cannot be locked."""
 
 
-def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool:
+def check_folder(folder: Path, program: str, flag: str = "--output_dir", inside: bool = False) -> bool:
     """Refuse a folder that is not this program's; nothing is written.
 
     Args:
         program: what writes into it, in words: "image training".
         flag: that the folder was given with.
+        inside: whether a new one may lie in a folder of this program at which this process does not work.
 
     Returns:
         Whether it is this program's already; otherwise it is absent, or there is nothing in it but a marker.
 
     Raises:
-        InputError: it holds something else, is another program's, is no folder, or has a name that is not UTF-8.
+        InputError: it holds something else, is another program's, is no folder, has a name that is not UTF-8, or would
+            be new in a folder whose files another command replaces and removes.
     """
     where = f"{flag} {printable(folder)}"
     if broken_character(str(folder.absolute())) is not None:
@@ -50,7 +52,7 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
     except FileNotFoundError:
         if folder.is_symlink():
             raise InputError(f"{where} is a link to nowhere: give another") from None
-        return False
+        names = set()
     except NotADirectoryError:
         raise InputError(f"{where} is a file, or below one, and cannot be made: give a folder") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -69,6 +71,12 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir") -> bool
         raise InputError(
             f"{where} is not empty and has no {MARKER}: it is somebody else's, or of an earlier version, or was copied "
             "without that file: give another"
+        )
+    above = next((above for above in folder.resolve().parents if (above / MARKER).exists()), None)
+    if above is not None and not inside and not _holds(above):
+        raise InputError(
+            f"{where} lies in {printable(above)}, a folder of this program, and would go when something there is "
+            "deleted to be made anew: give one outside of it"
         )
     return False
 
@@ -100,21 +108,24 @@ def _check_marker(said: dict[str, Any], program: str, where: str) -> None:
         )
 
 
-def take_folder(folder: Path, program: str, flag: str = "--output_dir", wait: bool = False) -> None:
+def take_folder(
+    folder: Path, program: str, flag: str = "--output_dir", wait: bool = False, inside: bool = False
+) -> None:
     """Make a folder this program's, and keep other commands out of it until this process ends or `release`s it.
 
     Args:
         wait: for the end of another command that works there, instead of refusing.
+        inside: as `check_folder`.
 
     Raises:
         InputError: as `check_folder`; another command works there; it cannot be written.
     """
-    check_folder(folder, program, flag)
+    check_folder(folder, program, flag, inside)
     if _holds(folder):
         return
     with _marker(folder, flag) as descriptor:
         locked = _lock(folder, descriptor, flag, wait)
-        if not check_folder(folder, program, flag):  # again: only now it is this command's alone
+        if not check_folder(folder, program, flag, inside):  # again: only now it is this command's alone
             _write(descriptor, program)
         if locked:
             _held[folder.resolve()] = os.dup(descriptor)

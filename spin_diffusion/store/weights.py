@@ -79,6 +79,20 @@ def check_whole(model: nn.Module, said: dict[str, Any], where: str) -> None:
         )
 
 
+_ABOUT_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def config_of(part: Any) -> dict[str, Any]:
+    """A part's configuration, which decides what its weights do not show: how it computes with them.
+
+    Args:
+        part: a model of diffusers' or transformers', or a pipeline.
+    """
+    config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+    kept = {name: value for name, value in config.items() if name[0] != "_" and name not in _ABOUT_THE_FILE}
+    return json.loads(json.dumps(kept, default=str))
+
+
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """The tensors of a safetensors file by name, each with `dtype` and `shape`; no weights are read.
 

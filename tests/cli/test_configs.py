@@ -53,6 +53,7 @@ NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
         (["--beta", "1e300"], "--beta 1e+300 must be at most"),
         (["--logging_dir", "manifest.json"], "--logging_dir manifest.json is where a run keeps other things"),
         (["--logging_dir", "./round-1/logs"], "is where a run keeps other things"),
+        (["--resolution", "80000000"], "--resolution 80000000 must be a multiple of 8, and at most 10,000"),
         (["--adam_beta1", "1"], "--adam_beta1 1.0 must be at least 0 and below 1"),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 must be at least 0 and below 1"),
         (["--ema_decay", "1.5"], "--ema_decay 1.5 must be above 0 and at most 1"),

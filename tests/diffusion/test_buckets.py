@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from spin_diffusion.data import Example
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, told, unpacked
 from spin_diffusion.diffusion.cost import UnitCosts
+from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.game import Batch
@@ -81,6 +83,18 @@ def test_sizes_fit_the_networks_the_memory_and_the_ratio(resolution, multiple, r
         assert resolution**2 * 0.75 < height * width <= resolution**2 or multiple * 8 > resolution
         assert max(height, width) / min(height, width) <= ratio and (width, height) in sizes
     assert ratio > 1 or len(sizes) == 1
+
+
+def test_sizes_fit_the_pipeline_too_with_a_vae_of_a_small_factor(sd1_dir):
+    made = make_game(sd1_dir)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    made.pipeline.register_modules(vae=AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, **kinds))
+    game = DiffusionGame(
+        made.family, made.pipeline, made.base, images=ImageSettings(resolution=64, max_aspect_ratio=3.0),
+        sampling=made.sampling, denoiser=made.denoiser, accelerator=made.accelerator,
+    )  # fmt: skip
+    assert game.latent_px == 2 and len(game.sizes) > 1
+    assert all(height % 8 == width % 8 == 0 for height, width in game.sizes)
 
 
 def test_a_size_is_the_longest_short_side_that_fits():

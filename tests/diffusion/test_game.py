@@ -1,5 +1,7 @@
 """The diffusion game: what must hold of scores, samples and saved weights, for every family."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -226,6 +228,19 @@ def test_restore_brings_back_what_was_saved_and_the_base(sdxl_dir, tmp_path):
     assert weights_hash(game.player) == start
     game.restore(tmp_path)
     assert weights_hash(game.player) == moved
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("scheduler", "beta_end", 0.013), ("text_encoder", "hidden_act", "gelu"), ("unet", "norm_eps", 1e-3)],
+)
+def test_a_base_is_another_with_another_configuration_of_a_part(part, key, value, sd1_dir, tmp_path):
+    changed = shutil.copytree(sd1_dir, tmp_path / "base")
+    path = next(path for path in (changed / part).glob("*config.json") if "tokenizer" not in path.name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    games = [make_game(folder) for folder in (sd1_dir, sd1_dir, changed)]
+    assert len({game.base_hash for game in games}) == 1
+    assert games[0].parts_hash == games[1].parts_hash != games[2].parts_hash
 
 
 def test_resolutions_that_the_unet_cannot_take_are_refused(sdxl_dir):

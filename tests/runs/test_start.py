@@ -38,15 +38,18 @@ def test_no_setting_of_the_game_itself_is_harmless():
 def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
     data, accelerator = {"rows": 4, "hash": "d", "left_out": {}}, Accelerator(cpu=True)
 
-    def begin(weights: str = "w", *flags: str) -> None:
+    def begin(weights: str = "w", *flags: str, parts: str = "p") -> None:
         settings = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--train_batch_size", "4"]
-        write_manifest(tmp_path, {"name": "base"}, weights, data, config.parse_config([*settings, *flags]), accelerator)
+        given = config.parse_config([*settings, *flags])
+        write_manifest(tmp_path, {"name": "base"}, weights, parts, data, given, accelerator)
 
     begin()
     written = (tmp_path / "manifest.json").read_bytes()
     begin("w", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
     with pytest.raises(InputError, match="the weights of base are not the ones that this run was started with"):
         begin("other")
+    with pytest.raises(InputError, match="base is not what this run was started with"):
+        begin(parts="other")
     with pytest.raises(InputError, match="started with 4 pairs in each optimizer step, this command has 8"):
         begin("w", "--train_batch_size", "8")
     assert (tmp_path / "manifest.json").read_bytes() == written

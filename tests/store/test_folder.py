@@ -57,6 +57,19 @@ def test_somebodys_folder_is_left_alone(tmp_path, name):
     left_alone(tmp_path / "out", "out is not empty and has no .spin-diffusion.json: it is somebody")
 
 
+def test_a_new_folder_inside_one_of_ours_is_refused_unless_this_process_works_there(tmp_path):
+    take_folder(tmp_path / "run", "image training")
+    take_folder(tmp_path / "run" / "cell", PROGRAM)
+    release(tmp_path / "run")
+    (tmp_path / "run" / "round-1").mkdir()
+    left_alone(tmp_path / "run" / "round-1" / "mine", r"mine lies in .*/run, .*: give one outside of it")
+    left_alone(tmp_path / "run" / "round-1", r"round-1 lies in .*/run,")
+    assert check_folder(tmp_path / "run" / "cell", PROGRAM)  # it was made before
+    take_folder(tmp_path / "run" / "other", PROGRAM, inside=True)
+    release(tmp_path / "run" / "cell")
+    release(tmp_path / "run" / "other")
+
+
 def test_a_folder_of_another_program_or_format_is_left_alone(tmp_path):
     take_folder(tmp_path / "out", "comparison")
     (tmp_path / "out" / "results.json").touch()
