@@ -7,12 +7,12 @@ CONSTRAINTS ?= constraints.txt
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
-	DS_ACCELERATOR=cpu $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
+	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
 		--config training/configs/toy_sdxl.yaml
 
 ## Install, then SPACE on a small language model, and SPACE, SPIN and fine-tuning side by side; results in runs/toy-llm*
 demo-llm: install
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
 		--config training/configs/toy_llm.yaml
 	$(BIN)/python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
 

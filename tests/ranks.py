@@ -20,20 +20,15 @@ from torch.distributed import TCPStore
 
 _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload(
-    # `command` first: it says how loud transformers is, which that reads when it is imported. DeepSpeed's Muon, which
-    # it imports for every optimizer, compiles, and so takes all of torch's compiler with it
-    [
-        "spin_diffusion.cli.command", "spin_diffusion.runs.image_run", "spin_diffusion.runs.language_run",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-    ]
-)  # fmt: skip
+    # `command` first: it says how loud transformers is, which that reads when it is imported
+    ["spin_diffusion.cli.command", "spin_diffusion.runs.image_run", "spin_diffusion.runs.language_run"]
+)
 
 
 def run_ranks(
     script: Path,
     argv: Sequence[str],
     processes: int = 1,
-    launched: dict[str, str] | None = None,
     timeout_s: float = 300,
     alone: bool | None = None,
 ) -> str:
@@ -41,13 +36,12 @@ def run_ranks(
 
     Args:
         processes: 1 = by itself, without any launcher, unless `alone` is False.
-        launched: what an accelerate config tells the processes by their environment.
 
     Raises:
         AssertionError: a process failed or took too long, with what was complained of.
     """
     alone = processes == 1 if alone is None else alone
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | (launched or {})
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     # Lives here until all are done, as torchrun's does, so that none of them has to wait for the others at the end
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if not alone:

@@ -52,7 +52,6 @@ from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
-from spin_diffusion.selfplay.zero import launched_stage
 from spin_diffusion.store.folder import take_folder
 
 PROGRAM = "image training"
@@ -237,7 +236,7 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
         raise InputError(f"{base.name} is a {family.PIPELINE.__name__}: run training/train_spin_{right}.py for it")
     denoiser = config.denoiser
     plain = config.training.optimizer == "adamw_8bit"  # it lays weights out plainly in its first step
-    if plain or launched_stage() or wants_shards(config.training, accelerator):
+    if plain or wants_shards(config.training, accelerator):
         # A player in parts has the plain layout; an opponent of another one would round differently
         denoiser = dataclasses.replace(denoiser, channels_last=False)
     return DiffusionGame(
@@ -271,8 +270,7 @@ def _check_inputs(config: Config) -> PromptSet | None:
 def _check_training(config: Config, game: DiffusionGame) -> None:
     """InputError names what the processes at hand, or the way of training asked for, cannot do."""
     check_training(config, game.player, game.accelerator)
-    in_parts = launched_stage() or wants_shards(config.training, game.accelerator)
-    if in_parts and config.trajectory.trajectory == "exact":
+    if wants_shards(config.training, game.accelerator) and config.trajectory.trajectory == "exact":
         raise InputError(
             "--trajectory exact computes its scores again in the backward pass, which needs whole weights on every "
             "process: take --trajectory steps, or launch with training/accelerate/eight_gpus.yaml"

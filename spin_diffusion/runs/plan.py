@@ -64,10 +64,14 @@ def probe_training(config: AnyConfig, game: Game, batch: Batch) -> tuple[float, 
     def passes() -> None:
         trainee.backward(loss(game.scores(trainee.model, batch).scores).mean())
 
-    passes()
-    trainee.step()  # the optimizer's state is there from here on
+    def step() -> None:
+        passes()
+        trainee.update()
+
+    step()  # the optimizer's state is there from here on
     device = game.accelerator.device
-    pair, update = seconds_of(passes, device) / len(batch.ids), seconds_of(trainee.step, device)
+    by_pass, by_step = seconds_of(passes, device), seconds_of(step, device)
+    pair, update = by_pass / len(batch.ids), max(by_step - by_pass, 0.0)
     weights = sum(p.numel() * p.element_size() for p in trainee.parameters)
     state = sum(t.numel() * t.element_size() for t in trainee.optimizer_state())
     trainee.finish()

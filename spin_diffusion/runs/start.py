@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,6 @@ from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
-from spin_diffusion.selfplay.zero import as_plain_processes, check_zero, launched_stage
 from spin_diffusion.store.folder import check_folder, share_folder, take_folder
 from spin_diffusion.store.yaml_files import dump_yaml
 
@@ -82,8 +82,7 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # Where it is installed accelerate loads it, asked or not
-    logging.getLogger("DeepSpeed").disabled = not launched_stage()
+    logging.getLogger("DeepSpeed").disabled = True  # where it is installed accelerate loads it, asked or not
 
 
 def start(config: AnyConfig, output_dir: Path, program: str) -> Accelerator:
@@ -156,9 +155,13 @@ def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
     Args:
         mixed_precision: None = what the launcher says.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(
+            "the accelerate config says distributed_type: DEEPSPEED, which nothing here runs on: launch with "
+            "training/accelerate/fsdp2.yaml for ZeRO-3, or with training/accelerate/fsdp2_keep_weights.yaml for ZeRO-2"
+        )
     try:
-        with as_plain_processes():
-            accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
     except (ValueError, ImportError) as error:
         raise InputError(str(error).splitlines()[0]) from error
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
@@ -172,7 +175,6 @@ def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerato
     """InputError names what the processes at hand, or the way of training asked for, cannot do."""
     moving_average = config.rounds.opponent == "ema"
     check_fused(config.training, accelerator)
-    check_zero(player, config.training, accelerator, moving_average)
     check_sharding(player, config.training, accelerator, moving_average)
 
 

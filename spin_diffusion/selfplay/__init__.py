@@ -10,7 +10,7 @@ stored_pairs    shards -> tensors of both sides; pairs: the stream of pairs that
 game            pairs -> four scores each, by the modality
 objectives      four scores -> loss
 train           the loop of a round; train_settings; step_metrics: what a step says; health: what must hold
-trainee         the player in training, whole; sharded, zero: in parts; fused: updated in the backward pass; optimizers
+trainee         the player in training, whole; sharded: in parts; fused: updated in the backward pass; optimizers
 checkpoints     what a killed round goes on from
 gap             what was learnt that carries over to held-out samples
 run_dir         names, seeds, hashes, files that appear whole; ledger: what each phase took; progress; tracking

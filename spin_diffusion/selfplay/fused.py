@@ -81,8 +81,8 @@ class Fused(Trainee):
 
         return update
 
-    def clip(self) -> Tensor:
-        """The norm alone: the gradients are gone."""
+    def update(self) -> Tensor:
+        """The norm of the gradient by which the backward pass has updated the weights."""
         return self.optimizer.gradient_norm()
 
     def optimizer_state(self) -> list[Tensor]:

@@ -96,9 +96,9 @@ class Sharded(Trainee):
         self.parameters = list(self.model.parameters())
         assert any(isinstance(part, DTensor) for part in self.parameters), "nothing was sharded"
 
-    def clip(self) -> Tensor:
-        """Its norm is that of all parts."""
-        return whole(super().clip())
+    def update(self) -> Tensor:
+        """Update this process's parts of the weights; the norm is that of the gradient of all parts."""
+        return whole(super().update())
 
     def distance(self) -> float | None:
         """Of the whole weights, one tensor at a time."""

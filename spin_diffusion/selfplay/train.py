@@ -31,7 +31,6 @@ from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary
 from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
-from spin_diffusion.selfplay.zero import Zero, launched_stage
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import seed_from, write_file
 
@@ -145,8 +144,6 @@ def _schedule(plan: RoundPlan, settings: TrainSettings, trainee: Trainee) -> LRS
 
 def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[Trainee]:
     """How the player is laid out over the processes, and when its gradient becomes an update."""
-    if launched_stage():
-        return Zero
     if wants_shards(settings, accelerator):
         return Sharded
     return Fused if settings.fused_backward else Trainee
@@ -217,9 +214,9 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                 trainee.backward(losses.mean())
             records.append(record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
-                clipped = trainee.clip()
+                norm_on_device = trainee.update()
                 # Here, and nowhere else in a step, the host waits for the device
-                metrics, gradient_norm = accelerator.gather(torch.cat(records)).cpu(), float(clipped)
+                metrics, gradient_norm = accelerator.gather(torch.cat(records)).cpu(), float(norm_on_device)
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
                 norm = gradient_norm if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
@@ -227,7 +224,6 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                     ids=partial(_ids_everywhere, ahead.pairs, step, plan, settings, world),
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
-            trainee.step()
     return metrics, gradient_norm
 
 

@@ -74,7 +74,7 @@ class Trainee:
         self.schedulable = make_optimizer(self.parameters, self.learning_rate, self.settings)
         self.model, self.optimizer = self.accelerator.prepare(self.game.player, self.schedulable)
 
-    # A step: `accumulating` around each of its batches, in it `backward`, after the last `clip`, then `step`
+    # A step: `accumulating` around each of its batches, in it `backward`, after the last one `update`
 
     def accumulating(self) -> AbstractContextManager[Any]:
         """Around the work on a batch; says by `accelerator.sync_gradients` whether it is the last of a step."""
@@ -84,14 +84,12 @@ class Trainee:
         """Add a batch's gradient."""
         self.accelerator.backward(loss)
 
-    def clip(self) -> Tensor:
-        """Clip the gradient; its norm before, on its device."""
-        return self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or float("inf"))
-
-    def step(self) -> None:
-        """Update the weights, if the last batch of a step was the last one, and forget its gradient."""
+    def update(self) -> Tensor:
+        """Clip the gradient, update the weights by it and forget it; its norm before clipping, on its device."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return norm
 
     def update_averages(self, average: Average | None) -> None:
         """Let --use_ema's average, and the one that outlives the round, follow the weights after a step."""

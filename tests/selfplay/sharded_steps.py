@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from spin_diffusion.selfplay import zero
 from spin_diffusion.selfplay.sharded import Sharded, whole
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.trainee import Trainee
@@ -45,50 +44,36 @@ class Player(nn.Module):
 def main() -> None:
     how, optimizer, folder, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     accelerator = Accelerator(cpu=True)
-    by_zero = how.startswith("zero")
-    settings = TrainSettings(optimizer=optimizer, use_ema=not by_zero, fully_shard=how in ("own", "accelerate"),
+    settings = TrainSettings(optimizer=optimizer, use_ema=True, fully_shard=how in ("own", "accelerate"),
                              train_batch_size=8 // accelerator.num_processes)  # fmt: skip
     game = SimpleNamespace(player=Player(), distance=lambda weights: sum(w.square().sum().item() for w in weights))
     if how == "accelerate":
         # accelerate turns FSDP on beside an accelerator only; its way of preparing a model works without one
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
         accelerator.state.distributed_type = DistributedType.FSDP
-    if how == "zero3":  # tensors as small as these would stay whole
-        plain = zero._config
-        small = {"stage3_param_persistence_threshold": 0}
-        zero._config = lambda *given: plain(*given) | {"zero_optimization": plain(*given)["zero_optimization"] | small}
-    trainee = (Trainee if how == "whole" else zero.Zero if by_zero else Sharded)(game, 1e-2, settings, accelerator)
-    if how == "zero3":
-        assert all(part.ds_tensor.numel() < part.ds_numel for part in trainee.parameters)
-    assert how == "whole" or by_zero or any(isinstance(part, DTensor) for part in trainee.parameters)
+    trainee = (Trainee if how == "whole" else Sharded)(game, 1e-2, settings, accelerator)
+    assert how == "whole" or any(isinstance(part, DTensor) for part in trainee.parameters)
     checkpoint, begun = folder / "checkpoint", 0
     if (folder / "begun.txt").is_file():
         begun = int((folder / "begun.txt").read_text())
         trainee.load(checkpoint)
-        if trainee.ema is not None:
-            trainee.ema.optimization_step = begun
+        trainee.ema.optimization_step = begun
     rank, world = accelerator.process_index, accelerator.num_processes
     for step in range(begun, steps):
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
         share = x[rank * 8 // world : (rank + 1) * 8 // world]
         with trainee.accumulating():
             trainee.backward(trainee.model(share).square().mean())
-            norm = trainee.clip()
-            trainee.step()
-        if trainee.ema is not None:
-            trainee.ema.step(trainee.parameters)
+            norm = trainee.update()
+        trainee.ema.step(trainee.parameters)
     state = {"norm": norm.detach()}
-    if not by_zero:
-        state |= {f"optimizer.{name}": whole(value) for name, value in _moments(trainee)}
-        state |= {f"ema.{place}": whole(tensor) for place, tensor in enumerate(trainee.ema.shadow_params)}
+    state |= {f"optimizer.{name}": whole(value) for name, value in _moments(trainee)}
+    state |= {f"ema.{place}": whole(tensor) for place, tensor in enumerate(trainee.ema.shadow_params)}
     if how != "whole":
         state["distance"] = torch.tensor(trainee.distance())
         checkpoint.mkdir(exist_ok=True)
         trainee.save(checkpoint)
         accelerator.wait_for_everyone()
-        if by_zero:
-            saved = load_file(checkpoint / "zero.safetensors")
-            state |= {f"optimizer.{name}": tensor for name, tensor in saved.items() if not name.endswith("weight")}
         trainee.gather()
         kept = [parameter.detach().clone() for parameter in game.player.parameters()]
         with torch.no_grad():
