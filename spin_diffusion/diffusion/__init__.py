@@ -5,7 +5,7 @@ families     prompt -> the denoiser's inputs (the only place where SD and SDXL d
 sampling     prompt -> the opponent's image
 images       image -> what is stored -> latents, in sizes of buckets; latents shares them between runs
 noising      latents -> noised at level t, and what the denoiser should say; trajectory: the sampler's own steps instead
-denoiser     the player and its frozen copy, the opponent; lora: two adapters on one UNet; attention: their kernels
+denoiser     the player and its frozen copy, the opponent; lora: two adapters on one UNet
 errors       prediction -> denoising error -> score; weighting: how much each level counts
 batches      pairs -> passes through the denoiser -> the pairs' scores
 game         all of it behind the contract that the rounds know

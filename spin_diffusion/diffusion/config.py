@@ -128,8 +128,6 @@ def _check_trajectory(config: Config) -> None:
         raise InputError(
             f"{flag} is made of the steps of --sampler ddim, not of {config.sampling.sampler}: give --sampler ddim"
         )
-    if config.trajectory.trajectory_weights == "sampler" and config.sampling.eta == 0:
-        raise InputError("--trajectory_weights sampler needs a sampler that adds noise: give --eta above 0, 1 say")
     if config.rounds.opponent in ("last_two", "pool"):
         raise InputError(f"{flag} keeps the trajectories of one opponent, not of --opponent {config.rounds.opponent}")
     if config.candidates.num_candidates:

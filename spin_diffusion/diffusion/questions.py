@@ -24,7 +24,6 @@ from spin_diffusion.diffusion.trajectory import (
     as_noise,
     draw_steps,
     implied_noise,
-    step_weights,
     true_pairs,
 )
 from spin_diffusion.diffusion.weighting import timestep_weights
@@ -98,8 +97,6 @@ class Questions:
         self.denoiser, self.trajectory, self.sizes = denoiser, trajectory, sizes
         self.device, self.autocast = device, autocast
         self.weights = timestep_weights(noising, denoiser.snr_gamma, denoiser.timestep_weights)
-        if steps is not None:
-            self.step_weights = step_weights(steps, trajectory.trajectory_weights)
 
     def about(self, batch: Batch) -> Iterator[Question]:
         """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored.
@@ -153,7 +150,7 @@ class Questions:
                     as_noise, x_t=x_t, steps=steps, step=pair.step, prediction_type=self.noising.prediction_type
                 ),
                 target=target,
-                weight=sent(self.step_weights[step].float() * self.weights[steps.t[step]], self.device),
+                weight=sent(self.weights[steps.t[step]], self.device),
                 level=sent(steps.t[step] / self.noising.num_timesteps, self.device),
             )  # fmt: skip
 

@@ -9,8 +9,6 @@ from typing import Literal
 
 from spin_diffusion.store.input_error import InputError
 
-Kernel = Literal["torch", "measure", "flash", "efficient", "cudnn", "math"]
-
 MIN_PAIRS = 32
 """Of the probe."""
 MAX_RESOLUTION = 10_000
@@ -146,9 +144,6 @@ class TrajectorySettings:
     trajectory: Literal["forward", "steps", "exact"] = "forward"
     """forward = both images noised by the forward process. steps = the opponent's own denoising steps, one at random
     for each pair. exact = all steps of a pair in one logit, at the cost of as many passes."""
-    trajectory_weights: Literal["constant", "sampler"] = "constant"
-    """Of a step, where the trajectory is not forward: constant = 1 on the error of the noise, as in practice; sampler =
-    c^2 / (2 sigma^2), the ratio of the steps' densities, which needs --eta above 0."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +167,6 @@ class DenoiserSettings:
     compile: Literal["no", "blocks", "whole"] = "no"
     """torch.compile for the UNet: its transformer blocks (seconds to compile), or all of it (minutes). It pays where
     rounds are long; needs a C++ compiler on a CPU."""
-    attention_kernel: Kernel = "torch"
-    """torch's attention: as torch chooses, the fastest by a measurement at the start (measure), or flash, efficient,
-    cudnn, math. Kernels round differently, so one that is measured may change the last digits between machines."""
     enable_xformers_memory_efficient_attention: bool = False
     """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
 

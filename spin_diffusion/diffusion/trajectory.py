@@ -5,7 +5,8 @@ So a true pair (x_t, x_prev) has one noise that would explain it, eps_tilde = (x
 
     |x_prev - mu_theta|^2 = c^2 |eps_tilde - eps_theta|^2.
 
-Hence a step has a score of the kind that all objectives take, -w/2 times the mean of (eps_tilde - eps_theta)^2.
+Hence a step has a score of the kind that all objectives take, -1/2 times the mean of (eps_tilde - eps_theta)^2: as in
+practice, the paper's weight of a step, c^2 / (2 sigma^2), is left out.
 `steps` takes one step of a pair at random (the paper's upper bound, on true reverse pairs), `exact` the mean over all,
 so that a pair of trajectories makes one logit (eq. 4.8). `forward`, the practice and the default, needs none of this:
 there both images are noised by the forward process.
@@ -81,35 +82,6 @@ def read_steps(scheduler: DDIMScheduler, num_inference_steps: int, eta: float) -
         )
     variance = (1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev)
     return SamplerSteps(t, abar, abar_prev, eta * variance.clamp(min=0).sqrt())
-
-
-def step_weights(steps: SamplerSteps, kind: Literal["constant", "sampler"]) -> Float[Tensor, " steps"]:
-    """w of each step, mean 1, so that a beta means the same for both kinds.
-
-    A step that adds no noise (the last one of a usual schedule) has no density to take a ratio of: `sampler` leaves it
-    out.
-
-    Raises:
-        InputError: `sampler` without noise in any step.
-    """
-    if kind == "constant":
-        return torch.ones_like(steps.sigma)
-    noisy = steps.sigma > 0
-    if not noisy.any():
-        raise InputError("--trajectory_weights sampler needs a sampler that adds noise: give --eta above 0, 1 say")
-    weights = torch.where(noisy, steps.c**2 / (2 * steps.sigma**2), torch.zeros_like(steps.c))
-    return weights / weights.mean()
-
-
-def implied_lambda(beta: float, steps: SamplerSteps, elements: int) -> float:
-    """The paper's temperature lambda of a beta here, at the weights `sampler`: of log p(x_0:T) in nats.
-
-    Args:
-        elements: of one latent, channels times height times width.
-    """
-    noisy = steps.sigma > 0
-    ratios = torch.where(noisy, steps.c**2 / (2 * steps.sigma**2), torch.zeros_like(steps.c))
-    return beta / (2 * len(steps) * elements * ratios.mean().item())
 
 
 def _of(values: Float[Tensor, " steps"], step: Int[Tensor, " batch"], like: Latents) -> Float[Tensor, "batch 1 1 1"]:

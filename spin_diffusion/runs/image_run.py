@@ -12,7 +12,6 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.data import Example, ReadReport, read_examples
-from spin_diffusion.diffusion.attention import attention
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
@@ -89,13 +88,7 @@ def run(config: Config, family_name: str) -> None:
 
     if config.caches.cache_text_embeddings:
         _keep_prompts(config, game, output_dir, progress)
-    with attention(
-        config.denoiser.attention_kernel, game.player, game.resolution // game.latent_px,
-        2 * config.training.train_batch_size, accelerator, autocast_dtype(accelerator.mixed_precision),
-    ) as kernel:  # fmt: skip
-        if config.denoiser.attention_kernel == "measure":
-            accelerator.print(f"Attention: {kernel} was the fastest kernel here")
-        _play(config, game, prompts, output_dir, progress, manifest["rows"], pairs)
+    _play(config, game, prompts, output_dir, progress, manifest["rows"], pairs)
 
 
 def _prepared(config: Config, game: DiffusionGame, output_dir: Path, progress: Progress) -> dict[str, Any]:

@@ -354,7 +354,6 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         ),
         (["--trajectory", "steps", "--num_candidates", "2"], ["--trajectory steps", "--num_candidates"]),
         (["--trajectory", "steps", "--objective", "dpo"], ["--trajectory steps", "--objective dpo"]),
-        (["--trajectory", "steps", "--trajectory_weights", "sampler"], ["--trajectory_weights sampler", "--eta"]),
         (["--eta", "2"], ["--eta 2", "between 0 and 1"]),
         (["--eta", "1", "--sampler", "dpmpp"], ["--eta 1", "--sampler ddim"]),
         (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
@@ -363,21 +362,6 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings, *argv), *parts)
-
-
-def test_the_attention_kernel_is_measured(tmp_path, settings, capsys):
-    options = (
-        "--rounds",
-        "1",
-        "--attention_kernel",
-        "measure",
-        "--random_flip",
-        "true",
-        "--validation_prompts",
-        "null",
-    )
-    assert play(tmp_path, settings, *options) == 0
-    assert "was the fastest kernel here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("kind", "eta"), [("steps", 0), ("exact", 1)])

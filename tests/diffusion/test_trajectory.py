@@ -14,11 +14,9 @@ from spin_diffusion.diffusion.trajectory import (
     as_noise,
     draw_steps,
     forward_trajectory,
-    implied_lambda,
     implied_noise,
     posterior,
     read_steps,
-    step_weights,
     true_pairs,
 )
 from spin_diffusion.selfplay.game import KEPT, Batch
@@ -58,7 +56,7 @@ def test_the_steps_are_those_of_the_sampler(eta, spacing):
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_brackets_in_means_and_in_noise_are_one_and_the_paper_s_sum_is_our_logit(eta):
-    """arXiv 2402.10210, eq. 4.8, written out, against four scores of `steps` weighted by the sampler."""
+    """arXiv 2402.10210, eq. 4.8, written out, against four scores of `steps` with its weights."""
     steps = read_steps(sampler(), 20, eta)
     shape, beta = (3, 4, 2, 2), 2000.0
     number_of = {"player": 1, "opponent": 2}
@@ -68,9 +66,9 @@ def test_brackets_in_means_and_in_noise_are_one_and_the_paper_s_sum_is_our_logit
     def eps_of(model: str, x_t: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x_t * number_of[model]) + 0.01 * t[:, None, None, None] / 1000
 
-    weights = step_weights(steps, "sampler")
+    ratios = torch.where(steps.sigma > 0, steps.c**2 / (2 * steps.sigma**2), torch.zeros_like(steps.c))
+    weights, lam = ratios / ratios.mean(), beta / (2 * 20 * 16 * ratios.mean().item())
     total, ours = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    lam = implied_lambda(beta, steps, 16)
     for n in range(20):
         step = torch.full((3,), n)
         for sign, states in ((1, x), (-1, y)):
@@ -134,17 +132,6 @@ def test_without_added_noise_the_real_trajectory_has_one_noise():
     assert torch.allclose(states[:, -1], x_0, atol=1e-9)  # SD's schedule ends at alpha 1 by default
 
 
-def test_weights_have_mean_1_and_leave_out_the_step_without_noise():
-    steps = read_steps(sampler(), 50, 1.0)
-    weights = step_weights(steps, "sampler")
-    assert weights.mean().item() == pytest.approx(1) and step_weights(steps, "constant").tolist() == [1.0] * 50
-    assert steps.sigma[-1] == 0 and weights[-1] == 0 and (weights[:-1] > 0).all()
-    kept = weights[:-1] / (steps.c**2 / (2 * steps.sigma**2))[:-1]
-    assert torch.allclose(kept, kept[:1].expand_as(kept))
-    with pytest.raises(InputError, match="--eta above 0"):
-        step_weights(read_steps(sampler(), 50, 0.0), "sampler")
-
-
 def test_v_is_turned_into_noise():
     steps = read_steps(sampler(), 10, 0.0)
     x_0, eps, step = normal(2, 4, 2, 2), normal(2, 4, 2, 2, seed=1), torch.tensor([2, 7])
@@ -167,7 +154,6 @@ def test_a_schedule_without_signal_at_its_end_is_refused():
 def gaussian_rounds(kind: str, eta: float, rounds: int, beta: float, chains: int = 512) -> list[float]:
     """The player's mean after each round, with the library's steps, pairs and loss."""
     steps = read_steps(sampler(), 10, eta)
-    weights = step_weights(steps, "constant")
     mean = torch.zeros((), dtype=torch.float64)
 
     def predicted(x_t: Tensor, step: Tensor, of: Tensor) -> Tensor:
@@ -210,7 +196,7 @@ def gaussian_rounds(kind: str, eta: float, rounds: int, beta: float, chains: int
 
             def scores(of: Tensor, parts=parts) -> Tensor:
                 errors = [
-                    -0.5 * weights[step] * (target - predicted(x_t, step, of)).square().mean(dim=(1, 2, 3))
+                    -0.5 * (target - predicted(x_t, step, of)).square().mean(dim=(1, 2, 3))
                     for x_t, target, step in parts
                 ]
                 return torch.stack(errors).mean(dim=0)
@@ -239,9 +225,9 @@ def test_rounds_converge_to_the_target_of_a_gaussian_world(kind, eta, beta):
 # The game
 
 
-def trajectory_game(base, kind: str, weights: str = "constant", eta: float = 0.0, guidance: float = 1.0, **more):
+def trajectory_game(base, kind: str, eta: float = 0.0, guidance: float = 1.0, **more):
     sampling = replace(SAMPLING, eta=eta, guidance_scale=guidance, num_inference_steps=3)
-    return make_game(base, sampling=sampling, trajectory=TrajectorySettings(kind, weights), **more)
+    return make_game(base, sampling=sampling, trajectory=TrajectorySettings(kind), **more)
 
 
 def batch_of(game, pairs: int = 2) -> Batch:
@@ -285,11 +271,9 @@ def test_a_kept_trajectory_is_the_opponent_s_own(sdxl_dir):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize(
-    ("kind", "weights", "eta"), [("steps", "constant", 0.0), ("exact", "constant", 1.0), ("exact", "sampler", 1.0)]
-)
-def test_every_r_is_zero_where_the_player_is_the_opponent(sdxl_dir, kind, weights, eta, precision):
-    game = trajectory_game(sdxl_dir, kind, weights, eta, precision=precision, proportion_empty_prompts=0.5)
+@pytest.mark.parametrize(("kind", "eta"), [("steps", 0.0), ("exact", 1.0)])
+def test_every_r_is_zero_where_the_player_is_the_opponent(sdxl_dir, kind, eta, precision):
+    game = trajectory_game(sdxl_dir, kind, eta, precision=precision, proportion_empty_prompts=0.5)
     scores = game.scores(game.accelerator.prepare_model(game.player), batch_of(game)).scores
     assert scores.r_real.abs().max() <= 1e-6 and scores.r_generated.abs().max() <= 1e-6
     assert torch.allclose(spin(scores, 2000.0), torch.full((2,), 0.693147), atol=1e-3)
@@ -313,10 +297,10 @@ def test_sides_and_signs(sdxl_dir):
     assert (scores.r_real > 0).all() and (scores.player_generated < -0.05).all()
 
 
-@pytest.mark.parametrize(("weights", "eta"), [("constant", 0.0), ("sampler", 1.0)])
-def test_one_logit_of_all_steps_has_the_smaller_loss(sdxl_dir, weights, eta):
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_one_logit_of_all_steps_has_the_smaller_loss(sdxl_dir, eta):
     """Jensen: L_exact <= L_steps. The scores of `exact` are the mean of those of its steps, one by one."""
-    game = trajectory_game(sdxl_dir, "exact", weights, eta)
+    game = trajectory_game(sdxl_dir, "exact", eta)
     batch = batch_of(game)
     nudge(game.player)
     exact = game.scores(game.player, batch).scores
@@ -333,7 +317,7 @@ def test_one_logit_of_all_steps_has_the_smaller_loss(sdxl_dir, weights, eta):
             with torch.no_grad():
                 predicted = model(pair.x_t, game.steps.t[pair.step], **inputs).sample
             errors = (target - predicted).square().mean(dim=(1, 2, 3))
-            found += list((-0.5 * step_weights(game.steps, weights)[pair.step].float() * errors).split(2))
+            found += list((-0.5 * errors).split(2))
         each.append(found)
     by_hand = [torch.stack([found[place] for found in each]) for place in range(4)]
     ours = (exact.player_real, exact.player_generated, exact.opponent_real, exact.opponent_generated)
