@@ -12,8 +12,8 @@ from spin_diffusion.cli.command import run_command
 
 def report(argv: list[str]) -> None:
     """Write the page and print where it is."""
+    from spin_diffusion.evaluation.records import read_results
     from spin_diffusion.evaluation.report import write_report
-    from spin_diffusion.evaluation.report.reading import read_results
     from spin_diffusion.store.folder import take_marked
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

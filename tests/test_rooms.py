@@ -23,7 +23,7 @@ BELOW = {
     "cli": {"store", "data", "samples", "selfplay", "evaluation", "llm", "diffusion", "runs", "comparing"},
 }
 """Room -> the rooms that it may import."""
-DEEPEST = 23
+DEEPEST = 19
 """Modules in the longest chain of imports."""
 
 

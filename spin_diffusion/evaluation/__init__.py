@@ -5,9 +5,11 @@ drawing         prompts -> pictures by every model; answering: -> answers; modal
 scorers         pictures -> scores, by scoring; judges: answers -> scores; specs: what both say of themselves
 samples         what was drawn, with its scores
 statistics      scores -> intervals and tests; comparison: models side by side
+photometry      what is measured of a picture without a model
 alarms          signs that scores were won without better pictures; answer_alarms: without better answers
 breakdowns      the difference within parts of the prompts; curves: of training
-concluding      all of it -> results.json; results and answer_results read pictures and answers for it
+concluding      all of it -> results.json (records: its parts as types, and its reader); closing: what is said of it
+results         reads pictures for it; answer_results: answers
 report          results.json -> the page; gallery: a contact sheet
 in_rounds       all of it after every round of a run; settings
 """

@@ -17,16 +17,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from PIL import Image
 from scipy import stats
 
-from spin_diffusion.evaluation.scorers.sharpness import sharpness
-from spin_diffusion.evaluation.specs import Role
-from spin_diffusion.evaluation.statistics import AlarmState, Interval, mean_interval, paired_difference
-from spin_diffusion.store.pictures import to_rgb
+from spin_diffusion.evaluation.records import AlarmState, Role
+from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 
 
 @dataclass(frozen=True)
@@ -65,42 +61,6 @@ class Alarm:
     threshold: float | None
     explanation: str
     """In plain words, with numbers and with what to do; why it was not run."""
-
-
-@dataclass(frozen=True)
-class Photometry:
-    """What can be said of an image without a model."""
-
-    saturation: float | None
-    """Mean over pixels of (max - min) / max of R, G and B, 0 to 1. None, like the others, when not finite."""
-    clipped: float | None
-    """Share of pixels whose luma is at most 1 or at least 254 of 255, 0 to 1."""
-    sharpness: float | None
-    """Mean absolute Laplacian of the luma, 0 to 4; the score of the scorer `sharpness`."""
-    state: Literal["ok", "constant", "not finite"]
-    """"constant" = no channel varies by more than 2 of 255, as in the black image of a safety filter."""
-
-
-def measure_image(image: Image.Image) -> Photometry:
-    """Saturation, clipped luma, sharpness and state of an image of any mode, as most scorers see it.
-
-    Raises:
-        InputError: an image of finite 32-bit floats, which has no defined white.
-    """
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        return Photometry(None, None, None, "not finite")
-    rgb = to_rgb(image)
-    pixels = np.asarray(rgb)  # (height, width, 3) of 0..255
-    brightest, darkest = pixels.max(axis=2).astype(np.float64), pixels.min(axis=2).astype(np.float64)
-    saturation = (brightest - darkest) / np.maximum(brightest, 1)  # black has none
-    luma = np.asarray(rgb.convert("L"))
-    constant = all(high - low <= 2 for low, high in rgb.getextrema())
-    return Photometry(
-        saturation=float(saturation.mean()),
-        clipped=float(((luma <= 1) | (luma >= 254)).mean()),
-        sharpness=float(sharpness([rgb], [""])[0]),
-        state="constant" if constant else "ok",
-    )
 
 
 def count_leaked(captions: Iterable[str], prompts: Sequence[str]) -> int:

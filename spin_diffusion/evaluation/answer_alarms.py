@@ -31,7 +31,7 @@ from spin_diffusion.evaluation.alarms import (
 )
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.judges.distinct import ngrams, repeated_share, words
-from spin_diffusion.evaluation.specs import Role
+from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.statistics import paired_difference
 
 Answers = Sequence[Sequence[Answer]]

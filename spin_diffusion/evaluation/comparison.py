@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_diffusion.evaluation.modalities import IMAGES, Modality
-from spin_diffusion.evaluation.specs import Role
+from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
     holm,

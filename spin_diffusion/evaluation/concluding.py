@@ -4,14 +4,12 @@ A sample is a picture or an answer. results.py and answer_results.py read theirs
 their table; the rest is here. results.schema.json says what is in results.json.
 """
 
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.drawing import folder_of
 from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.ranking import rank
+from spin_diffusion.evaluation.records import SCHEMA_VERSION, schema_problem
 from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -36,9 +35,6 @@ from spin_diffusion.evaluation.statistics import (
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY
 from spin_diffusion.store.run_dir import write_file, write_json
-
-SCHEMA_VERSION = 1
-SCHEMA = Path(__file__).with_name("results.schema.json")
 
 
 def conclude_samples(
@@ -87,6 +83,10 @@ def conclude_samples(
         scale: _complete(samples[baseline, scale], {m.name: lost[m.name, scale] for m in models}, modality, scale)
         for scale in scales
     }
+    prompts = {
+        scale: [(row["prompt"], row["category"]) for row in (samples[baseline, scale].rows[id_, 0] for id_ in ids)]
+        for scale, ids in complete.items()
+    }
     arrays = {
         (model.name, scale, name): _array(samples[model.name, scale], name, complete[scale])
         for model in models
@@ -127,7 +127,7 @@ def conclude_samples(
         "comparisons": entries,
         "verdicts": verdicts,
         "alarms": alarms,
-        "breakdowns": breakdowns(models, scales, samples, arrays, complete, ran),
+        "breakdowns": breakdowns([model.name for model in models], prompts, arrays, ran),
         "failures": _failures(models, scales, samples, ran),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
@@ -142,14 +142,9 @@ def conclude_samples(
         names = [model.name for model in models]
         places = [rank(names, scale, [*entries, *others], scorers, verdicts) for scale in scales]
         results |= {"between_others": others, "ranking": [place for place in places if place is not None]}
-    _check_schema(results)
+    problem = schema_problem(results)
+    assert problem is None, f"results.json would not follow its schema at {problem}"
     return results, comparisons
-
-
-def _check_schema(results: dict[str, Any]) -> None:
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(results))
-    assert error is None, f"results.json would not follow its schema at {error.json_path}: {error.message[:200]}"
 
 
 def first_not_run(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -216,39 +211,6 @@ def _counts(
         "unscored": sum(any(key not in of_model.scores[name] for name in ran) for key in there),
         "broken": sum(row["state"] != "ok" for row in there.values()), "prompts_lost": len(lost),
     }  # fmt: skip
-
-
-def losses_of(results: dict[str, Any], scale: float | None) -> list[str]:
-    """Sentences: which models lack samples at a guidance scale, and what is compared for it; whose are broken."""
-    plural, at = modality_of(results["protocol"]).plural, "" if scale is None else f" at guidance {scale:g}"
-    counts = [count for count in results.get("samples", []) if count["guidance_scale"] == scale]
-    lost = [
-        f"{count['model']} lacks {count['missing']} of {count['asked']} {plural}"
-        + (f" and the scores of {count['unscored']}" if count["unscored"] else "")
-        + f", of {count['prompts_lost']} prompts"
-        for count in counts
-        if count["prompts_lost"]
-    ]
-    said = []
-    if lost:
-        left = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), 0)
-        said.append(
-            f"Only {left} of {results['protocol']['prompt_set']['num_prompts']} prompts are compared{at}: "
-            f"{'; '.join(lost)}. They are left out for every model, and those that are left may be easier ones."
-        )
-    if broken := [f"{count['broken']} of {count['model']}" for count in counts if count["broken"]]:
-        said.append(f"Broken {plural} (of one colour, empty) count with their scores{at}: {', '.join(broken)}.")
-    return said
-
-
-def closing_lines(results: dict[str, Any]) -> list[str]:
-    """What is said below the tables: who wins, and what is compared although samples are missing."""
-    lines = []
-    for scale in guidance_scales(results["protocol"]):
-        at = "" if scale is None else f"At guidance {scale:g}: "
-        lines += [at + place["sentence"] for place in results.get("ranking", []) if place["guidance_scale"] == scale]
-        lines += losses_of(results, scale)
-    return lines
 
 
 def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:

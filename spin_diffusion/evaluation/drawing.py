@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 from accelerate import Accelerator
 from PIL import Image
 
-from spin_diffusion.evaluation.alarms import measure_image
+from spin_diffusion.evaluation.photometry import measure_image
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of, known_hash

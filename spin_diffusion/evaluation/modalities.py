@@ -4,9 +4,8 @@ Everything else of the room takes a `Modality`. What the page says and shows of 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-Protocol = dict[str, Any]
+from spin_diffusion.evaluation.records import Protocol
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spin_diffusion.evaluation.statistics import ScorerVerdict, listed, overall_verdict
+from spin_diffusion.evaluation.records import ScorerVerdict
+from spin_diffusion.evaluation.statistics import listed, overall_verdict
 
 _MIRRORED: dict[ScorerVerdict, ScorerVerdict] = {"improved": "regressed", "regressed": "improved"}
 

@@ -7,20 +7,12 @@ few prompts do not look like much evidence. Everything here is a pure function o
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from spin_diffusion.evaluation.modalities import IMAGES, Modality
-from spin_diffusion.evaluation.specs import Role
-
-ScorerVerdict = Literal["improved", "inconclusive", "regressed", "drift"]
-"""What one scorer says of a model against the baseline."""
-ModelVerdict = Literal["improved", "inconclusive", "regressed", "suspect"]
-"""What all scorers and alarms together say of it."""
-AlarmState = Literal["ok", "warn", "alarm", "not run"]
-"""State of an alarm: nothing seen; worth a look; believe no verdict before it is explained; could not be computed."""
+from spin_diffusion.evaluation.records import AlarmState, ModelVerdict, Role, ScorerVerdict
 
 SIGNIFICANCE = 0.05
 """Largest p-value, adjusted by Holm over all tests that are made at once, that counts as evidence."""

@@ -21,7 +21,7 @@ from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import check_resolution
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
-from spin_diffusion.evaluation.concluding import closing_lines
+from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.drawing import (
     Draw,
     claim,

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
-from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName

@@ -14,7 +14,6 @@ from spin_diffusion.evaluation.alarms import (
     count_leaked,
     diversity_over_seeds,
     goodhart,
-    measure_image,
     near_duplicates,
     photometry,
     stagnation,
@@ -22,7 +21,8 @@ from spin_diffusion.evaluation.alarms import (
     trained_among,
     training_leak,
 )
-from spin_diffusion.evaluation.scorers import Role
+from spin_diffusion.evaluation.photometry import measure_image
+from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
 from spin_diffusion.evaluation.statistics import (
     holm,

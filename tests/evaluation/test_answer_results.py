@@ -22,7 +22,7 @@ from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
-from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from spin_diffusion.evaluation.modalities import IMAGES
-from spin_diffusion.evaluation.scorers import Role
+from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
-from spin_diffusion.evaluation.report.reading import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.folder import MARKER, release
 

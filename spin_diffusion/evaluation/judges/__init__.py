@@ -19,10 +19,10 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from spin_diffusion.evaluation.specs import About, Role, check_finite, guarded, load_part, parse_spec
+from spin_diffusion.evaluation.specs import About, check_finite, guarded, load_part, parse_spec
 from spin_diffusion.store.input_error import InputError
 
-__all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "Role", "load_judge"]
+__all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "load_judge"]
 
 LogLikelihood = Callable[[list[str], list[str]], list[float]]
 """(prompts, completions) -> log p(completion and end token | prompt) in nats, by the model that is evaluated. Prompts

@@ -30,7 +30,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.concluding import losses_of
+from spin_diffusion.evaluation.closing import losses_of
 from spin_diffusion.evaluation.modalities import samples_per_prompt
 from spin_diffusion.evaluation.report import distributions, facts, gallery, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of, scale_label

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES, Protocol, guidance_scales, modality_of
+from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES, guidance_scales, modality_of
+from spin_diffusion.evaluation.records import Protocol, Results, Scale
 from spin_diffusion.evaluation.report.pictures import ImageRow, Picture, thumbnail
 from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.evaluation.report.texts import AnswerRow, Passage, passage
-from spin_diffusion.evaluation.report.wording import Results, Scale
 
 Sample = Picture | Passage
 """An image or an answer, inside of the page."""

@@ -11,14 +11,13 @@ from markupsafe import Markup
 
 from spin_diffusion.evaluation.breakdowns import MIN_PROMPTS
 from spin_diffusion.evaluation.modalities import guidance_scales
+from spin_diffusion.evaluation.records import Results, Scale
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.editions import scale_label
 from spin_diffusion.evaluation.report.wording import (
     NAME_CHARACTERS,
     STATES,
     Number,
-    Results,
-    Scale,
     State,
     Text,
     decimals_by_scorer,

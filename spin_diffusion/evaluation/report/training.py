@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.report import plots, tables, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 
@@ -66,7 +67,7 @@ class MeasureTable:
     rows: list[MeasureRow]
 
 
-def training_panels(results: wording.Results) -> list[TrainingPanel]:
+def training_panels(results: Results) -> list[TrainingPanel]:
     """What happened to the real and the generated samples in training, a panel per run.
 
     The rounds of the evaluation are one run, unless two of them have one number; every other name is one of its own.
@@ -107,7 +108,7 @@ def _one_after_the_other(
     return points, starts
 
 
-def event_rows(results: wording.Results) -> list[EventRow]:
+def event_rows(results: Results) -> list[EventRow]:
     """What the rules of health said while the models were trained, in the order in which it was said."""
     events = results.get("training_events", [])[: tables.MAX_LISTED]
     named = wording.labels(wording.distinct([event["model"] for event in events]))
@@ -127,7 +128,7 @@ _PHASES = {
 }  # fmt: skip
 
 
-def ledger_rows(results: wording.Results) -> list[LedgerRow]:
+def ledger_rows(results: Results) -> list[LedgerRow]:
     """What each phase of each round took."""
     entries = results.get("ledger", [])[: tables.MAX_LISTED]
     named = wording.labels(wording.distinct([entry["model"] for entry in entries]))
@@ -150,7 +151,7 @@ def ledger_rows(results: wording.Results) -> list[LedgerRow]:
     ]  # fmt: skip
 
 
-def disk_line(results: wording.Results) -> str:
+def disk_line(results: Results) -> str:
     """The most that the run's folder held, beside what was planned; empty where nobody looked."""
     entries = results.get("ledger", [])
     held = [entry["disk_bytes"] for entry in entries if entry.get("disk_bytes") is not None]
@@ -178,7 +179,7 @@ def training_legend() -> list[tuple[Markup, str]]:
     ]  # fmt: skip
 
 
-def measure_table(results: wording.Results) -> MeasureTable | None:
+def measure_table(results: Results) -> MeasureTable | None:
     """What else was measured: a row per measure, a column per model."""
     measures = results.get("measures", [])
     if not measures:
@@ -198,7 +199,7 @@ def measure_table(results: wording.Results) -> MeasureTable | None:
     return MeasureTable(heads, rows)
 
 
-def measure_curves(results: wording.Results) -> list[tables.CurvePanel]:
+def measure_curves(results: Results) -> list[tables.CurvePanel]:
     """Measures over the rounds, a panel per run and measure that it has in two rounds at least."""
     measures = [m for m in results.get("measures", []) if m["value"] is not None and m["round"] is not None]
     panels = []
@@ -216,7 +217,7 @@ def measure_curves(results: wording.Results) -> list[tables.CurvePanel]:
     return panels
 
 
-def _by_run(results: wording.Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _by_run(results: Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each run: "" for the base and the rounds of the evaluation, otherwise by the name of the model."""
     rounds = [m for m in results["models"] if m["role"] == "round"]
     # A round that is there twice belongs to two runs

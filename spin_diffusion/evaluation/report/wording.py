@@ -4,15 +4,15 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from spin_diffusion.evaluation.records import Results
 
 NAME_CHARACTERS = 48
 _PROMPT_CHARACTERS = 180
 _PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
 _FULL_CHARACTERS = 20_000
 _T = TypeVar("_T")
-Results = dict[str, Any]
-Scale = float | None
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.specs import (
     About,
-    Role,
     about_part,
     check_finite,
     guarded,
@@ -46,7 +45,7 @@ from spin_diffusion.evaluation.specs import (
 )
 from spin_diffusion.store.input_error import InputError
 
-__all__ = ["About", "LoadedScorer", "Role", "Scorer", "about", "load_scorer", "parse_spec"]
+__all__ = ["About", "LoadedScorer", "Scorer", "about", "load_scorer", "parse_spec"]
 
 
 @runtime_checkable

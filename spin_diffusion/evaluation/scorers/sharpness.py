@@ -4,12 +4,12 @@ Self-play can win its game by a texture (grids, stippling) or by blur. Both move
 learned scorer, so compare it with the real images and with the base model: neither up nor down is good in itself.
 """
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from spin_diffusion.evaluation.photometry import mean_absolute_laplacian
 from spin_diffusion.evaluation.scorers import About, Scorer
 
 ABOUT = About(title="Sharpness", scale="mean absolute Laplacian of the luma, 0 to 4", role="drift")
@@ -21,12 +21,5 @@ def load(device: str, path: str | None = None) -> Scorer:
 
 
 def sharpness(images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
-    """Mean absolute Laplacian of the luma, in units of white (0 to 4). It depends on the size of the image in px."""
-    return torch.tensor([_mean_absolute_laplacian(image) for image in images], dtype=torch.float32)
-
-
-def _mean_absolute_laplacian(image: Image.Image) -> float:
-    luma = np.asarray(image.convert("L"), dtype=np.float64) / 255
-    padded = np.pad(luma, 1, mode="edge")
-    neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    return float(np.abs(neighbours - 4 * luma).mean())
+    """The `mean_absolute_laplacian` of each image."""
+    return torch.tensor([mean_absolute_laplacian(image) for image in images], dtype=torch.float32)

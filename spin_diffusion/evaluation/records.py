@@ -1,0 +1,394 @@
+"""results.json, what an evaluation concludes: its parts as types, and the one reader, which trusts nothing in it.
+
+results.schema.json is the contract, with the meaning and the range of every field; the types here have the same names,
+for whoever writes or reads them. What is said of one model is said at one guidance scale.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, NotRequired, TypedDict
+
+import jsonschema
+
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.opening import read_bytes
+
+SCHEMA_VERSION = 1
+
+Scale = float | None
+"""A guidance scale; None where samples are drawn without one, or were given."""
+Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
+"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
+data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
+prompt; drift, which is good neither up nor down."""
+ScorerVerdict = Literal["improved", "inconclusive", "regressed", "drift"]
+"""What one scorer says of a model against the baseline."""
+ModelVerdict = Literal["improved", "inconclusive", "regressed", "suspect"]
+"""What all scorers and alarms together say of it."""
+AlarmState = Literal["ok", "warn", "alarm", "not run"]
+"""State of an alarm: nothing seen; worth a look; believe no verdict before it is explained; could not be computed."""
+ModelRole = Literal["baseline", "round", "rival", "candidate"]
+ModelKind = Literal["pipeline", "model", "round", "images"]
+Aggregate = Literal["mean", "best_of_k", "best_by_average"]
+
+
+class PromptSetEntry(TypedDict):
+    """The prompts of a protocol."""
+
+    name: str
+    sha256: str
+    num_prompts: int
+    licence: str
+    source: str
+
+
+class Sampling(TypedDict):
+    """How answers are drawn."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    max_new_tokens: int
+
+
+class Protocol(TypedDict):
+    """What must be equal for two results to be comparable; `id` is its hash."""
+
+    id: str
+    prompt_set: PromptSetEntry
+    seed: int
+    seed_rule: str
+    images_per_prompt: NotRequired[int]
+    sampler: NotRequired[str]
+    num_inference_steps: NotRequired[int | None]
+    guidance_scales: NotRequired[list[Scale]]
+    resolution: NotRequired[int | None]
+    eta: NotRequired[float | None]
+    precision: NotRequired[str | None]
+    size_condition: NotRequired[str | None]
+    answers_per_prompt: NotRequired[int]
+    sampling: NotRequired[Sampling]
+    references_sha256: NotRequired[str]
+
+
+class Headline(TypedDict):
+    """What the verdict at the top of the page is about; no model = the baseline alone."""
+
+    model: str | None
+    guidance_scale: Scale
+
+
+class ModelEntry(TypedDict):
+    """A model that was evaluated, and where it came from."""
+
+    name: str
+    role: ModelRole
+    round: int | None
+    source: str
+    kind: ModelKind
+    base: str | None
+    weights_sha256: str | None
+
+
+class CountEntry(TypedDict):
+    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
+
+    model: str
+    guidance_scale: Scale
+    asked: int
+    missing: int
+    unscored: int
+    broken: int
+    prompts_lost: int
+
+
+class ScorerEntry(TypedDict):
+    """A scorer or judge that was asked for; `reason` says why it was not run."""
+
+    name: str
+    title: str
+    state: Literal["run", "not run"]
+    reason: str
+    scale: str
+    role: Role
+    source: str
+    checkpoint: dict[str, str]
+    key: NotRequired[str]
+    preprocessing: str
+    text: str
+    licence: str
+    citation: str
+    truncated_prompts: int
+
+
+class AggregateEntry(TypedDict):
+    """The mean over prompts of one model by one scorer, or another aggregate of its samples."""
+
+    model: str
+    scorer: str
+    guidance_scale: Scale
+    aggregate: Aggregate
+    num_prompts: int
+    mean: float
+    low: float
+    high: float
+    sd: float
+
+
+class ComparisonEntry(TypedDict):
+    """The paired difference of a model to another (`baseline`) by one scorer."""
+
+    model: str
+    baseline: str
+    scorer: str
+    guidance_scale: Scale
+    num_prompts: int
+    difference: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float
+    win_rate_low: NotRequired[float]
+    win_rate_high: NotRequired[float]
+    p: float
+    p_holm: float
+    verdict: ScorerVerdict
+
+
+class PlaceEntry(TypedDict):
+    """A model's place in a ranking."""
+
+    model: str
+    place: int
+    better_than: list[str]
+    worse_than: list[str]
+
+
+class RankingEntry(TypedDict):
+    """Who wins of three models or more."""
+
+    guidance_scale: Scale
+    scorers: list[str]
+    winner: str | None
+    sentence: str
+    places: list[PlaceEntry]
+
+
+class VerdictEntry(TypedDict):
+    """What is concluded of one model."""
+
+    model: str
+    guidance_scale: Scale
+    verdict: ModelVerdict
+    reason: str
+
+
+class AlarmEntry(TypedDict):
+    """What one alarm says of one model."""
+
+    id: str
+    model: str
+    guidance_scale: Scale
+    state: AlarmState
+    value: float | None
+    threshold: float | None
+    explanation: str
+
+
+class PartEntry(TypedDict):
+    """The paired difference within a part of the prompts; too few prompts have no interval."""
+
+    by: Literal["category", "prompt length"]
+    value: str
+    model: str
+    scorer: str
+    guidance_scale: Scale
+    num_prompts: int
+    difference: float
+    low: float | None
+    high: float | None
+
+
+class FailureEntry(TypedDict):
+    """A sample that is missing, broken or not scored."""
+
+    model: str
+    guidance_scale: Scale
+    id: str
+    prompt: str
+    what: str
+
+
+class CurveEntry(TypedDict):
+    """A point of a training curve; None = not finite."""
+
+    model: str
+    round: int
+    step: int
+    r_real: float | None
+    r_generated: float | None
+    loss: NotRequired[float | None]
+
+
+class MeasureEntry(TypedDict):
+    """What else was measured of a model."""
+
+    model: str
+    round: int | None
+    name: str
+    title: str
+    value: float | None
+    low: float | None
+    high: float | None
+    better: Literal["higher", "lower", "none"]
+
+
+class EventEntry(TypedDict):
+    """What a rule of health said of training."""
+
+    model: str
+    round: int
+    step: int
+    rule: str
+    action: Literal["warn", "stop", "roll_back"]
+    sentence: str
+    weights_from_step: int | None
+
+
+class LedgerEntry(TypedDict):
+    """What a phase of a round took; None = not known."""
+
+    model: str
+    round: int
+    phase: Literal["generated", "cached", "probed", "trained", "evaluated", "overhead"]
+    seconds: float
+    predicted_seconds: float | None
+    samples: int | None
+    samples_per_second: float | None
+    flops: int | None
+    matrix_share: float | None
+    peak_memory_bytes: int | None
+    predicted_memory_bytes: NotRequired[int | None]
+    disk_bytes: NotRequired[int | None]
+    predicted_disk_bytes: NotRequired[int | None]
+
+
+class Results(TypedDict):
+    """All of results.json."""
+
+    schema_version: int
+    title: str
+    protocol: Protocol
+    baseline: str
+    headline: Headline
+    models: list[ModelEntry]
+    samples: NotRequired[list[CountEntry]]
+    scorers: list[ScorerEntry]
+    results: list[AggregateEntry]
+    comparisons: list[ComparisonEntry]
+    between_others: NotRequired[list[ComparisonEntry]]
+    ranking: NotRequired[list[RankingEntry]]
+    verdicts: list[VerdictEntry]
+    alarms: list[AlarmEntry]
+    breakdowns: list[PartEntry]
+    failures: list[FailureEntry]
+    training_curves: NotRequired[list[CurveEntry]]
+    measures: NotRequired[list[MeasureEntry]]
+    training_events: NotRequired[list[EventEntry]]
+    ledger: NotRequired[list[LedgerEntry]]
+    environment: dict[str, str]
+
+
+_FLOATS = frozenset(
+    "guidance_scale guidance_scales mean low high sd difference win_rate win_rate_low win_rate_high p p_holm value "
+    "threshold r_real r_generated loss".split()
+)
+_MAX_BYTES = 1 << 30
+_MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte
+
+
+def read_results(path: Path) -> Results:
+    """The content of results.json.
+
+    Raises:
+        InputError: no such file, not JSON, another schema version, not valid by the schema, or a name that it does not
+            explain itself.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"{path} does not exist: give the folder of a finished evaluation")
+    data = read_bytes(path, _MAX_BYTES)
+    try:
+        # utf-8-sig: an editor may have put a byte order mark in front
+        text = data.decode("utf-8-sig")
+        results = _with_floats(json.loads(text, parse_constant=_refuse_constant, parse_float=_finite))
+    except (ValueError, OverflowError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+        raise InputError(f"{path} is not JSON ({one_line(str(error))})") from None
+    version = results.get("schema_version") if isinstance(results, dict) else None
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"{path} has schema_version {one_line(json.dumps(version))}, this program reads {SCHEMA_VERSION}: "
+            "evaluate again, or use the version of the program that wrote it"
+        )
+    if problem := schema_problem(results):
+        raise InputError(f"{path} does not follow its schema at {problem}")
+    _check_names(path, results)
+    return results
+
+
+def schema_problem(results: Any) -> str | None:
+    """Where and how a content departs from the schema, in one line; None = it does not."""
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(results))
+    return None if error is None else f"{error.json_path}: {one_line(error.message)}"
+
+
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    schema = Path(__file__).with_name("results.schema.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(schema))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+def _with_floats(content: Any, is_float: bool = False) -> Any:
+    """The same with floats wherever the schema has numbers: JSON does not tell 3 from 3.0."""
+    if isinstance(content, list):
+        return [_with_floats(item, is_float) for item in content]
+    if isinstance(content, dict):
+        return {key: _with_floats(value, key in _FLOATS) for key, value in content.items()}
+    return float(content) if is_float and type(content) is int else content
+
+
+def _check_names(path: Path, results: Results) -> None:
+    """What the schema cannot say: names are there once, and the baseline and the headline are among the models."""
+    models = [model["name"] for model in results["models"]]
+    for kind, names in (("model", models), ("scorer", [scorer["name"] for scorer in results["scorers"]])):
+        if repeated := _first_repeated(names):
+            raise InputError(f"{path} has the {kind} {one_line(repr(repeated))} twice")
+    for role, name in (("baseline", results["baseline"]), ("headline", results["headline"]["model"])):
+        if name is not None and name not in models:
+            raise InputError(f"{path}: the {role} {one_line(repr(name))} is not among the models")
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
+
+
+def one_line(text: str) -> str:
+    """What an error quotes of a file: one line of printable characters, shortened where it is long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _MAX_MESSAGE]).split())
+    return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."
