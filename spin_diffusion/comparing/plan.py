@@ -13,12 +13,13 @@ from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSe
 from spin_diffusion.diffusion.config import SECTIONS, Config
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.run_settings import HARMLESS
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
 from spin_diffusion.store.parsing import build_sections, settings_of
+from spin_diffusion.store.settings import harmless
 
+_HARMLESS = harmless(SECTIONS.values())
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 
 # The comparison scores by itself, and asks for nothing else of a run
@@ -66,7 +67,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Hash of what it is trained with."""
-        kept = {key: value for key, value in self.training.items() if key not in HARMLESS or key == "rounds"}
+        kept = {key: value for key, value in self.training.items() if key not in _HARMLESS or key == "rounds"}
         if self.method == BASE:
             named = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
             options = ("revision", "variant", "pretrained_vae_model_name_or_path")

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class SourceSettings:
+class SourceSettings(Settings):
     """What data sets of images and of text have in common."""
 
     dataset_name: str | None = None
@@ -18,32 +19,27 @@ class SourceSettings:
     """Split of a hub data set or a local folder; files named by path or glob are all read, whatever their split."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
-    max_train_samples: int | None = None
+    max_train_samples: int | None = setting(None, minimum=1)
     """Stop after this many usable examples, in the order of the data set; fewer are no error."""
     streaming: bool = False
     """Read a hub data set as a stream, with nothing copied to the disk. Local files are always read so."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = setting(0.01, minimum=0, maximum=1)
     """Share (0 to 1) of rows that are damaged; more of them is an error."""
-    cache_dir: str | None = None
+    cache_dir: str | None = setting(None, harmless=True)
     """Folder for what is downloaded from the hub; by default the datasets library's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_not_blank("dataset_name", self.dataset_name, "give a data set")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise InputError(
-                f"--max_train_samples is {self.max_train_samples}: give at least 1, or leave the flag away"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise InputError(f"--max_bad_share is {self.max_bad_share}: it is a share of the rows, from 0 to 1")
 
 
 @dataclass(frozen=True)
 class DataSettings(SourceSettings):
     """Where the images come from. Exactly one of `dataset_name` and `train_data_dir` must be given."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = setting(None, first=True)
     """Hub id, local folder, parquet file or glob, webdataset tar or glob; braces as in shards/{0000..0009}.tar work."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = setting(0.01, minimum=0, maximum=1)
     """Share (0 to 1) of rows with a corrupt image, missing image or empty caption; more of them is an error."""
     train_data_dir: str | None = None
     """Folder of images with a metadata.jsonl, .csv or .parquet (file_name and caption), or with a .txt beside each."""
@@ -87,9 +83,9 @@ class DataSettings(SourceSettings):
 class TextDataSettings(SourceSettings):
     """Where prompts and real answers come from, and which of them are held out."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = setting(None, first=True)
     """Hub id, local folder, .jsonl, .json or parquet file, or a glob of one kind; braces as in {0000..0009} work."""
-    max_bad_share: float = 0.01
+    max_bad_share: float = setting(0.01, minimum=0, maximum=1)
     """Share (0 to 1) of rows that are malformed, or have no prompt or no answer; more of them is an error."""
     prompt_column: str | None = None
     """Column of the prompt, plain text or messages; default: prompt, where the answer's column does not hold it."""
@@ -108,7 +104,7 @@ class TextDataSettings(SourceSettings):
     """Where held-out answers come from, named as --dataset_name is; default: --dataset_name."""
     held_out_split: str | None = None
     """Split that held-out answers come from, of a hub data set or a local folder; default: --dataset_split."""
-    num_held_out: int = 0
+    num_held_out: int = setting(0, minimum=0)
     """Held-out answers, which are never trained on; 0 = all of the held-out data set or split, none without one."""
     held_out_by: Literal["prompt", "row"] = "prompt"
     """prompt: no prompt of a held-out answer is trained on; row: both sides may share prompts."""
@@ -125,8 +121,6 @@ class TextDataSettings(SourceSettings):
             column = getattr(self, flag)
             if column is not None and named.setdefault(column, flag) != flag:
                 raise InputError(f"--{named[column]} and --{flag} are both {column!r}: name two columns")
-        if self.num_held_out < 0:
-            raise InputError(f"--num_held_out is {self.num_held_out}: give 0 or more")
         is_same = self.dataset_name == (self.held_out_dataset_name or self.dataset_name)
         if self.has_held_out_source and is_same and self.held_out_split in (None, self.dataset_split):
             raise InputError(

@@ -6,7 +6,7 @@ To add a setting, add a field with a docstring to the dataclass of the room that
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from spin_diffusion.data import DataSettings
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.diffusion.settings import (
     CacheSettings,
     CurationSettings,
@@ -19,17 +19,18 @@ from spin_diffusion.diffusion.settings import (
 )
 from spin_diffusion.evaluation.settings import EvaluationSettings
 from spin_diffusion.selfplay.round_settings import CandidateSettings, RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.run_settings import RunSettings, check_ranges
+from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """The base checkpoint."""
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: str | None = setting(None, first=True)
     """Hub id, or local folder in diffusers' layout, of a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -83,7 +84,6 @@ def _check(config: Config) -> None:
     """Ranges and rules across settings. Each message names the flags and their values."""
     if not config.model.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing: give a hub id or a local folder")
-    check_ranges(config.flat())
     if config.rounds.stop_when_learnt:
         raise InputError("--stop_when_learnt needs held-out samples, which are not set aside for images: leave it out")
     if config.curation.one_per_prompt and config.data.one_image_per_prompt:

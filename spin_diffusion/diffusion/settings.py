@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import Settings, setting
 
 MIN_PAIRS = 32
 """Of the probe."""
@@ -22,12 +23,12 @@ def check_resolution(resolution: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class ImageSettings:
+class ImageSettings(Settings):
     """How images are cropped and stored before they are encoded."""
 
-    resolution: int | None = None
+    resolution: int | None = setting(None, first=True)
     """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
-    max_aspect_ratio: float = 1.0
+    max_aspect_ratio: float = setting(1.0, minimum=1)
     """1 = every image is cropped to a square. Above: to the nearest in shape of some sizes with about as many pixels,
     whose long side is up to so many times the short one; the opponent draws each of its images in the size of the real
     one. SDXL was trained up to 4."""
@@ -43,29 +44,26 @@ class ImageSettings:
     """How images are resized."""
     image_format: Literal["jpeg", "png"] = "jpeg"
     """Codec of both sides of a pair. png is larger and leaves no trace."""
-    jpeg_quality: int = 95
+    jpeg_quality: int = setting(95, minimum=1, maximum=100)
     """Quality of the jpeg codec, 1 to 100 (4:4:4, no chroma subsampling)."""
     vae_round_trip: bool = False
     """Pass the real images through the VAE's encoder and decoder once, as the opponent's images passed its decoder."""
-    vae_encode_batch_size: int = 8
+    vae_encode_batch_size: int = setting(8, minimum=1, harmless=True)
     """Images encoded at a time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_resolution(self.resolution)
-        if not self.max_aspect_ratio >= 1:
-            raise InputError(f"--max_aspect_ratio {self.max_aspect_ratio} must be at least 1, which means squares")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"--jpeg_quality {self.jpeg_quality} must be between 1 and 100")
 
 
 @dataclass(frozen=True)
-class CurationSettings:
+class CurationSettings(Settings):
     """Which real images are played with, by a scorer. The rules combine: one per prompt, then threshold, then top."""
 
     curation_scorer: str | None = None
     """NAME[=PATH] of the scorer that chooses, or a .py file with a `load(device)`. It is in-domain for the evaluation
     afterwards."""
-    curation_top: int | None = None
+    curation_top: int | None = setting(None, minimum=1)
     """Keep this many images, those with the highest scores."""
     curation_threshold: float | None = None
     """Keep the images with at least this score, on the scorer's own scale."""
@@ -73,6 +71,7 @@ class CurationSettings:
     """Keep the image with the highest score of each prompt."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rules = {
             "--curation_top": self.curation_top is not None,
             "--curation_threshold": self.curation_threshold is not None,
@@ -90,55 +89,46 @@ class CurationSettings:
                 f"--curation_scorer {self.curation_scorer} has no rule to choose by: give --curation_top, "
                 "--curation_threshold or --one_per_prompt"
             )
-        if self.curation_top is not None and self.curation_top < 1:
-            raise InputError(f"--curation_top {self.curation_top} must be at least 1")
         if self.curation_threshold is not None and not math.isfinite(self.curation_threshold):
             raise InputError(f"--curation_threshold {self.curation_threshold} must be a finite number")
 
 
 @dataclass(frozen=True)
-class CacheSettings:
+class CacheSettings(Settings):
     """What is computed once and kept."""
 
     cache_text_embeddings: bool = True
     """Encode each distinct prompt once and take the text encoders off the device while a player is trained."""
-    encodings_dir: str | None = None
+    encodings_dir: str | None = setting(None, harmless=True)
     """A folder where runs share latents and text embeddings, each found by its content, VAE and text encoders.
     Default: each run has its own."""
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(Settings):
     """How the opponent draws."""
 
-    num_inference_steps: int = 25
+    num_inference_steps: int = setting(25, minimum=1)
     """Denoising steps per image; ddim needs about 50."""
-    guidance_scale: float = 7.5
+    guidance_scale: float = setting(7.5, minimum=0)
     """Classifier-free guidance of the opponent; 1 = none, the distribution that the theory speaks of."""
     sampler: Literal["checkpoint", "ddim", "dpmpp"] = "dpmpp"
     """dpmpp = DPM-Solver++ of second order; checkpoint = the scheduler that the base checkpoint names."""
-    eta: float = 0.0
+    eta: float = setting(0.0, minimum=0, maximum=1)
     """Noise that each step of ddim adds, in [0, 1]: 0 = none, 1 = as much as DDPM."""
-    generation_batch_size: int = 8
+    generation_batch_size: int = setting(8, minimum=1)
     """Images drawn at a time; guidance doubles the UNet's batch."""
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise InputError(f"--num_inference_steps {self.num_inference_steps} must be at least 1")
-        if self.generation_batch_size < 1:
-            raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"--eta {self.eta} must be between 0 and 1")
+        super().__post_init__()
         if self.eta > 0 and self.sampler != "ddim":
             raise InputError(
                 f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: give --sampler ddim"
             )
-        if self.guidance_scale < 0:
-            raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative")
 
 
 @dataclass(frozen=True)
-class TrajectorySettings:
+class TrajectorySettings(Settings):
     """What a score is taken on."""
 
     trajectory: Literal["forward", "steps", "exact"] = "forward"
@@ -147,18 +137,18 @@ class TrajectorySettings:
 
 
 @dataclass(frozen=True)
-class DenoiserSettings:
+class DenoiserSettings(Settings):
     """How the denoiser is scored and run."""
 
-    proportion_empty_prompts: float = 0.0
+    proportion_empty_prompts: float = setting(0.0, minimum=0, maximum=1)
     """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
-    winner_preserving_mu: float | None = None
+    winner_preserving_mu: float | None = setting(None, minimum=0, below=1)
     """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
-    snr_gamma: float | None = None
+    snr_gamma: float | None = setting(None, above=0)
     """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
     timestep_weights: list[float] | None = None
     """Weigh scores by these, one for each of equal sections of the noise schedule, the cleanest first."""
-    fixed_draws: int | Literal["auto"] = 0
+    fixed_draws: int | Literal["auto"] = setting(0, minimum=0)
     """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
     once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit; auto = as many as are
     visited twice at least in every round."""
@@ -171,14 +161,7 @@ class DenoiserSettings:
     """xformers' attention instead of torch's; needs the extra `xformers` and a CUDA device."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise InputError(f"--proportion_empty_prompts {self.proportion_empty_prompts} must be between 0 and 1")
-        if self.fixed_draws != "auto" and self.fixed_draws < 0:
-            raise InputError(f"--fixed_draws {self.fixed_draws} must be at least 0")
-        if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu < 1:
-            raise InputError(f"--winner_preserving_mu {self.winner_preserving_mu} must be at least 0 and below 1")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise InputError(f"--snr_gamma {self.snr_gamma} must be above 0")
+        super().__post_init__()
         if self.timestep_weights is not None and not (
             self.timestep_weights and min(self.timestep_weights) >= 0 and max(self.timestep_weights) > 0
         ):
@@ -186,27 +169,22 @@ class DenoiserSettings:
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Settings):
     """Train a low-rank adapter in place of all weights."""
 
-    use_lora: bool = False
+    use_lora: bool = setting(False, first=True)
     """Train an adapter; the base's weights stay as they are, in the dtype of --mixed_precision."""
-    rank: int = 16
+    rank: int = setting(16, minimum=1)
     """Of the adapter's matrices."""
-    lora_alpha: float | None = None
+    lora_alpha: float | None = setting(None, above=0)
     """The adapter's change is scaled by this over the rank; default: the rank."""
-    lora_dropout: float = 0.0
+    lora_dropout: float = setting(0.0, minimum=0, below=1)
     """Dropout before the adapter's matrices, in [0, 1), while training; player and opponent drop the same."""
     lora_target_modules: list[str] | None = None
     """Names of the layers that get an adapter; default: all attentions' projections, to_k, to_q, to_v, to_out.0."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"--rank {self.rank} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise InputError(f"--lora_alpha {self.lora_alpha} must be above 0")
+        super().__post_init__()
 
     @property
     def alpha(self) -> float:
@@ -215,15 +193,16 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class ProbeSettings(Settings):
     """What is looked for in a round's images before its player is trained."""
 
-    probe_samples: int = 256
+    probe_samples: int = setting(256, harmless=True)
     """Pairs with which a linear probe asks, before each round is trained, whether traces of codec or decoder tell real
     from generated images; 0 = not asked. It costs at most four passes of the VAE for each."""
-    on_shortcut: Literal["warn", "stop"] = "warn"
+    on_shortcut: Literal["warn", "stop"] = setting("warn", harmless=True)
     """When they do: warn, or stop before training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.probe_samples != 0 and self.probe_samples < MIN_PAIRS:
             raise InputError(f"--probe_samples {self.probe_samples} must be 0 (off) or at least {MIN_PAIRS}")

@@ -3,22 +3,23 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from spin_diffusion.data.text import TextDataSettings
+from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
 from spin_diffusion.selfplay.opponents import OpponentName
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
-from spin_diffusion.selfplay.run_settings import RunSettings, check_ranges
-from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.selfplay.run_settings import RunSettings
+from spin_diffusion.selfplay.train_settings import Scheduler, TrainSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.settings import PerRound, Settings, setting
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
+class CheckpointSettings(Settings):
     """The base checkpoint."""
 
-    model_name_or_path: str | None = None
+    model_name_or_path: str | None = setting(None, first=True)
     """Hub id or local folder of a causal language model in transformers' layout, with its tokenizer; or of a LoRA
     adapter (PEFT) on one, which is merged into it."""
     revision: str | None = None
@@ -36,10 +37,10 @@ class LanguageRoundSettings(RoundSettings):
 
     rounds: int = 5
     """Rounds of self-play, counted from 1."""
-    objective: ObjectiveName | list[ObjectiveName] = "space"
+    objective: PerRound[ObjectiveName] = "space"
     """space, spin, bco, nca, hinge, ipo, sspo and kto play the opponent; dpo uses the data set's own rejected answers;
     sft uses none. (mapo and dro are for denoising errors.)"""
-    beta: float | list[float] = 1.0
+    beta: PerRound[float] = 1.0
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated answers and anchor the score: latest, base, last_two (half each), pool
@@ -52,13 +53,13 @@ class LanguageRoundSettings(RoundSettings):
 class LanguageTrainSettings(TrainSettings):
     """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
 
-    max_train_steps: int | list[int] | None = None
+    max_train_steps: PerRound[int] | None = None
     """Optimizer steps in each round; default: --num_train_epochs."""
-    num_train_epochs: float | list[float] | None = 2.0
+    num_train_epochs: PerRound[float] | None = 2.0
     """Times that a round sees each real answer."""
-    learning_rate: float | list[float] = 5e-7
+    learning_rate: PerRound[float] = 5e-7
     """Initial learning rate (after warm-up)."""
-    lr_scheduler: str = "linear"
+    lr_scheduler: Scheduler = "linear"
     """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
     lr_warmup_ratio: float = 0.1
     """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
@@ -69,15 +70,15 @@ class LanguageTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class AnswerEvaluationSettings:
+class AnswerEvaluationSettings(Settings):
     """What is measured after every round, on held-out prompts."""
 
     judges: list[str] | None = None
     """NAME[=PATH] of judges (log_likelihood, reward_model=PATH_OR_ID, length, ...), or paths of .py files; default:
     log_likelihood."""
-    max_validation_prompts: int | None = 200
+    max_validation_prompts: int | None = setting(200, minimum=1)
     """Distinct held-out prompts that are answered for the page; held-out scores use all held-out answers."""
-    num_validation_answers: int = 1
+    num_validation_answers: int = setting(1, minimum=1)
     """Answers per prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
     eval_every_round: bool = True
     """Evaluate after every round; otherwise the base and the last round only."""
@@ -132,7 +133,6 @@ def _check(config: LanguageConfig) -> None:
     """Ranges and rules across settings. Each message names the flags and their values."""
     if not config.model.model_name_or_path:
         raise InputError("--model_name_or_path is missing: give a hub id or a local folder")
-    check_ranges(config.flat())
     for name in objectives_of(config.rounds):
         if name in ("mapo", "dro"):
             raise InputError(

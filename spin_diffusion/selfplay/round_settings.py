@@ -3,55 +3,72 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
+from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName, check_options
 from spin_diffusion.selfplay.opponents import OpponentName
 from spin_diffusion.selfplay.train_settings import of_round
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import SEEDS, PerRound, Settings, setting
+
+MAX_BETA = 1e30
+"""Beyond, its product with a difference of scores is no number in fp32."""
 
 
 @dataclass(frozen=True)
-class RoundSettings:
+class RoundSettings(Settings):
     """The game that is played. A list holds one value per round; when it is shorter, its last value repeats."""
 
-    rounds: int = 3
+    rounds: int = setting(3, minimum=1, maximum=10_000, harmless=True, first=True)
     """Rounds of self-play, counted from 1."""
-    objective: ObjectiveName | list[ObjectiveName] = "spin"
+    objective: PerRound[ObjectiveName] = setting("spin", first=True)
     """spin, space, bco, nca, hinge, ipo, sspo, kto, mapo and dro play the opponent; dpo uses the data set's own worse
     samples; sft uses none."""
     objective_options: dict[str, float] | None = None
     """Further numbers of the objective, such as {"threshold": 0.001} for dro, {"weight": 0.1} for mapo."""
     generated_from: Literal["opponent", "data"] | None = None
     """Where the generated side comes from; default: the objective's own place. data = the data set's worse samples."""
-    beta: float | list[float] = 5000.0
+    beta: PerRound[float] = setting(5000.0, above=0, maximum=MAX_BETA)
     """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
-    num_generated: int = 1
+    num_generated: int = setting(1, minimum=1)
     """Samples that the opponent draws for each real one."""
-    mu: float | list[float] | None = None
+    mu: PerRound[float] | None = setting(None, above=0)
     """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
-    sft_weight: float = 0.0
+    sft_weight: float = setting(0.0, minimum=0)
     """Add this times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
-    margin_dropout: float = 0.0
+    margin_dropout: float = setting(0.0, minimum=0, below=1)
     """Share of the pairs, in [0, 1), whose generated side takes no part in a step."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated samples and anchor the score: latest, base, last_two (half each), pool
     (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
-    pool_weights: list[float] | None = None
+    pool_weights: list[float] | None = setting(None, minimum=0)
     """Of the newest self in the pool, the one before it, ...; the last repeats. Default: all alike."""
-    opponent_ema_decay: float = 0.99
+    opponent_ema_decay: float = setting(0.99, minimum=0, below=1)
     """Of the opponent ema, in [0, 1): it keeps this share of itself at every step of the player."""
     anchor: Literal["opponent", "base"] = "opponent"
     """Whose score the player's is compared with: the opponent that drew the samples, or always the base."""
-    real_parts: int = 1
+    real_parts: int = setting(1, minimum=1)
     """Split the real samples into this many parts; round k plays with part k and sees it for the first time."""
-    samples_per_shard: int = 64
+    samples_per_shard: int = setting(64, minimum=1)
     """Real samples per file, and what is drawn for them; what a killed process loses at most."""
     stop_when_learnt: bool = False
     """End the run with a round whose held-out gap is not above 0; that round is rejected. Needs held-out samples."""
-    seed: int = 0
+    seed: int = setting(0, minimum=0, below=SEEDS)
     """Seed of everything random in the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_weights is not None and sum(self.pool_weights) == 0:
+            raise InputError("--pool_weights are all 0: give one of the selves a weight")
+        objectives = self.objective if isinstance(self.objective, list) else [self.objective]
+        check_options(list(dict.fromkeys(objectives)), self.objective_options or {})
+        if self.real_parts > self.samples_per_shard:
+            raise InputError(
+                f"--real_parts {self.real_parts} must be at most --samples_per_shard {self.samples_per_shard}: each "
+                "part takes rows of every file"
+            )
 
 
 @dataclass(frozen=True)
-class CandidateSettings:
+class CandidateSettings(Settings):
     """Pairs that the opponent makes by itself, from the best and the worst of several images by a scorer."""
 
     num_candidates: int = 0

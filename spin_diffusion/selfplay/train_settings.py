@@ -6,53 +6,54 @@ from typing import Any, Literal
 
 from spin_diffusion.selfplay import health
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import PerRound, Settings, setting
 
-LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 POLYNOMIAL_END = 1e-7
 """The learning rate at which diffusers' polynomial schedule ends."""
 
 
 @dataclass(frozen=True)
-class TrainSettings(health.HealthSettings):
+class TrainSettings(health.HealthSettings, Settings):
     """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
 
-    max_train_steps: int | list[int] | None = 500
+    max_train_steps: PerRound[int] | None = setting(500, minimum=1, first=True)
     """Optimizer steps in each round; None = --num_train_epochs."""
-    num_train_epochs: float | list[float] | None = None
+    num_train_epochs: PerRound[float] | None = setting(None, above=0)
     """Times that a round sees each real sample, where --max_train_steps is None."""
-    train_batch_size: int = 1
+    train_batch_size: int = setting(1, minimum=1, harmless=True, first=True)
     """Pairs per process and forward pass."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = setting(1, minimum=1, harmless=True)
     """Forward passes per optimizer step."""
-    learning_rate: float | list[float] = 2e-5
+    learning_rate: PerRound[float] = setting(2e-5, above=0, first=True)
     """Initial learning rate (after warm-up)."""
     scale_lr: bool = False
     """Multiply the learning rate by accumulation steps x batch size x processes."""
-    lr_scheduler: str = "constant_with_warmup"
+    lr_scheduler: Scheduler = "constant_with_warmup"
     """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
-    lr_warmup_steps: int | list[int] = 0
+    lr_warmup_steps: PerRound[int] = setting(0, minimum=0)
     """Optimizer steps of warm-up in each round."""
-    lr_warmup_ratio: float = 0.0
+    lr_warmup_ratio: float = setting(0.0, minimum=0, maximum=1)
     """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
-    lr_num_cycles: int = 1
+    lr_num_cycles: int = setting(1, minimum=1)
     """Restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
+    lr_power: float = setting(1.0, minimum=0)
     """Power of the polynomial schedule."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
     """adamw_8bit needs the extra `8bit`; rmsprop and sgd have no momentum."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = setting(0.9, minimum=0, below=1)
     """First moment's decay."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = setting(0.999, minimum=0, below=1)
     """Second moment's decay."""
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: float = setting(1e-2, minimum=0)
     """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = setting(1e-8, above=0)
     """Added to the root of the second moment."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, minimum=0)
     """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
     use_ema: bool = False
     """Promote an exponential moving average of the player's weights over the round instead of its last weights."""
-    ema_decay: float = 0.9999
+    ema_decay: float = setting(0.9999, above=0, maximum=1)
     """Largest decay of that average."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
@@ -68,17 +69,25 @@ class TrainSettings(health.HealthSettings):
     accelerate config for FSDP says so as well."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
-    refresh_opponent_steps: int | None = None
+    refresh_opponent_steps: int | None = setting(None, minimum=1)
     """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
     (New samples as well: shorter rounds.)"""
-    checkpointing_steps: int = 500
+    checkpointing_steps: int = setting(500, minimum=1, harmless=True)
     """Optimizer steps between checkpoints within a round."""
-    checkpoints_total_limit: int | None = None
+    checkpoints_total_limit: int | None = setting(None, minimum=1, harmless=True)
     """Checkpoints kept of a round in training; the oldest go first."""
-    keep_checkpoints: bool = False
+    keep_checkpoints: bool = setting(False, harmless=True)
     """Keep a round's checkpoints after it has been promoted."""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: str = setting("latest", harmless=True)
     """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+        if self.lr_scheduler == "polynomial" and min(rates) <= POLYNOMIAL_END:
+            raise InputError(f"--learning_rate {min(rates)} must be above {POLYNOMIAL_END}, where polynomial ends")
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
 
 
 def of_round(value: Any, round_: int) -> Any:

@@ -49,8 +49,8 @@ NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rounds", "1000000000000"], "--rounds 1000000000000 must be at most 10,000"),
-        (["--beta", "1e300"], "--beta 1e+300 must be at most"),
+        (["--rounds", "1000000000000"], "--rounds 1000000000000 must be between 1 and 10,000"),
+        (["--beta", "1e300"], "--beta 1e+300 must be above 0 and at most 1e+30"),
         (["--logging_dir", "manifest.json"], "--logging_dir manifest.json is where a run keeps other things"),
         (["--logging_dir", "./round-1/logs"], "is where a run keeps other things"),
         (["--resolution", "80000000"], "--resolution 80000000 must be a multiple of 8, and at most 10,000"),

@@ -120,8 +120,8 @@ def test_a_report_counts_every_row_and_keeps_the_first_hundred(tmp_path: Path) -
     [
         ({"dataset_name": "a", "train_data_dir": "b"}, "--dataset_name 'a' and --train_data_dir 'b' are both given"),
         ({"dataset_name": " "}, "--dataset_name is empty"),
-        ({"max_train_samples": 0}, "--max_train_samples is 0: give at least 1"),
-        ({"max_bad_share": 1.5}, "--max_bad_share is 1.5"),
+        ({"max_train_samples": 0}, "--max_train_samples 0 must be at least 1"),
+        ({"max_bad_share": 1.5}, "--max_bad_share 1.5 must be between 0 and 1"),
         ({"filter_max": 0.5}, "without --filter_column"),
         ({"filter_column": "score"}, "'score' is given without a bound"),
         ({"filter_column": "score", "filter_min": 0.6, "filter_max": 0.5}, "0.6 is above --filter_max 0.5"),

@@ -1,38 +1,41 @@
 """What a run with changed settings is held against."""
 
-from dataclasses import fields
-
 import pytest
 from accelerate import Accelerator
 
 from spin_diffusion.diffusion import config
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.selfplay.run_settings import HARMLESS
 from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder, write_manifest
 from spin_diffusion.store.run_dir import write_json
+from spin_diffusion.store.settings import harmless
 from spin_diffusion.store.folder import MARKER, check_folder
 
 
 def test_a_setting_is_changed_whichever_side_knows_it():
-    old, new = (
-        {"beta": 1.0, "gone": 2, "seed": 0, "debug": False},
-        {"beta": 3.0, "added": [4], "seed": 0, "debug": True},
-    )
-    assert changes(old, new) == ["added: None -> [4]", "beta: 1.0 -> 3.0", "gone: 2 -> None"]
-    assert changes(old, old) == []
+    given = config.parse_config(["--pretrained_model_name_or_path", "base", "--beta", "3", "--debug"])
+    old = given.flat() | {"beta": 1.0, "gone": 2, "debug": False}
+    del old["guidance_scale"]
+    assert changes(old, given) == ["beta: 1.0 -> 3.0", "gone: 2 -> None", "guidance_scale: None -> 7.5"]
+    assert changes(given.flat(), given) == []
 
 
 def test_no_setting_of_the_game_itself_is_harmless():
-    names = {name: {field.name for field in fields(kind)} & HARMLESS for name, kind in config.SECTIONS.items()}
-    playing = {name: found for name, found in names.items() if name not in ("run", "training") and found}
-    assert playing == {
-        "rounds": {"rounds"}, "images": {"vae_encode_batch_size"}, "caches": {"encodings_dir"},
-        "probe": {"probe_samples", "on_shortcut"}, "data": {"cache_dir"},
+    names = {name: harmless([section]) for name, section in config.SECTIONS.items() if harmless([section])}
+    assert names.pop("run") == {
+        "output_dir", "logging_dir", "report_to", "tracker_project_name", "matrix_flops_per_second", "push_to_hub",
+        "hub_model_id", "hub_token", "debug",
     }  # fmt: skip
-    assert names["training"] == {
+    assert names.pop("training") == {
         "checkpointing_steps", "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint",
         "train_batch_size", "gradient_accumulation_steps",
     }  # fmt: skip
+    assert names == {
+        "rounds": {"rounds"},
+        "images": {"vae_encode_batch_size"},
+        "caches": {"encodings_dir"},
+        "probe": {"probe_samples", "on_shortcut"},
+        "data": {"cache_dir"},
+    }
 
 
 def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):

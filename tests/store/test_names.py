@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_diffusion.selfplay.run_settings import check_paths
+from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import file_name, folder_inside
 
@@ -35,4 +35,4 @@ def test_names_and_paths_that_stay_are_taken():
 @pytest.mark.parametrize("name", OUT)
 def test_no_setting_leads_a_tracker_out_of_the_runs_folder(flag, name):
     with pytest.raises(InputError, match=f"--{flag}"):
-        check_paths({"tracker_project_name": "spin", "logging_dir": "logs"} | {flag: name})
+        RunSettings(**{flag: name})
