@@ -257,7 +257,7 @@ def write_manifest(
                 "number of processes to keep their product, or start in another --output_dir"
             )
     elif accelerator.is_main_process:
-        write_json(path, content)
+        write_json(path, content, sealed=True)
     accelerator.wait_for_everyone()
 
 
@@ -323,7 +323,8 @@ def play_with_rivals(
         )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:
-        write_json(output_dir / "manifest.json", read_json(output_dir / "manifest.json") | {"rounds": lineage(records)})
+        path = output_dir / "manifest.json"
+        write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
     return records
 
 

@@ -191,7 +191,7 @@ class Round:
     def _commit(self, state: str, **fields: Any) -> None:
         self.record = self.record | fields | {"state": state}
         if self.accelerator.is_main_process:
-            write_json(self.directory / "round.json", self.record)
+            write_json(self.directory / "round.json", self.record, sealed=True)
         self.accelerator.wait_for_everyone()
 
     def _damage(self) -> dict[str, str]:

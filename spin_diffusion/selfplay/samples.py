@@ -92,6 +92,7 @@ def prepare(
                     "left_out": left_out,
                     "files": files,
                 },
+                sealed=True,
             )
     accelerator.wait_for_everyone()
     return data_manifest(directory)

@@ -145,10 +145,25 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         commit(path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, atomically. Halves of a surrogate pair are escaped, as JSON can."""
+SEAL = "content_sha256"
+"""Key of a JSON object's own hash."""
+
+
+def write_json(path: Path, content: Any, sealed: bool = False) -> None:
+    """Write `content` as JSON, atomically. Halves of a surrogate pair are escaped, as JSON can.
+
+    Args:
+        sealed: add the object's hash, by which `read_json` knows a number that was changed on the disk.
+    """
+    if sealed:
+        content = content | {SEAL: _seal_of(content)}
     data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     write_file(path, lambda part: part.write_bytes(data))
+
+
+def _seal_of(content: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(content))  # tuples are lists then, and whole numbers as keys are texts
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 ELSEWHERE = "restore it, or start in another --output_dir"
@@ -174,10 +189,15 @@ def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) 
         remedy: what can be done when it is damaged, in the imperative.
 
     Raises:
-        Damaged: it is missing, is not a file, is not JSON, or is JSON of another type.
+        Damaged: it is missing, is not a file, is not JSON, is JSON of another type, or was sealed with other content.
     """
     try:
-        return fit(json.loads(_own_bytes(path, remedy)), type_)
+        content = json.loads(_own_bytes(path, remedy))
+        seal = content.pop(SEAL, None) if isinstance(content, dict) else None
+        fitting = fit(content, type_)
+        if seal is not None and seal != _seal_of(content):
+            raise ValueError("its content is not what was written")
+        return fitting
     except (ValueError, RecursionError) as error:  # JSON's, Unicode's and Misfit are ValueErrors
         if isinstance(error, InputError):
             raise

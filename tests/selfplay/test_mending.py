@@ -57,6 +57,14 @@ DAMAGES = {
 }
 
 
+def change_a_digit(path) -> None:
+    """One bit of the last number in a JSON file, which is whole JSON of the same types afterwards."""
+    data = bytearray(path.read_bytes())
+    place = list(re.finditer(rb'": [\d.]*(\d),?\n', data))[-1].start(1)
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("damage", list(DAMAGES))
 @pytest.mark.parametrize("state", ["GENERATED", "CACHED"])
 def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damage, capsys):
@@ -107,6 +115,8 @@ def follow(message: str, output_dir) -> None:
     [
         ("round-1/round.json", b"{}"),
         ("round-2/round.json", "cut"),
+        ("round-1/round.json", "a digit"),
+        ("data/manifest.json", "a digit"),
         ("round-1/unet/diffusion_pytorch_model.safetensors", "flipped"),
         ("round-2/unet/config.json", "gone"),
         ("data/manifest.json", b"[]"),
@@ -116,7 +126,7 @@ def follow(message: str, output_dir) -> None:
 )
 def test_the_remedy_that_a_message_names_is_followed_and_works(copied, unbroken, sdxl_dir, name, content):
     path = copied / name
-    path.write_bytes(content) if isinstance(content, bytes) else DAMAGES[content](path)
+    path.write_bytes(content) if isinstance(content, bytes) else (DAMAGES | {"a digit": change_a_digit})[content](path)
     with pytest.raises(InputError) as caught:
         play_all(sdxl_dir, copied)
     message = str(caught.value)
