@@ -11,9 +11,10 @@ from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.selfplay.game import Row
+from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import is_built, read_tensors, weights_hash, write_shared_tensors
+from spin_diffusion.store.run_dir import read_tensors, weights_hash
 
 
 def size_of(row: Row) -> Size:
@@ -74,6 +75,5 @@ def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row]
     pictures = [[hashlib.sha256(row[f"{prefix}image"]).hexdigest(), row["drawn"]] for row in rows]
     key = key_of(vae=vae, how=how, images=pictures)
     path = folder / f"{key[:32]}.safetensors"
-    if not is_built(path, key):
-        write_shared_tensors(path, {"latents": encode()}, key)
+    build(path, key, lambda: Made({"latents": encode()}), shared=True)
     return read_tensors(path)["latents"]

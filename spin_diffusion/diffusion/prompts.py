@@ -19,10 +19,10 @@ from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.diffusion.identity import words_of
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_built, weights_hash, write_shared_tensors
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.store.weights import config_of
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64
@@ -154,15 +154,16 @@ class Prompts:
         encoders = self._encoders_hash(dtype)
         keys = [key_of(encoders=encoders, prompts=part) for part in parts()]
         paths = [folder / f"{key[:32]}.safetensors" for key in keys]
-        bar = (progress or Progress()).phase("encode the prompts", len(hashes))
-        walk, done = enumerate(parts()), 0
-        for number in shared_out(range(len(paths)), accelerator):
+        walk = enumerate(parts())
+
+        def piece_of(number: int) -> Piece:
             part = next(part for place, part in walk if place == number)
-            if not is_built(paths[number], keys[number]):
-                write_shared_tensors(paths[number], self._encode(part, dtype), keys[number])
-            done += len(part)
-            bar(min(done * accelerator.num_processes, len(hashes)), "")
-        accelerator.wait_for_everyone()
+            return Piece(
+                paths[number], keys[number], len(part), lambda tell: Made(self._encode(part, dtype)), shared=True
+            )
+
+        bar = (progress or Progress()).phase("encode the prompts", len(hashes))
+        build_together(range(len(paths)), piece_of, accelerator, bar)
         self._file = functools.lru_cache(maxsize=FILES_OPEN)(lambda number: safe_open(paths[number], framework="pt"))
         self._hashes = hashes
         self._places = np.argsort(np.argsort(first)).astype(np.int32)  # in the order in which they came first

@@ -12,34 +12,31 @@ judge and the answers), and what belongs to something else is made again.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.drawing import ROWS_PER_SHARD
+from spin_diffusion.evaluation.drawing import in_shards
 from spin_diffusion.evaluation.judges import Answer, LoadedJudge, LogLikelihood, load_judge
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import prompts_hash
-from spin_diffusion.evaluation.scoring import SCORER, ScorerRecord, Scoring, Shard, run_and_record, says
-from spin_diffusion.evaluation.specs import check_specs, parse_spec, part_key
+from spin_diffusion.evaluation.scoring import SCORER, ScorerRecord, Scoring, Shard, is_recorded, run_and_record
+from spin_diffusion.evaluation.specs import check_specs, parse_spec
+from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import (
     AGAIN,
-    is_built,
     is_shard,
     read_json,
     read_rows,
     rows_metadata,
     seed_from,
-    shard_name,
-    write_rows,
 )
-from spin_diffusion.store.sharing import shared_out
 
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the answer), the same for every model"
 
@@ -135,21 +132,11 @@ def draw_answers(
     Raises:
         ValueError: `draw` returns anything but one answer per request.
     """
-    rows = [dict(row) for row in requests]
-    shards = _chunks(rows, folder)
-    told, done = progress.phase(f"{model}: answer" if model else "answer", len(rows)), 0
-    for path, chunk in shared_out(shards, accelerator):
-        key = answer_key(protocol, chunk, weights_sha256)
-        if not is_built(path, key):
-            answered = _answered(chunk, draw(chunk, partial(_tell, told, done, accelerator.num_processes)))
-            texts = _hash([row["sha256"] for row in answered])
-            said = {"protocol": protocol["id"], "weights": weights_sha256, "texts": texts}
-            write_rows(path, answered, said | {KEY: key})
-        done += len(chunk)
-        told(done * accelerator.num_processes, "")
-    accelerator.wait_for_everyone()
+    pieces = _pieces(requests, folder, protocol, weights_sha256, draw)
+    bar = progress.phase(f"{model}: answer" if model else "answer", len(requests))
+    build_together(pieces, lambda piece: piece, accelerator, bar)
     if accelerator.is_main_process:
-        for path in set((folder / "answers").glob("*-of-*.parquet")) - {path for path, _ in shards}:
+        for path in set((folder / "answers").glob("*-of-*.parquet")) - {piece.path for piece in pieces}:
             if is_shard(path.name):
                 path.unlink()  # of a protocol with more or fewer requests
     accelerator.wait_for_everyone()
@@ -159,15 +146,29 @@ def are_answered(
     requests: Sequence[Mapping[str, Any]], folder: Path, protocol: Mapping[str, Any], weights_sha256: str
 ) -> bool:
     """Whether `draw_answers` would find nothing to do."""
-    shards = _chunks([dict(row) for row in requests], folder)
-    return all(is_built(path, answer_key(protocol, chunk, weights_sha256)) for path, chunk in shards)
+    return all(piece.is_built for piece in _pieces(requests, folder, protocol, weights_sha256, None))
 
 
-def _chunks(rows: list[dict[str, Any]], folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
-    """The file of each shard of answers, and what is asked in it."""
-    starts = range(0, len(rows), ROWS_PER_SHARD)
-    names = [f"{shard_name(number, len(starts))}.parquet" for number in range(len(starts))]
-    return [(folder / "answers" / name, rows[at : at + ROWS_PER_SHARD]) for name, at in zip(names, starts, strict=True)]
+def _pieces(
+    requests: Sequence[Mapping[str, Any]],
+    folder: Path,
+    protocol: Mapping[str, Any],
+    weights_sha256: str,
+    draw: DrawAnswers | None,
+) -> list[Piece]:
+    """The files of a model's answers."""
+
+    def piece_of(path: Path, asked: list[dict[str, Any]]) -> Piece:
+        def make(tell: Callable[[int], None]) -> Made:
+            assert draw is not None
+            answered = _answered(asked, draw(asked, tell))
+            texts = _hash([row["sha256"] for row in answered])
+            return Made(answered, {"protocol": protocol["id"], "weights": weights_sha256, "texts": texts})
+
+        return Piece(path, answer_key(protocol, asked, weights_sha256), len(asked), make)
+
+    shards = in_shards([dict(row) for row in requests])
+    return [piece_of(folder / "answers" / f"{name}.parquet", asked) for name, asked in shards]
 
 
 def answer_key(protocol: Mapping[str, Any], requests: list[dict[str, Any]], weights_sha256: str) -> str:
@@ -200,51 +201,63 @@ def judge_answers(
     check_specs(JUDGES, specs)
     if callable(log_likelihood) and len(folders) > 1:
         raise ValueError(f"one log-likelihood cannot be that of {len(folders)} models: give a dict by their names")
-    for spec in specs:
-        name = parse_spec(spec)[0]
-        model_of = {path: model for model, folder in folders.items() for path in answer_files(folder)}
-        shards = [(path, path.parents[1] / "scores" / name / path.name) for path in model_of]
-
-        def score(judge: LoadedJudge, missing: list[Shard], key: str, models: dict[Path, str] = model_of) -> None:
-            total = sum(int(rows_metadata(path)["rows"]) for path, _ in missing) * accelerator.num_processes
-            named = ", ".join(dict.fromkeys(models[path] for path, _ in missing))
-            told, done = progress.phase(f"{named}: score by {judge.name}", total), 0
-            for path, out in missing:
-                answers = read_answers(path)
-                scores = judge([of_row(row) for row in answers], _likelihood_of(models[path], log_likelihood))
-                truncated = judge.truncated([of_row(row) for row in answers])
-                scored = [
-                    {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut}
-                    for row, score, cut in zip(answers, scores, truncated, strict=True)
-                ]
-                write_rows(out, scored, {SCORER: key, KEY: _score_key((path, out), key)})
-                done += len(answers)
-                told(done * accelerator.num_processes, "")
-
-        records = [folder / "scores" / f"{name}.json" for folder in folders.values()]
-        load = partial(load_judge, spec, str(accelerator.device))
-        run_and_record(Scoring(JUDGES, spec, records, shards, _score_key, load, score), accelerator)
+    for scoring in _scorings(folders, specs, log_likelihood, str(accelerator.device), progress):
+        run_and_record(scoring, accelerator)
 
 
 def are_judged(folder: Path, specs: Sequence[str]) -> bool:
     """Whether every answer has the scores of the judges as they are now, but of those that could not be run."""
+    return all(map(is_recorded, _scorings({"": folder}, specs)))
+
+
+def _scorings(
+    folders: Mapping[str, Path],
+    specs: Sequence[str],
+    log_likelihood: LogLikelihood | Mapping[str, LogLikelihood] | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Iterator[Scoring]:
+    """What each judge is to do."""
+    progress = progress or Progress()
+    model_of = {path: model for model, folder in folders.items() for path in answer_files(folder)}
     for spec in specs:
-        name, key = parse_spec(spec)[0], part_key(JUDGES, spec)
-        shards = [(path, folder / "scores" / name / path.name) for path in answer_files(folder)]
-        record = folder / "scores" / f"{name}.json"
-        if not says(record, key):
-            if record.is_file() and read_judge(folder, name)["state"] == "not run":
-                continue
-            return False
-        if not all(is_built(out, _score_key((path, out), key)) for path, out in shards):
-            return False
-    return True
+        name = parse_spec(spec)[0]
+
+        def piece(shard: Shard, key: str, judge: LoadedJudge | None) -> Piece:
+            return _score_piece(shard, key, judge, _likelihood_of(model_of[shard[0]], log_likelihood))
+
+        yield Scoring(
+            package=JUDGES,
+            spec=spec,
+            records=[folder / "scores" / f"{name}.json" for folder in folders.values()],
+            shards=[(path, path.parents[1] / "scores" / name / path.name) for path in model_of],
+            piece=piece,
+            load=partial(load_judge, spec, device),
+            bar=partial(progress.phase, f"{', '.join(folders)}: score by {name}"),
+        )
 
 
-def _score_key(shard: Shard, judge: str) -> str:
+def _score_piece(shard: Shard, key: str, judge: LoadedJudge | None, log_likelihood: LogLikelihood) -> Piece:
+    """The scores of a file of answers, by the judge of this key."""
+    path, out = shard
+
+    def make(tell: Callable[[int], None]) -> Made:
+        assert judge is not None
+        rows = read_answers(path)
+        answers = [of_row(row) for row in rows]
+        scored = [
+            {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut}
+            for row, score, cut in zip(rows, judge(answers, log_likelihood), judge.truncated(answers), strict=True)
+        ]
+        return Made(scored, {SCORER: key})
+
+    return Piece(out, _score_key(path, key), int(rows_metadata(path)["rows"]), make)
+
+
+def _score_key(answers: Path, judge: str) -> str:
     """What the scores of a file of answers depend on: some judges read the model itself, and the real answers."""
-    said = rows_metadata(shard[0])
-    return key_of(judge=judge, answers=said.get(KEY), texts=said.get("texts"))
+    written = rows_metadata(answers)
+    return key_of(judge=judge, answers=written.get(KEY), texts=written.get("texts"))
 
 
 def _likelihood_of(model: str, given: LogLikelihood | Mapping[str, LogLikelihood] | None) -> LogLikelihood:
@@ -288,7 +301,7 @@ def read_answer_scores(folder: Path, spec: str) -> list[dict[str, Any]]:
     return [
         row
         for path, out in shards
-        if judge is not None and out.is_file() and rows_metadata(out).get(KEY) == _score_key((path, out), judge)
+        if judge is not None and out.is_file() and rows_metadata(out).get(KEY) == _score_key(path, judge)
         for row in read_rows(out)
     ]
 
@@ -315,10 +328,6 @@ def _answered(requests: list[dict[str, Any]], drawn: list[dict[str, Any]]) -> li
 def _storable(text: str) -> str:
     """Parquet cannot hold half of a surrogate pair, which JSON can."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _tell(told: Callable[[int, str], None], done: int, num_processes: int, answers: int) -> None:
-    told((done + answers) * num_processes, "")
 
 
 def _hash(content: Any) -> str:

@@ -8,18 +8,19 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.evaluation.photometry import measure_image
 from spin_diffusion.evaluation.prompt_sets import PromptSet
+from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of, known_hash
+from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import (
     AGAIN,
     read_json,
@@ -29,8 +30,8 @@ from spin_diffusion.store.run_dir import (
     write_file,
     write_json,
 )
-from spin_diffusion.store.sharing import shared_out
 
+T = TypeVar("T")
 SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
 ROWS_PER_SHARD = 64
 
@@ -145,34 +146,46 @@ def draw_pictures(
     """
     claim(directory, protocol, accelerator)
     for scale in protocol["guidance_scales"]:
-        folder = directory / folder_of(scale)
-        progress, done = bar(scale, len(wanted)), 0
-        for index, rows in shared_out(_chunks(wanted, folder), accelerator):
-            key = picture_key(protocol, scale, drawn_by)
-            if not is_drawn(index, rows, key):
-                told = partial(_tell, progress, done, accelerator.num_processes)
-                pictures = _draw_all(draw, rows, scale, told)
-                drawn = [save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)]
-                write_index(index, drawn, key)
-            done += len(rows)
-            progress(done * accelerator.num_processes, "")
-        accelerator.wait_for_everyone()
+        pieces = _pieces(wanted, directory / folder_of(scale), protocol, scale, drawn_by, draw)
+        build_together(pieces, lambda piece: piece, accelerator, bar(scale, len(wanted)))
 
 
 def are_drawn(wanted: list[dict[str, Any]], directory: Path, protocol: dict[str, Any], drawn_by: str) -> bool:
     """Whether `draw_pictures` would find nothing to do."""
     return all(
-        is_drawn(index, rows, picture_key(protocol, scale, drawn_by))
+        piece.is_built
         for scale in protocol["guidance_scales"]
-        for index, rows in _chunks(wanted, directory / folder_of(scale))
+        for piece in _pieces(wanted, directory / folder_of(scale), protocol, scale, drawn_by, None)
     )
 
 
-def _chunks(wanted: list[dict[str, Any]], folder: Path) -> list[tuple[Path, list[dict[str, Any]]]]:
-    """The index file of each shard, and what is asked for in it."""
+def _pieces(
+    wanted: list[dict[str, Any]],
+    folder: Path,
+    protocol: dict[str, Any],
+    scale: float | None,
+    drawn_by: str,
+    draw: Draw | None,
+) -> list[Piece]:
+    """The index files of a folder, whose pictures are drawn with them."""
+
+    def piece_of(index: Path, rows: list[dict[str, Any]]) -> Piece:
+        def make(tell: Callable[[int], None]) -> Made:
+            assert draw is not None
+            pictures = _draw_all(draw, rows, scale, tell)
+            return Made([save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)])
+
+        return index_piece(index, picture_key(protocol, scale, drawn_by), rows, make)
+
+    return [piece_of(folder / f"{name}.jsonl", rows) for name, rows in in_shards(wanted)]
+
+
+def in_shards(wanted: list[T]) -> list[tuple[str, list[T]]]:
+    """What is asked for in parts: the name of each shard, and what is asked for in it."""
     starts = range(0, len(wanted), ROWS_PER_SHARD)
-    names = [f"{shard_name(number, len(starts))}.jsonl" for number in range(len(starts))]
-    return [(folder / name, wanted[at : at + ROWS_PER_SHARD]) for name, at in zip(names, starts, strict=True)]
+    return [
+        (shard_name(number, len(starts)), wanted[start : start + ROWS_PER_SHARD]) for number, start in enumerate(starts)
+    ]
 
 
 def picture_key(protocol: dict[str, Any], scale: float | None, drawn_by: str) -> str:
@@ -180,40 +193,30 @@ def picture_key(protocol: dict[str, Any], scale: float | None, drawn_by: str) ->
     return key_of(protocol=protocol["id"], scale=scale, drawn_by=drawn_by)
 
 
-def is_drawn(index: Path, wanted: list[dict[str, Any]], key: str) -> bool:
-    """Whether an index lists what is wanted, made of what `key` stands for, and its pictures are as they were drawn.
+def index_piece(
+    index: Path, key: str, wanted: list[dict[str, Any]], make: Callable[[Callable[[int], None]], Made]
+) -> Piece:
+    """An index file with the pictures beside it, which `make` writes."""
+    return Piece(index, key, len(wanted), make, lambda: _has_pictures(index, wanted))
+
+
+def _has_pictures(index: Path, wanted: list[dict[str, Any]]) -> bool:
+    """Whether an index lists what is wanted, and its pictures are as they were drawn.
 
     That something is lost or damaged is said in a line.
     """
-    if not index.is_file():
-        return False
     try:
         rows = read_index(index)
-        asked = [{name: row.get(name) for name in request} for row, request in zip(rows, wanted, strict=False)]
-        if len(rows) != len(wanted) or asked != wanted or any(row.get(KEY) != _row_key(row, key) for row in rows):
-            print(f"{index} belongs to another model or to other pictures, or is damaged: its pictures are made anew")
+        if [{name: row.get(name) for name in asked} for row, asked in zip(rows, wanted, strict=False)] != wanted:
             return False
-        lost = [
-            row["file"]
-            for row in rows
-            if row["file"] is not None
-            and not ((path := index.parent / row["file"]).is_file() and known_hash(path) == row["sha256"])
-        ]
-    except (InputError, AttributeError, KeyError, TypeError) as error:
-        print(f"{index} is damaged ({str(error)[:100]}): its pictures are made anew")
+        paths = [(index.parent / row["file"], row["sha256"]) for row in rows if row["file"] is not None]
+        lost = [path for path, digest in paths if not path.is_file() or known_hash(path) != digest]
+    except InputError as error:
+        tell(f"{index} is damaged ({str(error)[:100]}): its pictures are made anew")
         return False
     if lost:
-        print(f"{index.parent / lost[0]} is lost or damaged: it and the other pictures of {index.name} are made anew")
+        tell(f"{lost[0]} is lost or damaged: it and the other pictures of {index.name} are made anew")
     return not lost
-
-
-def _row_key(row: dict[str, Any], key: str) -> str:
-    """What stands in a row of an index: it says what made the picture, and shows that the row is as it was written."""
-    return key_of(made_of=key, row={name: value for name, value in row.items() if name != KEY})
-
-
-def _tell(progress: Callable[[int, str], None], done: int, num_processes: int, images: int) -> None:
-    progress((done + images) * num_processes, "")
 
 
 def claim(directory: Path, protocol: dict[str, Any], accelerator: Accelerator) -> None:
@@ -277,17 +280,6 @@ def without_picture(row: dict[str, Any], state: str, sha256: str | None = None) 
     """The request of a picture that there is not, and why."""
     nothing = dict.fromkeys(("file", "saturation", "clipped", "sharpness"))
     return row | nothing | {"sha256": sha256, "state": state}
-
-
-def write_index(path: Path, rows: list[dict[str, Any]], key: str) -> None:
-    """Write the index of a shard; the shard is complete from now on.
-
-    Args:
-        key: of what made the pictures.
-    """
-    rows = [row | {KEY: _row_key(row, key)} for row in rows]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def index_files(directory: Path, scale: float | None) -> list[Path]:

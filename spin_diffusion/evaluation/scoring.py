@@ -1,6 +1,6 @@
 """Scores of an evaluation's pictures: one scorer after the other, shard by shard, nothing twice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.store.build import Made, Piece, Tell, build_pieces
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import read_picture
@@ -24,7 +25,6 @@ from spin_diffusion.store.run_dir import (
     read_rows,
     rows_metadata,
     write_json,
-    write_rows,
 )
 
 SCORER = "scorer"
@@ -69,6 +69,23 @@ def score_pictures(
     Args:
         bar: (name of the scorer, number of pictures) -> the function that is told how many are done.
     """
+    for scoring in _scorings(folders, guidance_scales, specs, str(accelerator.device), bar):
+        run_and_record(scoring, accelerator)
+
+
+def is_scored(folder: ScoredFolder, guidance_scales: list[float | None], specs: list[str]) -> bool:
+    """Whether every picture has the scores of the scorers as they are now, but of those that could not be run."""
+    return all(map(is_recorded, _scorings({"": folder}, guidance_scales, specs)))
+
+
+def _scorings(
+    folders: dict[str, ScoredFolder],
+    guidance_scales: list[float | None],
+    specs: list[str],
+    device: str = "cpu",
+    bar: Callable[[str, int], Tell] = lambda name, total: lambda done, text: None,
+) -> Iterator["Scoring"]:
+    """What each scorer is to do."""
     keeps_features = _keeper_of_features(specs)
     for spec in specs:
         name = parse_spec(spec)[0]
@@ -78,36 +95,15 @@ def score_pictures(
             for scale in guidance_scales
             for index in index_files(folder.pictures, scale)
         ]
-        with_features = spec == keeps_features
-
-        def score(scorer: LoadedScorer, missing: list[Shard], key: str, with_features: bool = with_features) -> None:
-            total = sum(len(read_index(index)) for index, _ in missing) * accelerator.num_processes
-            told = bar(scorer.name, total)
-            _score_shards(scorer, key, missing, told, accelerator.num_processes, with_features)
-
-        records = [folder.scores / name / "scorer.json" for folder in folders.values()]
-        key_of_shard = partial(_score_key, with_features=with_features)
-        load = partial(load_scorer, spec, str(accelerator.device))
-        run_and_record(Scoring(SCORERS, spec, records, shards, key_of_shard, load, score), accelerator)
-
-
-def is_scored(folder: ScoredFolder, guidance_scales: list[float | None], specs: list[str]) -> bool:
-    """Whether every picture has the scores of the scorers as they are now, but of those that could not be run."""
-    keeps_features = _keeper_of_features(specs)
-    for spec in specs:
-        name = parse_spec(spec)[0]
-        key = of_specs.part_key(SCORERS, spec)
-        record = folder.scores / name / "scorer.json"
-        if not says(record, key):
-            if record.is_file() and read_scorer(folder.scores, name)["state"] == "not run":
-                continue
-            return False
-        for scale in guidance_scales:
-            for index in index_files(folder.pictures, scale):
-                out = folder.scores / name / folder_of(scale) / f"{index.stem}.parquet"
-                if not is_built(out, _score_key((index, out), key, spec == keeps_features)):
-                    return False
-    return True
+        yield Scoring(
+            package=SCORERS,
+            spec=spec,
+            records=[folder.scores / name / "scorer.json" for folder in folders.values()],
+            shards=shards,
+            piece=partial(_piece, with_features=spec == keeps_features),
+            load=partial(load_scorer, spec, device),
+            bar=partial(bar, name),
+        )
 
 
 Shard = tuple[Path, Path]
@@ -121,23 +117,29 @@ class Scoring:
     Attributes:
         package, spec: which it is.
         records: where is written what is known of it: one file for each model.
-        shards: of all models.
-        key: (shard, key of the scorer) -> what the file of scores depends on.
-        load: the scorer, ready for `score`.
-        score: (loaded scorer, shards, its key) writes these shards.
+        shards: the files of samples of all models, each with the file of its scores.
+        piece: (shard, key of the scorer, the loaded scorer) -> the file of scores; None for the scorer where it is only
+            asked whether the file is built.
+        load: reads the scorer's weights.
+        bar: (number of samples) -> the function that is told how many are done.
     """
 
     package: str
     spec: str
     records: list[Path]
     shards: list[Shard]
-    key: Callable[[Shard, str], str]
+    piece: Callable[[Shard, str, Any], Piece]
     load: Callable[[], Any]
-    score: Callable[[Any, list[Shard], str], None]
+    bar: Callable[[int], Tell]
 
     def missing(self, shards: list[Shard], key: str) -> list[Shard]:
         """Those without scores, or with scores by another scorer or of other samples."""
-        return [shard for shard in shards if not is_built(shard[1], self.key(shard, key))]
+        return [shard for shard in shards if not self.piece(shard, key, None).is_built]
+
+    def score(self, scorer: Any, key: str, shards: list[Shard], num_processes: int) -> None:
+        """Score these shards, which fall to this process."""
+        pieces = [self.piece(shard, key, scorer) for shard in shards]
+        build_pieces(pieces, self.bar(sum(piece.size for piece in pieces) * num_processes), num_processes)
 
 
 def run_and_record(scoring: Scoring, accelerator: Accelerator) -> None:
@@ -159,7 +161,7 @@ def run_and_record(scoring: Scoring, accelerator: Accelerator) -> None:
             loaded = scoring.load()
             if (now := of_specs.part_key(scoring.package, scoring.spec)) != key:  # the hub had another version
                 key, missing = now, scoring.missing(mine, now)
-            scoring.score(loaded, missing, key)
+            scoring.score(loaded, key, missing, accelerator.num_processes)
             said = [described | {"source": loaded.source, "checkpoint": loaded.checkpoint, "key": key, "reason": ""}]
             del loaded  # its memory is free before the next one's weights are read
     except InputError as error:
@@ -183,6 +185,15 @@ def says(record: Path, key: str) -> bool:
     return is_built(record, key) and read_json(record)["state"] == "run"
 
 
+def is_recorded(scoring: Scoring) -> bool:
+    """Whether all samples have the scores of the scorer as it is now, or the records say that it could not be run."""
+    key = of_specs.part_key(scoring.package, scoring.spec)
+    if all(says(record, key) for record in scoring.records):
+        return not scoring.missing(scoring.shards, key)
+    known = [read_json(path, ScorerRecord, AGAIN) for path in scoring.records if path.is_file()]
+    return len(known) == len(scoring.records) and all(record["state"] == "not run" for record in known)
+
+
 def _one_key(scoring: Scoring) -> str | None:
     """The key of the scorer by which all shards of all models were scored; None = there is none."""
     try:
@@ -193,12 +204,6 @@ def _one_key(scoring: Scoring) -> str | None:
     return key if key is not None and not scoring.missing(scoring.shards, key) else None
 
 
-def _score_key(shard: Shard, scorer: str, with_features: bool) -> str:
-    """What the scores of a shard of pictures depend on."""
-    pictures = [[row["id"], row["k"], row["prompt"], row["sha256"]] for row in read_index(shard[0]) if row["file"]]
-    return key_of(scorer=scorer, pictures=pictures, features=with_features)
-
-
 def _keeper_of_features(specs: list[str]) -> str | None:
     """The scorer whose image embeddings the diversity alarms use: one without a taste, if there is one."""
     preferred = ("clip_l14", "clip_h14", "openclip", "pickscore", "hps_v2_1", "hps_v2_0")
@@ -206,21 +211,16 @@ def _keeper_of_features(specs: list[str]) -> str | None:
     return next((by_name[name] for name in preferred if name in by_name), None)
 
 
-def _score_shards(
-    scorer: LoadedScorer,
-    key: str,
-    shards: list[Shard],
-    progress: Callable[[int, str], None],
-    num_processes: int,
-    with_features: bool,
-) -> None:
-    done = 0
-    for index, out in shards:
-        rows = read_index(index)
-        whole = [row for row in rows if row["file"] is not None]
+def _piece(shard: Shard, key: str, scorer: LoadedScorer | None, *, with_features: bool) -> Piece:
+    """The scores of a shard of pictures, by the scorer of this key."""
+    index, out = shard
+    rows = [row for row in read_index(index) if row["file"] is not None]
+
+    def make(tell: Callable[[int], None]) -> Made:
+        assert scorer is not None
         scored: list[dict[str, Any]] = []
-        for start in range(0, len(whole), BATCH):
-            part = whole[start : start + BATCH]
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
             images = [read_picture(index.parent / row["file"]) for row in part]
             prompts = [row["prompt"] for row in part]
             scores = scorer(images, prompts).tolist()
@@ -231,10 +231,11 @@ def _score_shards(
                  "features": feature}
                 for row, score, cut, feature in zip(part, scores, truncated, features, strict=True)
             ]  # fmt: skip
-            progress((done + start + len(part)) * num_processes, "")
-        write_rows(out, scored, {SCORER: key, KEY: _score_key((index, out), key, with_features)})
-        done += len(rows)
-        progress(done * num_processes, "")
+            tell(len(scored))
+        return Made(scored, {SCORER: key})
+
+    pictures = [[row["id"], row["k"], row["prompt"], row["sha256"]] for row in rows]
+    return Piece(out, key_of(scorer=key, pictures=pictures, features=with_features), len(rows), make)
 
 
 def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[str, Any]]:

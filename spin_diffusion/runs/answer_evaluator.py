@@ -26,6 +26,7 @@ from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
+from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
@@ -33,7 +34,7 @@ from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_built, read_json, write_json
+from spin_diffusion.store.run_dir import is_built, read_json
 from spin_diffusion.store.keys import KEY, key_of, place_hash
 
 HELD_OUT_MEASURES = "held_out.json"
@@ -132,8 +133,8 @@ class AnswerEvaluator(RunEvaluator):
         )  # fmt: skip
         judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
         path, key = model.folder / HELD_OUT_MEASURES, self._held_out_key(model)
-        if self.accelerator.is_main_process and not is_built(path, key):
-            write_json(path, {KEY: key} | self._held_out_nll() | self._lm_eval())
+        if self.accelerator.is_main_process:
+            build(path, key, lambda: Made(self._held_out_nll() | self._lm_eval()))
         self.accelerator.wait_for_everyone()
 
     def is_drawn(self, model: EvaluatedModel) -> bool:

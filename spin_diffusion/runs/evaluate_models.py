@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -27,14 +27,13 @@ from spin_diffusion.evaluation.drawing import (
     claim,
     draw_pictures,
     folder_of,
-    is_drawn,
+    index_piece,
     picture_key,
     precision_of,
     protocol_of,
     requests,
     save_bytes,
     without_picture,
-    write_index,
 )
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
@@ -42,6 +41,7 @@ from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
 from spin_diffusion.evaluation.specs import shortened
+from spin_diffusion.store.build import Made, build_pieces
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse_sections, saved_settings
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
@@ -421,10 +421,14 @@ def _take_pictures(
             by_prompt.setdefault(row["prompt"], []).append(row["path"])
         given = key_of(pictures=[_hash_of(_given(row, by_prompt)) for row in wanted])
         for scale in protocol["guidance_scales"]:
-            folder, key = directory / folder_of(scale), picture_key(protocol, scale, given)
+            folder = directory / folder_of(scale)
+
+            def take(tell: Callable[[int], None], folder: Path = folder) -> Made:
+                return Made([_take(row, by_prompt, folder) for row in wanted])
+
             index = folder / f"{shard_name(0, 1)}.jsonl"
-            if not is_drawn(index, wanted, key):
-                write_index(index, [_take(row, by_prompt, folder) for row in wanted], key)
+            piece = index_piece(index, picture_key(protocol, scale, given), wanted, take)
+            build_pieces([piece], lambda done, text: None, 1)
     accelerator.wait_for_everyone()
 
 

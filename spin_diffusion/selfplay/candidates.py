@@ -16,10 +16,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.shards import rows_in, shards
+from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.run_dir import file_hash, is_built, read_rows, seed_from, write_rows
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.run_dir import file_hash, read_rows, seed_from
 
 CHOICES = "choices"
 
@@ -111,15 +111,14 @@ def judge_shards(
 
     A shard is judged whole by one process, so the choices do not depend on how many there are.
     """
-    done = 0
-    for path in shared_out(shards(source, ".parquet"), accelerator):
-        out = target / path.name
-        key = key_of(samples=file_hash(path), **metadata)
-        if not is_built(out, key):
-            write_rows(out, choose(read_rows(path), judge), metadata | {KEY: key})
-        done += rows_in(path)
-        progress(done * accelerator.num_processes, "")
-    accelerator.wait_for_everyone()
+
+    def piece_of(path: Path) -> Piece:
+        def make(tell: Callable[[int], None]) -> Made:
+            return Made(choose(read_rows(path), judge), metadata)
+
+        return Piece(target / path.name, key_of(samples=file_hash(path), **metadata), rows_in(path), make)
+
+    build_together(shards(source, ".parquet"), piece_of, accelerator, progress)
 
 
 def chosen_samples(samples: Path, choices: Path) -> list[Row]:

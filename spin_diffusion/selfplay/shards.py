@@ -5,7 +5,6 @@ Shard i of a round's samples answers shard i of the real ones row by row, so a p
 
 import itertools
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor
 from spin_diffusion.selfplay.game import KEPT, Game, Row
 from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.run_dir import (
@@ -26,10 +26,8 @@ from spin_diffusion.store.run_dir import (
     read_rows,
     read_tensors,
     rows_metadata,
-    write_rows,
     write_tensors,
 )
-from spin_diffusion.store.sharing import shared_out
 
 T = TypeVar("T")
 ENCODED = "encoded"
@@ -86,38 +84,27 @@ def draw_shards(
         draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
         metadata: all that decides the samples, beside the shard's own rows.
     """
-    done = made = 0
     key = key_of(**metadata)
+    made = 0
 
-    def kept_of(out: Path) -> Path:
-        return target.parent / KEPT / f"{out.stem}.safetensors"
+    def piece_of(path: Path) -> Piece:
+        out, kept = target / path.name, target.parent / KEPT / f"{path.stem}.safetensors"
+        asked = ask(read_rows(path, columns=list(columns)))
 
-    def write(out: Path, drawn: list[Row]) -> None:
-        kept, with_kept = [row.pop(KEPT) for row in drawn if KEPT in row], {}
-        if kept:  # before the rows, whose file says that the shard is complete
-            tensors = {name: torch.stack([tensors[name] for tensors in kept]) for name in kept[0]}
-            write_tensors(kept_of(out), tensors, {KEY: key})
-            with_kept = {KEPT: "yes"}
-        write_rows(out, drawn, metadata | with_kept | {KEY: key})
+        def make(tell: Callable[[int], None]) -> Made:
+            nonlocal made
+            drawn = draw(asked, tell)
+            made += len(drawn)
+            of_samples = [row.pop(KEPT) for row in drawn if KEPT in row]
+            if not of_samples:
+                return Made(drawn, metadata)
+            tensors = {name: torch.stack([each[name] for each in of_samples]) for name in of_samples[0]}
+            write_tensors(kept, tensors, {KEY: key})  # before the rows, whose file says that the shard is complete
+            return Made(drawn, metadata | {KEPT: "yes"})
 
-    # A shard is written while the next one is drawn: two are in memory at most
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        writing: Future[None] | None = None
-        for path in shared_out(shards(source / "samples", ".parquet"), accelerator):
-            out = target / path.name
-            if is_built(out, key) and (KEPT not in rows_metadata(out) or is_built(kept_of(out), key)):
-                done += rows_in(out)
-            else:
-                rows, here = ask(read_rows(path, columns=list(columns))), done
-                drawn = draw(rows, lambda samples, h=here: progress((h + samples) * accelerator.num_processes, ""))
-                if writing is not None:
-                    writing.result()
-                made, done = made + len(drawn), done + len(drawn)
-                writing = writer.submit(write, out, drawn)
-            progress(done * accelerator.num_processes, "")
-        if writing is not None:
-            writing.result()
-    accelerator.wait_for_everyone()
+        return Piece(out, key, len(asked), make, lambda: KEPT not in rows_metadata(out) or is_built(kept, key))
+
+    build_together(shards(source / "samples", ".parquet"), piece_of, accelerator, progress)
     return made
 
 
@@ -125,13 +112,15 @@ def merge_shards(
     sources: list[Path], target: Path, key: Callable[[Row], Any], metadata: dict[str, str], accelerator: Accelerator
 ) -> None:
     """Shards of the same names in several folders as one folder, each shard's rows in the order of `key`."""
-    for path in shared_out(shards(sources[0], ".parquet"), accelerator):
-        out = target / path.name
-        built = key_of(**metadata)
-        if not is_built(out, built):
-            rows = sorted((row for source in sources for row in read_rows(source / path.name)), key=key)
-            write_rows(out, rows, metadata | {KEY: built})
-    accelerator.wait_for_everyone()
+    built = key_of(**metadata)
+
+    def piece_of(path: Path) -> Piece:
+        def make(tell: Callable[[int], None]) -> Made:
+            return Made(sorted((row for source in sources for row in read_rows(source / path.name)), key=key), metadata)
+
+        return Piece(target / path.name, built, 0, make)
+
+    build_together(shards(sources[0], ".parquet"), piece_of, accelerator, lambda done, text: None)
 
 
 def encode_shards(
@@ -151,18 +140,21 @@ def encode_shards(
         beside: folder of files by the shards' names, from which `rows_of` takes which are wanted.
     """
     encoder = game.encoder_hash()
-    done = made = 0
-    for path in shared_out(shards(source, ".parquet"), accelerator):
-        out = target / f"{path.stem}.safetensors"
+    made = 0
+
+    def piece_of(path: Path) -> Piece:
         chosen = file_hash(beside / path.name) if beside is not None else None
-        key = key_of(encoder=encoder, samples=file_hash(path), chosen=chosen)
-        if not is_built(out, key):
+
+        def make(tell: Callable[[int], None]) -> Made:
+            nonlocal made
             rows = rows_of(path)
             made += len(rows)
-            write_tensors(out, game.encode(rows) if rows else {}, {KEY: key})
-        done += rows_in(path)
-        progress(done * accelerator.num_processes, "")
-    accelerator.wait_for_everyone()
+            return Made(game.encode(rows) if rows else {})
+
+        key = key_of(encoder=encoder, samples=file_hash(path), chosen=chosen)
+        return Piece(target / f"{path.stem}.safetensors", key, rows_in(path), make)
+
+    build_together(shards(source, ".parquet"), piece_of, accelerator, progress)
     return made
 
 
@@ -181,21 +173,20 @@ def score_shards(
     Args:
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
-    done = 0
-    for path in shared_out(shards(source, ".safetensors"), accelerator):
-        out = target / path.name
+
+    def piece_of(path: Path) -> Piece:
         tensors = {name: tensor[part.places] for name, tensor in of_side(read_tensors(path), prefix).items()}
         rows = len(next(iter(tensors.values()))) if tensors else 0
-        key = key_of(opponent=opponent, tensors=file_hash(path), prefix=prefix, part=[part.index, part.of])
-        if not is_built(out, key):
+
+        def make(tell: Callable[[int], None]) -> Made:
             scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
             assert scores.shape == (rows,) and scores.dtype == torch.float32
-            if not scores.isfinite().all():
-                raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
-            write_tensors(out, {"opponent_score": scores.cpu()}, {"opponent": opponent, KEY: key})
-        done += rows
-        progress(done * accelerator.num_processes, "")
-    accelerator.wait_for_everyone()
+            return Made(_finite_scores(scores.cpu(), path), {"opponent": opponent})
+
+        key = key_of(opponent=opponent, tensors=file_hash(path), prefix=prefix, part=[part.index, part.of])
+        return Piece(target / path.name, key, rows, make)
+
+    build_together(shards(source, ".safetensors"), piece_of, accelerator, progress)
 
 
 def score_draws(
@@ -218,47 +209,60 @@ def score_draws(
         batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
-    done = 0
     sizes = [(path, len(range(rows_in(path))[part.places])) for path in shards(source, ".parquet")]
     first = itertools.accumulate((rows for _, rows in sizes), initial=0)
-    for (path, rows), start_of_shard in shared_out(list(zip(sizes, first, strict=False)), accelerator):
-        here = list(range(start_of_shard, start_of_shard + rows))
-        outs = [target / side / f"{path.stem}.safetensors" for side in ("real", "generated")]
+
+    def piece_of(shard: tuple[tuple[Path, int], int]) -> Piece:
+        (path, rows), start_of_shard = shard
+        real, generated = (target / side / f"{path.stem}.safetensors" for side in ("real", "generated"))
         key = key_of(
             opponent=opponent, samples=file_hash(path), part=[part.index, part.of], draws=pairs.draws, seed=seed,
             round=round_, batch=batch_size,
         )  # fmt: skip
-        if not all(is_built(out, key) for out in outs):
-            by_draw = []
-            for draw in range(pairs.draws):
-                found = []
-                for start in range(0, rows, batch_size):
-                    indices = here[start : start + batch_size]
-                    batch = pairs.at_draws(indices, [draw] * len(indices), seed, round_)
-                    found.append(game.scores_at_draws(batch))
-                    progress((done + (draw * rows + start) // pairs.draws) * accelerator.num_processes, "")
-                by_draw.append([torch.cat(each).cpu() if each else torch.zeros(0) for each in _sides(found)])
-            for out, scores in zip(outs, _sides(by_draw), strict=True):
-                kept = torch.stack(scores, dim=1)
-                if not kept.isfinite().all():
-                    raise FloatingPointError(f"{out}: the opponent's score of a sample is not finite; look at it")
-                write_tensors(out, {"opponent_score": kept}, {"opponent": opponent, KEY: key})
-        done += rows
-        progress(done * accelerator.num_processes, "")
-    accelerator.wait_for_everyone()
+
+        def scores_at(draw: int, start: int, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+            tell((draw * rows + start) // pairs.draws)
+            indices = range(start_of_shard + start, start_of_shard + min(start + batch_size, rows))
+            return game.scores_at_draws(pairs.at_draws(list(indices), [draw] * len(indices), seed, round_))
+
+        def make(tell: Callable[[int], None]) -> Made:
+            starts = range(0, rows, batch_size)
+            by_draw = [[scores_at(draw, start, tell) for start in starts] for draw in range(pairs.draws)]
+            by_side = []
+            for side, path_of_side in enumerate((real, generated)):
+                columns = [[torch.zeros(0), *(both[side].cpu() for both in batches)] for batches in by_draw]
+                stacked = torch.stack([torch.cat(column) for column in columns], dim=1)
+                by_side.append(_finite_scores(stacked, path_of_side))
+            write_tensors(real, by_side[0], {"opponent": opponent, KEY: key})
+            return Made(by_side[1], {"opponent": opponent})
+
+        return Piece(generated, key, rows, make, lambda: is_built(real, key))
+
+    build_together(list(zip(sizes, first, strict=False)), piece_of, accelerator, progress)
 
 
-def _sides(found: list[Any]) -> list[list[Tensor]]:
-    return [[each[side] for each in found] for side in (0, 1)]
+def _finite_scores(scores: Tensor, path: Path) -> dict[str, Tensor]:
+    """The opponent's scores as they are stored; FloatingPointError, with the path, when one is not finite."""
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
+    return {"opponent_score": scores}
 
 
 def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelerator: Accelerator) -> None:
     """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
     weights = torch.tensor(list(sources.values()))
-    for path in shared_out(shards(next(iter(sources)), ".safetensors"), accelerator):
-        scores = torch.stack([read_tensors(folder / path.name)["opponent_score"] for folder in sources])
-        write_tensors(target / path.name, {"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
-    accelerator.wait_for_everyone()
+
+    def piece_of(path: Path) -> Piece:
+        members = [folder / path.name for folder in sources]
+
+        def make(tell: Callable[[int], None]) -> Made:
+            scores = torch.stack([read_tensors(member)["opponent_score"] for member in members])
+            return Made({"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
+
+        key = key_of(opponent=opponent, members=[file_hash(member) for member in members])
+        return Piece(target / path.name, key, 0, make)
+
+    build_together(shards(next(iter(sources)), ".safetensors"), piece_of, accelerator, lambda done, text: None)
 
 
 def some_pairs(data: Path, drawn: Path, part: Part, most: int) -> tuple[list[Row], list[Row]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY
+from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.machine import PART, writing
 from spin_diffusion.store.opening import open_regular, read_bytes
 from spin_diffusion.store.progress import tell
@@ -228,6 +228,17 @@ def read_json_lines(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEW
         raise Damaged(path, error, remedy) from None
 
 
+def write_json_lines(path: Path, rows: list[dict[str, Any]], key: str) -> None:
+    """Write rows as JSON, one on each line, atomically; each says by a key of its own that it is as it was written and
+    made of what `key` stands for."""
+    text = "".join(json.dumps(row | {KEY: _line_key(row, key)}, ensure_ascii=False) + "\n" for row in rows)
+    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _line_key(row: dict[str, Any], key: str) -> str:
+    return key_of(made_of=key, row={name: value for name, value in row.items() if name != KEY})
+
+
 def _own_bytes(path: Path, remedy: str) -> bytes:
     try:
         return read_bytes(path)
@@ -351,15 +362,25 @@ def has_tensors(path: Path, metadata: Mapping[str, str]) -> bool:
 
 
 def is_built(path: Path, key: str) -> bool:
-    """Whether a file of `write_rows` or `write_tensors`, or a JSON object, is there, whole and with this key.
+    """Whether a file of rows, tensors or JSON lines, or a JSON object, is there, whole and with this key.
 
     That one is damaged is said in a line; it counts as missing, and is made anew.
     """
     if path.suffix == ".parquet":
         return has_rows(path, {KEY: key})
-    if path.suffix != ".json":
+    if path.suffix == ".safetensors":
         return has_tensors(path, {KEY: key})
-    return (read_if_whole(path) or {}).get(KEY) == key
+    if path.suffix == ".json":
+        return (read_if_whole(path) or {}).get(KEY) == key
+    try:
+        rows = read_json_lines(path, remedy=AGAIN) if path.is_file() else []
+        built = bool(rows) and all(row.get(KEY) == _line_key(row, key) for row in rows)
+        if rows and not built:
+            tell(f"{printable(path)} belongs to something else than is asked for now, or is damaged: it is made anew")
+        return built
+    except Damaged as error:
+        tell_remade(error)
+        return False
 
 
 def file_hash(path: Path) -> str:

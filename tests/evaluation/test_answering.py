@@ -120,9 +120,7 @@ def test_shards_of_a_longer_protocol_do_not_stay(tmp_path: Path) -> None:
 def test_processes_share_shards_out_and_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "one", babble())
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    monkeypatch.setattr(
-        "spin_diffusion.evaluation.answering.shared_out", lambda things, one: things[one.process_index :: 2]
-    )
+    monkeypatch.setattr("spin_diffusion.store.build.shared_out", lambda things, one: things[one.process_index :: 2])
     asked = []
     for index in (1, 0):
         monkeypatch.setattr(Accelerator, "process_index", property(lambda self, index=index: index))

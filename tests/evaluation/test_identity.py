@@ -265,7 +265,7 @@ def test_a_model_that_is_replaced_under_its_path_is_drawn_anew(part, sdxl_dir, t
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     capsys.readouterr()
     assert evaluate(tmp_path, tiny_prompts, "sharpness", models=models) == 0
-    assert "belongs to another model or to other pictures" in capsys.readouterr().out
+    assert "belongs to something else" in capsys.readouterr().out
     assert scores("base") != first and scores("original") == first
     fresh = tmp_path / "fresh"
     fresh.mkdir()

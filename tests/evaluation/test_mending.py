@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from spin_diffusion.evaluation.drawing import write_index
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.store.run_dir import file_hashes, write_json, write_rows
+from spin_diffusion.store.run_dir import file_hashes, write_json, write_json_lines, write_rows
 
 INDEX, SCORES = "images/guidance-3/00000-of-00001.jsonl", "scores/oracle/guidance-3/00000-of-00001.parquet"
 RECORDS = (INDEX, SCORES, "images/protocol.json", "scores/oracle/scorer.json", "model.json")
@@ -16,7 +15,7 @@ RECORDS = (INDEX, SCORES, "images/protocol.json", "scores/oracle/scorer.json", "
 def folder(tmp_path):
     """An evaluation that came to its end."""
     row = {"id": "0", "k": 0, "prompt": "a cat", "category": "", "seed": 1, "file": None, "sha256": None, "state": "x"}
-    write_index(tmp_path / INDEX, [row], "a key")
+    write_json_lines(tmp_path / INDEX, [row], "a key")
     write_rows(tmp_path / SCORES, [{"id": "0", "k": 0, "score": 1.0}], {"source": "oracle"})
     write_json(tmp_path / "images" / "protocol.json", {"id": "abc"})
     write_json(tmp_path / "scores" / "oracle" / "scorer.json", {"name": "oracle", "state": "run", "reason": ""})

@@ -114,7 +114,7 @@ def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tm
     def taking_turns(things, accelerator):
         return things[accelerator.process_index :: accelerator.num_processes]
 
-    monkeypatch.setattr("spin_diffusion.selfplay.candidates.shared_out", taking_turns)
+    monkeypatch.setattr("spin_diffusion.store.build.shared_out", taking_turns)
     for number in range(3):
         rows = [row | {"image": f"{number} {row}".encode()} for row in drawn(3, 1, 3)]
         write_rows(tmp_path / "samples" / f"{run_dir.shard_name(number, 3)}.parquet", rows, {})

@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay import samples, shards
+from spin_diffusion.selfplay import samples
 from spin_diffusion.selfplay.game import KEPT, Game
 from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.shards import Part, draw_shards, merge_shards, score_shards, some_pairs
 from spin_diffusion.selfplay.shards import shards as shards_of
+from spin_diffusion.store import build
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 
@@ -38,7 +39,7 @@ def test_a_folder_that_lacks_a_shard_is_refused(data):
 def test_what_is_kept_for_training_is_there_before_the_rows_that_say_so(data, monkeypatch):
     kept = data / "round-1" / KEPT / f"{NAMES[0]}.safetensors"
     there = []
-    monkeypatch.setattr(shards, "write_rows", lambda path, rows, metadata: there.append(kept.is_file()))
+    monkeypatch.setattr(build, "write_rows", lambda path, rows, metadata: there.append(kept.is_file()))
     draw_shards(
         data, data / "round-1" / "samples", lambda rows: rows,
         lambda rows, done: [row | {KEPT: {"states": torch.ones(2)}} for row in rows], {}, ("id",),
