@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,19 +28,12 @@ from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.selfplay.game import Row
-from spin_diffusion.selfplay.shards import rows_in
+from spin_diffusion.store.build import Made, Piece, build, build_pieces
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import (
-    read_if_whole,
-    read_json,
-    read_rows,
-    remove_files,
-    write_file,
-    write_json,
-    write_rows,
-)
+from spin_diffusion.store.run_dir import is_built, read_json, read_rows, remove_files, rows_metadata, write_file
 from spin_diffusion.store.sharing import shared_out
 
 IdOf = Callable[[Example], str]
@@ -127,10 +120,15 @@ def choose(
 # From the data set to the chosen examples
 
 
+COMPLETE = "complete.json"
+"""Beside the files of scores, once there are all of them."""
+
+
 class _Complete(TypedDict):
-    """What complete.json holds: how many images have scores."""
+    """What complete.json holds: how many images have scores, and by which weights."""
 
     scored: int
+    checkpoint: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -183,8 +181,8 @@ class Curation:
 
     def forget(self) -> None:
         """Remove the scores that a killed run would have gone on with; the table has them too."""
-        (self.directory / "scorer.json").unlink(missing_ok=True)  # first: what a kill leaves does not seem to be whole
-        remove_files(self.directory, lambda name: name == "complete.json" or _is_scores(name))
+        (self.directory / COMPLETE).unlink(missing_ok=True)  # first: what a kill leaves does not seem to be whole
+        remove_files(self.directory, _is_scores)
 
     # Scores
 
@@ -199,12 +197,10 @@ class Curation:
             InputError: a scorer that cannot run, or a data set that is not the one that was begun with.
         """
         spec = str(self.settings.curation_scorer)
-        said_path, done_path = self.directory / "scorer.json", self.directory / "complete.json"
         decides = self.decides | {"curation_scorer": content_settings(self.settings)["curation_scorer"]}
-        said = read_if_whole(said_path) or {}
-        is_done = said.get("decides") == decides and read_if_whole(done_path, _Complete) is not None
+        complete = self.directory / COMPLETE
+        is_done = is_built(complete, key_of(**decides))
         wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
-        is_main = accelerator is None or accelerator.is_main_process
         wait()  # all have looked before one of them changes something
         if is_done:
             return
@@ -212,54 +208,62 @@ class Curation:
             scorer = load_scorer(spec, self.device)
         except InputError as error:
             raise InputError(f"--curation_scorer {spec}: {error}") from None
-        now = {"decides": decides, "checkpoint": dict(scorer.checkpoint)}
-        if said != now and is_main:
-            self.forget()
-            write_json(said_path, now)
-        wait()
+        checkpoint = dict(scorer.checkpoint)
+        key = key_of(decides=decides, checkpoint=checkpoint)
+        numbers = range(2**62)  # how many files there will be is known at the end of the data set
+        pieces = self._pieces(scorer, key, shared_out(numbers, accelerator) if accelerator is not None else numbers)
+        bar = self.progress.phase(f"score the real samples by {scorer.name}", 0)
         try:
-            self._score_shards(scorer, accelerator)
+            build_pieces(pieces, bar, accelerator.num_processes if accelerator is not None else 1)
         except InputError as error:
             blamed = f"--curation_scorer {spec}: " if str(error).startswith("scorer ") else ""
             raise InputError(f"{blamed}{error}") from None
         wait()
-        if is_main:
-            write_json(done_path, {"scored": self._count()})
+        if accelerator is None or accelerator.is_main_process:
+            build(complete, key_of(**decides), lambda: Made({"scored": self._count(key), "checkpoint": checkpoint}))
         wait()
         # The run needs the memory for itself
-        del scorer
+        del scorer, pieces
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _score_shards(self, scorer: LoadedScorer, accelerator: Accelerator | None) -> None:
-        bar = self.progress.phase(f"score the real samples by {scorer.name}", 0)
-        files = range(2**62)  # how many there will be is known at the end of the data set
-        processes = accelerator.num_processes if accelerator is not None else 1
-        examples, at, count = self.read(), 0, 0
-        for number in shared_out(files, accelerator) if accelerator is not None else files:
+    def _pieces(self, scorer: LoadedScorer, key: str, numbers: Iterable[int]) -> Iterator[Piece]:
+        """The files of scores of these numbers, as long as there are examples for them."""
+        examples, at = self.read(), 0
+        for number in numbers:
             for _ in islice(examples, (number - at) * self.rows_per_shard):  # another process's
                 pass
             at = number + 1
-            path = self.directory / f"{number:05d}.parquet"
-            shard = islice(examples, self.rows_per_shard)
-            rows = self._scored_already(path, shard) if path.is_file() else []
-            if not path.is_file():
-                while scored := self._scored_batch(scorer, list(islice(shard, BATCH))):
-                    rows += scored
-                    bar((count + len(rows)) * processes, "")
-                if rows:
-                    write_rows(path, rows, {})
-            count += len(rows)
-            bar(count * processes, "")
-            if len(rows) < self.rows_per_shard:
+            first = list(islice(examples, 1))
+            if not first:
                 return
+            yield self._piece(number, key, scorer, chain(first, islice(examples, self.rows_per_shard - 1)))
 
-    def _count(self) -> int:
-        """Of all scored examples; none of a data set that was longer may be left."""
-        by_number = {int(path.stem): rows_in(path) for path in self.directory.iterdir() if _is_scores(path.name)}
-        counts = [by_number[number] for number in sorted(by_number)]
-        if sorted(by_number) != list(range(len(counts))) or any(rows < self.rows_per_shard for rows in counts[:-1]):
+    def _piece(self, number: int, key: str, scorer: LoadedScorer, examples: Iterator[Example]) -> Piece:
+        path = self.directory / f"{number:05d}.parquet"
+
+        def make(tell: Callable[[int], None]) -> Made:
+            rows: list[Row] = []
+            while scored := self._scored_batch(scorer, list(islice(examples, BATCH))):
+                rows += scored
+                tell(len(rows))
+            return Made(rows)
+
+        def is_of_these() -> bool:
+            if [self.id_of(example) for example in examples] != [row["id"] for row in read_rows(path)]:
+                raise InputError(self._has_changed())
+            return True
+
+        return Piece(path, key, self.rows_per_shard, make, is_of_these)
+
+    def _count(self, key: str) -> int:
+        """How many examples have scores of this key; no scores of a data set that was longer may be left."""
+        files = [path for path in self.directory.iterdir() if _is_scores(path.name)]
+        written = {int(path.stem): rows_metadata(path) for path in files}
+        counts = [int(said["rows"]) for _, said in sorted(written.items()) if said.get(KEY) == key]
+        numbers = sorted(number for number, said in written.items() if said.get(KEY) == key)
+        if numbers != list(range(len(counts))) or any(rows < self.rows_per_shard for rows in counts[:-1]):
             raise InputError(self._has_changed())
         return sum(counts)
 
@@ -270,13 +274,6 @@ class Curation:
         return [
             {"id": row["id"], "prompt": row["prompt"], "score": score} for row, score in zip(rows, scores, strict=True)
         ]
-
-    def _scored_already(self, path: Path, examples: Iterator[Example]) -> list[Row]:
-        rows = read_rows(path, remedy=self._score_again())
-        ids = [self.id_of(example) for example in examples]
-        if ids != [row["id"] for row in rows]:
-            raise InputError(self._has_changed())
-        return rows
 
     def _scored(
         self,
@@ -292,8 +289,11 @@ class Curation:
         return np.array(scores, np.float64), np.array(ids, np.uint64), np.array(prompts, np.uint64)
 
     def _shards(self) -> list[Path]:
-        count = read_json(self.directory / "complete.json", _Complete, self._score_again())["scored"]
+        count = self._complete()["scored"]
         return [self.directory / f"{number:05d}.parquet" for number in range(-(-count // self.rows_per_shard))]
+
+    def _complete(self) -> "_Complete":
+        return read_json(self.directory / COMPLETE, _Complete, self._score_again())
 
     # What was chosen
 
@@ -331,7 +331,7 @@ class Curation:
         kept = scores[choice.chosen]
         return {
             "scorer": self.settings.curation_scorer,
-            "checkpoint": read_json(self.directory / "scorer.json", remedy=self._score_again())["checkpoint"],
+            "checkpoint": self._complete()["checkpoint"],
             "scored": len(scores),
             "kept": len(kept),
             "left_out": choice.left_out,
