@@ -28,6 +28,7 @@ from spin_diffusion.data.rows import one_line
 from spin_diffusion.data.text import Message, TextExample, last_question
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import broken_character
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
 """Variables of a chat template that no argument may be named like."""
@@ -438,7 +439,7 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
     if not tokenizer.chat_template:
         check_template(tokenizer)
     try:
-        return fill_template(
+        text = fill_template(
             str(template or tokenizer.chat_template),
             lambda: tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
@@ -449,6 +450,9 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
     except Exception as error:  # of any kind: it is a program of somebody else's
         roles = ", ".join(turn["role"] for turn in messages[:8])
         raise LeftOut(REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error) or type(error).__name__}") from error
+    if (place := broken_character(text)) is not None:
+        raise LeftOut(REFUSED_BY_TEMPLATE, f"the template writes half a character, at {place}, which is no text")
+    return text
 
 
 def _around_answer(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> tuple[str, str]:

@@ -294,6 +294,7 @@ FAULTY = {
     "huge range": "{% for i in range(1000000000) %}{% endfor %}",
     "syntax": "{% for m in %}",
     "no filter": "{{ messages | nothing }}",
+    "half a character": "\udcff" + CHATML,
 }
 
 
