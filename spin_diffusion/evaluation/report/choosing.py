@@ -12,7 +12,7 @@ Pair = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """A tab of the gallery."""
 
     key: str
@@ -34,7 +34,7 @@ def differences(
     }
 
 
-def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list[Choice]:
+def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list[Selection]:
     """The tabs: a random sample, which no score has chosen, then the extremes. A prompt is in each tab once.
 
     Pairs are ranked by the mean over the scorers of the paired difference in units of its standard deviation, so that
@@ -48,9 +48,9 @@ def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list
     num_prompts = len(drawn)
     shown = drawn[:random_pairs]
     note = f"{len(shown)} of {num_prompts} prompts, drawn by the protocol's id: no score has chosen them."
-    choices = [Choice("random", "Random", note, shown, {})]
+    selections = [Selection("random", "Random", note, shown, {})]
     if candidate is None or candidate == baseline:
-        return choices
+        return selections
 
     judges = [s["name"] for s in results["scorers"] if s["state"] == "run" and s["role"] != "drift"]
     titles = {s["name"]: s["title"] for s in results["scorers"]}
@@ -65,16 +65,19 @@ def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list
     worst = [pair for pair in sorted(common, key=lambda pair: mean[pair]) if mean[pair] < 0]
     torn = [pair for pair in sorted(common, key=lambda pair: -spread[pair]) if spread[pair] > 0]
     unit = "mean over the scorers of the difference, in standard deviations"
-    return [
-        *choices,
-        Choice("wins", "Best wins", f"Where the candidate gains most ({unit}).",
-               _one_per_prompt(best)[:ranked_pairs], {pair: f"{mean[pair]:+.2f} sd" for pair in best}),
-        Choice("losses", "Worst losses", f"Where the candidate loses most ({unit}).",
-               _one_per_prompt(worst)[:ranked_pairs], {pair: f"{mean[pair]:+.2f} sd" for pair in worst}),
-        Choice("torn", "Scorers disagree", "Where the scorers differ most about what changed: look here for what one "
-               "of them is blind to.", _one_per_prompt(torn)[:ranked_pairs],
-               {pair: _disagreement(pair, by_judge, titles) for pair in torn}),
-    ]  # fmt: skip
+    ranked = [
+        ("wins", "Best wins", f"Where the candidate gains most ({unit}).", best),
+        ("losses", "Worst losses", f"Where the candidate loses most ({unit}).", worst),
+    ]
+    of_mean = {pair: f"{mean[pair]:+.2f} sd" for pair in common}
+    selections += [
+        Selection(key, title, note, _one_per_prompt(pairs)[:ranked_pairs], of_mean)
+        for key, title, note, pairs in ranked
+    ]
+    note = "Where the scorers differ most about what changed: look here for what one of them is blind to."
+    disagreement = {pair: _disagreement(pair, by_judge, titles) for pair in torn}
+    selections.append(Selection("torn", "Scorers disagree", note, _one_per_prompt(torn)[:ranked_pairs], disagreement))
+    return selections
 
 
 def _one_per_prompt(pairs: list[Pair]) -> list[Pair]:

@@ -47,11 +47,6 @@ def edition_of(results: Results) -> Edition:
     return _EDITIONS[modality_of(results["protocol"])]
 
 
-def scale_label(results: Results, scale: Scale) -> str:
-    """How the samples were drawn, in words."""
-    return edition_of(results).label(results["protocol"], scale)
-
-
 def _guidance(protocol: Protocol, scale: Scale) -> str:
     """None stands for pictures that were given, not drawn."""
     return "as given" if scale is None else f"guidance {scale:g}"

@@ -1,39 +1,18 @@
 """The page's small print: where the models came from, how samples were made, what each scorer is."""
 
-from dataclasses import dataclass
-from typing import Any
-
 from spin_diffusion.evaluation.modalities import modality_of, samples_per_prompt
+from spin_diffusion.evaluation.records import Results, ScorerEntry
 from spin_diffusion.evaluation.report.editions import edition_of
-from spin_diffusion.evaluation.report.tables import scorers_run
 from spin_diffusion.evaluation.report.wording import Text, shortened
 
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Where a model came from."""
-
-    label: Text
-    role: str
-    round: str
-    kind: str
-    source: Text
-    base: Text
-    weights_sha256: str
+Facts = list[tuple[str, Text]]
+"""Names and what is known under them."""
 
 
-@dataclass(frozen=True)
-class ScorerFacts:
-    """What must be known of a scorer to compute its numbers again."""
-
-    title: str
-    facts: list[tuple[str, Text]]
-
-
-def banner_facts(results: dict[str, Any]) -> list[tuple[str, str]]:
+def banner_facts(results: Results) -> list[tuple[str, str]]:
     """The banner's small print."""
     protocol = results["protocol"]
-    ran = len(scorers_run(results))
+    ran = sum(scorer["state"] == "run" for scorer in results["scorers"])
     headline = (results["headline"]["model"], results["headline"]["guidance_scale"])
     states = [a["state"] for a in results["alarms"] if (a["model"], a["guidance_scale"]) == headline]
     alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
@@ -52,7 +31,7 @@ def _counted(number: int, thing: str) -> str:
     return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
 
 
-def protocol_facts(results: dict[str, Any]) -> list[tuple[str, Text]]:
+def protocol_facts(results: Results) -> Facts:
     """How the samples were made, as far as it decides whether two evaluations may be compared."""
     protocol = results["protocol"]
     prompts = protocol["prompt_set"]
@@ -70,19 +49,7 @@ def protocol_facts(results: dict[str, Any]) -> list[tuple[str, Text]]:
     return [(shortened(name, 60).short, shortened(value)) for name, value in facts]
 
 
-def model_facts(model: dict[str, Any], named: dict[str, str]) -> ModelFacts:
-    """Where one model came from, by the label that the page gives it."""
-    short = named[model["name"]]
-    whole = shortened(model["name"], 48)
-    return ModelFacts(
-        Text(short, whole.full, whole.note), model["role"],
-        "" if model["round"] is None else str(model["round"]), model["kind"],
-        shortened(model["source"]), shortened(model["base"] or ""),
-        shortened(model["weights_sha256"] or "", 64).short,
-    )  # fmt: skip
-
-
-def scorer_facts(scorer: dict[str, Any]) -> ScorerFacts:
+def scorer_facts(scorer: ScorerEntry) -> Facts:
     """What is known of one scorer; nothing that is empty."""
     facts = [
         ("name", scorer["name"]),
@@ -96,5 +63,4 @@ def scorer_facts(scorer: dict[str, Any]) -> ScorerFacts:
         ("licence", scorer["licence"]),
         ("citation", scorer["citation"]),
     ]
-    title = shortened(scorer["title"] or scorer["name"], 60).short
-    return ScorerFacts(title, [(shortened(name, 60).short, shortened(value, 300)) for name, value in facts if value])
+    return [(shortened(name, 60).short, shortened(value, 300)) for name, value in facts if value]

@@ -3,22 +3,15 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.report.choosing import Pair, choose
 from spin_diffusion.evaluation.report.editions import Sample, edition_of
+from spin_diffusion.evaluation.report.labels import Labels
 from spin_diffusion.evaluation.report.reading import Evaluation
-from spin_diffusion.evaluation.report.tables import scorers_run
-from spin_diffusion.evaluation.report.wording import (
-    Text,
-    clean,
-    decimals_by_scorer,
-    labels,
-    passage,
-    plain,
-    shortened,
-    signed,
-)
+from spin_diffusion.evaluation.report.rows import SampleRow
+from spin_diffusion.evaluation.report.wording import clean, plain, shortened, signed
 
 
 @dataclass(frozen=True)
@@ -40,14 +33,10 @@ class Shown:
 class GalleryRow:
     """The same prompt and seed by every model."""
 
-    id: str
-    k: int
-    seed: str
-    prompt: Text
-    category: str
+    sample: SampleRow
+    """One of the samples: its prompt and seed are those of all."""
     why: str
-    real: Text | None
-    """The real answer."""
+    """Why the row is there, where that is a number."""
     shown: list[Shown]
 
 
@@ -79,8 +68,6 @@ def gallery(
 ) -> list[GalleryTab]:
     """The tabs, with at most so many pairs that were drawn at random, and so many of each kind that are ranked."""
     results = evaluation.results
-    named = labels(model["name"] for model in results["models"])
-    digits = decimals_by_scorer(results)
     rows = {(row.id, row.k): row for row in reversed(evaluation.samples)}
     headline = results["headline"]["model"]
     first = [m for m in results["models"] if m["name"] == results["baseline"]]
@@ -88,66 +75,75 @@ def gallery(
     # The two that the page is about come first, so that a narrow screen shows them side by side
     models = [*first, *second, *(m for m in results["models"] if m not in first and m not in second)]
     roles = ["baseline", *("candidate" if model in second else model["role"] for model in models[1:])]
-    tabs = []
-    for choice in choose(evaluation, random_pairs, ranked_pairs):
+    labels, tabs = Labels(results), []
+    for selection in choose(evaluation, random_pairs, ranked_pairs):
         shown_rows = []
-        for number, pair in enumerate(choice.pairs):
+        for number, pair in enumerate(selection.pairs):
             shown = []
             for place, (model, role) in enumerate(zip(models, roles, strict=True)):
                 sample = sample_of(model["name"], pair)
-                missing = isinstance(sample, str)
-                shown.append(
-                    Shown(
-                        f"sample-{choice.key}-{number}-{place}", named[model["name"]], role,
-                        None if missing else sample, shortened(sample, 160).short if missing else "",
-                        _said_of(evaluation, model["name"], pair, digits, compared=place > 0),
-                    )
-                )  # fmt: skip
-            row = rows[pair]
-            shown_rows.append(
-                GalleryRow(
-                    row.id, row.k, row.seed, shortened(row.prompt),
-                    shortened(row.category, 60).short, choice.why.get(pair, "").replace("-", "\u2212"),
-                    None if row.reference is None else passage(row.reference), shown,
-                )
-            )  # fmt: skip
-        tabs.append(GalleryTab(choice.key, choice.title, choice.note, shown_rows))
+                missing = shortened(sample, 160).short if isinstance(sample, str) else ""
+                scores = _scores_of(evaluation, labels, model["name"], pair, compared=place > 0)
+                element, label = f"sample-{selection.key}-{number}-{place}", labels.model(model["name"])
+                shown.append(Shown(element, label, role, None if isinstance(sample, str) else sample, missing, scores))
+            why = selection.why.get(pair, "").replace("-", "\u2212")
+            shown_rows.append(GalleryRow(rows[pair], why, shown))
+        tabs.append(GalleryTab(selection.key, selection.title, selection.note, shown_rows))
     return tabs
 
 
-def _said_of(
-    evaluation: Evaluation, model: str, pair: Pair, digits: dict[str, int], compared: bool
+def _scores_of(
+    evaluation: Evaluation, labels: Labels, model: str, pair: Pair, compared: bool
 ) -> list[tuple[str, str, str]]:
     """(scorer, score, difference to the baseline) of one sample."""
-    found = []
-    for scorer in scorers_run(evaluation.results):
-        name = scorer["name"]
+    rows = []
+    for scorer in labels.ran:
+        name, digits = scorer["name"], labels.decimals[scorer["name"]]
         score = evaluation.scores.get((model, name, *pair))
         base = evaluation.scores.get((evaluation.results["baseline"], name, *pair))
         if score is not None:
-            difference = signed(score - base, digits[name]) if compared and base is not None else ""
-            found.append((shortened(scorer["title"] or name, 24).short, plain(score, digits[name]), difference))
-    return found
+            difference = signed(score - base, digits) if compared and base is not None else ""
+            rows.append((labels.title(name, 24), plain(score, digits), difference))
+    return rows
 
 
-def votes(evaluation: Evaluation, tabs: list[GalleryTab]) -> dict[str, Any]:
-    """What page.js needs for the blind vote: the random pairs of which both samples are in the page."""
-    results = evaluation.results
-    named = {name: clean(label) for name, label in labels(m["name"] for m in results["models"]).items()}
-    pairs = []
+class VotePair(TypedDict):
+    """A pair of the blind vote; both are ids of elements of the page."""
+
+    id: str
+    k: int
+    seed: str
+    prompt: str
+    baseline: str
+    candidate: str
+
+
+def vote_pairs(tabs: list[GalleryTab]) -> list[VotePair]:
+    """The random pairs of which both samples are in the page."""
+    pairs: list[VotePair] = []
     for row in tabs[0].rows:
-        baseline, candidate = row.shown[0], row.shown[1]
-        if baseline.sample and candidate.sample:
-            pairs.append(
-                {"id": row.id, "k": row.k, "seed": row.seed, "prompt": clean(row.prompt.short),
-                 "baseline": baseline.element, "candidate": candidate.element}
-            )  # fmt: skip
+        samples = row.shown[:2]
+        if len(samples) == 2 and all(shown.sample for shown in samples):
+            baseline, candidate = (shown.element for shown in samples)
+            sample, prompt = row.sample, clean(shortened(row.sample.prompt).short)
+            at = {"id": sample.id, "k": sample.k, "seed": sample.seed, "prompt": prompt}
+            pairs.append(at | {"baseline": baseline, "candidate": candidate})
+    return pairs
+
+
+def votes(results: Results, pairs: list[VotePair]) -> dict[str, object]:
+    """What page.js needs for the blind vote."""
+    baseline, headline = results["baseline"], results["headline"]
+    labels = Labels(results)
     return {
         "title": results["title"][:1000],
         "protocol_id": results["protocol"]["id"],
-        "baseline": results["baseline"][:1000],
-        "candidate": results["headline"]["model"][:1000],
-        "labels": {"baseline": named[results["baseline"]], "candidate": named[results["headline"]["model"]]},
-        "guidance_scale": results["headline"]["guidance_scale"],
+        "baseline": baseline[:1000],
+        "candidate": headline["model"][:1000],
+        "labels": {
+            "baseline": clean(labels.model(baseline)),
+            "candidate": clean(labels.model(headline["model"])),
+        },
+        "guidance_scale": headline["guidance_scale"],
         "pairs": pairs,
     }

@@ -1,53 +1,31 @@
 """How the models were trained, and what was measured of them beside their scores: the page's section "Training"."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
-from markupsafe import Markup
-
-from spin_diffusion.evaluation.records import Results
-from spin_diffusion.evaluation.report import plots, tables, wording
+from spin_diffusion.evaluation.records import CurveEntry, EventEntry, LedgerEntry, MeasureEntry, Results
+from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
+from spin_diffusion.evaluation.report.tables import MAX_LISTED, Panel
+from spin_diffusion.evaluation.report.wording import Number, known
 
-
-@dataclass(frozen=True)
-class TrainingPanel:
-    """How a run was trained."""
-
-    label: str
-    caption: str
-    chart: Markup
-
-
-@dataclass(frozen=True)
-class EventRow:
-    """What a rule of health said of a round."""
-
-    label: str
-    round_: int
-    step: str
-    rule: str
-    state: wording.State
-    outcome: str
-    sentence: wording.Text
-
-
-@dataclass(frozen=True)
-class LedgerRow:
-    """What a phase of a round took; a dash where it is not known."""
-
-    label: str
-    round_: int
-    phase: str
-    seconds: str
-    predicted: str
-    samples: str
-    rate: str
-    work: str
-    share: str
-    memory: str
+PHASES = {
+    "generated": "draw the opponent\u2019s samples",
+    "cached": "encode them",
+    "probed": "look for shortcuts",
+    "trained": "train the player",
+    "evaluated": "evaluate",
+    "overhead": "everything else",
+}
+LEGEND = [
+    (plots.legend_key(style, marker=False), f"{name} samples") for style, name in enumerate(("real", "generated"))
+]
+"""What the lines of training stand for."""
+_T = TypeVar("_T")
+_Point = tuple[int, float | None, float | None]
+"""(step of the run, r of real, r of generated); None leaves a gap in the line."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +34,7 @@ class MeasureRow:
 
     title: str
     direction: str
-    cells: list[wording.Number | None]
+    cells: list[Number | None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +45,7 @@ class MeasureTable:
     rows: list[MeasureRow]
 
 
-def training_panels(results: Results) -> list[TrainingPanel]:
+def training_panels(results: Results) -> list[Panel]:
     """What happened to the real and the generated samples in training, a panel per run.
 
     The rounds of the evaluation are one run, unless two of them have one number; every other name is one of its own.
@@ -79,23 +57,19 @@ def training_panels(results: Results) -> list[TrainingPanel]:
         points, starts = _one_after_the_other(rows)
         if not any(value is not None for _, real, generated in points for value in (real, generated)):
             continue
-        label = named[run] if run else "rounds of this run"
-        last = points[-1]
-        caption = f"{len(starts)} round{'' if len(starts) == 1 else 's'}, {last[0]:,} steps; at the end r of real "
-        caption += f"{wording.significant(last[1])}, of generated {wording.significant(last[2])}"
+        steps, real, generated = points[-1]
+        caption = (
+            f"{len(starts)} round{'' if len(starts) == 1 else 's'}, {steps:,} steps; at the end r of real "
+            f"{wording.significant(real)}, of generated {wording.significant(generated)}"
+        )
         chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit_of_r)
-        panels.append(TrainingPanel(label, caption, chart))
+        panels.append(Panel(named[run] if run else "rounds of this run", chart, caption=caption))
     return panels
 
 
-def _one_after_the_other(
-    rows: Sequence[dict[str, Any]],
-) -> tuple[list[tuple[int, float | None, float | None]], list[tuple[int, int]]]:
-    """(step of the run, r of real, r of generated), and (first step, number) of each round.
-
-    Steps may count anew in each round.
-    """
-    points: list[tuple[int, float | None, float | None]] = []
+def _one_after_the_other(rows: Sequence[CurveEntry]) -> tuple[list[_Point], list[tuple[int, int]]]:
+    """The points of a run, whose steps may count anew in each round; and (first step, number) of each round."""
+    points: list[_Point] = []
     starts: list[tuple[int, int]] = []
     for round_ in sorted({row["round"] for row in rows}):
         of_round = sorted((row for row in rows if row["round"] == round_), key=lambda row: row["step"])
@@ -108,47 +82,21 @@ def _one_after_the_other(
     return points, starts
 
 
-def event_rows(results: Results) -> list[EventRow]:
-    """What the rules of health said while the models were trained, in the order in which it was said."""
-    events = results.get("training_events", [])[: tables.MAX_LISTED]
-    named = wording.labels(wording.distinct([event["model"] for event in events]))
-    return [
-        EventRow(
-            named[event["model"]], event["round"], f"{event['step']:,}", wording.shortened(event["rule"], 60).short,
-            wording.STATES["alarm" if event["action"] == "roll_back" else "warn"], _outcome(event),
-            wording.shortened(event["sentence"], 600),
-        )
-        for event in events
-    ]  # fmt: skip
+def outcome(event: EventEntry) -> str:
+    """What an event of the rules of health led to."""
+    if event["action"] == "warn":
+        return "training went on"
+    if event["action"] == "stop":
+        return "the round ended here"
+    step = event["weights_from_step"]
+    return f"rolled back to step {step:,}" if step else "rolled back to the round's beginning"
 
 
-_PHASES = {
-    "generated": "draw the opponent\u2019s samples", "cached": "encode them", "probed": "look for shortcuts",
-    "trained": "train the player", "evaluated": "evaluate", "overhead": "everything else",
-}  # fmt: skip
-
-
-def ledger_rows(results: Results) -> list[LedgerRow]:
-    """What each phase of each round took."""
-    entries = results.get("ledger", [])[: tables.MAX_LISTED]
-    named = wording.labels(wording.distinct([entry["model"] for entry in entries]))
-
-    def shown(value: float | int | None, pattern: str, scale: float = 1.0) -> str:
-        return "\u2013" if value is None else pattern.format(value * scale)
-
-    def memory(entry: dict[str, Any]) -> str:
-        found, planned = shown(entry["peak_memory_bytes"], "{:,.1f}", 1e-9), entry.get("predicted_memory_bytes")
-        return found if planned is None else f"{found} (planned {shown(planned, '{:,.1f}', 1e-9)})"
-
-    return [
-        LedgerRow(
-            named[entry["model"]], entry["round"], _PHASES[entry["phase"]], f"{entry['seconds']:,.1f}",
-            shown(entry["predicted_seconds"], "{:,.1f}"), shown(entry["samples"], "{:,.0f}"),
-            shown(entry["samples_per_second"], "{:,.3g}"), shown(entry["flops"], "{:,.3g}", 1e-12),
-            shown(entry["matrix_share"], "{:.0%}"), memory(entry),
-        )
-        for entry in entries
-    ]  # fmt: skip
+def memory(entry: LedgerEntry) -> str:
+    """The peak memory of a phase in GB, beside what was planned."""
+    planned = entry.get("predicted_memory_bytes")
+    aside = "" if planned is None else f" (planned {known(planned, unit=1e9)})"
+    return known(entry["peak_memory_bytes"], unit=1e9) + aside
 
 
 def disk_line(results: Results) -> str:
@@ -162,23 +110,6 @@ def disk_line(results: Results) -> str:
     return f"On the disk the run's folder held at most {wording.size(max(held))}{aside}."
 
 
-def _outcome(event: dict[str, Any]) -> str:
-    if event["action"] == "warn":
-        return "training went on"
-    if event["action"] == "stop":
-        return "the round ended here"
-    step = event["weights_from_step"]
-    return f"rolled back to step {step:,}" if step else "rolled back to the round's beginning"
-
-
-def training_legend() -> list[tuple[Markup, str]]:
-    """What the lines of training stand for."""
-    return [
-        (plots.legend_key(style, marker=False), f"{name} samples")
-        for style, name in enumerate(("real", "generated"))
-    ]  # fmt: skip
-
-
 def measure_table(results: Results) -> MeasureTable | None:
     """What else was measured: a row per measure, a column per model."""
     measures = results.get("measures", [])
@@ -187,74 +118,68 @@ def measure_table(results: Results) -> MeasureTable | None:
     places = {model["name"]: place for place, model in enumerate(results["models"])}
     columns = wording.distinct([(m["model"], m["round"]) for m in measures])
     columns.sort(key=lambda column: places.get(column[0], len(places)))  # stable: the others in the order given
-    columns = columns[: tables.MAX_LISTED]
-    named = wording.labels(wording.distinct([model for model, _ in columns]))
+    columns = columns[:MAX_LISTED]
     models = [model for model, _ in columns]
+    named = wording.labels(wording.distinct(models))
     heads = [named[model] + (f", round {round_}" if models.count(model) > 1 else "") for model, round_ in columns]
     rows = []
-    for of_name in list(_by_name(measures).values())[: tables.MAX_LISTED]:
+    for of_name in list(_grouped(measures, lambda measure: measure["name"]).values())[:MAX_LISTED]:
         digits = _decimals(of_name)
-        known = {(m["model"], m["round"]): _measured(m, digits) for m in of_name if m["value"] is not None}
-        rows.append(MeasureRow(_title(of_name[0]), _direction(of_name[0]), [known.get(column) for column in columns]))
+        numbers = {(m["model"], m["round"]): _number(m, digits) for m in of_name if m["value"] is not None}
+        rows.append(MeasureRow(_title(of_name[0]), _direction(of_name[0]), [numbers.get(column) for column in columns]))
     return MeasureTable(heads, rows)
 
 
-def measure_curves(results: Results) -> list[tables.CurvePanel]:
+def measure_curves(results: Results) -> list[Panel]:
     """Measures over the rounds, a panel per run and measure that it has in two rounds at least."""
     measures = [m for m in results.get("measures", []) if m["value"] is not None and m["round"] is not None]
-    panels = []
+    panels: list[Panel] = []
     for run, of_run in _by_run(results, measures).items():
-        for of_name in _by_name(of_run).values():
+        for of_name in _grouped(of_run, lambda measure: measure["name"]).values():
             points = sorted(((m["round"], m["value"], m["low"], m["high"]) for m in of_name), key=lambda p: p[0])
             if len({round_ for round_, *_ in points}) < 2:
                 continue
             columns = [[math.nan if v is None else v for v in column] for column in zip(*points, strict=True)]
-            chart = plots.round_curves(
-                f"measure-{len(panels)}", "Measure over the rounds", [plots.Line(0, *columns)], "value", zero=False
-            )
+            lines = [plots.Line(0, *columns)]
+            chart = plots.round_curves(f"measure-{len(panels)}", "Measure over the rounds", lines, "value", zero=False)
             title = _title(of_name[0]) + (f", {wording.shortened(run, 40).short}" if run else "")
-            panels.append(tables.CurvePanel(title, "measure", _direction(of_name[0]), chart))
+            panels.append(Panel(title, chart, direction=_direction(of_name[0])))
     return panels
 
 
-def _by_run(results: Results, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _by_run(results: Results, rows: Iterable[_T]) -> dict[str, list[_T]]:
     """The rows of each run: "" for the base and the rounds of the evaluation, otherwise by the name of the model."""
     rounds = [m for m in results["models"] if m["role"] == "round"]
     # A round that is there twice belongs to two runs
     alone = len({m["round"] for m in rounds}) == len(rounds)
     one_run = {m["name"] for m in results["models"] if m["role"] in ("baseline", "round")} if alone else set()
-    found: dict[str, list[dict[str, Any]]] = {}
+    return _grouped(rows, lambda row: "" if row["model"] in one_run else row["model"])
+
+
+def _grouped(rows: Iterable[_T], key: Callable[[_T], Hashable]) -> dict[Hashable, list[_T]]:
+    groups: dict[Hashable, list[_T]] = {}
     for row in rows:
-        found.setdefault("" if row["model"] in one_run else row["model"], []).append(row)
-    return found
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
-def _by_name(measures: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for measure in measures:
-        found.setdefault(measure["name"], []).append(measure)
-    return found
-
-
-def _title(measure: dict[str, Any]) -> str:
+def _title(measure: MeasureEntry) -> str:
     return wording.shortened(measure["title"] or measure["name"], 80).short
 
 
-def _direction(measure: dict[str, Any]) -> str:
+def _direction(measure: MeasureEntry) -> str:
     return "neither way is better" if measure["better"] == "none" else f"{measure['better']} is better"
 
 
-def _decimals(of_name: Sequence[dict[str, Any]]) -> int:
+def _decimals(of_name: Sequence[MeasureEntry]) -> int:
     """Decimals that show two digits of the narrowest interval, or four of the largest number where there is none."""
     widths = [m["high"] - m["low"] for m in of_name if m["low"] is not None and m["high"] is not None]
     narrowest = min((width / 2 for width in widths if width > 0), default=None)
     if narrowest is not None:
-        return min(6, max(0, 1 - math.floor(math.log10(narrowest))))
-    largest = max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0)
-    return 3 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
+        return wording.decimals_of(narrowest, 2)
+    return wording.decimals_of(max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0), 4)
 
 
-def _measured(measure: dict[str, Any], digits: int) -> wording.Number:
-    low, high = measure["low"], measure["high"]
-    interval = "" if low is None or high is None else wording.interval_text(low, high, digits, False)
-    return wording.Number(wording.plain(measure["value"], digits), interval)
+def _number(measure: MeasureEntry, digits: int) -> Number:
+    interval = wording.interval_text(measure["low"], measure["high"], digits, wording.plain)
+    return Number(wording.plain(measure["value"], digits), interval)

@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.records import Results
+from spin_diffusion.evaluation.records import ComparisonEntry, PartEntry, Results
 
 NAME_CHARACTERS = 48
-_PROMPT_CHARACTERS = 180
+PROMPT_CHARACTERS = 180
 _PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
 _FULL_CHARACTERS = 20_000
 _T = TypeVar("_T")
@@ -76,7 +76,7 @@ def _visible(match: re.Match[str]) -> str:
     return "\u2421" if code == 0x7F else "\ufffd"
 
 
-def shortened(text: str, length: int = _PROMPT_CHARACTERS) -> Text:
+def shortened(text: str, length: int = PROMPT_CHARACTERS) -> Text:
     """`text` with no more than `length` characters shown at once, and no more than 20,000 in all."""
     lines = " ".join(text.split())
     if len(lines) <= length:
@@ -155,14 +155,28 @@ def decimals_by_scorer(results: Results) -> dict[str, int]:
         of_scorer = widths.get(scorer["name"], [])
         # Far narrower than the others: a difference that is the same for all prompts, but for rounding
         narrowest = min((width for width in of_scorer if width > 1e-3 * max(of_scorer)), default=None)
-        found[scorer["name"]] = 3 if narrowest is None else min(6, max(0, 1 - math.floor(math.log10(narrowest))))
+        found[scorer["name"]] = decimals_of(narrowest or 0.0, 2)
     return found
 
 
-def interval_text(low: float, high: float, digits: int, with_sign: bool) -> str:
-    """[low, high]"""
-    of = signed if with_sign else plain
-    return f"[{of(low, digits)}, {of(high, digits)}]"
+def decimals_of(value: float, digits: int) -> int:
+    """Decimals that show so many digits of a positive number; 6 at most, 3 for 0."""
+    return 3 if value == 0 else min(6, max(0, digits - 1 - math.floor(math.log10(value))))
+
+
+def interval_text(low: float | None, high: float | None, digits: int, number: Callable[[float, int], str]) -> str:
+    """[low, high], each as `number` (`signed` or `plain`) sets it; empty where there is no interval."""
+    return "" if low is None or high is None else f"[{number(low, digits)}, {number(high, digits)}]"
+
+
+def difference_number(row: ComparisonEntry | PartEntry, digits: int) -> Number:
+    """A difference with its interval."""
+    return Number(signed(row["difference"], digits), interval_text(row["low"], row["high"], digits, signed))
+
+
+def known(value: float | int | None, pattern: str = "{:,.1f}", unit: float = 1.0) -> str:
+    """A number in a unit, as a format pattern sets it; a dash for None."""
+    return "\u2013" if value is None else pattern.format(value / unit)
 
 
 def _minus(text: str) -> str:

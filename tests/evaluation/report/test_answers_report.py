@@ -128,7 +128,7 @@ def test_the_page_speaks_of_answers(page: Parsed) -> None:
 def test_the_section_on_training_has_a_panel_per_run_and_the_measures(whole: Path, page: Parsed) -> None:
     results = json.loads((whole / "results.json").read_text())
     panels = training.training_panels(results)
-    assert [panel.label for panel in panels] == ["rounds of this run", "SFT <rival>"]
+    assert [panel.title for panel in panels] == ["rounds of this run", "SFT <rival>"]
     assert panels[0].caption.startswith("2 rounds, 20 steps; at the end r of real 1, of generated \u22120.5")
     assert panels[0].chart.count("round ") == 2 and "r, nats" in panels[0].chart
     table = training.measure_table(results)
@@ -158,7 +158,7 @@ def test_rounds_of_two_runs_are_two_panels_and_runs_without_numbers_none(tmp_pat
         tmp_path, models, rows=prompts(20), curves=[*curves(("a 1", 1), ("b 1", 1)), *nothing],
         measures=[measure("a 1", 1, 0.1), measure("b 1", 1, None), measure("run c", 1, 1.0), measure("run c", 2, 2.0)],
     )  # fmt: skip
-    assert [panel.label for panel in training.training_panels(results)] == ["a 1", "b 1"]
+    assert [panel.title for panel in training.training_panels(results)] == ["a 1", "b 1"]
     assert training.measure_table(results).labels == ["a 1", "b 1", "run c, round 1", "run c, round 2"]
     assert training.measure_table(results).rows[0].cells[1] is None
     assert [panel.title for panel in training.measure_curves(results)] == ["Held-out <b>gap</b>, run c"]
