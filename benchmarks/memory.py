@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from PIL import Image
 from timing import machine, report
 
-from spin_diffusion.data import read_examples
+from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.settings import DataSettings, TextDataSettings
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.diffusion.game import example_id

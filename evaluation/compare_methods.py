@@ -9,14 +9,16 @@ Worlds, methods and their training settings stand in the file. The same command 
 import sys
 
 from spin_diffusion.cli.command import run_command
+from spin_diffusion.comparing.settings import parse_settings
 
 
 def compare(argv: list[str]) -> None:
     """Read the settings, then train, draw, score and report."""
+    settings = parse_settings(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
     from spin_diffusion.comparing.compare import compare_methods
-    from spin_diffusion.comparing.settings import parse_settings
 
-    compare_methods(parse_settings(argv))
+    compare_methods(settings)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,13 +9,16 @@ With several GPUs: accelerate launch evaluation/evaluate.py ... The same command
 import sys
 
 from spin_diffusion.cli.command import run_command
+from spin_diffusion.runs.evaluate_settings import parse_settings
 
 
 def evaluate(argv: list[str]) -> None:
     """Read the settings, then draw, score and report."""
-    from spin_diffusion.runs.evaluate_models import evaluate_models, parse_settings
+    settings = parse_settings(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
+    from spin_diffusion.runs.evaluate_models import evaluate_models
 
-    evaluate_models(parse_settings(argv))
+    evaluate_models(settings)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,14 +12,15 @@ from spin_diffusion.cli.command import run_command
 
 def report(argv: list[str]) -> None:
     """Write the page and print where it is."""
-    from spin_diffusion.evaluation.records import read_results
-    from spin_diffusion.evaluation.report import write_report
-    from spin_diffusion.store.folder import take_marked
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output_dir of an evaluation or of a run")
     parser.add_argument("--output", type=Path, help="the page's file; default: report.html in the folder")
     arguments = parser.parse_args(argv)
+    # After the arguments: --help does not wait for the libraries
+    from spin_diffusion.evaluation.records import read_results
+    from spin_diffusion.evaluation.report import write_report
+    from spin_diffusion.store.folder import take_marked
+
     if arguments.output is None:
         read_results(arguments.folder / "results.json")  # before the folder is taken: it may hold something else
         take_marked(arguments.folder, "--output")

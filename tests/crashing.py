@@ -99,7 +99,8 @@ def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
 
 
 def _evaluation() -> tuple[str, Callable[[list[str]], None], list[str]]:
-    from spin_diffusion.runs.evaluate_models import evaluate_models, parse_settings
+    from spin_diffusion.runs.evaluate_models import evaluate_models
+    from spin_diffusion.runs.evaluate_settings import parse_settings
 
     tiny.build_sdxl(Path("base"))
     tiny.build_sdxl(Path("other"), seed=1)

@@ -1,6 +1,7 @@
 """The rooms: imports point one way, and nothing in selfplay knows which modality it serves."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -98,12 +99,17 @@ def test_the_library_does_not_know_the_toy_world():
         assert "toy" not in path.read_text().lower(), path
 
 
-@pytest.mark.parametrize("module", ["diffusion.config", "llm.config"])
-def test_settings_are_read_without_the_libraries_that_use_them(module):
-    """`--help` and the answer to a misspelt flag wait for what is imported here."""
-    loaded = subprocess.run(
-        [sys.executable, "-c", f"import sys, spin_diffusion.{module}; print(*sys.modules)"],
-        capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    assert f"spin_diffusion.{module}" in loaded
-    assert not {"diffusers", "transformers", "accelerate", "peft"} & set(loaded)
+SCRIPTS = sorted(path for folder in ("training", "evaluation") for path in (PACKAGE.parent / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_waits_for_none_of_the_libraries_that_do_the_work(script):
+    """So the answer to a misspelt flag does not either."""
+    asked = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    assert "usage: " in asked.stdout and "--output" in asked.stdout
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in asked.stderr.splitlines()}
+    assert "spin_diffusion" in loaded
+    assert not {"torch", "diffusers", "transformers", "accelerate", "peft", "pyarrow", "datasets", "numpy"} & loaded

@@ -4,6 +4,7 @@ from spin_diffusion.comparing.analysis import conclude
 from spin_diffusion.comparing.phases import Comparison
 from spin_diffusion.comparing.report import write_reports
 from spin_diffusion.comparing.settings import CompareSettings
+from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.store.input_error import InputError
 
 
@@ -14,6 +15,7 @@ def compare_methods(settings: CompareSettings) -> None:
         InputError: anything the user gave that cannot be used; nothing that exists is touched. Or, once the report is
             written, a method without a result, or a run that did not end by itself.
     """
+    check_specs(settings.scorers or [])
     comparison = Comparison(settings)
     comparison.claim()
     complete = comparison.play()

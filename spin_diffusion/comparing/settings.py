@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.parsing import nearest, parse_sections
+from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.text import nearest
 
 Budget = Literal["steps", "compute"]
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")
@@ -101,7 +101,6 @@ class CompareSettings:
             raise InputError(f"--total_steps {self.total_steps} must be at least 1, --jobs {self.jobs} at least 0")
         if self.max_hours is not None and self.max_hours <= 0:
             raise InputError(f"--max_hours {self.max_hours} must be above 0")
-        check_specs(self.scorers or [])
         methods, worlds = list(self.methods or {}), list(self.worlds or {})
         for flag, names, known in (
             ("reference", [self.reference], methods),

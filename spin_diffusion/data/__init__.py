@@ -21,20 +21,3 @@ To add a source, put one file here with `open_...(...) -> Source` and call it wh
 A data set of text comes from parquet_files, json_lines or hub; what its columns mean, and what is held out, is in
 `text`. Its rows are counted by the same loop, `reading.usable`.
 """
-
-from spin_diffusion.data.reading import Example, read_examples
-from spin_diffusion.data.report import LeftOutRow, ReadReport
-from spin_diffusion.data.settings import DataSettings, TextDataSettings
-from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
-
-__all__ = [
-    "DataSettings",
-    "Example",
-    "LeftOutRow",
-    "ReadReport",
-    "TextDataSettings",
-    "TextExample",
-    "read_examples",
-    "read_held_out",
-    "read_text_examples",
-]

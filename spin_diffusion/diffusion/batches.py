@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.images import mirrored_frame
 from spin_diffusion.selfplay.game import KIND, Batch, ScoredBatch
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.run_dir import seed_from
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_diffusion.data import Example
+from spin_diffusion.data.reading import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
@@ -44,7 +44,7 @@ from spin_diffusion.diffusion.settings import (
 from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
 from spin_diffusion.selfplay.game import CONDITION, KEPT, KIND, Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.input_error import InputError

@@ -26,7 +26,7 @@ def check_resolution(resolution: int | None) -> None:
 class ImageSettings(Settings):
     """How images are cropped and stored before they are encoded."""
 
-    resolution: int | None = setting(None, first=True)
+    resolution: int | None = None
     """Training size in px, both sides; default: the family's (512 for SD, 1024 for SDXL)."""
     max_aspect_ratio: float = setting(1.0, minimum=1)
     """1 = every image is cropped to a square. Above: to the nearest in shape of some sizes with about as many pixels,

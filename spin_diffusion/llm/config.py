@@ -5,9 +5,8 @@ from typing import Any, Literal
 
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
-from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
-from spin_diffusion.selfplay.opponents import OpponentName
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
+from spin_diffusion.selfplay.objective_names import objective_of
+from spin_diffusion.selfplay.round_settings import OpponentName, RoundSettings, objectives_of
 from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.train_settings import Scheduler, TrainSettings
 from spin_diffusion.store.input_error import InputError
@@ -37,9 +36,9 @@ class LanguageRoundSettings(RoundSettings):
 
     rounds: int = 5
     """Rounds of self-play, counted from 1."""
-    objective: PerRound[ObjectiveName] = "space"
-    """space, spin, bco, nca, hinge, ipo, sspo and kto play the opponent; dpo uses the data set's own rejected answers;
-    sft uses none. (mapo and dro are for denoising errors.)"""
+    objective: PerRound[str] = "space"
+    """The loss of a pair, or a file with a `loss` of your own. dpo takes the generated side from the data set's own
+    rejected answers, sft needs none, all others play the opponent; mapo and dro are for denoising errors."""
     beta: PerRound[float] = 1.0
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
     opponent: OpponentName = "latest"
@@ -168,7 +167,7 @@ def warnings_of(config: LanguageConfig) -> list[str]:
     """What is allowed and moves the result away from what the theory says, each in a sentence."""
     found = config.generation.warnings()
     rounds = config.rounds
-    objectives = [OBJECTIVES[name] for name in objectives_of(rounds)]
+    objectives = [objective_of(name) for name in objectives_of(rounds)]
     if rounds.mu is not None and "space" in objectives_of(rounds) and rounds.mu != rounds.num_generated:
         found.append(
             f"--mu {rounds.mu} is not --num_generated {rounds.num_generated}: the loss weighs the generated answers "

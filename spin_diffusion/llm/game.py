@@ -31,7 +31,7 @@ from spin_diffusion.llm.logprobs import AnswerScorer, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of

@@ -43,7 +43,9 @@ from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_p
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.store.build import Made, build_pieces
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.parsing import parse_sections, saved_settings
+from spin_diffusion.runs.evaluate_settings import EvaluateSettings
+from spin_diffusion.store.parsing import saved_settings
+from spin_diffusion.store.settings import harmless
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
 from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
@@ -56,79 +58,6 @@ from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml
 
 PROGRAM = "evaluation"
-MAX_IMAGES_PER_PROMPT = 10_000
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """What is compared, on which prompts, by which scorers."""
-
-    models: list[str] | None = None
-    """NAME=PATH_OR_ID of each model: a pipeline (folder or hub id), a round's folder, or a folder of pictures."""
-    revision: str | None = None
-    """Branch, tag or commit of the pipelines that are hub ids; a round takes all that its run was started with."""
-    variant: str | None = None
-    """Variant of the pipelines' weight files, such as fp16."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """Another VAE than the pipelines' own."""
-    baseline: str | None = None
-    """Name of the model that the others are compared with; default: the first."""
-    prompts: str | None = None
-    """File of prompts or name of a set; default: those of the pictures, when all models are folders of pictures."""
-    max_prompts: int | None = None
-    """Only the first ones."""
-    images_per_prompt: int = 4
-    """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity."""
-    scorers: list[str] | None = None
-    """NAME[=PATH] of scorers, joined by commas."""
-    num_inference_steps: int = 50
-    """Denoising steps per image."""
-    guidance_scale: float | list[float] = 7.5
-    """Guidance scale, or several to compare at each; the last is the headline's."""
-    sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
-    """checkpoint = the scheduler that each model names."""
-    resolution: int | None = None
-    """Image size, px; default: the family's."""
-    generation_batch_size: int = 8
-    """Images drawn at a time; guidance doubles the UNet's batch."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the UNet while it draws; scores are always computed in fp32."""
-    training_captions: str | None = None
-    """File of the training set's captions, to find evaluation prompts that were trained on."""
-    allow_unequal_protocol: bool = False
-    """Compare pictures although they were drawn by another protocol, or nobody knows by which."""
-    seed: int = 0
-    """Seed of the pictures."""
-    output_dir: str = "runs/evaluation"
-    """Everything is written here; the same command again resumes."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        for name in ("images_per_prompt", "num_inference_steps", "generation_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.images_per_prompt > MAX_IMAGES_PER_PROMPT:
-            raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at most {MAX_IMAGES_PER_PROMPT:,}")
-        if min(self.guidance_scales) < 0 or len(set(self.guidance_scales)) < len(self.guidance_scales):
-            raise InputError(f"--guidance_scale {self.guidance_scale} must not be negative, nor have a value twice")
-        check_resolution(self.resolution)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed} must be at least 0 and below {2**32}")
-
-    @property
-    def guidance_scales(self) -> list[float]:
-        """As a list."""
-        return self.guidance_scale if isinstance(self.guidance_scale, list) else [self.guidance_scale]
-
-
-_HARMLESS = {"models", "baseline", "scorers", "output_dir", "debug", "generation_batch_size", "training_captions",
-             "allow_unequal_protocol"}  # fmt: skip
-
-
-def parse_settings(argv: Sequence[str]) -> EvaluateSettings:
-    """The settings on the command line over those of `--config` over the defaults."""
-    return parse_sections({"evaluate": EvaluateSettings}, argv, listed=("models", "scorers"))["evaluate"]
 
 
 def evaluate_models(settings: EvaluateSettings) -> None:
@@ -281,7 +210,7 @@ def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
     if check_folder(output_dir, PROGRAM) and saved.is_file():
         old, new = saved_settings(saved), dataclasses.asdict(settings)
         changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
-                   if key not in _HARMLESS and old.get(key) != new[key]]  # fmt: skip
+                   if key not in harmless([EvaluateSettings]) and old.get(key) != new[key]]  # fmt: skip
         if changed:
             raise InputError(
                 f"{output_dir} holds an evaluation of another protocol ({'; '.join(changed)}): start in another "

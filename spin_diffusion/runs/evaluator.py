@@ -19,6 +19,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig, rivals
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
+from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.one_round import EVALUATION
 from spin_diffusion.store.progress import Progress, tell
 from spin_diffusion.selfplay.record import FINAL, read_record
@@ -283,7 +284,7 @@ class RunEvaluator:
     # Parts
 
     def _round_name(self, k: int) -> str:
-        return f"{of_round(self.config.rounds.objective, k)} round {k}"
+        return f"{title_of(of_round(self.config.rounds.objective, k))} round {k}"
 
     def _evaluate(self, name: str, folder: Path, role: Any, round_: int | None, source: str, kind: Any) -> None:
         """Draw and score with the present player, and note whose samples these are."""
@@ -426,7 +427,7 @@ class RunEvaluator:
 
     def _runs(self) -> list[tuple[str, Path]]:
         """The run itself and its rivals."""
-        objective = of_round(self.config.rounds.objective, 1)
+        objective = title_of(of_round(self.config.rounds.objective, 1))
         return [(objective, self.output_dir)] + [
             (f"{name}, same steps", self.output_dir / f"compare-{name}") for name in rivals(self.config)
         ]

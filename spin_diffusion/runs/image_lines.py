@@ -10,6 +10,7 @@ from spin_diffusion.diffusion.buckets import told
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.runs.start import rivals
+from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.shards import ENCODED, Part
 from spin_diffusion.selfplay.stored_pairs import kinds_of
@@ -29,7 +30,7 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
-        f"Objective  {', '.join(objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
+        f"Objective  {', '.join(title_of(name) for name in objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spin_diffusion.diffusion.config import Config
-from spin_diffusion.data import Example, ReadReport, read_examples
+from spin_diffusion.data.reading import Example, read_examples
+from spin_diffusion.data.report import ReadReport
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer

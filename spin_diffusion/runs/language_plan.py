@@ -22,7 +22,6 @@ from spin_diffusion.runs.plan import count_rows, kept_checkpoints, out_of_memory
 from spin_diffusion.runs.start import needs_losers, rivals
 from spin_diffusion.selfplay.game import Batch, Row
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
-from spin_diffusion.selfplay.objectives import ObjectiveName
 from spin_diffusion.selfplay.opponents import OPPONENTS
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
@@ -255,7 +254,7 @@ def predict(config: LanguageConfig, rates: Rates, sizes: Sizes, world: int) -> l
     return found
 
 
-def _work(config: LanguageConfig, objective: ObjectiveName, rows: int) -> tuple[int, int]:
+def _work(config: LanguageConfig, objective: str, rows: int) -> tuple[int, int]:
     """Answers that the opponent draws in a round with so many real ones, and answers that it scores."""
     source = source_of(config.rounds, objective)
     drawn = rows * config.rounds.num_generated if source == "opponent" else 0

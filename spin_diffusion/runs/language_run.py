@@ -39,6 +39,7 @@ from spin_diffusion.runs.start import (
 from spin_diffusion.selfplay.game import Row
 from spin_diffusion.selfplay.one_round import HELD_OUT
 from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.selfplay.samples import prepare
@@ -268,7 +269,7 @@ def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
     return (
         f"Base       {config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
         f"Data       {rows} real answers\n"
-        f"Objective  {', '.join(objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
+        f"Objective  {', '.join(title_of(name) for name in objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
         f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, {config.generation.describe()}\n"
     )
 

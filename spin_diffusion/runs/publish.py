@@ -14,7 +14,7 @@ from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig
-from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName
+from spin_diffusion.selfplay.objective_names import objective_of, title_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.store.run_dir import write_file
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
@@ -135,13 +135,13 @@ def round_facts(config: AnyConfig, rows: int) -> list[tuple[str, Any]]:
 def objective_fact(config: AnyConfig) -> tuple[str, str]:
     """The same of its objectives."""
     beta = by_round(config, config.rounds.beta)
-    return "objective", f"{', '.join(objectives_of(config.rounds))}, beta {beta}, {config.rounds.rounds} rounds"
+    return "objective", f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}, beta {beta}, {config.rounds.rounds} rounds"
 
 
-def _methods(objectives: Sequence[ObjectiveName], sources: Mapping[str, tuple[str, str]]) -> str:
+def _methods(objectives: Sequence[str], sources: Mapping[str, tuple[str, str]]) -> str:
     """The methods of all objectives with links to their papers, in a sentence."""
-    found = [sources.get(name) or (OBJECTIVES[name].method, OBJECTIVES[name].paper) for name in objectives]
-    links = [f"[{method}](https://arxiv.org/abs/{paper})" for method, paper in found]
+    methods = [sources.get(name) or objective_of(name)[1:] for name in objectives]
+    links = [f"[{method}](https://arxiv.org/abs/{paper})" if paper else method for method, paper in methods]
     return " and ".join([", ".join(links[:-1]), links[-1]] if links[1:] else links)
 
 

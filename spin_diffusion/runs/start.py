@@ -27,6 +27,7 @@ from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.store.progress import Progress
+from spin_diffusion.selfplay.objective_names import file_hashes
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.store.run_dir import read_json, settle, write_file, write_json
@@ -212,6 +213,7 @@ class RunManifest(TypedDict):
 
     base: BaseRecord
     data: dict[str, Any]
+    objective_files: dict[str, str]
     versions: dict[str, str]
 
 
@@ -231,6 +233,7 @@ def write_manifest(
     content = {
         "base": base | {"weights": weights, "parts": parts},
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
+        "objective_files": file_hashes(objectives_of(config.rounds)),
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()}
@@ -250,6 +253,12 @@ def write_manifest(
                 f"{base['name']} is not what this run was started with (its weights are, its configuration or another "
                 "of its parts is not): restore it, or start in another --output_dir"
             )
+        for name, known in begun["objective_files"].items():
+            if content["objective_files"].get(name) != known:
+                raise InputError(
+                    f"--objective {name} is not the file that this run was started with, or what it imports is not: "
+                    "restore it, or start in another --output_dir"
+                )
         if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
             raise InputError(
                 f"{output_dir} was started with {begun['pairs_per_step']} pairs in each optimizer step, this command "

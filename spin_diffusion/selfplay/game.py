@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.pair_scores import PairScores
 
 Row = dict[str, Any]
 """One stored sample: always with `id` and `prompt`, the rest is the game's."""

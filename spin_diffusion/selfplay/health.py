@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.store.settings import setting
+from spin_diffusion.selfplay.train_settings import Action, HealthSettings
 
 
 def check_start(
@@ -106,39 +106,6 @@ def check_finite(
     )
 
 
-Action = Literal["ignore", "warn", "stop", "roll_back"]
-
-
-@dataclass(frozen=True)
-class HealthSettings:
-    """What is watched while a round is trained, and what is done about it: nothing, a warning, the end of the round as
-    it is, or its end with the player as it was before the rule's window. Rolled back to its start a round is rejected.
-    """
-
-    on_forgetting: Action = "warn"
-    """The player models the real samples worse than the opponent does."""
-    on_forgetting_quarter: Action = "warn"
-    """The same in one quarter of the noise levels or lengths, while the mean looks fine."""
-    on_saturation: Action = "stop"
-    """The pairs are told apart: see --stop_at_saturation, without which nothing is done."""
-    on_error_growth: Action = "warn"
-    """The player's error on the real samples has grown beyond --max_error_growth."""
-    on_distance: Action = "warn"
-    """The weights have moved beyond --max_distance."""
-    on_gradient_spike: Action = "warn"
-    """A gradient norm is --max_gradient_ratio times the median of the steps before it."""
-    on_nothing_learnt: Literal["ignore", "warn", "stop"] = "warn"
-    """After 60 steps the player still tells no pair from another."""
-    stop_at_saturation: float | None = setting(None, above=0, maximum=1)
-    """End a round early when this share of its pairs, in (0, 1], is told apart beyond doubt (|beta r| > 4)."""
-    max_error_growth: float = setting(0.1, minimum=0)
-    """Of the real samples' error (minus score), relative to the opponent's on the same samples."""
-    max_distance: float = setting(0.2, minimum=0)
-    """Length of the way from the opponent's weights, relative to their own length."""
-    max_gradient_ratio: float = setting(10.0, minimum=1)
-    """Of a step's gradient norm to the median of the window before it."""
-
-
 WINDOW_STEPS = 20
 """Steps that a rule looks back on, and after which it says something at the earliest."""
 
@@ -201,14 +168,14 @@ def forgetting_quarter(history: History, beta: float, settings: HealthSettings) 
 
 def saturation(history: History, beta: float, settings: HealthSettings) -> str | None:
     """Pairs told apart so well that further steps only move the weights at random."""
-    if settings.stop_at_saturation is None or len(history) < WINDOW_STEPS:
+    if len(history) < WINDOW_STEPS:
         return None
     share, _ = smoothed([entry["saturation"] for entry in history])
-    if share < settings.stop_at_saturation:
+    if share < settings.limit("saturation"):
         return None
     return (
         f"its pairs are told apart ({share:.0%} of them beyond doubt), and further steps would only move the weights "
-        "at random. For more steps in a round lower --beta or raise --stop_at_saturation"
+        "at random. For more steps in a round lower --beta or raise --health {saturation: SHARE}"
     )
 
 
@@ -219,11 +186,11 @@ def error_growth(history: History, beta: float, settings: HealthSettings) -> str
     recent = history[-WINDOW_STEPS:]
     player = -sum(entry["score_real"] for entry in recent)
     opponent = player + sum(entry["r_real"] for entry in recent)
-    if opponent <= 0 or player / opponent - 1 <= settings.max_error_growth:
+    if opponent <= 0 or player / opponent - 1 <= settings.limit("error_growth"):
         return None
     return (
         f"the player's error on the real samples is {player / opponent - 1:.0%} above the opponent's (at most "
-        f"{settings.max_error_growth:.0%} by --max_error_growth): what it draws is being spoilt. Lower "
+        f"{settings.limit('error_growth'):.0%} by --health error_growth): what it draws is being spoilt. Lower "
         "--learning_rate, or end the rounds sooner (--max_train_steps)"
     )
 
@@ -231,12 +198,12 @@ def error_growth(history: History, beta: float, settings: HealthSettings) -> str
 def distance(history: History, beta: float, settings: HealthSettings) -> str | None:
     """How far the weights have moved from the opponent's."""
     measured = [entry["distance"] for entry in history if entry.get("distance") is not None]
-    if not measured or measured[-1] <= settings.max_distance:
+    if not measured or measured[-1] <= settings.limit("distance"):
         return None
     return (
         f"the weights are {measured[-1]:.0%} of their length away from the opponent's (at most "
-        f"{settings.max_distance:.0%} by --max_distance): more than fine-tuning needs. Lower --learning_rate or "
-        "--max_train_steps"
+        f"{settings.limit('distance'):.0%} by --health distance): more than fine-tuning needs. Lower --learning_rate "
+        "or --max_train_steps"
     )
 
 
@@ -246,7 +213,7 @@ def gradient_spike(history: History, beta: float, settings: HealthSettings) -> s
         return None
     usual = median(entry["grad_norm"] for entry in history[-WINDOW_STEPS - 1 : -1])
     norm = history[-1]["grad_norm"]
-    if norm <= settings.max_gradient_ratio * usual or usual == 0:
+    if norm <= settings.limit("gradient_spike") * usual or usual == 0:
         return None
     return (
         f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the median of the {WINDOW_STEPS} steps before "
@@ -279,7 +246,7 @@ RULES: dict[str, Check] = {
     "gradient_spike": gradient_spike,
     "nothing_learnt": nothing_learnt,
 }
-"""To add a rule, write its function, name it here, and give HealthSettings a field `on_NAME`."""
+"""To add a rule, write its function, name it here, and give HealthSettings a field of its name."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +263,7 @@ def findings(history: History, beta: float, settings: HealthSettings) -> list[Fi
     said = {name for entry in history for name in entry.get("findings", {})}
     found = []
     for name, check in RULES.items():
-        action: Action = getattr(settings, f"on_{name}")
+        action = settings.action(name)
         if action != "ignore" and name not in said:
             sentence = check(history, beta, settings)
             if sentence is not None:
@@ -311,7 +278,7 @@ def gravest(found: list[Finding]) -> Finding | None:
 
 def rolls_back(settings: HealthSettings) -> bool:
     """Whether some rule may, so that snapshots are needed."""
-    return any(getattr(settings, f"on_{name}") == "roll_back" for name in RULES)
+    return any(settings.action(name) == "roll_back" for name in RULES)
 
 
 SATURATION = 4.0

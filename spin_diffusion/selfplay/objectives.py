@@ -6,54 +6,26 @@ log-likelihood of a unit-variance Gaussian per element. That 1/2 makes `spin(sco
 and Diffusion-DPO loss -log sigmoid(-(beta/2) [...]), so published betas (2000, 5000) carry over unchanged. diffusers'
 SD (not SDXL) DPO script leaves the 1/2 out: its `--beta_dpo 2500` is `--beta 5000` here.
 
-To add an objective, write one function PairScores -> (batch,) losses and name it in OBJECTIVES below. What it takes
-besides the scores, beta and mu, a user sets with `--objective_options`.
+To add an objective, write one function PairScores -> (batch,) losses and its line in `objective_names`; or name a file
+of your own, `--objective FILE.py`, with such a function called `loss`. What it takes besides the scores, beta and mu, a
+user sets with `--objective_options`.
 """
 
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
+from spin_diffusion.selfplay.objective_names import is_file
+from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.store.input_error import InputError
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """Scores of a batch of pairs, fp32, larger = more likely. Only the player's two carry a gradient."""
-
-    player_real: Float[Tensor, " batch"]
-    player_generated: Float[Tensor, " batch"]
-    opponent_real: Float[Tensor, " batch"]
-    opponent_generated: Float[Tensor, " batch"]
-
-    @classmethod
-    def of_real(cls, player: Float[Tensor, " batch"], opponent: Float[Tensor, " batch"]) -> "PairScores":
-        """Of real samples alone, for an objective without a generated side."""
-        nothing = torch.zeros_like(opponent)
-        return cls(player, nothing, opponent, nothing)
-
-    @property
-    def r_real(self) -> Float[Tensor, " batch"]:
-        """How much more likely the real sample is to the player than to the opponent."""
-        return self.player_real - self.opponent_real
-
-    @property
-    def r_generated(self) -> Float[Tensor, " batch"]:
-        """How much more likely the generated sample is to the player than to the opponent."""
-        return self.player_generated - self.opponent_generated
-
-    @property
-    def margin(self) -> Float[Tensor, " batch"]:
-        """r_real - r_generated: positive when the player has learnt to tell the real sample from the opponent's."""
-        return self.r_real - self.r_generated
+from spin_diffusion.store.named import load_named, raised
 
 
 def spin(scores: PairScores, beta: float = 1.0) -> Float[Tensor, " batch"]:
@@ -191,49 +163,39 @@ Loss = Callable[[PairScores], Float[Tensor, " batch"]]
 """An objective with its settings."""
 
 
-class Objective(NamedTuple):
-    """A loss, where its generated side comes from (the opponent draws it, the data set has it, or none is needed), and
-    the method's name and arXiv number for model cards: of the paper that gave it, whatever it was made for. A kind of
-    run whose cards name another one says so itself."""
-
-    loss: Callable[..., Float[Tensor, " batch"]]
-    generated: Literal["opponent", "data", "none"]
-    method: str
-    paper: str
-
-
-ObjectiveName = Literal[
-    "spin", "space", "bco", "nca", "hinge", "ipo", "sspo", "kto", "mapo", "dro", "dpo", "sft"
-]  # fmt: skip
-
-OBJECTIVES: dict[ObjectiveName, Objective] = {
-    "spin": Objective(spin, "opponent", "SPIN", "2401.01335"),
-    "space": Objective(space, "opponent", "SPACE", "2512.07175"),
-    "bco": Objective(bco, "opponent", "BCO", "2404.04656"),
-    "nca": Objective(nca, "opponent", "NCA", "2402.05369"),
-    "hinge": Objective(hinge, "opponent", "SPIN with a hinge loss", "2401.01335"),
-    "ipo": Objective(ipo, "opponent", "IPO", "2310.12036"),
-    "sspo": Objective(sspo, "opponent", "SePPO's sign rule", "2410.05255"),
-    "kto": Objective(kto, "opponent", "KTO", "2402.01306"),
-    "mapo": Objective(mapo, "opponent", "MaPO", "2406.06424"),
-    "dro": Objective(dro, "opponent", "Diffusion-DRO", "2510.18353"),
-    "dpo": Objective(dpo, "data", "DPO", "2305.18290"),
-    "sft": Objective(sft, "none", "supervised fine-tuning", "2203.02155"),
-}
-
 RUN_SETTINGS = {"beta", "mu"}
 """What a run has a setting of its own for."""
 
 
-def options_of(name: ObjectiveName) -> dict[str, float]:
+def loss_of(name: str) -> Callable[..., Float[Tensor, " batch"]]:
+    """The function of an objective, by its name or from its file.
+
+    Raises:
+        InputError: a file whose `loss` does not map the scores of some pairs to one loss each.
+    """
+    if not is_file(name):
+        return globals()[name]
+    loss = load_named(__name__, name, "loss")
+    zeros = torch.zeros(2)
+    try:
+        tried = loss(PairScores(zeros, zeros, zeros, zeros))
+    except Exception as error:
+        raise InputError(f"{name}: its loss cannot be computed: {raised(error)}") from error
+    if not isinstance(tried, Tensor) or tried.shape != zeros.shape:
+        got = list(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+        raise InputError(f"{name}: its loss must return one number for each pair, a tensor [2] for two, not {got}")
+    return loss
+
+
+def options_of(name: str) -> dict[str, float]:
     """What `--objective_options` can set of an objective, with its defaults."""
-    parameters = list(inspect.signature(OBJECTIVES[name].loss).parameters.values())[1:]
+    parameters = list(inspect.signature(loss_of(name)).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters if parameter.name not in RUN_SETTINGS}
 
 
-def bind(name: ObjectiveName, **settings: float) -> Loss:
+def bind(name: str, **settings: float) -> Loss:
     """The objective called `name` with those of `settings` that it knows, ready to be applied to PairScores."""
-    loss = OBJECTIVES[name].loss
+    loss = loss_of(name)
     known = inspect.signature(loss).parameters
     return partial(loss, **{key: value for key, value in settings.items() if key in known})
 
@@ -249,7 +211,7 @@ def without_margin(scores: PairScores, dropped: Bool[Tensor, " batch"]) -> PairS
     return replace(scores, player_generated=generated)
 
 
-def check_options(names: list[ObjectiveName], options: dict[str, float]) -> None:
+def check_options(names: list[str], options: dict[str, float]) -> None:
     """Refuse options that none of the objectives has.
 
     Raises:

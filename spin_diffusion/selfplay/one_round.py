@@ -22,7 +22,8 @@ from spin_diffusion.selfplay.checkpoints import remove_checkpoints
 from spin_diffusion.selfplay.game import KEPT, Row
 from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
 from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
-from spin_diffusion.selfplay.objectives import Loss, ObjectiveName, bind, with_anchor
+from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
 from spin_diffusion.selfplay.pairs import Pairs
 from spin_diffusion.selfplay.record import FINAL, STATES, read_record, replay
@@ -93,10 +94,10 @@ class Round:
         self.table, self.k = table, k
         self.game, self.accelerator, self.rounds = table.game, table.accelerator, table.rounds
         self.directory = table.output_dir / f"round-{k}"
-        self.objective: ObjectiveName = of_round(self.rounds.objective, k)
+        self.objective = of_round(self.rounds.objective, k)
         self.source = source_of(self.rounds, self.objective)
         self.candidates = table.candidates if self.source == "opponent" else None
-        self.title = f"{self.objective} round {k}"
+        self.title = f"{title_of(self.objective)} round {k}"
         self.parent = promoted[-1] if promoted else 0
         self.mixture = OPPONENTS[self.rounds.opponent](promoted, self.rounds.pool_weights)
         self.anchors: Mixture = {0: 1.0} if self.rounds.anchor == "base" else self.mixture
@@ -171,7 +172,7 @@ class Round:
             files=self.record["files"] | results.pop("files", {}),
             **results,
         )
-        log_phase(self.objective, self.k, phase, entry, self.accelerator)
+        log_phase(title_of(self.objective), self.k, phase, entry, self.accelerator)
 
     @property
     def scores_kept(self) -> bool:
@@ -485,7 +486,9 @@ class Round:
             pairs,
             plan,
             # Without a generated side there is nothing to tell apart
-            replace(settings, stop_at_saturation=None) if self.source == "none" else settings,
+            replace(settings, health=replace(settings.health, saturation="ignore"))
+            if self.source == "none"
+            else settings,
             self.accelerator,
             self.directory,
             lambda done, total, text: bar(done, text),
@@ -518,7 +521,7 @@ class Round:
         beta = of_round(self.rounds.beta, self.k)
         steps, warmup_steps = steps_of_round(self.table.training, self.k, pairs, self.accelerator.num_processes)
         return RoundPlan(
-            name=f"{self.objective}/round-{self.k}",
+            name=f"{title_of(self.objective)}/round-{self.k}",
             round_=self.k,
             seed=self.rounds.seed,
             steps=steps,

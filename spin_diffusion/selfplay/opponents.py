@@ -1,12 +1,11 @@
 """Which earlier selves are the opponent.
 
 To add a rule, write one function (promoted rounds, weights) -> the rounds whose players play the opponent, each with
-its share, 0 being the base; and name it in OPPONENTS below.
+its share, 0 being the base; name it in OPPONENTS below and in `round_settings.OpponentName`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -48,9 +47,7 @@ def pool(promoted: list[int], weights: list[float] | None) -> Mixture:
     return {k: share / total for k, share in shares.items() if share > 0}
 
 
-OpponentName = Literal["latest", "base", "last_two", "pool", "ema"]
-
-OPPONENTS: dict[OpponentName, Callable[[list[int], list[float] | None], Mixture]] = {
+OPPONENTS: dict[str, Callable[[list[int], list[float] | None], Mixture]] = {
     "latest": latest,
     "base": base,
     "last_two": last_two,

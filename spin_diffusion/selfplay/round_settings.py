@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from spin_diffusion.selfplay.objectives import OBJECTIVES, ObjectiveName, check_options
-from spin_diffusion.selfplay.opponents import OpponentName
+from spin_diffusion.selfplay.objective_names import OBJECTIVES, is_file, objective_of
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import SEEDS, PerRound, Settings, setting
+
+OpponentName = Literal["latest", "base", "last_two", "pool", "ema"]
+"""The rules of `opponents`, by name."""
 
 MAX_BETA = 1e30
 """Beyond, its product with a difference of scores is no number in fp32."""
@@ -19,9 +21,9 @@ class RoundSettings(Settings):
 
     rounds: int = setting(3, minimum=1, maximum=10_000, harmless=True, first=True)
     """Rounds of self-play, counted from 1."""
-    objective: PerRound[ObjectiveName] = setting("spin", first=True)
-    """spin, space, bco, nca, hinge, ipo, sspo, kto, mapo and dro play the opponent; dpo uses the data set's own worse
-    samples; sft uses none."""
+    objective: PerRound[str] = setting("spin", choices=OBJECTIVES, or_file=True, first=True)
+    """The loss of a pair, or a file with a `loss` of your own. dpo takes the generated side from the data set's own
+    worse samples, sft needs none, all others play the opponent."""
     objective_options: dict[str, float] | None = None
     """Further numbers of the objective, such as {"threshold": 0.001} for dro, {"weight": 0.1} for mapo."""
     generated_from: Literal["opponent", "data"] | None = None
@@ -59,7 +61,14 @@ class RoundSettings(Settings):
         if self.pool_weights is not None and sum(self.pool_weights) == 0:
             raise InputError("--pool_weights are all 0: give one of the selves a weight")
         objectives = self.objective if isinstance(self.objective, list) else [self.objective]
-        check_options(list(dict.fromkeys(objectives)), self.objective_options or {})
+        if self.objective_options or any(is_file(name) for name in objectives):
+            # Needs torch, for which a look at --help does not wait
+            from spin_diffusion.selfplay.objectives import check_options, loss_of
+
+            for name in objectives:
+                loss_of(name)
+                objective_of(name)
+            check_options(list(dict.fromkeys(objectives)), self.objective_options or {})
         if self.real_parts > self.samples_per_shard:
             raise InputError(
                 f"--real_parts {self.real_parts} must be at most --samples_per_shard {self.samples_per_shard}: each "
@@ -81,12 +90,12 @@ class CandidateSettings(Settings):
     image against one by the opponent. SAIL (arXiv 2602.05380) mixes a quarter into its seed data, against collapse."""
 
 
-def objectives_of(rounds: RoundSettings) -> list[ObjectiveName]:
+def objectives_of(rounds: RoundSettings) -> list[str]:
     """The objectives of the rounds, each once."""
     return list(dict.fromkeys(of_round(rounds.objective, k) for k in range(1, rounds.rounds + 1)))
 
 
-def source_of(rounds: RoundSettings, objective: ObjectiveName) -> Literal["opponent", "data", "none"]:
+def source_of(rounds: RoundSettings, objective: str) -> Literal["opponent", "data", "none"]:
     """Where the generated side comes from when an objective is trained."""
-    own = OBJECTIVES[objective].generated
+    own = objective_of(objective).generated
     return own if own == "none" else rounds.generated_from or own

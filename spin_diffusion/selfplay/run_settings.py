@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from spin_diffusion.selfplay.objectives import OBJECTIVES
+from spin_diffusion.selfplay.objective_names import OBJECTIVES
 from spin_diffusion.store.folder import MARKER
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import file_name, folder_inside
-from spin_diffusion.store.parsing import nearest
 from spin_diffusion.store.settings import Settings, setting
 
 _TAKEN = ("data", "base", "encodings", "unet", "lora", "model")
@@ -20,7 +19,7 @@ class RunSettings(Settings):
 
     output_dir: str = setting("runs/spin", harmless=True, first=True)
     """Everything is written here; the same command again resumes."""
-    compare_with: list[str] | None = None
+    compare_with: list[str] | None = setting(None, choices=OBJECTIVES)
     """Objectives to train beside the run, from the same base with the same steps, for the table; sft, say."""
     logging_dir: str = setting("logs", harmless=True)
     """Folder below output_dir for tensorboard; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
@@ -46,6 +45,3 @@ class RunSettings(Settings):
         first = Path(folder_inside(self.logging_dir, "--logging_dir")).parts[:1]
         if first and (first[0] in _TAKEN or first[0].startswith(("round-", MARKER)) or Path(first[0]).suffix):
             raise InputError(f"--logging_dir {self.logging_dir} is where a run keeps other things: give another name")
-        for name in self.compare_with or []:
-            if name not in OBJECTIVES:
-                raise InputError(f"--compare_with {name}: no such objective{nearest(name, list(OBJECTIVES))}")

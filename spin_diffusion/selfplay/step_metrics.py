@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.objectives import PairScores
+from spin_diffusion.selfplay.pair_scores import PairScores
 
 COLUMNS = (
     "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated",

@@ -23,7 +23,8 @@ from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Batch, Game
-from spin_diffusion.selfplay.objectives import Loss, PairScores, without_margin
+from spin_diffusion.selfplay.objectives import Loss, without_margin
+from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
@@ -87,7 +88,7 @@ def train(
     ahead = ReadAhead(pairs, settings.train_batch_size * accelerator.num_processes)
     name_axis(plan.name, accelerator)
     ended: health.Finding | None = None
-    snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings) else None
+    snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings.health) else None
     for step in range(first_step, plan.steps):
         if snapshots is not None and step % health.WINDOW_STEPS == 0:
             snapshots.take(step)
@@ -151,7 +152,7 @@ def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[
 
 def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
     """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
-    found = health.findings(history, plan.beta, trainee.settings)
+    found = health.findings(history, plan.beta, trainee.settings.health)
     for one in found:
         sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
@@ -175,7 +176,7 @@ def _came_to(
         "resumed_from": first_step,
         "stopped_early": ended is not None,
         "health": [
-            {"step": entry["step"], "rule": rule, "action": getattr(settings, f"on_{rule}"), "sentence": sentence}
+            {"step": entry["step"], "rule": rule, "action": settings.health.action(rule), "sentence": sentence}
             for entry in history
             for rule, sentence in entry.get("findings", {}).items()
         ],

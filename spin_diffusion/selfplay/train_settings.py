@@ -2,9 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
-from spin_diffusion.selfplay import health
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import PerRound, Settings, setting
 
@@ -13,8 +12,55 @@ POLYNOMIAL_END = 1e-7
 """The learning rate at which diffusers' polynomial schedule ends."""
 
 
+Action = Literal["ignore", "warn", "stop", "roll_back"]
+Watch = Union[Action, float, list[Union[Action, float]]]  # noqa: UP007 - of Literals, in Python 3.10
+"""What is done when a rule of health has something to say, the limit beyond which it has, or both in a list."""
+LIMITS = {"saturation": 0.5, "error_growth": 0.1, "distance": 0.2, "gradient_spike": 10.0}
+"""The limits of the rules of health that have one."""
+
+
 @dataclass(frozen=True)
-class TrainSettings(health.HealthSettings, Settings):
+class HealthSettings:
+    """What is watched while a round is trained, and what is done about it: ignore; warn; stop = end the round as it is;
+    roll_back = end it with the player as it was before the rule's window. Rolled back to its start it is rejected."""
+
+    forgetting: Action = "warn"
+    """The player models the real samples worse than the opponent does."""
+    forgetting_quarter: Action = "warn"
+    """The same in one quarter of the noise levels or lengths, while the mean looks fine."""
+    saturation: Watch = setting("ignore", above=0, maximum=1)
+    """This share of the pairs, 0.5 where none is given, is told apart beyond doubt (|beta r| > 4)."""
+    error_growth: Watch = setting("warn", minimum=0)
+    """The player's error (minus score) on the real samples has grown by this share of the opponent's, 0.1."""
+    distance: Watch = setting("warn", minimum=0)
+    """The weights have moved from the opponent's by this share of their own length, 0.2."""
+    gradient_spike: Watch = setting("warn", minimum=1)
+    """A gradient norm is so many times the median of the steps before it, 10."""
+    nothing_learnt: Literal["ignore", "warn", "stop"] = "warn"
+    """After 60 steps the player still tells no pair from another."""
+
+    def __post_init__(self) -> None:
+        for rule in LIMITS:
+            value = getattr(self, rule)
+            if isinstance(value, list) and sorted(isinstance(part, str) for part in value) != [False, True]:
+                raise InputError(f"--health {rule} {value}: give an action, a limit or both, as in [stop, 0.3]")
+
+    def action(self, rule: str) -> Action:
+        """What is done when the rule has something to say; with a limit alone its default, or stop for ignore."""
+        value = getattr(self, rule)
+        given = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
+        usual = type(self).__dataclass_fields__[rule].default
+        return given[0] if given else "stop" if usual == "ignore" else usual
+
+    def limit(self, rule: str) -> float:
+        """The limit beyond which the rule has something to say."""
+        value = getattr(self, rule)
+        given = [part for part in (value if isinstance(value, list) else [value]) if not isinstance(part, str)]
+        return given[0] if given else LIMITS[rule]
+
+
+@dataclass(frozen=True)
+class TrainSettings(Settings):
     """How a round is trained. A list holds one value per round; when it is shorter, its last value repeats."""
 
     max_train_steps: PerRound[int] | None = setting(500, minimum=1, first=True)
@@ -78,6 +124,9 @@ class TrainSettings(health.HealthSettings, Settings):
     """Checkpoints kept of a round in training; the oldest go first."""
     keep_checkpoints: bool = setting(False, harmless=True)
     """Keep a round's checkpoints after it has been promoted."""
+    health: HealthSettings = HealthSettings()
+    """What is done (ignore, warn, stop, roll_back) when a round goes wrong, and beyond which limit: by rule an action,
+    a limit or both, as in "{forgetting: stop, distance: 0.3, saturation: [stop, 0.5]}"."""
     resume_from_checkpoint: str = setting("latest", harmless=True)
     """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
 

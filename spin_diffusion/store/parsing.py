@@ -6,21 +6,19 @@ A word on the command line is read as the same word in the file, so nothing has 
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
-
-import jsonargparse
-from jsonargparse import ArgumentParser
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.replaced import REPLACED
+from spin_diffusion.store.settings import help_texts, rules_of
+from spin_diffusion.store.text import nearest, printable
 from spin_diffusion.store.typed import Misfit, container_of, fit, shown
-from spin_diffusion.store.yaml_files import parse_yaml, read_yaml
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from spin_diffusion.store.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 
 def parse_sections(
@@ -38,16 +36,26 @@ def parse_sections(
     given: dict[str, Any] = {}
     files, flags = _split(list(sys.argv[1:] if argv is None else argv), known, listed)
     for path in files:
-        given |= settings_of(path, known)
+        for name, value in settings_of(path, known).items():
+            given[name] = _over(given.get(name), value, known[name])
     for name, values in flags:
         if name in listed and not (len(values) == 1 and values[0].startswith("[")):
             given[name] = [part for value in values for part in value.split(",") if part]
         elif name in known:
-            given[name] = _read(values[0], name, known[name])
-    for name in _ABOUT:
-        if name in dict(flags):
-            _tell(sections, given, name)
-    return build_sections(sections, given)
+            given[name] = _over(given.get(name), _read(values[0], name, known[name]), known[name])
+    if "help" in dict(flags):
+        _print_and_end("\n".join(_help_lines(sections)))
+    built = build_sections(sections, given)
+    if "print_config" in dict(flags):
+        flat = {name: value for section in built.values() for name, value in asdict(section).items()}
+        _print_and_end(dump_yaml(flat).rstrip())
+    return built
+
+
+def _over(before: Any, value: Any, type_: Any) -> Any:
+    """What a setting is when it is given again: its new value; of one with keys, those given before stay."""
+    is_keyed = is_dataclass(type_) and isinstance(value, dict) and isinstance(before, dict)
+    return before | value if is_keyed else value
 
 
 def build_sections(sections: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +83,8 @@ def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{printable(path)} must hold settings by name, as in `seed: 0`")
-    return {name: _checked(value, name, known, f"{printable(path)}: ") for name, value in content.items()}
+    checked = {name: _checked(value, name, known, f"{printable(path)}: ") for name, value in content.items()}
+    return {name: content[name] if is_dataclass(value) else value for name, value in checked.items()}
 
 
 def saved_settings(path: Path) -> dict[str, Any]:
@@ -94,14 +103,61 @@ _ABOUT = ("help", "print_config")
 """Flags that print and end the command."""
 
 
-def _tell(sections: Mapping[str, type], given: dict[str, Any], name: str) -> None:
-    """Print what the settings mean, or what they are, and end the command."""
-    parser = ArgumentParser(usage="%(prog)s --config CONFIG.yaml [--SETTING VALUE ...]")
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+def _print_and_end(text: str) -> NoReturn:
+    print(text)
+    raise SystemExit(0)
+
+
+def _help_lines(sections: Mapping[str, type]) -> Iterator[str]:
+    """What can be set: what people need first, then the sections, each under the first sentence of its docstring."""
+    yield f"usage: {Path(sys.argv[0]).name} --config CONFIG.yaml [--SETTING VALUE ...]"
+    yield ""
+    yield "  --config FILE"
+    yield "      YAML file with any of the settings below; the command line wins."
+    yield "  --print_config"
+    yield "      Print all settings as they are, as a file for --config, and end."
+    first = [
+        line
+        for section in sections.values()
+        for name, rules in rules_of(section).items()
+        if rules.first
+        for line in _setting_lines(section, name)
+    ]
+    if first:
+        yield from ("", "Needed first:", *first)
     for section in sections.values():
-        parser.add_class_arguments(section, as_group=True)
-    parser.set_defaults(given)
-    parser.parse_args([f"--{name}"])
+        yield ""
+        yield " ".join((section.__doc__ or "").split()).removesuffix(".") + ":"
+        for name, rules in rules_of(section).items():
+            if not rules.first:
+                yield from _setting_lines(section, name)
+
+
+def _setting_lines(section: type, name: str) -> list[str]:
+    one = section.__dataclass_fields__[name]  # type: ignore[attr-defined] # a dataclass
+    default = "" if one.default is None or is_dataclass(one.default) else f" (default: {_as_word(one.default)})"
+    text = help_texts(section).get(name, "") + default
+    rules = rules_of(section)[name]
+    words = "|".join(rules.choices) + ("|FILE.py" if rules.or_file else "")
+    return [f"  --{name} {words or _placeholder(one.type)}", *(f"      {line}" for line in textwrap.wrap(text, 100))]
+
+
+def _as_word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _placeholder(type_: Any) -> str:
+    """What stands for a setting's value in its line of help: NUMBER, WORD|WORD, LIST."""
+    kind, parts = get_origin(type_), [part for part in get_args(type_) if part is not NoneType]
+    if kind in (Union, UnionType):
+        return "|".join(dict.fromkeys(_placeholder(part) for part in parts))
+    if kind is Literal:
+        return "|".join(str(word) for word in parts)
+    if container_of(type_) is list:
+        return "LIST"
+    if container_of(type_) is dict:
+        return "MAPPING"
+    return {bool: "true|false", int: "INT", float: "NUMBER"}.get(type_, "TEXT")
 
 
 def _known(sections: Mapping[str, type]) -> dict[str, Any]:
@@ -121,7 +177,7 @@ def _split(
         if not flag.startswith("--") and flag != "-h":
             raise InputError(f"{printable(argv[place])!r} belongs to no setting: give --SETTING VALUE")
         if name not in (*known, *_ABOUT, "config"):
-            raise InputError(f"unknown setting {printable(name)!r}{nearest(name, [*known, 'config'])}")
+            raise InputError(_unknown(name, [*known, "config"]))
         place += 1
         words = [value] if equals else []
         most = 1 if name not in listed else len(argv)
@@ -154,7 +210,7 @@ def _read(word: str, name: str, type_: Any) -> Any:
 def _checked(value: Any, name: str, known: Mapping[str, Any], before: str) -> Any:
     """A setting's value as its type has it; InputError names the setting, what was given and what would be right."""
     if name not in known:
-        raise InputError(f"{before.removesuffix('--')}unknown setting {printable(name)!r}{nearest(name, list(known))}")
+        raise InputError(before.removesuffix("--") + _unknown(name, list(known)))
     try:
         return fit(value, known[name])
     except Misfit as error:
@@ -174,7 +230,8 @@ def _choices(type_: Any) -> list[str]:
     return list(dict.fromkeys(word for part in parts for word in part)) if all(parts) else []
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ ", did you mean ...?", or all that are known."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+def _unknown(name: str, known: Sequence[str]) -> str:
+    """What to use instead of a setting that there is not (any more)."""
+    if (instead := REPLACED.get(name)) is not None:
+        return f"unknown setting {name!r}: {instead}"
+    return f"unknown setting {printable(name)!r}{nearest(name, known)}"

@@ -6,10 +6,11 @@ rules of the field that it replaces.
 """
 
 import ast
+import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, Union, cast
 
@@ -30,11 +31,21 @@ class Rules:
     above: int | float | None = None
     maximum: int | float | None = None
     below: int | float | None = None
+    choices: tuple[str, ...] = ()
+    or_file: bool = False
     harmless: bool = False
     first: bool = False
 
+    def no_choice(self, word: str) -> str | None:
+        """What a word should be instead; None where it is one of the choices, or where there are none."""
+        if not self.choices or word in self.choices or self.or_file and word.endswith(".py"):
+            return None
+        file = ", or the path of a .py file" if self.or_file else ""
+        close = difflib.get_close_matches(word, self.choices, n=1, cutoff=0.4)
+        return f": give one of {', '.join(self.choices)}{file}" + (f", did you mean {close[0]!r}?" if close else "")
+
     def complaint(self, value: int | float) -> str | None:
-        """What a number should be instead ("must be at least 1"); None where it is in range."""
+        """What a number should be instead (" must be at least 1"); None where it is in range."""
         if (
             (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
@@ -43,14 +54,14 @@ class Rules:
         ):
             return None
         if self.minimum is not None and self.maximum is not None:
-            return f"must be between {self.minimum:g} and {self.maximum:,g}"
+            return f" must be between {self.minimum:g} and {self.maximum:,g}"
         bounds = {"at least": self.minimum, "above": self.above, "at most": self.maximum, "below": self.below}
         words = [
             f"{words} {bound:,g}" if abs(bound) < 1e6 else f"{words} {bound}"
             for words, bound in bounds.items()
             if bound is not None
         ]
-        return f"must be {' and '.join(words)}"
+        return f" must be {' and '.join(words)}"
 
 
 def setting(
@@ -60,6 +71,8 @@ def setting(
     above: int | float | None = None,
     maximum: int | float | None = None,
     below: int | float | None = None,
+    choices: Iterable[str] = (),
+    or_file: bool = False,
     harmless: bool = False,
     first: bool = False,
 ) -> T:
@@ -67,10 +80,13 @@ def setting(
 
     Args:
         minimum, above, maximum, below: the range of its number, or of each number of its list.
+        choices: the words that it can be, or each of its list; where they are known at import alone, else a Literal.
+        or_file: the path of a .py file may stand for one of them.
         harmless: a change does not change the result, or only continues it: a begun run allows it.
         first: `--help` shows it before all others.
     """
-    return cast(T, field(default=default, metadata={"rules": Rules(minimum, above, maximum, below, harmless, first)}))
+    rules = Rules(minimum, above, maximum, below, tuple(choices), or_file, harmless, first)
+    return cast(T, field(default=default, metadata={"rules": rules}))
 
 
 class Settings:
@@ -95,11 +111,13 @@ def check_rules(section: Any, before: str = "--") -> None:
             continue
         if value == [] and name in per_round(type(section)):
             raise InputError(f"{before}{name} is an empty list: give one value, or one per round")
-        for number in value if isinstance(value, list) else [value]:
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            complaint = rule.complaint(number) if is_number else None
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                complaint = rule.complaint(one)
+            else:
+                complaint = rule.no_choice(one) if isinstance(one, str) else None
             if complaint is not None:
-                raise InputError(f"{before}{name} {number} {complaint}")
+                raise InputError(f"{before}{name} {one}{complaint}")
 
 
 @functools.cache

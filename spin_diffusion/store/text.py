@@ -1,5 +1,8 @@
 """Strings that come from a disk: file names need not be UTF-8, and JSON can hold half a character."""
 
+import difflib
+from collections.abc import Sequence
+
 
 def printable(text: object) -> str:
     """`str(text)` as UTF-8 can encode it: bytes that are not UTF-8 in a file name, and halves of a surrogate pair,
@@ -16,3 +19,9 @@ def broken_character(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start + 1
     return None
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean ...?", or all that are known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"

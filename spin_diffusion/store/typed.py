@@ -1,14 +1,16 @@
 """Whether a value that was read (from YAML, JSON or the command line) is of the type that is expected of it.
 
-Types are Python's: bool, int, float, str, None, Any, Literal, list, dict, unions of them, and TypedDict for mappings
-whose keys are known. Nothing is coerced, but a whole number is a float too.
+Types are Python's: bool, int, float, str, None, Any, Literal, list, dict, unions of them, TypedDict for mappings whose
+keys are known, and frozen dataclasses for mappings whose keys may be left out. Nothing is coerced, but a whole number
+is a float too.
 """
 
 import math
+from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.text import nearest, printable
 
 _WORDS = {
     bool: "true or false",
@@ -54,6 +56,13 @@ def fit(value: Any, type_: Any, at: str = "") -> Any:
                 raise Misfit(f"{_below(at, key)} is missing")
             known = get_type_hints(type_)
             return {key: fit(entry, known.get(key, Any), _below(at, key)) for key, entry in value.items()}
+    elif is_dataclass(type_):
+        if isinstance(value, dict):
+            types = {field.name: field.type for field in fields(type_)}
+            for key in value:
+                if key not in types:
+                    raise Misfit(f"unknown key {_below(at, key)!r}{nearest(key, list(types))}")
+            return type_(**{key: fit(entry, types[key], _below(at, key)) for key, entry in value.items()})
     elif list in (kind, type_):
         if type(value) is list:
             return [fit(entry, parts[0] if parts else Any, f"{at}[{n}]") for n, entry in enumerate(value)]
@@ -78,7 +87,7 @@ def in_words(type_: Any) -> str:
         return "one of " + ", ".join(str(word) for word in parts)
     if list in (kind, type_):
         return f"a list (each {in_words(parts[0])})" if parts and parts[0] is not Any else "a list"
-    if dict in (kind, type_) or is_typeddict(type_):
+    if dict in (kind, type_) or is_typeddict(type_) or is_dataclass(type_):
         return "names with values"
     return _WORDS.get(type_, str(type_))
 
@@ -92,7 +101,7 @@ def shown(value: Any) -> str:
 
 def container_of(type_: Any) -> type | None:
     """list or dict, when values of the type are lists or mappings."""
-    if is_typeddict(type_):
+    if is_typeddict(type_) or is_dataclass(type_):
         return dict
     return next((kind for kind in (list, dict) if kind in (get_origin(type_), type_)), None)
 

@@ -7,7 +7,7 @@ import pytest
 from spin_diffusion.comparing import settings as comparing
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
-from spin_diffusion.runs import evaluate_models
+from spin_diffusion.runs import evaluate_settings
 from spin_diffusion.store.input_error import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_the_recipes_of_space_are_the_published_ones(name):
 def test_an_evaluations_configuration_is_read_by_its_program(path):
     compares = "methods:" in path.read_text().splitlines()
     assert (
-        (comparing if compares else evaluate_models)
+        (comparing if compares else evaluate_settings)
         .parse_settings(["--config", str(path)])
         .output_dir.startswith("runs/")
     )

@@ -317,14 +317,14 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--learing_rate", "1e-5"], ["'learing_rate'", "did you mean 'learning_rate'"]),
         (["--learning_rate", "fast"], ["--learning_rate fast", "float"]),
         (["--rounds", "1.5"], ["--rounds 1.5", "int"]),
-        (["--rounds", "0"], ["--rounds 0", "at least 1"]),
+        (["--rounds", "0"], ["--rounds 0", "between 1 and 10,000"]),
         (["--objective", "spinn"], ["--objective spinn", "space"]),
         (["--max_train_steps", "[5, 0]"], ["--max_train_steps 0", "at least 1"]),
         (["--beta", "[1, -2]"], ["--beta -2", "above 0"]),
         (["--resolution", "30"], ["--resolution 30", "multiple of 8"]),
         (["--jpeg_quality", "101"], ["--jpeg_quality 101", "1 and 100"]),
         (["--winner_preserving_mu", "1"], ["--winner_preserving_mu 1", "below 1"]),
-        (["--stop_at_saturation", "2"], ["--stop_at_saturation 2", "at most 1"]),
+        (["--health", "{saturation: 2}"], ["--health saturation 2", "at most 1"]),
         (["--promote_if", "improved", "--scorers", "[]"], ["--promote_if improved", "--scorers"]),
         (["--compare_with", "['sftt']"], ["sftt", "did you mean 'sft'"]),
         (["--scorers", "['sharp']"], ["sharp", "sharpness"]),
@@ -340,8 +340,8 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--report_to", "carrier_pigeon"], ["carrier_pigeon"]),
         (["--use_lora", "true", "--rank", "0"], ["--rank 0", "at least 1"]),
         (["--use_lora", "true", "--lora_target_modules", "[to_x]"], ["--lora_target_modules to_x", "to_out.0"]),
-        (["--on_distance", "rollback"], ["--on_distance rollback", "roll_back"]),
-        (["--max_distance", "-1"], ["--max_distance -1", "at least 0"]),
+        (["--health", "{distance: rollback}"], ["health", "distance: expected", "roll_back"]),
+        (["--health", "{distance: [-1, stop]}"], ["--health distance -1", "at least 0"]),
         (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
         (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
         (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),
@@ -375,7 +375,7 @@ def test_trajectories_are_predicted_kept_and_trained_on(kind, eta, settings, tmp
 
 
 def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
-    argv = ["--max_distance", "1e-9", "--on_distance", "roll_back"]
+    argv = ["--health", "{distance: [roll_back, 1e-9]}"]
     assert play(tmp_path, settings, *argv) == 0
     assert "round 1 is rejected (it was rolled back to its start, distance" in capsys.readouterr().out
     out = tmp_path / "out"
@@ -384,7 +384,9 @@ def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
         ("distance", "roll_back", 0)
     ]
     page = (out / "report.html").read_text()
-    assert "What the rules of health said" in page and "rolled back to the round" in page and "--max_distance" in page
+    assert (
+        "What the rules of health said" in page and "rolled back to the round" in page and "--health distance" in page
+    )
 
 
 def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spin_diffusion.data import DataSettings, Example, ReadReport, read_examples
+from spin_diffusion.data.reading import Example, read_examples
+from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.settings import DataSettings
 
 
 def picture(colour: str, side_px: int = 16, format: str = "PNG") -> bytes:

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from spin_diffusion.data import DataSettings, ReadReport, read_examples
-from spin_diffusion.data.report import MAX_KEPT_ROWS
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.report import MAX_KEPT_ROWS, ReadReport
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 

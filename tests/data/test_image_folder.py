@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.data import DataSettings, read_examples
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_diffusion.data import DataSettings
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_table
 

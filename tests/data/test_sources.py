@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.data import DataSettings, pickapic, read_examples, reading, table
+from spin_diffusion.data import pickapic, reading, table
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import expand_braces, looks_like_a_path, split_of
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table, write_tar

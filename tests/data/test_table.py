@@ -5,7 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ImageFile
 
-from spin_diffusion.data import DataSettings, ReadReport, read_examples
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store import pictures
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_table

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spin_diffusion.data import DataSettings, read_examples, webdataset
+from spin_diffusion.data import webdataset
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_tar
 

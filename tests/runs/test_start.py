@@ -58,6 +58,21 @@ def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
     assert (tmp_path / "manifest.json").read_bytes() == written
 
 
+def test_a_run_goes_on_with_its_own_objective_file_alone(tmp_path):
+    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}}, Accelerator(cpu=True)
+    mine = tmp_path / "mine.py"
+
+    def begin(factor: int) -> None:
+        mine.write_text(f"def loss(scores):\n    return {factor} * scores.margin\n")
+        given = config.parse_config(["--pretrained_model_name_or_path", "base", "--objective", str(mine)])
+        write_manifest(tmp_path, {"name": "base"}, "w", "p", data, given, accelerator)
+
+    begin(1)
+    begin(1)
+    with pytest.raises(InputError, match="--objective .*mine.py is not the file that this run was started with"):
+        begin(2)
+
+
 def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(tmp_path):
     out, accelerator = tmp_path / "out", Accelerator(cpu=True)
 

@@ -13,6 +13,7 @@ from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.health import Finding
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.table import Judgement
+from spin_diffusion.selfplay.train_settings import HealthSettings
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data
 
@@ -85,7 +86,8 @@ def history(steps: int = 40, **changed) -> list[dict]:
     return entries
 
 
-WATCHED = replace(health.HealthSettings(), stop_at_saturation=0.5)
+ROLL_BACK = HealthSettings(distance="roll_back")
+WATCHED = HealthSettings(saturation=0.5)
 
 FIRES = {
     "forgetting": {"r_real": lambda step: -1e-4 * (1 + 0.1 * (-1) ** step)},
@@ -111,8 +113,7 @@ NEARLY = {
 
 def test_every_rule_has_its_two_cases_and_its_setting():
     assert set(FIRES) == set(NEARLY) == set(health.RULES)
-    fields = {field.name for field in dataclasses.fields(health.HealthSettings)}
-    assert {f"on_{name}" for name in health.RULES} <= fields
+    assert {field.name for field in dataclasses.fields(HealthSettings)} == set(health.RULES)
 
 
 @pytest.mark.parametrize("rule", FIRES)
@@ -188,7 +189,8 @@ def test_pairs_told_apart_the_wrong_way_round_are_not_nothing():
 
 def test_saturation_is_only_watched_for_when_asked():
     full = history(saturation=1.0)
-    assert health.saturation(full, BETA, health.HealthSettings()) is None
+    assert health.findings(full, BETA, HealthSettings()) == []
+    assert [one.action for one in health.findings(full, BETA, HealthSettings(saturation=0.9))] == ["stop"]
 
 
 def test_an_objective_without_a_generated_side_is_not_asked_what_it_tells_apart():
@@ -201,13 +203,13 @@ def test_what_was_said_is_not_said_again_and_what_is_ignored_is_silent():
     assert [(one.rule, one.action) for one in found] == [("distance", "warn")]
     spoken[-1]["findings"] = {"distance": found[0].sentence}
     assert health.findings(spoken + history(1, distance=0.4), BETA, WATCHED) == []
-    assert health.findings(history(**FIRES["distance"]), BETA, replace(WATCHED, on_distance="ignore")) == []
+    assert health.findings(history(**FIRES["distance"]), BETA, replace(WATCHED, distance="ignore")) == []
 
 
 def test_a_roll_back_goes_before_a_stop_and_a_warning_ends_nothing():
     bad = history(**FIRES["distance"] | FIRES["saturation"])
     assert health.gravest(health.findings(bad, BETA, WATCHED)).rule == "saturation"
-    found = health.findings(bad, BETA, replace(WATCHED, on_distance="roll_back"))
+    found = health.findings(bad, BETA, replace(WATCHED, distance="roll_back"))
     assert health.gravest(found).rule == "distance"
     assert health.gravest(health.findings(history(**FIRES["distance"]), BETA, WATCHED)) is None
 
@@ -243,13 +245,15 @@ def spoil(monkeypatch, step: int) -> None:
 
 
 def player_after(sdxl_dir, folder, training, steps: int) -> str:
-    play_all(sdxl_dir, folder, replace(training, max_train_steps=steps, on_distance="ignore"), rounds=1)
+    play_all(
+        sdxl_dir, folder, replace(training, max_train_steps=steps, health=HealthSettings(distance="ignore")), rounds=1
+    )
     return file_hash(folder / "round-1/unet/diffusion_pytorch_model.safetensors")
 
 
 def test_a_round_that_is_stopped_keeps_its_player(sdxl_dir, tmp_path, monkeypatch, quick):
     spoil(monkeypatch, 4)
-    records = play_all(sdxl_dir, tmp_path / "stopped", replace(quick, on_distance="stop"), rounds=1)
+    records = play_all(sdxl_dir, tmp_path / "stopped", replace(quick, health=HealthSettings(distance="stop")), rounds=1)
     ended = records[0]["training"]["ended_by"]
     assert (ended["rule"], ended["action"], ended["kept_step"]) == ("distance", "stop", 4)
     assert records[0]["training"]["steps"] == 4 and records[0]["state"] == "PROMOTED"
@@ -265,14 +269,14 @@ def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeyp
     said = records[0]["training"]["health"][0]
     assert (said["step"], said["rule"], said["action"]) == (4, "distance", "warn")
     assert said["sentence"].startswith("the weights are 50%")
-    assert "--max_distance" in capsys.readouterr().out
+    assert "--health distance" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, monkeypatch, quick, use_ema):
     spoil(monkeypatch, 6)
     quick = replace(quick, use_ema=use_ema)
-    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, on_distance="roll_back"), rounds=1)
+    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, health=ROLL_BACK), rounds=1)
     ended = records[0]["training"]["ended_by"]
     assert (ended["action"], ended["kept_step"]) == ("roll_back", 4) and records[0]["state"] == "PROMOTED"
     assert file_hash(tmp_path / "back/round-1/unet/diffusion_pytorch_model.safetensors") == player_after(
@@ -286,7 +290,7 @@ def test_a_rule_in_the_middle_of_a_window_has_looked_back_a_whole_one(sdxl_dir, 
         return [Finding("distance", "roll_back", "moved")] if len(history) == 5 else []
 
     monkeypatch.setattr(health, "findings", at_step_five)
-    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, on_distance="roll_back"), rounds=1)
+    records = play_all(sdxl_dir, tmp_path / "back", replace(quick, health=ROLL_BACK), rounds=1)
     assert records[0]["training"]["ended_by"]["kept_step"] == 2  # 5 - 2 = 3, and players are kept at 0, 2, 4
     monkeypatch.undo()
     monkeypatch.setattr(health, "WINDOW_STEPS", 2)
@@ -297,7 +301,7 @@ def test_a_rule_in_the_middle_of_a_window_has_looked_back_a_whole_one(sdxl_dir, 
 
 def test_a_round_rolled_back_to_its_start_is_rejected_and_says_why(sdxl_dir, tmp_path, monkeypatch, quick, capsys):
     spoil(monkeypatch, 2)
-    records = play_all(sdxl_dir, tmp_path, replace(quick, on_distance="roll_back"))
+    records = play_all(sdxl_dir, tmp_path, replace(quick, health=ROLL_BACK))
     assert [record["state"] for record in records] == ["REJECTED", "REJECTED"]
     assert "rolled back to its start, distance" in records[0]["rejected_because"]
     assert not (tmp_path / "unet").exists()
@@ -310,7 +314,7 @@ def test_a_round_rolled_back_to_its_start_is_rejected_whatever_its_evaluation_sa
     game = make_game(sdxl_dir)
     prepare_data(game, tmp_path / "data")
     records = play(
-        game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=1), replace(quick, on_distance="roll_back"),
+        game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=1), replace(quick, health=ROLL_BACK),
         game.accelerator, lambda k, folder, parent: Judgement({"score": 1.0}),
     )  # fmt: skip
     assert records[0]["state"] == "REJECTED" and "rolled back to its start" in records[0]["rejected_because"]
@@ -318,7 +322,7 @@ def test_a_round_rolled_back_to_its_start_is_rejected_whatever_its_evaluation_sa
 
 @pytest.mark.parametrize("kill_at", [3, 5])
 def test_a_killed_round_that_rolls_back_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, quick, kill_at):
-    quick = replace(quick, on_distance="roll_back", use_ema=True)
+    quick = replace(quick, health=ROLL_BACK, use_ema=True)
     spoil(monkeypatch, 6)
     whole = play_all(sdxl_dir, tmp_path / "whole", quick, rounds=1)
     watching = train_module._take_step

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
+from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, objective_of, title_of
 from spin_diffusion.selfplay.objectives import (
-    OBJECTIVES,
-    PairScores,
     bind,
     check_options,
     dpo,
@@ -15,6 +14,7 @@ from spin_diffusion.selfplay.objectives import (
     hinge,
     ipo,
     kto,
+    loss_of,
     mapo,
     options_of,
     sft,
@@ -24,6 +24,8 @@ from spin_diffusion.selfplay.objectives import (
     with_anchor,
     without_margin,
 )
+from spin_diffusion.selfplay.pair_scores import PairScores
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.store.input_error import InputError
 
 
@@ -208,3 +210,54 @@ def test_options_are_those_of_the_objectives_that_are_played():
         check_options(["spin", "dro"], {"treshold": 0.01})
     with pytest.raises(InputError, match="--objective spin has none"):
         check_options(["spin"], {"threshold": 0.01})
+
+
+# An objective of a file
+
+
+OWN = """
+import torch
+
+GENERATED, METHOD, PAPER = "none", "my method", "1234.56789"
+
+
+def loss(scores, beta=1.0, power=2.0):
+    return (beta * scores.player_real).abs() ** power
+"""
+
+
+def test_an_objective_of_a_file_is_bound_like_any_other(tmp_path):
+    path = str(tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(OWN)
+    s = scores()
+    assert torch.equal(bind(path, beta=3.0, mu=1.0, power=1.0)(s), (3 * s.player_real).abs())
+    assert options_of(path) == {"power": 2.0}
+    assert objective_of(path) == Objective("none", "my method", "1234.56789") and title_of(path) == "mine"
+    settings = RoundSettings(objective=["spin", path], objective_options={"power": 1.0})
+    assert objectives_of(settings) == ["spin", path] and source_of(settings, path) == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must define `loss`"),
+        ("1 / 0", "cannot be imported: ZeroDivisionError"),
+        ("def loss(scores): return scores.real", "its loss cannot be computed: AttributeError"),
+        ("def loss(scores): return scores.margin.mean()", "one number for each pair, a tensor .2. for two, not \\[\\]"),
+        ("def loss(scores): return 1.0", "not float"),
+        ("GENERATED = 'model'\ndef loss(scores): return scores.margin", "GENERATED is 'model': give one of opponent"),
+    ],
+)
+def test_a_file_that_holds_no_objective_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(InputError, match=words) as refused:
+        RoundSettings(objective=str(tmp_path / "mine.py"))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="nowhere.py does not exist"):
+        RoundSettings(objective="nowhere.py")
+
+
+def test_every_name_has_its_function():
+    assert all(callable(loss_of(name)) for name in OBJECTIVES)
+    with pytest.raises(InputError, match="--objective spim: give one of spin, space.*a .py file, did you mean 'spin'"):
+        RoundSettings(objective="spim")

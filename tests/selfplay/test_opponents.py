@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from spin_diffusion.runs.start import lineage
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, mixture_score, pool
+from spin_diffusion.selfplay.round_settings import OpponentName
 from spin_diffusion.selfplay.train import Average
 from spin_diffusion.store.run_dir import file_hash, read_json, read_rows
 from tests.playing import TRAINING, make_game, play_all
@@ -37,6 +39,10 @@ def kill_after(monkeypatch, step: int) -> None:
         return take_step(number, *args)
 
     monkeypatch.setattr(train_module, "_take_step", dies)
+
+
+def test_every_opponent_that_can_be_named_has_its_rule():
+    assert set(OPPONENTS) == set(get_args(OpponentName))
 
 
 def test_rules_name_the_selves_and_their_shares():

@@ -7,7 +7,8 @@ import torch
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.selfplay.game import Batch
-from spin_diffusion.selfplay.objectives import OBJECTIVES, bind
+from spin_diffusion.selfplay.objective_names import OBJECTIVES
+from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.pairs import ReadAhead
 from spin_diffusion.selfplay.train import Pairs, RoundPlan, _take_step
 from spin_diffusion.selfplay.trainee import Trainee

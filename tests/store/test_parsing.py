@@ -7,11 +7,21 @@ import pytest
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse_sections, saved_settings
+from spin_diffusion.store.settings import Settings as Section
+from spin_diffusion.store.settings import setting
 from spin_diffusion.store.yaml_files import dump_yaml
 
 
 @dataclass(frozen=True)
-class Settings:
+class Watch:
+    """A mapping whose keys are known."""
+
+    limit: float = setting(1.0, minimum=0)
+    action: Literal["warn", "stop"] = "warn"
+
+
+@dataclass(frozen=True)
+class Settings(Section):
     """Of every type that a setting has."""
 
     seed: int = 0
@@ -27,6 +37,7 @@ class Settings:
     names: list[str] | None = None
     options: dict[str, float] | None = None
     worlds: dict[str, dict[str, Any]] | None = None
+    watch: Watch = Watch()
 
 
 def parse(*words: str) -> Settings:
@@ -64,6 +75,9 @@ GOOD = [
     ("names", "[]", []),
     ("options", '{"a": 1}', {"a": 1.0}),
     ("options", "{a: 1e-3}", {"a": 1e-3}),
+    ("watch", "{limit: 2}", Watch(limit=2.0)),
+    ("watch", "{action: stop, limit: 0.5}", Watch(0.5, "stop")),
+    ("watch", "{}", Watch()),
     ("worlds", "{w: {methods: [a], x: no}}", {"w": {"methods": ["a"], "x": "no"}}),
 ]
 
@@ -98,6 +112,12 @@ BAD = [
     ("names", "{a: b}", "a list"),
     ("options", "{a: b}", "a: expected a number"),
     ("options", "{a: 1, a: 2}", "a stands there twice"),
+    ("watch", "{limt: 2}", "unknown key 'limt', did you mean 'limit'?"),
+    ("watch", "{limit: true}", "limit: expected a number (float), not true"),
+    ("watch", "{limit: -1}", "--watch limit -1.0 must be at least 0"),
+    ("watch", "{action: sto}", "action: expected one of warn, stop, not 'sto'"),
+    ("watch", "3", "expected names with values"),
+    ("watch", "null", "expected names with values"),
     ("worlds", "{w: 3}", "w: expected names with values"),
     ("worlds", "&w {a: {}}", "anchors"),
     ("worlds", "[" * 40, "more than 32"),
@@ -130,6 +150,17 @@ def test_the_command_line_wins_wherever_it_stands(tmp_path):
     assert from_file(tmp_path, "seed: 1\nrate: 5", "--seed", "2") == Settings(seed=2, rate=5.0)
     (tmp_path / "d.yaml").write_text("seed: 4")
     assert from_file(tmp_path, "", f"--config={tmp_path / 'd.yaml'}").seed == 4
+
+
+def test_a_mapping_on_the_command_line_changes_the_keys_that_it_names(tmp_path):
+    assert from_file(tmp_path, "watch: {limit: 2, action: stop}", "--watch", "{limit: 3}").watch == Watch(3.0, "stop")
+    assert parse("--watch", "{limit: 3}", "--watch", "{action: stop}").watch == Watch(3.0, "stop")
+
+
+def test_an_old_setting_is_answered_with_what_replaced_it(tmp_path):
+    for call in (lambda: parse("--max_distance", "1"), lambda: from_file(tmp_path, "max_distance: 1")):
+        with pytest.raises(InputError, match="unknown setting 'max_distance': give --health '{distance: SHARE}'$"):
+            call()
 
 
 def test_words_of_a_listed_setting_may_stand_one_after_the_other():
@@ -167,7 +198,10 @@ def test_a_settings_file_holds_settings(tmp_path, text, words):
 
 
 def test_help_and_the_settings_as_they_are_can_be_printed(tmp_path, capsys):
-    for flag, said in (("--help", "A number."), ("--print_config", "seed: 7")):
+    for flag, said in (
+        ("--help", "--seed INT\n      A number. (default: 0)"),
+        ("--print_config", "seed: 7\nrate: 1.0"),
+    ):
         with pytest.raises(SystemExit) as ended:
             parse("--seed", "7", flag)
         assert ended.value.code == 0 and said in capsys.readouterr().out
