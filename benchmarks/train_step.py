@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import target_frame
 from spin_diffusion.diffusion.settings import DenoiserSettings, ImageSettings, SamplingSettings
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.ledger import matrix_rate
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.selfplay.optimizers import make_optimizer

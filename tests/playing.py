@@ -20,10 +20,10 @@ from spin_diffusion.diffusion.settings import (
     SamplingSettings,
     TrajectorySettings,
 )
-from spin_diffusion.selfplay.candidates import Candidates
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.real import prepare
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.rounds import RoundSettings, play
-from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
 from spin_diffusion.store.run_dir import settle
 

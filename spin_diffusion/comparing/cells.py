@@ -29,7 +29,6 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
-from spin_diffusion.evaluation.drawing import requests
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
@@ -37,8 +36,8 @@ from spin_diffusion.evaluation.scoring import BATCH
 from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.runs.start import quiet_libraries
+from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import FINAL, read_record, replay
-from spin_diffusion.selfplay.samples import data_manifest
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of, place_hash
@@ -253,7 +252,7 @@ def _score(task: Task, view: View) -> None:
         unet = _trained_unet(pipeline, run_ / f"round-{view.round}")
     prompts = prompt_sets(task.drawing)[view.prompts]
     images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
-    rows = requests(prompts, images_per_prompt, task.seed)
+    rows = prompts.requests(images_per_prompt, task.seed)
     images = draw_images(
         sampling_pipeline(pipeline, unet.eval(), config.sampling.sampler),
         [row["prompt"] for row in rows],

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from spin_diffusion.diffusion.images import mirrored_frame
-from spin_diffusion.selfplay.game import KIND, Batch, ScoredBatch
+from spin_diffusion.samples.sample import KIND, Batch
+from spin_diffusion.selfplay.game import ScoredBatch
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.run_dir import seed_from

@@ -1,11 +1,11 @@
-"""The judge of self-labelled candidates (`selfplay.candidates`): any scorer of images."""
+"""The judge of self-labelled candidates (`samples.candidates`): any scorer of images."""
 
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scorers import about, load_scorer
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.evaluation.specs import part_key
-from spin_diffusion.selfplay.candidates import Candidates, Judge
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.candidates import Candidates, Judge
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture

@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.candidates import scorer_by_content
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.store.build import Made, Piece, build, build_pieces
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of

@@ -42,7 +42,8 @@ from spin_diffusion.diffusion.settings import (
     TrajectorySettings,
 )
 from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
-from spin_diffusion.selfplay.game import CONDITION, KEPT, KIND, Batch, Row, ScoredBatch
+from spin_diffusion.samples.sample import CONDITION, KEPT, KIND, Batch, Row
+from spin_diffusion.selfplay.game import ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype

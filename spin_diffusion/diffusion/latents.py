@@ -10,7 +10,7 @@ from torch import Tensor
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture

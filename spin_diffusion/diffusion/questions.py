@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.trajectory import (
     true_pairs,
 )
 from spin_diffusion.diffusion.weighting import timestep_weights
-from spin_diffusion.selfplay.game import KIND, Batch
+from spin_diffusion.samples.sample import KIND, Batch
 from spin_diffusion.selfplay.sending import sent
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from spin_diffusion.diffusion.latents import latents_of, size_of
 from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
 from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.sample import Row
 
 """Fewer say nothing: chance alone reaches an AUC of 0.6."""
 ALARMING_AUC = 0.6

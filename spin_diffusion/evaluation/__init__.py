@@ -1,11 +1,10 @@
 """Measuring what was gained, in pictures and in answers. In the order in which it is done:
 
 prompt_sets     the prompts, each set with its hash and licence
-drawing         prompts -> pictures by every model; answering: -> answers; modalities: how the two differ
+protocols       what must be equal for two evaluations to be comparable; modalities: how pictures and answers differ
 scorers         pictures -> scores, by scoring; judges: answers -> scores; specs: what both say of themselves
 samples         what was drawn, with its scores
 statistics      scores -> intervals and tests; comparison: models side by side
-photometry      what is measured of a picture without a model
 alarms          signs that scores were won without better pictures; answer_alarms: without better answers
 breakdowns      the difference within parts of the prompts; curves: of training
 concluding      all of it -> results.json (records: its parts as types, and its reader); closing: what is said of it

@@ -9,12 +9,13 @@ import pyarrow as pa
 
 from spin_diffusion.evaluation.alarms import Alarm
 from spin_diffusion.evaluation.answer_alarms import check_answer_alarms
-from spin_diffusion.evaluation.answering import answer_files, of_row, read_answer_scores, read_answers, read_judge
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
 from spin_diffusion.evaluation.judges import Answer
+from spin_diffusion.evaluation.judging import of_row, read_answer_scores, read_judge
 from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.samples.answers import answer_files, read_answers
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import rows_metadata
 

@@ -18,7 +18,6 @@ from spin_diffusion.evaluation.alarms import Alarm
 from spin_diffusion.evaluation.breakdowns import breakdowns
 from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compare_others
 from spin_diffusion.evaluation.curves import finite, thinned
-from spin_diffusion.evaluation.drawing import folder_of
 from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.records import SCHEMA_VERSION, schema_problem
@@ -32,6 +31,7 @@ from spin_diffusion.evaluation.statistics import (
     verdict,
     win_rate,
 )
+from spin_diffusion.samples.pictures import folder_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY
 from spin_diffusion.store.run_dir import write_file, write_json

@@ -7,12 +7,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.drawing import Draw, are_drawn, draw_pictures, protocol_of, requests
 from spin_diffusion.evaluation.modalities import modality_of
 from spin_diffusion.evaluation.prompt_sets import PromptSet
+from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, is_scored, score_pictures
 from spin_diffusion.evaluation.settings import EvaluationSettings, PromoteIf
+from spin_diffusion.samples.pictures import Draw, are_drawn, draw_pictures
+from spin_diffusion.samples.requests import Request
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 
@@ -42,9 +44,9 @@ class RunEvaluation:
         self.score(model)
 
     @property
-    def wanted(self) -> list[dict[str, Any]]:
+    def wanted(self) -> list[Request]:
         """What every model is asked to draw."""
-        return requests(self.prompts, self.settings.num_validation_images, self.protocol["seed"])
+        return self.prompts.requests(self.settings.num_validation_images, self.protocol["seed"])
 
     def is_drawn(self, model: EvaluatedModel, drawn_by: str) -> bool:
         """Whether all pictures of a model are there, as it drew them."""

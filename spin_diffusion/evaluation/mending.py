@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from spin_diffusion.evaluation.drawing import read_index
 from spin_diffusion.evaluation.scoring import ScorerRecord
+from spin_diffusion.samples.pictures import read_index
 from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, read_json, read_rows, tell_remade
 
 

@@ -19,6 +19,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_diffusion.samples.requests import Request, requests_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_bytes
 from spin_diffusion.store.run_dir import write_file
@@ -58,6 +59,10 @@ class PromptSet:
     """Repeated prompts that were left out, before the limit."""
     broken: int = 0
     """Prompts that were left out as they hold half a character, or bytes that are not UTF-8."""
+
+    def requests(self, per_prompt: int, seed: int) -> list[Request]:
+        """What every model is asked for: each prompt `per_prompt` times, each time with a seed of its own."""
+        return requests_of([vars(row) for row in self.rows], per_prompt, seed)
 
     def said_left_out(self) -> str:
         """What was left out, as the end of a line; empty if nothing was."""

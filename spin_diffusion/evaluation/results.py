@@ -12,10 +12,10 @@ import pyarrow as pa
 from spin_diffusion.evaluation.alarms import Alarm, check_alarms
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
-from spin_diffusion.evaluation.drawing import index_files, read_index
 from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import ScoredFolder, read_scorer, read_scores
+from spin_diffusion.samples.pictures import index_files, read_index
 
 __all__ = ["EvaluatedModel", "conclude"]
 

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from spin_diffusion.evaluation import specs as of_specs
-from spin_diffusion.evaluation.drawing import folder_of, index_files, read_index
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.samples.pictures import folder_of, index_files, read_index
 from spin_diffusion.store.build import Made, Piece, Tell, build_pieces
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of

@@ -29,7 +29,8 @@ from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
 from spin_diffusion.llm.logprobs import AnswerScorer, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
-from spin_diffusion.selfplay.game import Batch, Row, ScoredBatch
+from spin_diffusion.samples.sample import Batch, Row
+from spin_diffusion.selfplay.game import ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent

@@ -11,17 +11,12 @@ from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.evaluation.answer_results import conclude_answers
-from spin_diffusion.evaluation.answering import (
-    answer_protocol,
-    answer_requests,
-    are_answered,
-    are_judged,
-    draw_answers,
-    judge_answers,
-    read_judge,
-)
+from spin_diffusion.evaluation.protocols import (answer_protocol)
+from spin_diffusion.samples.requests import (requests_of)
+from spin_diffusion.samples.answers import (are_answered, draw_answers)
+from spin_diffusion.evaluation.judging import (are_judged, judge_answers, read_judge)
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.drawing import precision_of
+from spin_diffusion.evaluation.protocols import (precision_of)
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
@@ -106,7 +101,7 @@ class AnswerEvaluator(RunEvaluator):
                 "(--num_held_out, --held_out_dataset_name), or none"
             )
         prompts = prompts[: config.evaluation.max_validation_prompts]
-        self.requests = answer_requests(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
+        self.requests = requests_of(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
         generation = config.generation
         # Another engine has other answers to the same seeds
         engine = {} if generation.engine == "transformers" else {"engine": generation.engine}

@@ -22,19 +22,9 @@ from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import check_resolution
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.closing import closing_lines
-from spin_diffusion.evaluation.drawing import (
-    Draw,
-    claim,
-    draw_pictures,
-    folder_of,
-    index_piece,
-    picture_key,
-    precision_of,
-    protocol_of,
-    requests,
-    save_bytes,
-    without_picture,
-)
+from spin_diffusion.samples.pictures import (Draw, claim, draw_pictures, folder_of, index_piece, picture_key, save_bytes, without_picture)
+from spin_diffusion.evaluation.protocols import (precision_of, protocol_of)
+from spin_diffusion.samples.requests import (requests_of)
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.report import write_report
@@ -157,7 +147,7 @@ def _pictures(
         eta=0.0 if drawn else None,
         precision=precision_of(accelerator.mixed_precision) if drawn else None,
     )
-    wanted = requests(prompts, settings.images_per_prompt, settings.seed)
+    wanted = prompts.requests(settings.images_per_prompt, settings.seed)
     accelerator.print(
         f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
         + (f", guidance {', '.join(f'{scale:g}' for scale in scales)}" if drawn else "")
@@ -323,7 +313,7 @@ class _Drawer:
 
 def _take_pictures(
     source: ModelSource,
-    wanted: list[dict[str, Any]],
+    wanted: list[Request],
     directory: Path,
     protocol: dict[str, Any],
     settings: EvaluateSettings,
@@ -361,7 +351,7 @@ def _take_pictures(
     accelerator.wait_for_everyone()
 
 
-def _given(row: dict[str, Any], by_prompt: dict[str, list[Path]]) -> Path | None:
+def _given(row: Request, by_prompt: dict[str, list[Path]]) -> Path | None:
     paths = by_prompt.get(row["prompt"], [])
     return paths[row["k"]] if row["k"] < len(paths) else None
 
@@ -373,7 +363,7 @@ def _hash_of(path: Path | None) -> str | None:
         return None
 
 
-def _take(row: dict[str, Any], by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
+def _take(row: Request, by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
     path = _given(row, by_prompt)
     if path is None:
         return without_picture(row, "there is no such picture")

@@ -17,7 +17,7 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig, rivals
-from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.game import (Game)
 from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.one_round import EVALUATION
@@ -32,7 +32,7 @@ from spin_diffusion.store.run_dir import (
     write_file,
     write_json,
 )
-from spin_diffusion.selfplay.stored_pairs import Column
+from spin_diffusion.samples.stored_pairs import Column
 from spin_diffusion.selfplay.table import Evaluate, Judgement
 from spin_diffusion.selfplay.train_settings import of_round
 

@@ -11,7 +11,9 @@ from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.drawing import folder_of, precision_of, requests
+from spin_diffusion.samples.pictures import (folder_of)
+from spin_diffusion.evaluation.protocols import (precision_of)
+from spin_diffusion.samples.requests import (requests_of)
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.in_rounds import RunEvaluation, model_of, run_evaluation
 from spin_diffusion.evaluation.prompt_sets import PromptSet
@@ -134,7 +136,7 @@ class Evaluator(RunEvaluator):
         """The first picture of each gallery prompt at the headline's guidance scale; grey where it is lost."""
         assert self.evaluation is not None
         found = []
-        wanted = requests(self.evaluation.prompts, 1, self.evaluation.protocol["seed"])
+        wanted = self.evaluation.prompts.requests(1, self.evaluation.protocol["seed"])
         for row in wanted[: self.config.evaluation.num_gallery_prompts]:
             path = folder / "images" / folder_of(self.evaluation.headline_scale) / f"{row['id']}-0.png"
             size = (self.game.resolution,) * 2

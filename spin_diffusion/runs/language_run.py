@@ -36,13 +36,13 @@ from spin_diffusion.runs.start import (
     take_run_folder,
     write_manifest,
 )
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.sample import (Row)
 from spin_diffusion.selfplay.one_round import HELD_OUT
 from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.store.run_dir import weights_hash
-from spin_diffusion.selfplay.samples import prepare
+from spin_diffusion.samples.real import prepare
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.keys import key_of

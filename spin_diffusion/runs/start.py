@@ -22,16 +22,16 @@ from torch import nn
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.selfplay.run_settings import RunSettings
-from spin_diffusion.selfplay.candidates import Candidates
+from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.selfplay.fused import check_fused
-from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.game import (Game)
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.objective_names import file_hashes
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.store.run_dir import read_json, settle, write_file, write_json
-from spin_diffusion.selfplay.samples import forget_prepared
+from spin_diffusion.samples.real import forget_prepared
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.table import Evaluate, Probe
 from spin_diffusion.selfplay.tracking import start_trackers

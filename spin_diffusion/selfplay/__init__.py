@@ -3,10 +3,7 @@
 Nothing here knows which modality it serves, and nothing here imports another room. In the order of a round:
 
 rounds          all rounds of a run; one_round: the states of one; table: what they share; round_settings
-samples         the real samples, prepared once
 opponents       which earlier self draws, and is the anchor of the scores
-shards          opponent's samples, encodings and scores, each shard by one process; sharing: which; candidates: judged
-stored_pairs    shards -> tensors of both sides; pairs: the stream of pairs that training sees
 game            pairs -> four scores each, by the modality
 objectives      four scores -> loss
 train           the loop of a round; train_settings; step_metrics: what a step says; health: what must hold

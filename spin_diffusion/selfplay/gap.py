@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from scipy.stats import sem, t
 
+from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.pairs import Pairs
 
 
 def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, float | None]:

@@ -17,32 +17,30 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from spin_diffusion.selfplay.candidates import CHOICES, chosen_samples, judge_shards, summary
-from spin_diffusion.selfplay.checkpoints import remove_checkpoints
-from spin_diffusion.selfplay.game import KEPT, Row
-from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
-from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
-from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
-from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
-from spin_diffusion.selfplay.pairs import Pairs
-from spin_diffusion.selfplay.record import FINAL, STATES, read_record, replay
-from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.samples import data_manifest
-from spin_diffusion.selfplay.shards import (
+from spin_diffusion.samples.candidates import CHOICES, chosen_samples, judge_shards, summary
+from spin_diffusion.samples.pairs import Pairs
+from spin_diffusion.samples.real import data_manifest
+from spin_diffusion.samples.sample import KEPT, Row
+from spin_diffusion.samples.scores import mix_scores, score_draws, score_shards
+from spin_diffusion.samples.shards import (
     ENCODED,
     Part,
     draw_shards,
     encode_shards,
     merge_shards,
-    mix_scores,
     rows_in,
-    score_draws,
-    score_shards,
     shards,
     some_pairs,
 )
-from spin_diffusion.selfplay.stored_pairs import Side, open_pairs
+from spin_diffusion.samples.stored_pairs import Side, open_pairs
+from spin_diffusion.selfplay.checkpoints import remove_checkpoints
+from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
+from spin_diffusion.selfplay.ledger import Stopwatch, everywhere
+from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
+from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture, describe, member
+from spin_diffusion.selfplay.record import FINAL, STATES, read_record, replay
+from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.table import EMA, Probe, Table
 from spin_diffusion.selfplay.tracking import log_phase
 from spin_diffusion.selfplay.train import RoundPlan, train

@@ -7,10 +7,6 @@ its share, 0 being the base; name it in OPPONENTS below and in `round_settings.O
 import math
 from collections.abc import Callable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from spin_diffusion.store.run_dir import seed_from
 
 Mixture = dict[int, float]
@@ -65,11 +61,6 @@ def member(mixture: Mixture, *sample: str | int) -> int:
         if place < bound:
             return round_
     return max(mixture)
-
-
-def mixture_score(scores: Float[Tensor, "members rows"], weights: Float[Tensor, " members"]) -> Float[Tensor, " rows"]:
-    """log of the mixture's density: log sum_k w_k exp(score_k), of log-likelihoods."""
-    return torch.logsumexp(scores + weights.log()[:, None], dim=0)
 
 
 def describe(mixture: Mixture) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.candidates import Candidates
+from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.one_round import Round

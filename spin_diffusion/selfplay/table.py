@@ -7,8 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.candidates import Candidates
-from spin_diffusion.selfplay.game import Game, Row
+from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.train_settings import TrainSettings

@@ -19,13 +19,14 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from spin_diffusion.samples.pairs import Pairs, ReadAhead
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.fused import Fused
-from spin_diffusion.selfplay.game import Batch, Game
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import Loss, without_margin
 from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked

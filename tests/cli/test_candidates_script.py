@@ -100,7 +100,7 @@ def test_a_scorer_without_weights_is_refused_before_anything_is_drawn(asked, tmp
 
 def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, monkeypatch):
     """Killed between the judge's shards; then the file is turned round: no choice of the old one is left."""
-    from spin_diffusion.selfplay import candidates
+    from spin_diffusion.samples import candidates
 
     plain, written = candidates.write_rows, []
 

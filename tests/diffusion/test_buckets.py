@@ -17,13 +17,13 @@ from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, 
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import ImageSettings
-from spin_diffusion.selfplay.candidates import Candidates
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.pairs import TOGETHER, Pairs
+from spin_diffusion.samples.real import prepare
+from spin_diffusion.samples.sample import Batch
+from spin_diffusion.samples.stored_pairs import kinds_of
 from spin_diffusion.selfplay.one_round import Part
-from spin_diffusion.selfplay.pairs import TOGETHER, Pairs
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.samples import prepare
-from spin_diffusion.selfplay.stored_pairs import kinds_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.run_dir import read_rows

@@ -15,10 +15,10 @@ from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.sampling import Drawn
 from spin_diffusion.diffusion.settings import ImageSettings, TrajectorySettings
-from spin_diffusion.selfplay.candidates import Candidates
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.real import prepare
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.run_dir import read_rows

@@ -14,7 +14,7 @@ from spin_diffusion.diffusion.cost import (
     step_flops,
     work_of,
 )
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.sample import Batch
 from tests.playing import asked, make_game
 
 FLAT = {

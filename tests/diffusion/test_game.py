@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs.image_run import open_game
-from spin_diffusion.selfplay.game import Batch, Game
+from spin_diffusion.samples.sample import Batch
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import weights_hash

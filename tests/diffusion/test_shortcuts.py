@@ -25,7 +25,7 @@ from spin_diffusion.diffusion.shortcuts import (
     separability,
 )
 from spin_diffusion.runs.evaluator import RunEvaluator
-from spin_diffusion.selfplay.game import Row
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.table import Probe
 from spin_diffusion.store.input_error import InputError

@@ -19,7 +19,7 @@ from spin_diffusion.diffusion.trajectory import (
     read_steps,
     true_pairs,
 )
-from spin_diffusion.selfplay.game import KEPT, Batch
+from spin_diffusion.samples.sample import KEPT, Batch
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash, read_json

@@ -8,14 +8,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.answer_results import EvaluatedModel, conclude_answers
-from spin_diffusion.evaluation.answering import (
-    DrawAnswers,
-    answer_protocol,
-    answer_requests,
-    draw_answers,
-    judge_answers,
-)
 from spin_diffusion.evaluation.judges import Answer, LogLikelihood
+from spin_diffusion.evaluation.judging import judge_answers
+from spin_diffusion.evaluation.protocols import answer_protocol
+from spin_diffusion.samples.answers import DrawAnswers, draw_answers
+from spin_diffusion.samples.requests import requests_of
 from spin_diffusion.store.progress import Progress
 
 WORDS = "the quick brown fox jumps over a lazy dog and then sleeps in warm sun while small birds sing of summer".split()
@@ -86,7 +83,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Draw, judge and conclude; models are (name, role, round, draw, gain of its log-likelihood)."""
     accelerator = Accelerator(cpu=True)
-    requests = answer_requests(rows, answers_per_prompt, 0)
+    requests = requests_of(rows, answers_per_prompt, 0)
     protocol = protocol_of(requests)
     evaluated = []
     for place, (name, role, round_, draw, gain) in enumerate(models):

@@ -21,7 +21,6 @@ from spin_diffusion.evaluation.alarms import (
     trained_among,
     training_leak,
 )
-from spin_diffusion.evaluation.photometry import measure_image
 from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
 from spin_diffusion.evaluation.statistics import (
@@ -32,6 +31,7 @@ from spin_diffusion.evaluation.statistics import (
     verdict,
     win_tie_loss,
 )
+from spin_diffusion.samples.photometry import measure_image
 
 ROLES: dict[str, Role] = {
     "pickscore": "in-domain",

@@ -13,9 +13,8 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-from spin_diffusion.evaluation import drawing, scoring
+from spin_diffusion.evaluation import protocols, scoring
 from spin_diffusion.evaluation.answer_results import EvaluatedModel, conclude_answers
-from spin_diffusion.evaluation.answering import answer_files, answer_requests, draw_answers
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.concluding import belonging
 from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
@@ -24,6 +23,9 @@ from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.samples import pictures
+from spin_diffusion.samples.answers import answer_files, draw_answers
+from spin_diffusion.samples.requests import requests_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from tests.evaluation.made_up_answers import answers_by, babble, evaluate, prompts, protocol_of
@@ -170,7 +172,7 @@ def test_a_judge_that_was_not_run_for_one_model_counts_for_none(tmp_path: Path) 
 
 def test_answers_of_another_protocol_are_refused(tmp_path: Path) -> None:
     evaluate(tmp_path, MODELS[:2], rows=prompts(30), specs=["length"])
-    requests = answer_requests(prompts(30), 2, 0)
+    requests = requests_of(prompts(30), 2, 0)
     models = [EvaluatedModel(name, "candidate", tmp_path / f"models/{i}") for i, name in enumerate("ab")]
     with pytest.raises(InputError, match="holds answers of another protocol"):
         conclude_answers(tmp_path, models, protocol_of(requests, temperature=0.5), ["length"], title="")
@@ -182,7 +184,7 @@ def test_answers_of_another_protocol_are_refused(tmp_path: Path) -> None:
 def test_answers_without_a_score_are_failures_and_take_their_prompt_out(tmp_path: Path) -> None:
     rows = prompts(40)
     evaluate(tmp_path, MODELS[:2], rows=rows, specs=["length"])
-    requests = answer_requests(rows, 2, 0)
+    requests = requests_of(rows, 2, 0)
     protocol = protocol_of(requests)
     models = [
         EvaluatedModel(name, role, tmp_path / f"models/{i}", i)
@@ -247,7 +249,7 @@ def test_long_curves_are_averaged_and_what_is_not_finite_is_null(tmp_path: Path)
 def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     texts = [f"prompt {i}" for i in range(20)]
     set_ = PromptSet("p", tuple(PromptRow(f"{i:05d}", text) for i, text in enumerate(texts)), "0" * 64, "", "")
-    protocol = drawing.protocol_of(
+    protocol = protocols.protocol_of(
         set_, images_per_prompt=1, seed=0, sampler="none", num_inference_steps=None, guidance_scales=[3.0],
         resolution=8, eta=0.0, precision="fp32",
     )  # fmt: skip
@@ -259,8 +261,8 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
             rngs = [np.random.default_rng([seed % 1000, place]) for seed in seeds]
             return [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for rng in rngs]
 
-        wanted = drawing.requests(set_, 1, 0)
-        drawing.draw_pictures(
+        wanted = set_.requests(1, 0)
+        pictures.draw_pictures(
             wanted, folder.pictures, protocol, draw, accelerator, lambda s, n: Progress().phase("", n)
         )
         scoring.score_pictures({name: folder}, [3.0], ["sharpness"], accelerator, Progress().phase)

@@ -6,21 +6,15 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.answering import (
-    answer_files,
-    answer_requests,
-    draw_answers,
-    judge_answers,
-    read_answer_scores,
-    read_answers,
-    read_judge,
-)
+from spin_diffusion.evaluation.judging import judge_answers, read_answer_scores, read_judge
+from spin_diffusion.samples.answers import answer_files, draw_answers, read_answers
+from spin_diffusion.samples.requests import requests_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import rows_metadata
 from tests.evaluation.made_up_answers import answers_by, babble, likes, prompts, protocol_of
 
-REQUESTS = answer_requests(prompts(40), 4, 7)
+REQUESTS = requests_of(prompts(40), 4, 7)
 PROTOCOL = protocol_of(REQUESTS)
 
 
@@ -57,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_answer_has_a_seed_of_its_own_that_models_share() -> None:
     assert [(row["id"], row["k"]) for row in REQUESTS[:5]] == [*(("00000", k) for k in range(4)), ("00001", 0)]
     assert len({row["seed"] for row in REQUESTS}) == 160
-    assert answer_requests(prompts(40), 4, 7) == REQUESTS != answer_requests(prompts(40), 4, 8)
+    assert requests_of(prompts(40), 4, 7) == REQUESTS != requests_of(prompts(40), 4, 8)
 
 
 def test_the_protocol_says_what_changes_the_answers() -> None:
@@ -142,7 +136,7 @@ def test_odd_texts_survive(tmp_path: Path) -> None:
         "\x00\x1b",
         "half \ud83d",
     ]
-    requests = answer_requests([{"prompt": f"p \ud800 {i}"} for i in range(len(odd))], 1, 0)
+    requests = requests_of([{"prompt": f"p \ud800 {i}"} for i in range(len(odd))], 1, 0)
     draw(tmp_path, answers_by(lambda row: odd[int(row["id"])]), protocol_of(requests), requests)
     assert [row["text"] for row in every_answer(tmp_path)] == [*odd[:-1], "half ?"]
     assert {row["reference"] for row in every_answer(tmp_path)} == {None}

@@ -18,9 +18,9 @@ from tokenizers import normalizers
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.identity import parts_hash
 from spin_diffusion.evaluation.concluding import first_not_run
-from spin_diffusion.evaluation.drawing import precision_of, protocol_of
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
+from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import part_key

@@ -11,8 +11,8 @@ from spin_diffusion.data.text import TextDataSettings, TextExample, read_text_ex
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
+from spin_diffusion.samples.real import prepare
 from spin_diffusion.selfplay.rounds import RoundSettings, play
-from spin_diffusion.selfplay.samples import prepare
 from spin_diffusion.selfplay.train import TrainSettings
 
 LANGUAGE = Path(__file__).resolve().parents[2] / "assets" / "toy_language"

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_diffusion.llm.cost import TokenCosts, count_tokens, ledger_costs, lengths_of
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.sample import Batch
 from tests.llm.playing import ROUNDS, make_game, play_all
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion.llm.game import ADAPTER, MODEL, OPPONENT, PLAYER
-from spin_diffusion.selfplay.game import Batch, Game
+from spin_diffusion.samples.sample import Batch
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import space, spin
 from spin_diffusion.store.run_dir import read_rows, weights_hash
 from tests.llm.playing import LANGUAGE, TRAINING, examples, make_game, play_all

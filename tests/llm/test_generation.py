@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from spin_diffusion.llm import generation
 from spin_diffusion.llm.generation import OwnNoise, Vllm, check_vllm, draw_answers, until_end
 from spin_diffusion.llm.settings import GenerationSettings
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.store.input_error import InputError
 from tests.llm.playing import make_game
 from tests.llm.test_logprobs import VOCABULARY, llama

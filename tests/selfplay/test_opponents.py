@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from spin_diffusion.runs.start import lineage
+from spin_diffusion.samples.scores import mixture_score
 from spin_diffusion.selfplay import train as train_module
-from spin_diffusion.selfplay.opponents import OPPONENTS, mixture_score, pool
+from spin_diffusion.selfplay.opponents import OPPONENTS, pool
 from spin_diffusion.selfplay.round_settings import OpponentName
 from spin_diffusion.selfplay.train import Average
 from spin_diffusion.store.run_dir import file_hash, read_json, read_rows

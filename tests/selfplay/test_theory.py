@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from spin_diffusion.samples.scores import mixture_score
 from spin_diffusion.selfplay.objectives import bco, bind, nca, space, spin
-from spin_diffusion.selfplay.opponents import mixture_score
 from spin_diffusion.selfplay.pair_scores import PairScores
 
 ANSWERS = 16

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from spin_diffusion.diffusion.config import parse_config
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.pairs import ReadAhead
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.objective_names import OBJECTIVES
 from spin_diffusion.selfplay.objectives import bind
-from spin_diffusion.selfplay.pairs import ReadAhead
 from spin_diffusion.selfplay.train import Pairs, RoundPlan, _take_step
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store.input_error import InputError

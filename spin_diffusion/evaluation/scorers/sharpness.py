@@ -9,8 +9,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from spin_diffusion.evaluation.photometry import mean_absolute_laplacian
 from spin_diffusion.evaluation.scorers import About, Scorer
+from spin_diffusion.samples.photometry import mean_absolute_laplacian
 
 ABOUT = About(title="Sharpness", scale="mean absolute Laplacian of the luma, 0 to 4", role="drift")
 

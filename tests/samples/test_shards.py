@@ -6,11 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay import samples
-from spin_diffusion.selfplay.game import KEPT, Game
-from spin_diffusion.selfplay.samples import prepare
-from spin_diffusion.selfplay.shards import Part, draw_shards, merge_shards, score_shards, some_pairs
-from spin_diffusion.selfplay.shards import shards as shards_of
+from spin_diffusion.samples import real as samples
+from spin_diffusion.samples.real import prepare
+from spin_diffusion.samples.sample import KEPT
+from spin_diffusion.samples.scores import score_shards
+from spin_diffusion.samples.shards import Part, draw_shards, merge_shards, some_pairs
+from spin_diffusion.samples.shards import shards as shards_of
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.store import build
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors

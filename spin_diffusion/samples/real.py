@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.game import Game, Row
-from spin_diffusion.selfplay.shards import ENCODED, encode_shards, rows_in, shards
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.samples.shards import ENCODED, Encoder, encode_shards, rows_in, shards
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import (
@@ -41,7 +41,7 @@ def prepare(
     rows: Callable[[], Iterator[Row]],
     settings: dict[str, Any],
     rows_per_shard: int,
-    game: Game,
+    game: Encoder,
     accelerator: Accelerator,
     progress: Progress | None = None,
     report: Callable[[], dict[str, Any]] = dict,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spin_diffusion.selfplay.game import Batch
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.store.run_dir import seed_from
 
 TOGETHER = 8

@@ -3,19 +3,16 @@
 Shard i of a round's samples answers shard i of the real ones row by row, so a pair is a (shard, row).
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from spin_diffusion.selfplay.game import KEPT, Game, Row
-from spin_diffusion.selfplay.opponents import mixture_score
-from spin_diffusion.selfplay.pairs import Pairs
+from spin_diffusion.samples.sample import KEPT, Row
 from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
@@ -24,14 +21,25 @@ from spin_diffusion.store.run_dir import (
     file_hash,
     is_built,
     read_rows,
-    read_tensors,
     rows_metadata,
     write_tensors,
 )
 
-T = TypeVar("T")
 ENCODED = "encoded"
 """Folder of the tensors that scoring needs of the samples beside it."""
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Whoever turns stored samples into the tensors that scoring needs."""
+
+    def encode(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Stored samples -> tensors by name, first axis = row."""
+        ...
+
+    def encoder_hash(self) -> str:
+        """Hash of all that decides what `encode` makes of stored samples: weights of its own, and settings."""
+        ...
 
 
 def shards(directory: Path, suffix: str) -> list[Path]:
@@ -126,7 +134,7 @@ def merge_shards(
 def encode_shards(
     source: Path,
     target: Path,
-    game: Game,
+    game: Encoder,
     accelerator: Accelerator,
     progress: Callable[[int, str], None],
     rows_of: Callable[[Path], list[Row]] = read_rows,
@@ -158,113 +166,6 @@ def encode_shards(
     return made
 
 
-def score_shards(
-    source: Path,
-    target: Path,
-    game: Game,
-    part: Part,
-    prefix: str,
-    opponent: str,
-    accelerator: Accelerator,
-    progress: Callable[[int, str], None],
-) -> None:
-    """For each shard of tensors in `source` let one process write the opponent's scores of the rows of `part`.
-
-    Args:
-        opponent: its hash, which is stored beside them; scores by another are computed again.
-    """
-
-    def piece_of(path: Path) -> Piece:
-        tensors = {name: tensor[part.places] for name, tensor in of_side(read_tensors(path), prefix).items()}
-        rows = len(next(iter(tensors.values()))) if tensors else 0
-
-        def make(tell: Callable[[int], None]) -> Made:
-            scores = game.opponent_scores(tensors) if rows else torch.zeros(0)
-            assert scores.shape == (rows,) and scores.dtype == torch.float32
-            return Made(_finite_scores(scores.cpu(), path), {"opponent": opponent})
-
-        key = key_of(opponent=opponent, tensors=file_hash(path), prefix=prefix, part=[part.index, part.of])
-        return Piece(target / path.name, key, rows, make)
-
-    build_together(shards(source, ".safetensors"), piece_of, accelerator, progress)
-
-
-def score_draws(
-    source: Path,
-    target: Path,
-    pairs: Pairs,
-    part: Part,
-    game: Game,
-    seed: int,
-    round_: int,
-    batch_size: int,
-    opponent: str,
-    accelerator: Accelerator,
-    progress: Callable[[int, str], None],
-) -> None:
-    """For each shard of the real samples in `source` let one process write the opponent's scores of its pairs at all
-    their fixed draws, (rows, draws), into `target`/real and `target`/generated.
-
-    Args:
-        batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
-        opponent: its hash, which is stored beside them; scores by another are computed again.
-    """
-    sizes = [(path, len(range(rows_in(path))[part.places])) for path in shards(source, ".parquet")]
-    first = itertools.accumulate((rows for _, rows in sizes), initial=0)
-
-    def piece_of(shard: tuple[tuple[Path, int], int]) -> Piece:
-        (path, rows), start_of_shard = shard
-        real, generated = (target / side / f"{path.stem}.safetensors" for side in ("real", "generated"))
-        key = key_of(
-            opponent=opponent, samples=file_hash(path), part=[part.index, part.of], draws=pairs.draws, seed=seed,
-            round=round_, batch=batch_size,
-        )  # fmt: skip
-
-        def scores_at(draw: int, start: int, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-            tell((draw * rows + start) // pairs.draws)
-            indices = range(start_of_shard + start, start_of_shard + min(start + batch_size, rows))
-            return game.scores_at_draws(pairs.at_draws(list(indices), [draw] * len(indices), seed, round_))
-
-        def make(tell: Callable[[int], None]) -> Made:
-            starts = range(0, rows, batch_size)
-            by_draw = [[scores_at(draw, start, tell) for start in starts] for draw in range(pairs.draws)]
-            by_side = []
-            for side, path_of_side in enumerate((real, generated)):
-                columns = [[torch.zeros(0), *(both[side].cpu() for both in batches)] for batches in by_draw]
-                stacked = torch.stack([torch.cat(column) for column in columns], dim=1)
-                by_side.append(_finite_scores(stacked, path_of_side))
-            write_tensors(real, by_side[0], {"opponent": opponent, KEY: key})
-            return Made(by_side[1], {"opponent": opponent})
-
-        return Piece(generated, key, rows, make, lambda: is_built(real, key))
-
-    build_together(list(zip(sizes, first, strict=False)), piece_of, accelerator, progress)
-
-
-def _finite_scores(scores: Tensor, path: Path) -> dict[str, Tensor]:
-    """The opponent's scores as they are stored; FloatingPointError, with the path, when one is not finite."""
-    if not scores.isfinite().all():
-        raise FloatingPointError(f"{path}: the opponent's score of a sample is not finite; look at the samples")
-    return {"opponent_score": scores}
-
-
-def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelerator: Accelerator) -> None:
-    """The scores of the mixture of this hash, from the folders of its members' scores and their weights."""
-    weights = torch.tensor(list(sources.values()))
-
-    def piece_of(path: Path) -> Piece:
-        members = [folder / path.name for folder in sources]
-
-        def make(tell: Callable[[int], None]) -> Made:
-            scores = torch.stack([read_tensors(member)["opponent_score"] for member in members])
-            return Made({"opponent_score": mixture_score(scores, weights)}, {"opponent": opponent})
-
-        key = key_of(opponent=opponent, members=[file_hash(member) for member in members])
-        return Piece(target / path.name, key, 0, make)
-
-    build_together(shards(next(iter(sources)), ".safetensors"), piece_of, accelerator, lambda done, text: None)
-
-
 def some_pairs(data: Path, drawn: Path, part: Part, most: int) -> tuple[list[Row], list[Row]]:
     """At most so many real rows, evenly from all of the part, and the first row that was drawn for each."""
     total = part.count(data)
@@ -282,10 +183,3 @@ def some_pairs(data: Path, drawn: Path, part: Part, most: int) -> tuple[list[Row
             real += [rows[place] for place in places]
             generated += [first[place] for place in places]
     return real, generated
-
-
-def of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:
-    """The tensors of one side by their names without the prefix."""
-    if prefix:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return {name: t for name, t in tensors.items() if not name.startswith("loser_")}

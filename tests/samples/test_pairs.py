@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from spin_diffusion.selfplay.pairs import ReadAhead
+from spin_diffusion.samples.pairs import ReadAhead
 from spin_diffusion.selfplay.train import Pairs, TrainSettings, _positions
 
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.selfplay.shards import draw_shards
+from spin_diffusion.samples.shards import draw_shards
 from spin_diffusion.store import build
 from spin_diffusion.store.run_dir import read_rows, write_rows
 

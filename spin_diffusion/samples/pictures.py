@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: every model draws the same prompts with the same seeds into PNG files.
+"""Pictures that are asked for: every model draws the same prompts with the same seeds into PNG files.
 
 A folder of one model holds `guidance-3/00012-0.png` (prompt 12, image 0) and, beside them, index files that say shard
 by shard which prompt and seed made which file. A shard is drawn whole by one process, and its index is written last.
@@ -6,16 +6,15 @@ by shard which prompt and seed made which file. A shard is drawn whole by one pr
 
 import hashlib
 import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 from accelerate import Accelerator
 from PIL import Image
 
-from spin_diffusion.evaluation.photometry import measure_image
-from spin_diffusion.evaluation.prompt_sets import PromptSet
+from spin_diffusion.samples.photometry import measure_image
+from spin_diffusion.samples.requests import Request, in_shards
 from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, known_hash
@@ -25,15 +24,9 @@ from spin_diffusion.store.run_dir import (
     AGAIN,
     read_json,
     read_json_lines,
-    seed_from,
-    shard_name,
     write_file,
     write_json,
 )
-
-T = TypeVar("T")
-SEED_RULE = "SHA-256 of (seed, 'evaluation', prompt, number of the image), the same for every model"
-ROWS_PER_SHARD = 64
 
 
 class GivenRow(TypedDict):
@@ -44,13 +37,9 @@ class GivenRow(TypedDict):
     """None = there is no picture."""
 
 
-class PictureRow(GivenRow):
+class PictureRow(Request, GivenRow):
     """A row of an index: what was asked for, and the file that it made; `state` says why there is none."""
 
-    id: str
-    k: int
-    category: str
-    seed: int
     sha256: str | None
     state: str
 
@@ -59,74 +48,13 @@ Draw = Callable[[list[str], list[int], float, Callable[[int], None]], list[Image
 """(prompts, seeds, guidance scale, told the number drawn so far) -> images by the model."""
 
 
-def requests(prompts: PromptSet, images_per_prompt: int, seed: int) -> list[dict[str, Any]]:
-    """What every model is asked to draw: each prompt `images_per_prompt` times, each time with a seed of its own."""
-    return [
-        {"id": row.id, "k": k, "prompt": row.prompt, "category": row.category or "",
-         "seed": seed_from(seed, "evaluation", row.prompt, k)}
-        for row in prompts.rows
-        for k in range(images_per_prompt)
-    ]  # fmt: skip
-
-
-def protocol_of(
-    prompts: PromptSet,
-    *,
-    images_per_prompt: int,
-    seed: int,
-    sampler: str,
-    num_inference_steps: int | None,
-    guidance_scales: Sequence[float | None],
-    resolution: int | None,
-    eta: float | None,
-    precision: str | None,
-) -> dict[str, Any]:
-    """What must be equal for two results to be comparable, with its hash as `id`: all that decides a picture but the
-    model. Versions of libraries, devices and the number of pictures in a batch, which change the last bits, are not in
-    it.
-
-    Args:
-        sampler, num_inference_steps, resolution, eta, precision: as `draw_batches` has them; of given pictures the
-            first is "as given" and the others are None.
-        precision: of the denoiser, see `precision_of`.
-    """
-    rest = {
-        "prompt_set": {
-            "name": prompts.name,
-            "sha256": prompts.sha256,
-            "num_prompts": len(prompts.rows),
-            "licence": prompts.licence,
-            "source": prompts.source,
-        },
-        "images_per_prompt": images_per_prompt,
-        "seed": seed,
-        "seed_rule": SEED_RULE,
-        "sampler": sampler,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scales": list(guidance_scales),
-        "resolution": resolution,
-        "eta": eta,
-        "precision": precision,
-        # A model that is told an image's size is told that of the whole picture, as pipelines do by themselves
-        "size_condition": None if resolution is None else "the picture's own, not cropped",
-    }
-    # The same prompts from another place are the same prompts
-    compared = rest | {"prompt_set": prompts.sha256}
-    return {"id": hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()} | rest
-
-
-def precision_of(mixed_precision: str, allow_tf32: bool = False) -> str:
-    """The protocol's word for a precision: "fp32", "fp16" or "bf16", and whether products may be rounded to TF32."""
-    return ("fp32" if mixed_precision == "no" else mixed_precision) + (" with TF32" if allow_tf32 else "")
-
-
 def folder_of(scale: float | None) -> str:
     """The folder's name of one guidance scale."""
     return "given" if scale is None else f"guidance-{scale:g}"
 
 
 def draw_pictures(
-    wanted: list[dict[str, Any]],
+    wanted: list[Request],
     directory: Path,
     protocol: dict[str, Any],
     draw: Draw,
@@ -150,7 +78,7 @@ def draw_pictures(
         build_together(pieces, lambda piece: piece, accelerator, bar(scale, len(wanted)))
 
 
-def are_drawn(wanted: list[dict[str, Any]], directory: Path, protocol: dict[str, Any], drawn_by: str) -> bool:
+def are_drawn(wanted: list[Request], directory: Path, protocol: dict[str, Any], drawn_by: str) -> bool:
     """Whether `draw_pictures` would find nothing to do."""
     return all(
         piece.is_built
@@ -160,7 +88,7 @@ def are_drawn(wanted: list[dict[str, Any]], directory: Path, protocol: dict[str,
 
 
 def _pieces(
-    wanted: list[dict[str, Any]],
+    wanted: list[Request],
     folder: Path,
     protocol: dict[str, Any],
     scale: float | None,
@@ -169,7 +97,7 @@ def _pieces(
 ) -> list[Piece]:
     """The index files of a folder, whose pictures are drawn with them."""
 
-    def piece_of(index: Path, rows: list[dict[str, Any]]) -> Piece:
+    def piece_of(index: Path, rows: list[Request]) -> Piece:
         def make(tell: Callable[[int], None]) -> Made:
             assert draw is not None
             pictures = _draw_all(draw, rows, scale, tell)
@@ -180,27 +108,17 @@ def _pieces(
     return [piece_of(folder / f"{name}.jsonl", rows) for name, rows in in_shards(wanted)]
 
 
-def in_shards(wanted: list[T]) -> list[tuple[str, list[T]]]:
-    """What is asked for in parts: the name of each shard, and what is asked for in it."""
-    starts = range(0, len(wanted), ROWS_PER_SHARD)
-    return [
-        (shard_name(number, len(starts)), wanted[start : start + ROWS_PER_SHARD]) for number, start in enumerate(starts)
-    ]
-
-
 def picture_key(protocol: dict[str, Any], scale: float | None, drawn_by: str) -> str:
     """What all pictures of a model at a guidance scale depend on, beside what was asked for."""
     return key_of(protocol=protocol["id"], scale=scale, drawn_by=drawn_by)
 
 
-def index_piece(
-    index: Path, key: str, wanted: list[dict[str, Any]], make: Callable[[Callable[[int], None]], Made]
-) -> Piece:
+def index_piece(index: Path, key: str, wanted: list[Request], make: Callable[[Callable[[int], None]], Made]) -> Piece:
     """An index file with the pictures beside it, which `make` writes."""
     return Piece(index, key, len(wanted), make, lambda: _has_pictures(index, wanted))
 
 
-def _has_pictures(index: Path, wanted: list[dict[str, Any]]) -> bool:
+def _has_pictures(index: Path, wanted: list[Request]) -> bool:
     """Whether an index lists what is wanted, and its pictures are as they were drawn.
 
     That something is lost or damaged is said in a line.
@@ -233,9 +151,7 @@ def claim(directory: Path, protocol: dict[str, Any], accelerator: Accelerator) -
     accelerator.wait_for_everyone()
 
 
-def _draw_all(
-    draw: Draw, rows: list[dict[str, Any]], scale: float, told: Callable[[int], None]
-) -> list[Image.Image | None]:
+def _draw_all(draw: Draw, rows: list[Request], scale: float, told: Callable[[int], None]) -> list[Image.Image | None]:
     """The pictures of a shard; None for one that is not finite."""
     try:
         return list(draw([row["prompt"] for row in rows], [row["seed"] for row in rows], scale, told))
@@ -250,7 +166,7 @@ def _draw_all(
         return pictures
 
 
-def save_picture(row: dict[str, Any], image: Image.Image | None, folder: Path) -> dict[str, Any]:
+def save_picture(row: Request, image: Image.Image | None, folder: Path) -> dict[str, Any]:
     """Write the PNG file of a request and return the request with its file, hash and photometry."""
     if image is None:
         return without_picture(row, "not finite")
@@ -259,7 +175,7 @@ def save_picture(row: dict[str, Any], image: Image.Image | None, folder: Path) -
     return save_bytes(row, buffer.getvalue(), folder / f"{row['id']}-{row['k']}.png")
 
 
-def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
+def save_bytes(row: Request, data: bytes, path: Path) -> dict[str, Any]:
     """Write an encoded picture as it is and return the request with its file, hash and photometry.
 
     A picture that cannot be shown is kept out: its row has no file, and a state that says why.
@@ -276,7 +192,7 @@ def save_bytes(row: dict[str, Any], data: bytes, path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def without_picture(row: dict[str, Any], state: str, sha256: str | None = None) -> dict[str, Any]:
+def without_picture(row: Request, state: str, sha256: str | None = None) -> dict[str, Any]:
     """The request of a picture that there is not, and why."""
     nothing = dict.fromkeys(("file", "saturation", "clipped", "sharpness"))
     return row | nothing | {"sha256": sha256, "state": state}
