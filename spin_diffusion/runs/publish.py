@@ -1,5 +1,6 @@
 """What every kind of run leaves for others: the model card, README.md in the output folder, and the upload to a hub."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig
 from spin_diffusion.selfplay.objective_names import objective_of, title_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.run_dir import write_file
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 
@@ -81,7 +83,23 @@ def write_card(
     )
     card = f"---\n{data.to_yaml()}\n---\n\n{text}\n"
     encoded = card.encode("utf-8", errors="backslashreplace")  # a data set's path need not be UTF-8
-    write_file(output_dir / "README.md", lambda part: part.write_bytes(encoded))
+    path = output_dir / "README.md"
+    if path.exists() and not _is_as_written(path):
+        print(f"{path} was edited, or is somebody's own, and stays as it is: delete it, then the same command writes "
+              "it anew")  # fmt: skip
+        return
+    write_file(path, lambda part: part.write_bytes(encoded + _seal_of(encoded)))
+
+
+def _seal_of(card: bytes) -> bytes:
+    """The last line of a card, by which it is known that nobody edited it."""
+    return f"<!-- by spin-diffusion; without this line its SHA-256 is {hashlib.sha256(card).hexdigest()} -->\n".encode()
+
+
+def _is_as_written(path: Path) -> bool:
+    lines = read_bytes(path).splitlines(keepends=True) if path.is_file() else []
+    seal = lines.pop() if lines else b""
+    return seal == _seal_of(b"".join(lines))
 
 
 def push_to_hub(output_dir: Path, config: AnyConfig, patterns: Sequence[str], at_root: Path | None = None) -> str:

@@ -67,6 +67,19 @@ def test_the_verdict_is_the_headlines(scale):
     assert _verdict(None) == ""
 
 
+@pytest.mark.parametrize("own", ["", "# My own notes\n", "edited"])
+def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
+    card_of(tmp_path, config())
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("self-play", "my self-play", 1) if own == "edited" else own)
+    before = path.read_bytes()
+    write_model_card(tmp_path, config("another/base"), "StableDiffusionPipeline", 48, [])
+    assert path.read_bytes() == before and "stays as it is: delete it" in capsys.readouterr().out
+    path.unlink()
+    for base in ("another/base", "a/third"):  # what it wrote itself it replaces
+        assert card_of(tmp_path, config(base)).data.base_model == base
+
+
 @pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_peft", "true"), "adapter")])
 def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, folder, tmp_path):
     def card(*more: str) -> str:
