@@ -1,8 +1,8 @@
 """A limit of time and memory on Python code that somebody else wrote, such as a chat template.
 
 A signal reaches the main thread alone, and a thread cannot be ended from outside. So the code is traced: it looks at
-the clock itself, in any thread of any process. What it cannot leave is one call into C that never returns; in a
-template that would be a power, which is refused.
+the clock of its thread itself, in any thread of any process. What it cannot leave is one call into C that never
+returns; in a template that would be a power, which is refused.
 """
 
 import functools
@@ -34,16 +34,17 @@ def run_within(seconds: float, gib: float, inside: str, run: Callable[[], T]) ->
     """What `run()` returns.
 
     Args:
-        seconds, gib: how long it may take, and how much more memory than before the process may need meanwhile.
+        seconds: how long it may compute; what it waits while a machine is busy with other things counts nothing.
+        gib: how much more memory than before the process may need meanwhile.
         inside: code of files of this name is looked at line by line, all other at its calls.
 
     Raises:
         Unending: it took more. What `run` raises passes.
     """
-    began, most = time.monotonic(), _peak_gib() + gib
+    began, most = time.thread_time(), _peak_gib() + gib
 
     def look(frame: FrameType, event: str, argument: Any) -> Any:
-        took = time.monotonic() - began
+        took = time.thread_time() - began
         if took > seconds:
             raise Unending(f"it takes more than {seconds:g} s")
         # Not much is filled before, and most is done by then
