@@ -9,7 +9,6 @@ from accelerate import Accelerator
 
 from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
-from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.evaluation.answer_results import conclude_answers
 from spin_diffusion.evaluation.protocols import (answer_protocol)
 from spin_diffusion.samples.requests import (requests_of)
@@ -21,16 +20,17 @@ from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
-from spin_diffusion.store.build import Made, build
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
+from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.selfplay.gap import clustered_mean
+from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of, place_hash
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import is_built, read_json
-from spin_diffusion.store.keys import KEY, key_of, place_hash
 
 HELD_OUT_MEASURES = "held_out.json"
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.runs import publish
-from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.base import Base, python_arguments
-from spin_diffusion.runs.image_lines import loading_code
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.runs import publish
+from spin_diffusion.runs.image_lines import loading_code
 from spin_diffusion.runs.publish import UPLOADED, objective_fact, round_facts, write_card
 
 SOURCES = {

@@ -9,7 +9,6 @@ from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.samples.pictures import (folder_of)
 from spin_diffusion.evaluation.protocols import (precision_of)
@@ -20,9 +19,10 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import read_scorer
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
+from spin_diffusion.store.progress import Progress
 
 
 class Evaluator(RunEvaluator):

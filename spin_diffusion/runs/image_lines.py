@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.buckets import told
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.runs.start import rivals
@@ -30,7 +30,8 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
-        f"Objective  {', '.join(title_of(name) for name in objectives_of(config.rounds))}, opponent {config.rounds.opponent}, drawn at guidance "
+        f"Objective  {', '.join(title_of(name) for name in objectives_of(config.rounds))}"
+        f", opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"

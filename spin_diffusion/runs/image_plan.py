@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from spin_diffusion.diffusion.config import Config
 from spin_diffusion.data.reading import Example, read_examples
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import draws_worth_keeping, work_of
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import to_bytes
@@ -19,11 +19,11 @@ from spin_diffusion.runs.plan import count_rows, kept_checkpoints, out_of_memory
 from spin_diffusion.runs.start import needs_losers, rivals
 from spin_diffusion.samples.sample import (Batch)
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
-from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
-from spin_diffusion.store.run_dir import seed_from
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import trained_parameters
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import seed_from
 
 
 @dataclass(frozen=True)

@@ -10,25 +10,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from spin_diffusion.diffusion.config import Config
 from spin_diffusion.data.reading import Example, read_examples
 from spin_diffusion.data.report import ReadReport
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import count_units, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_lines
-from spin_diffusion.runs.image_evaluator import Evaluator
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
-from spin_diffusion.runs.image_card import push_to_hub, write_model_card
-from spin_diffusion.runs.image_plan import make_plan, settle_draws
 from spin_diffusion.diffusion.prompts import CutPrompts
-from spin_diffusion.runs.image_lines import header, keeps_trajectories, tell_where, trajectory_bytes
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.runs.image_card import push_to_hub, write_model_card
+from spin_diffusion.runs.image_evaluator import Evaluator
+from spin_diffusion.runs.image_lines import header, keeps_trajectories, tell_where, trajectory_bytes
+from spin_diffusion.runs.image_plan import make_plan, settle_draws
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.start import (
     check_run_folder,
@@ -45,7 +44,6 @@ from spin_diffusion.runs.start import (
 )
 from spin_diffusion.selfplay.ledger import Costs, matrix_rate
 from spin_diffusion.selfplay.precision import autocast_dtype
-from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.selfplay.sharded import wants_shards
@@ -53,6 +51,8 @@ from spin_diffusion.samples.shards import (ENCODED, Part)
 from spin_diffusion.samples.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Bars, Progress
 
 PROGRAM = "image training"
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.runs import publish
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.llm.base import base_of
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import ADAPTER, MODEL
+from spin_diffusion.runs import publish
 from spin_diffusion.runs.publish import UPLOADED, objective_fact, round_facts, write_card
 
 

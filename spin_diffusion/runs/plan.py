@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig
 from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.samples.sample import (Batch)
 from spin_diffusion.selfplay.game import (Game)
 from spin_diffusion.selfplay.ledger import wait_for
 from spin_diffusion.selfplay.objectives import bind
-from spin_diffusion.store.progress import Progress, end_bars
 from spin_diffusion.selfplay.round_settings import objectives_of
-from spin_diffusion.store.run_dir import write_json
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
 from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress, end_bars
+from spin_diffusion.store.run_dir import write_json
 
 PROBE_SECONDS = 20.0
 """The most that each of a probe's parts takes, beyond its first two calls."""

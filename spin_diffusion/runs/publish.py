@@ -13,13 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.evaluation.records import read_results
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig
 from spin_diffusion.selfplay.objective_names import objective_of, title_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.run_dir import write_file
-from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")
 """Of every run, beside its model."""
@@ -153,7 +153,11 @@ def round_facts(config: AnyConfig, rows: int) -> list[tuple[str, Any]]:
 def objective_fact(config: AnyConfig) -> tuple[str, str]:
     """The same of its objectives."""
     beta = by_round(config, config.rounds.beta)
-    return "objective", f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}, beta {beta}, {config.rounds.rounds} rounds"
+    return (
+        "objective",
+        f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}"
+        f", beta {beta}, {config.rounds.rounds} rounds",
+    )
 
 
 def _methods(objectives: Sequence[str], sources: Mapping[str, tuple[str, str]]) -> str:

@@ -7,8 +7,8 @@ from PIL import Image
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs import image_plan
 from spin_diffusion.runs.image_plan import Rates, disk, predict, probe
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.plan import lines
+from spin_diffusion.store.input_error import InputError
 from tests.playing import examples, make_game
 
 GB = 10**9

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.runs import language_plan
 from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.runs import language_plan
 from spin_diffusion.runs.language_plan import Rates, Sizes, disk, expected_longest, predict, probe
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from tests.llm.playing import LANGUAGE, examples, make_game
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.runs.language_card import write_model_card
-from tests.llm.playing import LANGUAGE
 from tests.cli.test_language_script import play, refused, settings  # noqa: F401
+from tests.llm.playing import LANGUAGE
 
 RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret", "--rounds", "1"]
 

@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spin_diffusion.diffusion.config import parse_config
-from spin_diffusion.runs.image_card import write_model_card
-from spin_diffusion.runs import language_card
 from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.runs import language_card
+from spin_diffusion.runs.image_card import write_model_card
 from spin_diffusion.runs.publish import _verdict, by_round, round_facts
 
 
