@@ -222,7 +222,7 @@ def works_of(config: Config, rows: int, steps: list[int], zeros_for_empty: bool)
     works = []
     for k, of_k in enumerate(steps, 1):
         source = source_of(config.rounds, of_round(config.rounds.objective, k))
-        works.append(work_of(config.flat(), source, rows // config.rounds.real_parts, of_k, zeros_for_empty))
+        works.append(work_of(config, source, rows // config.rounds.real_parts, of_k, zeros_for_empty))
     return works
 
 

@@ -7,13 +7,14 @@ import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 
-from spin_diffusion.data.report import BROKEN_TEXT, MISSING_IMAGE_FILE, LeftOut
-from spin_diffusion.data.rows import Row, Source, no_files, one_line
+from spin_diffusion.data.report import Bad, LeftOut
+from spin_diffusion.data.rows import Row, Source, Values, no_files
 from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.text import one_line
 
 ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 """What the datasets library raises for an id, split or configuration that is not there, and for the network."""
@@ -83,18 +84,15 @@ def _source(
         needed = {"json" if column in from_json else column for column in wanted}
         chosen = dataset.select_columns([column for column in columns if column in needed])
         for index, values in enumerate(_values(chosen, name)):
-            if isinstance(values, LeftOut):
-                yield Row(f"{name} row {index}", {}, read_file, values)
-                continue
-            if from_json:
+            if from_json and not isinstance(values, LeftOut):
                 values = dict(values)
                 flatten_json(values, values.get("json"))
-            yield Row(f"{name} row {index}", values, read_file)
+            yield Row.found(f"{name} row {index}", values, read_file)
 
     return Source(name, columns + from_json, rows)
 
 
-def _values(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> Iterator[dict[str, object] | LeftOut]:
+def _values(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> Iterator[Values | LeftOut]:
     """The values of every row, or why they cannot be had. Raises InputError where a stream cannot go on."""
     if isinstance(dataset, datasets.IterableDataset):
         try:
@@ -107,7 +105,7 @@ def _values(dataset: datasets.Dataset | datasets.IterableDataset, name: str) -> 
         try:
             yield dataset[index]
         except UnicodeDecodeError as error:
-            yield LeftOut(BROKEN_TEXT, one_line(error))
+            yield LeftOut(Bad.BROKEN_TEXT, one_line(error))
 
 
 def _cache_reader(name: str, roots: list[Path]) -> Callable[[str], bytes]:
@@ -123,14 +121,14 @@ def _cache_reader(name: str, roots: list[Path]) -> Callable[[str], bytes]:
             try:
                 return read_bytes(path, MAX_BYTES)
             except InputError as error:
-                raise LeftOut(MISSING_IMAGE_FILE, str(error)) from error
+                raise LeftOut(Bad.MISSING_IMAGE_FILE, str(error)) from error
         try:
             storage = pa.array([{"bytes": None, "path": path}], type=datasets.Image().pa_type)
             encoded = datasets.Image().embed_storage(storage)[0].as_py()["bytes"]
         except OSError as error:
-            raise LeftOut(MISSING_IMAGE_FILE, f"{path} cannot be read: {one_line(error)}") from error
+            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{path} cannot be read: {one_line(error)}") from error
         if encoded is None:
-            raise LeftOut(MISSING_IMAGE_FILE, f"{path} cannot be read")
+            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{path} cannot be read")
         return encoded
 
     return read_file

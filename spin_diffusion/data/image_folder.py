@@ -6,17 +6,25 @@ Several subfolders may each have one. The columns are the metadata's plus "image
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spin_diffusion.data.json_lines import parse_object
-from spin_diffusion.data.parquet_files import column_names, parquet_rows
-from spin_diffusion.data.report import EMPTY_CAPTION, NOT_IN_METADATA, LeftOut
-from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, describe_columns, file_reader, one_line, whole_text
+from spin_diffusion.data.json_lines import json_records
+from spin_diffusion.data.parquet_files import parquet_file
+from spin_diffusion.data.report import Bad, Expected, LeftOut
+from spin_diffusion.data.rows import (
+    IMAGE_SUFFIXES,
+    Row,
+    Source,
+    TableFile,
+    Values,
+    describe_columns,
+    file_reader,
+    whole_text,
+)
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store.opening import open_text, read_bytes
+from spin_diffusion.store.text import broken_character, one_line, printable
 
 FILE_NAME = "file_name"
 MAX_CAPTION_BYTES = 1 << 20
@@ -26,16 +34,6 @@ MAX_CSV_BYTES = 4 << 30
 METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
 SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jpe", ".ppm", ".psd", ".svg", ".tga")
 """Files that somebody meant as an image: those of a format that cannot be read are counted, not passed over."""
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """A metadata file of any of the three kinds."""
-
-    path: Path
-    columns: tuple[str, ...]
-    records: Callable[[], Iterator[tuple[int, dict[str, object] | LeftOut]]]
-    """(Number of the line or row, its values or why they cannot be had), in the order of the file."""
 
 
 def is_metadata(path: Path) -> bool:
@@ -71,8 +69,8 @@ def open_image_folder(folder: Path, files: Sequence[Path]) -> Source:
     return Source(str(folder), ("image", "text"), lambda wanted: _sidecar_rows(folder, images, captions))
 
 
-def _metadata_source(folder: Path, metadata: list[Metadata], images: list[Path]) -> Source:
-    by_folder: dict[Path, Metadata] = {}
+def _metadata_source(folder: Path, metadata: list[TableFile], images: list[Path]) -> Source:
+    by_folder: dict[Path, TableFile] = {}
     for file in metadata:
         other = by_folder.setdefault(file.path.parent, file)
         if other is not file:
@@ -84,39 +82,36 @@ def _metadata_source(folder: Path, metadata: list[Metadata], images: list[Path])
     return Source(str(folder), columns, lambda wanted: _metadata_rows(folder, metadata, images))
 
 
-def _metadata_rows(folder: Path, metadata: list[Metadata], images: list[Path]) -> Iterator[Row]:
+def _metadata_rows(folder: Path, metadata: list[TableFile], images: list[Path]) -> Iterator[Row]:
     named: set[Path] = set()
     for file in metadata:
         base = file.path.parent
         read_file = file_reader(base)
-        for number, values in file.records():
-            where = f"{file.path.relative_to(folder).as_posix()} line {number}"
-            if isinstance(values, LeftOut):
-                yield Row(where, {}, read_file, values)
-                continue
-            name = values.get(FILE_NAME)
-            if not isinstance(name, str) or not name:
-                yield Row(where, {**values, "image": None}, read_file)
-                continue
-            named.add(base / name)
-            where = (base.relative_to(folder) / name).as_posix()
-            yield Row(where, {**values, "image": name}, read_file)
+        for place, values in file.records(None):
+            where = f"{file.path.relative_to(folder).as_posix()} {place}"
+            if not isinstance(values, LeftOut):
+                name = values.get(FILE_NAME) or None
+                if isinstance(name, str):
+                    named.add(base / name)
+                    where = (base.relative_to(folder) / name).as_posix()
+                values = {**values, "image": name if isinstance(name, str) else None}
+            yield Row.found(where, values, read_file)
     for path in images:
         if path not in named:
             where = path.relative_to(folder).as_posix()
-            yield Row(where, {}, file_reader(folder), LeftOut(NOT_IN_METADATA, "no metadata file names this image"))
+            yield Row(
+                where, {}, file_reader(folder), LeftOut(Expected.NOT_IN_METADATA, "no metadata file names this image")
+            )
 
 
 def _sidecar_rows(folder: Path, images: list[Path], captions: dict[Path, Path]) -> Iterator[Row]:
     read_file = file_reader(folder)
     for path in images:
         name = path.relative_to(folder).as_posix()
-        caption, left_out = None, None
         try:
-            caption = read_caption(path, captions)
-        except LeftOut as found:
-            left_out = found
-        yield Row(name, {"image": name, "text": caption}, read_file, left_out)
+            yield Row(name, {"image": name, "text": read_caption(path, captions)}, read_file)
+        except LeftOut as left_out:
+            yield Row(name, {}, read_file, left_out)
 
 
 def text_files(files: Sequence[Path]) -> dict[Path, Path]:
@@ -132,26 +127,30 @@ def read_caption(image: Path, captions: Mapping[Path, Path]) -> str:
     """
     sidecar = captions.get(image.with_suffix(""))
     if sidecar is None:
-        raise LeftOut(EMPTY_CAPTION, f"there is no {image.with_suffix('.txt').name} beside it")
+        raise LeftOut(Bad.EMPTY_CAPTION, f"there is no {image.with_suffix('.txt').name} beside it")
     try:
         data = read_bytes(sidecar, MAX_CAPTION_BYTES)
     except InputError as error:
-        raise LeftOut(EMPTY_CAPTION, str(error)) from error
+        raise LeftOut(Bad.EMPTY_CAPTION, str(error)) from error
     return whole_text(data.decode("utf-8-sig", "surrogateescape"), sidecar.name)
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> TableFile:
     """Open a metadata file and find its columns. Raises InputError if it is not what its name says."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return Metadata(path, column_names(path), lambda: enumerate(parquet_rows(path)))
+        return parquet_file(path)
     if suffix == ".csv":
-        return Metadata(path, _csv_columns(path), lambda: _csv_records(path))
+        return TableFile(path, _csv_columns(path), lambda wanted: _csv_records(path))
+
+    def records(wanted: Sequence[str] | None = None) -> Iterator[tuple[str, Values]]:
+        for place, values in json_records(path, None, '{"file_name": "0.png", "text": "..."}'):
+            if isinstance(values, LeftOut):
+                raise InputError(f"{path} {place} is {values.detail}")
+            yield place, values
+
     # A key may be absent from some lines, so all of them are read: a line is small beside its image.
-    names: dict[str, None] = {}
-    for _, values in _jsonl_records(path):
-        names.update(dict.fromkeys(values))
-    return Metadata(path, tuple(names), lambda: _jsonl_records(path))
+    return TableFile(path, tuple(dict.fromkeys(key for _, values in records() for key in values)), records)
 
 
 def _csv_columns(path: Path) -> tuple[str, ...]:
@@ -167,7 +166,7 @@ def _csv_columns(path: Path) -> tuple[str, ...]:
     return columns
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _csv_records(path: Path) -> Iterator[tuple[str, Values]]:
     with open_text(path, MAX_CSV_BYTES) as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -177,18 +176,6 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
                         f"{path} line {reader.line_num} has more than {len(reader.fieldnames or ())} fields: "
                         "put quotes around a caption with commas"
                     )
-                yield reader.line_num, dict(values)
+                yield f"line {reader.line_num}", dict(values)
         except csv.Error as error:
             raise InputError(f"{path} line {reader.line_num} is not UTF-8 csv: {one_line(error)}") from error
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    with open_regular(path) as file:
-        for number, line in enumerate(read_lines(file, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                values = parse_object(line, '{"file_name": "0.png", "text": "..."}')
-            except ValueError as error:
-                raise InputError(f"{path} line {number} {error}") from error
-            yield number, values

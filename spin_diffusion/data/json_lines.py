@@ -2,22 +2,23 @@
 
 import gzip
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from spin_diffusion.data.report import MALFORMED, LeftOut
-from spin_diffusion.data.rows import Row, Source, no_files, one_line
+from spin_diffusion.data.report import Bad, LeftOut
+from spin_diffusion.data.rows import Source, TableFile, Values, source_of_files
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_lines
+from spin_diffusion.store.text import one_line
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PEEK_LINES = 100
 """Lines of a file that are looked at for one that can be read."""
 MAX_LIST_BYTES = 4 << 30
 """A list of objects is read whole, so a longer one is refused."""
-DAMAGE = (OSError, EOFError, zlib.error)
 EXAMPLE = '{"prompt": "...", "completion": "..."}'
 
 
@@ -27,57 +28,21 @@ def open_json(name: str, files: Sequence[Path]) -> Source:
     A line that is not JSON becomes a row that is left out. Raises InputError for a file with nothing but such lines,
     and if the first is empty.
     """
-    columns = {path: _columns(path) for path in files}
-    if not columns[files[0]]:
+    opened = [TableFile(path, _columns(path), partial(json_records, path)) for path in files]
+    if not opened[0].columns:
         raise InputError(f"{files[0]} has no rows")
-    return Source(name, columns[files[0]], lambda wanted: _rows(columns, wanted))
+    return source_of_files(name, opened)
 
 
-def parse_object(line: bytes, like: str) -> dict[str, object]:
-    """The JSON object on a line. Raises ValueError that says what the line is instead; `like` is an example."""
-    try:
-        # A byte that is not UTF-8 harms no more than the text that it stands in
-        values = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise ValueError(f"is not JSON: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"is not an object like {like}")
-    return values
+def json_records(
+    path: Path, wanted: Sequence[str] | None = None, example: str = EXAMPLE
+) -> Iterator[tuple[str, Values | LeftOut]]:
+    """The objects of a file, each with its place: "line 3", or "entry 3" of a list; both count from 1.
 
-
-def _rows(files: Mapping[Path, Sequence[str]], wanted: Sequence[str]) -> Iterator[Row]:
-    """Args: files: and the columns of each."""
-    first, root = next(iter(files)), Path(os.path.commonpath([path.parent for path in files]))
-    for path, columns in files.items():
-        if missing := [column for column in wanted if columns and column not in columns]:
-            raise InputError(f"{path} has no column {missing[0]!r}, unlike {first.name}; it has {', '.join(columns)}")
-    for path in files:
-        label, read_file = path.relative_to(root).as_posix(), no_files(path.name)
-        for place, values in _records(path):
-            if isinstance(values, dict):
-                yield Row(f"{label} {place}", values, read_file)
-            else:
-                yield Row(f"{label} {place}", {}, read_file, LeftOut(MALFORMED, str(values).removeprefix("is ")))
-
-
-def _columns(path: Path) -> tuple[str, ...]:
-    """The keys of the first row that can be read; none in an empty file. Raises InputError if there is only rubbish."""
-    first_error = None
-    for number, (place, values) in enumerate(_records(path)):
-        if isinstance(values, dict):
-            return tuple(values)
-        first_error = first_error or f"{place} {values}"
-        if number == PEEK_LINES:
-            break
-    if first_error is not None:
-        raise InputError(f"{path}: {first_error}; one object like {EXAMPLE} a line is right, or one list of them")
-    return ()
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, object] | ValueError]]:
-    """("line 3", its values or what is wrong with it), in the order of the file; lines and entries count from 1."""
+    Args:
+        wanted: every object is read whole, whatever is wanted of it.
+        example: what a right line looks like, for messages.
+    """
     number, is_first = 0, True
     try:
         with open_regular(path) as raw:
@@ -86,22 +51,41 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, object] | ValueError]]
                 if not line.strip():
                     continue
                 if is_first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    yield from _entries(path, line + file.read(MAX_LIST_BYTES))
+                    yield from _entries(path, line + file.read(MAX_LIST_BYTES), example)
                     return
                 is_first = False
-                yield f"line {number}", _parsed(line)
-    except DAMAGE as error:
+                yield f"line {number}", _parsed(line, example)
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is damaged after line {number}: {one_line(error)}; fetch it again") from error
 
 
-def _parsed(line: bytes) -> dict[str, object] | ValueError:
+def _columns(path: Path) -> tuple[str, ...]:
+    """The keys of the first row that can be read; none in an empty file. Raises InputError if there is only rubbish."""
+    malformed = []
+    for place, values in islice(json_records(path), PEEK_LINES + 1):
+        if not isinstance(values, LeftOut):
+            return tuple(values)
+        malformed.append(f"{place} is {values.detail}")
+    if malformed:
+        raise InputError(f"{path}: {malformed[0]}; one object like {EXAMPLE} a line is right, or one list of them")
+    return ()
+
+
+def _parsed(line: bytes, example: str) -> Values | LeftOut:
     try:
-        return parse_object(line, EXAMPLE)
-    except ValueError as error:
-        return error
+        # A byte that is not UTF-8 harms no more than the text that it stands in
+        return _object(json.loads(line.decode("utf-8-sig", "surrogateescape")), example)
+    except json.JSONDecodeError as error:
+        return LeftOut(Bad.MALFORMED, f"not JSON: {error.msg} at character {error.pos + 1}")
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        return LeftOut(Bad.MALFORMED, f"not JSON: {one_line(error)}")
 
 
-def _entries(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, object] | ValueError]]:
+def _object(value: object, example: str) -> Values | LeftOut:
+    return value if isinstance(value, dict) else LeftOut(Bad.MALFORMED, f"not an object like {example}")
+
+
+def _entries(path: Path, data: bytes, example: str) -> Iterator[tuple[str, Values | LeftOut]]:
     if len(data) > MAX_LIST_BYTES:
         raise InputError(f"{path} is a list of more than {MAX_LIST_BYTES:,} bytes: write one object a line instead")
     try:
@@ -109,7 +93,7 @@ def _entries(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, object] |
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} begins with '[' but is not one JSON list: {one_line(error)}; one list of objects is right, or one "
-            f"object like {EXAMPLE} a line"
+            f"object like {example} a line"
         ) from error
     for number, entry in enumerate(entries, start=1):
-        yield f"entry {number}", entry if isinstance(entry, dict) else ValueError(f"is not an object like {EXAMPLE}")
+        yield f"entry {number}", _object(entry, example)

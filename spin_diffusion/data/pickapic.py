@@ -6,7 +6,7 @@ as Diffusion-DPO does; so is a row without a label. The loser is dropped unless 
 
 from collections.abc import Sequence
 
-from spin_diffusion.data.report import NO_LABEL, TIE, LeftOut
+from spin_diffusion.data.report import Expected, LeftOut
 from spin_diffusion.data.rows import Candidate, Plan, Row, Source, require_column
 from spin_diffusion.data.settings import DataSettings
 
@@ -24,10 +24,10 @@ def plan(source: Source, settings: DataSettings, with_losers: bool) -> Plan:
     def candidate(row: Row) -> Candidate:
         values = row.values
         if values.get("has_label") is False:
-            raise LeftOut(NO_LABEL, "has_label is false")
+            raise LeftOut(Expected.NO_LABEL, "has_label is false")
         winner = winner_of(values["label_0"], values["label_1"])
         if with_losers and values.get("are_different") is False:
-            raise LeftOut(TIE, "the two images are the same one")
+            raise LeftOut(Expected.TIE, "the two images are the same one")
         loser = values[f"jpg_{1 - winner}"] if with_losers else None
         return Candidate(values[caption_column], values[f"jpg_{winner}"], loser)
 
@@ -42,8 +42,8 @@ def winner_of(label_0: object, label_1: object) -> int:
     if labels == (0.0, 1.0):
         return 1
     if labels == (0.5, 0.5):
-        raise LeftOut(TIE, "both labels are 0.5")
-    raise LeftOut(NO_LABEL, f"the labels are {label_0!r} and {label_1!r}, not 1 and 0")
+        raise LeftOut(Expected.TIE, "both labels are 0.5")
+    raise LeftOut(Expected.NO_LABEL, f"the labels are {label_0!r} and {label_1!r}, not 1 and 0")
 
 
 def _number(label: object) -> float | None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from spin_diffusion.data import table
-from spin_diffusion.data.report import CORRUPT_IMAGE, FILTERED, REPEATED_EXAMPLE, REPEATED_PROMPT, LeftOut, ReadReport
+from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
 from spin_diffusion.data.rows import Plan, Row, Source, image_bytes, require_column
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import open_source
@@ -81,18 +81,14 @@ def find_layout(columns: Sequence[str], settings: DataSettings) -> ModuleType:
 def _examples(
     source: Source, plan: Plan, settings: DataSettings, with_losers: bool, report: ReadReport
 ) -> Iterator[Example]:
-    wanted = dict.fromkeys(plan.columns)
-    if settings.filter_column is not None:
-        wanted[settings.filter_column] = None
+    filtered = [settings.filter_column] if settings.filter_column is not None else []
     seen = Seen()
-    return usable(
-        source,
-        tuple(wanted),
-        lambda row: _example(row, plan, settings, with_losers, seen),
-        report,
-        max_samples=settings.max_train_samples,
-        max_bad_share=settings.max_bad_share,
-    )
+
+    def example_of(row: Row) -> Example:
+        return _example(row, plan, settings, with_losers, seen)
+
+    wanted = tuple(dict.fromkeys([*plan.columns, *filtered]))
+    return usable(source, wanted, example_of, report, settings.max_train_samples, settings.max_bad_share)
 
 
 def usable(
@@ -100,7 +96,6 @@ def usable(
     columns: Sequence[str],
     example_of: Callable[[Row], T],
     report: ReadReport,
-    *,
     max_samples: int | None,
     max_bad_share: float,
 ) -> Iterator[T]:
@@ -154,12 +149,12 @@ def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, se
     prompt = table.caption_text(candidate.caption)
     prompt_hash = short_hash(b"prompt", prompt.encode())
     if settings.one_image_per_prompt and prompt_hash in seen:
-        raise LeftOut(REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
+        raise LeftOut(Expected.REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
     image = image_bytes(row, candidate.image)
     loser = image_bytes(row, candidate.loser) if with_losers else None
     example_hash = short_hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
     if example_hash in seen:
-        raise LeftOut(REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
+        raise LeftOut(Expected.REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
     _check_image(image)
     if loser is not None:
         _check_image(loser)
@@ -175,9 +170,9 @@ def _check_image(encoded: bytes) -> None:
     try:
         width, height = open_picture(encoded).size
     except InputError as error:
-        raise LeftOut(CORRUPT_IMAGE, str(error)) from error
+        raise LeftOut(Bad.CORRUPT_IMAGE, str(error)) from error
     if min(width, height) < MIN_SIDE_PX:
-        raise LeftOut(CORRUPT_IMAGE, f"{width} x {height} px is smaller than {MIN_SIDE_PX} px a side")
+        raise LeftOut(Bad.CORRUPT_IMAGE, f"{width} x {height} px is smaller than {MIN_SIDE_PX} px a side")
 
 
 def _check_filter(value: object, settings: DataSettings) -> None:
@@ -186,11 +181,11 @@ def _check_filter(value: object, settings: DataSettings) -> None:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise LeftOut(FILTERED, f"{settings.filter_column} is {value!r}, not a number")
+        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {value!r}, not a number")
     if settings.filter_max is not None and number > settings.filter_max:
-        raise LeftOut(FILTERED, f"{settings.filter_column} is {number:g}, above {settings.filter_max:g}")
+        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, above {settings.filter_max:g}")
     if settings.filter_min is not None and number < settings.filter_min:
-        raise LeftOut(FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
+        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
 
 
 def short_hash(*parts: bytes) -> bytes:

@@ -1,50 +1,50 @@
 """What became of every row that was read: used, or left out for a counted reason."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from spin_diffusion.store.text import printable
 
-CORRUPT_IMAGE = "corrupt image"
-EMPTY_CAPTION = "empty caption"
-MISSING_IMAGE_FILE = "missing image file"
-BROKEN_TEXT = "broken characters in the text"
-DANGLING_LINK = "link to nothing"
-UNREADABLE_FOLDER = "folder that cannot be read"
-MALFORMED = "malformed line"
-OTHER_LAYOUT = "another layout"
-WRONG_TYPE = "wrong type"
-NO_USER_TURN = "no user turn"
-NO_ASSISTANT_TURN = "no assistant turn"
-EMPTY_PROMPT = "empty prompt"
-EMPTY_ANSWER = "empty answer"
-ANSWER_IS_PROMPT = "answer equal to the prompt"
-TWO_PROMPTS = "pair of two prompts"
-REFUSED_BY_TEMPLATE = "refused by the chat template"
-CHANGED_BY_TEMPLATE = "changed by the chat template"
-BAD_REASONS = (
-    CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, BROKEN_TEXT, DANGLING_LINK, UNREADABLE_FOLDER, MALFORMED,
-    OTHER_LAYOUT, WRONG_TYPE, NO_USER_TURN, NO_ASSISTANT_TURN, EMPTY_PROMPT, EMPTY_ANSWER, ANSWER_IS_PROMPT,
-    TWO_PROMPTS, REFUSED_BY_TEMPLATE, CHANGED_BY_TEMPLATE,
-)  # fmt: skip
-"""The data is damaged: these count against max_bad_share."""
 
-TIE = "tie"
-NO_LABEL = "no label"
-FILTERED = "filtered"
-REPEATED_PROMPT = "repeated prompt"
-REPEATED_EXAMPLE = "repeated example"
-NOT_IN_METADATA = "not in metadata"
-READ_ALREADY = "link to a folder that is read already"
-HELD_OUT = "held out"
-PROMPT_TOO_LONG = "prompt longer than --max_length"
-SPECIAL_TOKEN = "special token in the text"
-EXPECTED_REASONS = (
-    TIE, NO_LABEL, FILTERED, REPEATED_PROMPT, REPEATED_EXAMPLE, NOT_IN_METADATA, READ_ALREADY, HELD_OUT,
-    PROMPT_TOO_LONG, SPECIAL_TOKEN,
-)  # fmt: skip
-"""The rows are what they are meant to be, but not for training: never an error."""
+class Bad(StrEnum):
+    """Why a row is left out whose data is damaged: these count against max_bad_share."""
 
-REASONS = BAD_REASONS + EXPECTED_REASONS
+    CORRUPT_IMAGE = "corrupt image"
+    EMPTY_CAPTION = "empty caption"
+    MISSING_IMAGE_FILE = "missing image file"
+    BROKEN_TEXT = "broken characters in the text"
+    DANGLING_LINK = "link to nothing"
+    UNREADABLE_FOLDER = "folder that cannot be read"
+    MALFORMED = "malformed line"
+    OTHER_LAYOUT = "another layout"
+    WRONG_TYPE = "wrong type"
+    NO_USER_TURN = "no user turn"
+    NO_ASSISTANT_TURN = "no assistant turn"
+    EMPTY_PROMPT = "empty prompt"
+    EMPTY_ANSWER = "empty answer"
+    ANSWER_IS_PROMPT = "answer equal to the prompt"
+    TWO_PROMPTS = "pair of two prompts"
+    REFUSED_BY_TEMPLATE = "refused by the chat template"
+    CHANGED_BY_TEMPLATE = "changed by the chat template"
+
+
+class Expected(StrEnum):
+    """Why a row is left out that is what it is meant to be, but not for training: never an error."""
+
+    TIE = "tie"
+    NO_LABEL = "no label"
+    FILTERED = "filtered"
+    REPEATED_PROMPT = "repeated prompt"
+    REPEATED_EXAMPLE = "repeated example"
+    NOT_IN_METADATA = "not in metadata"
+    READ_ALREADY = "link to a folder that is read already"
+    HELD_OUT = "held out"
+    PROMPT_TOO_LONG = "prompt longer than --max_length"
+    SPECIAL_TOKEN = "special token in the text"
+
+
+BAD_REASONS = tuple(reason.value for reason in Bad)
+REASONS = BAD_REASONS + tuple(reason.value for reason in Expected)
 MAX_KEPT_ROWS = 100
 """Rows whose place and detail are kept, per reason; more are only counted."""
 
@@ -52,10 +52,9 @@ MAX_KEPT_ROWS = 100
 class LeftOut(Exception):
     """This row is not used. It never leaves the reading: it becomes a count in the report."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        assert reason in REASONS, reason
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+    def __init__(self, reason: Bad | Expected, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason: str = reason.value
         self.detail = printable(detail)
 
 

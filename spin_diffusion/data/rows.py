@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spin_diffusion.data.report import BROKEN_TEXT, CORRUPT_IMAGE, MISSING_IMAGE_FILE, LeftOut
+from spin_diffusion.data.report import Bad, LeftOut
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import leads_out
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.pictures import MAX_BYTES
 from spin_diffusion.store.text import broken_character, printable
+
+Values = dict[str, object]
+"""The values of a row by its columns."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
 """How files of the formats that can be read are called; what they are, their bytes say."""
@@ -33,6 +36,11 @@ class Row:
     def __post_init__(self) -> None:
         object.__setattr__(self, "where", printable(self.where))
 
+    @classmethod
+    def found(cls, where: str, values: Values | LeftOut, read_file: Callable[[str], bytes]) -> "Row":
+        """The row with these values, or the row that is left out because they cannot be had."""
+        return cls(where, {}, read_file, values) if isinstance(values, LeftOut) else cls(where, values, read_file)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -44,6 +52,45 @@ class Source:
     """Every column that can be asked for."""
     rows: Callable[[Sequence[str]], Iterator[Row]]
     """The rows with the values of these columns; images of other columns are not read."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A file of rows."""
+
+    path: Path
+    columns: tuple[str, ...]
+    """Those that can be asked for; none where they are not known before the file is read."""
+    records: Callable[[Sequence[str] | None], Iterator[tuple[str, Values | LeftOut]]]
+    """For each row, in the order of the file, its place ("line 3") and its values or why they cannot be had. Columns
+    that are not among the wanted ones may be passed over; None = all are wanted."""
+
+
+def source_of_files(
+    name: str, files: Sequence[TableFile], reader_beside: Callable[[Path], Callable[[str], bytes]] | None = None
+) -> Source:
+    """The rows of files, one file after the other, with the columns of the first.
+
+    Args:
+        reader_beside: from a file's folder to what reads the images that its rows name by path; None = its rows hold
+            their images themselves.
+    """
+    root = Path(os.path.commonpath([file.path.parent for file in files]))
+
+    def rows(wanted: Sequence[str]) -> Iterator[Row]:
+        for file in files:
+            if missing := [column for column in wanted if file.columns and column not in file.columns]:
+                raise InputError(
+                    f"{file.path} has no column {missing[0]!r}, unlike {files[0].path.name}; it has "
+                    f"{', '.join(file.columns)}"
+                )
+        for file in files:
+            label = file.path.relative_to(root).as_posix()
+            read_file = reader_beside(file.path.parent) if reader_beside is not None else no_files(file.path.name)
+            for place, values in file.records(wanted):
+                yield Row.found(f"{label} {place}", values, read_file)
+
+    return Source(name, files[0].columns, rows)
 
 
 @dataclass(frozen=True)
@@ -90,7 +137,7 @@ def describe_columns(columns: Sequence[str], wanted: Sequence[str]) -> str:
 def whole_text(text: str, what: str) -> str:
     """The text itself. Raises LeftOut if it has broken characters; `what` names it there."""
     if (place := broken_character(text)) is not None:
-        raise LeftOut(BROKEN_TEXT, f"character {place} of {what} is half of one, or its bytes are not UTF-8")
+        raise LeftOut(Bad.BROKEN_TEXT, f"character {place} of {what} is half of one, or its bytes are not UTF-8")
     return text
 
 
@@ -103,9 +150,9 @@ def image_bytes(row: Row, value: object) -> bytes:
         value = bytes(value)
         if value:
             return value
-        raise LeftOut(CORRUPT_IMAGE, "the image has 0 bytes")
+        raise LeftOut(Bad.CORRUPT_IMAGE, "the image has 0 bytes")
     if value is None or value == "":
-        raise LeftOut(MISSING_IMAGE_FILE, "the row has no image")
+        raise LeftOut(Bad.MISSING_IMAGE_FILE, "the row has no image")
     if isinstance(value, str):
         return row.read_file(value)
     raise InputError(
@@ -124,13 +171,13 @@ def file_reader(folder: Path) -> Callable[[str], bytes]:
             )
         path = inside(folder, name)
         if not os.path.lexists(path):
-            raise LeftOut(MISSING_IMAGE_FILE, f"{name} does not exist in {folder.name}")
+            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} does not exist in {folder.name}")
         if not os.path.exists(path):
-            raise LeftOut(MISSING_IMAGE_FILE, f"{name} is a link to {os.readlink(path)}, which does not exist")
+            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} is a link to {os.readlink(path)}, which does not exist")
         try:
             return read_bytes(path, MAX_BYTES)
         except InputError as error:
-            raise LeftOut(MISSING_IMAGE_FILE, str(error)) from error
+            raise LeftOut(Bad.MISSING_IMAGE_FILE, str(error)) from error
 
     return read_file
 
@@ -151,12 +198,6 @@ def no_files(name: str) -> Callable[[str], bytes]:
     """Reader for sources that hold their images themselves: a path in them points nowhere."""
 
     def read_file(path: str) -> bytes:
-        raise LeftOut(MISSING_IMAGE_FILE, f"{name} names the file {path!r} but does not hold it")
+        raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} names the file {path!r} but does not hold it")
 
     return read_file
-
-
-def one_line(error: BaseException) -> str:
-    """The message of another library's error on one line, at most 300 characters."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -12,7 +12,7 @@ from spin_diffusion.data.hub import open_hub, open_saved
 from spin_diffusion.data.image_folder import METADATA_SUFFIXES, SEEN_SUFFIXES, is_image, is_metadata, open_image_folder
 from spin_diffusion.data.json_lines import JSON_SUFFIXES, open_json
 from spin_diffusion.data.parquet_files import open_parquet
-from spin_diffusion.data.report import DANGLING_LINK, READ_ALREADY, UNREADABLE_FOLDER, LeftOut
+from spin_diffusion.data.report import Bad, Expected, LeftOut
 from spin_diffusion.data.rows import Row, Source, no_files
 from spin_diffusion.data.settings import DataSettings, SourceSettings
 from spin_diffusion.data.webdataset import TAR_SUFFIXES, open_webdataset
@@ -246,7 +246,7 @@ def list_files(folder: Path) -> Listing:
             with os.scandir(place) as entries:
                 found = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
         except OSError as error:
-            leave_out(place, UNREADABLE_FOLDER, error.strerror or "")
+            leave_out(place, Bad.UNREADABLE_FOLDER, error.strerror or "")
             continue
         here = place.resolve()
         is_behind_a_link = here != root and root not in here.parents
@@ -254,17 +254,17 @@ def list_files(folder: Path) -> Listing:
             path = Path(entry.path)
             if not os.path.isdir(path):  # a link to one is one
                 if entry.is_symlink() and not os.path.exists(path) and not path.name.lower().endswith(_READ_SUFFIXES):
-                    leave_out(path, DANGLING_LINK, f"it leads to {os.readlink(path)}, which does not exist")
+                    leave_out(path, Bad.DANGLING_LINK, f"it leads to {os.readlink(path)}, which does not exist")
                 else:
                     files.append(path)
                 continue
             if entry.is_symlink() or is_behind_a_link:
                 true = path.resolve()
                 if true == here or true in here.parents:
-                    leave_out(path, READ_ALREADY, f"it leads back to {true}, which it lies in")
+                    leave_out(path, Expected.READ_ALREADY, f"it leads back to {true}, which it lies in")
                     continue
                 if true == root or root in true.parents or true in followed:
-                    leave_out(path, READ_ALREADY, f"it leads to {true}")
+                    leave_out(path, Expected.READ_ALREADY, f"it leads to {true}")
                     continue
                 followed.add(true)
             places.append(path)

@@ -1,6 +1,6 @@
 """Any table with an image column and a caption column: the layout of whatever no other layout recognises."""
 
-from spin_diffusion.data.report import EMPTY_CAPTION, LeftOut
+from spin_diffusion.data.report import Bad, LeftOut
 from spin_diffusion.data.rows import Candidate, Plan, Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
@@ -44,10 +44,10 @@ def caption_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None:
-        raise LeftOut(EMPTY_CAPTION, "the row has no caption")
+        raise LeftOut(Bad.EMPTY_CAPTION, "the row has no caption")
     if not isinstance(value, str):
-        raise LeftOut(EMPTY_CAPTION, f"the caption is {type(value).__name__}, not text")
+        raise LeftOut(Bad.EMPTY_CAPTION, f"the caption is {type(value).__name__}, not text")
     text = value.strip()
     if not text:
-        raise LeftOut(EMPTY_CAPTION, "the caption is blank")
+        raise LeftOut(Bad.EMPTY_CAPTION, "the caption is blank")
     return whole_text(text, "the caption")

@@ -21,21 +21,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from spin_diffusion.data.reading import Seen, short_hash, usable
-from spin_diffusion.data.report import (
-    ANSWER_IS_PROMPT,
-    EMPTY_ANSWER,
-    EMPTY_PROMPT,
-    HELD_OUT,
-    NO_ASSISTANT_TURN,
-    NO_USER_TURN,
-    OTHER_LAYOUT,
-    REPEATED_EXAMPLE,
-    TIE,
-    TWO_PROMPTS,
-    WRONG_TYPE,
-    LeftOut,
-    ReadReport,
-)
+from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
 from spin_diffusion.data.rows import Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.sources import is_pattern, open_text_source
@@ -47,8 +33,8 @@ REJECTED_BESIDE = {"real": "generated"}
 """Column of the worse answer beside a column of the real one; "rejected" beside all others."""
 CONVERSATION_COLUMNS = ("real", "messages", "conversations")
 """These hold their prompts themselves, whatever a column `prompt` beside them means."""
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "tool": "tool"}  # fmt: skip
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+"""Role in the data -> role of a message; the last two are ShareGPT's."""
 
 Message = dict[str, str]
 """One turn: {"role": "system", "user", "assistant" or "tool", "content": its text}."""
@@ -191,16 +177,15 @@ def _examples(
     def trained_on(row: Row) -> TextExample:
         example = example_of(row)
         if is_held_out(example):
-            raise LeftOut(HELD_OUT, f"{last_question(example.prompt)[:80]!r} is held out")
+            raise LeftOut(Expected.HELD_OUT, f"{last_question(example.prompt)[:80]!r} is held out")
         return example
 
     try:
         yield from usable(
-            source, columns.names(), trained_on, report,
-            max_samples=settings.max_train_samples, max_bad_share=settings.max_bad_share,
-        )  # fmt: skip
+            source, columns.names(), trained_on, report, settings.max_train_samples, settings.max_bad_share
+        )
     except InputError as error:
-        if report.used or not report.left_out[HELD_OUT]:
+        if report.used or not report.left_out[Expected.HELD_OUT]:
             raise
         number = settings.num_held_out or "all"
         raise InputError(
@@ -212,10 +197,8 @@ def _examples(
 def _all_examples(settings: TextDataSettings, limit: int | None, report: ReadReport) -> Iterator[TextExample]:
     source = open_text_source(settings)
     columns = find_columns(source, settings, with_rejected=False)
-    return usable(
-        source, columns.names(), _example_reader(columns, settings), report,
-        max_samples=limit, max_bad_share=settings.max_bad_share,
-    )  # fmt: skip
+    example_of = _example_reader(columns, settings)
+    return usable(source, columns.names(), example_of, report, limit, settings.max_bad_share)
 
 
 def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[Row], TextExample]:
@@ -229,11 +212,13 @@ def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[R
             first.append(example)
         elif isinstance(example.prompt, str) != isinstance(first[0].prompt, str):
             kinds = ("plain text", "messages") if isinstance(example.prompt, str) else ("messages", "plain text")
-            raise LeftOut(OTHER_LAYOUT, f"it is {kinds[0]}, and {first[0].where} is {kinds[1]}")
+            raise LeftOut(Bad.OTHER_LAYOUT, f"it is {kinds[0]}, and {first[0].where} is {kinds[1]}")
         if not settings.keep_repeated:
             known = short_hash(_json([example.prompt, example.completion, example.rejected]))
             if known in seen:
-                raise LeftOut(REPEATED_EXAMPLE, f"the same answer to {last_question(example.prompt)[:80]!r} was used")
+                raise LeftOut(
+                    Expected.REPEATED_EXAMPLE, f"the same answer to {last_question(example.prompt)[:80]!r} was used"
+                )
             seen.add(known)
         return example
 
@@ -244,23 +229,23 @@ def _example(row: Row, columns: Columns, settings: TextDataSettings) -> TextExam
     """Check one row. Raises LeftOut if it is not to be used."""
     values = row.values
     if missing := [column for column in columns.names() if column not in values]:
-        raise LeftOut(OTHER_LAYOUT, f"it has no {missing[0]!r}; it has {', '.join(values) or 'nothing'}")
+        raise LeftOut(Bad.OTHER_LAYOUT, f"it has no {missing[0]!r}; it has {', '.join(values) or 'nothing'}")
     given = None if columns.prompt is None else values[columns.prompt]
     if columns.prompt is not None and given is None:
-        raise LeftOut(EMPTY_PROMPT, f"{columns.prompt!r} is null")
+        raise LeftOut(Bad.EMPTY_PROMPT, f"{columns.prompt!r} is null")
     prompt, completion = _prompt_and_answer(given, values[columns.answer], columns.answer, columns, settings)
     rejected = None
     if columns.rejected is not None:
         value = values[columns.rejected]
         if isinstance(value, str):
             rejected = _text(value, repr(columns.rejected))
-            _check_not_blank(rejected, EMPTY_ANSWER, f"{columns.rejected!r} is blank")
+            _check_not_blank(rejected, Bad.EMPTY_ANSWER, f"{columns.rejected!r} is blank")
         else:
             beside, rejected = _prompt_and_answer(given, value, columns.rejected, columns, settings)
             if beside != prompt:
-                raise LeftOut(TWO_PROMPTS, f"{columns.answer!r} and {columns.rejected!r} answer different prompts")
+                raise LeftOut(Bad.TWO_PROMPTS, f"{columns.answer!r} and {columns.rejected!r} answer different prompts")
         if rejected == completion:
-            raise LeftOut(TIE, f"{columns.answer!r} and {columns.rejected!r} are the same answer")
+            raise LeftOut(Expected.TIE, f"{columns.answer!r} and {columns.rejected!r} are the same answer")
     return TextExample(prompt, completion, rejected, row.where)
 
 
@@ -274,60 +259,64 @@ def _prompt_and_answer(
         value: what is in `column`, the real or the worse answer's.
     """
     if value is None:
-        raise LeftOut(EMPTY_ANSWER, f"{column!r} is null")
+        raise LeftOut(Bad.EMPTY_ANSWER, f"{column!r} is null")
+    prompt: str | list[Message]
+    if isinstance(value, str) and isinstance(given, str):
+        if settings.system_prompt is not None:
+            raise InputError(
+                "--system_prompt is for conversations, and the prompts of this data set are plain text: leave it away, "
+                "or give a data set of messages"
+            )
+        prompt, answer = _text(given, repr(columns.prompt)), _text(value, repr(column))
+        question = prompt
+    else:
+        prompt, answer = _split(_conversation(given, value, column, columns.prompt or ""), settings)
+        question = prompt[-1]["content"]
+    _check_not_blank(question, Bad.EMPTY_PROMPT, "the prompt is blank")
+    _check_not_blank(answer, Bad.EMPTY_ANSWER, f"the answer in {column!r} is blank")
+    if answer.strip() == question.strip():
+        raise LeftOut(Bad.ANSWER_IS_PROMPT, f"both are {answer.strip()[:80]!r}")
+    return prompt, answer
+
+
+def _conversation(given: object, value: object, column: str, prompt_column: str) -> list[Message]:
+    """The turns of a row in which the prompt or the answer is made of messages: the prompt's, then the answer's."""
     if isinstance(value, str):
         if given is None:
-            raise LeftOut(OTHER_LAYOUT, f"{column!r} is plain text without a prompt: name its column: --prompt_column")
-        answer = _text(value, repr(column))
-        if isinstance(given, str):
-            if settings.system_prompt is not None:
-                raise InputError(
-                    "--system_prompt is for conversations, and the prompts of this data set are plain text: leave it "
-                    "away, or give a data set of messages"
-                )
-            prompt: str | list[Message] = _text(given, repr(columns.prompt))
-            question = prompt
-        else:
-            turns = [*_turns(given, columns.prompt or ""), {"role": "assistant", "content": answer}]
-            prompt, answer = _split(turns, settings)
-            question = prompt[-1]["content"]
-    else:
-        turns = _turns(value, column)
-        if isinstance(given, str):
-            if turns and turns[0]["role"] == "assistant":
-                turns = [{"role": "user", "content": _text(given, repr(columns.prompt))}, *turns]
-        elif given is not None:
-            before = _turns(given, columns.prompt or "")
-            if turns[: len(before)] != before:
-                if turns and turns[0]["role"] != "assistant":
-                    raise LeftOut(TWO_PROMPTS, f"{column!r} begins with another prompt than {columns.prompt!r}")
-                turns = before + turns
-        prompt, answer = _split(turns, settings)
-        question = prompt[-1]["content"]
-    _check_not_blank(question, EMPTY_PROMPT, "the prompt is blank")
-    _check_not_blank(answer, EMPTY_ANSWER, f"the answer in {column!r} is blank")
-    if answer.strip() == question.strip():
-        raise LeftOut(ANSWER_IS_PROMPT, f"both are {answer.strip()[:80]!r}")
-    return prompt, answer
+            raise LeftOut(
+                Bad.OTHER_LAYOUT, f"{column!r} is plain text without a prompt: name its column: --prompt_column"
+            )
+        return [*_turns(given, prompt_column), {"role": "assistant", "content": _text(value, repr(column))}]
+    turns = _turns(value, column)
+    if isinstance(given, str):
+        if turns and turns[0]["role"] == "assistant":
+            return [{"role": "user", "content": _text(given, repr(prompt_column))}, *turns]
+        return turns
+    before = _turns(given, prompt_column) if given is not None else []
+    if turns[: len(before)] == before:
+        return turns
+    if turns and turns[0]["role"] != "assistant":
+        raise LeftOut(Bad.TWO_PROMPTS, f"{column!r} begins with another prompt than {prompt_column!r}")
+    return before + turns
 
 
 def _split(turns: list[Message], settings: TextDataSettings) -> tuple[list[Message], str]:
     """The turns before the answer, and the answer: the last of the assistant, or the first if only that is wanted."""
     roles = [turn["role"] for turn in turns]
-    said = f"its turns are {', '.join(roles[:8])}" if roles else "it has no turns"
+    shown = f"its turns are {', '.join(roles[:8])}" if roles else "it has no turns"
     if "user" not in roles:
-        raise LeftOut(NO_USER_TURN, said)
+        raise LeftOut(Bad.NO_USER_TURN, shown)
     if "assistant" not in roles:
-        raise LeftOut(NO_ASSISTANT_TURN, said)
+        raise LeftOut(Bad.NO_ASSISTANT_TURN, shown)
     if settings.first_turn_only:
         user = roles.index("user")
         if roles[user + 1 : user + 2] != ["assistant"]:
-            raise LeftOut(NO_ASSISTANT_TURN, f"none follows the first question: {said}")
+            raise LeftOut(Bad.NO_ASSISTANT_TURN, f"none follows the first question: {shown}")
         prompt, answer = [turn for turn in turns[:user] if turn["role"] == "system"] + [turns[user]], turns[user + 1]
     else:
         last = len(roles) - 1 - roles[::-1].index("assistant")
         if roles[last - 1 : last] not in (["user"], ["tool"]):
-            raise LeftOut(NO_USER_TURN, f"none before the last answer: {said}")
+            raise LeftOut(Bad.NO_USER_TURN, f"none before the last answer: {shown}")
         prompt, answer = turns[:last], turns[last]
     if settings.system_prompt is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": settings.system_prompt}, *prompt]
@@ -341,18 +330,18 @@ def _turns(value: object, column: str) -> list[Message]:
         if len(lists) == len(value) and len({len(items) for items in lists}) == 1:
             value = [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
     if not isinstance(value, (list, tuple)):
-        raise LeftOut(WRONG_TYPE, f"{column!r} is {type(value).__name__}, not text or a list of messages")
+        raise LeftOut(Bad.WRONG_TYPE, f"{column!r} is {type(value).__name__}, not text or a list of messages")
     return [_turn(turn, f"turn {number} of {column!r}") for number, turn in enumerate(value, start=1)]
 
 
 def _turn(value: object, what: str) -> Message:
     if not isinstance(value, Mapping):
-        raise LeftOut(WRONG_TYPE, f'{what} is {type(value).__name__}, not {{"role": ..., "content": ...}}')
+        raise LeftOut(Bad.WRONG_TYPE, f'{what} is {type(value).__name__}, not {{"role": ..., "content": ...}}')
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise LeftOut(WRONG_TYPE, f"{what} has the role {role!r}; known are {', '.join(ROLES)}")
+        raise LeftOut(Bad.WRONG_TYPE, f"{what} has the role {role!r}; known are {', '.join(ROLES)}")
     if value.get("tool_calls"):
-        raise LeftOut(WRONG_TYPE, f"{what} calls a tool, which is not text")
+        raise LeftOut(Bad.WRONG_TYPE, f"{what} calls a tool, which is not text")
     return {"role": ROLES[role], "content": "" if content is None else _text(content, what)}
 
 
@@ -361,10 +350,10 @@ def _text(value: object, what: str) -> str:
     if isinstance(value, (list, tuple)):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
         if not all(isinstance(part, str) for part in parts):
-            raise LeftOut(WRONG_TYPE, f"{what} has parts that are not text")
+            raise LeftOut(Bad.WRONG_TYPE, f"{what} has parts that are not text")
         value = "".join(str(part) for part in parts)
     if not isinstance(value, str):
-        raise LeftOut(WRONG_TYPE, f"{what} is {type(value).__name__}, not text")
+        raise LeftOut(Bad.WRONG_TYPE, f"{what} is {type(value).__name__}, not text")
     return whole_text(value, what)
 
 
@@ -404,8 +393,8 @@ def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list
     """`num_held_out` examples, whole prompts (or rows) of the smallest hashes; 0 = all of them, in their order."""
     if not settings.num_held_out:
         return list(examples)
-    kept: dict[bytes, list[TextExample]] = {}
-    largest: list[int] = []  # the hashes of `kept`, negative, as a heap
+    chosen: dict[bytes, list[TextExample]] = {}
+    largest: list[int] = []  # the hashes of `chosen`, negative, as a heap
     number, seen, copies = 0, Seen(), Counter[bytes]()
     for example in examples:
         if settings.held_out_by == "prompt":
@@ -416,13 +405,13 @@ def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list
                 copies[row] += 1
             seen.add(row)
             key = short_hash(row, str(1 + copies[row]).encode())
-        if key not in kept:
+        if key not in chosen:
             heappush(largest, -int.from_bytes(key))
-        kept.setdefault(key, []).append(example)
+        chosen.setdefault(key, []).append(example)
         number += 1
-        while number - len(kept[(-largest[0]).to_bytes(16)]) >= settings.num_held_out:
-            number -= len(kept.pop((-heappop(largest)).to_bytes(16)))
-    found = [example for key in sorted(kept) for example in sorted(kept[key], key=_row_hash)]
+        while number - len(chosen[(-largest[0]).to_bytes(16)]) >= settings.num_held_out:
+            number -= len(chosen.pop((-heappop(largest)).to_bytes(16)))
+    found = [example for key in sorted(chosen) for example in sorted(chosen[key], key=_row_hash)]
     return found[: settings.num_held_out]
 
 
@@ -448,10 +437,11 @@ def _held_out_rule(settings: TextDataSettings) -> Callable[[TextExample], bool]:
 
 
 def _prompt_hash(example: TextExample) -> bytes:
-    """Of what is asked: system turns, white space and case do not make another prompt."""
-    turns = [("user", example.prompt)] if isinstance(example.prompt, str) else [
-        (turn["role"], turn["content"]) for turn in example.prompt if turn["role"] != "system"
-    ]  # fmt: skip
+    """The hash of what is asked: system turns, white space and case do not make another prompt."""
+    if isinstance(example.prompt, str):
+        turns = [("user", example.prompt)]
+    else:
+        turns = [(turn["role"], turn["content"]) for turn in example.prompt if turn["role"] != "system"]
     return short_hash(b"prompt", _json([(role, " ".join(text.split()).casefold()) for role, text in turns]))
 
 

@@ -6,21 +6,21 @@ and a link is no member but a row that is left out.
 """
 
 import json
-import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from spin_diffusion.data.report import CORRUPT_IMAGE, EMPTY_CAPTION, MISSING_IMAGE_FILE, LeftOut
-from spin_diffusion.data.rows import IMAGE_SUFFIXES, Row, Source, no_files, one_line
+from spin_diffusion.data.report import Bad, LeftOut
+from spin_diffusion.data.rows import IMAGE_SUFFIXES, Source, TableFile, Values, source_of_files
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.text import one_line, printable
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
@@ -51,7 +51,8 @@ def open_webdataset(name: str, files: Sequence[Path]) -> Source:
         raise InputError(
             f"{files[0]} has no samples: its members should be named like 00001.jpg and 00001.txt or 00001.json"
         )
-    return Source(name, tuple(columns), lambda wanted: _rows(files, wanted))
+    # The other tars are not opened before their turn
+    return source_of_files(name, [TableFile(path, tuple(columns), partial(_records, path)) for path in files])
 
 
 def flatten_json(values: dict[str, object], document: object) -> None:
@@ -61,13 +62,9 @@ def flatten_json(values: dict[str, object], document: object) -> None:
             values.setdefault(key, value)
 
 
-def _rows(files: Sequence[Path], wanted: Sequence[str]) -> Iterator[Row]:
-    root = Path(os.path.commonpath([path.parent for path in files]))
-    for path in files:
-        label = path.relative_to(root).as_posix()
-        read_file = no_files(path.name)
-        for sample in _samples(path, wanted):
-            yield Row(f"{label} sample {sample.key}", sample.values, read_file, sample.left_out)
+def _records(path: Path, wanted: Sequence[str] | None) -> Iterator[tuple[str, Values | LeftOut]]:
+    for sample in _samples(path, wanted):
+        yield f"sample {sample.key}", sample.left_out or sample.values
 
 
 def _samples(path: Path, wanted: Sequence[str] | None = None) -> Iterator[Sample]:
@@ -105,11 +102,11 @@ def _read_member(
     if is_an_image and wanted is not None and "image" not in wanted and extension not in wanted:
         return
     if not member.isfile():
-        reason = MISSING_IMAGE_FILE if is_an_image else EMPTY_CAPTION
+        reason = Bad.MISSING_IMAGE_FILE if is_an_image else Bad.EMPTY_CAPTION
         sample.left_out = LeftOut(reason, f"{member.name} is a link or a device, not a file")
         return
     if member.size > MAX_MEMBER_BYTES:
-        reason = CORRUPT_IMAGE if is_an_image else EMPTY_CAPTION
+        reason = Bad.CORRUPT_IMAGE if is_an_image else Bad.EMPTY_CAPTION
         sample.left_out = LeftOut(reason, f"{member.name} has {member.size} bytes, more than {MAX_MEMBER_BYTES}")
         return
     file: IO[bytes] | None = tar.extractfile(member)
@@ -124,7 +121,7 @@ def _read_member(
     try:
         sample.values[extension] = json.loads(text) if kind == "json" else text
     except (ValueError, RecursionError) as error:
-        sample.left_out = LeftOut(EMPTY_CAPTION, f"{member.name} cannot be read: {one_line(error)}")
+        sample.left_out = LeftOut(Bad.EMPTY_CAPTION, f"{member.name} cannot be read: {one_line(error)}")
 
 
 def _finished(sample: Sample) -> Sample:

@@ -1,11 +1,8 @@
 """What a run starts from, and what whoever goes on with the run must load again."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from spin_diffusion.store.parsing import saved_settings
 
 
 @dataclass(frozen=True)
@@ -35,26 +32,14 @@ class Base:
         vae = flat.get("pretrained_vae_model_name_or_path")
         return cls(str(flat.get("pretrained_model_name_or_path")), flat.get("revision"), flat.get("variant"), vae)
 
-    @classmethod
-    def of_manifest(cls, said: Mapping[str, Any], settings: Path) -> "Base":
-        """The base of a run.
-
-        Args:
-            said: of its manifest.
-            settings: the run's config.yaml, for manifests of versions that wrote down the name alone.
-        """
-        if "variant" not in said and settings.is_file():
-            return replace(cls.of_settings(saved_settings(settings)), name=str(said["name"]))
-        return cls(str(said["name"]), *(said.get(option) for option in ("revision", "variant", "vae")))
-
     def as_dict(self) -> dict[str, str | None]:
         """For a manifest."""
         return asdict(self)
 
     def __str__(self) -> str:
         """The name, and in brackets what it is loaded with."""
-        said = {"revision": self.revision, "variant": self.variant, "VAE": self.vae}
-        options = ", ".join(f"{what} {value}" for what, value in said.items() if value is not None)
+        given = {"revision": self.revision, "variant": self.variant, "VAE": self.vae}
+        options = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
         return f"{self.name} ({options})" if options else self.name
 
 

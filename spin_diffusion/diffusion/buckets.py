@@ -69,7 +69,7 @@ def area_share(sizes: Sequence[Size], which: Tensor) -> float:
     return float(areas[which.long()].mean() / areas[0])
 
 
-def told(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
+def sizes_in_words(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
     """How many images have which size, for people: the most frequent ones by name."""
     counts = Counter(which.tolist()).most_common()
     named = ", ".join(f"{sizes[place][1]} x {sizes[place][0]} ({count:,})" for place, count in counts[:most])

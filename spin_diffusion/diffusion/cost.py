@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.images import target_frame
 from spin_diffusion.selfplay.ledger import counted
 
@@ -51,7 +52,7 @@ class RoundWork:
     scored: int
     """Noised images that the player scores in a step, both sides."""
     compared: int
-    """Of those, how many the opponent scores too."""
+    """How many of them the opponent scores too."""
     drawn: int
     """Images that the opponent draws."""
     encoded: int
@@ -80,14 +81,10 @@ def step_flops(unit: UnitCosts, work: RoundWork) -> int:
 
 
 def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
-    """FLOPs before the first step of a round: drawing the opponent's images and encoding them."""
+    """FLOPs before the first step of a round: drawing the opponent's images, encoding them, and its kept scores."""
     drawing = work.drawn * (work.denoisings * unit.unet + work.prompts_per_image * unit.text)
-    return drawing + work.encoded * work.views * unit.vae_encode + work.decoded * unit.vae_decode
-
-
-def round_flops(unit: UnitCosts, work: RoundWork) -> int:
-    """FLOPs of a round."""
-    return generation_flops(unit, work) + work.scored_once * unit.unet + work.steps * step_flops(unit, work)
+    encoding = work.encoded * work.views * unit.vae_encode
+    return drawing + encoding + work.decoded * unit.vae_decode + work.scored_once * unit.unet
 
 
 def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pairs_per_step: int) -> int | None:
@@ -107,45 +104,44 @@ def draws_worth_keeping(visits: float) -> int:
     return int(visits // 2)
 
 
-def work_of(flat: dict[str, Any], source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
-    """The work of one round of a run by its settings; settings that this version does not have count as off.
+def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
+    """The work of one round of a run.
 
     Args:
-        flat: the settings by their flags.
         source: where the generated side comes from: opponent, data or none.
         rows: real samples of the round.
         steps: optimizer steps of the round.
         zeros_for_empty: the pipeline needs no embedding of the empty prompt.
     """
-    batch = flat["train_batch_size"] * flat["gradient_accumulation_steps"]
-    exact = flat.get("trajectory") == "exact"
-    levels = flat["num_inference_steps"] if exact else 1
-    copies = flat["num_generated"] if source == "opponent" else 1
+    training, sampling, candidates = config.training, config.sampling, config.candidates
+    batch = training.train_batch_size * training.gradient_accumulation_steps
+    exact = config.trajectory.trajectory == "exact"
+    levels = sampling.num_inference_steps if exact else 1
+    copies = config.rounds.num_generated if source == "opponent" else 1
     scored = batch * copies * (1 if source == "none" else 2) * levels
-    draws = 0 if source == "none" else flat.get("fixed_draws") or 0
+    draws = 0 if source == "none" else config.denoiser.fixed_draws
     draws = draws_worth_keeping(steps * batch / rows) if draws == "auto" else draws
-    candidates = flat.get("num_candidates") or 0
-    per_prompt = copies
-    if candidates:
-        share = flat.get("candidate_share") or 1.0
-        per_prompt = candidates * share + copies * (1 - share)
+    per_prompt: float = copies
+    if candidates.num_candidates:
+        share = candidates.candidate_share
+        per_prompt = candidates.num_candidates * share + copies * (1 - share)
     drawn = round(rows * per_prompt) if source == "opponent" else 0
-    guided = flat["guidance_scale"] > 1
+    guided = sampling.guidance_scale > 1
     return RoundWork(
         steps=steps,
-        prompts=0 if flat.get("cache_text_embeddings") else batch,
+        prompts=0 if config.caches.cache_text_embeddings else batch,
         scored=scored,
         compared=0 if source == "none" or draws else scored,
         scored_once=rows * copies * 2 * draws,
         drawn=drawn,
         # Of several candidates two are kept, whose encodings are trained on
-        encoded=min(drawn, 2 * rows) if candidates else drawn,
-        views=2 if flat.get("random_flip") else 1,
+        encoded=min(drawn, 2 * rows) if candidates.num_candidates else drawn,
+        views=2 if config.images.random_flip else 1,
         decoded=drawn,
-        denoisings=flat["num_inference_steps"] * (2 if guided else 1),
+        denoisings=sampling.num_inference_steps * (2 if guided else 1),
         prompts_per_image=1 if zeros_for_empty or not guided else 2,
-        forwards=2 if exact or flat.get("gradient_checkpointing") else 1,
-        trains_weights=not flat.get("use_lora"),
+        forwards=2 if exact or training.gradient_checkpointing else 1,
+        trains_weights=not config.lora.use_lora,
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 
 
 def opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:
@@ -48,8 +49,7 @@ def enable_xformers(unet: UNet2DConditionModel) -> None:
     try:
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # ModuleNotFoundError, ValueError and kernel errors alike
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({reason}); leave the flag out to "
-            "use torch's own attention, or pip install 'spin-diffusion[xformers]' on a CUDA machine"
+            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({one_line(error)}); leave the "
+            "flag out to use torch's own attention, or pip install 'spin-diffusion[xformers]' on a CUDA machine"
         ) from error

@@ -43,10 +43,10 @@ def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings
     box = (left, top, left + target[1], top + target[0])
     how = Image.Resampling[settings.image_interpolation_mode.upper()]
     if math.prod(covering) > MAX_RESIZED * math.prod(target):
-        # Of a long strip the part that is kept alone, by its place in px of the source, not rounded
+        # The part of a long strip that is cropped to, alone: its place in px of the source, not rounded
         x_scale, y_scale = width / covering[1], height / covering[0]
-        kept = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
-        return image.resize((target[1], target[0]), how, kept), [height, width, top, left, *target]
+        part = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
+        return image.resize((target[1], target[0]), how, part), [height, width, top, left, *target]
     if covering != (height, width):
         image = image.resize((covering[1], covering[0]), how)
     return image.crop(box), [height, width, top, left, *target]
@@ -138,9 +138,9 @@ def _statistics(vae: AutoencoderKL) -> tuple[Tensor | float, Tensor | float]:
     one shift and 1 where it has none. Scaled latents are (z - mean) * scaling_factor / std."""
     if vae.config.latents_mean is None:
         return vae.config.shift_factor or 0.0, 1.0
-    mean, std = (torch.tensor(numbers, device=vae.device).view(1, -1, 1, 1) for numbers in
-                 (vae.config.latents_mean, vae.config.latents_std))  # fmt: skip
-    return mean.to(vae.dtype), std.to(vae.dtype)
+    numbers = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device).to(vae.dtype)
+    mean, std = numbers.view(2, 1, -1, 1, 1)
+    return mean, std
 
 
 def _finite(values: Tensor, names: list[str], what: str) -> Tensor:

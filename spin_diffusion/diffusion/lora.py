@@ -27,6 +27,7 @@ from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import read_json, weights_hash
+from spin_diffusion.store.text import one_line
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -60,10 +61,7 @@ class Adapters:
                     f"--lora_target_modules {target}: the UNet has no layer of this name; attentions have "
                     f"{', '.join(ATTENTION)}, and ff.net.0.proj, ff.net.2 beside them"
                 )
-        config = LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.lora_dropout, target_modules=targets,
-            init_lora_weights="gaussian",
-        )  # fmt: skip
+        config = _config(settings.rank, settings.alpha, targets, settings.lora_dropout)
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
             torch.manual_seed(0)  # every process, and every start of a run, begins with the same adapter
@@ -86,11 +84,11 @@ class Adapters:
                 parameter.requires_grad_(adapter == PLAYER)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Of one adapter, in the order of the layers."""
+        """The Parameters of one adapter, in the order of the layers."""
         return [part[name].weight for layer in self.layers for part in (layer.lora_A, layer.lora_B)]
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Of one adapter, by the names that diffusers knows them by."""
+        """The tensors of one adapter, by the names that diffusers knows them by."""
         return {key: tensor.detach() for key, tensor in get_peft_model_state_dict(self.unet, adapter_name=name).items()}
 
     def _load(self, name: str, weights: dict[str, Tensor]) -> None:
@@ -163,10 +161,7 @@ class Adapters:
         self._write(folder, change, 2 * self.settings.rank, 2 * self.settings.alpha)
 
     def _write(self, folder: Path, weights: dict[str, Tensor], rank: int, alpha: float) -> None:
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=0.0,
-            target_modules=sorted(self.settings.lora_target_modules or ATTENTION), init_lora_weights="gaussian",
-        ).to_dict()  # fmt: skip
+        config = _config(rank, alpha, sorted(self.settings.lora_target_modules or ATTENTION), dropout=0.0).to_dict()
         described = {f"unet.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
         folder.mkdir(parents=True, exist_ok=True)
         # The key that diffusers reads rank and alpha from; a second one would be written in an order of its own
@@ -189,6 +184,12 @@ class Adapters:
         self._load(PLAYER, read_adapter(folder, self._fresh, self.base_hash, other))
 
 
+def _config(rank: int, alpha: float, targets: list[str], dropout: float) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, init_lora_weights="gaussian"
+    )
+
+
 def read_adapter(
     folder: Path, expected: Mapping[str, Tensor], base_hash: str, otherwise: str = ""
 ) -> dict[str, Tensor]:
@@ -202,8 +203,8 @@ def read_adapter(
     Raises:
         InputError: an adapter of another rank, on other layers, of another base, or with numbers that are not finite.
     """
-    said = read_json(folder / CONFIG, remedy="restore it") if (folder / CONFIG).is_file() else {}
-    base = said.get("base", base_hash)
+    settings = read_json(folder / CONFIG, remedy="restore it") if (folder / CONFIG).is_file() else {}
+    base = settings.get("base", base_hash)
     if base != base_hash:
         raise InputError(
             f"{folder / WEIGHTS} was trained on another base (hash {base[:12]}, this one has {base_hash[:12]}): give "
@@ -212,7 +213,7 @@ def read_adapter(
     try:
         weights = {key.removeprefix("unet."): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read ({str(error).splitlines()[0]}): restore it") from error
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({one_line(error)}): restore it") from error
     if {key: tensor.shape for key, tensor in weights.items()} != {key: t.shape for key, t in expected.items()}:
         raise InputError(
             f"{folder / WEIGHTS} is an adapter of another rank, or on other layers, or lacks some of them: restore it, "
@@ -234,8 +235,7 @@ def load_adapter(pipeline: Any, folder: Path) -> None:
     try:
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
     except Exception as error:  # peft and diffusers raise dozens of kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"cannot load the adapter {folder}: {reason}") from error
+        raise InputError(f"cannot load the adapter {folder}: {one_line(error)}") from error
     # peft fills what the file lacks with random numbers, and leaves out what it has no place for
     (name,) = pipeline.get_active_adapters()
     weights = read_adapter(folder, get_peft_model_state_dict(pipeline.unet, adapter_name=name), base_hash)

@@ -3,19 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
-from spin_diffusion.data.image_folder import (
-    FILE_NAME,
-    Metadata,
-    is_image,
-    is_metadata,
-    read_caption,
-    read_metadata,
-    text_files,
-)
+from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, read_caption, read_metadata, text_files
 from spin_diffusion.data.report import LeftOut
-from spin_diffusion.data.rows import inside
+from spin_diffusion.data.rows import TableFile, inside
 from spin_diffusion.data.sources import list_files
 from spin_diffusion.data.table import caption_text
 from spin_diffusion.diffusion.base import Base
@@ -87,20 +79,17 @@ def read_source(
     return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
 
 
-class _Options(TypedDict, total=False):
+class _BaseInManifest(TypedDict):
+    name: str
     revision: str | None
     variant: str | None
     vae: str | None
 
 
-class _BaseSaid(_Options):
-    name: str
-
-
 class _WithBase(TypedDict):
     """The manifest of a run, as far as it names its base."""
 
-    base: _BaseSaid
+    base: _BaseInManifest
 
 
 def _base_of(folder: Path) -> Base:
@@ -108,10 +97,10 @@ def _base_of(folder: Path) -> Base:
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():
             try:
-                said = read_json(place / "manifest.json", _WithBase)["base"]
+                names = read_json(place / "manifest.json", _WithBase)["base"]
             except Damaged:
-                continue  # another program's, or a run's that lost it
-            base = Base.of_manifest(said, place / "config.yaml")
+                continue  # another program's, an earlier version's, or a run's that lost it
+            base = Base(names["name"], names["revision"], names["variant"], names["vae"])
             for path in (base.name, base.vae):
                 if path is not None and is_local(path) and not Path(path).is_dir():
                     raise InputError(
@@ -125,12 +114,20 @@ def _base_of(folder: Path) -> Base:
     )
 
 
+class GivenPicture(TypedDict):
+    """A picture that somebody drew."""
+
+    path: Path
+    prompt: str
+    category: str
+    """Empty where it is not known."""
+
+
 @dataclass(frozen=True)
 class GivenPictures:
     """The pictures of a folder."""
 
-    rows: tuple[dict[str, Any], ...]
-    """Of each picture path, prompt and, where it is known, category."""
+    rows: tuple[GivenPicture, ...]
     left_out: tuple[str, ...]
     """Where a picture is that has no prompt which can be read, or a link to nothing, and why."""
 
@@ -152,19 +149,19 @@ def read_given_pictures(folder: Path) -> GivenPictures:
     metadata = [path for path in listing.files if is_metadata(path) and path.parent == folder]
     indices = sorted(folder.glob("*-of-*.jsonl"))
     left_out = [f"{row.where}: {row.left_out}" for row in listing.left_out]
-    rows: list[dict[str, Any]] = []
+    rows: list[GivenPicture] = []
     if metadata:
-        found = _of_metadata(read_metadata(metadata[0]), folder)
+        entries = _entries_of_metadata(read_metadata(metadata[0]), folder)
     elif indices:
         given = (row for index in indices for row in read_index(index, GivenRow, "restore it, or remove it"))
-        found = (
+        entries = (
             (row["file"], folder / row["file"], row["prompt"], row.get("category"))
             for row in given
             if row["file"] is not None
         )
     else:
-        found = _of_text_files(listing.files, folder)
-    for where, path, prompt, category in found:
+        entries = _entries_of_text_files(listing.files, folder)
+    for where, path, prompt, category in entries:
         try:
             if isinstance(prompt, LeftOut):
                 raise prompt
@@ -174,13 +171,13 @@ def read_given_pictures(folder: Path) -> GivenPictures:
     return GivenPictures(tuple(rows), tuple(left_out))
 
 
-_Found = Iterator[tuple[str, Path, object, object]]
-"""(where, the picture, its prompt as it was found or why it cannot be read, its category)"""
+_Entries = Iterator[tuple[str, Path, object, object]]
+"""For each picture: where it was found, its path, its prompt or why that cannot be read, its category."""
 
 
-def _of_metadata(metadata: Metadata, folder: Path) -> _Found:
-    for number, values in metadata.records():
-        where = f"{metadata.path}, entry {number}"
+def _entries_of_metadata(metadata: TableFile, folder: Path) -> _Entries:
+    for place, values in metadata.records(None):
+        where = f"{metadata.path} {place}"
         if isinstance(values, LeftOut):
             yield where, folder, values, None
             continue
@@ -191,7 +188,7 @@ def _of_metadata(metadata: Metadata, folder: Path) -> _Found:
         yield where, inside(folder, name), prompt, values.get("category")
 
 
-def _of_text_files(files: Sequence[Path], folder: Path) -> _Found:
+def _entries_of_text_files(files: Sequence[Path], folder: Path) -> _Entries:
     captions = text_files(files)
     for path in filter(is_image, files):
         if path.with_suffix("") not in captions:

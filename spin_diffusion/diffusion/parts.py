@@ -1,17 +1,14 @@
-"""The parts of a pipeline as their files have them, or not at all.
+"""The parts of a pipeline as their files have them, or not at all: see `store.configuration` and `store.weights`.
 
-diffusers and transformers take their own default for a key that a configuration lacks, and leave out one that they do
-not know; either way another model is run than the one that was given. So of every configuration the keys that change
-what is computed must be there, and each key must be one that the part's class reads. Keys that came after the first
-published Stable Diffusion may be missing: their defaults are what was computed before there was a choice.
+Keys that came after the first published Stable Diffusion may be missing: their defaults are what was computed before
+there was a choice.
 """
 
 import inspect
-import json
-import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,77 +19,144 @@ from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.noising import check_complete, check_scheduler
+from spin_diffusion.store.configuration import (
+    Choice,
+    Configuration,
+    Keys,
+    check_keys,
+    is_number,
+    read_configuration,
+    refuse_missing,
+)
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import check_stored, load_whole
 
 CONFIG = "config.json"
-_LONGEST_CONFIG = 2**24
-"""Bytes."""
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.safetensors"
 )
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that are not loaded: they draw nothing of a prompt, or would blacken training samples."""
-
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
-# Keys that decide what is computed and that no tensor's shape shows, all of them in the first published files
-_UNET_KEYS = (
-    "act_fn", "attention_head_dim", "block_out_channels", "center_input_sample", "cross_attention_dim",
-    "down_block_types", "downsample_padding", "flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block",
-    "mid_block_scale_factor", "norm_eps", "norm_num_groups", "out_channels", "up_block_types",
-)  # fmt: skip
-_VAE_KEYS = (
-    "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block",
-    "out_channels", "up_block_types",
-)  # fmt: skip
-_ENCODER_KEYS = (
-    "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
-    "num_attention_heads", "num_hidden_layers", "vocab_size",
-)  # fmt: skip
-# Keys of inputs that are not given here, with the only value that needs none
-_UNET_INPUTS = {
-    "class_embed_type": (None, "a class label of each image"),
-    "num_class_embeds": (None, "a class label of each image"),
-    "time_cond_proj_dim": (None, "the guidance scale as an embedding (LCM)"),
-    "encoder_hid_dim": (None, "another encoder's embeddings"),
-    "encoder_hid_dim_type": (None, "another encoder's embeddings (IP-Adapter, Kolors)"),
-    "attention_type": ("default", "the objects' places (GLIGEN)"),
-    "dual_cross_attention": (False, "two conditions at a time"),
-}
-_LEFT_BY_TRAINING = {
-    "decay", "inv_gamma", "min_decay", "min_value", "optimization_step", "power", "update_after_step", "use_ema_warmup",
-}  # fmt: skip
-"""Of diffusers' moving average of weights, which writes its own settings among the UNet's."""
-_OLD_ENCODER_KEYS = {"dropout", "torch_dtype", "gradient_checkpointing", "attn_implementation", "use_cache"}
-"""Which older versions of transformers wrote, and which change nothing that is computed here."""
+
+def _keys(kind: type, needed: str, harmless: str = "", **choices: Choice) -> Keys:
+    """The keys of a class of diffusers: those that it is made with, and harmless ones."""
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return Keys(tuple(needed.split()), frozenset({*defaults, *harmless.split()}), choices, defaults)
 
 
-def read_json_object(path: Path, where: str) -> dict[str, Any]:
-    """A configuration file.
+# All needed keys stand in the first published files
+_UNET = _keys(
+    UNet2DConditionModel,
+    "act_fn attention_head_dim block_out_channels center_input_sample cross_attention_dim down_block_types "
+    "downsample_padding flip_sin_to_cos freq_shift in_channels layers_per_block mid_block_scale_factor norm_eps "
+    "norm_num_groups out_channels up_block_types",
+    # diffusers' moving average of weights writes its own settings among the UNet's
+    "decay inv_gamma min_decay min_value optimization_step power update_after_step use_ema_warmup",
+    class_embed_type=Choice((None,), "a class label of each image"),
+    num_class_embeds=Choice((None,), "a class label of each image"),
+    time_cond_proj_dim=Choice((None,), "the guidance scale as an embedding (LCM)"),
+    encoder_hid_dim=Choice((None,), "another encoder's embeddings"),
+    encoder_hid_dim_type=Choice((None,), "another encoder's embeddings (IP-Adapter, Kolors)"),
+    attention_type=Choice(("default",), "the objects' places (GLIGEN)"),
+    dual_cross_attention=Choice((False,), "two conditions at a time"),
+)
+_VAE = _keys(
+    AutoencoderKL,
+    "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block out_channels "
+    "up_block_types",
+)
+_ENCODER = Keys(
+    (
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+    ),
+    # Older versions of transformers wrote the last ones, which change nothing that is computed here
+    frozenset(
+        {
+            *CLIPTextConfig().to_dict(),
+            "dropout",
+            "torch_dtype",
+            "gradient_checkpointing",
+            "attn_implementation",
+            "use_cache",
+        }
+    ),
+)
 
-    Args:
-        where: what the user gave, and the part of it; it begins the message.
 
-    Raises:
-        InputError: it is missing, too long, or not a JSON object.
-    """
-    if not path.exists():
-        raise InputError(f"{where}: {path.name} is missing: get the whole checkpoint")
-    try:
-        found = json.loads(read_bytes(path, _LONGEST_CONFIG))
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, InputError) else "it is not JSON"
-        raise InputError(f"{where}: {path.name} cannot be read ({reason}): get it again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{where}: {path.name} is not a JSON object: get it again")
-    return found
+@dataclass(frozen=True)
+class _Part:
+    """A network's folder in a checkpoint."""
+
+    folder: Path
+    where: str
+    """What the user gave, and the part of it; it begins messages."""
+    variant: str | None = None
+
+    def config(self, class_name: str | None = None) -> Configuration:
+        """Its configuration.
+
+        Args:
+            class_name: the only class that is supported, where the file says one.
+
+        Raises:
+            InputError: there is none, or it is of another class; the weights are an adapter.
+        """
+        if not self.folder.is_dir():
+            raise InputError(f"{self.where}: the folder {self.folder} is missing: get the whole checkpoint")
+        config = read_configuration(self.folder / CONFIG, self.where)
+        if class_name is not None and config.get("_class_name") != class_name:
+            raise InputError(f"{self.where} is {config.get('_class_name')} by its {CONFIG}, {class_name} is supported")
+        if (self.folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{self.where}: {self.folder} holds an adapter, not a whole model: merge it into its base, save and "
+                "give that"
+            )
+        return config
+
+    def checked_config(self, kind: type, keys: Keys) -> Configuration:
+        """The configuration of a class of diffusers. Raises InputError as `config` and `check_keys`."""
+        config, where = self.config(kind.__name__), f"{self.where}: {CONFIG}"
+        check_complete(config, kind, where)
+        check_keys(config, keys, where)
+        return config
+
+    def load(self, kind: Any, config: Configuration) -> Any:
+        """The network: the weights of the variant if there are any, else the plain ones, as diffusers takes them."""
+        variants = _variants(self.folder)
+        chosen = self.variant if self.variant in variants else None
+        if chosen not in variants:
+            if variants:
+                names = sorted(map(str, variants))
+                raise InputError(
+                    f"{self.where}: its weights are of the variant {' and '.join(names)} alone: give --variant "
+                    f"{names[0]}"
+                )
+            raise InputError(
+                f"{self.where}: {self.folder} has no weights in safetensors files (pickled ones, .bin, are not "
+                "loaded): save it with save_pretrained(FOLDER, safe_serialization=True) and give FOLDER"
+            )
+        check_stored(variants[chosen], config, where=self.where)
+        try:
+            return load_whole(kind, str(self.folder), where=self.where, variant=chosen)
+        except InputError:
+            raise
+        except Exception as error:  # diffusers, transformers and safetensors raise dozens of kinds
+            raise InputError(f"{self.where} cannot be loaded ({one_line(error)}): get its files again") from error
 
 
 def load_parts(
-    family: ModuleType, index: Mapping[str, Any], folder: Path, base: Base, cache_dir: str | None
+    family: ModuleType, index: Configuration, folder: Path, base: Base, cache_dir: str | None
 ) -> dict[str, Any]:
     """The networks and tokenizers of a family's pipeline, and None for parts that are not loaded.
 
@@ -104,30 +168,30 @@ def load_parts(
     Raises:
         InputError: a part that is missing, of another class than the family's, or not what its files say.
     """
-    where = base.name
-    _check_index(family, index, where)
+    _check_index(family, index, base.name)
+    scheduler = f"{base.name}: its scheduler"
     check_scheduler(
-        read_json_object(folder / "scheduler" / "scheduler_config.json", f"{where}: its scheduler"),
-        f"{where}: its scheduler", _class_in(index, "scheduler"),
-    )  # fmt: skip
-    variant = base.variant
+        read_configuration(folder / "scheduler" / "scheduler_config.json", scheduler),
+        scheduler,
+        _class_in(index, "scheduler"),
+    )
     names = ["unet", *family.ENCODERS, *(["vae"] if base.vae is None else [])]
-    if variant and not any(variant in _variants(folder / name) for name in names):
-        raise InputError(f"{where}: no part has weights of --variant {variant}: {_present(folder, names)}")
+    if base.variant and not any(base.variant in _variants(folder / name) for name in names):
+        present = sorted({str(variant) for name in names for variant in _variants(folder / name) if variant})
+        remedy = f"give --variant {' or '.join(present)}" if present else "leave --variant out"
+        raise InputError(f"{base.name}: no part has weights of --variant {base.variant}: {remedy}")
     parts: dict[str, Any] = {name: None for name in _IGNORED if name in index}
-    parts["unet"] = load_unet(folder / "unet", f"{where}: its UNet", variant)
+    parts["unet"] = load_unet(folder / "unet", f"{base.name}: its UNet", base.variant)
     for name, kind in family.ENCODERS.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
-        parts[name], parts[tokenizer] = _load_encoder(kind, folder, name, tokenizer, variant, where)
+        part = _Part(folder / name, f"{base.name}: its {name}", base.variant)
+        parts[name], parts[tokenizer] = _load_encoder(kind, part, folder / tokenizer, f"{base.name}: its {tokenizer}")
     if base.vae is not None:
-        parts["vae"] = _load_given_vae(family, base, cache_dir)
+        parts["vae"] = _load_given_vae(family, base.vae, cache_dir)
     else:
-        parts["vae"] = _load_vae(family, folder / "vae", f"{where}: its VAE", variant)
-    _check_together(family, parts, where)
+        parts["vae"] = _load_vae(family, _Part(folder / "vae", f"{base.name}: its VAE", base.variant))
+    _check_together(family, parts, base.name)
     return parts
-
-
-# Of each part
 
 
 def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DConditionModel:
@@ -137,117 +201,103 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
         InputError: it is not a UNet2DConditionModel of the kind that is told a prompt and a timestep alone, or not
             what its files say.
     """
-    config = _read_config(folder, where, "UNet2DConditionModel")
-    check_complete(config, UNet2DConditionModel, where, CONFIG)
-    _check_keys(config, _UNET_KEYS, _parameters(UNet2DConditionModel).keys() | _LEFT_BY_TRAINING, where)
-    _check_types(config, UNet2DConditionModel, where)
-    for key, (value, needs) in _UNET_INPUTS.items():
-        if config.get(key, value) != value:
-            raise InputError(
-                f"{where}: {key} is {config[key]!r}: it needs {needs}, which is not supported ({key} {value!r} is)"
-            )
-    return _load(UNet2DConditionModel, folder, where, variant)
+    part = _Part(folder, where, variant)
+    return part.load(UNet2DConditionModel, part.checked_config(UNet2DConditionModel, _UNET))
 
 
-def _load_vae(family: ModuleType, folder: Path, where: str, variant: str | None) -> AutoencoderKL:
-    config = _read_config(folder, where, "AutoencoderKL")
-    check_complete(config, AutoencoderKL, where, CONFIG)
-    _check_keys(config, _VAE_KEYS, {*_parameters(AutoencoderKL)}, where)
-    _check_types(config, AutoencoderKL, where)
-    channels = config["latent_channels"]
+def _load_vae(family: ModuleType, part: _Part) -> AutoencoderKL:
+    config, where = part.checked_config(AutoencoderKL, _VAE), part.where
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
-    if not _is_number(scale) or not scale > 0:
+    if not is_number(scale) or not scale > 0:
         raise InputError(
             f"{where}: scaling_factor is {'missing' if scale is None else repr(scale)}: {CONFIG} must name the number "
             "that latents are multiplied with, 0.13025 for SDXL's own VAE"
         )
-    if config.get("shift_factor"):
+    statistics = {key: config[key] for key in ("latents_mean", "latents_std") if config.get(key) is not None}
+    unused = ["shift_factor"] if config.get("shift_factor") else []
+    unused += [] if family.STANDARDISED_LATENTS else list(statistics)
+    if unused:
         raise InputError(
-            f"{where}: shift_factor is {config['shift_factor']!r}, which {family.PIPELINE.__name__} does not apply: "
-            "give a VAE without it"
+            f"{where}: it has {' and '.join(unused)}, which {family.PIPELINE.__name__} does not apply: give a VAE "
+            "without"
         )
-    given = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
-    for key in given:
-        numbers = config[key]
-        if not isinstance(numbers, list) or len(numbers) != channels or not all(map(_is_number, numbers)):
+    for key, numbers in statistics.items():
+        channels = config["latent_channels"]
+        if not isinstance(numbers, list) or len(numbers) != channels or not all(map(is_number, numbers)):
             raise InputError(f"{where}: {key} must have one number for each of {channels} channels, got {numbers!r}")
-    if len(given) == 1:
-        raise InputError(f"{where}: it has {given[0]} alone: latents_mean and latents_std belong together")
-    if given and min(config["latents_std"]) <= 0:
-        raise InputError(f"{where}: latents_std {config['latents_std']!r} must be above 0")
-    if given and not family.STANDARDISED_LATENTS:
-        raise InputError(
-            f"{where}: it has latents_mean and latents_std, which {family.PIPELINE.__name__} does not apply: give a "
-            "VAE without them"
-        )
-    return _load(AutoencoderKL, folder, where, variant)
+        if len(statistics) == 1:
+            raise InputError(f"{where}: it has {key} alone: latents_mean and latents_std belong together")
+        if key == "latents_std" and min(numbers) <= 0:
+            raise InputError(f"{where}: latents_std {numbers!r} must be above 0")
+    return part.load(AutoencoderKL, config)
 
 
-def _load_given_vae(family: ModuleType, base: Base, cache_dir: str | None) -> AutoencoderKL:
-    """The VAE that stands in for the checkpoint's own."""
-    flag = f"--pretrained_vae_model_name_or_path {base.vae}"
-    folder = Path(str(base.vae))
+def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> AutoencoderKL:
+    """The VAE that stands in for the checkpoint's own.
+
+    Args:
+        name: local folder or hub id.
+    """
+    flag, folder = f"--pretrained_vae_model_name_or_path {name}", Path(name)
     if folder.is_file():
         raise InputError(
             f"{flag} is a single file: convert it once with diffusers, "
-            f"AutoencoderKL.from_single_file({str(folder)!r}).save_pretrained(FOLDER), and give FOLDER"
+            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER), and give FOLDER"
         )
     if not folder.is_dir():
-        if is_local(str(base.vae)):
+        if is_local(name):
             raise InputError(f"{flag}: the folder does not exist: give the folder of a VAE, or a hub id")
-        folder = _downloaded_vae(str(base.vae), flag, cache_dir)
+        patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
+        try:
+            folder = Path(
+                snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns="*.bin")
+            )
+        except Exception as error:  # the hub's client raises dozens of kinds
+            raise InputError(
+                f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
+            ) from error
     if (folder / "model_index.json").is_file():
         raise InputError(f"{flag} is a whole pipeline: give its VAE, {folder / 'vae'}")
-    found = _variants(folder)
-    if found and None not in found:
-        load = f"AutoencoderKL.from_pretrained({str(base.vae)!r}, variant={min(map(str, found))!r})"
+    variants = _variants(folder)
+    if variants and None not in variants:
+        load = f"AutoencoderKL.from_pretrained({name!r}, variant={min(map(str, variants))!r})"
         raise InputError(
             f"{flag}: it has variants of its weights alone, and is taken without one: save it plainly with diffusers, "
             f"{load}.save_pretrained(FOLDER), and give FOLDER"
         )
-    return _load_vae(family, folder, flag, None)
+    return _load_vae(family, _Part(folder, flag))
 
 
-def _downloaded_vae(name: str, flag: str, cache_dir: str | None) -> Path:
-    """Where the hub's client has put the files."""
-    try:
-        patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
-        found = snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns=["*.bin"])
-    except Exception as error:  # the hub's client raises dozens of kinds
-        raise InputError(
-            f"{flag}: neither a local folder nor a hub id that can be reached ({reason_of(error)})"
-        ) from error
-    return Path(found)
+def _load_encoder(kind: Any, part: _Part, folder: Path, where: str) -> tuple[PreTrainedModel, CLIPTokenizer]:
+    """A text encoder and its tokenizer.
 
-
-def _load_encoder(
-    kind: Any, folder: Path, name: str, tokenizer: str, variant: str | None, where: str
-) -> tuple[PreTrainedModel, CLIPTokenizer]:
-    """A text encoder and its tokenizer."""
-    of_part = f"{where}: its {name}"
-    config = _read_config(folder / name, of_part, None)
+    Args:
+        kind: class of the encoder.
+        folder, where: of the tokenizer.
+    """
+    config = part.config()
     if config.get("model_type") != "clip_text_model":
         raise InputError(
-            f"{of_part} is of the type {config.get('model_type')!r}, {kind.__name__} (clip_text_model) is supported"
+            f"{part.where} is of the type {config.get('model_type')!r}, {kind.__name__} (clip_text_model) is supported"
         )
-    needed = (*_ENCODER_KEYS, *(("projection_dim",) if "Projection" in kind.__name__ else ()))
-    _check_keys(config, needed, set(CLIPTextConfig().to_dict()) | _OLD_ENCODER_KEYS, of_part)
-    of_prompts = _load_tokenizer(folder / tokenizer, config, f"{where}: its {tokenizer}")
-    return _load(kind, folder / name, of_part, variant), of_prompts
+    if "Projection" in kind.__name__ and "projection_dim" not in config:
+        refuse_missing(["projection_dim"], f"{part.where}: {CONFIG}")
+    check_keys(config, _ENCODER, f"{part.where}: {CONFIG}")
+    tokenizer = _load_tokenizer(folder, config, where)
+    return part.load(kind, config), tokenizer
 
 
-def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLIPTokenizer:
+def _load_tokenizer(folder: Path, encoder: Configuration, where: str) -> CLIPTokenizer:
     """A tokenizer that makes the ids which an encoder of this configuration reads."""
-    config = read_json_object(folder / "tokenizer_config.json", where)
+    config = read_configuration(folder / "tokenizer_config.json", where)
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise InputError(f"{where}: {name} is missing, and so is tokenizer.json: get the whole checkpoint")
     special = folder / "special_tokens_map.json"
-    said = config | (read_json_object(special, where) if special.is_file() else {})
-    for key in ("model_max_length", "pad_token"):
-        if said.get(key) is None:
-            raise InputError(f"{where}: {key} is missing in tokenizer_config.json: get the checkpoint's own file")
+    given = config | (read_configuration(special, where) if special.is_file() else {})
+    missing = [key for key in ("model_max_length", "pad_token") if given.get(key) is None]
+    refuse_missing(missing, f"{where}: tokenizer_config.json")
     if config.get("tokenizer_class", "CLIPTokenizer") not in _TOKENIZERS:
         raise InputError(
             f"{where} is {config['tokenizer_class']} by its tokenizer_config.json, CLIPTokenizer is supported"
@@ -261,12 +311,12 @@ def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLI
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises dozens of kinds
-        raise InputError(f"{where} cannot be loaded ({reason_of(error)}): get its files again") from error
-    highest, rows = max(tokenizer.get_vocab().values()), encoder["vocab_size"]
-    if highest >= rows:
+        raise InputError(f"{where} cannot be loaded ({one_line(error)}): get its files again") from error
+    highest, embeddings = max(tokenizer.get_vocab().values()), encoder["vocab_size"]
+    if highest >= embeddings:
         raise InputError(
-            f"{where} has ids up to {highest}, and its text encoder {rows} embeddings: give the tokenizer that it was "
-            "trained with"
+            f"{where} has ids up to {highest}, and its text encoder {embeddings} embeddings: give the tokenizer that "
+            "it was trained with"
         )
     end = encoder.get("eos_token_id", CLIPTextConfig().eos_token_id)
     # 2 is what old files say where the end token is the one of the highest id
@@ -278,86 +328,28 @@ def _load_tokenizer(folder: Path, encoder: Mapping[str, Any], where: str) -> CLI
     return tokenizer
 
 
-# What they have in common
-
-
-def _check_index(family: ModuleType, index: Mapping[str, Any], where: str) -> None:
+def _check_index(family: ModuleType, index: Configuration, where: str) -> None:
     """The classes that a pipeline names are those of its family, and each of its settings is there and known."""
-    tokenizers = [name.replace("text_encoder", "tokenizer") for name in family.ENCODERS]
-    expected: dict[str, tuple[str, ...]] = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
-    expected |= {name: (kind.__name__,) for name, kind in family.ENCODERS.items()}
-    expected |= dict.fromkeys(tokenizers, _TOKENIZERS)
-    for name, kinds in expected.items():
-        found = _class_in(index, name)
-        if found not in kinds:
+    classes: dict[str, tuple[str, ...]] = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
+    for name, kind in family.ENCODERS.items():
+        classes |= {name: (kind.__name__,), name.replace("text_encoder", "tokenizer"): _TOKENIZERS}
+    for name, supported in classes.items():
+        if (given := _class_in(index, name)) not in supported:
             raise InputError(
-                f"{where}: model_index.json has {found or 'nothing'} as its {name}, {kinds[0]} is supported"
+                f"{where}: model_index.json has {given or 'nothing'} as its {name}, {supported[0]} is supported"
             )
-    known = {*expected, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE.__init__).parameters}
-    if foreign := sorted(key for key in index if key not in known and not key.startswith("_")):
-        raise InputError(
-            f"{where}: model_index.json has {printable(foreign[0])}, which {family.PIPELINE.__name__} does not have"
-        )
+    known = {*classes, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE.__init__).parameters}
+    pipeline = Keys((), frozenset(known), foreign=f"{family.PIPELINE.__name__} does not have")
+    check_keys(index, pipeline, f"{where}: model_index.json")
     for key in family.FLAGS:
         if not isinstance(index.get(key), bool):
             raise InputError(f"{where}: model_index.json must say {key}, true or false: get the checkpoint's own file")
 
 
-def _class_in(index: Mapping[str, Any], name: str) -> str | None:
+def _class_in(index: Configuration, name: str) -> str | None:
     """The class that a model_index.json names for a part."""
-    said = index.get(name)
-    return said[1] if isinstance(said, list) and len(said) == 2 and isinstance(said[1], str) else None
-
-
-def _read_config(folder: Path, where: str, kind: str | None) -> dict[str, Any]:
-    """A part's configuration.
-
-    Args:
-        kind: name of the only class that is supported, where the file says one.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{where}: the folder {folder} is missing: get the whole checkpoint")
-    config = read_json_object(folder / CONFIG, where)
-    if kind is not None and config.get("_class_name") != kind:
-        raise InputError(f"{where} is {config.get('_class_name')} by its {CONFIG}, {kind} is supported")
-    if config.get("quantization_config"):
-        raise InputError(
-            f"{where}: its weights are quantised (quantization_config), which cannot be trained from: give the "
-            "checkpoint in float32, float16 or bfloat16"
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{where}: {folder} holds an adapter, not a whole model: merge it into its base, save and give that"
-        )
-    return config
-
-
-def _check_keys(config: Mapping[str, Any], needed: tuple[str, ...], known: set[str], where: str) -> None:
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise InputError(
-            f"{where}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing in {CONFIG}, and the "
-            "library's default may be another: get the checkpoint's own file"
-        )
-    foreign = sorted(key for key in config if key not in known and not key.startswith("_"))
-    if foreign:
-        raise InputError(
-            f"{where}: {CONFIG} has {', '.join(map(printable, foreign[:5]))}, which the installed version does not "
-            f"know and would leave out: if it changes nothing remove it from {CONFIG}, else update diffusers"
-        )
-
-
-def _check_types(config: Mapping[str, Any], kind: type, where: str) -> None:
-    """Where a class has a text as its default a text is given, and none where it has a number or a switch: diffusers
-    checks neither, and a text is true."""
-    for key, parameter in _parameters(kind).items():
-        value, default = config.get(key), parameter.default
-        if isinstance(value, bool | int | float | str) and isinstance(default, bool | int | float | str):
-            if isinstance(value, str) != isinstance(default, str):
-                raise InputError(
-                    f"{where}: {key} is {printable(repr(value))} in {CONFIG}, where {kind.__name__} has "
-                    f"{default!r} by default: get the checkpoint's own file"
-                )
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
 def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) -> None:
@@ -389,54 +381,15 @@ def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) ->
         )
 
 
-def _load(kind: Any, folder: Path, where: str, variant: str | None) -> Any:
-    """A part's weights: those of the variant if it has them, else the plain ones, as diffusers takes them."""
-    found = _variants(folder)
-    chosen = variant if variant in found else None
-    if chosen not in found:
-        if found:
-            raise InputError(f"{where}: its weights are of the variant {' and '.join(map(str, found))} alone: give "
-                             f"--variant {sorted(map(str, found))[0]}")  # fmt: skip
-        raise InputError(
-            f"{where}: {folder} has no weights in safetensors files (pickled ones, .bin, are not loaded): save it with "
-            "save_pretrained(FOLDER, safe_serialization=True) and give FOLDER"
-        )
-    check_stored(found[chosen], read_json_object(folder / CONFIG, where), where=where)
-    try:
-        return load_whole(kind, str(folder), where=where, variant=chosen)
-    except InputError:
-        raise
-    except Exception as error:  # diffusers, transformers and safetensors raise dozens of kinds
-        raise InputError(f"{where} cannot be loaded ({reason_of(error)}): get its files again") from error
-
-
 def _variants(folder: Path) -> dict[str | None, list[Path]]:
     """The weight files in a folder by their variant; None = without one."""
-    found: dict[str | None, list[Path]] = {}
+    files: dict[str | None, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := _WEIGHTS.fullmatch(path.name):
-            found.setdefault(match["variant"], []).append(path)
-    return found
-
-
-def _present(folder: Path, names: list[str]) -> str:
-    """Of the parts' weights the variants that there are, in words."""
-    found = sorted({variant for name in names for variant in _variants(folder / name) if variant})
-    return f"give --variant {' or '.join(found)}" if found else "leave --variant out"
-
-
-def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(kind.__init__).parameters
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            files.setdefault(match["variant"], []).append(path)
+    return files
 
 
 def is_local(name: str) -> bool:
     """Whether a name is meant as a path rather than as a hub id, OWNER/NAME."""
     return Path(name).exists() or name.startswith((".", os.sep, "~")) or name.count("/") > 1
-
-
-def reason_of(error: Exception) -> str:
-    return printable((str(error).strip().splitlines() or [type(error).__name__])[0][:300])

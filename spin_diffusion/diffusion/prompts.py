@@ -31,14 +31,15 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 class CutPrompts:
-    """What of prompts the text encoders do not read: counted as they pass, said before anything is drawn or trained."""
+    """The ends of prompts that the text encoders do not read: counted as the prompts pass, and said before anything is
+    drawn or trained."""
 
     def __init__(self, pipeline: Any) -> None:
         self.tokenizers = [found for name in TOKENIZERS if (found := getattr(pipeline, name, None)) is not None]
         self.prompts = self.cut = self.longest = 0
         self._waiting: list[str] = []
         self._first: tuple[str, str] | None = None
-        # Of what is read of the prompts that fill a text encoder, the hashes of the prompts
+        # Hash of the tokens that are read -> hashes of the prompts that begin with them and fill a text encoder
         self._alike: dict[bytes, set[bytes]] = {}
 
     def add(self, texts: Iterable[str]) -> "CutPrompts":
@@ -107,7 +108,7 @@ class Prompts:
         self.device = pipeline.text_encoder.device
         with torch.no_grad(), autocast():
             self._unconditional: Embedded = family.unconditional(pipeline)
-        # Of each kept prompt the hash, sorted, and its place: 12 bytes, however long it is
+        # The hash of each stored prompt, sorted, and its place: 12 bytes, however long it is
         self._hashes, self._places = np.zeros(0, np.uint64), np.zeros(0, np.int32)
         self._file: Callable[[int], Any] = lambda number: None
 
@@ -188,7 +189,7 @@ class Prompts:
         return [getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name, None) is not None]
 
     def _encoders_hash(self, dtype: torch.dtype) -> str:
-        """Of all that decides an embedding, but the prompt."""
+        """The hash of all that decides an embedding, but the prompt."""
         tokenizers = [getattr(self.pipeline, name, None) for name in TOKENIZERS]
         words = [words_of(found) for found in tokenizers if found]
         content = [*((weights_hash(encoder), config_of(encoder)) for encoder in self._encoders()), words, str(dtype)]

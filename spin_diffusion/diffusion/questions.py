@@ -35,15 +35,15 @@ from spin_diffusion.selfplay.sending import sent
 class Question:
     """Noised images, both sides of a batch one after the other, and what a denoiser should say to them.
 
-    All but the images and their targets is of each pair, and reaches the denoiser alike for both of its sides.
+    All but the images and their targets has one row for each pair, and reaches the denoiser alike for both sides.
 
     Attributes:
-        x_t, target: of each image.
+        x_t, target: one row for each image.
         t: timestep of each pair.
         inputs: the denoiser's other inputs by the keywords of its call, tensors with one row for each pair.
         read: from what the denoiser says to what is compared with `target`, fp32.
-        weight: of the scores of each pair.
-        level: of each pair, in [0, 1).
+        weight: what the scores of each pair are multiplied with.
+        level: noise level of each pair, in [0, 1).
     """
 
     x_t: Tensor
@@ -56,16 +56,16 @@ class Question:
 
     def asked_of(self, model: Callable[..., Any]) -> Tensor:
         """What a model predicts of each image, as `target` is."""
-        inputs = {
-            name: {key: self.of_sides(tensor) for key, tensor in found.items()}
-            if isinstance(found, dict)
-            else self.of_sides(found)
-            for name, found in self.inputs.items()
-        }
+        inputs = {name: self._both_sides(value) for name, value in self.inputs.items()}
         return self.read(model(self.x_t, self.of_sides(self.t), **inputs, return_dict=False)[0])
 
+    def _both_sides(self, value: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(value, dict):
+            return {name: self.of_sides(tensor) for name, tensor in value.items()}
+        return self.of_sides(value)
+
     def scores(self, predicted: Tensor) -> Tensor:
-        """Of each image."""
+        """The score of each image."""
         return self.of_sides(self.weight) * errors.score(predicted, self.target)
 
     def of_sides(self, of_pairs: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Questions:
                 target=target,
                 weight=sent(self.weights[steps.t[step]], self.device),
                 level=sent(steps.t[step] / self.noising.num_timesteps, self.device),
-            )  # fmt: skip
+            )
 
     def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
         """The denoiser's inputs beside x_t and t, as keywords of its call."""

@@ -57,14 +57,14 @@ def log_spectrum(latents: Latents, num_bands: int = NUM_BANDS) -> Float[np.ndarr
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     band = np.digitize(radius, band_edges(num_bands)) - 1
     band[0, 0] = -1  # the mean
-    means = [power[..., band == b].mean(axis=-1) if (band == b).any() else power[..., 0, 0] * np.nan
-             for b in range(num_bands)]  # fmt: skip
+    empty = np.full(power.shape[:-2], np.nan)
+    means = [power[..., band == b].mean(axis=-1) if (band == b).any() else empty for b in range(num_bands)]
     return 10 * np.log10(np.stack(means, axis=-1) + 1e-12)
 
 
 def residual_statistics(latents: Latents) -> Float[np.ndarray, "batch channels 3"]:
-    """Of what a 3 x 3 binomial blur takes away from each channel: log of its spread, log of its kurtosis (normal: log
-    3), and the correlation of neighbours in it."""
+    """Log of the spread, log of the kurtosis (normal: log 3) and correlation of neighbours in the residual of each
+    channel: what a 3 x 3 binomial blur takes away from it."""
     x = latents.double().cpu().numpy()
     rows = (x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]) / 4
     blurred = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
@@ -304,16 +304,16 @@ def _lines(
 ) -> list[str]:
     """One sentence on traces, one on what else there is."""
 
-    def told(name: str) -> str:
+    def interval_of(name: str) -> str:
         found = auc[name]
         assert found is not None
         return f"AUC {found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
     traces = []
     if _counts(auc["decoder"]) and not round_trip:
-        traces.append(f"the decoder ({told('decoder')})")
+        traces.append(f"the decoder ({interval_of('decoder')})")
     if _counts(auc["codec"]):
-        traces.append(f"one pass of the codec ({told('codec')})")
+        traces.append(f"one pass of the codec ({interval_of('codec')})")
     if traces:
         first = (
             f"traces of {' and of '.join(traces)} tell images of the same content apart over {pairs} "
@@ -323,13 +323,13 @@ def _lines(
     elif round_trip:
         first = (
             f"real images passed the VAE as generated ones did; without that, traces of the decoder "
-            f"would have {told('decoder')} over {pairs} pairs"
+            f"would have {interval_of('decoder')} over {pairs} pairs"
         )
     else:
         decoder = auc["decoder"]
         found = "weak traces" if decoder is not None and decoder.low > 0.5 else "no traces"
         first = (
-            f"a linear probe finds {found} of the decoder ({told('decoder')} over {pairs} pairs; it warns from "
+            f"a linear probe finds {found} of the decoder ({interval_of('decoder')} over {pairs} pairs; it warns from "
             f"{ALARMING_AUC} on)"
         )
     differences = [
@@ -341,8 +341,8 @@ def _lines(
     _, channel, band, largest = max(differences, key=lambda difference: difference[:3])
     low, high = band_edges()[band], min(band_edges()[band + 1], 0.5)
     second = (
-        f"real from generated: {told('generated')}"
-        + ("" if round_trip else f", after the VAE has passed both {told('content')}")
+        f"real from generated: {interval_of('generated')}"
+        + ("" if round_trip else f", after the VAE has passed both {interval_of('content')}")
         + f"; spectra differ most in channel {channel} at {low:.2f} to {high:.2f} cycles a latent px "
         f"({largest.mean:+.1f} dB [{largest.low:+.1f}, {largest.high:+.1f}], real - generated)"
     )

@@ -4,7 +4,6 @@ A base is a checkpoint in transformers' layout, or a LoRA adapter (PEFT) on one,
 adapters are merged into the weights below them before anything is played.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,21 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from spin_diffusion.data.rows import one_line
 from spin_diffusion.llm.config import LanguageConfig
+from spin_diffusion.store.configuration import read_configuration
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.run_dir import file_hash
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import check_stored, load_whole
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
-CONFIG_BYTES = 16 * 2**20
 MOST_ADAPTERS = 8
 """So many may lie on each other."""
-QUANTISED = ("quantization_config", "compression_config")
-"""Keys of config.json by which weights are stored in other numbers than they are computed with."""
 UNSEEN = ("num_attention_heads", "hidden_act", "rms_norm_eps")
 """Keys without which a model is another one, though every tensor fits; transformers always writes them."""
 
@@ -80,7 +75,7 @@ class LanguageBase:
         """
         chain = [self]
         while (path := chain[-1]._adapter_config()) is not None:
-            top, said = chain[-1], _read(path)
+            top, said = chain[-1], read_configuration(path, chain[-1].where())
             below = said.get("base_model_name_or_path")
             if not isinstance(below, str) or not below:
                 raise InputError(
@@ -240,14 +235,10 @@ def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
     config = AutoConfig.from_pretrained(root.name, **root.options())
     text, path = config.get_text_config(), root.file("config.json")
     assert path is not None
-    written = _read(path)
-    if key := next((key for key in QUANTISED if written.get(key)), None):
-        kind = written[key].get("quant_method", "") if isinstance(written[key], dict) else ""
-        raise InputError(
-            f"{where}: its weights are quantised ({kind or key} in config.json), and what is trained here "
-            "needs them in full: give the checkpoint that it was made from"
-            + (f", and name that in {ADAPTER_CONFIG} (base_model_name_or_path)" if has_adapter else "")
-        )
+    written = read_configuration(path, where)
+    named = f", and name that in {ADAPTER_CONFIG} (base_model_name_or_path)" if has_adapter else ""
+    remedy = f"give the checkpoint that it was made from{named}"
+    check_stored(_weight_files(root, where), written, where=where, remedy=remedy)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"{where}: a {config.model_type} model has an encoder and a decoder, and only causal language "
@@ -260,27 +251,15 @@ def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
                 f"{where}: config.json does not say {key}, and transformers would take its own default "
                 f"({getattr(text, key)}): write the model's own into it"
             )
-    check_stored(_weight_files(root), written, where=where)
 
 
-def _weight_files(root: LanguageBase) -> list[Path]:
+def _weight_files(root: LanguageBase, where: str) -> list[Path]:
     """Its safetensors files on this machine."""
     whole, index = (root.file(name) for name in WHOLE)
     if whole is not None:
         return [whole]
-    named = _read(index).get("weight_map", {}) if index is not None else {}
+    named = read_configuration(index, where).get("weight_map", {}) if index is not None else {}
     return [path for name in sorted(set(named.values())) if (path := root.file(name)) is not None]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A configuration of somebody else's."""
-    try:
-        said = json.loads(read_bytes(path, at_most=CONFIG_BYTES))
-    except ValueError as error:
-        raise InputError(f"{printable(path)} is no JSON ({one_line(error)}): get it again") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{printable(path)} is no JSON object: get it again")
-    return said
 
 
 def _load_tokenizer(base: LanguageBase) -> PreTrainedTokenizerBase:

@@ -15,20 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from spin_diffusion.data.report import (
-    CHANGED_BY_TEMPLATE,
-    EMPTY_ANSWER,
-    EMPTY_PROMPT,
-    PROMPT_TOO_LONG,
-    REFUSED_BY_TEMPLATE,
-    SPECIAL_TOKEN,
-    LeftOut,
-)
-from spin_diffusion.data.rows import one_line
+from spin_diffusion.data.report import Bad, Expected, LeftOut
 from spin_diffusion.data.text import Message, TextExample, last_question
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import broken_character
+from spin_diffusion.store.text import broken_character, one_line
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
 """Variables of a chat template that no argument may be named like."""
@@ -209,7 +200,7 @@ class Chat:
         whole = self._filled([*prompt, {"role": "assistant", "content": completion}], opens_answer=False)
         if not whole.startswith(asked):
             check_template(self.tokenizer)
-            raise LeftOut(REFUSED_BY_TEMPLATE, f"answered, it is written otherwise: {_difference(asked, whole)}")
+            raise LeftOut(Bad.REFUSED_BY_TEMPLATE, f"answered, it is written otherwise: {_difference(asked, whole)}")
         answer = whole[len(asked) :]
         end = self._ends.search(answer)
         # Whatever a template writes behind the end, a model that ended its turn never does
@@ -226,7 +217,7 @@ class Chat:
         given, made = self._shown(hidden), self._shown(written.strip())
         place = max(len(os.path.commonprefix([given, made])) - 8, 0)  # with what is alike before it
         raise LeftOut(
-            CHANGED_BY_TEMPLATE,
+            Bad.CHANGED_BY_TEMPLATE,
             f"the answer {given[place : place + 40]!r} is written {made[place : place + 40]!r}: give a template that "
             "writes answers as they are (--chat_template)",
         )
@@ -237,7 +228,9 @@ class Chat:
 
     def _hidden(self, text: str) -> str:
         if self._any_stand_in.search(text):
-            raise LeftOut(SPECIAL_TOKEN, f"private characters from U+{STAND_INS:X} on cannot be told from stand-ins")
+            raise LeftOut(
+                Expected.SPECIAL_TOKEN, f"private characters from U+{STAND_INS:X} on cannot be told from stand-ins"
+            )
         return self._controls.sub(lambda found: self._stand_in[found[0]], text)
 
     def _shown(self, text: str) -> str:
@@ -248,9 +241,11 @@ class Chat:
     def _prompt_ids(self, asked: str, is_plain: bool) -> list[int]:
         ids = self._before_text * is_plain + self._encode(asked)
         if not ids:
-            raise LeftOut(EMPTY_PROMPT, "it has no tokens")
+            raise LeftOut(Bad.EMPTY_PROMPT, "it has no tokens")
         if len(ids) >= self.max_length:
-            raise LeftOut(PROMPT_TOO_LONG, f"{len(ids)} tokens leave no room for an answer within {self.max_length}")
+            raise LeftOut(
+                Expected.PROMPT_TOO_LONG, f"{len(ids)} tokens leave no room for an answer within {self.max_length}"
+            )
         return ids
 
     def _written(self, prompt: str | list[Message], completion: str) -> _Written:
@@ -265,9 +260,11 @@ class Chat:
         end_id = ids.pop() if end else self.end_ids[-1]
         assert end_id in self.end_ids
         if not ids:
-            raise LeftOut(EMPTY_ANSWER, f"the tokenizer makes no tokens of {completion[:80]!r}")
+            raise LeftOut(Bad.EMPTY_ANSWER, f"the tokenizer makes no tokens of {completion[:80]!r}")
         if any(id_ in self.end_ids for id_ in ids):
-            raise LeftOut(SPECIAL_TOKEN, "this tokenizer takes the text of an end token in the answer for the token")
+            raise LeftOut(
+                Expected.SPECIAL_TOKEN, "this tokenizer takes the text of an end token in the answer for the token"
+            )
         has_special_text = self._any_stand_in.search(asked + answer) is not None
         return _Written(prompt_ids, ids, end_id, self._shown(answer), is_merged, has_special_text, is_stripped)
 
@@ -281,7 +278,9 @@ class Chat:
         harmless = self._any_stand_in.sub("x", text)
         pieces = self._encode_pieces(text)
         if pieces is None or self._encode_pieces(harmless) != _encode(self.tokenizer, harmless):
-            raise LeftOut(SPECIAL_TOKEN, f"this tokenizer cannot take {self._stands_for[stand_in[0]]!r} as text")
+            raise LeftOut(
+                Expected.SPECIAL_TOKEN, f"this tokenizer cannot take {self._stands_for[stand_in[0]]!r} as text"
+            )
         return pieces
 
     def _encode_pieces(self, text: str) -> list[int] | None:
@@ -449,9 +448,9 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
         raise
     except Exception as error:  # of any kind: it is a program of somebody else's
         roles = ", ".join(turn["role"] for turn in messages[:8])
-        raise LeftOut(REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error) or type(error).__name__}") from error
+        raise LeftOut(Bad.REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error)}") from error
     if (place := broken_character(text)) is not None:
-        raise LeftOut(REFUSED_BY_TEMPLATE, f"the template writes half a character, at {place}, which is no text")
+        raise LeftOut(Bad.REFUSED_BY_TEMPLATE, f"the template writes half a character, at {place}, which is no text")
     return text
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from spin_diffusion.data.rows import one_line
 from spin_diffusion.llm.settings import GenerationSettings
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 
 
 @dataclass(frozen=True)

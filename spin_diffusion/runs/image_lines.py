@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.diffusion.base import Base, python_arguments
-from spin_diffusion.diffusion.buckets import told
+from spin_diffusion.diffusion.buckets import sizes_in_words
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
@@ -51,7 +51,7 @@ def trained_line(game: DiffusionGame) -> str:
 def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
     """For the header: how many real images have which size, where they differ."""
     kinds = kinds_of(output_dir / "data" / ENCODED, Part())
-    return f"Sizes      {told(game.sizes, kinds)}\n" if kinds is not None else ""
+    return f"Sizes      {sizes_in_words(game.sizes, kinds)}\n" if kinds is not None else ""
 
 
 def _candidate_lines(config: Config) -> str:

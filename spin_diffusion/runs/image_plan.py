@@ -217,7 +217,7 @@ def predict(config: Config, rates: Rates, pairs: int, pictures: int, world: int)
     for k in range(1, config.rounds.rounds + 1):
         source = source_of(config.rounds, of_round(config.rounds.objective, k))
         steps, _ = steps_of_round(config.training, k, pairs, world)
-        work = work_of(config.flat(), source, pairs, steps)
+        work = work_of(config, source, pairs, steps)
         visited = steps * config.training.train_batch_size * config.training.gradient_accumulation_steps
         evaluated = pictures if k == config.rounds.rounds or config.evaluation.eval_every_round else 0
         found.append(
@@ -239,12 +239,12 @@ def disk(config: Config, rates: Rates, rows: int, pictures: int) -> int:
     data = rows * (rates.image_bytes + rates.latent_bytes + rates.prompt_bytes)
     total = data
     for name in runs:
-        work = work_of(config.flat(), source_of(config.rounds, name), pairs, 1)
+        work = work_of(config, source_of(config.rounds, name), pairs, 1)
         total += rounds * (work.drawn * rates.image_bytes + pictures * rates.picture_bytes + rates.player_bytes)
         total += rates.player_bytes  # the top folder's
     # Of one round at a time: encodings, trajectories, checkpoints and the one that is being written
     steps = max(steps_of_round(config.training, k, pairs, 1)[0] for k in range(1, rounds + 1))
-    encoded = max(work_of(config.flat(), source_of(config.rounds, name), pairs, 1).encoded for name in runs)
+    encoded = max(work_of(config, source_of(config.rounds, name), pairs, 1).encoded for name in runs)
     total += encoded * rates.latent_bytes
     if config.trajectory.trajectory != "forward":
         total += pairs * rates.latent_bytes * (config.sampling.num_inference_steps + 1)

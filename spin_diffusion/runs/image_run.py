@@ -165,14 +165,14 @@ def _costs(config: Config, game: DiffusionGame, pairs: int, kinds: Tensor | None
         game.accelerator.device, autocast_dtype(game.accelerator.mixed_precision) or torch.float32
     )
     zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
-    flat, world = config.flat(), game.accelerator.num_processes
+    world = game.accelerator.num_processes
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
 
     def of(rounds: RoundSettings) -> Costs:
         def flops(k: int, phase: str, samples: int) -> int | None:
             source = source_of(rounds, of_round(rounds.objective, k))
             steps, _ = steps_of_round(config.training, k, pairs, world)
-            return phase_flops(unit, work_of(flat, source, pairs, steps, zeros), phase, samples, batch)
+            return phase_flops(unit, work_of(config, source, pairs, steps, zeros), phase, samples, batch)
 
         return Costs(flops, rate)
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin_diffusion.data.report import PROMPT_TOO_LONG, LeftOut, ReadReport
+from spin_diffusion.data.report import Expected, LeftOut, ReadReport
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
@@ -243,9 +243,9 @@ def _rows(
         except LeftOut as left_out:
             report.used -= 1
             report.leave_out(example.where, left_out.reason, left_out.detail)
-            too_long = report.left_out[PROMPT_TOO_LONG]
+            too_long = report.left_out[Expected.PROMPT_TOO_LONG]
             if too_long >= HOPELESS_LONG_ROWS and not report.used:
-                first = report.kept_rows[PROMPT_TOO_LONG][0]
+                first = report.kept_rows[Expected.PROMPT_TOO_LONG][0]
                 raise InputError(
                     f"reading stopped early: of {report.read} rows none can be used, {too_long} for a prompt longer "
                     f"than --max_length {game.settings.max_length} (the first is {first}): raise it"

@@ -20,6 +20,7 @@ from spin_diffusion.store.input_error import InputError
 T = TypeVar("T")
 TEMPLATE_SECONDS, TEMPLATE_GIB = 10.0, 2.0
 """What one conversation may take to be written."""
+_REMEDY = "give another (--chat_template, or in the tokenizer)"
 _KIB = 1 if sys.platform != "darwin" else 1 / 1024
 """KiB in the unit in which the system tells the memory of a process."""
 _SOON = 0.02
@@ -67,13 +68,11 @@ def fill_template(template: str, fill: Callable[[], str]) -> str:
         InputError: it does not end. What the template raises passes.
     """
     if _has_powers(template):
-        raise InputError("the chat template takes a number to a power (**), which may not end: give another "
-                         "(--chat_template, or in the tokenizer)")  # fmt: skip
+        raise InputError(f"the chat template takes a number to a power (**), which may not end: {_REMEDY}")
     try:
         return run_within(TEMPLATE_SECONDS, TEMPLATE_GIB, "<template>", fill)
     except Unending as error:
-        raise InputError(f"the chat template does not end ({error}): give another (--chat_template, or in the "
-                         "tokenizer)") from error  # fmt: skip
+        raise InputError(f"the chat template does not end ({error}): {_REMEDY}") from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,15 +11,16 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.text import broken_character, printable
 
+Marker = dict[str, object]
+"""`program`, what writes into the folder, and `format`."""
 MARKER = ".spin-diffusion.json"
 FORMAT = 1
-"""Of what the marker says and of the files beside it; a folder of another one is refused."""
+"""Version of what the marker says and of the files beside it; a folder of another one is refused."""
 
 _OF_NOBODY = {".DS_Store", ".gitignore", ".gitkeep", ".keep", "Thumbs.db", "desktop.ini", "lost+found"}
 """Names that systems leave in an empty folder; they are not touched."""
@@ -60,12 +61,12 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir", inside:
     strangers = {name for name in names - _OF_NOBODY - {MARKER} if not name.startswith(".nfs")}
     if MARKER in names:
         try:
-            said = _read(folder / MARKER)
+            marker = _read(folder / MARKER)
         except InputError as error:
             raise InputError(f"{where} cannot be known as this program's folder ({error}): give another") from None
-        if not strangers and said != _marker_of(program):
-            return False  # emptied by its user; or a command was killed before its marker said something
-        _check_marker(said, program, where)
+        if not strangers and marker != _marker_of(program):
+            return False  # emptied by its user; or a command was killed before it had written its marker
+        _check_marker(marker, program, where)
         return True
     if strangers:
         raise InputError(
@@ -81,22 +82,22 @@ def check_folder(folder: Path, program: str, flag: str = "--output_dir", inside:
     return False
 
 
-def _marker_of(program: str) -> dict[str, Any]:
+def _marker_of(program: str) -> Marker:
     return {"program": program, "format": FORMAT}
 
 
-def _read(marker: Path) -> dict[str, Any]:
+def _read(path: Path) -> Marker:
     """What a marker says; nothing, if it is damaged."""
-    text = read_bytes(marker, at_most=10_000)
+    text = read_bytes(path, at_most=10_000)
     try:
-        said = json.loads(text)
+        marker = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return marker if isinstance(marker, dict) else {}
 
 
-def _check_marker(said: dict[str, Any], program: str, where: str) -> None:
-    owner, version = said.get("program"), said.get("format")
+def _check_marker(marker: Marker, program: str, where: str) -> None:
+    owner, version = marker.get("program"), marker.get("format")
     if owner != program:
         raise InputError(
             f"{where} is not this program's folder ({MARKER} says {printable(owner)}, not {program}): give another"
@@ -141,8 +142,10 @@ def take_marked(folder: Path, flag: str) -> None:
         InputError: as `take_folder`; it has no marker.
     """
     if not (folder / MARKER).is_file():
-        raise InputError(f"{printable(folder)} is not a folder of this program (it has no {MARKER}), and nothing is "
-                         f"written into it: give {flag}")  # fmt: skip
+        raise InputError(
+            f"{printable(folder)} is not a folder of this program (it has no {MARKER}), and nothing is written into "
+            f"it: give {flag}"
+        )
     take_folder(folder, str(_read(folder / MARKER).get("program")), flag)
 
 
@@ -205,8 +208,8 @@ def _lock(folder: Path, descriptor: int, flag: str, wait: bool) -> bool:
         raise busy from None
     except OSError as error:
         if folder.resolve() not in _unlocked:
-            told = f"this file system has no locks ({error.strerror}): do not start the command twice"
-            print(f"{printable(folder)}: {told}", flush=True)
+            warning = f"this file system has no locks ({error.strerror}): do not start the command twice"
+            print(f"{printable(folder)}: {warning}", flush=True)
         _unlocked.add(folder.resolve())
         return False
     if not _is_file(descriptor, folder / MARKER):  # deleted since it was opened

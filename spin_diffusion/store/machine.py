@@ -66,9 +66,9 @@ def _number(error: BaseException) -> int | None:
         return errno.ENOMEM
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in _REMEDIES else None
-    said = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
-    if said and int(said[1]) in _REMEDIES:
-        return int(said[1])
+    number = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    if number and int(number[1]) in _REMEDIES:
+        return int(number[1])
     if isinstance(error, FileNotFoundError):
         return errno.ENOENT
     return next(

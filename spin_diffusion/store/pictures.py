@@ -29,7 +29,7 @@ MAX_PIXELS = 100_000_000
 """300 MB once it is decoded."""
 MAX_SIDE_PX = 65_535
 MAX_SEGMENTS = 10_000
-"""Of a JPEG before its pixels; whole ones have a few hundred at most."""
+"""Most segments of a JPEG before its pixels; whole ones have a few hundred at most."""
 ORIENTATION = 0x0112
 """EXIF's and TIFF's tag: 1 is upright, 2 to 8 are turned or mirrored."""
 _TURNS = {
@@ -144,8 +144,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and colour is None:
         return image
     if image.mode == "F":
-        said = "has no defined white" if np.isfinite(np.asarray(image)).all() else "is not finite"
-        raise InputError(f"an image of 32-bit floats {said}: save it with 8 or 16 bits per channel")
+        fault = "has no defined white" if np.isfinite(np.asarray(image)).all() else "is not finite"
+        raise InputError(f"an image of 32-bit floats {fault}: save it with 8 or 16 bits per channel")
     hidden = None
     if isinstance(colour, (int, tuple)) and image.mode in ("1", "L", "RGB", "I", "I;16", "I;16B", "I;16L"):
         straight = image.convert("L") if image.mode == "1" else image

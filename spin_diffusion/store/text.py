@@ -11,6 +11,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in encodable)
 
 
+def one_line(error: object) -> str:
+    """The message of another library's error on one line, at most 300 characters; its type, if it has none."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 def broken_character(text: str) -> int | None:
     """The place of the first character, from 1, that is half of one or stands for a byte that is not UTF-8; None = the
     text is whole. No tokenizer, parquet file or page takes such a text."""

@@ -5,23 +5,41 @@ one that they have no place for; either way the model that is run is not the one
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
+from spin_diffusion.store.configuration import QUANTISED
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
 from spin_diffusion.store.text import printable
 
 _TRAINED_IN = {"F64", "F32", "F16", "BF16"}
 """How safetensors names the number types of weights that are not quantised."""
+_FULL = "the checkpoint in float32, float16 or bfloat16"
 _BUFFERS = ("position_ids", "attn.bias", "attention.bias")
 """Whole numbers that old checkpoints keep beside weights: those of the positions, and attention's masks."""
 _LONGEST_HEADER = 2**27
 """Bytes; the header of the largest models has a hundredth of it."""
+
+
+class LoadReport(TypedDict):
+    """What a library says of the weights that it loaded."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[tuple[str, Sequence[int], Sequence[int]]]
+    """Name, shape in the file, shape in the model."""
+
+
+class StoredTensor(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
 
 
 def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
@@ -38,36 +56,39 @@ def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
     Raises:
         InputError: a tensor is missing, foreign, of another shape, or not finite. What `from_pretrained` raises passes.
     """
-    model, said = kind.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+    model, report = kind.from_pretrained(
+        source,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
         **options,
-    )  # fmt: skip
-    check_whole(model, said, where)
+    )
+    check_whole(model, report, where)
     if getattr(model.config, "return_dict", True) is False:
         model.config.return_dict = True  # how transformers hands over what it computed, which is read by name
     return model
 
 
-def check_whole(model: nn.Module, said: dict[str, Any], where: str) -> None:
+def check_whole(model: nn.Module, report: LoadReport, where: str) -> None:
     """Raises InputError as `load_whole`.
 
     Args:
-        said: `missing_keys`, `unexpected_keys` and `mismatched_keys` (name, shape in the file, shape in the model), as
-            diffusers and transformers return them.
+        report: as diffusers and transformers return it.
     """
     reader = type(model).__name__
-    if missing := said["missing_keys"]:
+    if missing := report["missing_keys"]:
         raise InputError(
             f"{where}: its weights lack {_some(missing)}, which {reader} needs and would fill with random numbers: "
             "get the files again, or give a checkpoint that was saved whole (save_pretrained)"
         )
-    if misshapen := sorted(said["mismatched_keys"]):
+    if misshapen := sorted(report["mismatched_keys"]):
         name, found, wanted = misshapen[0]
         raise InputError(
             f"{where}: {printable(name)} has the shape {tuple(found)} in its weights and {tuple(wanted)} by its "
             f"config.json{_more(misshapen)}: weights and configuration are not of one model, get both again"
         )
-    if foreign := said["unexpected_keys"]:
+    if foreign := report["unexpected_keys"]:
         raise InputError(
             f"{where}: its weights have {_some(foreign)}, for which {reader} has no place: give the class's own "
             "checkpoint; if the model is right without them, load it once and save_pretrained() it elsewhere"
@@ -93,7 +114,7 @@ def config_of(part: Any) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, each with `dtype` and `shape`; no weights are read.
 
     Raises:
@@ -105,31 +126,39 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(size)) if size <= _LONGEST_HEADER else None
         except (ValueError, RecursionError):
             header = None
-    if not isinstance(header, dict) or not all(isinstance(said, dict) for said in header.values()):
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise InputError(f"{printable(path)} is damaged, or not a safetensors file: get it again")
-    return {name: said for name, said in header.items() if name != "__metadata__"}
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def check_stored(paths: Iterable[Path], config: Mapping[str, Any], *, where: str) -> None:
+def check_stored(
+    paths: Iterable[Path], config: Mapping[str, Any], *, where: str, remedy: str = f"give {_FULL}"
+) -> None:
     """Refuse before a model is made of them what the weights' files show, whose tensors' headers alone are read.
 
     Args:
         paths: all files of one model.
         config: the model's configuration.
+        remedy: what to do about quantised weights.
 
     Raises:
-        InputError: a tensor is stored in whole numbers or 8 bits, which are codes of weights that the libraries would
-            take for the weights themselves; the configuration has more layers than there are tensors, which could take
-            for ever to make; a file cannot be read.
+        InputError: the configuration says that weights are quantised; a tensor is stored in whole numbers or 8 bits,
+            which are codes of weights that the libraries would take for the weights themselves; the configuration has
+            more layers than there are tensors, which could take for ever to make; a file cannot be read.
     """
+    if key := next((key for key in QUANTISED if config.get(key)), None):
+        method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
+        raise InputError(
+            f"{where}: its weights are quantised ({method or key} in config.json), and cannot be trained from: {remedy}"
+        )
     tensors = 0
     for path in paths:
-        for name, said in read_header(path).items():
+        for name, tensor in read_header(path).items():
             tensors += 1
-            if said.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
+            if tensor.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
                 raise InputError(
-                    f"{where}: {printable(name)} is stored as {said.get('dtype')}: quantised weights cannot be trained "
-                    "from; give the checkpoint in float32, float16 or bfloat16"
+                    f"{where}: {printable(name)} is stored as {tensor.get('dtype')}: quantised weights cannot be "
+                    f"trained from; {remedy}"
                 )
     for key, value in _layers(config) if tensors else ():
         if value > tensors:
@@ -139,16 +168,16 @@ def check_stored(paths: Iterable[Path], config: Mapping[str, Any], *, where: str
             )
 
 
-def _layers(said: Any, key: str = "") -> Iterator[tuple[str, int]]:
+def _layers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
     """Whole numbers of a configuration whose keys name layers, also of its parts and by block."""
-    if isinstance(said, Mapping):
-        for name, value in said.items():
-            yield from _layers(value, name)
-    elif isinstance(said, list):
-        for value in said:
-            yield from _layers(value, key)
-    elif "layer" in key and isinstance(said, int):
-        yield key, said
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _layers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _layers(part, key)
+    elif "layer" in key and isinstance(value, int):
+        yield key, value
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

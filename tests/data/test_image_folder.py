@@ -146,7 +146,7 @@ def test_the_subfolder_of_the_split_is_read_where_there_is_one(folder: Path) -> 
             '{"file_name": "cat.png", "text": "a"}\n{"file_name": \n',
             "metadata.jsonl line 2 is not JSON",
         ),
-        ("metadata.jsonl", '["cat.png", "a"]\n', "line 1 is not an object like"),
+        ("metadata.jsonl", '["cat.png", "a"]\n', "entry 1 is not an object like"),
         ("metadata.jsonl", '{"filename": "cat.png", "text": "a"}\n', "no column 'file_name'.*nearest is 'filename'"),
         ("metadata.jsonl", '{"file_name": "cat.png", "txet": "a"}\n', "none of the columns text.*nearest is 'txet'"),
         ("metadata.csv", "file_name,text\ncat.png,a cat, wet\n", "metadata.csv line 2 has more than 2 fields"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from spin_diffusion.data.reading import Example
 from spin_diffusion.diffusion import images
-from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, told, unpacked
+from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, sizes_in_words, unpacked
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import ImageSettings
@@ -395,4 +395,4 @@ def test_the_mean_area_scales_the_work():
     unit = UnitCosts(unet=1000, unet_backward=2000, unet_backward_inputs=1500, text=7, vae_encode=100, vae_decode=200)
     less = unit.of_area(share)
     assert less.text == 7 and less.unet == round(1000 * share) and less.vae_decode == round(200 * share)
-    assert told(sizes, torch.tensor([0, 1, 1, 1])) == "80 x 48 (3), 64 x 64 (1), width x height in px"
+    assert sizes_in_words(sizes, torch.tensor([0, 1, 1, 1])) == "80 x 48 (3), 64 x 64 (1), width x height in px"

@@ -5,22 +5,24 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from spin_diffusion.diffusion.config import SECTIONS, Config
 from spin_diffusion.diffusion.cost import (
     RoundWork,
     UnitCosts,
     count_units,
     generation_flops,
-    round_flops,
     step_flops,
     work_of,
 )
 from spin_diffusion.samples.sample import Batch
+from spin_diffusion.store.parsing import build_sections
 from tests.playing import asked, make_game
 
-FLAT = {
-    "train_batch_size": 3, "gradient_accumulation_steps": 1, "num_generated": 1, "num_inference_steps": 2,
-    "guidance_scale": 3.0,
-}  # fmt: skip
+
+def config(**flags) -> Config:
+    """Settings of a run: batches of 3, images in 2 guided steps."""
+    few = {"train_batch_size": 3, "num_inference_steps": 2, "guidance_scale": 3.0, "cache_text_embeddings": False}
+    return Config(**build_sections(SECTIONS, {"pretrained_model_name_or_path": "base", **few, **flags}))
 
 
 def batch_of(game, sides: int) -> Batch:
@@ -37,7 +39,7 @@ def test_an_optimizer_step_costs_what_the_counter_counts(family, request):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             game.scores(game.player, batch_of(game, sides)).scores.player_real.sum().backward()
             game.player.zero_grad()
-        expected = step_flops(unit, work_of(FLAT, source, 10, 1))
+        expected = step_flops(unit, work_of(config(), source, 10, 1))
         # Fine-tuning's pass of the frozen model is for the logs, and is not charged
         logs = 3 * unit.unet if source == "none" else 0
         assert counter.get_total_flops() == expected + logs
@@ -53,40 +55,40 @@ def test_a_rounds_images_cost_what_the_counter_counts(family, guidance_scale, re
     game = make_game(request.getfixturevalue(family))
     unit = count_units(game.family, game.pipeline, 32)
     zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
-    work = work_of(FLAT | {"guidance_scale": guidance_scale}, "opponent", 3, 5, zeros)
+    work = work_of(config(guidance_scale=guidance_scale), "opponent", 3, 5, zeros)
     rows = asked(*(f"picture {n}" for n in range(3)))
     game.sampling = type(game.sampling)(num_inference_steps=2, guidance_scale=guidance_scale, generation_batch_size=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         game.encode(game.generate(rows, [1, 2, 3]))
     assert counter.get_total_flops() == generation_flops(unit, work)
-    assert round_flops(unit, work) == generation_flops(unit, work) + 5 * step_flops(unit, work)
 
 
 def test_the_arithmetic_of_a_round():
     unit = UnitCosts(unet=10, unet_backward=20, unet_backward_inputs=11, text=1, vae_encode=3, vae_decode=5)
     work = RoundWork(7, prompts=2, scored=4, compared=4, drawn=6, encoded=6, decoded=6, denoisings=8)
-    assert round_flops(unit, work) == 7 * (4 * (10 + 20) + 4 * 10 + 2) + 6 * (8 * 10 + 1 + 3 + 5)
-    assert work_of(FLAT, "data", 10, 1).drawn == 0
-    assert work_of(FLAT | {"num_generated": 2}, "opponent", 10, 1).drawn == 20
+    assert step_flops(unit, work) == 4 * (10 + 20) + 4 * 10 + 2
+    assert generation_flops(unit, work) == 6 * (8 * 10 + 1 + 3 + 5)
+    assert work_of(config(), "data", 10, 1).drawn == 0
+    assert work_of(config(num_generated=2), "opponent", 10, 1).drawn == 20
     # Four candidates for half of the prompts, one for the others; two of each are encoded at most
-    candidates = work_of(FLAT | {"num_candidates": 4, "candidate_share": 0.5}, "opponent", 10, 1)
+    candidates = work_of(config(num_candidates=4, candidate_scorer="pickscore", candidate_share=0.5), "opponent", 10, 1)
     assert (candidates.drawn, candidates.encoded) == (25, 20)
-    flipped = work_of(FLAT | {"random_flip": True}, "opponent", 10, 1)
-    assert generation_flops(unit, flipped) - generation_flops(unit, work_of(FLAT, "opponent", 10, 1)) == 10 * 3
-    again = work_of(FLAT | {"gradient_checkpointing": True}, "opponent", 10, 1)
+    flipped = work_of(config(random_flip=True), "opponent", 10, 1)
+    assert generation_flops(unit, flipped) - generation_flops(unit, work_of(config(), "opponent", 10, 1)) == 10 * 3
+    again = work_of(config(gradient_checkpointing=True), "opponent", 10, 1)
     assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10 + 3
     # A pipeline whose empty prompt is zeros encodes one prompt an image
-    assert [work_of(FLAT, "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
+    assert [work_of(config(), "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
     assert unit.of_area(2.0) == UnitCosts(20, 40, 22, 1, 6, 10)
     # All noise levels of a trajectory, whose activations are computed twice
-    exact = work_of(FLAT | {"trajectory": "exact"}, "opponent", 10, 1)
+    exact = work_of(config(trajectory="exact", sampler="ddim"), "opponent", 10, 1)
     assert exact.scored == 2 * 2 * 3 and exact.forwards == 2
-    assert step_flops(unit, work_of(FLAT | {"use_lora": True}, "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10 + 3
+    assert step_flops(unit, work_of(config(use_lora=True), "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10 + 3
     # Fixed draws: the opponent's forward passes are made once, before the first step
-    fixed = work_of(FLAT | {"fixed_draws": 3, "cache_text_embeddings": True}, "opponent", 10, 7)
+    fixed = work_of(config(fixed_draws=3, cache_text_embeddings=True), "opponent", 10, 7)
     assert (fixed.compared, fixed.scored_once, fixed.prompts) == (0, 10 * 2 * 3, 0)
-    # 7 steps visit each of 10 pairs 7 b / 10 times, half of which may be fixed draws
-    batch = FLAT["train_batch_size"] * FLAT["gradient_accumulation_steps"]
-    by_itself = work_of(FLAT | {"fixed_draws": "auto", "cache_text_embeddings": True}, "opponent", 10, 7)
-    assert by_itself.scored_once == 10 * 2 * (7 * batch // 20)
-    assert round_flops(unit, fixed) == generation_flops(unit, fixed) + 60 * 10 + 7 * 6 * (10 + 20)
+    # 7 steps visit each of 10 pairs 7 * 3 / 10 times, half of which may be fixed draws
+    by_itself = work_of(config(fixed_draws="auto", cache_text_embeddings=True), "opponent", 10, 7)
+    assert by_itself.scored_once == 10 * 2 * (7 * 3 // 20)
+    assert step_flops(unit, fixed) == 6 * (10 + 20)
+    assert generation_flops(unit, fixed) == generation_flops(unit, work_of(config(), "opponent", 10, 7)) + 60 * 10

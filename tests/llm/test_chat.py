@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin_diffusion.data.report import BAD_REASONS, CHANGED_BY_TEMPLATE, LeftOut
+from spin_diffusion.data.report import BAD_REASONS, Bad, LeftOut
 from spin_diffusion.data.text import Message, TextExample
 from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.generation import until_end
@@ -225,7 +225,7 @@ def test_an_answer_that_the_template_changes_is_left_out_and_counted_as_bad(writ
     made = chat(chatml(answers_as(f"({written})")))
     with pytest.raises(LeftOut, match=r"changed by the chat template: the answer .* is written .*\(--chat_template\)"):
         made.answer_ids(asked("q"), answer)
-    assert CHANGED_BY_TEMPLATE in BAD_REASONS
+    assert Bad.CHANGED_BY_TEMPLATE in BAD_REASONS
 
 
 def test_blanks_at_an_answers_ends_are_the_templates() -> None:

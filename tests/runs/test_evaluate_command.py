@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.folder import MARKER, release
@@ -63,7 +64,7 @@ def brighter(sdxl_dir, tmp_path: Path) -> Path:
     unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
     unet.conv_out.bias.data += 0.2
     unet.save_pretrained(folder / "unet")
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": {"name": str(sdxl_dir)}}))
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": Base(str(sdxl_dir)).as_dict()}))
     return folder
 
 
@@ -304,7 +305,7 @@ def test_a_model_that_draws_nothing_finite_is_a_counted_failure(sdxl_dir, tiny_p
     unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
     unet.conv_out.bias.data[:] = 3e38  # finite, as weights must be; what is made of it is not
     unet.save_pretrained(folder / "unet")
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": {"name": str(sdxl_dir)}}))
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"base": Base(str(sdxl_dir)).as_dict()}))
     models = [f"base={sdxl_dir}", f"nan={folder}"]
     refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=models), "only 0 prompts", "(lost: nan ")
     index = next((tmp_path / "out" / "images" / "nan" / "guidance-3").glob("*.jsonl"))

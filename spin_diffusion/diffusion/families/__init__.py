@@ -28,8 +28,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.parts import is_local, load_parts, read_json_object, reason_of
+from spin_diffusion.diffusion.parts import is_local, load_parts
+from spin_diffusion.store.configuration import Configuration, read_configuration
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import read_header
 
 Frames = Int[Tensor, "batch 6"]
@@ -59,7 +61,7 @@ def families() -> dict[str, ModuleType]:
     return {module.PIPELINE.__name__: module for module in modules}
 
 
-def family_of(model_index: dict[str, Any], where: str) -> ModuleType:
+def family_of(model_index: Configuration, where: str) -> ModuleType:
     """The family of a checkpoint by its model_index.json; InputError names what is supported."""
     name = model_index.get("_class_name")
     known = families()
@@ -76,13 +78,13 @@ def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[
     """
     base = Base.of(base)
     folder = _folder_of(base, cache_dir)
-    index = read_json_object(folder / "model_index.json", base.name)
+    index = read_configuration(folder / "model_index.json", base.name)
     family = family_of(index, base.name)
     parts = load_parts(family, index, folder, base, cache_dir)
     try:
         return family, family.PIPELINE.from_pretrained(str(folder), **parts)
     except Exception as error:  # diffusers raises dozens of kinds
-        raise InputError(f"cannot load the model {base.name!r}: {reason_of(error)}") from error
+        raise InputError(f"cannot load the model {base.name!r}: {one_line(error)}") from error
 
 
 def _folder_of(base: Base, cache_dir: str | None) -> Path:
@@ -103,7 +105,7 @@ def _folder_of(base: Base, cache_dir: str | None) -> Path:
         found = DiffusionPipeline.download(base.name, use_safetensors=True, safety_checker=None, **options)
     except Exception as error:  # the hub's client raises dozens of kinds
         raise InputError(
-            f"{flag}: neither a local folder nor a hub id that can be reached ({reason_of(error)})"
+            f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
         ) from error
     return Path(found)
 
