@@ -55,19 +55,19 @@ def open_source(settings: DataSettings) -> Source:
         folder = Path(settings.train_data_dir).expanduser()
         if not folder.is_dir():
             raise InputError(f"--train_data_dir {settings.train_data_dir} is not a folder; give a folder of images")
-        return _open_folder(folder, settings, open_folder)
+        return _open_folder(folder, settings, TARS)
     if settings.dataset_name is None:
         raise InputError(
             "no data set is given: give --dataset_name (hub id, folder, parquet, tars) or --train_data_dir"
         )
-    return _open_named(settings, TARS, open_folder)
+    return _open_named(settings, TARS)
 
 
 def open_text_source(settings: SourceSettings) -> Source:
     """Open the text that the settings name. Raises InputError if there is none, or it cannot be read."""
     if settings.dataset_name is None:
         raise InputError("no data set is given: give --dataset_name (hub id, folder, .jsonl, .json or parquet file)")
-    return _open_named(settings, JSON, open_text_folder)
+    return _open_named(settings, JSON)
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,13 @@ class Listing:
         )
 
 
-OpenFolder = Callable[[Path, Listing, str], Source]
-"""(folder, what lies in it, split) -> Source"""
-
-
-def _open_named(settings: SourceSettings, other: FileKind, open_folder: OpenFolder) -> Source:
-    """Open parquet files, or those of the other kind."""
+def _open_named(settings: SourceSettings, other: FileKind) -> Source:
+    """Open parquet files, or those of the other kind: TARS for images, JSON for text."""
     assert settings.dataset_name is not None
     name = os.path.expanduser(settings.dataset_name)
     path = Path(name)
     if path.is_dir():
-        return _open_folder(path, settings, open_folder)
+        return _open_folder(path, settings, other)
     if path.exists():
         return open_files(settings.dataset_name, [path], other)
     if is_pattern(name):
@@ -119,14 +115,39 @@ def _open_named(settings: SourceSettings, other: FileKind, open_folder: OpenFold
     return open_hub(name, settings)
 
 
-def _open_folder(folder: Path, settings: SourceSettings, open_folder: OpenFolder) -> Source:
+def _open_folder(folder: Path, settings: SourceSettings, other: FileKind) -> Source:
+    """Open the split of a folder. Raises InputError if it has nothing that can be read, or no such split."""
     if settings.dataset_config_name is not None:
         if not (folder / settings.dataset_config_name).is_dir():
             raise InputError(f"{folder} has no subfolder {settings.dataset_config_name!r} (--dataset_config_name)")
         folder = folder / settings.dataset_config_name
+    split = settings.dataset_split
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return open_saved(folder, settings.dataset_split)
-    return open_folder(folder, list_files(folder), settings.dataset_split)
+        return open_saved(folder, split)
+    listing = list_files(folder)
+    loose = [path for path in listing.files if is_metadata(path) or is_image(path)] if other is TARS else []
+    metadata = [path for path in loose if is_metadata(path)]
+    files = [path for path in listing.files if path not in metadata and path.name not in LIBRARY_FILES]
+    by_kind = {kind: matching for kind in (PARQUET, other) if (matching := [*filter(kind.matches, files)])}
+    if metadata or loose and not by_kind:
+        return _open_loose_images(folder, listing, split)
+    if len(by_kind) == 2:
+        example = f"{folder}/*{other.suffixes[0]}"
+        raise InputError(f"{folder} has parquet files and {other.called}: name one kind, as in {example}")
+    if not by_kind:
+        images, suffixes = "images, " if other is TARS else "", ", ".join(other.suffixes)
+        raise InputError(f"{folder} has no {images}parquet files or {other.called} ({suffixes}){listing.note()}")
+    ((kind, matching),) = by_kind.items()
+    return listing.with_left_out(kind.open(str(folder), files_of_split(folder, matching, split)))
+
+
+def _open_loose_images(folder: Path, listing: Listing, split: str) -> Source:
+    if (folder / split).is_dir():
+        folder = folder / split
+        listing = list_files(folder)
+    elif split != "train":
+        raise InputError(f"{folder} has no subfolder {split!r} (--dataset_split)")
+    return listing.with_left_out(open_image_folder(folder, listing.files))
 
 
 def is_pattern(name: str) -> bool:
@@ -187,38 +208,6 @@ def open_files(name: str, files: Sequence[Path], other: FileKind) -> Source:
     if odd is not None:
         raise InputError(f"--dataset_name {name}: {odd.name} is neither .parquet nor {', '.join(other.suffixes)}")
     raise InputError(f"--dataset_name {name} matches parquet files and {other.called}: name one kind")
-
-
-def open_folder(folder: Path, listing: Listing, split: str) -> Source:
-    """Open the split of a folder of images. Raises InputError if it has nothing that can be read, or no such split."""
-    files = listing.files
-    tars = [path for path in files if TARS.matches(path)]
-    parquets = [path for path in files if PARQUET.matches(path) and not is_metadata(path)]
-    if any(is_metadata(path) for path in files) or not (tars or parquets):
-        if not any(is_metadata(path) or is_image(path) for path in files):
-            raise InputError(f"{folder} has no images, parquet files or tars{listing.note()}")
-        if (folder / split).is_dir():
-            folder = folder / split
-            listing = list_files(folder)
-        elif split != "train":
-            raise InputError(f"{folder} has no subfolder {split!r} (--dataset_split)")
-        return listing.with_left_out(open_image_folder(folder, listing.files))
-    if tars and parquets:
-        raise InputError(f"{folder} has parquet files and tars: name one kind, as in {folder}/*.parquet")
-    chosen = files_of_split(folder, tars or parquets, split)
-    opened = open_parquet if parquets else open_webdataset
-    return listing.with_left_out(opened(str(folder), chosen))
-
-
-def open_text_folder(folder: Path, listing: Listing, split: str) -> Source:
-    """Open the split of a folder of text. Raises InputError if it has nothing that can be read, or no such split."""
-    files = [path for path in listing.files if path.name not in LIBRARY_FILES]
-    found = [[path for path in files if kind.matches(path)] for kind in (PARQUET, JSON)]
-    if all(found):
-        raise InputError(f"{folder} has parquet files and JSON files: name one kind, as in {folder}/*.jsonl")
-    if not any(found):
-        raise InputError(f"{folder} has no parquet files and none of {', '.join(JSON_SUFFIXES)}{listing.note()}")
-    return listing.with_left_out(open_files(str(folder), files_of_split(folder, found[0] or found[1], split), JSON))
 
 
 def list_files(folder: Path) -> Listing:

@@ -11,7 +11,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import Settings, setting
 
 MIN_PAIRS = 32
-"""Of the probe."""
+"""Fewest pairs that the probe looks at: with fewer, chance alone reaches an AUC of 0.6."""
 MAX_RESOLUTION = 10_000
 """Pixels; larger pictures are not read either (`store.pictures`)."""
 

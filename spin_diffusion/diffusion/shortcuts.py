@@ -9,7 +9,7 @@ A linear probe on features that say little of what a picture shows (spectrum, re
 may see what it does not.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSet
 from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 from spin_diffusion.samples.sample import Row
 
-"""Fewer say nothing: chance alone reaches an AUC of 0.6."""
 ALARMING_AUC = 0.6
 """A trace counts when its AUC is at least this and its interval lies above 0.5."""
 NUM_BANDS, NUM_FOLDS, RIDGE = 6, 8, 0.05
@@ -235,6 +234,33 @@ def not_run(pairs: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Separabilities:
+    """How well a probe tells two sets of images apart, as AUCs."""
+
+    decoder: Interval
+    """The real images as stored, from themselves after a pass of the VAE."""
+    codec: Interval | None
+    """Those that are trained on, from themselves after a further pass of the codec; None = it is lossless."""
+    generated: Interval
+    """Those that are trained on, from the generated ones."""
+    content: Interval
+    """The real images after a pass of the VAE, from the generated ones."""
+    decoder_on_generated: Interval
+    """The real images as stored, from the generated ones, by the probe for `decoder`."""
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Differences of spectra in dB, channels by bands."""
+
+    edges: list[float]
+    decoder: list[list[Interval | None]]
+    """The real images as stored minus themselves after a pass of the VAE."""
+    generated: list[list[Interval | None]]
+    """Those that are trained on minus the generated ones."""
+
+
 def report(
     plain: Latents, passed: Latents, codec: Latents | None, drawn: Latents, latent_px: int, round_trip: bool
 ) -> dict[str, Any]:
@@ -247,103 +273,76 @@ def report(
         round_trip: whether `passed` are trained on, not `plain`.
 
     Returns:
-        state "ok" or "warn"; samples; remedies; lines to print; `auc` (mean, low, high) by question: decoder = plain
-        from passed, codec = trained from codec, generated = trained from drawn, content = passed from drawn,
-        decoder_on_generated = what the probe for `decoder` makes of plain and drawn; `spectrum` in dB, channels by
-        bands: decoder = plain - passed, generated = trained - drawn.
+        state "ok" or "warn"; samples; remedies; lines to print; `auc` (`Separabilities`) and `spectrum` (`Spectra`).
     """
     trained = passed if round_trip else plain
     seen = {name: features(x, latent_px) for name, x in (("plain", plain), ("passed", passed), ("drawn", drawn))}
     real = seen["passed" if round_trip else "plain"]
-    auc: dict[str, Interval | None] = {
-        "decoder": separability(seen["plain"], seen["passed"]),
-        "codec": None if codec is None else separability(real, features(codec, latent_px)),
-        "generated": separability(real, seen["drawn"]),
-        "content": separability(seen["passed"], seen["drawn"]),
-        "decoder_on_generated": separability(seen["plain"], seen["passed"], seen["drawn"]),
-    }
-    spectra = {
-        "decoder": spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
-        "generated": spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
-    }
-    remedies = []
-    if not round_trip and _counts(auc["decoder"]):
+    auc = Separabilities(
+        decoder=separability(seen["plain"], seen["passed"]),
+        codec=None if codec is None else separability(real, features(codec, latent_px)),
+        generated=separability(real, seen["drawn"]),
+        content=separability(seen["passed"], seen["drawn"]),
+        decoder_on_generated=separability(seen["plain"], seen["passed"], seen["drawn"]),
+    )
+    spectra = Spectra(
+        band_edges().tolist(),
+        decoder=spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
+        generated=spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
+    )
+    traces, remedies = [], []
+    if not round_trip and _counts(auc.decoder):
+        traces.append(f"the decoder ({_shown(auc.decoder)})")
         remedies.append("--vae_round_trip true")
-    if _counts(auc["codec"]):
+    if auc.codec is not None and _counts(auc.codec):
+        traces.append(f"one pass of the codec ({_shown(auc.codec)})")
         remedies.append("--image_format png")
+    if traces:
+        verdict = (
+            f"traces of {' and of '.join(traces)} tell images of the same content apart over {len(plain)} pairs, so "
+            f"the player can win without learning content: pass {' and '.join(remedies)}, in another --output_dir"
+        )
+    elif round_trip:
+        verdict = (
+            "real images passed the VAE as generated ones did; without that, traces of the decoder would have "
+            f"{_shown(auc.decoder)} over {len(plain)} pairs"
+        )
+    else:
+        verdict = (
+            f"a linear probe finds {'weak' if auc.decoder.low > 0.5 else 'no'} traces of the decoder "
+            f"({_shown(auc.decoder)} over {len(plain)} pairs; it warns from {ALARMING_AUC} on)"
+        )
     return {
         "state": "warn" if remedies else "ok",
         "samples": len(plain),
         "remedies": remedies,
-        "lines": _lines(auc, spectra, remedies, round_trip, len(plain)),
-        "auc": {name: None if found is None else _numbers(found) for name, found in auc.items()},
-        "spectrum": {
-            "edges": band_edges().tolist(),
-            **{
-                name: [[None if found is None else _numbers(found) for found in bands] for bands in channels]
-                for name, channels in spectra.items()
-            },
-        },
+        "lines": [verdict, _differences(auc, spectra, round_trip)],
+        "auc": asdict(auc),
+        "spectrum": asdict(spectra),
     }
 
 
-def _counts(auc: Interval | None) -> bool:
-    return auc is not None and auc.mean >= ALARMING_AUC and auc.low > 0.5
+def _counts(auc: Interval) -> bool:
+    return auc.mean >= ALARMING_AUC and auc.low > 0.5
 
 
-def _numbers(found: Interval) -> dict[str, float]:
-    return {"mean": found.mean, "low": found.low, "high": found.high}
+def _shown(auc: Interval) -> str:
+    return f"AUC {auc.mean:.2f} [{auc.low:.2f}, {auc.high:.2f}]"
 
 
-def _lines(
-    auc: dict[str, Interval | None],
-    spectra: dict[str, list[list[Interval | None]]],
-    remedies: list[str],
-    round_trip: bool,
-    pairs: int,
-) -> list[str]:
-    """One sentence on traces, one on what else there is."""
-
-    def interval_of(name: str) -> str:
-        found = auc[name]
-        assert found is not None
-        return f"AUC {found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-    traces = []
-    if _counts(auc["decoder"]) and not round_trip:
-        traces.append(f"the decoder ({interval_of('decoder')})")
-    if _counts(auc["codec"]):
-        traces.append(f"one pass of the codec ({interval_of('codec')})")
-    if traces:
-        first = (
-            f"traces of {' and of '.join(traces)} tell images of the same content apart over {pairs} "
-            f"pairs, so the player can win without learning content: pass {' and '.join(remedies)}, in another "
-            "--output_dir"
-        )
-    elif round_trip:
-        first = (
-            f"real images passed the VAE as generated ones did; without that, traces of the decoder "
-            f"would have {interval_of('decoder')} over {pairs} pairs"
-        )
-    else:
-        decoder = auc["decoder"]
-        found = "weak traces" if decoder is not None and decoder.low > 0.5 else "no traces"
-        first = (
-            f"a linear probe finds {found} of the decoder ({interval_of('decoder')} over {pairs} pairs; it warns from "
-            f"{ALARMING_AUC} on)"
-        )
+def _differences(auc: Separabilities, spectra: Spectra, round_trip: bool) -> str:
+    """What else tells real from generated images, in one sentence."""
     differences = [
-        (abs(found.mean), channel, band, found)
-        for channel, bands in enumerate(spectra["generated"])
-        for band, found in enumerate(bands)
-        if found is not None
+        (abs(interval.mean), channel, band, interval)
+        for channel, bands in enumerate(spectra.generated)
+        for band, interval in enumerate(bands)
+        if interval is not None
     ]
     _, channel, band, largest = max(differences, key=lambda difference: difference[:3])
-    low, high = band_edges()[band], min(band_edges()[band + 1], 0.5)
-    second = (
-        f"real from generated: {interval_of('generated')}"
-        + ("" if round_trip else f", after the VAE has passed both {interval_of('content')}")
+    low, high = spectra.edges[band], min(spectra.edges[band + 1], 0.5)
+    return (
+        f"real from generated: {_shown(auc.generated)}"
+        + ("" if round_trip else f", after the VAE has passed both {_shown(auc.content)}")
         + f"; spectra differ most in channel {channel} at {low:.2f} to {high:.2f} cycles a latent px "
         f"({largest.mean:+.1f} dB [{largest.low:+.1f}, {largest.high:+.1f}], real - generated)"
     )
-    return [first, second]

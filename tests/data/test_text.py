@@ -433,7 +433,7 @@ def test_files_of_an_unknown_or_mixed_kind_are_errors(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", ["x"])
     with pytest.raises(InputError, match=r"a.txt is neither .parquet nor .jsonl, .json, .jsonl.gz, .json.gz"):
         read_text_examples(settings(tmp_path / "a.txt"))
-    with pytest.raises(InputError, match=r"has no parquet files and none of .jsonl, .json"):
+    with pytest.raises(InputError, match=r"has no parquet files or JSON files \(.jsonl, .json"):
         read_text_examples(settings(tmp_path))
     write_lines(tmp_path / "a.jsonl", PLAIN)
     pq.write_table(pa.Table.from_pylist(PLAIN), tmp_path / "a.parquet")
