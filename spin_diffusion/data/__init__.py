@@ -16,7 +16,8 @@ To add a layout, put one file here that defines
 
 Everything else is common and lives in `reading`: filter, caption, the check that the image decodes (`store.pictures`
 is the one reader of pictures), repeats, counts.
-To add a source, put one file here with `open_...(...) -> Source` and call it where `sources` looks at what is there.
+To add a kind of file, put one file here that makes a `rows.TableFile` of a path (`rows.source_of_files` does the rest),
+and name it where `sources` looks at what is there.
 
 A data set of text comes from parquet_files, json_lines or hub; what its columns mean, and what is held out, is in
 `text`. Its rows are counted by the same loop, `reading.usable`.

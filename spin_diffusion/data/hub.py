@@ -87,7 +87,7 @@ def _source(
             if from_json and not isinstance(values, LeftOut):
                 values = dict(values)
                 flatten_json(values, values.get("json"))
-            yield Row.found(f"{name} row {index}", values, read_file)
+            yield Row.read(f"{name} row {index}", values, read_file)
 
     return Source(name, columns + from_json, rows)
 

@@ -95,7 +95,7 @@ def _metadata_rows(folder: Path, metadata: list[TableFile], images: list[Path]) 
                     named.add(base / name)
                     where = (base.relative_to(folder) / name).as_posix()
                 values = {**values, "image": name if isinstance(name, str) else None}
-            yield Row.found(where, values, read_file)
+            yield Row.read(where, values, read_file)
     for path in images:
         if path not in named:
             where = path.relative_to(folder).as_posix()

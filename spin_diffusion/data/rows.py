@@ -37,7 +37,7 @@ class Row:
         object.__setattr__(self, "where", printable(self.where))
 
     @classmethod
-    def found(cls, where: str, values: Values | LeftOut, read_file: Callable[[str], bytes]) -> "Row":
+    def read(cls, where: str, values: Values | LeftOut, read_file: Callable[[str], bytes]) -> "Row":
         """The row with these values, or the row that is left out because they cannot be had."""
         return cls(where, {}, read_file, values) if isinstance(values, LeftOut) else cls(where, values, read_file)
 
@@ -88,7 +88,7 @@ def source_of_files(
             label = file.path.relative_to(root).as_posix()
             read_file = reader_beside(file.path.parent) if reader_beside is not None else no_files(file.path.name)
             for place, values in file.records(wanted):
-                yield Row.found(f"{label} {place}", values, read_file)
+                yield Row.read(f"{label} {place}", values, read_file)
 
     return Source(name, files[0].columns, rows)
 

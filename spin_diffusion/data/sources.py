@@ -168,13 +168,15 @@ def expand(pattern: str) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for name in expand_braces(pattern):
-        found = (
+        matching = (
             [Path(name)] if os.path.exists(name) else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         )
-        found = [path for path in found if not path.is_dir()]  # what is no file either is refused where it is opened
-        if not found:
+        matching = [
+            path for path in matching if not path.is_dir()
+        ]  # what is no file either is refused where it is opened
+        if not matching:
             raise InputError(f"--dataset_name {pattern}: no file matches {name}")
-        files.update(dict.fromkeys(found))
+        files.update(dict.fromkeys(matching))
     return list(files)
 
 
@@ -233,13 +235,13 @@ def list_files(folder: Path) -> Listing:
         place = places.pop()
         try:
             with os.scandir(place) as entries:
-                found = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+                listed = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
         except OSError as error:
             leave_out(place, Bad.UNREADABLE_FOLDER, error.strerror or "")
             continue
         here = place.resolve()
         is_behind_a_link = here != root and root not in here.parents
-        for entry in found:
+        for entry in listed:
             path = Path(entry.path)
             if not os.path.isdir(path):  # a link to one is one
                 if entry.is_symlink() and not os.path.exists(path) and not path.name.lower().endswith(_READ_SUFFIXES):
@@ -270,8 +272,8 @@ def files_of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path
     if not chosen and split == "train" and not any(splits.values()):
         chosen = list(files)
     if not chosen:
-        found = sorted({name or "(no split in the name)" for name in splits.values()})
-        raise InputError(f"{folder} has no files of split {split!r} (--dataset_split); it has {', '.join(found)}")
+        names = sorted({name or "(no split in the name)" for name in splits.values()})
+        raise InputError(f"{folder} has no files of split {split!r} (--dataset_split); it has {', '.join(names)}")
     return chosen
 
 

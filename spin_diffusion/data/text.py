@@ -33,8 +33,15 @@ REJECTED_BESIDE = {"real": "generated"}
 """Column of the worse answer beside a column of the real one; "rejected" beside all others."""
 CONVERSATION_COLUMNS = ("real", "messages", "conversations")
 """These hold their prompts themselves, whatever a column `prompt` beside them means."""
-ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
-"""Role in the data -> role of a message; the last two are ShareGPT's."""
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+"""Role in the data -> role of a message; human and gpt are ShareGPT's."""
 
 Message = dict[str, str]
 """One turn: {"role": "system", "user", "assistant" or "tool", "content": its text}."""
@@ -411,8 +418,8 @@ def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list
         number += 1
         while number - len(chosen[(-largest[0]).to_bytes(16)]) >= settings.num_held_out:
             number -= len(chosen.pop((-heappop(largest)).to_bytes(16)))
-    found = [example for key in sorted(chosen) for example in sorted(chosen[key], key=_row_hash)]
-    return found[: settings.num_held_out]
+    examples = [example for key in sorted(chosen) for example in sorted(chosen[key], key=_row_hash)]
+    return examples[: settings.num_held_out]
 
 
 def _held_out_rule(settings: TextDataSettings) -> Callable[[TextExample], bool]:

@@ -71,8 +71,8 @@ def in_order(parts: list[ScoredBatch], places: list[list[int]]) -> ScoredBatch:
         return parts[0]
     order = torch.tensor([place for part in places for place in part]).argsort()
 
-    def together(found: list[Tensor]) -> Tensor:
-        return torch.cat(found)[sent(order, found[0].device)]
+    def together(parts_of_batch: list[Tensor]) -> Tensor:
+        return torch.cat(parts_of_batch)[sent(order, parts_of_batch[0].device)]
 
     scores = PairScores(
         *(together([getattr(part.scores, field.name) for part in parts]) for field in fields(PairScores))

@@ -23,14 +23,14 @@ def words_of(tokenizer: Any) -> list[Any]:
 
 def parts_hash(pipeline: Any) -> str:
     """Hash of all parts of a pipeline but its UNet: weights, configurations, vocabularies, noise process, switches."""
-    found: dict[str, Any] = {"switches": config_of(pipeline)}
+    parts: dict[str, Any] = {"switches": config_of(pipeline)}
     for name, part in pipeline.components.items():
         if name == "unet" or part is None:
             continue
         if isinstance(part, nn.Module):
-            found[name] = [weights_hash(part), config_of(part)]
+            parts[name] = [weights_hash(part), config_of(part)]
         elif hasattr(part, "get_vocab"):
-            found[name] = words_of(part)
+            parts[name] = words_of(part)
         else:
-            found[name] = [type(part).__name__, config_of(part) if hasattr(part, "config") else None]
-    return key_of(**found)
+            parts[name] = [type(part).__name__, config_of(part) if hasattr(part, "config") else None]
+    return key_of(**parts)

@@ -6,7 +6,6 @@ lives, and the player's adapter is the active one wherever nothing else is said:
 processes and a recomputed forward pass all meet the adapter that is trained.
 """
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_json, weights_hash
+from spin_diffusion.store.run_dir import read_json, tensors_hash, weights_hash
 from spin_diffusion.store.text import one_line
 
 PLAYER, OPPONENT = "player", "opponent"
@@ -137,11 +136,7 @@ class Adapters:
 
     def hash_of(self, name: str) -> str:
         """SHA-256 over an adapter's names and bytes."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.weights(name).items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensors_hash(self.weights(name))
 
     def save(self, folder: Path) -> None:
         """The player, relative to the base, as `pipeline.load_lora_weights` reads it."""

@@ -35,7 +35,7 @@ class CutPrompts:
     drawn or trained."""
 
     def __init__(self, pipeline: Any) -> None:
-        self.tokenizers = [found for name in TOKENIZERS if (found := getattr(pipeline, name, None)) is not None]
+        self.tokenizers = [tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None]
         self.prompts = self.cut = self.longest = 0
         self._waiting: list[str] = []
         self._first: tuple[str, str] | None = None
@@ -191,23 +191,23 @@ class Prompts:
     def _encoders_hash(self, dtype: torch.dtype) -> str:
         """The hash of all that decides an embedding, but the prompt."""
         tokenizers = [getattr(self.pipeline, name, None) for name in TOKENIZERS]
-        words = [words_of(found) for found in tokenizers if found]
+        words = [words_of(tokenizer) for tokenizer in tokenizers if tokenizer]
         content = [*((weights_hash(encoder), config_of(encoder)) for encoder in self._encoders()), words, str(dtype)]
         return key_of(content=content)
 
     def _encode(self, prompts: list[str], dtype: torch.dtype) -> Embedded:
         batches = [prompts[start : start + PER_BATCH] for start in range(0, len(prompts), PER_BATCH)]
         with torch.no_grad(), self.autocast():
-            found = [self.family.embed(self.pipeline, batch) for batch in batches]
-        return {name: torch.cat([each[name].to(dtype).cpu() for each in found]) for name in found[0]}
+            embedded = [self.family.embed(self.pipeline, batch) for batch in batches]
+        return {name: torch.cat([each[name].to(dtype).cpu() for each in embedded]) for name in embedded[0]}
 
     def _find(self, prompts: list[str]) -> list[int] | None:
         """Where they are kept; None when one is not."""
         wanted = np.array([_number(prompt) for prompt in prompts], np.uint64)
-        found = np.searchsorted(self._hashes, wanted)
-        if not len(self._hashes) or (found == len(self._hashes)).any() or (self._hashes[found] != wanted).any():
+        places = np.searchsorted(self._hashes, wanted)
+        if not len(self._hashes) or (places == len(self._hashes)).any() or (self._hashes[places] != wanted).any():
             return None
-        return self._places[found].tolist()
+        return self._places[places].tolist()
 
     def _kept(self, places: list[int]) -> Embedded:
         return {

@@ -96,11 +96,11 @@ def features(latents: Latents, latent_px: int) -> Float[np.ndarray, "batch featu
             latent px, and `blocking` is left out.
     """
     spectrum = log_spectrum(latents)
-    found = [spectrum[..., ~np.isnan(spectrum[0, 0])], residual_statistics(latents)]
+    measures = [spectrum[..., ~np.isnan(spectrum[0, 0])], residual_statistics(latents)]
     period = JPEG_BLOCK_PX // latent_px
     if 2 <= period < min(latents.shape[-2:]):
-        found.append(blocking(latents, period)[..., None])
-    return np.concatenate([values.reshape(len(values), -1) for values in found], axis=1)
+        measures.append(blocking(latents, period)[..., None])
+    return np.concatenate([values.reshape(len(values), -1) for values in measures], axis=1)
 
 
 # The probe

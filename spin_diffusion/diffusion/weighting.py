@@ -39,9 +39,9 @@ def timestep_weights(
     noising: Noising, snr_gamma: float | None, weights: list[float] | None
 ) -> Float[Tensor, " timesteps"]:
     """The product of both kinds of weights; 1 everywhere by default."""
-    found = torch.ones(noising.num_timesteps)
+    product = torch.ones(noising.num_timesteps)
     if snr_gamma is not None:
-        found = found * min_snr(noising, snr_gamma)
+        product = product * min_snr(noising, snr_gamma)
     if weights is not None:
-        found = found * stretched(weights, noising.num_timesteps)
-    return found
+        product = product * stretched(weights, noising.num_timesteps)
+    return product

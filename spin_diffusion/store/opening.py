@@ -39,15 +39,15 @@ def open_regular(path: Path | str, at_most: int | None = None) -> io.BufferedRea
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{printable(path)} cannot be opened ({reason})") from error
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        kind = next((word for is_kind, word in _KINDS.items() if is_kind(found.st_mode)), "something else")
+        kind = next((word for is_kind, word in _KINDS.items() if is_kind(status.st_mode)), "something else")
         raise InputError(f"{printable(path)} is {kind}, not a file: give a file")
-    if at_most is not None and found.st_size > at_most:
+    if at_most is not None and status.st_size > at_most:
         os.close(descriptor)
         raise InputError(
-            f"{printable(path)} has {found.st_size:,} bytes, at most {at_most:,} are read: is it the right file?"
+            f"{printable(path)} has {status.st_size:,} bytes, at most {at_most:,} are read: is it the right file?"
         )
     return os.fdopen(descriptor, "rb")
 

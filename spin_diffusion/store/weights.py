@@ -83,9 +83,9 @@ def check_whole(model: nn.Module, report: LoadReport, where: str) -> None:
             "get the files again, or give a checkpoint that was saved whole (save_pretrained)"
         )
     if misshapen := sorted(report["mismatched_keys"]):
-        name, found, wanted = misshapen[0]
+        name, stored, wanted = misshapen[0]
         raise InputError(
-            f"{where}: {printable(name)} has the shape {tuple(found)} in its weights and {tuple(wanted)} by its "
+            f"{where}: {printable(name)} has the shape {tuple(stored)} in its weights and {tuple(wanted)} by its "
             f"config.json{_more(misshapen)}: weights and configuration are not of one model, get both again"
         )
     if foreign := report["unexpected_keys"]:
@@ -189,5 +189,5 @@ def _some(names: Iterable[str]) -> str:
     return printable(ordered[0]) + _more(ordered)
 
 
-def _more(found: list[Any]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+def _more(names: list[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
