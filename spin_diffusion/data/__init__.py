@@ -20,5 +20,5 @@ To add a kind of file, put one file here that makes a `rows.TableFile` of a path
 and name it where `sources` looks at what is there.
 
 A data set of text comes from parquet_files, json_lines or hub; what its columns mean, and what is held out, is in
-`text`. Its rows are counted by the same loop, `reading.usable`.
+`text`. Its rows are counted by the same loop, `usable`.
 """

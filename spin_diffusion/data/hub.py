@@ -12,8 +12,7 @@ from spin_diffusion.data.rows import Row, Source, Values, no_files
 from spin_diffusion.data.settings import SourceSettings
 from spin_diffusion.data.webdataset import flatten_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import one_line
 
 ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
@@ -119,7 +118,7 @@ def _cache_reader(name: str, roots: list[Path]) -> Callable[[str], bytes]:
             )
         if not is_remote:
             try:
-                return read_bytes(path, MAX_BYTES)
+                return read_bytes(path, MAX_PICTURE_BYTES)
             except InputError as error:
                 raise LeftOut(Bad.MISSING_IMAGE_FILE, str(error)) from error
         try:

@@ -9,8 +9,7 @@ from pathlib import Path
 from spin_diffusion.data.report import Bad, LeftOut
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.names import leads_out
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import broken_character, printable
 
 Values = dict[str, object]
@@ -175,7 +174,7 @@ def file_reader(folder: Path) -> Callable[[str], bytes]:
         if not os.path.exists(path):
             raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} is a link to {os.readlink(path)}, which does not exist")
         try:
-            return read_bytes(path, MAX_BYTES)
+            return read_bytes(path, MAX_PICTURE_BYTES)
         except InputError as error:
             raise LeftOut(Bad.MISSING_IMAGE_FILE, str(error)) from error
 

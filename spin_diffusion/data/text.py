@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
 
-from spin_diffusion.data.reading import Seen, short_hash, usable
 from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
 from spin_diffusion.data.rows import Row, Source, describe_columns, require_column, whole_text
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.sources import is_pattern, open_text_source
+from spin_diffusion.data.usable import Seen, short_hash, usable
 from spin_diffusion.store.input_error import InputError
 
 ANSWER_COLUMNS = ("real", "chosen", "messages", "conversations", "completion")

@@ -41,8 +41,7 @@ from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.keys import key_of, known_hash
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.pictures import MAX_BYTES
+from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml
@@ -368,7 +367,7 @@ def _take(row: Request, by_prompt: dict[str, list[Path]], folder: Path) -> dict[
     if path is None:
         return without_picture(row, "there is no such picture")
     try:
-        data = read_bytes(path, MAX_BYTES)
+        data = read_bytes(path, MAX_PICTURE_BYTES)
     except InputError as error:
         return without_picture(row, f"cannot be read: {error}")
     return save_bytes(row, data, folder / f"{row['id']}-{row['k']}{path.suffix.lower()}")

@@ -20,10 +20,10 @@ _KINDS = {
     stat.S_ISBLK: "a device",
     stat.S_ISSOCK: "a socket",
 }
-
-
 MAX_LINE_BYTES = 256 << 20
 """A longer line is not one of a text file."""
+MAX_PICTURE_BYTES = 256 << 20
+"""A larger file is no picture to learn from, or would not fit into memory beside others."""
 
 
 def open_regular(path: Path | str, at_most: int | None = None) -> io.BufferedReader:

@@ -19,12 +19,10 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import printable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_BYTES = 256 << 20
-"""A larger file is no picture to learn from, or would not fit into memory beside others."""
 MAX_PIXELS = 100_000_000
 """300 MB once it is decoded."""
 MAX_SIDE_PX = 65_535
@@ -45,18 +43,18 @@ _TURNS = {
 
 def read_picture(path: Path | str) -> Image.Image:
     """`open_picture` of a file. Raises InputError, also for what `open_regular` refuses."""
-    return open_picture(read_bytes(path, MAX_BYTES))
+    return open_picture(read_bytes(path, MAX_PICTURE_BYTES))
 
 
 def open_picture(data: bytes) -> Image.Image:
     """The picture in these bytes: RGB, upright, on white, wholly decoded, without metadata.
 
     Raises:
-        InputError: another format, cut short or damaged, beyond MAX_BYTES, MAX_PIXELS or MAX_SIDE_PX (which its header
-            says, before anything is decoded), or without a known white, as `to_rgb`.
+        InputError: another format, cut short or damaged, beyond MAX_PICTURE_BYTES, MAX_PIXELS or MAX_SIDE_PX (which its
+            header says, before anything is decoded), or without a known white, as `to_rgb`.
     """
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{len(data):,} bytes, at most {MAX_BYTES:,} are read: make it smaller")
+    if len(data) > MAX_PICTURE_BYTES:
+        raise InputError(f"{len(data):,} bytes, at most {MAX_PICTURE_BYTES:,} are read: make it smaller")
     data, exif = _without_metadata(data)
     # What another library of the process set must not decide what is read: patience with files that are cut short, or
     # another number of pixels

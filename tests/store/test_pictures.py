@@ -293,7 +293,7 @@ def test_a_jpeg_of_countless_segments_is_not_walked_through():
 
 
 def test_too_many_bytes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_BYTES", 50)
+    monkeypatch.setattr(pictures, "MAX_PICTURE_BYTES", 50)
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
     with pytest.raises(InputError, match="at most 50 are read"):
         read_picture(tmp_path / "a.png")

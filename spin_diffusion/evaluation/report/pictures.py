@@ -11,8 +11,8 @@ from PIL import Image
 
 from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.pictures import MAX_BYTES, open_picture
+from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
+from spin_diffusion.store.pictures import open_picture
 
 MAX_SIDE_PX = 256
 _EXACT_SIDE_PX = 128  # up to here a picture is kept without loss: the page shows its pixels enlarged
@@ -55,7 +55,7 @@ def thumbnail(directory: Path, row: ImageRow) -> Picture | str:
             return "not shown: its file lies outside of the evaluation's folder"
         if not path.is_file():
             return "its file is missing"
-        data = read_bytes(path, MAX_BYTES)
+        data = read_bytes(path, MAX_PICTURE_BYTES)
     except (OSError, ValueError, RuntimeError):  # a path may hold a NUL, be too long, or go round in links
         return "its file cannot be read"
     if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
