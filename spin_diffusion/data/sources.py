@@ -226,7 +226,7 @@ def list_files(folder: Path) -> Listing:
     files: list[Path] = []
     left_out: list[Row] = []
 
-    def leave_out(path: Path, reason: str, detail: str) -> None:
+    def leave_out(path: Path, reason: Bad | Expected, detail: str) -> None:
         where = path.relative_to(folder).as_posix()
         left_out.append(Row(where, {}, no_files(str(folder)), LeftOut(reason, detail)))
 

@@ -364,7 +364,7 @@ def _text(value: object, what: str) -> str:
     return whole_text(value, what)
 
 
-def _check_not_blank(text: str, reason: str, detail: str) -> None:
+def _check_not_blank(text: str, reason: Bad, detail: str) -> None:
     if not text.strip():
         raise LeftOut(reason, detail)
 

@@ -73,7 +73,8 @@ def _samples(path: Path, wanted: Sequence[str] | None = None) -> Iterator[Sample
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # it keeps a record of every member otherwise: gigabytes over a big set
+                # It keeps a record of every member otherwise: gigabytes over a big set. No name of typeshed's
+                tar.members.clear()  # type: ignore[attr-defined]
                 parts = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", member.name)
                 if parts is None or member.isdir():
                     continue

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.images import target_frame
@@ -159,22 +159,22 @@ def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts
         text, embedded = counted(lambda: family.embed(pipeline, ["a prompt"]))
     conditioning = family.condition(embedded, frames)
     added = tuple((name, tensor.shape, tensor.dtype) for name, tensor in (conditioning.added or {}).items())
-    forward, backward, through = _count_unet(_of_shape(pipeline.unet), conditioning.tokens.shape, added, size)
-    encode, decode = _count_vae(type(pipeline.vae), _of_shape(pipeline.vae), resolution, size)
+    forward, backward, through = _count_unet(_shapes(pipeline.unet), conditioning.tokens.shape, added, size)
+    encode, decode = _count_vae(_shapes(pipeline.vae), resolution, size)
     return UnitCosts(forward, backward, through, text, encode, decode)
 
 
-def _of_shape(network: Any) -> str:
+def _shapes(network: Any) -> str:
     """A network's configuration without where it came from: what its costs depend on."""
     return json.dumps({name: value for name, value in network.config.items() if not name.startswith("_")})
 
 
 # Counting takes a second or more, and a process that plays many runs plays them with the same networks
 @functools.cache
-def _count_vae(kind: type, config: str, resolution: int, size: int) -> tuple[int, int]:
+def _count_vae(config: str, resolution: int, size: int) -> tuple[int, int]:
     """Encode and decode one image, on `meta`."""
     with torch.device("meta"):
-        vae = kind.from_config(json.loads(config))
+        vae = AutoencoderKL.from_config(json.loads(config))
         pixels = torch.empty(1, vae.config.in_channels, resolution, resolution)
         latents = torch.empty(1, vae.config.latent_channels, size, size)
     with torch.no_grad():

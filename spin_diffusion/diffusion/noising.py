@@ -99,7 +99,7 @@ _CHOICES = {
 def _scheduler_keys() -> Keys:
     """What is known of the configurations of schedulers."""
     kinds = [getattr(diffusers, name) for name in _SCHEDULERS]
-    known = frozenset(name for kind in kinds for name in inspect.signature(kind.__init__).parameters)
+    known = frozenset(name for kind in kinds for name in inspect.signature(kind).parameters)
     foreign = (
         "no scheduler of DDPM's process knows: if the model was trained with DDPM's noise remove it from "
         "scheduler_config.json, else the model is not supported"
@@ -145,7 +145,7 @@ def check_complete(config: Configuration, kind: type, where: str) -> None:
     class: diffusers writes all of them, so they were lost. A key that an older file lacks is younger than the file, and
     its default is what was computed before there was a choice."""
     if _release(config.get("_diffusers_version")) >= _release(diffusers.__version__):
-        known = set(inspect.signature(kind.__init__).parameters) - {"self", "args", "kwargs"}
+        known = set(inspect.signature(kind).parameters) - {"args", "kwargs"}
         refuse_missing(sorted(known - set(config)), where)
 
 
@@ -206,7 +206,7 @@ class Draws:
     dropped: list[bool]
 
 
-def draw(seeds: list[int], shape: tuple[int, int, int], num_timesteps: int, drop_probability: float) -> Draws:
+def draw(seeds: list[int], shape: tuple[int, ...], num_timesteps: int, drop_probability: float) -> Draws:
     """One (t, eps, dropped) per seed, always on the CPU so that they do not depend on the device.
 
     Sharing t and eps between the real and the generated image is a variance reduction (the objective does not need it).

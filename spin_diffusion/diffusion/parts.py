@@ -43,7 +43,7 @@ _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 def _keys(kind: type, needed: str, harmless: str = "", **choices: Choice) -> Keys:
     """The keys of a class of diffusers: those that it is made with, and harmless ones."""
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(kind).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     return Keys(tuple(needed.split()), frozenset({*defaults, *harmless.split()}), choices, defaults)
 
@@ -338,7 +338,7 @@ def _check_index(family: ModuleType, index: Configuration, where: str) -> None:
             raise InputError(
                 f"{where}: model_index.json has {given or 'nothing'} as its {name}, {supported[0]} is supported"
             )
-    known = {*classes, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE.__init__).parameters}
+    known = {*classes, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE).parameters}
     pipeline = Keys((), frozenset(known), foreign=f"{family.PIPELINE.__name__} does not have")
     check_keys(index, pipeline, f"{where}: model_index.json")
     for key in family.FLAGS:

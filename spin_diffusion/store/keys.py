@@ -103,16 +103,17 @@ def code_files(path: Path, root: Path | None = None) -> list[Path]:
     Args:
         root: by default the file's folder.
     """
-    root, found = (root or path.parent).resolve(), {}
+    root = (root or path.parent).resolve()
+    files: set[Path] = set()
     waiting = [path.resolve()]
     while waiting:
         file = waiting.pop()
-        if file in found:
+        if file in files:
             continue
-        found[file] = None
+        files.add(file)
         if file.suffix == ".py":
             waiting += sorted(_reached_from(file, root))
-    return sorted(found)
+    return sorted(files)
 
 
 def code_hash(path: Path, root: Path | None = None) -> str:

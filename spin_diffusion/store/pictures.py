@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
@@ -65,7 +66,7 @@ def open_picture(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(*image.size)
-                if image.format == "TIFF":
+                if isinstance(image, TiffImageFile):
                     _prepare_tiff(image)
                     _check_size(image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))  # of a tile, which is decoded whole
                 image.load()
@@ -110,7 +111,7 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def _prepare_tiff(image: Image.Image) -> None:
+def _prepare_tiff(image: TiffImageFile) -> None:
     """Pillow turns a TIFF itself while it is loaded, by all of its EXIF and XMP data: leave it the orientation alone.
 
     Raises InputError where Pillow would not know what white is: it hands on grey of 9 to 32 bits as it is stored.

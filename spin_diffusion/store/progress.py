@@ -13,7 +13,11 @@ class Progress:
 
     def phase(self, name: str, total: int) -> Callable[[int, str], None]:
         """A function (done, text) for a phase of `total` steps."""
-        return lambda done, text="": None
+
+        def ignore(done: int, text: str = "") -> None:
+            pass
+
+        return ignore
 
 
 class Bars(Progress):
