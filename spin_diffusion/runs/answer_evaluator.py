@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.evaluation.answer_results import conclude_answers
-from spin_diffusion.evaluation.protocols import (answer_protocol)
-from spin_diffusion.samples.requests import (requests_of)
-from spin_diffusion.samples.answers import (are_answered, draw_answers)
-from spin_diffusion.evaluation.judging import (are_judged, judge_answers, read_judge)
+from spin_diffusion.evaluation.protocols import answer_protocol
+from spin_diffusion.samples.requests import requests_of
+from spin_diffusion.samples.answers import are_answered, draw_answers
+from spin_diffusion.evaluation.judging import are_judged, judge_answers, read_judge
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.protocols import (precision_of)
+from spin_diffusion.evaluation.protocols import precision_of
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID

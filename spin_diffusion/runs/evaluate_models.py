@@ -3,10 +3,9 @@
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -19,29 +18,37 @@ from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictu
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
-from spin_diffusion.diffusion.settings import check_resolution
-from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.closing import closing_lines
-from spin_diffusion.samples.pictures import (Draw, claim, draw_pictures, folder_of, index_piece, picture_key, save_bytes, without_picture)
-from spin_diffusion.evaluation.protocols import (precision_of, protocol_of)
-from spin_diffusion.samples.requests import (requests_of)
+from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
+from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
 from spin_diffusion.evaluation.specs import shortened
-from spin_diffusion.store.build import Made, build_pieces
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
-from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.settings import harmless
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
-from spin_diffusion.store.progress import Bars, Progress
-from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.samples.pictures import (
+    Draw,
+    claim,
+    draw_pictures,
+    folder_of,
+    index_piece,
+    picture_key,
+    save_bytes,
+    without_picture,
+)
+from spin_diffusion.samples.requests import Request
+from spin_diffusion.store.build import Made, build_pieces
 from spin_diffusion.store.folder import check_folder, take_folder
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
+from spin_diffusion.store.parsing import saved_settings
+from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.store.settings import harmless
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml

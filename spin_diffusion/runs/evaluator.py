@@ -17,7 +17,7 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.runs.start import AnyConfig, rivals
-from spin_diffusion.selfplay.game import (Game)
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.one_round import EVALUATION

@@ -12,7 +12,7 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.runs.start import rivals
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
-from spin_diffusion.samples.shards import (ENCODED, Part)
+from spin_diffusion.samples.shards import ENCODED, Part
 from spin_diffusion.samples.stored_pairs import kinds_of
 from spin_diffusion.selfplay.trainee import trained_parameters
 

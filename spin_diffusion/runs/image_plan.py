@@ -17,7 +17,7 @@ from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.runs.plan import count_rows, kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
 from spin_diffusion.runs.start import needs_losers, rivals
-from spin_diffusion.samples.sample import (Batch)
+from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, pairs_per_step, steps_of_round

@@ -47,7 +47,7 @@ from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.selfplay.sharded import wants_shards
-from spin_diffusion.samples.shards import (ENCODED, Part)
+from spin_diffusion.samples.shards import ENCODED, Part
 from spin_diffusion.samples.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.store.folder import take_folder

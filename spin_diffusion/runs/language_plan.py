@@ -20,9 +20,9 @@ from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.runs.plan import count_rows, kept_checkpoints, out_of_memory, probe_training, seconds_of, write_plan
 from spin_diffusion.runs.start import needs_losers, rivals
-from spin_diffusion.samples.sample import (Batch, Row)
+from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
-from spin_diffusion.selfplay.opponents import (OPPONENTS)
+from spin_diffusion.selfplay.opponents import OPPONENTS
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.store.run_dir import seed_from

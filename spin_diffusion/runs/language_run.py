@@ -36,7 +36,7 @@ from spin_diffusion.runs.start import (
     take_run_folder,
     write_manifest,
 )
-from spin_diffusion.samples.sample import (Row)
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.one_round import HELD_OUT
 from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.selfplay.objective_names import title_of

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from spin_diffusion.runs.start import AnyConfig
 from spin_diffusion.selfplay.fused import Fused
-from spin_diffusion.samples.sample import (Batch)
-from spin_diffusion.selfplay.game import (Game)
+from spin_diffusion.samples.sample import Batch
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import wait_for
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of

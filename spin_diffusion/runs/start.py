@@ -24,7 +24,7 @@ from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.selfplay.fused import check_fused
-from spin_diffusion.selfplay.game import (Game)
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.objective_names import file_hashes
