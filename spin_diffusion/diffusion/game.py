@@ -51,7 +51,7 @@ from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import commit, part_of, seed_from, weights_hash
+from spin_diffusion.store.run_dir import seed_from, weights_hash, write_folder
 from spin_diffusion.store.weights import config_of
 
 
@@ -461,23 +461,22 @@ class DiffusionGame:
             return self._save_adapters(self.adapters, directory, prove)
         target = directory / "unet"
         if self.accelerator.is_main_process:
-            part = part_of(target)
-            part.mkdir(parents=True, exist_ok=True)
-            self.player.save_config(part)
-            # Written here rather than by save_pretrained, which refuses channels_last and splits SDXL in two files
-            weights = {name: tensor.detach().contiguous() for name, tensor in self.player.state_dict().items()}
-            save_file(weights, part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-            commit(target)
+            write_folder(target, self._write_unet)
             if prove:
                 self._prove(target)
         return [target]
+
+    def _write_unet(self, folder: Path) -> None:
+        self.player.save_config(folder)
+        # Written here rather than by save_pretrained, which refuses channels_last and splits SDXL in two files
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.player.state_dict().items()}
+        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
     def _save_adapters(self, adapters: Adapters, directory: Path, prove: bool) -> list[Path]:
         targets = [directory / "lora", directory / "lora_round"]
         if self.accelerator.is_main_process:
             for target, write in zip(targets, (adapters.save, adapters.save_change), strict=True):
-                write(part_of(target))
-                commit(target)
+                write_folder(target, write)
             if prove:
                 self._prove(targets[0])
         return targets

@@ -158,7 +158,6 @@ class Adapters:
     def _write(self, folder: Path, weights: dict[str, Tensor], rank: int, alpha: float) -> None:
         config = _config(rank, alpha, sorted(self.settings.lora_target_modules or ATTENTION), dropout=0.0).to_dict()
         described = {f"unet.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
-        folder.mkdir(parents=True, exist_ok=True)
         # The key that diffusers reads rank and alpha from; a second one would be written in an order of its own
         metadata = {"lora_adapter_metadata": json.dumps(described, sort_keys=True, default=str)}
         tensors = {f"unet.{key}": tensor.cpu().contiguous() for key, tensor in weights.items()}

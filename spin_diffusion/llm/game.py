@@ -36,7 +36,7 @@ from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.run_dir import commit, part_of, weights_hash
+from spin_diffusion.store.run_dir import weights_hash, write_folder
 from spin_diffusion.store.weights import load_whole
 
 PLAYER, OPPONENT = "player", "opponent"
@@ -237,25 +237,25 @@ class LanguageGame:
         tokenizer."""
         target = directory / (ADAPTER if self.settings.use_peft else MODEL)
         if self.accelerator.is_main_process:
-            part = part_of(target)
-            part.mkdir(parents=True, exist_ok=True)
-            if self.settings.use_peft:
-                # It lies on the base as it was given, with the adapters that were merged into it
-                config = copy.copy(self.model.peft_config[PLAYER])
-                config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
-                config.save_pretrained(part)
-                weights = get_peft_model_state_dict(self.model, adapter_name=PLAYER)
-                weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-                save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
-            else:
-                self.model.save_pretrained(part)
-            self._untouched.save_pretrained(part)
-            commit(target)
+            write_folder(target, self._write)
             if prove:
                 self._prove(target)
         if directory.name.startswith("round-"):
             self._folder = target
         return [target]
+
+    def _write(self, folder: Path) -> None:
+        if self.settings.use_peft:
+            # It lies on the base as it was given, with the adapters that were merged into it
+            config = copy.copy(self.model.peft_config[PLAYER])
+            config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
+            config.save_pretrained(folder)
+            weights = get_peft_model_state_dict(self.model, adapter_name=PLAYER)
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        else:
+            self.model.save_pretrained(folder)
+        self._untouched.save_pretrained(folder)
 
     def restore(self, directory: Path | None) -> None:
         """Load what `save` wrote below `directory`, or the base, into the player's parameters in place."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import ENCODED, Encoder, encode_shards, rows_in, shards
+from spin_diffusion.store.folder import make_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import (
@@ -133,7 +134,7 @@ def _write_real(
     report: Callable[[], dict[str, Any]],
     progress: Progress,
 ) -> dict[str, Any]:
-    directory.mkdir(parents=True)
+    make_folder(directory)
     bar = progress.phase("read the real samples", 0)
     shard: list[Row] = []
     written = 0

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.record import replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
+from spin_diffusion.store.folder import make_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.machine import writing
 from spin_diffusion.store.progress import tell
@@ -61,7 +62,7 @@ class Checkpoints:
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
         if main:
-            part.mkdir(parents=True, exist_ok=True)
+            make_folder(part)
         self.accelerator.wait_for_everyone()
         with writing(path):
             self.trainee.save(part)

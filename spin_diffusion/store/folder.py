@@ -149,6 +149,22 @@ def take_marked(folder: Path, flag: str) -> None:
     take_folder(folder, str(_read(folder / MARKER).get("program")), flag)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, where something is to be written.
+
+    Raises:
+        InputError: it lies in a folder that this process has taken (`take_folder`) and that is not there any more:
+            made anew under the old name it would have no marker, and be a folder that no command goes on in.
+    """
+    for taken, descriptor in _held.items():
+        if taken in path.absolute().parents and not _is_file(descriptor, taken / MARKER):
+            raise InputError(
+                f"{printable(taken)} was moved or deleted while this command worked in it: put it back, or move "
+                "elsewhere what is there now, then run the same command again"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def share_folder(folder: Path, program: str, flag: str) -> None:
     """Make a folder this program's, in which other commands may work at the same time."""
     with _marker(folder, flag) as descriptor:

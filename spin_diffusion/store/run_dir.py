@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spin_diffusion.store.folder import MARKER
+from spin_diffusion.store.folder import MARKER, make_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.machine import PART, writing
@@ -114,7 +114,7 @@ def _retire(aside: Path, whole: Path) -> None:
     for path in sorted(aside.rglob("*")):
         kept = whole / path.relative_to(aside)
         if (path.is_symlink() or not path.is_dir()) and not os.path.lexists(kept):
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(kept.parent)
             os.replace(path, kept)
     shutil.rmtree(aside)
 
@@ -139,7 +139,15 @@ def _remove_empty(folder: Path) -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file through `write(part path)` and commit it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    with writing(path):
+        write(part_of(path))
+        commit(path)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder through `write(part path)`, which is there and empty, and commit it."""
+    make_folder(part_of(path))
     with writing(path):
         write(part_of(path))
         commit(path)
@@ -311,7 +319,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     """Write a file into a folder where other programs may be writing the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with writing(own):
         _save_tensors(part_of(own), tensors, {KEY: key})

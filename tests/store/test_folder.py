@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import spin_diffusion
 from spin_diffusion.store.folder import MARKER, check_folder, release, share_folder, take_folder, take_marked
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import write_file, write_folder
 
 PROGRAM = "evaluation"
 
@@ -222,3 +224,44 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--output_dir .*caf\\udce9 is not UTF-8") as caught:
         check_folder(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), "image training")
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_nothing_is_made_where_a_folder_was_moved_away_from(tmp_path, deleted):
+    run = tmp_path / "run"
+    take_folder(run, "training")
+    write_file(run / "round-1" / "a.json", lambda part: part.write_text("{}"))
+    os.replace(run, tmp_path / "elsewhere")
+    if deleted:
+        shutil.rmtree(tmp_path / "elsewhere")
+    for write in (write_file, write_folder):
+        with pytest.raises(InputError, match="run was moved or deleted while .* put it back"):
+            write(run / "round-1" / "b", lambda part: None)
+    assert not run.exists()
+    release(run)
+
+
+def test_a_folder_that_was_put_back_is_written_into(tmp_path):
+    run = tmp_path / "run"
+    take_folder(run, "training")
+    os.replace(run, tmp_path / "elsewhere")
+    os.replace(tmp_path / "elsewhere", run)
+    write_folder(run / "unet", lambda part: (part / "config.json").write_text("{}"))
+    assert (run / "unet" / "config.json").is_file()
+    release(run)
+
+
+def test_folders_are_made_in_one_place():
+    package = Path(spin_diffusion.__file__).parent
+    makers = [path.relative_to(package) for path in package.rglob("*.py") if ".mkdir(" in path.read_text()]
+    assert makers == [Path("store/folder.py")]
+
+
+def test_a_full_disk_says_which_folder_could_not_be_written(tmp_path):
+    def write(part: Path) -> None:
+        (part / "config.json").write_text("{}")
+        raise RuntimeError("the writer failed") from OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: .*unet"):
+        write_folder(tmp_path / "unet", write)
+    assert not list(tmp_path.iterdir())
