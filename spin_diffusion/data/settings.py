@@ -95,7 +95,7 @@ class TextDataSettings(SourceSettings):
     rejected_column: str | None = None
     """Column of the worse answer, read for --objective dpo only; default: generated beside real, else rejected."""
     first_turn_only: bool = False
-    """Of a conversation, use the first question and its answer; default: the last answer, after everything before."""
+    """Use the first question of a conversation and its answer; default: the last answer, after everything before."""
     system_prompt: str | None = None
     """System turn that is put in front of conversations that have none."""
     keep_repeated: bool = False

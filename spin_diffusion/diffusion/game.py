@@ -263,22 +263,20 @@ class DiffusionGame:
         return encoded
 
     def encoder_hash(self) -> str:
-        """Of the VAE, and of what becomes of an image before it is encoded."""
+        """The hash of the VAE, and of what becomes of an image before it is encoded."""
         images = {name: value for name, value in asdict(self.images).items() if name != "vae_encode_batch_size"}
         return key_of(vae=self.vae_hash, images=images, sizes=self.sizes)
 
     @property
     def _cells(self) -> int:
-        """Of a channel of the largest latents."""
+        """Numbers in a channel of the largest latents."""
         return (self.resolution // self.latent_px) ** 2
 
     def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
-        """Of the images of one side, (rows, channels, ...) fp16 on the CPU; packed where they differ in size."""
+        """The latents of one side, (rows, channels, ...) fp16 on the CPU; packed where the images differ in size."""
         self._bring_back()
-        encoded = latents_of(
-            self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored,
-            round_trip=self.images.vae_round_trip and not rows[0]["drawn"],
-        )  # fmt: skip
+        trip = self.images.vae_round_trip and not rows[0]["drawn"]
+        encoded = latents_of(self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored, round_trip=trip)
         return packed(encoded, self._cells) if self.has_sizes else torch.stack(encoded)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
@@ -289,7 +287,7 @@ class DiffusionGame:
         return in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """Of pairs of one size: the mean over what is asked of them."""
+        """The scores of pairs of one size: the mean over what is asked of them."""
         by_player, by_opponent, levels, scales = [], [], [], []
         for question in self.questions.about(batch):
             if "opponent_score" in batch.real:
@@ -366,7 +364,7 @@ class DiffusionGame:
         return torch.cat([scores[:pairs], errors.scale_gradient(scores[pairs:], scale)]), scale
 
     def kept_part(self, seed: int) -> slice:
-        """Of a trajectory the two states around the step that `steps` draws; all of it for `exact`."""
+        """The part of a trajectory that is kept: the two states around the step that `steps` draws; all for `exact`."""
         if self.steps is None or self.trajectory.trajectory == "exact":
             return slice(None)
         step = drawn_step(torch.Generator().manual_seed(seed), len(self.steps))
@@ -442,11 +440,11 @@ class DiffusionGame:
         return (moved / length) ** 0.5
 
     def opponent_hash(self) -> str:
-        """Of the opponent's weights as they are now; of its adapter, if it is one."""
+        """The hash of the opponent's weights as they are now; of its adapter, if it is one."""
         return self.adapters.hash_of(OPPONENT) if self.adapters is not None else weights_hash(self.opponent)
 
     def player_hash(self) -> str:
-        """Of the player's weights as they are now; of its adapter, if it is one."""
+        """The hash of the player's weights as they are now; of its adapter, if it is one."""
         return self.adapters.hash_of(PLAYER) if self.adapters is not None else weights_hash(self.player)
 
     @property

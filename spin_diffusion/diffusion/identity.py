@@ -16,14 +16,13 @@ def words_of(tokenizer: Any) -> list[Any]:
     rules = json.loads(backend.to_str()) if backend is not None else {}
     for name in ("truncation", "padding"):  # those of the last call, whatever it was for
         rules.pop(name, None)
-    return [
-        sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules
-    ]  # fmt: skip
+    words = sorted(tokenizer.get_vocab().items())
+    return [words, tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules]
 
 
 def parts_hash(pipeline: Any) -> str:
     """Hash of all parts of a pipeline but its UNet: weights, configurations, vocabularies, noise process, switches."""
-    parts: dict[str, Any] = {"switches": config_of(pipeline)}
+    parts: dict[str, object] = {"switches": config_of(pipeline)}
     for name, part in pipeline.components.items():
         if name == "unet" or part is None:
             continue

@@ -18,7 +18,7 @@ from spin_diffusion.store.run_dir import read_tensors, weights_hash
 
 
 def size_of(row: Row) -> Size:
-    """Of a stored image, from its frame."""
+    """Height and width of a stored image, px, from its frame."""
     height, width = row["frame"][4:]
     return height, width
 
@@ -57,14 +57,14 @@ def latents_of(
 
 
 def vae_hash(vae: AutoencoderKL) -> str:
-    """Of all of a VAE that decides latents: its weights and its configuration, scale and statistics of latents with
-    it."""
+    """The hash of all that decides latents: a VAE's weights and its configuration, with scale and statistics."""
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return key_of(weights=weights_hash(vae), config=config)
 
 
-def encoded_once(folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor],
-                 prefix: str) -> Tensor:  # fmt: skip
+def encoded_once(
+    folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor], prefix: str
+) -> Tensor:
     """The latents of a shard's images, from `folder` if they are there and whole, else encoded and put there.
 
     Args:

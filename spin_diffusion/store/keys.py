@@ -22,9 +22,9 @@ from spin_diffusion.store.opening import open_regular
 KEY = "key"
 """Its name in the metadata of a file."""
 BESIDE = (
-    "config.json", "open_clip_config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "config.json open_clip_config.json model.safetensors pytorch_model.bin tokenizer.json tokenizer_config.json "
+    "special_tokens_map.json vocab.json vocab.txt merges.txt chat_template.jinja"
+).split()
 """What a loader that is given one file of weights may read beside it: backbone, configuration, tokenizer."""
 
 
