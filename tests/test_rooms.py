@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -113,3 +114,14 @@ def test_help_waits_for_none_of_the_libraries_that_do_the_work(script):
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in asked.stderr.splitlines()}
     assert "spin_diffusion" in loaded
     assert not {"torch", "diffusers", "transformers", "accelerate", "peft", "pyarrow", "datasets", "numpy"} & loaded
+
+
+def test_the_walks_of_the_data_are_short_and_name_files_that_are_there():
+    """docs/walk.md leads from a row to an optimizer step and from a prompt to the page, in at most 12 files each."""
+    walks = (PACKAGE.parent / "docs" / "walk.md").read_text().split("\n## ")[1:]
+    assert len(walks) == 2
+    for walk in walks:
+        files = [line.split("`")[1] for line in walk.splitlines() if line.startswith("| `")]
+        assert 0 < len(files) <= 12
+        for file in files + [name for name in re.findall(r"`(\w+/[\w/]+\.py)`", walk)]:
+            assert (PACKAGE / file).exists(), file
