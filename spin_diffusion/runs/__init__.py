@@ -1,5 +1,9 @@
 """What every kind of run does before, between and after its rounds.
 
-`start` takes the run folder and plays the rounds; `plan` predicts time, memory and disk; `evaluator` evaluates base,
-rounds and rivals; `publish` writes the model card and uploads. For images and for language: `image_run` and
-`language_run`, with what only one of them needs beside them. `evaluate_models` is the evaluation outside of a run."""
+run            a run from its settings to the upload of its model, and the plan of one; config: what all kinds of run set
+start          its folder, its processes, its manifest; plan: the arithmetic of time, memory and disk
+evaluator      base, rounds and rivals by the same code; page: what the page shows beside their scores
+publish        the model card and the upload
+image_*, language_*, answer_evaluator   what only images, or only answers, do in their own way
+evaluate_models   the evaluation outside of a run
+"""

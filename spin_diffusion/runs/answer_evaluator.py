@@ -1,11 +1,9 @@
-"""The evaluations of a language run: held-out prompts answered by the present player, judged; held-out likelihood."""
+"""What a language run is evaluated by: held-out prompts answered by the present player, judged; held-out likelihood."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from accelerate import Accelerator
 
 from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
@@ -22,9 +20,9 @@ from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
-from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame, transcript
+from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.input_error import InputError
@@ -32,7 +30,8 @@ from spin_diffusion.store.keys import KEY, key_of, place_hash
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import is_built, read_json
 
-HELD_OUT_MEASURES = "held_out.json"
+MEASURES = "held_out.json"
+"""What is measured of a model beside its answers' scores."""
 
 
 def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
@@ -69,26 +68,20 @@ def _fits(example: TextExample, game: LanguageGame) -> bool:
     return True
 
 
-class AnswerEvaluator(RunEvaluator):
-    """What a language run measures. Without held-out answers it does nothing."""
+def answer_samples(config: LanguageConfig, game: LanguageGame, progress: Progress) -> "AnswerSamples | None":
+    """The answers that a run is evaluated by; None = nothing is held out."""
+    examples = [example for example in read_held_out(config.data) if _fits(example, game)]
+    return AnswerSamples(config, game, examples, progress) if examples else None
 
-    base_kind = "model"
+
+class AnswerSamples:
+    """The answers to a run's held-out prompts."""
 
     def __init__(
-        self,
-        config: LanguageConfig,
-        game: LanguageGame,
-        output_dir: Path,
-        accelerator: Accelerator,
-        progress: Progress,
+        self, config: LanguageConfig, game: LanguageGame, examples: list[TextExample], progress: Progress
     ) -> None:
-        super().__init__(config, game, str(config.model.model_name_or_path), output_dir, accelerator, progress)
-        self.examples = [example for example in read_held_out(config.data) if _fits(example, game)]
-        self.active = bool(self.examples)
-        self.specs = config.evaluation.judges or ["log_likelihood"]
-        self.saved = ADAPTER if config.language.use_peft else MODEL
-        if not self.active:
-            return
+        self.config, self.game, self.examples, self.progress = config, game, examples, progress
+        self.accelerator, self.specs = game.accelerator, config.evaluation.judges or ["log_likelihood"]
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
         firsts: dict[str, TextExample] = {}
@@ -106,28 +99,41 @@ class AnswerEvaluator(RunEvaluator):
         # Another engine has other answers to the same seeds
         engine = {} if generation.engine == "transformers" else {"engine": generation.engine}
         self.protocol = answer_protocol(
-            self.requests, name="held-out prompts", seed=config.rounds.seed, temperature=generation.temperature,
-            top_p=generation.top_p, top_k=generation.top_k or None, max_new_tokens=generation.max_new_tokens,
-            max_length=config.language.max_length, precision=precision_of(accelerator.mixed_precision),
-            **fingerprint(game.tokenizer), **engine,
-        )  # fmt: skip
+            self.requests,
+            name="held-out prompts",
+            seed=config.rounds.seed,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            top_k=generation.top_k or None,
+            max_new_tokens=generation.max_new_tokens,
+            max_length=config.language.max_length,
+            precision=precision_of(self.accelerator.mixed_precision),
+            **fingerprint(game.tokenizer),
+            **engine,
+        )
 
-    def model_at(self, name: str, folder: Path, role: str, round_: int | None, **said: Any) -> EvaluatedModel:
-        return EvaluatedModel(name, role, folder, round_, **said)
+    def place(self, folder: Path) -> Path:
+        """The folder itself."""
+        return folder
 
-    def said_of(self, folder: Path, name: str) -> dict[str, Any]:
+    def scorer_record(self, folder: Path, name: str) -> dict[str, Any]:
+        """What is known of a judge, and whether it was run."""
         return read_judge(folder, name)
 
-    def weights_hash(self) -> str:
-        return self.game.player_hash()
-
     def draw_and_score(self, model: EvaluatedModel) -> None:
+        """The player's answers, their scores, and what else is measured of the player."""
         draw_answers(
-            self.requests, model.folder, self.protocol, self._answer, self.accelerator, self.progress,
-            weights_sha256=model.weights_sha256 or "", model=model.name,
-        )  # fmt: skip
+            self.requests,
+            model.folder,
+            self.protocol,
+            self._answer,
+            self.accelerator,
+            self.progress,
+            weights_sha256=model.weights_sha256 or "",
+            model=model.name,
+        )
         judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
-        path, key = model.folder / HELD_OUT_MEASURES, self._held_out_key(model)
+        path, key = model.folder / MEASURES, self._held_out_key(model)
         if self.accelerator.is_main_process:
             build(path, key, lambda: Made(self._held_out_nll() | self._lm_eval()))
         self.accelerator.wait_for_everyone()
@@ -135,7 +141,7 @@ class AnswerEvaluator(RunEvaluator):
     def is_drawn(self, model: EvaluatedModel) -> bool:
         """Whether its answers are there, and their scores, for which some judges ask the model itself."""
         answered = are_answered(self.requests, model.folder, self.protocol, model.weights_sha256 or "")
-        measured = is_built(model.folder / HELD_OUT_MEASURES, self._held_out_key(model))
+        measured = is_built(model.folder / MEASURES, self._held_out_key(model))
         return answered and measured and self.is_scored(model)
 
     def is_scored(self, model: EvaluatedModel) -> bool:
@@ -150,17 +156,32 @@ class AnswerEvaluator(RunEvaluator):
         asked = [[transcript(example.prompt), example.completion] for example in self.examples]
         tasks = harness_tasks(self.config)
         places = [*tasks.names, tasks.folder] if tasks is not None else []
-        return key_of(
-            weights=model.weights_sha256, protocol=self.protocol["id"], asked=asked,
-            tasks=asdict(tasks) if tasks is not None else None, files=[place and place_hash(place) for place in places],
-        )  # fmt: skip
+        files = [place and place_hash(place) for place in places]
+        tasks_ = asdict(tasks) if tasks is not None else None
+        weights, protocol = model.weights_sha256, self.protocol["id"]
+        return key_of(weights=weights, protocol=protocol, asked=asked, tasks=tasks_, files=files)
 
     def conclude(
-        self, root: Path, models: list[EvaluatedModel], title: str, **more: Any
+        self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
     ) -> tuple[dict[str, Any], list[Comparison]]:
-        # Where single answers are held out, prompts are shared on purpose
-        prompts = None if self.config.data.held_out_by == "row" else self._training_prompts()
-        return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=prompts, **more)
+        """The results. Where single answers are held out, prompts are shared on purpose, and not looked for."""
+        trained = None if self.config.data.held_out_by == "row" else prompts
+        return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=trained, **more)
+
+    def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
+        """The held-out likelihood and the benchmarks of each model."""
+        return [
+            {"model": model.name, "round": model.round_, "name": name} | measured
+            for model in models
+            for name, measured in (read_for_page(read_json, model.folder / MEASURES, dict[str, Any]) or {}).items()
+            if name != KEY
+        ]
+
+    def show(self, title: str, folder: Path) -> None:
+        """Nothing: trackers get numbers alone."""
+
+    def finish(self, models: list[EvaluatedModel]) -> None:
+        """Nothing: the page shows the answers."""
 
     def _answer(self, rows: list[dict[str, Any]], done: Callable[[int], None]) -> list[dict[str, Any]]:
         prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
@@ -185,25 +206,14 @@ class AnswerEvaluator(RunEvaluator):
         return self._tokens[prompt, completion]
 
     def _held_out_nll(self) -> dict[str, Any]:
-        """Of all held-out answers, not only of one per prompt: the mean in nats per answer, interval over prompts."""
+        """The mean over all held-out answers, not only one per prompt, in nats per answer; interval over prompts."""
         prompts = [transcript(example.prompt) for example in self.examples]
         scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
-        found = clustered_mean([-score for score in scores], prompts)
-        return {
-            "held_out_nll": {"title": "held-out negative log-likelihood, nats per answer", "value": found["mean"],
-                             "low": found["low"], "high": found["high"], "better": "lower"}
-        }  # fmt: skip
+        mean = clustered_mean([-score for score in scores], prompts)
+        bounds = {"value": mean["mean"], "low": mean["low"], "high": mean["high"]}
+        title = "held-out negative log-likelihood, nats per answer"
+        return {"held_out_nll": {"title": title, "better": "lower"} | bounds}
 
     def _lm_eval(self) -> dict[str, Any]:
         tasks = harness_tasks(self.config)
         return run_tasks(self.game, tasks) if tasks is not None else {}
-
-    def _measures(self) -> list[dict[str, Any]]:
-        found = super()._measures()
-        for model in self._models():
-            path = model.folder / HELD_OUT_MEASURES
-            for name, said in (self._for_the_page(read_json, path, dict[str, Any]) or {}).items():
-                if name == KEY:
-                    continue
-                found.append({"model": model.name, "round": model.round_, "name": name} | said)
-        return found

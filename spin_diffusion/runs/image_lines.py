@@ -1,23 +1,24 @@
-"""What a run prints of itself: before its rounds what it plays with, after them where the player is."""
+"""What an image run says of itself: before its rounds what it plays with, after them how its model is loaded."""
 
 import math
 from pathlib import Path
-from typing import Any
 
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.buckets import sizes_in_words
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.runs.start import rivals
-from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.runs.config import rivals, titles_of
+from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.samples.shards import ENCODED, Part
 from spin_diffusion.samples.stored_pairs import kinds_of
 from spin_diffusion.selfplay.trainee import trained_parameters
 
 
-def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output_dir: Path) -> str:
+def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_dir: Path) -> str:
     """What a run plays with, in a few lines.
 
     Args:
@@ -30,8 +31,7 @@ def header(config: Config, game: DiffusionGame, manifest: dict[str, Any], output
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
-        f"Objective  {', '.join(title_of(name) for name in objectives_of(config.rounds))}"
-        f", opponent {config.rounds.opponent}, drawn at guidance "
+        f"Objective  {titles_of(config)}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
@@ -124,13 +124,45 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
     return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
 
 
-def tell_where(records: list[dict[str, Any]], output_dir: Path, base: Base, pipeline: str) -> None:
-    """Print where the last promoted player is, and how a user loads it."""
-    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-    if not promoted:
-        print("No round was promoted: the base stands, and there is nothing to load")
-        return
-    folder = "lora" if (output_dir / "lora").is_dir() else "unet"
-    code = loading_code(base, pipeline, folder, python_arguments(str(output_dir / folder)))
-    print(f"The player of round {promoted[-1]} is in {output_dir / folder}; load it with")
-    print("\n".join(f"  {line}" for line in code.splitlines() if line))
+SOURCES = {
+    "spin": ("SPIN-Diffusion", "2402.10210"),
+    "kto": ("Diffusion-KTO", "2404.04465"),
+    "dpo": ("Diffusion-DPO", "2311.12908"),
+    "sft": ("supervised fine-tuning", "2112.10752"),
+}
+"""Method and arXiv number of the objectives that a paper of its own brought to images."""
+
+
+def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
+    """What the model card says of base, data and settings, and the code that loads the model.
+
+    Args:
+        pipeline: the pipeline's class.
+        rows: real images of the run.
+    """
+    folder, base = "lora" if config.lora.use_lora else "unet", Base.of_settings(config.flat())
+    arguments = python_arguments(str(output_dir / folder))
+    if config.run.hub_model_id:
+        arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
+    curator, lora, sampling = config.curation.curation_scorer, config.lora, config.sampling
+    chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
+    how = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps of {sampling.sampler}"
+    adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
+    return Card(
+        "pipeline_card.md.j2",
+        {"pipeline": pipeline, "code": loading_code(base, pipeline, folder, arguments)},
+        base.name,
+        [
+            *([("base", f"`{base}`")] if base != Base(base.name) else []),
+            ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`{chosen_by}"),
+            *round_facts(config, rows, how),
+            ("trained", adapter if lora.use_lora else "all weights of the UNet"),
+            ("winner-preserving mu", config.denoiser.winner_preserving_mu),
+            ("seed", config.rounds.seed),
+        ],
+        samples="pictures",
+        library="diffusers",
+        task="text-to-image",
+        sources=SOURCES,
+        uploaded=("samples.png", "unet/**", "lora/**"),
+    )

@@ -1,56 +1,42 @@
-"""The main job for language models: load the base, prepare the data, play the rounds, compare, say what came out."""
+"""A language run: how its base, its real answers, its evaluation and its costs come about. `run` does the rest."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.report import Expected, LeftOut, ReadReport
 from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
-from spin_diffusion.runs.answer_evaluator import AnswerEvaluator, check_judges, harness_tasks
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
-from spin_diffusion.runs.language_card import push_to_hub, write_model_card
+from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges, harness_tasks
+from spin_diffusion.runs.config import needs_losers, titles_of
+from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, make_plan
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.start import (
-    check_run_folder,
-    check_training,
-    make_accelerator,
-    needs_losers,
-    open_trackers,
-    play_with_rivals,
-    quiet_libraries,
-    round_lines,
-    start,
-    take_run_folder,
-    write_manifest,
-)
+from spin_diffusion.runs.publish import Card, round_facts
+from spin_diffusion.runs.run import plan_run, play_run
 from spin_diffusion.samples.sample import Row
+from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.one_round import HELD_OUT
-from spin_diffusion.store.progress import Bars, Progress
-from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.round_settings import objectives_of
-from spin_diffusion.store.run_dir import weights_hash
-from spin_diffusion.samples.real import prepare
-from spin_diffusion.selfplay.train_settings import check_batch
-from spin_diffusion.store.folder import take_folder
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
+from spin_diffusion.samples.real import DataManifest, prepare
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import config_of
-
-PROGRAM = "language training"
 
 TEMPLATE_BYTES = 2**20
 HOPELESS_LONG_ROWS = 1000
@@ -58,123 +44,202 @@ HOPELESS_LONG_ROWS = 1000
 
 
 def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
-    """Play all rounds of `config` with a causal language model and return the rounds' records.
-
-    Raises:
-        InputError: anything the user gave that cannot be used; nothing that exists is touched.
-    """
-    output_dir = Path(config.run.output_dir)
-    check_run_folder(config, output_dir, PROGRAM)
-    if (tasks := harness_tasks(config)) is not None:
-        check_tasks(tasks)
-    check_judges(config.evaluation.judges or [])
-    accelerator = start(config, output_dir, PROGRAM)
-    if config.generation.engine == "vllm" and accelerator.num_processes > 1:
-        raise InputError(
-            f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or leave "
-            "the flag out"
-        )
-    versions = {}
-    if config.generation.engine == "vllm":
-        adapter_rank = config.language.lora_r if config.language.use_peft else None
-        if len(base_of(config).adapters()) > 1:
-            raise InputError(
-                f"--engine vllm draws from the files of {config.model.model_name_or_path}, and those are an adapter: "
-                "leave --engine out, or merge it (PEFT's merge_and_unload), save_pretrained() the result with its "
-                "tokenizer, and give that folder"
-            )
-        versions["vllm"] = check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
-    for warning in warnings_of(config):
-        accelerator.print(f"Warning: {warning}")
-
-    game = open_game(config, accelerator)
-    check_training(config, game.player, accelerator)
-    take_run_folder(config, output_dir, PROGRAM, accelerator)
-    progress = Bars() if accelerator.is_main_process else Progress()
-
-    manifest = _prepared(config, game, output_dir, progress)
-    pairs = manifest["rows"] // config.rounds.real_parts
-    # Now, not after a night of drawing
-    check_batch(pairs, config.training, accelerator.num_processes)
-    weights, parts = weights_hash(game.model), key_of(config=config_of(game.model))
-    write_manifest(output_dir, game.base.identity(), weights, parts, manifest, config, accelerator, versions)
-    accelerator.print(_header(config, game, manifest["rows"]) + round_lines(config, manifest["rows"], accelerator))
-
-    # The rounds, and what they are compared with
-    open_trackers(config, output_dir, accelerator)
-    evaluator = AnswerEvaluator(config, game, output_dir, accelerator, progress)
-    evaluator.base()
-    costs = ledger_costs(
-        game,
-        output_dir,
-        forwards=1 + config.training.gradient_checkpointing + config.training.two_passes,
-        matrix_flops_per_second=config.run.matrix_flops_per_second,
-    )
-    records = play_with_rivals(
-        config, game, output_dir, accelerator, evaluator.of_rounds(), evaluator.of_rival, progress,
-        output_dir / HELD_OUT if config.data.holds_out else None,
-        costs=lambda rounds: costs(
-            rounds, output_dir if rounds is config.rounds else output_dir / f"compare-{rounds.objective}"
-        ),
-    )  # fmt: skip
-    if accelerator.is_main_process:
-        write_model_card(output_dir, config, manifest["rows"], evaluator.tell())
-        _tell_where(records, output_dir, game.base, config.language.use_peft)
-        if config.run.push_to_hub:
-            print(f"Uploaded to {push_to_hub(output_dir, config)}")
-    return records
-
-
-def _prepared(config: LanguageConfig, game: LanguageGame, output_dir: Path, progress: Progress) -> dict[str, Any]:
-    """The manifest of the real answers, which are prepared as those that are held out are."""
-    with_rejected, accelerator = needs_losers(config), game.accelerator
-    settings = _data_settings(config, with_rejected) | fingerprint(game.tokenizer)
-    report, said = ReadReport(), []
-    manifest = prepare(
-        output_dir / "data",
-        lambda: _rows(
-            game, read_text_examples(config.data, with_rejected=with_rejected, report=report), report, said.append
-        ),
-        settings, config.rounds.samples_per_shard, game, accelerator, progress, report.as_dict,
-    )  # fmt: skip
-    for line in [*said, *report.lines(), *game.chat.notes()] if report.read else []:
-        accelerator.print(line)
-    if config.data.holds_out:
-        aside = ReadReport()
-        game.chat.count_anew()
-        prepare(
-            output_dir / HELD_OUT,
-            lambda: _rows(game, read_held_out(config.data, report=aside), aside, lambda warning: None), settings,
-            config.rounds.samples_per_shard, game, accelerator, progress, aside.as_dict,
-        )  # fmt: skip
-        if aside.read:
-            for line in [f"{aside.used} answers", *aside.lines()[1:], *game.chat.notes()]:
-                accelerator.print(f"held out: {line.strip()}")
-    return manifest
+    """Play all rounds of `config` with a causal language model and return their records. Raises as `play_run`."""
+    return play_run(LanguageSetup(config))
 
 
 def plan(config: LanguageConfig) -> None:
-    """Say what a run will take, before it is started.
+    """Say what a run will take, before it is started. Raises as `plan_run`."""
+    plan_run(LanguageSetup(config))
 
-    Raises:
-        InputError: as `run_language`; a batch that does not fit in memory.
+
+class LanguageSetup:
+    """A language run before its base is loaded."""
+
+    program = "language training"
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Refuse benchmarks and judges that there are not."""
+        if (tasks := harness_tasks(self.config)) is not None:
+            check_tasks(tasks)
+        check_judges(self.config.evaluation.judges or [])
+
+    def launch(self, accelerator: Accelerator) -> dict[str, str]:
+        """Refuse what vLLM cannot draw; its version, where it is asked for."""
+        versions = {}
+        if self.config.generation.engine == "vllm":
+            versions["vllm"] = self._check_vllm(accelerator)
+        for warning in warnings_of(self.config):
+            accelerator.print(f"Warning: {warning}")
+        return versions
+
+    def open(self, accelerator: Accelerator) -> "LanguageRun":
+        """The base checkpoint as a game."""
+        return LanguageRun(self.config, open_game(self.config, accelerator))
+
+    def _check_vllm(self, accelerator: Accelerator) -> str:
+        if accelerator.num_processes > 1:
+            raise InputError(
+                f"--engine vllm draws in one process, and this job has {accelerator.num_processes}: launch one, or "
+                "leave the flag out"
+            )
+        if len(base_of(self.config).adapters()) > 1:
+            raise InputError(
+                f"--engine vllm draws from the files of {self.config.model.model_name_or_path}, and those are an "
+                "adapter: leave --engine out, or merge it (PEFT's merge_and_unload), save_pretrained() the result with "
+                "its tokenizer, and give that folder"
+            )
+        adapter_rank = self.config.language.lora_r if self.config.language.use_peft else None
+        return check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
+
+
+class LanguageRun:
+    """A language run with its base."""
+
+    candidates = None
+    probe = None
+
+    def __init__(self, config: LanguageConfig, game: LanguageGame) -> None:
+        self.config, self.game = config, game
+        self.accelerator, self.output_dir = game.accelerator, Path(config.run.output_dir)
+        self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
+
+    def plan(self, progress: Progress) -> list[str]:
+        """The plan, and what the chat template does to the first answers."""
+        plan = make_plan(self.config, self.game, progress)
+        told = lines(plan, self.config.run.output_dir, self.accelerator.device, "judges")
+        told += [f"Of the first {FIRST_ROWS} answers: {line}" for line in self.game.chat.notes()]
+        if self.config.generation.engine == "vllm":
+            told.append("Drawing was timed with transformers, not with vLLM")
+        return told
+
+    def prepare(self, progress: Progress) -> DataManifest:
+        """The manifest of the real answers, which are prepared as those that are held out are."""
+        data, with_rejected = self.config.data, needs_losers(self.config)
+        report, warnings = ReadReport(), []
+        answers = read_text_examples(data, with_rejected=with_rejected, report=report)
+        manifest = self._prepare(self.output_dir / "data", answers, report, warnings, progress)
+        if report.read:
+            for line in [*warnings, *report.lines(), *self.game.chat.notes()]:
+                self.accelerator.print(line)
+        if self.held_out is not None:
+            aside = ReadReport()
+            self.game.chat.count_anew()
+            self._prepare(self.held_out, read_held_out(data, report=aside), aside, [], progress)
+            if aside.read:
+                for line in [f"{aside.used} answers", *aside.lines()[1:], *self.game.chat.notes()]:
+                    self.accelerator.print(f"held out: {line.strip()}")
+        return manifest
+
+    def base(self) -> dict[str, Any]:
+        """The base with the adapters that were merged into it, and the hash of its weights."""
+        model = self.game.model
+        return self.game.base.identity() | {"weights": weights_hash(model), "parts": key_of(config=config_of(model))}
+
+    def header(self, data: DataManifest) -> str:
+        """What the run plays with."""
+        parameters, rounds = list(self.game.model.parameters()), self.config.rounds
+        total = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        what = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained in an adapter"
+        return (
+            f"Base       {self.config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
+            f"Data       {data['rows']} real answers\n"
+            f"Objective  {titles_of(self.config)}, opponent {rounds.opponent}, {rounds.num_generated} "
+            f"generated answer{'s' if rounds.num_generated > 1 else ''} to each real one, "
+            f"{self.config.generation.describe()}\n"
+        )
+
+    def ready(self, pairs: int, progress: Progress) -> None:
+        """Nothing: the game is ready as it was opened."""
+
+    def evaluator(self, progress: Progress) -> RunEvaluator:
+        """What measures by answers to the held-out prompts."""
+        samples = answer_samples(self.config, self.game, progress)
+        base = str(self.config.model.model_name_or_path), "model"
+        return RunEvaluator(self.config, self.game, base, _saved(self.config), samples)
+
+    def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
+        """What the phases of a round take, by the lengths of its answers."""
+        return ledger_costs(
+            self.game,
+            self.output_dir,
+            forwards=1 + self.config.training.gradient_checkpointing + self.config.training.two_passes,
+            matrix_flops_per_second=self.config.run.matrix_flops_per_second,
+        )
+
+    def card(self, rows: int) -> Card:
+        """What the model card says of base, data and settings, and what loads the model."""
+        return card(self.config, self.output_dir, rows)
+
+    def loading_code(self) -> tuple[Path, str]:
+        """The model's folder or the adapter's, and an expression that loads it."""
+        folder, uses_adapter = self.output_dir / _saved(self.config), self.config.language.use_peft
+        return folder, self.game.base.code_with(folder) if uses_adapter else LanguageBase(str(folder)).code()
+
+    def _prepare(
+        self, folder: Path, answers: Iterable[TextExample], report: ReadReport, warnings: list[str], progress: Progress
+    ) -> DataManifest:
+        game, config = self.game, self.config
+        settings = dataclasses.asdict(config.data) | {
+            "max_length": config.language.max_length,
+            "max_new_tokens": config.generation.max_new_tokens,
+            "with_rejected": needs_losers(config),
+            "shard": config.rounds.samples_per_shard,
+            **fingerprint(game.tokenizer),
+        }
+        del settings["cache_dir"]
+        return prepare(
+            folder,
+            lambda: _rows(game, answers, report, warnings),
+            settings,
+            config.rounds.samples_per_shard,
+            game,
+            self.accelerator,
+            progress,
+            report.as_dict,
+        )
+
+
+def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
+    """What the model card says of a language model.
+
+    Args:
+        rows: real answers of the run.
     """
-    output_dir = Path(config.run.output_dir)
-    check_run_folder(config, output_dir, PROGRAM)
-    quiet_libraries()
-    accelerator = make_accelerator(config.training.mixed_precision)
-    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
-    game = open_game(config, accelerator)
-    check_training(config, game.player, accelerator)
-    if accelerator.is_main_process:
-        take_folder(output_dir, PROGRAM)
-    found = make_plan(config, game, Bars() if accelerator.is_main_process else Progress())
-    for line in lines(found, config.run.output_dir, accelerator.device, "judges"):
-        accelerator.print(line)
-    for line in game.chat.notes():
-        accelerator.print(f"Of the first {FIRST_ROWS} answers: {line}")
-    if config.generation.engine == "vllm":
-        accelerator.print("Drawing was timed with transformers, not with vLLM")
+    language, folder = config.language, output_dir / _saved(config)
+    adapter = f"LoRA of rank {language.lora_r}, alpha {language.lora_alpha:g}"
+    blocks = {
+        "uses_adapter": language.use_peft,
+        "base_code": base_of(config).code(),
+        "argument": json.dumps(config.run.hub_model_id or str(folder)),
+    }
+    return Card(
+        "language_card.md.j2",
+        blocks,
+        str(config.model.model_name_or_path),
+        [
+            ("answers", f"{rows} from `{config.data.dataset_name}`"),
+            *round_facts(
+                config, rows, f"{config.rounds.num_generated} to each real answer, {config.generation.describe()}"
+            ),
+            ("optimizer", config.training.optimizer),
+            ("trained", adapter if language.use_peft else "all weights"),
+            ("seed", config.rounds.seed),
+        ],
+        samples="answers",
+        library="peft" if language.use_peft else "transformers",
+        task="text-generation",
+        at_root=folder if folder.is_dir() else None,
+    )
+
+
+def _saved(config: LanguageConfig) -> str:
+    """Name of the folder that a player is saved in."""
+    return ADAPTER if config.language.use_peft else MODEL
 
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
@@ -229,15 +294,15 @@ def _template(path: Path) -> str:
 
 
 def _rows(
-    game: LanguageGame, examples: Iterable[TextExample], report: ReadReport, warn: Callable[[str], None]
+    game: LanguageGame, examples: Iterable[TextExample], report: ReadReport, warnings: list[str]
 ) -> Iterator[Row]:
-    """Stored rows; what the tokenizer cannot use is counted where the reader counts."""
+    """Stored rows; what the tokenizer cannot use is counted where the reader counts. `warnings` gets what is odd."""
     checked = False
     for example in examples:
         if not checked:
             checked = True
-            for warning in check_tokenizer(game.tokenizer, chats=isinstance(example.prompt, list)):
-                warn(f"Warning: {warning}")
+            odd = check_tokenizer(game.tokenizer, chats=isinstance(example.prompt, list))
+            warnings += [f"Warning: {warning}" for warning in odd]
         try:
             yield game.real_row(example)
         except LeftOut as left_out:
@@ -250,35 +315,3 @@ def _rows(
                     f"reading stopped early: of {report.read} rows none can be used, {too_long} for a prompt longer "
                     f"than --max_length {game.settings.max_length} (the first is {first}): raise it"
                 ) from None
-
-
-def _data_settings(config: LanguageConfig, with_rejected: bool) -> dict[str, Any]:
-    """What decides the content of the prepared data."""
-    kept = dataclasses.asdict(config.data) | {
-        "max_length": config.language.max_length, "max_new_tokens": config.generation.max_new_tokens,
-        "with_rejected": with_rejected, "shard": config.rounds.samples_per_shard,
-    }  # fmt: skip
-    return {key: value for key, value in kept.items() if key != "cache_dir"}
-
-
-def _header(config: LanguageConfig, game: LanguageGame, rows: int) -> str:
-    total = sum(parameter.numel() for parameter in game.model.parameters())
-    trained = sum(parameter.numel() for parameter in game.model.parameters() if parameter.requires_grad)
-    what = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained in an adapter"
-    rounds = config.rounds
-    return (
-        f"Base       {config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
-        f"Data       {rows} real answers\n"
-        f"Objective  {', '.join(title_of(name) for name in objectives_of(rounds))}, opponent {rounds.opponent}, {rounds.num_generated} generated "
-        f"answer{'s' if rounds.num_generated > 1 else ''} to each real one, {config.generation.describe()}\n"
-    )
-
-
-def _tell_where(records: list[dict[str, Any]], output_dir: Path, base: LanguageBase, use_peft: bool) -> None:
-    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-    folder = output_dir / (ADAPTER if use_peft else MODEL)
-    if not promoted:
-        print(f"No round was promoted: the base stands, and there is no {folder.name}/ to load")
-        return
-    loaded = LanguageBase(str(folder)).code() if not use_peft else base.code_with(folder)
-    print(f"The player of round {promoted[-1]} is in {folder}; load it with\n  {loaded}")

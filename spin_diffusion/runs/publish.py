@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
 from spin_diffusion.evaluation.records import read_results
-from spin_diffusion.runs.start import AnyConfig
-from spin_diffusion.selfplay.objective_names import objective_of, title_of
+from spin_diffusion.runs.config import AnyConfig, titles_of
+from spin_diffusion.selfplay.objective_names import objective_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError
@@ -22,71 +23,74 @@ from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.run_dir import write_file
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")
-"""Of every run, beside its model."""
+"""Files of every run that are uploaded beside its model."""
 
 
-def write_card(
-    output_dir: Path,
-    config: AnyConfig,
-    template: Path,
-    *,
-    base: str,
-    facts: Sequence[tuple[str, Any]],
-    comparisons: Sequence[Comparison],
-    samples: str,
-    library: str,
-    task: str,
-    sources: Mapping[str, tuple[str, str]] | None = None,
-    **more: Any,
-) -> None:
-    """Write README.md: base, data, settings, the table with its intervals.
+@dataclass(frozen=True)
+class Card:
+    """What the model card and the upload of one kind of run have beside what every kind has."""
 
-    Args:
-        template: fills the blocks `opening` and `use` of `model_card.md.j2`.
-        base: hub id or local folder of what was trained.
-        samples: what the page shows, in the plural.
-        library, task: the hub's names of what loads it and of what it does.
-        sources: objective -> method and arXiv number, where they are not those of `OBJECTIVES` in this kind of run.
-        more: what the template's own blocks need.
-    """
+    template: str
+    """File beside this one that fills the blocks `opening` and `use` of `model_card.md.j2`."""
+    blocks: Mapping[str, Any]
+    """What the template's own blocks need."""
+    base: str
+    """Hub id or local folder of what was trained."""
+    facts: Sequence[tuple[str, Any]]
+    samples: str
+    """What the page shows, in the plural."""
+    library: str
+    """The hub's name of what loads the model."""
+    task: str
+    """The hub's name of what the model does."""
+    sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Objective -> method and arXiv number, where they are not those of `OBJECTIVES` in this kind of run."""
+    uploaded: tuple[str, ...] = ()
+    """Patterns of files below the output folder that are uploaded beside those of every run."""
+    at_root: Path | None = None
+    """Folder whose files are to lie at the repository's root, where the libraries look for them."""
+
+
+def write_card(output_dir: Path, config: AnyConfig, card: Card, comparisons: Sequence[Comparison]) -> None:
+    """Write README.md: base, data, settings, the table with its intervals."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
-    on_hub = not Path(base).exists()
+    on_hub = not Path(card.base).exists()
     objectives = objectives_of(config.rounds)
     generated = {source_of(config.rounds, name) for name in objectives}
     # Jinja without autoescape: this is Markdown. What a user or a data set wrote goes in as code or on one line.
-    environment = Environment(
-        loader=FileSystemLoader([template.parent, Path(__file__).parent]), undefined=StrictUndefined,
-        trim_blocks=False, autoescape=False,
-    )  # fmt: skip
-    text = environment.get_template(template.name).render(
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, autoescape=False)
+    text = environment.get_template(card.template).render(
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
-        base=_line(base if on_hub else Path(base).name),
-        base_link=f"https://huggingface.co/{base}" if on_hub else "#use",
-        base_argument=json.dumps(base),
-        methods=_methods(objectives, sources or {}),
+        base=_line(card.base if on_hub else Path(card.base).name),
+        base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
+        base_argument=json.dumps(card.base),
+        methods=_methods(objectives, card.sources),
         plays="opponent" in generated,
         prefers="data" in generated,
-        facts=[(name, _line(str(value))) for name, value in facts],
+        facts=[(name, _line(str(value))) for name, value in card.facts],
         table=as_markdown(comparisons) if comparisons else "",
         verdict=_verdict(results),
         protocol=results["protocol"]["id"][:16] if results else "",
-        samples=samples,
+        samples=card.samples,
         licence_note="The licence of the base applies to this model." if on_hub else "",
         version=spin_diffusion.__version__,
-        **more,
+        **card.blocks,
     )
     data = ModelCardData(
-        base_model=base if on_hub else None,
-        library_name=library,
-        pipeline_tag=task,
-        tags=[task, library, "self-play", *objectives],
+        base_model=card.base if on_hub else None,
+        library_name=card.library,
+        pipeline_tag=card.task,
+        tags=[card.task, card.library, "self-play", *objectives],
     )
-    card = f"---\n{data.to_yaml()}\n---\n\n{text}\n"
-    encoded = card.encode("utf-8", errors="backslashreplace")  # a data set's path need not be UTF-8
+    encoded = f"---\n{data.to_yaml()}\n---\n\n{text}\n".encode("utf-8", errors="backslashreplace")
+    # A data set's path need not be UTF-8
     path = output_dir / "README.md"
     if path.exists() and not _is_as_written(path):
-        print(f"{path} was edited, or is somebody's own, and stays as it is: delete it, then the same command writes "
-              "it anew")  # fmt: skip
+        print(
+            f"{path} was edited, or is somebody's own, and stays as it is: delete it, then the same command writes it "
+            "anew"
+        )
         return
     write_file(path, lambda part: part.write_bytes(encoded + _seal_of(encoded)))
 
@@ -102,12 +106,8 @@ def _is_as_written(path: Path) -> bool:
     return seal == _seal_of(b"".join(lines))
 
 
-def push_to_hub(output_dir: Path, config: AnyConfig, patterns: Sequence[str], at_root: Path | None = None) -> str:
+def push_to_hub(output_dir: Path, config: AnyConfig, card: Card) -> str:
     """Upload what a user of the model needs; return its address.
-
-    Args:
-        patterns: of files below the output folder.
-        at_root: folder whose files are to lie at the repository's root, where the libraries look for them.
 
     Raises:
         InputError: the hub cannot be reached, or refuses. Nothing is lost, the same command tries again.
@@ -117,11 +117,10 @@ def push_to_hub(output_dir: Path, config: AnyConfig, patterns: Sequence[str], at
     try:
         api = HfApi(token=config.run.hub_token)
         repository = api.create_repo(name, exist_ok=True).repo_id
-        if at_root is not None:
-            api.upload_folder(repo_id=repository, folder_path=at_root, commit_message=message)
-        api.upload_folder(
-            repo_id=repository, folder_path=output_dir, allow_patterns=list(patterns), commit_message=message
-        )
+        if card.at_root is not None:
+            api.upload_folder(repo_id=repository, folder_path=card.at_root, commit_message=message)
+        patterns = [*UPLOADED, *card.uploaded]
+        api.upload_folder(repo_id=repository, folder_path=output_dir, allow_patterns=patterns, commit_message=message)
     except Exception as error:  # the hub's client raises dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
@@ -133,31 +132,28 @@ def push_to_hub(output_dir: Path, config: AnyConfig, patterns: Sequence[str], at
 
 def by_round(config: AnyConfig, value: Any) -> str:
     """A setting of one value, or one per round, in words."""
-    values = [f"{of_round(value, k):g}" for k in range(1, config.rounds.rounds + 1)]
+    values = [of_round(value, k) for k in range(1, config.rounds.rounds + 1)]
+    values = [str(value) if isinstance(value, int) else f"{value:g}" for value in values]
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
-def round_facts(config: AnyConfig, rows: int) -> list[tuple[str, Any]]:
-    """What every kind of run says of its rounds' training, for the card."""
+def round_facts(config: AnyConfig, rows: int, sampling: str) -> list[tuple[str, Any]]:
+    """What every kind of run says of its rounds on the card.
+
+    Args:
+        rows: real samples of the run.
+        sampling: how the opponent draws, in words.
+    """
     rounds, training = config.rounds, config.training
     pairs, world = rows // rounds.real_parts, int(os.environ.get("WORLD_SIZE", "1"))
     steps = [steps_of_round(training, k, pairs, world)[0] for k in range(1, rounds.rounds + 1)]
-    steps = steps[:1] if len(set(steps)) == 1 else steps
     return [
-        ("optimizer steps a round", ", ".join(str(number) for number in steps)),
+        ("objective", f"{titles_of(config)}, beta {by_round(config, rounds.beta)}, {rounds.rounds} rounds"),
+        ("opponent", f"{rounds.opponent}, {sampling}"),
+        ("optimizer steps a round", by_round(config, steps)),
         ("pairs a step and process", training.train_batch_size * training.gradient_accumulation_steps),
         ("learning rate", by_round(config, training.learning_rate)),
     ]
-
-
-def objective_fact(config: AnyConfig) -> tuple[str, str]:
-    """The same of its objectives."""
-    beta = by_round(config, config.rounds.beta)
-    return (
-        "objective",
-        f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}"
-        f", beta {beta}, {config.rounds.rounds} rounds",
-    )
 
 
 def _methods(objectives: Sequence[str], sources: Mapping[str, tuple[str, str]]) -> str:
@@ -171,11 +167,11 @@ def _verdict(results: dict[str, Any] | None) -> str:
     if not results:
         return ""
     headline = results["headline"]
-    for said in results["verdicts"]:
-        if (said["model"], said["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
-            scale = said["guidance_scale"]
-            at = _line(said["model"]) + (f" at guidance {scale:g}" if scale is not None else "")
-            return f"{at}: **{said['verdict']}**. {said['reason']}"
+    for verdict in results["verdicts"]:
+        if (verdict["model"], verdict["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
+            scale = verdict["guidance_scale"]
+            at = _line(verdict["model"]) + (f" at guidance {scale:g}" if scale is not None else "")
+            return f"{at}: **{verdict['verdict']}**. {verdict['reason']}"
     return ""
 
 

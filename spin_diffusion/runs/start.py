@@ -1,15 +1,13 @@
-"""What every kind of run shares: how it is started, and the rounds with the objectives that it is compared with."""
+"""How every kind of run is started: its folder, its processes, its manifest and the first lines that it prints."""
 
-import dataclasses
 import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict
 
 import diffusers
 import torch
@@ -19,41 +17,21 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
+from spin_diffusion.runs.config import AnyConfig
+from spin_diffusion.selfplay.fused import check_fused
+from spin_diffusion.samples.real import DataManifest, forget_prepared
+from spin_diffusion.selfplay.sharded import check_sharding
+from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
+from spin_diffusion.store.folder import check_folder, share_folder, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.selfplay.run_settings import RunSettings
-from spin_diffusion.samples.candidates import Candidates
-from spin_diffusion.selfplay.fused import check_fused
-from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.store.progress import Progress
 from spin_diffusion.selfplay.objective_names import file_hashes
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.store.run_dir import read_json, settle, write_file, write_json
-from spin_diffusion.samples.real import forget_prepared
-from spin_diffusion.selfplay.sharded import check_sharding
-from spin_diffusion.selfplay.table import Evaluate, Probe
-from spin_diffusion.selfplay.tracking import start_trackers
-from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step, steps_of_round
-from spin_diffusion.store.folder import check_folder, share_folder, take_folder
 from spin_diffusion.store.settings import harmless, per_round
 from spin_diffusion.store.yaml_files import dump_yaml
 
 ENCODINGS = "store of encodings"
-
-
-@runtime_checkable
-class AnyConfig(Protocol):
-    """The settings of a run of any kind."""
-
-    rounds: RoundSettings
-    training: TrainSettings
-    run: RunSettings
-
-    def flat(self) -> dict[str, Any]:
-        """Every setting by its flag."""
-        ...
 
 
 def changes(old: dict[str, Any], config: AnyConfig) -> list[str]:
@@ -191,16 +169,6 @@ def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerato
     check_sharding(player, config.training, accelerator, moving_average)
 
 
-def rivals(config: AnyConfig) -> list[str]:
-    """The objectives that the run is compared with, without its own."""
-    return [name for name in config.run.compare_with or [] if [name] != objectives_of(config.rounds)]
-
-
-def needs_losers(config: AnyConfig) -> bool:
-    """Whether some objective takes its generated side from the data set."""
-    return "data" in {source_of(config.rounds, name) for name in (*objectives_of(config.rounds), *rivals(config))}
-
-
 class BaseRecord(TypedDict):
     """The base that a run was started from: its path or hub id, and the hash of its weights."""
 
@@ -218,20 +186,24 @@ class RunManifest(TypedDict):
 
 
 def write_manifest(
-    output_dir: Path, base: dict[str, Any], weights: str, parts: str, data: dict[str, Any], config: AnyConfig,
-    accelerator: Accelerator, versions: dict[str, str] | None = None,
-) -> None:  # fmt: skip
-    """Lineage of the run; a base or a global batch other than the one it was started with is refused.
+    output_dir: Path,
+    base: dict[str, Any],
+    data: DataManifest,
+    config: AnyConfig,
+    accelerator: Accelerator,
+    versions: dict[str, str] | None = None,
+) -> None:
+    """Write what the run was started from; a base or a global batch other than those is refused.
 
     Args:
-        base, weights: the base's identity (`name` is its path or hub id), and the hash of the weights that are trained.
-        parts: hash of what else it is: its other parts, its configurations.
+        base: `name`, its path or hub id; `weights`, the hash of those that are trained; `parts`, the hash of its other
+            parts and its configurations; and what else identifies it.
         versions: of packages that this run needs beside the usual ones.
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
     content = {
-        "base": base | {"weights": weights, "parts": parts},
+        "base": base,
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
         "objective_files": file_hashes(objectives_of(config.rounds)),
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
@@ -241,14 +213,14 @@ def write_manifest(
     }
     if path.is_file():
         begun = read_json(path, RunManifest, "delete it and run the same command again, which writes it anew")
-        if begun["base"]["weights"] != weights:
+        if begun["base"]["weights"] != base["weights"]:
             raise InputError(
                 f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "
                 "start in another --output_dir"
             )
         # Another version of a library may know keys of a configuration more
         libraries = [{name: said["versions"].get(name) for name in packages[:3]} for said in (begun, content)]
-        if begun["base"].get("parts", parts) != parts and libraries[0] == libraries[1]:
+        if begun["base"].get("parts", base["parts"]) != base["parts"] and libraries[0] == libraries[1]:
             raise InputError(
                 f"{base['name']} is not what this run was started with (its weights are, its configuration or another "
                 "of its parts is not): restore it, or start in another --output_dir"
@@ -292,69 +264,3 @@ def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
             of = f"of the {len(value)} values of --{key} the last {left}"
             lines.append(f"           {of} have no round: --rounds {rounds.rounds}")
     return "\n".join(lines)
-
-
-def play_with_rivals(
-    config: AnyConfig,
-    game: Game,
-    output_dir: Path,
-    accelerator: Accelerator,
-    evaluate: Evaluate | None,
-    evaluate_rival: Callable[[str], Evaluate | None],
-    progress: Progress,
-    held_out: Path | None = None,
-    candidates: Candidates | None = None,
-    probe: Probe | None = None,
-    costs: Callable[[RoundSettings], Costs] | None = None,
-) -> list[dict[str, Any]]:
-    """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
-    data = output_dir / "data"
-    records = play(
-        game,
-        data,
-        output_dir,
-        config.rounds,
-        config.training,
-        accelerator,
-        evaluate,
-        progress,
-        held_out,
-        candidates,
-        probe,
-        costs(config.rounds) if costs else None,
-    )
-    for rival in rivals(config):
-        accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
-        rounds = dataclasses.replace(config.rounds, objective=rival)
-        play(
-            game, data, output_dir / f"compare-{rival}", rounds, config.training, accelerator, evaluate_rival(rival),
-            progress, held_out, candidates, costs=costs(rounds) if costs else None, run_dir=output_dir,
-        )  # fmt: skip
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        path = output_dir / "manifest.json"
-        write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
-    return records
-
-
-def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
-    ones anchored its scores, in the middle of the round too."""
-    return [
-        {
-            "round": record["round"],
-            "started_from": record["parent"],
-            "opponent": record["opponent"],
-            "drawn": record.get("drawn", {}),
-            "anchors_within_the_round": record["training"]["anchors"],
-            "decision": record["decision"] if record["state"] == "PROMOTED" else record["rejected_because"],
-        }
-        for record in records
-    ]
-
-
-def open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
-    """Those of --report_to, with the settings that they can show."""
-    shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
-    logs = output_dir / config.run.logging_dir
-    start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)

@@ -24,7 +24,7 @@ from spin_diffusion.diffusion.shortcuts import (
     ridge_direction,
     separability,
 )
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.page import page_of
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.table import Probe
@@ -416,18 +416,13 @@ def test_a_shortcut_stops_the_run_until_it_is_told_to_go_on(sdxl_dir, tmp_path):
 
 
 def test_the_page_has_the_probes_aucs_by_round(tmp_path):
-    from types import SimpleNamespace
-
     found = said(noise(128, 11), noise(128, 12))
     for k, shortcut in ((1, found), (2, shortcuts.not_run(3))):
         record = {"state": "PLANNED", "round": k, "parent": k - 1, "data_hash": "0" * 64, "files": {}, "seconds": {}}
         write_json(tmp_path / f"round-{k}" / "round.json", record | {"shortcut": shortcut})
-    run = SimpleNamespace(
-        config=SimpleNamespace(rounds=SimpleNamespace(rounds=3)), output_dir=tmp_path,
-        _round_name=lambda k: f"round {k}", _runs=lambda: [("spin", tmp_path)],
-    )  # fmt: skip
-    shown = {measure["name"]: measure for measure in RunEvaluator._measures(run)}
+    flags = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--rounds", "3"]
+    shown = {measure["name"]: measure for measure in page_of(parse_config(flags), tmp_path)["measures"]}
     assert set(shown) == {"shortcut_generated", "shortcut_decoder"}
-    assert {(measure["model"], measure["round"]) for measure in shown.values()} == {("round 1", 1)}
+    assert {(measure["model"], measure["round"]) for measure in shown.values()} == {("spin round 1", 1)}
     assert shown["shortcut_generated"]["value"] == found["auc"]["generated"]["mean"]
     assert shown["shortcut_decoder"]["high"] == found["auc"]["decoder"]["high"]

@@ -6,13 +6,13 @@ from PIL import Image
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs import image_plan
-from spin_diffusion.runs.image_plan import Rates, disk, predict, probe
+from spin_diffusion.runs.image_plan import ImageRates, disk, predict, probe
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.store.input_error import InputError
 from tests.playing import examples, make_game
 
 GB = 10**9
-RATES = Rates(
+RATES = ImageRates(
     denoise=0.1, finish=1.0, encode=0.5, pair=2.0, update=3.0, score=0.25, image_bytes=10, picture_bytes=20,
     latent_bytes=100, prompt_bytes=7, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
 )  # fmt: skip

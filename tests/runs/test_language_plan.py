@@ -8,12 +8,12 @@ import torch
 
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.runs import language_plan
-from spin_diffusion.runs.language_plan import Rates, Sizes, disk, expected_longest, predict, probe
+from spin_diffusion.runs.language_plan import AnswerRates, Sizes, disk, expected_longest, predict, probe
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from tests.llm.playing import LANGUAGE, examples, make_game
 
-RATES = Rates(
+RATES = AnswerRates(
     start=2.0, token=0.5, longest=12.0, tokenise=0.1, score=0.25, pair=2.0, update=3.0, row_bytes=10, encoded_bytes=100,
     player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
 )  # fmt: skip

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion.llm.config import parse_language_config
-from spin_diffusion.runs.language_card import write_model_card
+from spin_diffusion.runs.language_run import card
+from spin_diffusion.runs.publish import write_card
 from tests.cli.test_language_script import play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE
 
@@ -30,10 +31,10 @@ def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings,
     model = AutoModelForCausalLM.from_pretrained(base if use_peft else hub)
     model = PeftModel.from_pretrained(model, hub) if use_peft else model
     assert AutoTokenizer.from_pretrained(hub).chat_template
-    card = ModelCard.load(hub / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("peft" if use_peft else "transformers",
+    readme = ModelCard.load(hub / "README.md")
+    assert (readme.data.library_name, readme.data.pipeline_tag) == ("peft" if use_peft else "transformers",
                                                                 "text-generation")  # fmt: skip
-    text = card.text
+    text = readme.text
     for part in ("someone/some-model", "| answers | 48 from", "space, beta 1, 1 rounds", "| space round 1 |",
                  "LoRA of rank 4" if use_peft else "all weights"):  # fmt: skip
         assert part in text, part
@@ -54,9 +55,10 @@ def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings,
 )  # fmt: skip
 def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
     argv = ["--model_name_or_path", str(LANGUAGE / "base"), "--dataset_name", "rows.jsonl", "--rounds", "4"]
-    write_model_card(tmp_path, parse_language_config([*argv, "--objective", objective]), 48, [])
-    card = " ".join((tmp_path / "README.md").read_text().split())
-    assert says in card and "Diffusion" not in card
+    config = parse_language_config([*argv, "--objective", objective])
+    write_card(tmp_path, config, card(config, tmp_path, 48), [])
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert says in text and "Diffusion" not in text
 
 
 def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811

@@ -7,9 +7,9 @@ from huggingface_hub import ModelCard
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
-from spin_diffusion.runs import language_card
-from spin_diffusion.runs.image_card import write_model_card
-from spin_diffusion.runs.publish import _verdict, by_round, round_facts
+from spin_diffusion.runs import language_run
+from spin_diffusion.runs.image_lines import card
+from spin_diffusion.runs.publish import _verdict, by_round, round_facts, write_card
 
 
 def config(base: str = "someone/base", *flags: str):
@@ -18,7 +18,7 @@ def config(base: str = "someone/base", *flags: str):
 
 
 def card_of(tmp_path, settings) -> ModelCard:
-    write_model_card(tmp_path, settings, "StableDiffusionPipeline", 48, [])
+    write_card(tmp_path, settings, card(settings, "StableDiffusionPipeline", tmp_path, 48), [])
     return ModelCard.load(tmp_path / "README.md")
 
 
@@ -31,6 +31,19 @@ def test_a_base_on_the_hub_is_linked_with_its_licence_and_a_local_one_is_not(tmp
     card = card_of(tmp_path, config(str(local)))
     assert card.data.base_model is None and "licence" not in card.text
     assert "[base](#use)" in card.text and "huggingface.co" not in card.text
+
+
+@pytest.mark.parametrize("own", ["", "# My own notes\n", "edited"])
+def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
+    card_of(tmp_path, config())
+    path, other = tmp_path / "README.md", config("another/base")
+    path.write_text(path.read_text().replace("self-play", "my self-play", 1) if own == "edited" else own)
+    before = path.read_bytes()
+    write_card(tmp_path, other, card(other, "StableDiffusionPipeline", tmp_path, 48), [])
+    assert path.read_bytes() == before and "stays as it is: delete it" in capsys.readouterr().out
+    path.unlink()
+    for base in ("another/base", "a/third"):  # what it wrote itself it replaces
+        assert card_of(tmp_path, config(base)).data.base_model == base
 
 
 def test_what_was_written_by_others_stays_in_its_cell(tmp_path):
@@ -49,9 +62,9 @@ def test_settings_of_each_round_are_told_of_each_round(tmp_path):
 
 def test_the_steps_of_a_round_are_those_of_its_part_on_all_processes(monkeypatch):
     epochs = config("base", "--max_train_steps", "null", "--num_train_epochs", "2", "--real_parts", "2")
-    assert dict(round_facts(epochs, 48))["optimizer steps a round"] == "24"
+    assert dict(round_facts(epochs, 48, "how"))["optimizer steps a round"] == "24"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert dict(round_facts(epochs, 48))["optimizer steps a round"] == "6"
+    assert dict(round_facts(epochs, 48, "how"))["optimizer steps a round"] == "6"
 
 
 @pytest.mark.parametrize("scale", [3.0, None])
@@ -67,24 +80,12 @@ def test_the_verdict_is_the_headlines(scale):
     assert _verdict(None) == ""
 
 
-@pytest.mark.parametrize("own", ["", "# My own notes\n", "edited"])
-def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
-    card_of(tmp_path, config())
-    path = tmp_path / "README.md"
-    path.write_text(path.read_text().replace("self-play", "my self-play", 1) if own == "edited" else own)
-    before = path.read_bytes()
-    write_model_card(tmp_path, config("another/base"), "StableDiffusionPipeline", 48, [])
-    assert path.read_bytes() == before and "stays as it is: delete it" in capsys.readouterr().out
-    path.unlink()
-    for base in ("another/base", "a/third"):  # what it wrote itself it replaces
-        assert card_of(tmp_path, config(base)).data.base_model == base
-
-
 @pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_peft", "true"), "adapter")])
 def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, folder, tmp_path):
     def card(*more: str) -> str:
         settings = ["--model_name_or_path", "base", "--dataset_name", "a.jsonl", "--max_train_steps", "4"]
-        language_card.write_model_card(tmp_path, parse_language_config([*settings, *flags, *more]), 48, [])
+        config = parse_language_config([*settings, *flags, *more])
+        write_card(tmp_path, config, language_run.card(config, tmp_path, 48), [])
         return (tmp_path / "README.md").read_text()
 
     # The weights, and the tokenizer beside them

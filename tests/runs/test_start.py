@@ -39,12 +39,13 @@ def test_no_setting_of_the_game_itself_is_harmless():
 
 
 def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
-    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}}, Accelerator(cpu=True)
+    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}, "settings": {}, "files": {}}, Accelerator(cpu=True)
 
     def begin(weights: str = "w", *flags: str, parts: str = "p") -> None:
         settings = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--train_batch_size", "4"]
         given = config.parse_config([*settings, *flags])
-        write_manifest(tmp_path, {"name": "base"}, weights, parts, data, given, accelerator)
+        base = {"name": "base", "weights": weights, "parts": parts}
+        write_manifest(tmp_path, base, data, given, accelerator)
 
     begin()
     written = (tmp_path / "manifest.json").read_bytes()
@@ -59,13 +60,13 @@ def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_objective_file_alone(tmp_path):
-    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}}, Accelerator(cpu=True)
+    data, accelerator = {"rows": 4, "hash": "d", "left_out": {}, "settings": {}, "files": {}}, Accelerator(cpu=True)
     mine = tmp_path / "mine.py"
 
     def begin(factor: int) -> None:
         mine.write_text(f"def loss(scores):\n    return {factor} * scores.margin\n")
         given = config.parse_config(["--pretrained_model_name_or_path", "base", "--objective", str(mine)])
-        write_manifest(tmp_path, {"name": "base"}, "w", "p", data, given, accelerator)
+        write_manifest(tmp_path, {"name": "base", "weights": "w", "parts": "p"}, data, given, accelerator)
 
     begin(1)
     begin(1)

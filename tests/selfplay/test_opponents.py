@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_diffusion.runs.start import lineage
+from spin_diffusion.runs.run import lineage
 from spin_diffusion.samples.scores import mixture_score
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, pool

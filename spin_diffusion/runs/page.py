@@ -1,0 +1,146 @@
+"""What the page of a run shows beside its scores: curves, what the rules of health said, costs, other measures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.selfplay.ledger import COUNTED
+from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.selfplay.record import FINAL, read_record
+from spin_diffusion.selfplay.train_settings import of_round
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import Damaged, read_json, read_json_lines
+
+_CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "implicit_accuracy", "saturation")
+_SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
+"""What the page shows of the shortcut probe."""
+_OVERHEAD = dict.fromkeys(
+    (
+        "predicted_seconds",
+        "predicted_memory_bytes",
+        "samples",
+        "samples_per_second",
+        "flops",
+        "matrix_share",
+        "peak_memory_bytes",
+    )
+)
+"""What is not known of the time between the phases."""
+
+_Step = TypedDict("_Step", {"step": int} | dict.fromkeys(_CURVES, Any))
+"""A line of metrics.jsonl, as far as the page shows it."""
+
+
+class _Plan(TypedDict):
+    """plan.json, as far as the ledger shows it."""
+
+    rounds: list[dict[str, Any]]
+    memory_bytes: dict[str, Any]
+    disk_bytes: Any
+
+
+def round_name(config: AnyConfig, k: int) -> str:
+    """What the player of round k is called."""
+    return f"{title_of(of_round(config.rounds.objective, k))} round {k}"
+
+
+def rival_name(objective: str) -> str:
+    """What the player of a rival is called."""
+    return f"{objective}, same steps"
+
+
+def run_folders(config: AnyConfig, output_dir: Path) -> dict[str, Path]:
+    """Names of the run and of its rivals, and their folders."""
+    others = {rival_name(rival): output_dir / f"compare-{rival}" for rival in rivals(config)}
+    return {title_of(of_round(config.rounds.objective, 1)): output_dir} | others
+
+
+def read_for_page(read: Callable[..., Any], path: Path, kind: Any) -> Any:
+    """What a file has for the page, which does without it when there is none or it is damaged."""
+    try:
+        return read(path, kind, "the page does without it") if path.is_file() else None
+    except Damaged as error:
+        tell(str(error))
+        return None
+
+
+def page_of(config: AnyConfig, output_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lists of results.json that come from the folders of the run and its rivals: curves, events, ledger and
+    measures."""
+    rounds = [
+        (name, k, folder / f"round-{k}")
+        for name, folder in run_folders(config, output_dir).items()
+        for k in range(1, config.rounds.rounds + 1)
+    ]
+    return {
+        "curves": [entry for name, k, folder in rounds for entry in _curve(name, k, folder)],
+        "events": [entry for name, k, folder in rounds for entry in _events(name, k, folder)],
+        "ledger": ledger(config, output_dir),
+        "measures": _measures(config, output_dir),
+    }
+
+
+def _curve(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
+    """Every step of a round, absolute r and scores."""
+    steps = read_for_page(read_json_lines, folder / "metrics.jsonl", _Step) or []
+    return [{"model": name, "round": k} | {key: step[key] for key in ("step", *_CURVES)} for step in steps]
+
+
+def _events(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
+    """What the rules of health said of a round."""
+    training = read_record(folder).get("training", {})
+    ended = training.get("ended_by") or {}
+    return [
+        {"model": name, "round": k}
+        | event
+        | {"weights_from_step": ended["kept_step"] if event["rule"] == ended.get("rule") else None}
+        for event in training.get("health", [])
+    ]
+
+
+def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
+    """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
+    plan = read_for_page(read_json, output_dir / "plan.json", _Plan)
+    plan = plan or {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
+    planned = {entry["round"]: entry for entry in plan["rounds"]}
+    memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
+    entries = []
+    for name, folder in run_folders(config, output_dir).items():
+        for k in range(1, config.rounds.rounds + 1):
+            record = read_record(folder / f"round-{k}")
+            predicted = planned.get(k, {}) if folder == output_dir else {}
+            for phase in COUNTED:
+                measured = record.get("ledger", {}).get(phase)
+                if measured is not None and measured["samples"] != 0:
+                    prediction = {
+                        "predicted_seconds": predicted.get(phase),
+                        "predicted_memory_bytes": memory.get(phase) if predicted else None,
+                        "predicted_disk_bytes": plan["disk_bytes"],
+                    }
+                    entries.append({"model": name, "round": k, "phase": phase} | prediction | measured)
+            if record.get("state") in FINAL:
+                overhead = sum(seconds for phase, seconds in record.get("seconds", {}).items() if phase not in COUNTED)
+                entries.append({"model": name, "round": k, "phase": "overhead", "seconds": overhead} | _OVERHEAD)
+    return entries
+
+
+def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
+    """The held-out gap and the shortcut probe of every round that has one, and of each rival's last."""
+    last = config.rounds.rounds
+    rounds = [(round_name(config, k), k, output_dir / f"round-{k}") for k in range(1, last + 1)]
+    for name, folder in list(run_folders(config, output_dir).items())[1:]:
+        rounds.append((name, None, folder / f"round-{last}"))
+    entries = []
+    for name, k, folder in rounds:
+        record = read_record(folder)
+        auc = record.get("shortcut", {}).get("auc", {})
+        measured = {"held_out_gap": ("held-out gap, loss at r = 0 minus loss", record.get("held_out_gap"))}
+        for key, what in _SHORTCUTS.items():
+            title = f"before training, a linear probe: AUC of {what} (0.5 = none)"
+            measured[f"shortcut_{key}"] = (title, auc.get(key))
+        for name_, (title, interval) in measured.items():
+            if interval is not None:
+                bounds = {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
+                entries.append({"model": name, "round": k, "name": name_, "title": title, "better": "none"} | bounds)
+    return entries

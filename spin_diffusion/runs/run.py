@@ -1,0 +1,239 @@
+"""A run of any kind from its settings to the upload of its model, and the plan of one.
+
+check -> open the base -> take the folder -> prepare the data -> play the rounds and their rivals -> card, upload
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+
+from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.publish import Card, push_to_hub, write_card
+from spin_diffusion.runs.start import (
+    check_run_folder,
+    check_training,
+    make_accelerator,
+    quiet_libraries,
+    round_lines,
+    start,
+    take_run_folder,
+    write_manifest,
+)
+from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.ledger import Costs
+from spin_diffusion.selfplay.round_settings import RoundSettings
+from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.samples.real import DataManifest
+from spin_diffusion.selfplay.table import Probe
+from spin_diffusion.selfplay.tracking import start_trackers
+from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.store.run_dir import read_json, write_json
+
+
+@runtime_checkable
+class RunSetup(Protocol):
+    """What a run of one kind does in its own way before its base is loaded, in the order of the calls."""
+
+    config: AnyConfig
+    program: str
+    """What the run's folder is marked as."""
+
+    def check(self) -> None:
+        """Raises InputError for what can be refused at once."""
+        ...
+
+    def launch(self, accelerator: Accelerator) -> dict[str, str]:
+        """Print what the settings warn of; versions of packages that this run needs beside the usual ones.
+
+        Raises:
+            InputError: the opponent cannot draw in the processes at hand.
+        """
+        ...
+
+    def open(self, accelerator: Accelerator) -> "Run":
+        """The run with its base. Raises InputError when that cannot be trained as it is asked to."""
+        ...
+
+
+@runtime_checkable
+class Run(Protocol):
+    """What a run of one kind does in its own way once its base is loaded, in the order of the calls."""
+
+    config: AnyConfig
+    game: Game
+    candidates: Candidates | None
+    probe: Probe | None
+    held_out: Path | None
+    """Folder of the real samples that are never trained on."""
+
+    def plan(self, progress: Progress) -> list[str]:
+        """Write `plan.json`; the plan for people, in lines."""
+        ...
+
+    def prepare(self, progress: Progress) -> DataManifest:
+        """The manifest of the real samples below the run's folder; what was left out of them is printed."""
+        ...
+
+    def base(self) -> dict[str, Any]:
+        """What the run was started from."""
+        ...
+
+    def header(self, data: DataManifest) -> str:
+        """What the run plays with, in lines."""
+        ...
+
+    def ready(self, pairs: int, progress: Progress) -> None:
+        """Make ready for rounds of so many pairs."""
+        ...
+
+    def evaluator(self, progress: Progress) -> RunEvaluator:
+        """What evaluates the base, the rounds and the rivals."""
+        ...
+
+    def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
+        """For the ledgers: (rounds of so many pairs, their folder) -> what their phases take."""
+        ...
+
+    def card(self, rows: int) -> Card:
+        """What the model card says of the model."""
+        ...
+
+    def loading_code(self) -> tuple[Path, str]:
+        """The folder of the last promoted player, and lines of Python that load it."""
+        ...
+
+
+def play_run(setup: RunSetup) -> list[dict[str, Any]]:
+    """Play all rounds and return their records.
+
+    Raises:
+        InputError: anything the user gave that cannot be used; nothing that exists is touched.
+    """
+    config, output_dir = setup.config, Path(setup.config.run.output_dir)
+    check_run_folder(config, output_dir, setup.program)
+    setup.check()
+    accelerator = start(config, output_dir, setup.program)
+    versions = setup.launch(accelerator)
+    run = setup.open(accelerator)
+    check_training(config, run.game.player, accelerator)
+    take_run_folder(config, output_dir, setup.program, accelerator)
+    progress = Bars() if accelerator.is_main_process else Progress()
+
+    data = run.prepare(progress)
+    rows, pairs = data["rows"], data["rows"] // config.rounds.real_parts
+    check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
+    write_manifest(output_dir, run.base(), data, config, accelerator, versions)
+    accelerator.print(run.header(data) + round_lines(config, rows, accelerator))
+
+    run.ready(pairs, progress)
+    _open_trackers(config, output_dir, accelerator)
+    evaluator = run.evaluator(progress)
+    evaluator.base()
+    records = _play_with_rivals(run, output_dir, evaluator, run.costs(pairs), accelerator, progress)
+    if accelerator.is_main_process:
+        card = run.card(rows)
+        write_card(output_dir, config, card, evaluator.tell())
+        _print_loading(run, records)
+        if config.run.push_to_hub:
+            print(f"Uploaded to {push_to_hub(output_dir, config, card)}")
+    return records
+
+
+def plan_run(setup: RunSetup) -> None:
+    """Say what a run will take, before it is started.
+
+    Raises:
+        InputError: as `play_run`; a batch that does not fit in memory.
+    """
+    config, output_dir = setup.config, Path(setup.config.run.output_dir)
+    check_run_folder(config, output_dir, setup.program)
+    setup.check()
+    quiet_libraries()
+    accelerator = make_accelerator(config.training.mixed_precision)
+    torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
+    run = setup.open(accelerator)
+    check_training(config, run.game.player, accelerator)
+    if accelerator.is_main_process:
+        take_folder(output_dir, setup.program)
+    for line in run.plan(Bars() if accelerator.is_main_process else Progress()):
+        accelerator.print(line)
+
+
+def _play_with_rivals(
+    run: Run,
+    output_dir: Path,
+    evaluator: RunEvaluator,
+    costs: Callable[[RoundSettings, Path], Costs],
+    accelerator: Accelerator,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
+    config, records = run.config, []
+    for rival in (None, *rivals(config)):
+        rounds, folder = config.rounds, output_dir
+        if rival is not None:
+            accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
+            rounds, folder = dataclasses.replace(rounds, objective=rival), output_dir / f"compare-{rival}"
+        played = play(
+            run.game,
+            output_dir / "data",
+            folder,
+            rounds,
+            config.training,
+            accelerator,
+            evaluator.of_rounds() if rival is None else evaluator.of_rival(rival),
+            progress,
+            run.held_out,
+            run.candidates,
+            run.probe if rival is None else None,
+            costs(rounds, folder),
+            run_dir=output_dir,
+        )
+        records = records or played
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        path = output_dir / "manifest.json"
+        write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
+    return records
+
+
+def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
+    ones anchored its scores, in the middle of the round too."""
+    return [
+        {
+            "round": record["round"],
+            "started_from": record["parent"],
+            "opponent": record["opponent"],
+            "drawn": record.get("drawn", {}),
+            "anchors_within_the_round": record["training"]["anchors"],
+            "decision": record["decision"] if record["state"] == "PROMOTED" else record["rejected_because"],
+        }
+        for record in records
+    ]
+
+
+def _open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
+    """The trackers of --report_to, with the settings that they can show."""
+    shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
+    logs = output_dir / config.run.logging_dir
+    start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)
+
+
+def _print_loading(run: Run, records: list[dict[str, Any]]) -> None:
+    """Print where the last promoted player is, and how a user loads it."""
+    promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
+    if not promoted:
+        print("No round was promoted: the base stands, and there is nothing to load")
+        return
+    folder, code = run.loading_code()
+    print(f"The player of round {promoted[-1]} is in {folder}; load it with")
+    print("\n".join(f"  {line}" for line in code.splitlines() if line))
