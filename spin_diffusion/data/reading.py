@@ -10,7 +10,7 @@ from types import ModuleType
 
 from spin_diffusion.data import table
 from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
-from spin_diffusion.data.rows import Plan, Row, Source, image_bytes, require_column
+from spin_diffusion.data.rows import Plan, Row, image_bytes, require_column
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import open_source
 from spin_diffusion.data.usable import Seen, short_hash, usable
@@ -51,36 +51,27 @@ def read_examples(
     assert report.read == 0, "a report counts one reading"
     source = open_source(settings)
     plan = find_layout(source.columns, settings).plan(source, settings, with_losers)
+    columns = [*plan.columns]
     if settings.filter_column is not None:
-        require_column(source, settings.filter_column, "--filter_column")
-    return _examples(source, plan, settings, with_losers, report)
+        columns.append(require_column(source, settings.filter_column, "--filter_column"))
+    seen = Seen()
+
+    def example_of(row: Row) -> Example:
+        return _example(row, plan, settings, with_losers, seen)
+
+    wanted = tuple(dict.fromkeys(columns))
+    return usable(source, wanted, example_of, report, settings.max_train_samples, settings.max_bad_share)
 
 
 def find_layout(columns: Sequence[str], settings: DataSettings) -> ModuleType:
     """The module of this folder that recognises the columns, else `table`."""
     if settings.image_column is not None:
         return table
-    folder = Path(__file__).parent
-    names = [
-        module.name for module in pkgutil.iter_modules([str(folder)]) if module.name != __name__.rsplit(".", 1)[-1]
-    ]
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     modules = [importlib.import_module(f"spin_diffusion.data.{name}") for name in names]
     layouts = [module for module in modules if hasattr(module, "recognises") and module.recognises(columns)]
     assert len(layouts) <= 1, f"several layouts claim the columns {columns}: {layouts}"
     return layouts[0] if layouts else table
-
-
-def _examples(
-    source: Source, plan: Plan, settings: DataSettings, with_losers: bool, report: ReadReport
-) -> Iterator[Example]:
-    filtered = [settings.filter_column] if settings.filter_column is not None else []
-    seen = Seen()
-
-    def example_of(row: Row) -> Example:
-        return _example(row, plan, settings, with_losers, seen)
-
-    wanted = tuple(dict.fromkeys([*plan.columns, *filtered]))
-    return usable(source, wanted, example_of, report, settings.max_train_samples, settings.max_bad_share)
 
 
 def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: "Seen") -> Example:
