@@ -49,9 +49,10 @@ class LanguageBase:
     def options(self) -> dict[str, Any]:
         """For `from_pretrained`."""
         return {
-            "revision": self.revision or "main", "trust_remote_code": self.trust_remote_code,
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
             "cache_dir": self.cache_dir,
-        }  # fmt: skip
+        }
 
     def given(self) -> dict[str, Any]:
         """Its fields but the name."""
@@ -62,9 +63,12 @@ class LanguageBase:
     def file(self, name: str) -> Path | None:
         """Where one of its files lies on this machine, downloaded if need be; None = it has none of that name."""
         found = cached_file(
-            self.name, name, revision=self.revision or "main", cache_dir=self.cache_dir,
+            self.name,
+            name,
+            revision=self.revision or "main",
+            cache_dir=self.cache_dir,
             _raise_exceptions_for_missing_entries=False,
-        )  # fmt: skip
+        )
         return Path(found) if found is not None else None
 
     def adapters(self) -> list["LanguageBase"]:
@@ -147,9 +151,11 @@ class LanguageBase:
 def base_of(config: LanguageConfig) -> LanguageBase:
     """The base that the settings name."""
     return LanguageBase(
-        str(config.model.model_name_or_path), config.model.revision, config.language.trust_remote_code,
+        str(config.model.model_name_or_path),
+        config.model.revision,
+        config.language.trust_remote_code,
         config.data.cache_dir,
-    )  # fmt: skip
+    )
 
 
 def load_language_model(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -263,7 +269,7 @@ def _weight_files(root: LanguageBase, where: str) -> list[Path]:
 
 
 def _load_tokenizer(base: LanguageBase) -> PreTrainedTokenizerBase:
-    """Of the first in the chain of adapters that brings one."""
+    """The tokenizer of the first in the chain of adapters that brings one."""
     chain = base.adapters()
     own = next((each for each in chain if each.file("tokenizer_config.json") is not None), chain[-1])
     tokenizer = AutoTokenizer.from_pretrained(own.name, **own.options())
@@ -275,8 +281,9 @@ def _load_tokenizer(base: LanguageBase) -> PreTrainedTokenizerBase:
         if lacking := [name for name in files.values() if own.file(name) is None]:
             raise InputError(
                 f"{base.where()}: its tokenizer has no {' and no '.join(lacking)}"
-                + (f" (nor {whole})" if whole else "") + ": put the files of its vocabulary beside it"
-            )  # fmt: skip
+                + (f" (nor {whole})" if whole else "")
+                + ": put the files of its vocabulary beside it"
+            )
     return tokenizer
 
 
@@ -292,7 +299,7 @@ def check_causal(model: PreTrainedModel, base: LanguageBase) -> None:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    """Of two rows of five tokens that differ in the last, (2, 5, vocabulary)."""
+    """Logits of two rows of five tokens that differ in the last, (2, 5, vocabulary)."""
     rows = len(model.get_input_embeddings().weight)
     ids = torch.tensor([[place % rows for place in (1, 2, 3, 4, last)] for last in (5, 6)], device=model.device)
     return model.eval()(input_ids=ids).logits.float()
@@ -322,7 +329,11 @@ def _lacking(folder: Path) -> list[str]:
         "config.json": ["config.json"],
         "weights (*.safetensors)": ["*.safetensors"],
         "tokenizer (tokenizer.json, say)": [
-            "tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "*.model",
+            "vocab.*",
+            "*.tiktoken",
         ],
-    }  # fmt: skip
+    }
     return [what for what, names in wanted.items() if not any(any(folder.glob(name)) for name in names)]

@@ -37,11 +37,11 @@ class TokenCosts:
     """FLOPs of a forward pass."""
 
     token: float
-    """Of a token in all layers that have weights, the output's only where it cannot be asked for answers alone."""
+    """FLOPs of a token in all layers with weights, the output's only where it cannot be asked for answers alone."""
     pair: float
-    """Of a pair of tokens, one of which sees the other."""
+    """FLOPs of a pair of tokens, one of which sees the other."""
     head: float
-    """Of the output layer, a token of an answer."""
+    """FLOPs of the output layer, for a token of an answer."""
 
     def scoring(self, lengths: Lengths) -> float:
         """The mean over rows of a forward pass that scores an answer behind its prompt."""
@@ -87,7 +87,7 @@ def count_tokens(model: nn.Module, length: int) -> TokenCosts:
 
 
 def lengths_of(folder: Path, answers: str = "tokens") -> Lengths:
-    """Of all rows of the stored samples in a folder.
+    """Lengths of all rows of the stored samples in a folder.
 
     Args:
         answers: the column of the answers.

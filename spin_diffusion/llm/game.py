@@ -166,7 +166,7 @@ class LanguageGame:
             return self._score_all(tensors)
 
     def opponent_hash(self) -> str:
-        """Of the adapter that is the opponent; without adapters, of the weights as they were at `promote`."""
+        """Hash of the adapter that is the opponent; without adapters, of the weights as they were at `promote`."""
         if self.settings.use_peft:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
@@ -194,7 +194,7 @@ class LanguageGame:
         return (moved / length) ** 0.5
 
     def player_hash(self) -> str:
-        """Of the weights that are trained, as they are now."""
+        """Hash of the weights that are trained, as they are now."""
         return _adapter_hash(self.model, PLAYER) if self.settings.use_peft else weights_hash(self.model)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:

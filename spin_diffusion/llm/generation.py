@@ -57,9 +57,15 @@ def draw_answers(
         batch = order[start : start + settings.generation_batch_size]
         limits = [min(settings.max_new_tokens, max_length - len(prompts[index])) for index in batch]
         found = _generate(
-            model, [prompts[index] for index in batch], [seeds[index] for index in batch], max(limits), settings,
-            end_ids, pad_id, autocast,
-        )  # fmt: skip
+            model,
+            [prompts[index] for index in batch],
+            [seeds[index] for index in batch],
+            max(limits),
+            settings,
+            end_ids,
+            pad_id,
+            autocast,
+        )
         for index, limit, ids in zip(batch, limits, found, strict=True):
             drawn[index] = until_end(ids, end_ids, limit)
         finished += len(batch)
@@ -98,9 +104,11 @@ def _generate(
     processors = LogitsProcessorList(_processors(settings, seeds, device))
     with _own_defaults_only(model), autocast():
         found = model.generate(
-            input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=config,
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
             logits_processor=processors,
-        )  # fmt: skip
+        )
     return found[:, longest:].tolist()
 
 
@@ -233,9 +241,13 @@ class Vllm:
         )
         try:
             self.engine = vllm.LLM(
-                model=str(checkpoint), skip_tokenizer_init=True, max_model_len=max_length, dtype=_DTYPES[precision],
-                gpu_memory_utilization=settings.vllm_memory_share, **options,
-            )  # fmt: skip
+                model=str(checkpoint),
+                skip_tokenizer_init=True,
+                max_model_len=max_length,
+                dtype=_DTYPES[precision],
+                gpu_memory_utilization=settings.vllm_memory_share,
+                **options,
+            )
         except Exception as error:
             self._end_watch()
             raise InputError(

@@ -28,7 +28,7 @@ class HarnessTasks:
     """What the harness is asked for."""
 
     names: tuple[str, ...]
-    """Of tasks or groups, or paths of task files (YAML)."""
+    """Names of tasks or groups, or paths of task files (YAML)."""
     folder: str | None = None
     """With task files of the user's own."""
     limit: int | None = None
@@ -67,9 +67,13 @@ def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, An
         )
         try:
             found = lm_eval.simple_evaluate(
-                model=harness, tasks=list(tasks.names), task_manager=index, limit=tasks.limit, log_samples=False,
+                model=harness,
+                tasks=list(tasks.names),
+                task_manager=index,
+                limit=tasks.limit,
+                log_samples=False,
                 apply_chat_template=tasks.as_chat,
-            )  # fmt: skip
+            )
         except (KeyError, ValueError, OSError) as error:  # its data cannot be had, or are not as its file says
             raise InputError(f"--lm_eval_tasks {', '.join(tasks.names)}: {one_line(error)[:300]}") from error
     return metrics_of(found["results"], found.get("higher_is_better", {}))
@@ -96,10 +100,12 @@ def metrics_of(
             spread = float(error * t.ppf(0.975, number - 1 if number > 1 else 1_000)) if has_spread else None
             better = {True: "higher", False: "lower"}.get(higher_is_better.get(task, {}).get(metric), "none")
             found[f"{task}/{key}"] = {
-                "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""), "value": float(value),
+                "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""),
+                "value": float(value),
                 "low": float(value) - spread if spread is not None else None,
-                "high": float(value) + spread if spread is not None else None, "better": better,
-            }  # fmt: skip
+                "high": float(value) + spread if spread is not None else None,
+                "better": better,
+            }
     return found
 
 

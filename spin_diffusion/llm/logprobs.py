@@ -36,7 +36,7 @@ def answer_logprobs(
     """
     return logprobs_at(
         model, token_ids, places_of(answer_mask), attention_mask=attention_mask, chunk_tokens=chunk_tokens
-    )  # fmt: skip
+    )
 
 
 def places_of(answer_mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " tokens"]:

@@ -42,10 +42,12 @@ class GenerationSettings(Settings):
         odd = [
             f"--{name} {value:g}"
             for name, value, plain in (
-                ("temperature", self.temperature, 1), ("top_p", self.top_p, 1), ("top_k", self.top_k, 0),
+                ("temperature", self.temperature, 1),
+                ("top_p", self.top_p, 1),
+                ("top_k", self.top_k, 0),
             )
             if value != plain
-        ]  # fmt: skip
+        ]
         if not odd:
             return []
         return [

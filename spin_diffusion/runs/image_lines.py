@@ -87,7 +87,7 @@ def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
 
 
 def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
-    """Of one image: states, channels, height, width."""
+    """The shape of one image's trajectory: states, channels, height, width."""
     size = game.resolution // game.latent_px
     return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
 

@@ -111,7 +111,7 @@ def _has_begun(output_dir: Path) -> bool:
 
 
 def _settings_before(output_dir: Path) -> dict[str, Any]:
-    """Of a command that did not get far enough for its settings to matter; none where they cannot be read."""
+    """Settings of a command that did not get far enough for them to matter; none where they cannot be read."""
     try:
         return saved_settings(output_dir / "config.yaml")
     except InputError:
