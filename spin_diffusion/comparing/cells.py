@@ -7,7 +7,6 @@ CELL/log.txt                                    what the run said
 """
 
 import contextlib
-import copy
 import functools
 import time
 import traceback
@@ -19,28 +18,27 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import UNet2DConditionModel
 
 from spin_diffusion.comparing.plan import parsed
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
-from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.lora import load_adapter
-from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.diffusion.drawing import drawing_pipeline, load_to_draw
+from spin_diffusion.diffusion.sampling import draw_images
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
+from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
-from spin_diffusion.evaluation.scoring import BATCH
+from spin_diffusion.evaluation.scoring import BATCH, score_images
 from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import FINAL, read_record, replay
+from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of, place_hash
+from spin_diffusion.store.keys import key_of, place_hash
 from spin_diffusion.store.machine import trouble_of
 from spin_diffusion.store.run_dir import (
     Damaged,
@@ -50,7 +48,6 @@ from spin_diffusion.store.run_dir import (
     read_rows,
     settle,
     write_json,
-    write_rows,
 )
 
 SetName = Literal["validation", "test"]
@@ -242,46 +239,58 @@ def config_of(task: Task) -> Config:
 
 
 def _score(task: Task, view: View) -> None:
+    build(_scores_path(task, view), _view_key(task, view), lambda: Made(_scored(task, view)))
+
+
+def _scored(task: Task, view: View) -> list[dict[str, Any]]:
+    """The rows of a view: its pictures are drawn and scored, and kept nowhere."""
     config = config_of(task)
     family, pipeline = _pipeline(Base.of_settings(config.flat()))
-    unet = pipeline.unet
+    saved: dict[str, Path] = {}
     if view.round:
         run_ = Path(task.folder) / "run"
         for name, problem in find_damage(_saved(run_, view.round), run_).items():
             raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
-        unet = _trained_unet(pipeline, run_ / f"round-{view.round}")
-    prompts = prompt_sets(task.drawing)[view.prompts]
-    images_per_prompt = task.drawing.images_per_prompt if view.prompts == "test" else 1
-    rows = prompts.requests(images_per_prompt, task.seed)
+        kind = "lora" if (run_ / f"round-{view.round}" / "lora").is_dir() else "unet"
+        saved = {kind: run_ / f"round-{view.round}" / kind}
+    wanted = prompt_sets(task.drawing)[view.prompts].requests(_per_prompt(task, view), task.seed)
+    prompts = [row["prompt"] for row in wanted]
     images = draw_images(
-        sampling_pipeline(pipeline, unet.eval(), config.sampling.sampler),
-        [row["prompt"] for row in rows],
-        [row["seed"] for row in rows],
+        drawing_pipeline(pipeline, config.sampling.sampler, **saved),
+        prompts,
+        [row["seed"] for row in wanted],
         resolution=config.images.resolution or family.RESOLUTION,
-        num_inference_steps=task.drawing.num_inference_steps or config.sampling.num_inference_steps,
+        num_inference_steps=_num_inference_steps(task, config),
         guidance_scale=view.guidance_scale,
         batch_size=config.sampling.generation_batch_size,
         eta=config.sampling.eta,
         autocast=contextlib.nullcontext,
     )
-    distances: dict[str, float | None] = dict.fromkeys([row["id"] for row in rows])
+    columns: dict[str, list[float]] = {}
+    distances: list[float | None] = [None] * len(wanted)
     for spec in task.drawing.scorers:
         scorer = _scorer(spec, part_key(SCORERS, spec))
-        for start in range(0, len(rows), BATCH):
-            part = slice(start, start + BATCH)
-            scores = scorer(images[part], [row["prompt"] for row in rows[part]]).tolist()
-            for row, score in zip(rows[part], scores, strict=True):
-                row[parse_spec(spec)[0]] = score
-        if scorer.features and images_per_prompt > 1 and None in distances.values():
-            features = np.concatenate(
-                [np.asarray(scorer.features(images[at : at + BATCH])) for at in range(0, len(images), BATCH)]
-            )
-            found = mean_distances(features.reshape(len(prompts.rows), images_per_prompt, -1))
-            distances = dict(zip(distances, found.tolist(), strict=True))
-    for row in rows:
-        del row["category"]
-        row["distance"] = distances[row["id"]]
-    write_rows(_scores_path(task, view), rows, {KEY: _view_key(task, view)})
+        columns[parse_spec(spec)[0]] = score_images(scorer, images, prompts)
+        if scorer.features and _per_prompt(task, view) > 1 and None in distances:
+            batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+            features = np.concatenate([np.asarray(scorer.features(batch)) for batch in batches])
+            of_prompts = mean_distances(features.reshape(-1, _per_prompt(task, view), features.shape[1]))
+            distances = of_prompts.repeat(_per_prompt(task, view)).tolist()
+    return [
+        {"id": row["id"], "k": row["k"], "prompt": row["prompt"], "seed": row["seed"]}
+        | {name: scores[place] for name, scores in columns.items()}
+        | {"distance": distances[place]}
+        for place, row in enumerate(wanted)
+    ]
+
+
+def _per_prompt(task: Task, view: View) -> int:
+    """Images of each prompt: those that choose need one."""
+    return task.drawing.images_per_prompt if view.prompts == "test" else 1
+
+
+def _num_inference_steps(task: Task, config: Config) -> int:
+    return task.drawing.num_inference_steps or config.sampling.num_inference_steps
 
 
 def mean_distances(features: np.ndarray) -> np.ndarray:
@@ -304,15 +313,23 @@ def _scores_path(task: Task, view: View) -> Path:
 def _view_key(task: Task, view: View) -> str:
     """What the scores of a view depend on: the weights, how they draw, the prompts, and what is behind each scorer."""
     config, run_ = config_of(task), Path(task.folder) / "run"
-    places = [config.model.pretrained_model_name_or_path, config.model.pretrained_vae_model_name_or_path]
-    return key_of(
-        prompts=prompt_sets(task.drawing)[view.prompts].sha256,
-        images=task.drawing.images_per_prompt if view.prompts == "test" else 1,
+    base = Base.of_settings(config.flat())
+    protocol = protocol_of(
+        prompt_sets(task.drawing)[view.prompts],
+        images_per_prompt=_per_prompt(task, view),
         seed=task.seed,
+        sampler=config.sampling.sampler,
+        num_inference_steps=_num_inference_steps(task, config),
+        guidance_scales=[view.guidance_scale],
+        resolution=config.images.resolution,  # None = the base's own
+        eta=config.sampling.eta,
+        precision=precision_of("no"),
+    )
+    return key_of(
+        protocol=protocol["id"],
         scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.drawing.scorers},
-        steps=task.drawing.num_inference_steps or config.sampling.num_inference_steps,
-        sampling=[config.sampling.sampler, config.sampling.eta, config.images.resolution, view.guidance_scale],
-        base=[place and (place_hash(place) or place) for place in places],
+        base=asdict(base),
+        content=[place and place_hash(place) for place in (base.name, base.vae)],
         weights=_saved(run_, view.round) if view.round and (run_ / f"round-{view.round}").is_dir() else None,
     )
 
@@ -333,27 +350,11 @@ def forget_stale(task: Task) -> None:
         _scores_path(task, view).unlink(missing_ok=True)
 
 
-def _trained_unet(pipeline: Any, folder: Path) -> UNet2DConditionModel:
-    """The UNet that a round saved, or the base's with the adapter that it saved."""
-    if (folder / "lora").is_dir():
-        unet = copy.deepcopy(pipeline.unet)
-        load_adapter(sampling_pipeline(pipeline, unet, "checkpoint"), folder / "lora")
-    else:
-        unet = load_unet(folder / "unet", str(folder / "unet"))
-    return unet.to(pipeline.unet.device, memory_format=torch.channels_last).requires_grad_(False)
-
-
 @functools.lru_cache(maxsize=1)
 def _pipeline(base: Base) -> tuple[Any, Any]:
     """The base's pipeline, kept for the next cell of its world."""
     quiet_libraries()
-    family, pipeline = load_checkpoint(base)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval().to(device)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    return family, pipeline
+    return load_to_draw(base, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.lru_cache(maxsize=8)

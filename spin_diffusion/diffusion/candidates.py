@@ -2,7 +2,7 @@
 
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scorers import about, load_scorer
-from spin_diffusion.evaluation.scoring import BATCH, check_specs
+from spin_diffusion.evaluation.scoring import check_specs, score_images
 from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.samples.candidates import Candidates, Judge
 from spin_diffusion.samples.sample import Row
@@ -52,11 +52,6 @@ def scorer_as_judge(spec: str, device: str) -> Judge:
     scorer = load_scorer(spec, device)
 
     def judge(rows: list[Row]) -> list[float]:
-        scores: list[float] = []
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            pictures = [open_picture(row["image"]) for row in part]
-            scores += scorer(pictures, [row["prompt"] for row in part]).tolist()
-        return scores
+        return score_images(scorer, (open_picture(row["image"]) for row in rows), [row["prompt"] for row in rows])
 
     return judge

@@ -1,13 +1,15 @@
 """Scores of an evaluation's pictures: one scorer after the other, shard by shard, nothing twice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 
 from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
@@ -236,6 +238,15 @@ def _piece(shard: Shard, key: str, scorer: LoadedScorer | None, *, with_features
 
     pictures = [[row["id"], row["k"], row["prompt"], row["sha256"]] for row in rows]
     return Piece(out, key_of(scorer=key, pictures=pictures, features=with_features), len(rows), make)
+
+
+def score_images(scorer: LoadedScorer, images: Iterable[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """The score of each image for its prompt; no more than a batch of the images is taken at a time."""
+    scores: list[float] = []
+    images = iter(images)
+    while part := list(islice(images, BATCH)):
+        scores += scorer(part, prompts[len(scores) : len(scores) + len(part)]).tolist()
+    return scores
 
 
 def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """evaluation/evaluate.py: draw the same prompts with the same seeds by every model, score them, conclude, report."""
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
@@ -11,13 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.drawing import drawing_pipeline, load_to_draw
 from spin_diffusion.diffusion.identity import parts_hash
-from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
-from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import CutPrompts
-from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import draw_images
 from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.mending import remove_damaged
@@ -279,15 +276,8 @@ class _Drawer:
     def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str, str]:
         """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
         self._load(source)
-        unet = self.pipeline.unet
-        if source.unet is not None:
-            unet = load_unet(source.unet, str(source.unet))
-        if source.lora is not None:
-            unet = copy.deepcopy(unet)
-            load_adapter(sampling_pipeline(self.pipeline, unet, self.settings.sampler), source.lora)
-        digest = weights_hash(unet)
-        unet.to(self.accelerator.device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        pipeline = sampling_pipeline(self.pipeline, unet, self.settings.sampler)
+        pipeline = drawing_pipeline(self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora)
+        digest = weights_hash(pipeline.unet)
 
         def draw(prompts, seeds, scale, done):
             return draw_images(
@@ -296,7 +286,7 @@ class _Drawer:
                 batch_size=self.settings.generation_batch_size,
             )  # fmt: skip
 
-        return draw, digest, key_of(weights=digest, unet=config_of(unet), parts=self.parts)
+        return draw, digest, key_of(weights=digest, unet=config_of(pipeline.unet), parts=self.parts)
 
     def close(self) -> None:
         """Free the memory for the scorers."""
@@ -308,10 +298,7 @@ class _Drawer:
         assert source.base is not None
         if self.base != source.base:
             self.close()
-            self.family, self.pipeline = load_checkpoint(source.base)
-            for module in self.pipeline.components.values():
-                if isinstance(module, torch.nn.Module):
-                    module.requires_grad_(False).eval().to(self.accelerator.device)
+            self.family, self.pipeline = load_to_draw(source.base, self.accelerator.device)
             self.base, self.parts = source.base, parts_hash(self.pipeline)
             if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
                 self.accelerator.print(line)

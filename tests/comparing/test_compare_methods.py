@@ -26,6 +26,7 @@ from spin_diffusion.comparing.report.tables import findings, weight
 from spin_diffusion.comparing.settings import parse_settings
 from spin_diffusion.diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
+from spin_diffusion.diffusion.drawing import drawing_pipeline
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.store.folder import MARKER, take_folder
@@ -616,7 +617,7 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet")
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     family.PIPELINE.save_lora_weights(str(tmp_path / "lora"), unet_lora_layers=get_peft_model_state_dict(unet))
-    loaded = cells._trained_unet(pipeline, tmp_path)
+    loaded = drawing_pipeline(pipeline, "checkpoint", lora=tmp_path / "lora").unet
     inputs = {
         "encoder_hidden_states": torch.ones(1, 7, unet.config.cross_attention_dim),
         "added_cond_kwargs": {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)},
