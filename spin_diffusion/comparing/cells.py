@@ -64,7 +64,7 @@ class View:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its file of scores."""
         return f"{self.prompts}-round-{self.round}-guidance-{self.guidance_scale:g}"
 
 

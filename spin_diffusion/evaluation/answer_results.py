@@ -72,9 +72,19 @@ def conclude_answers(
         )
 
     results, comparisons = conclude_samples(
-        models, samples, protocol, said, title=title, headline_scale=None, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures, events=events, ledger=ledger,
-    )  # fmt: skip
+        models,
+        samples,
+        protocol,
+        said,
+        title=title,
+        headline_scale=None,
+        check=check,
+        packages=_PACKAGES,
+        curves=curves,
+        measures=measures,
+        events=events,
+        ledger=ledger,
+    )
     write_results(root, results, models, samples, "answers", _TABLES)
     return results, comparisons
 
@@ -102,13 +112,25 @@ def _answers(of_model: Samples, ids: Sequence[str]) -> list[list[Answer]]:
 
 
 _OF_ANSWER = [
-    ("model", pa.string()), ("guidance_scale", pa.float64()), ("id", pa.string()), ("k", pa.int64()),
-    ("prompt", pa.string()), ("category", pa.string()), ("seed", pa.int64()), ("sha256", pa.string()),
-]  # fmt: skip
+    ("model", pa.string()),
+    ("guidance_scale", pa.float64()),
+    ("id", pa.string()),
+    ("k", pa.int64()),
+    ("prompt", pa.string()),
+    ("category", pa.string()),
+    ("seed", pa.int64()),
+    ("sha256", pa.string()),
+]
 _TABLES = {
-    "answers": pa.schema([
-        *_OF_ANSWER, ("state", pa.string()), ("text", pa.string()), ("reference", pa.string()),
-        ("finish", pa.string()), ("num_tokens", pa.int64()),
-    ]),
+    "answers": pa.schema(
+        [
+            *_OF_ANSWER,
+            ("state", pa.string()),
+            ("text", pa.string()),
+            ("reference", pa.string()),
+            ("finish", pa.string()),
+            ("num_tokens", pa.int64()),
+        ]
+    ),
     "scores": pa.schema([*_OF_ANSWER, ("scorer", pa.string()), ("score", pa.float64()), ("truncated", pa.bool_())]),
-}  # fmt: skip
+}

@@ -73,9 +73,19 @@ def conclude(
         return _check(watched, training_captions)
 
     results, comparisons = conclude_samples(
-        models, samples, protocol, said, title=title, headline_scale=headline_scale, check=check, packages=_PACKAGES,
-        curves=curves, measures=measures, events=events, ledger=ledger,
-    )  # fmt: skip
+        models,
+        samples,
+        protocol,
+        said,
+        title=title,
+        headline_scale=headline_scale,
+        check=check,
+        packages=_PACKAGES,
+        curves=curves,
+        measures=measures,
+        events=events,
+        ledger=ledger,
+    )
     write_results(root, results, models, samples, "images", _TABLES)
     return results, comparisons
 
@@ -139,10 +149,16 @@ def _broken(of_model: Samples) -> tuple[int, int]:
 
 
 _OF_IMAGE = [
-    ("model", pa.string()), ("guidance_scale", pa.float64()), ("id", pa.string()), ("k", pa.int64()),
-    ("prompt", pa.string()), ("category", pa.string()), ("seed", pa.int64()), ("file", pa.string()),
+    ("model", pa.string()),
+    ("guidance_scale", pa.float64()),
+    ("id", pa.string()),
+    ("k", pa.int64()),
+    ("prompt", pa.string()),
+    ("category", pa.string()),
+    ("seed", pa.int64()),
+    ("file", pa.string()),
     ("sha256", pa.string()),
-]  # fmt: skip
+]
 _TABLES = {
     "images": pa.schema([*_OF_IMAGE, ("state", pa.string()), *((name, pa.float64()) for name in _PHOTOMETRY)]),
     "scores": pa.schema([*_OF_IMAGE, ("scorer", pa.string()), ("score", pa.float64()), ("truncated", pa.bool_())]),

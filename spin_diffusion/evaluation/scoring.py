@@ -229,10 +229,16 @@ def _piece(shard: Shard, key: str, scorer: LoadedScorer | None, *, with_features
             truncated = scorer.truncated(prompts)
             features = scorer.features(images).tolist() if with_features and scorer.features else [None] * len(part)
             scored += [
-                {"id": row["id"], "k": row["k"], "sha256": row["sha256"], "score": score, "truncated": cut,
-                 "features": feature}
+                {
+                    "id": row["id"],
+                    "k": row["k"],
+                    "sha256": row["sha256"],
+                    "score": score,
+                    "truncated": cut,
+                    "features": feature,
+                }
                 for row, score, cut, feature in zip(part, scores, truncated, features, strict=True)
-            ]  # fmt: skip
+            ]
             tell(len(scored))
         return Made(scored, {SCORER: key})
 
@@ -259,8 +265,9 @@ def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[
 def rows_by(record: dict[str, Any], paths: list[Path]) -> list[dict[str, Any]]:
     """The rows of those files of scores that the scorer of a record gave."""
     key = record.get(KEY)
-    return [row for path in paths if key is not None and rows_metadata(path).get(SCORER) == key
-            for row in read_rows(path)]  # fmt: skip
+    return [
+        row for path in paths if key is not None and rows_metadata(path).get(SCORER) == key for row in read_rows(path)
+    ]
 
 
 def read_scorer(directory: Path, scorer: str) -> dict[str, Any]:

@@ -77,15 +77,23 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
     scales = protocol["guidance_scales"]
     score_pictures(
-        {model.name: model.folder for model in models}, scales, settings.scorers or [], accelerator,
+        {model.name: model.folder for model in models},
+        scales,
+        settings.scorers or [],
+        accelerator,
         lambda scorer, total: progress.phase(f"score by {scorer}", total),
-    )  # fmt: skip
+    )
     if not accelerator.is_main_process:
         return
     results, comparisons = conclude(
-        output_dir, models, protocol, settings.scorers or [], title=f"{', '.join(model.name for model in models)}",
-        headline_scale=scales[-1], training_captions=captions,
-    )  # fmt: skip
+        output_dir,
+        models,
+        protocol,
+        settings.scorers or [],
+        title=f"{', '.join(model.name for model in models)}",
+        headline_scale=scales[-1],
+        training_captions=captions,
+    )
     closing = closing_lines(results)
     if comparisons:
         print_table(comparisons)
@@ -169,10 +177,14 @@ def _pictures(
             write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
         if draw is not None:
             draw_pictures(
-                wanted, folder.pictures, protocol, draw, accelerator,
+                wanted,
+                folder.pictures,
+                protocol,
+                draw,
+                accelerator,
                 lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
                 drawn_by,
-            )  # fmt: skip
+            )
         role = "baseline" if source is sources[0] else "candidate"
         base = str(source.base) if source.base is not None else None
         models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
@@ -202,8 +214,11 @@ def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:
     saved = output_dir / "config.yaml"
     if check_folder(output_dir, PROGRAM) and saved.is_file():
         old, new = saved_settings(saved), dataclasses.asdict(settings)
-        changed = [f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in new
-                   if key not in harmless([EvaluateSettings]) and old.get(key) != new[key]]  # fmt: skip
+        changed = [
+            f"{key}: {old.get(key)!r} -> {new[key]!r}"
+            for key in new
+            if key not in harmless([EvaluateSettings]) and old.get(key) != new[key]
+        ]
         if changed:
             raise InputError(
                 f"{output_dir} holds an evaluation of another protocol ({'; '.join(changed)}): start in another "
@@ -281,10 +296,16 @@ class _Drawer:
 
         def draw(prompts, seeds, scale, done):
             return draw_images(
-                pipeline, prompts, seeds, resolution=resolution, guidance_scale=scale, done=done,
-                num_inference_steps=self.settings.num_inference_steps, autocast=self.accelerator.autocast,
+                pipeline,
+                prompts,
+                seeds,
+                resolution=resolution,
+                guidance_scale=scale,
+                done=done,
+                num_inference_steps=self.settings.num_inference_steps,
+                autocast=self.accelerator.autocast,
                 batch_size=self.settings.generation_batch_size,
-            )  # fmt: skip
+            )
 
         return draw, digest, key_of(weights=digest, unet=config_of(pipeline.unet), parts=self.parts)
 

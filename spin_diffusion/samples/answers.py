@@ -99,10 +99,15 @@ def _answered(requests: list[Request], drawn: list[dict[str, Any]]) -> list[dict
             raise ValueError(f'finish must be "stop" or "length", got {row["finish"]!r}')
     texts = [storable(row["text"]) for row in drawn]
     return [
-        request | {"text": text, "finish": row["finish"], "num_tokens": int(row["num_tokens"]),
-                   "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        request
+        | {
+            "text": text,
+            "finish": row["finish"],
+            "num_tokens": int(row["num_tokens"]),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
         for request, row, text in zip(requests, drawn, texts, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _texts_hash(digests: list[str]) -> str:

@@ -122,7 +122,7 @@ def judge_shards(
 
 
 def chosen_samples(samples: Path, choices: Path) -> list[Row]:
-    """Of a shard of samples the rows that take part in a pair, in the order that `open_pairs` expects."""
+    """The rows of a shard of samples that take part in a pair, in the order that `open_pairs` expects."""
     kept = {(row["place"], row[side]) for row in read_rows(choices) for side in ("real", "generated")}
     return [row for row in read_rows(samples) if (row["place"], row["k"]) in kept]
 

@@ -27,7 +27,7 @@ class Pairs:
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
     kinds: Tensor | None = None
-    """Of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
+    """The kind of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
     kept_part: Callable[[int], slice] | None = None
     """`Game.kept_part`, where something was kept of the generated samples."""
     epochs: dict[int, Tensor] = field(default_factory=dict)

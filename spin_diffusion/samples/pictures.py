@@ -187,9 +187,13 @@ def save_bytes(row: Request, data: bytes, path: Path) -> dict[str, Any]:
         return without_picture(row, f"cannot be shown: {error}", digest)
     write_file(path, lambda part: part.write_bytes(data))
     return row | {
-        "file": path.name, "sha256": digest, "state": measured.state, "saturation": measured.saturation,
-        "clipped": measured.clipped, "sharpness": measured.sharpness,
-    }  # fmt: skip
+        "file": path.name,
+        "sha256": digest,
+        "state": measured.state,
+        "saturation": measured.saturation,
+        "clipped": measured.clipped,
+        "sharpness": measured.sharpness,
+    }
 
 
 def without_picture(row: Request, state: str, sha256: str | None = None) -> dict[str, Any]:

@@ -73,8 +73,9 @@ def prepare(
     accelerator.wait_for_everyone()
     names = shards(directory / "samples", ".parquet")
     total = sum(rows_in(path) for path in names)
-    encode_shards(directory / "samples", directory / ENCODED, game, accelerator,
-                  progress.phase("encode the real samples", total))  # fmt: skip
+    encode_shards(
+        directory / "samples", directory / ENCODED, game, accelerator, progress.phase("encode the real samples", total)
+    )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         found = file_hashes([directory / "samples", directory / ENCODED], directory)

@@ -14,7 +14,7 @@ class Request(TypedDict):
     """One sample that every model is asked for."""
 
     id: str
-    """Of the prompt."""
+    """The id of the prompt."""
     k: int
     """Number of the sample among those of its prompt."""
     prompt: str

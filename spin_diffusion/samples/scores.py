@@ -96,9 +96,14 @@ def score_draws(
         (path, rows), start_of_shard = shard
         real, generated = (target / side / f"{path.stem}.safetensors" for side in ("real", "generated"))
         key = key_of(
-            opponent=opponent, samples=file_hash(path), part=[part.index, part.of], draws=pairs.draws, seed=seed,
-            round=round_, batch=batch_size,
-        )  # fmt: skip
+            opponent=opponent,
+            samples=file_hash(path),
+            part=[part.index, part.of],
+            draws=pairs.draws,
+            seed=seed,
+            round=round_,
+            batch=batch_size,
+        )
 
         def scores_at(draw: int, start: int, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
             tell((draw * rows + start) // pairs.draws)

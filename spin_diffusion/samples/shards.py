@@ -64,11 +64,11 @@ class Part:
 
     @property
     def places(self) -> slice:
-        """Of its rows in a shard, or in a tensor."""
+        """The places of its rows in a shard, or in a tensor."""
         return slice(self.index, None, self.of)
 
     def count(self, data: Path) -> int:
-        """How many there are in prepared data."""
+        """The number of its rows in prepared data."""
         return sum(len(range(rows_in(path))[self.places]) for path in shards(data / "samples", ".parquet"))
 
 

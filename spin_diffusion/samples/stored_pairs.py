@@ -42,9 +42,15 @@ class Side:
 
 
 def open_pairs(
-    data: Path, real: Side, generated: Side | None, part: Part, copies: int, choices: Path | None = None,
-    draws: int = 0, kept_part: Callable[[int], slice] | None = None,
-) -> Pairs:  # fmt: skip
+    data: Path,
+    real: Side,
+    generated: Side | None,
+    part: Part,
+    copies: int,
+    choices: Path | None = None,
+    draws: int = 0,
+    kept_part: Callable[[int], slice] | None = None,
+) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
     Args:
@@ -187,7 +193,7 @@ class _Tensors:
             )
 
     def condition(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Of the rows at (shard, place) the condition of their pairs alone."""
+        """The condition of the pairs at (shard, place), without their samples."""
         names = [name for name in self.names if name.startswith(CONDITION)]
         return {name: _stacked([self.file(s).get_slice(name)[p] for s, p in places]) for name in names}
 
