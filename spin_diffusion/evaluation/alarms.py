@@ -24,6 +24,33 @@ from scipy import stats
 from spin_diffusion.evaluation.records import AlarmState, Role
 from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 
+Features = np.ndarray | None
+"""(prompts, images, width) image embeddings of one backbone, alike for both models; None = there are none."""
+ADVICE = {
+    "goodhart": "it is learning the scorer and not what people like. Use an earlier round, a smaller learning rate or "
+    "fewer steps, and look at the prompts that lose most by {names}.",
+    "aesthetics_up_alignment_down": "the model paints what it likes. Look at the prompts that lose most by {names}, "
+    "and use an earlier round or captions that say what the training images show.",
+    "style_collapse": "Everything begins to look the same: look at the gallery for a style, a frame or a background "
+    "that no prompt asked for, and use an earlier round or training images of more kinds.",
+    "near_duplicates": "The seed matters less and less: look at the most similar pairs, and stop earlier.",
+    "photometry": "Colours, exposure or edges have moved as a whole, which scorers tend to reward before people "
+    "notice: look for neon colours, blown-out skies, stippling or blur, and use an earlier round.",
+    "broken_images": "Scores leave them out and so look better than the model is: see the failures, and check the "
+    "precision.",
+    "training_leak": "The model has seen the answers to these: leave them out, or take another prompt set.",
+    "answer_length": "Many judges like long answers, and short ones are cheap to make likely: look at what was added "
+    "or left out, and compare the likelihood of the real answers.",
+    "repetition": "The model begins to loop: look at the longest answers, and use an earlier round.",
+    "same_answers": "The seed matters less and less: stop earlier.",
+    "cut_answers": "The model forgets how to end: look whether the end token is part of the training answers, and "
+    "whether they are longer than what is allowed.",
+    "empty_answers": "Saying nothing is the cheapest answer: look at which prompts they follow, and use an earlier "
+    "round.",
+    "copied_answers": "The model learns its training data by heart: use fewer epochs, or more data.",
+}
+"""What an alarm says beside its numbers when it goes off or warns."""
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -32,8 +59,8 @@ class Thresholds:
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
     diversity_prompts: int = 6
-    """Of fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is chance
-    in one case of four, and that six of six do in one of 64."""
+    """With fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is
+    chance in one case of four, and that six of six do in one of 64."""
     style_similarity_rise: float = 0.05
     """Rise of the mean cosine between images of different prompts, -2 to 2."""
     near_duplicate_cosine: float = 0.97
@@ -148,12 +175,8 @@ def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -
         differences: scorer -> (prompts,) model minus base.
         roles: scorer -> its role. Judged against "in-domain" are "truth", "held-out" and "alignment".
     """
-    return _opposed(
-        "goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"),
-        "The model pleases {up} more, which was trained on the same preferences, but is worse by {down}: it is "
-        "learning the scorer and not what people like. Use an earlier round, a smaller learning rate or fewer steps, "
-        "and look at the prompts that lose most by {names}.",
-    )  # fmt: skip
+    what = "The model pleases {up} more, which was trained on the same preferences, but is worse by {down}"
+    return _opposed("goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"), what)
 
 
 def aesthetics_up_alignment_down(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -> Alarm:
@@ -163,12 +186,8 @@ def aesthetics_up_alignment_down(differences: Mapping[str, np.ndarray], roles: M
         differences: scorer -> (prompts,) model minus base.
         roles: scorer -> its role.
     """
-    return _opposed(
-        "aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",),
-        "Images are more beautiful by {up} and match their prompts less by {down}: the model paints what it likes. "
-        "Look at the prompts that lose most by {names}, and use an earlier round or captions that say what the "
-        "training images show.",
-    )  # fmt: skip
+    what = "Images are more beautiful by {up} and match their prompts less by {down}"
+    return _opposed("aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",), what)
 
 
 def _opposed(
@@ -177,7 +196,7 @@ def _opposed(
     roles: Mapping[str, Role],
     up_role: Role,
     down_roles: tuple[Role, ...],
-    explanation: str,
+    what: str,
 ) -> Alarm:
     """The alarm of a scorer that rises while another falls; the value is the upper end of the fall's interval.
 
@@ -202,7 +221,7 @@ def _opposed(
         if surely or perhaps:
             up = ", ".join(f"{name} ({signed(interval)})" for name, interval in risen.items())
             down = ", ".join(f"{name} ({signed(wide[name])})" for name in surely or perhaps)
-            text = explanation.format(up=up, down=down, names=" and ".join(surely or perhaps))
+            text = f"{what}: {ADVICE[alarm]}".format(up=up, down=down, names=" and ".join(surely or perhaps))
             if not surely:
                 text += " With this many scorers it may still be chance: use more prompts to be sure."
             return Alarm(alarm, "alarm" if surely else "warn", value, 0.0, text)
@@ -213,41 +232,26 @@ def _opposed(
     return Alarm(alarm, "ok", value, 0.0, text)
 
 
-def diversity_over_seeds(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
-    """The images of one prompt become alike: their mean pairwise 1 - cosine falls.
-
-    Args:
-        baseline: (prompts, images, width).
-        candidate: the same shape.
-    """
+def diversity_over_seeds(baseline: Features, candidate: Features, thresholds: Thresholds) -> Alarm:
+    """The images of one prompt become alike: their mean pairwise 1 - cosine falls."""
     alarm = "diversity_over_seeds"
     if (problem := _no_pairs(baseline, candidate, thresholds)) is not None:
         return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     base, cand = _unit(baseline), _unit(candidate)
-    before, after = 1 - _pair_cosines(base).mean(axis=1), 1 - _pair_cosines(cand).mean(axis=1)
-    difference = paired_difference(after, before)
-    level = float(before.mean())
-    if level <= 1e-6:
-        return not_run(alarm, "the base draws the same image for every seed, so there is no diversity to lose")
-    drop = -difference.mean / level
-    state = state_of(drop, thresholds.diversity_drop, difference.high < 0)
-    numbers = (
-        f"Diversity over seeds (mean 1 - cosine) goes from {level:.3f} to {after.mean():.3f}, {signed(difference)}; "
-        f"different pictures per prompt (Vendi score of {base.shape[1]} images) from {_vendi(base).mean():.2f} to "
-        f"{_vendi(cand).mean():.2f}."
+    vendi = f"{_vendi(base).mean():.2f} to {_vendi(cand).mean():.2f}"
+    return diversity_falls(
+        *(1 - _pair_cosines(features).mean(axis=1) for features in (base, cand)),
+        thresholds.diversity_drop,
+        measure="mean 1 - cosine",
+        beside=f"different pictures per prompt (Vendi score of {base.shape[1]} images) from {vendi}",
+        sample="draws the same image",
+        what="The model draws ever the same picture of a prompt",
     )
-    advice = " The model draws ever the same picture of a prompt: stop earlier, or train for fewer steps per round."
-    return Alarm(alarm, state, drop, thresholds.diversity_drop, numbers + (advice if state != "ok" else ""))
 
 
-def style_collapse(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
-    """The images of different prompts become alike: their mean cosine rises.
-
-    Args:
-        baseline: (prompts, images, width).
-        candidate: the same shape.
-    """
+def style_collapse(baseline: Features, candidate: Features, thresholds: Thresholds) -> Alarm:
+    """The images of different prompts become alike: their mean cosine rises."""
     alarm = "style_collapse"
     if (problem := _no_features(baseline, candidate)) is not None:
         return not_run(alarm, problem)
@@ -255,45 +259,22 @@ def style_collapse(baseline: np.ndarray | None, candidate: np.ndarray | None, th
     if len(baseline) < 3:
         return not_run(alarm, "it takes 3 prompts or more")
     before, after = _cosine_between_prompts(_unit(baseline)), _cosine_between_prompts(_unit(candidate))
-    difference = paired_difference(after, before)
-    state = state_of(difference.mean, thresholds.style_similarity_rise, difference.low > 0)
-    numbers = (
-        f"The mean cosine between images of different prompts goes from {before.mean():.3f} to {after.mean():.3f}, "
-        f"{signed(difference)}."
-    )
-    advice = (
-        " Everything begins to look the same: look at the gallery for a style, a frame or a background that no prompt "
-        "asked for, and use an earlier round or training images of more kinds."
-    )
-    return Alarm(
-        alarm, state, difference.mean, thresholds.style_similarity_rise, numbers + (advice if state != "ok" else "")
-    )
+    difference, threshold = paired_difference(after, before), thresholds.style_similarity_rise
+    state = state_of(difference.mean, threshold, difference.low > 0)
+    what = "The mean cosine between images of different prompts"
+    numbers = f"{what} goes from {before.mean():.3f} to {after.mean():.3f}, {signed(difference)}."
+    return raised(alarm, difference.mean, threshold, state, numbers)
 
 
-def near_duplicates(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> Alarm:
-    """More pairs of seeds give the same picture.
-
-    Args:
-        baseline: (prompts, images, width).
-        candidate: the same shape.
-    """
+def near_duplicates(baseline: Features, candidate: Features, thresholds: Thresholds) -> Alarm:
+    """More pairs of seeds give the same picture."""
     alarm = "near_duplicates"
     if (problem := _no_pairs(baseline, candidate, thresholds)) is not None:
         return not_run(alarm, problem)
-    assert baseline is not None and candidate is not None
     cosine = thresholds.near_duplicate_cosine
-    before = (_pair_cosines(_unit(baseline)) > cosine).mean(axis=1)
-    after = (_pair_cosines(_unit(candidate)) > cosine).mean(axis=1)
-    difference = paired_difference(after, before)
-    state = state_of(difference.mean, thresholds.near_duplicate_rise, difference.low > 0)
-    numbers = (
-        f"Pairs of seeds that give the same picture (cosine above {cosine:g}): {before.mean():.1%} of the base's, "
-        f"{after.mean():.1%} of the model's."
-    )
-    advice = " The seed matters less and less: look at the most similar pairs, and stop earlier."
-    return Alarm(
-        alarm, state, difference.mean, thresholds.near_duplicate_rise, numbers + (advice if state != "ok" else "")
-    )
+    before, after = ((_pair_cosines(_unit(features)) > cosine).mean(axis=1) for features in (baseline, candidate))
+    what = f"Pairs of seeds that give the same picture (cosine above {cosine:g})"
+    return share_rises(alarm, before, after, thresholds.near_duplicate_rise, what)
 
 
 def photometry(
@@ -312,7 +293,7 @@ def photometry(
     names = [name for name in candidate if name in baseline]
     if not names:
         return not_run("photometry", "no colours and edges were measured for both models")
-    found: list[tuple[float, AlarmState, str]] = []
+    shifts: list[tuple[float, AlarmState, str]] = []
     for name in names:
         before = np.asarray(baseline[name], dtype=np.float64)
         difference = paired_difference(np.asarray(candidate[name]), before)
@@ -320,25 +301,15 @@ def photometry(
         mad = float(np.median(np.abs(by_prompt - np.median(by_prompt))))
         shift = difference.mean / max(mad, thresholds.photometry_smallest_mad)
         state = state_of(abs(shift), thresholds.photometry_mads, difference.low > 0 or difference.high < 0)
-        found.append((shift, state, f"{name} from {by_prompt.mean():.3f} by {signed(difference)}"))
-    shift, state, _ = max(found, key=lambda entry: (_STATES.index(entry[1]), abs(entry[0])))
+        shifts.append((shift, state, f"{name} from {by_prompt.mean():.3f} by {signed(difference)}"))
+    shift, state, _ = max(shifts, key=lambda entry: (_STATES.index(entry[1]), abs(entry[0])))
     numbers = f"In units of the base's spread over prompts the largest shift is {shift:+.1f}: "
-    numbers += "; ".join(text for *_, text in found) + "."
-    advice = (
-        " Colours, exposure or edges have moved as a whole, which scorers tend to reward before people notice: look "
-        "for neon colours, blown-out skies, stippling or blur, and use an earlier round."
-    )
-    return Alarm(
-        "photometry", state, abs(shift), thresholds.photometry_mads, numbers + (advice if state != "ok" else "")
-    )
+    numbers += "; ".join(text for *_, text in shifts) + "."
+    return raised("photometry", abs(shift), thresholds.photometry_mads, state, numbers)
 
 
 def broken_images(baseline: tuple[int, int] | None, candidate: tuple[int, int] | None, thresholds: Thresholds) -> Alarm:
     """More images are black, of one colour, not finite or missing.
-
-    Only counts are compared, so the test is not paired: Fisher's exact one, one-sided. A rise above the threshold that
-    chance would give in more than 1 of 200 cases is a warning only; so rare, because images of one prompt tend to be
-    broken together, which the test does not know.
 
     Args:
         baseline: (broken images, all images).
@@ -349,33 +320,8 @@ def broken_images(baseline: tuple[int, int] | None, candidate: tuple[int, int] |
     for broken, total in (baseline, candidate):
         if not 0 <= broken <= total:
             raise ValueError(f"broken images must be (broken, all), got {(broken, total)}")
-    rise, state = rise_of_counts(baseline, candidate, thresholds.broken_rise)
-    text = (
-        f"Broken images (one colour, not finite, missing): {baseline[0]} of {baseline[1]} of the base's, "
-        f"{candidate[0]} of {candidate[1]} of the model's."
-    )
-    if state != "ok":
-        text += (
-            " Scores leave them out and so look better than the model is: see the failures, and check the precision."
-        )
-    if state == "warn":
-        text += " It may still be chance: use more prompts to be sure."
-    return Alarm("broken_images", state, rise, thresholds.broken_rise, text)
-
-
-def rise_of_counts(baseline: tuple[int, int], candidate: tuple[int, int], threshold: float) -> tuple[float, AlarmState]:
-    """Rise of the share of samples that are in some state, and what it is worth by Fisher's exact test, one-sided.
-
-    Args:
-        baseline: (samples in that state, all samples), at least one.
-        candidate: likewise.
-        threshold: of the rise, 0 to 1; below it nothing is said.
-    """
-    rise = candidate[0] / candidate[1] - baseline[0] / baseline[1]
-    if rise <= threshold:
-        return rise, "ok"
-    table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
-    return rise, "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"
+    what = "Broken images (one colour, not finite, missing)"
+    return count_rises("broken_images", baseline, candidate, thresholds.broken_rise, what)
 
 
 def training_leak(
@@ -394,10 +340,8 @@ def training_leak(
         raise ValueError(f"num_leaked must be from 0 to the {num_prompts} prompts, got {num_leaked}")
     share = num_leaked / num_prompts
     state: AlarmState = "alarm" if share > thresholds.leaked_share else "warn" if num_leaked else "ok"
-    text = f"{num_leaked} of {num_prompts} prompts are {what} too."
-    if state != "ok":
-        text += " The model has seen the answers to these: leave them out, or take another prompt set."
-    return Alarm("training_leak", state, share, thresholds.leaked_share, text)
+    numbers = f"{num_leaked} of {num_prompts} prompts are {what} too."
+    return raised("training_leak", share, thresholds.leaked_share, state, numbers)
 
 
 def stagnation(
@@ -416,9 +360,8 @@ def stagnation(
     """
     if previous is None:
         return not_run("stagnation", "there is no round before this one to compare with")
-    differences = {
-        name: array for name, array in differences_of(candidate, previous).items() if roles[name] != "drift"
-    }  # fmt: skip
+    differences = differences_of(candidate, previous)
+    differences = {name: array for name, array in differences.items() if roles[name] != "drift"}
     if not differences:
         return not_run("stagnation", "no scorer was run for both rounds")
     confidence = 1 - 0.05 / len(differences)
@@ -426,14 +369,19 @@ def stagnation(
     moved = [name for name, interval in intervals.items() if interval.low > 0 or interval.high < 0]
     if moved:
         numbers = ", ".join(f"{name} ({signed(intervals[name])})" for name in moved)
-        return Alarm(
-            "stagnation", "ok", float(len(moved)), 1.0, f"This round differs from the one before by {numbers}."
-        )
+        text = f"This round differs from the one before by {numbers}."
+        return Alarm("stagnation", "ok", float(len(moved)), 1.0, text)
     return Alarm(
-        "stagnation", "warn", 0.0, 1.0,
+        "stagnation",
+        "warn",
+        0.0,
+        1.0,
         f"No scorer tells this round from the one before: all intervals include 0 ({', '.join(intervals)}). Further "
         "rounds are unlikely to help: stop here, or use more prompts if you expect a smaller gain than they can show.",
-    )  # fmt: skip
+    )
+
+
+# Rules that alarms of pictures and of answers share
 
 
 _STATES: tuple[AlarmState, ...] = ("not run", "ok", "warn", "alarm")
@@ -449,6 +397,78 @@ def state_of(size: float, threshold: float, beyond_chance: bool) -> AlarmState:
 def not_run(alarm: str, reason: str) -> Alarm:
     """The alarm that could not be computed, and why."""
     return Alarm(alarm, "not run", None, None, f"Not run: {reason}.")
+
+
+def raised(
+    alarm: str, value: float, threshold: float, state: AlarmState, numbers: str, advice: str | None = None
+) -> Alarm:
+    """The alarm with its numbers in words, and its advice (default: in ADVICE) where it is more than "ok"."""
+    advice = ADVICE[alarm] if advice is None else advice
+    return Alarm(alarm, state, value, threshold, numbers if state == "ok" else f"{numbers} {advice}")
+
+
+def share_rises(alarm: str, before: np.ndarray, after: np.ndarray, threshold: float, what: str) -> Alarm:
+    """The alarm of a mean share, 0 to 1, that rises from the base to the model, paired by prompt."""
+    difference = paired_difference(after, before)
+    state = state_of(difference.mean, threshold, difference.low > 0)
+    numbers = f"{what}: {before.mean():.1%} of the base's, {after.mean():.1%} of the model's."
+    return raised(alarm, difference.mean, threshold, state, numbers)
+
+
+def diversity_falls(
+    before: np.ndarray, after: np.ndarray, threshold: float, *, measure: str, beside: str, sample: str, what: str
+) -> Alarm:
+    """The alarm of samples of one prompt that become alike; its value is the share of the base's diversity that is
+    lost.
+
+    Args:
+        before, after: (prompts,) mean distance between the samples of a prompt.
+        measure: how the distance is measured; other numbers of the same stand in `beside`.
+        sample: what a base without diversity makes the same for every seed.
+        what: what the model does.
+    """
+    alarm, level = "diversity_over_seeds", float(before.mean())
+    if level <= 1e-6:
+        return not_run(alarm, f"the base {sample} for every seed, so there is no diversity to lose")
+    difference = paired_difference(after, before)
+    drop = -difference.mean / level
+    change = f"from {level:.3f} to {after.mean():.3f}, {signed(difference)}"
+    numbers = f"Diversity over seeds ({measure}) goes {change}; {beside}."
+    state = state_of(drop, threshold, difference.high < 0)
+    return raised(alarm, drop, threshold, state, numbers, f"{what}: stop earlier, or train for fewer steps per round.")
+
+
+def count_rises(
+    alarm: str, baseline: tuple[int, int], candidate: tuple[int, int], threshold: float, what: str
+) -> Alarm:
+    """The alarm of samples in some state that become more.
+
+    Only counts are compared, so the test is not paired: Fisher's exact one, one-sided. A rise above the threshold that
+    chance would give in more than 1 of 200 cases is a warning only; so rare, because samples of one prompt tend to go
+    wrong together, which the test does not know.
+
+    Args:
+        baseline: (samples in that state, all samples), at least one.
+        candidate: likewise.
+        threshold: of the rise of the share, 0 to 1; below it nothing is said.
+        what: the samples in that state, at the beginning of a sentence.
+    """
+    rise, state = candidate[0] / candidate[1] - baseline[0] / baseline[1], "ok"
+    if rise > threshold:
+        table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
+        state = "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"
+    counts = f"{baseline[0]} of {baseline[1]} of the base's, {candidate[0]} of {candidate[1]} of the model's"
+    doubt = " It may still be chance: use more prompts to be sure." if state == "warn" else ""
+    return raised(alarm, rise, threshold, state, f"{what}: {counts}.", ADVICE[alarm] + doubt)
+
+
+def too_few_to_pair(per_prompt: int, num_prompts: int, min_prompts: int, sample: str) -> str | None:
+    """Why samples of one prompt cannot be compared with each other; None = they can."""
+    if per_prompt < 2:
+        return f"there is one {sample} per prompt; draw 2 or more (4 say more)"
+    if num_prompts < min_prompts:
+        return f"{num_prompts} prompts are too few to tell; ask {min_prompts} or more"
+    return None
 
 
 def signed(interval: Interval) -> str:
@@ -475,7 +495,7 @@ def differences_of(candidate: Mapping[str, np.ndarray], base: Mapping[str, np.nd
     return differences
 
 
-def _no_features(baseline: np.ndarray | None, candidate: np.ndarray | None) -> str | None:
+def _no_features(baseline: Features, candidate: Features) -> str | None:
     """Why features cannot be compared; None = they can."""
     if baseline is None or candidate is None:
         return "no scorer gave image features for both models"
@@ -487,16 +507,12 @@ def _no_features(baseline: np.ndarray | None, candidate: np.ndarray | None) -> s
     return None
 
 
-def _no_pairs(baseline: np.ndarray | None, candidate: np.ndarray | None, thresholds: Thresholds) -> str | None:
+def _no_pairs(baseline: Features, candidate: Features, thresholds: Thresholds) -> str | None:
     """Why images of one prompt cannot be compared; None = they can."""
     if (problem := _no_features(baseline, candidate)) is not None:
         return problem
     assert baseline is not None
-    if baseline.shape[1] < 2:
-        return "there is one image per prompt; draw 2 or more (4 say more)"
-    if len(baseline) < thresholds.diversity_prompts:
-        return f"{len(baseline)} prompts are too few to tell; ask {thresholds.diversity_prompts} or more"
-    return None
+    return too_few_to_pair(baseline.shape[1], len(baseline), thresholds.diversity_prompts, "image")
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

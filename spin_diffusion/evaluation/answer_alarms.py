@@ -18,14 +18,18 @@ import numpy as np
 from spin_diffusion.evaluation.alarms import (
     Alarm,
     Thresholds,
+    count_rises,
     differences_of,
+    diversity_falls,
     goodhart,
     normalised,
     not_run,
-    rise_of_counts,
+    raised,
+    share_rises,
     signed,
     stagnation,
     state_of,
+    too_few_to_pair,
     trained_among,
     training_leak,
 )
@@ -50,8 +54,8 @@ class AnswerThresholds:
     diversity_drop: float = 0.10
     """Share of the base's diversity over seeds that is lost, 0 to 1."""
     diversity_prompts: int = 6
-    """Of fewer prompts it is not judged: that two of two fall is chance in one case of four, and that six of six do in
-    one of 64."""
+    """With fewer prompts it is not judged: that two of two fall is chance in one case of four, and that six of six do
+    in one of 64."""
     same_rise: float = 0.05
     """Rise of the share of pairs of seeds that give the same answer, 0 to 1."""
     cut_rise: float = 0.05
@@ -121,119 +125,72 @@ def answer_length(baseline: Answers, candidate: Answers, thresholds: AnswerThres
     The value is how many times as long, or as short, the mean answer is. A model that comes closer to the length of the
     real answers (in characters, of which the real ones have no tokens) does what it is trained for.
     """
-    before, after = _of_each(baseline, _tokens), _of_each(candidate, _tokens)
-    difference = paired_difference(after, before)
+    before, after = (_of_each(answers, lambda answer: answer.num_tokens) for answers in (baseline, candidate))
+    difference, threshold = paired_difference(after, before), thresholds.length_factor
     # Half a token, so that no answers at all are very short and not a division by 0
     ratio = max(float(after.mean()), 0.5) / max(float(before.mean()), 0.5)
     value = max(ratio, 1 / ratio)
-    beyond_chance = difference.low > 0 or difference.high < 0
-    state = state_of(math.log(value), math.log(thresholds.length_factor), beyond_chance)
+    state = state_of(math.log(value), math.log(threshold), difference.low > 0 or difference.high < 0)
     text = f"Tokens per answer go from {before.mean():.1f} to {after.mean():.1f}, {signed(difference)}."
     references = [len(row[0].reference) for row in baseline if row[0].reference is not None]
     real = float(np.mean(references)) if references else 0.0
     if state != "ok" and real:
         far, near = (abs(math.log(max(_characters(answers), 0.5) / real)) for answers in (baseline, candidate))
         if near < far:
-            said = f" This is towards the real answers: {_characters(baseline):.0f} characters become "
-            said += f"{_characters(candidate):.0f}, and the real ones have {real:.0f}."
-            return Alarm("answer_length", "ok", value, thresholds.length_factor, text + said)
-    if state != "ok":
-        text += (
-            " Many judges like long answers, and short ones are cheap to make likely: look at what was added or left "
-            "out, and compare the likelihood of the real answers."
-        )
-    return Alarm("answer_length", state, value, thresholds.length_factor, text)
+            towards = f" This is towards the real answers: {_characters(baseline):.0f} characters become "
+            towards += f"{_characters(candidate):.0f}, and the real ones have {real:.0f}."
+            return Alarm("answer_length", "ok", value, threshold, text + towards)
+    return raised("answer_length", value, threshold, state, text)
 
 
 def repetition(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """Answers loop: the share of their runs of three words that occurred before rises."""
     before, after = (_of_each(answers, lambda answer: repeated_share(answer.text)) for answers in (baseline, candidate))
-    difference = paired_difference(after, before)
-    state = state_of(difference.mean, thresholds.repetition_rise, difference.low > 0)
-    text = f"Repeated runs of three words: {before.mean():.1%} of the base's, {after.mean():.1%} of the model's."
-    if state != "ok":
-        text += " The model begins to loop: look at the longest answers, and use an earlier round."
-    return Alarm("repetition", state, difference.mean, thresholds.repetition_rise, text)
+    return share_rises("repetition", before, after, thresholds.repetition_rise, "Repeated runs of three words")
 
 
 def diversity_over_seeds(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """The answers to one prompt become alike: the share of pairs of words that two of them do not share falls."""
-    alarm = "diversity_over_seeds"
-    if min(len(row) for row in baseline) < 2:
-        return not_run(alarm, "there is one answer per prompt; draw 2 or more (4 say more)")
-    if len(baseline) < thresholds.diversity_prompts:
-        return not_run(
-            alarm, f"{len(baseline)} prompts are too few to tell; ask {thresholds.diversity_prompts} or more"
-        )
-    before, after = (np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate))
-    difference = paired_difference(after, before)
-    level = float(before.mean())
-    if level <= 1e-6:
-        return not_run(alarm, "the base gives the same answer for every seed, so there is no diversity to lose")
-    drop = -difference.mean / level
-    state = state_of(drop, thresholds.diversity_drop, difference.high < 0)
-    distinct = [
+    per_prompt = min(len(row) for row in baseline)
+    if problem := too_few_to_pair(per_prompt, len(baseline), thresholds.diversity_prompts, "answer"):
+        return not_run("diversity_over_seeds", problem)
+    before, after = (
         np.mean([len({_plain(answer) for answer in row}) for row in answers]) for answers in (baseline, candidate)
-    ]
-    text = (
-        f"Diversity over seeds (pairs of words that two answers do not share) goes from {level:.3f} to "
-        f"{after.mean():.3f}, {signed(difference)}; different answers per prompt from {distinct[0]:.2f} to "
-        f"{distinct[1]:.2f} of {len(baseline[0])}."
     )
-    if state != "ok":
-        seen = "The model gives ever the same answer" if distinct[1] < distinct[0] else "Answers differ in fewer words"
-        text += f" {seen}: stop earlier, or train for fewer steps per round."
-    return Alarm(alarm, state, drop, thresholds.diversity_drop, text)
+    return diversity_falls(
+        *(np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate)),
+        thresholds.diversity_drop,
+        measure="pairs of words that two answers do not share",
+        beside=f"different answers per prompt from {before:.2f} to {after:.2f} of {len(baseline[0])}",
+        sample="gives the same answer",
+        what="The model gives ever the same answer" if after < before else "Answers differ in fewer words",
+    )
 
 
 def same_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """More pairs of seeds give the same answer, of at least `min_words` words."""
-    alarm = "same_answers"
-    if min(len(row) for row in baseline) < 2:
-        return not_run(alarm, "there is one answer per prompt; draw 2 or more (4 say more)")
+    if problem := too_few_to_pair(min(len(row) for row in baseline), len(baseline), 0, "answer"):
+        return not_run("same_answers", problem)
 
     def share(row: Sequence[Answer]) -> float:
         pairs = list(combinations(row, 2))
         return sum(_plain(a) == _plain(b) and len(words(a.text)) >= thresholds.min_words for a, b in pairs) / len(pairs)
 
     before, after = (np.array([share(row) for row in answers]) for answers in (baseline, candidate))
-    difference = paired_difference(after, before)
-    state = state_of(difference.mean, thresholds.same_rise, difference.low > 0)
-    text = (
-        f"Pairs of seeds that give the same answer of {thresholds.min_words} words or more: {before.mean():.1%} of the "
-        f"base's, {after.mean():.1%} of the model's."
-    )
-    if state != "ok":
-        text += " The seed matters less and less: stop earlier."
-    return Alarm(alarm, state, difference.mean, thresholds.same_rise, text)
+    what = f"Pairs of seeds that give the same answer of {thresholds.min_words} words or more"
+    return share_rises("same_answers", before, after, thresholds.same_rise, what)
 
 
 def cut_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """More answers do not end by themselves."""
     before, after = (_of_each(answers, lambda answer: answer.finish == "length") for answers in (baseline, candidate))
-    difference = paired_difference(after, before)
-    state = state_of(difference.mean, thresholds.cut_rise, difference.low > 0)
-    text = (
-        f"Answers cut at the longest one allowed: {before.mean():.1%} of the base's, {after.mean():.1%} of the model's."
-    )
-    if state != "ok":
-        text += (
-            " The model forgets how to end: look whether the end token is part of the training answers, and whether "
-            "they are longer than what is allowed."
-        )
-    return Alarm("cut_answers", state, difference.mean, thresholds.cut_rise, text)
+    return share_rises("cut_answers", before, after, thresholds.cut_rise, "Answers cut at the longest one allowed")
 
 
 def empty_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
-    """More answers are empty or white space; by counts, as in `alarms.broken_images`."""
-    counts = [_count(answers, lambda answer: not answer.text.strip()) for answers in (baseline, candidate)]
-    rise, state = rise_of_counts(*counts, thresholds.empty_rise)
-    text = _counted("Empty answers", *counts)
-    if state != "ok":
-        text += " Saying nothing is the cheapest answer: look at which prompts they follow, and use an earlier round."
-    if state == "warn":
-        text += " It may still be chance: use more prompts to be sure."
-    return Alarm("empty_answers", state, rise, thresholds.empty_rise, text)
+    """More answers are empty or white space."""
+    counts = (_count(answers, lambda answer: not answer.text.strip()) for answers in (baseline, candidate))
+    return count_rises("empty_answers", *counts, thresholds.empty_rise, "Empty answers")
 
 
 def copied_answers(
@@ -244,43 +201,28 @@ def copied_answers(
     Args:
         trained: the `normalised` prompts of training. None = not known.
     """
-    alarm = "copied_answers"
+    alarm, min_words = "copied_answers", thresholds.min_words
     if trained is None:
         return not_run(alarm, "the training prompts are not known")
     places = [
         place
         for place, row in enumerate(baseline)
-        if normalised(row[0].prompt) in trained and len(words(row[0].reference or "")) >= thresholds.min_words
+        if normalised(row[0].prompt) in trained and len(words(row[0].reference or "")) >= min_words
     ]
     if not places:
-        return not_run(
-            alarm,
-            f"no prompt with a real answer of {thresholds.min_words} words or more was trained on, as it should be",
-        )
+        why = f"no prompt with a real answer of {min_words} words or more was trained on, as it should be"
+        return not_run(alarm, why)
     counts = [
         _count([answers[place] for place in places], lambda answer: words(answer.text) == words(answer.reference or ""))
         for answers in (baseline, candidate)
     ]
-    rise, state = rise_of_counts(*counts, thresholds.copied_rise)
-    text = _counted("Answers to training prompts that are the real answer word for word", *counts)
-    if state != "ok":
-        text += " The model learns its training data by heart: use fewer epochs, or more data."
-    if state == "warn":
-        text += " It may still be chance: use more prompts to be sure."
-    return Alarm(alarm, state, rise, thresholds.copied_rise, text)
-
-
-def _counted(what: str, baseline: tuple[int, int], candidate: tuple[int, int]) -> str:
-    return f"{what}: {baseline[0]} of {baseline[1]} of the base's, {candidate[0]} of {candidate[1]} of the model's."
+    what = "Answers to training prompts that are the real answer word for word"
+    return count_rises(alarm, *counts, thresholds.copied_rise, what)
 
 
 def _of_each(answers: Answers, value: Callable[[Answer], float]) -> np.ndarray:
     """(prompts, answers) of a number of each."""
     return np.array([[float(value(answer)) for answer in row] for row in answers])
-
-
-def _tokens(answer: Answer) -> float:
-    return float(answer.num_tokens)
 
 
 def _characters(answers: Answers) -> float:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_diffusion.evaluation.modalities import IMAGES, Modality
-from spin_diffusion.evaluation.records import Role
+from spin_diffusion.evaluation.records import Role, Scale
 from spin_diffusion.evaluation.statistics import (
     Interval,
     holm,
@@ -36,15 +36,14 @@ class Row:
     """Scores of one model at one guidance scale by one scorer."""
 
     model: str
-    guidance_scale: float | None
-    """None = answers, or pictures that were given, at whatever guidance."""
+    guidance_scale: Scale
     scorer: str
     scores: np.ndarray
     """(prompts, samples): the same prompts and seeds in the same order for every model."""
     role: Role = "held-out"
     """What the scorer can say; a difference of a "drift" score is never good news."""
     modality: Modality = IMAGES
-    """Of what was scored."""
+    """What was scored."""
     lost: frozenset[str] = frozenset()
     """Ids of further prompts of which this model lacks a sample or its score, so that they are in no model's scores."""
 
@@ -54,8 +53,7 @@ class Comparison:
     """One model at one guidance scale by one scorer, against another, mostly the baseline, at the same scale."""
 
     model: str
-    guidance_scale: float | None
-    """None = answers, or pictures that were given, at whatever guidance."""
+    guidance_scale: Scale
     scorer: str
     num_prompts: int
     num_images: int
@@ -72,9 +70,9 @@ class Comparison:
     p_holm: float | None = None
     """The same, adjusted by Holm over all tests that were made together."""
     role: Role = "held-out"
-    """Of the scorer."""
+    """What the scorer can say."""
     modality: Modality = IMAGES
-    """Of what was scored."""
+    """What was scored."""
     other: str = ""
     """The model that it is compared with."""
 
@@ -86,7 +84,7 @@ def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
         InputError: no row of the baseline at some guidance scale and scorer, a row twice, shapes that differ, scores
             that are not finite, or fewer than 2 prompts.
     """
-    by_key: dict[tuple[str, float | None, str], Row] = {}
+    by_key: dict[tuple[str, Scale, str], Row] = {}
     for row in rows:
         key = (row.model, row.guidance_scale, row.scorer)
         if key in by_key:
@@ -114,7 +112,7 @@ def compare_others(rows: Sequence[Row], baseline: str) -> list[Comparison]:
     Args:
         rows: as in `compare`.
     """
-    groups: dict[tuple[float | None, str], list[Row]] = {}
+    groups: dict[tuple[Scale, str], list[Row]] = {}
     for row in rows:
         if row.model != baseline:
             groups.setdefault((row.guidance_scale, row.scorer), []).append(row)
@@ -135,10 +133,10 @@ def _compare_row(row: Row, base: Row) -> Comparison:
         elif losses > wins:
             wins += len(base.lost - row.lost)
         p = max(sign_test_p(wins, losses), t_test_p(row.scores, base.scores))
+    compared = (num_prompts, num_images, mean, difference, wins, ties, losses, p)
     return Comparison(
-        row.model, row.guidance_scale, row.scorer, num_prompts, num_images, mean, difference, wins, ties, losses, p,
-        role=row.role, modality=row.modality, other=base.model,
-    )  # fmt: skip
+        row.model, row.guidance_scale, row.scorer, *compared, role=row.role, modality=row.modality, other=base.model
+    )
 
 
 def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
@@ -153,7 +151,7 @@ def _describe(row: Row) -> str:
     return f"model {row.model!r}{at} by {row.scorer}"
 
 
-def _scale(guidance_scale: float | None) -> str:
+def _scale(guidance_scale: Scale) -> str:
     return "pictures as given" if guidance_scale is None else f"guidance {guidance_scale:g}"
 
 
@@ -167,15 +165,13 @@ def print_table(comparisons: Sequence[Comparison], console: Console | None = Non
     console = console or Console()
     for scorer in _distinct(c.scorer for c in comparisons):
         of_scorer = [c for c in comparisons if c.scorer == scorer]
-        by_scale = [
-            [c for c in of_scorer if c.guidance_scale == s] for s in _distinct(c.guidance_scale for c in of_scorer)
+        scales = _distinct(c.guidance_scale for c in of_scorer)
+        by_scale = [[c for c in of_scorer if c.guidance_scale == scale] for scale in scales]
+        layouts = [
+            [_rich_table(rows, separator) for rows in groups]
+            for groups in ([of_scorer], by_scale)
+            for separator in (" ", "\n")
         ]
-        layouts = (
-            [_rich_table(of_scorer, separator=" ")],
-            [_rich_table(of_scorer, separator="\n")],
-            [_rich_table(of_scale, separator=" ") for of_scale in by_scale],
-            [_rich_table(of_scale, separator="\n") for of_scale in by_scale],
-        )
         tables = next((tables for tables in layouts if all(_fits(table, console) for table in tables)), layouts[-1])
         for table in tables:
             console.print(table)
@@ -221,12 +217,8 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
         decimals = _decimals(of_scorer)
         columns = of_scorer[0].modality.columns
         head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
-        parts += [
-            f"**{_escaped(_title(of_scorer))}**",
-            "",
-            f"| {' | '.join(head)} |",
-            f"|---|{'---:|' * (len(head) - 1)}",
-        ]
+        parts += [f"**{_escaped(_title(of_scorer))}**", "", f"| {' | '.join(head)} |"]
+        parts.append(f"|---|{'---:|' * (len(head) - 1)}")
         for c in of_scorer:
             difference = _difference(c.difference, decimals, " ")
             if _direction(c):
@@ -237,11 +229,8 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             scale = [_scale(c.guidance_scale).removeprefix("guidance ") for _ in columns]
             row = [_escaped(c.model), *scale, mean, difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
-        parts += [
-            "",
-            f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm.",
-            "",
-        ]
+        note = f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm."
+        parts += ["", note, ""]
     return "\n".join(parts)
 
 
@@ -267,8 +256,9 @@ def _direction(c: Comparison) -> int:
     """1 if the score rose by the rule of `verdict`, -1 if it fell, 0 if neither is sure or there is no difference."""
     if c.difference is None:
         return 0
-    said = verdict(c.difference, c.p_holm, c.wins - c.losses, drift=False)
-    return {"improved": 1, "regressed": -1}.get(said, 0)
+    assert c.p_holm is not None and c.wins is not None and c.losses is not None
+    improved = verdict(c.difference, c.p_holm, c.wins - c.losses, drift=False)
+    return {"improved": 1, "regressed": -1}.get(improved, 0)
 
 
 def _decimals(comparisons: list[Comparison]) -> int:

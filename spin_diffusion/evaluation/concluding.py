@@ -1,11 +1,12 @@
 """What is concluded of pictures and of answers alike: aggregates, comparisons, verdicts, alarms, breakdowns, failures.
 
 A sample is a picture or an answer. results.py and answer_results.py read theirs, say which alarms there are, and write
-their table; the rest is here. results.schema.json says what is in results.json.
+their table; the rest is here. results.schema.json says what is in results.json, `records` names its types.
 """
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,23 @@ from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compa
 from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.ranking import rank
-from spin_diffusion.evaluation.records import SCHEMA_VERSION, schema_problem
+from spin_diffusion.evaluation.records import (
+    SCHEMA_VERSION,
+    Aggregate,
+    AggregateEntry,
+    AlarmEntry,
+    ComparisonEntry,
+    CountEntry,
+    FailureEntry,
+    ModelEntry,
+    Protocol,
+    Results,
+    Role,
+    Scale,
+    ScorerEntry,
+    VerdictEntry,
+    schema_problem,
+)
 from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -40,25 +57,25 @@ from spin_diffusion.store.run_dir import write_file, write_json
 def conclude_samples(
     models: Sequence[EvaluatedModel],
     samples: BySample,
-    protocol: dict[str, Any],
-    said: dict[str, dict[str, Any]],
+    protocol: Protocol,
+    about: Mapping[str, Mapping[str, Any]],
     *,
     title: str,
-    headline_scale: float | None,
+    headline_scale: Scale,
     check: Callable[[Watched], list[Alarm]],
     packages: Sequence[str],
     curves: Sequence[Mapping[str, Any]] | None,
     measures: Sequence[Mapping[str, Any]] | None,
     events: Sequence[Mapping[str, Any]] | None = None,
     ledger: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], list[Comparison]]:
+) -> tuple[Results, list[Comparison]]:
     """The content of results.json, valid by its schema, and its comparisons.
 
     A prompt counts at a guidance scale when every model has all of its samples there, each with every score.
 
     Args:
         models: the baseline first.
-        said: scorer -> what is known of it.
+        about: scorer -> what is known of it.
         check: all alarms of one model.
         packages: whose versions are part of the results.
         curves: rows of the training curves.
@@ -69,66 +86,40 @@ def conclude_samples(
     Raises:
         InputError: fewer than 2 prompts that count.
     """
-    baseline, scales, modality = models[0].name, guidance_scales(protocol), modality_of(protocol)
-    scorers = [entry | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in said.items()]
-    ran = [scorer["name"] for scorer in scorers if scorer["state"] == "run"]
-    roles = {scorer["name"]: scorer["role"] for scorer in scorers}
-    per_prompt = samples_per_prompt(protocol)
-    lost = {
-        (model.name, scale): _lost(samples[baseline, scale], samples[model.name, scale], per_prompt, ran)
-        for model in models
-        for scale in scales
-    }
-    complete = {
-        scale: _complete(samples[baseline, scale], {m.name: lost[m.name, scale] for m in models}, modality, scale)
-        for scale in scales
-    }
-    prompts = {
-        scale: [(row["prompt"], row["category"]) for row in (samples[baseline, scale].rows[id_, 0] for id_ in ids)]
-        for scale, ids in complete.items()
-    }
-    arrays = {
-        (model.name, scale, name): _array(samples[model.name, scale], name, complete[scale])
-        for model in models
-        for scale in scales
-        for name in ran
-    }
+    compared = _compared(models, samples, protocol, about)
+    scales, names = compared.scales, [model.name for model in models]
     rows = [
-        Row(model, scale, name, scores, roles[name], modality, lost[model, scale])
-        for (model, scale, name), scores in arrays.items()
+        Row(model, scale, scorer, scores, compared.roles[scorer], compared.modality, compared.lost[model, scale])
+        for (model, scale, scorer), scores in compared.arrays.items()
     ]
-    comparisons = compare(rows, baseline)
+    comparisons = compare(rows, names[0])
     entries = [_comparison_entry(comparison) for comparison in comparisons if comparison.p is not None]
-    others = [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]
-    alarms = _all_alarms(models, samples, arrays, complete, roles, ran, check)
-    counts = [
-        _counts(model.name, scale, samples[model.name, scale], lost[model.name, scale], ran)
-        for model in models
-        for scale in scales
-    ]
+    others = [_comparison_entry(comparison) for comparison in compare_others(rows, names[0])]
+    alarms, counts = _alarms(compared, check), _counts(compared)
     verdicts = [
-        _verdict_entry(count, entries, roles, alarms, modality)
+        _verdict_entry(count, entries, compared.roles, alarms, compared.modality)
         for count in counts
-        if ran and count["model"] != baseline
+        if compared.roles and count["model"] != names[0]
     ]
+    headline = {
+        "model": _headline_model(models),
+        "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
+    }
     results = {
         "schema_version": SCHEMA_VERSION,
         "title": title,
         "protocol": protocol,
-        "baseline": baseline,
-        "headline": {
-            "model": _headline_model(models),
-            "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
-        },
+        "baseline": names[0],
+        "headline": headline,
         "models": [_model_entry(model) for model in models],
         "samples": counts,
-        "scorers": scorers,
-        "results": _aggregates(arrays, comparisons, ran, roles),
+        "scorers": compared.scorers,
+        "results": _aggregates(compared.arrays, comparisons, compared.roles),
         "comparisons": entries,
         "verdicts": verdicts,
         "alarms": alarms,
-        "breakdowns": breakdowns([model.name for model in models], prompts, arrays, ran),
-        "failures": _failures(models, scales, samples, ran),
+        "breakdowns": breakdowns(names, compared.prompts(), compared.arrays, list(compared.roles)),
+        "failures": list(_failures(compared)),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
     of_training = {
@@ -139,29 +130,81 @@ def conclude_samples(
     }
     results |= {name: rows for name, rows in of_training.items() if rows}
     if others:
-        names = [model.name for model in models]
-        places = [rank(names, scale, [*entries, *others], scorers, verdicts) for scale in scales]
+        places = [rank(names, scale, [*entries, *others], compared.scorers, verdicts) for scale in scales]
         results |= {"between_others": others, "ranking": [place for place in places if place is not None]}
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     return results, comparisons
 
 
-def first_not_run(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """The samples of all models, and the scores of those prompts that count."""
+
+    models: Sequence[EvaluatedModel]
+    samples: BySample
+    scales: list[Scale]
+    modality: Modality
+    scorers: list[ScorerEntry]
+    roles: dict[str, Role]
+    """Scorer that was run -> its role."""
+    lost: dict[tuple[str, Scale], frozenset[str]]
+    """(model, guidance scale) -> ids of the baseline's prompts of which the model lacks a sample, or its score."""
+    complete: dict[Scale, list[str]]
+    """Guidance scale -> ids of the prompts that count, in the baseline's order."""
+    arrays: Arrays
+
+    def each(self) -> Iterator[tuple[EvaluatedModel, Scale, Samples]]:
+        """Every model at every guidance scale, with its samples."""
+        return ((model, scale, self.samples[model.name, scale]) for model in self.models for scale in self.scales)
+
+    def prompts(self) -> dict[Scale, list[tuple[str, str]]]:
+        """Guidance scale -> (text, category) of the prompts that count."""
+        baseline = {scale: self.samples[self.models[0].name, scale].rows for scale in self.scales}
+        return {
+            scale: [(baseline[scale][id_, 0]["prompt"], baseline[scale][id_, 0]["category"]) for id_ in ids]
+            for scale, ids in self.complete.items()
+        }
+
+
+def _compared(
+    models: Sequence[EvaluatedModel], samples: BySample, protocol: Protocol, about: Mapping[str, Mapping[str, Any]]
+) -> _Compared:
+    """The scores of the prompts that count; InputError when there are fewer than 2."""
+    scales, modality, baseline = guidance_scales(protocol), modality_of(protocol), models[0].name
+    scorers = [dict(entry) | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in about.items()]
+    roles = {scorer["name"]: scorer["role"] for scorer in scorers if scorer["state"] == "run"}
+    per_prompt = samples_per_prompt(protocol)
+    lost = {
+        (model.name, scale): _lost(samples[baseline, scale], samples[model.name, scale], per_prompt, list(roles))
+        for model in models
+        for scale in scales
+    }
+    complete = {
+        scale: _complete(samples[baseline, scale], {m.name: lost[m.name, scale] for m in models}, modality, scale)
+        for scale in scales
+    }
+    arrays = {
+        (model.name, scale, name): _array(samples[model.name, scale], name, complete[scale])
+        for model in models
+        for scale in scales
+        for name in roles
+    }
+    return _Compared(models, samples, scales, modality, scorers, roles, lost, complete, arrays)
+
+
+def first_not_run(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is known of a scorer, of what each model's folder says of it: run only if it was run for all, and was the
     same scorer each time."""
-    apart = {s.get(KEY) for s in said if s["state"] == "run"}
-    if len(apart) > 1:
-        return said[0] | {"state": "not run", "reason": "not every model was scored by the same version of it"}
-    return next((s for s in said if s["state"] == "not run"), said[0])
+    if len({record.get(KEY) for record in records if record["state"] == "run"}) > 1:
+        return records[0] | {"state": "not run", "reason": "not every model was scored by the same version of it"}
+    return next((record for record in records if record["state"] == "not run"), records[0])
 
 
 def belonging(rows: Mapping[Key, dict[str, Any]], scores: Sequence[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
     """The scores that were given for these very samples."""
-    keyed = ((row["id"], row["k"]) for row in scores)
-    return {
-        key: row for key, row in zip(keyed, scores, strict=True) if rows.get(key, {}).get("sha256") == row["sha256"]
-    }
+    by_key = {(row["id"], row["k"]): row for row in scores}
+    return {key: row for key, row in by_key.items() if rows.get(key, {}).get("sha256") == row["sha256"]}
 
 
 def _truncated_prompts(samples: BySample, name: str) -> int:
@@ -175,7 +218,6 @@ def _truncated_prompts(samples: BySample, name: str) -> int:
 
 
 def _lost(baseline: Samples, of_model: Samples, per_prompt: int, ran: Sequence[str]) -> frozenset[str]:
-    """Ids of the baseline's prompts of which a model lacks a sample, or the score of one."""
     return frozenset(
         id_
         for id_ in {id_ for id_, _ in baseline.rows}
@@ -184,33 +226,17 @@ def _lost(baseline: Samples, of_model: Samples, per_prompt: int, ran: Sequence[s
     )
 
 
-def _complete(
-    baseline: Samples, lost: Mapping[str, frozenset[str]], modality: Modality, scale: float | None
-) -> list[str]:
-    """Ids of the prompts that count, in the baseline's order."""
+def _complete(baseline: Samples, lost: Mapping[str, frozenset[str]], modality: Modality, scale: Scale) -> list[str]:
     left_out = frozenset().union(*lost.values())
-    kept = [id_ for id_ in dict.fromkeys(id_ for id_, _ in baseline.rows) if id_ not in left_out]
-    if len(kept) < 2:
+    complete = [id_ for id_ in dict.fromkeys(id_ for id_, _ in baseline.rows) if id_ not in left_out]
+    if len(complete) < 2:
         what, at = modality.plural, modality.at.format(folder_of(scale))
         failed = ", ".join(f"{model} {len(ids)}" for model, ids in lost.items() if ids) or "none by any"
         raise InputError(
-            f"only {len(kept)} prompts have all {what} by every model{at}, and their scores (lost: {failed}): too few "
-            f"to compare; look for what failed in the files of the {what} and of the scores"
+            f"only {len(complete)} prompts have all {what} by every model{at}, and their scores (lost: {failed}): too "
+            f"few to compare; look for what failed in the files of the {what} and of the scores"
         )
-    return kept
-
-
-def _counts(
-    model: str, scale: float | None, of_model: Samples, lost: frozenset[str], ran: Sequence[str]
-) -> dict[str, Any]:
-    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
-    there = {key: row for key, row in of_model.rows.items() if row["there"]}
-    return {
-        "model": model, "guidance_scale": scale, "asked": len(of_model.rows),
-        "missing": len(of_model.rows) - len(there),
-        "unscored": sum(any(key not in of_model.scores[name] for name in ran) for key in there),
-        "broken": sum(row["state"] != "ok" for row in there.values()), "prompts_lost": len(lost),
-    }  # fmt: skip
+    return complete
 
 
 def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
@@ -218,7 +244,19 @@ def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
     return np.array([[of_model.scores[name][id_, k]["score"] for k in range(of_model.per_prompt)] for id_ in ids])
 
 
-# Concluding
+# Entries of results.json
+
+
+def _counts(compared: _Compared) -> list[CountEntry]:
+    entries = []
+    for model, scale, of_model in compared.each():
+        there = {key: row for key, row in of_model.rows.items() if row["there"]}
+        unscored = sum(any(key not in of_model.scores[name] for name in compared.roles) for key in there)
+        broken, lost = sum(row["state"] != "ok" for row in there.values()), len(compared.lost[model.name, scale])
+        asked, at = len(of_model.rows), {"model": model.name, "guidance_scale": scale}
+        counts = {"asked": asked, "missing": asked - len(there), "unscored": unscored, "broken": broken}
+        entries.append(at | counts | {"prompts_lost": lost})
+    return entries
 
 
 def _headline_model(models: Sequence[EvaluatedModel]) -> str | None:
@@ -227,123 +265,104 @@ def _headline_model(models: Sequence[EvaluatedModel]) -> str | None:
     return candidates[-1].name if candidates else None
 
 
-def _model_entry(m: EvaluatedModel) -> dict[str, Any]:
-    return {
-        "name": m.name, "role": m.role, "round": m.round_, "source": m.source, "kind": m.kind, "base": m.base,
-        "weights_sha256": m.weights_sha256,
-    }  # fmt: skip
+def _model_entry(model: EvaluatedModel) -> ModelEntry:
+    names = ("name", "role", "round", "source", "kind", "base", "weights_sha256")
+    return {name: model.round_ if name == "round" else getattr(model, name) for name in names}
 
 
-def _comparison_entry(c: Comparison) -> dict[str, Any]:
+def _comparison_entry(c: Comparison) -> ComparisonEntry:
+    assert c.difference is not None, "a comparison of the baseline with itself"
     won = win_rate(c.wins, c.ties, c.losses)
-    return {
-        "model": c.model, "baseline": c.other, "scorer": c.scorer, "guidance_scale": c.guidance_scale,
-        "num_prompts": c.num_prompts, "difference": c.difference.mean, "low": c.difference.low,
-        "high": c.difference.high, "wins": c.wins, "ties": c.ties, "losses": c.losses,
-        "win_rate": won.mean, "win_rate_low": won.low, "win_rate_high": won.high, "p": c.p, "p_holm": c.p_holm,
-        "verdict": verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift"),
-    }  # fmt: skip
+    said = verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift")
+    models = {"model": c.model, "baseline": c.other, "scorer": c.scorer, "guidance_scale": c.guidance_scale}
+    difference = {"difference": c.difference.mean, "low": c.difference.low, "high": c.difference.high}
+    counts = {"wins": c.wins, "ties": c.ties, "losses": c.losses}
+    rates = {"win_rate": won.mean, "win_rate_low": won.low, "win_rate_high": won.high}
+    tests = {"p": c.p, "p_holm": c.p_holm, "verdict": said}
+    return models | {"num_prompts": c.num_prompts} | difference | counts | rates | tests
 
 
 def _verdict_entry(
-    count: dict[str, Any],
-    entries: list[dict[str, Any]],
-    roles: dict[str, Any],
-    alarms: list[dict[str, Any]],
+    count: CountEntry,
+    entries: Sequence[ComparisonEntry],
+    roles: Mapping[str, Role],
+    alarms: Sequence[AlarmEntry],
     modality: Modality,
-) -> dict[str, Any]:
+) -> VerdictEntry:
     model, scale = count["model"], count["guidance_scale"]
     ours = [e for e in entries if e["model"] == model and e["guidance_scale"] == scale]
     verdicts = {e["scorer"]: e["verdict"] for e in ours}
     moved = [e["scorer"] for e in ours if e["low"] > 0 or e["high"] < 0]
     states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
-    said, reason = overall_verdict(verdicts, roles, states, modality, moved)
+    concluded, reason = overall_verdict(verdicts, roles, states, modality, moved)
     if count["prompts_lost"]:
         reason += f" It failed at {count['prompts_lost']} prompts, which no mean includes."
-    return {"model": model, "guidance_scale": scale, "verdict": said, "reason": reason}
+    return {"model": model, "guidance_scale": scale, "verdict": concluded, "reason": reason}
 
 
-def _aggregates(
-    arrays: Arrays,
-    comparisons: Sequence[Comparison],
-    ran: Sequence[str],
-    roles: dict[str, Any],
-) -> list[dict[str, Any]]:
-    def entry(model: str, scale: float | None, name: str, kind: str, per_prompt: np.ndarray, interval: Interval):
-        return {
-            "model": model, "scorer": name, "guidance_scale": scale, "aggregate": kind, "num_prompts": len(per_prompt),
-            "mean": interval.mean, "low": interval.low, "high": interval.high, "sd": float(per_prompt.std(ddof=1)),
-        }  # fmt: skip
+def _aggregates(arrays: Arrays, comparisons: Sequence[Comparison], roles: Mapping[str, Role]) -> list[AggregateEntry]:
+    def entry(at: tuple[str, Scale, str], aggregate: Aggregate, per_prompt: np.ndarray, mean: Interval | None = None):
+        model, scale, scorer = at
+        spread = {"num_prompts": len(per_prompt)} | asdict(mean or mean_interval(per_prompt))
+        named = {"model": model, "scorer": scorer, "guidance_scale": scale, "aggregate": aggregate}
+        return named | spread | {"sd": float(per_prompt.std(ddof=1))}
 
-    found = []
+    entries = []
     for c in comparisons:
-        found.append(entry(c.model, c.guidance_scale, c.scorer, "mean",
-                           arrays[c.model, c.guidance_scale, c.scorer].mean(axis=1), c.mean))  # fmt: skip
+        at = (c.model, c.guidance_scale, c.scorer)
+        entries.append(entry(at, "mean", arrays[at].mean(axis=1), c.mean))
     for model, scale in dict.fromkeys((model, scale) for model, scale, _ in arrays):
-        of_model = {name: arrays[model, scale, name] for name in ran}
+        of_model = {name: arrays[model, scale, name] for name in roles}
         if next(iter(of_model.values())).shape[1] == 1:
             continue  # the best of one is that one
-        for name, scores in of_model.items():
-            best = best_of_k(scores)
-            found.append(entry(model, scale, name, "best_of_k", best, mean_interval(best)))
+        entries += [entry((model, scale, name), "best_of_k", best_of_k(scores)) for name, scores in of_model.items()]
         judged = {name: scores for name, scores in of_model.items() if roles[name] != "drift"}
-        for name, best in best_by_average(judged).items() if judged else ():
-            found.append(entry(model, scale, name, "best_by_average", best, mean_interval(best)))
-    return found
+        best = best_by_average(judged) if judged else {}
+        entries += [entry((model, scale, name), "best_by_average", scores) for name, scores in best.items()]
+    return entries
 
 
-def _all_alarms(
-    models: Sequence[EvaluatedModel],
-    samples: BySample,
-    arrays: Arrays,
-    complete: dict[float | None, list[str]],
-    roles: dict[str, Any],
-    ran: Sequence[str],
-    check: Callable[[Watched], list[Alarm]],
-) -> list[dict[str, Any]]:
-    found = []
-    rounds = [model for model in models if model.round_ is not None and model.role != "rival"]
-    for model in models[1:]:
-        previous = rounds[rounds.index(model) - 1] if model in rounds and rounds.index(model) > 0 else None
-        for scale, ids in complete.items():
+def _alarms(compared: _Compared, check: Callable[[Watched], list[Alarm]]) -> list[AlarmEntry]:
+    entries, baseline = [], compared.models[0]
+    rounds = [model for model in compared.models if model.round_ is not None and model.role != "rival"]
 
-            def scores(name: str, scale: float | None = scale) -> Scores:
-                return {scorer: arrays[name, scale, scorer] for scorer in ran}
+    def scores(model: EvaluatedModel, scale: Scale) -> Scores:
+        return {scorer: compared.arrays[model.name, scale, scorer] for scorer in compared.roles}
 
-            watched = Watched(
-                samples[models[0].name, scale], samples[model.name, scale], ids, scores(models[0].name),
-                scores(model.name), scores(previous.name) if previous is not None and previous.round_ else None, roles,
-            )  # fmt: skip
-            found += [
-                {"id": alarm.id, "model": model.name, "guidance_scale": scale, "state": alarm.state,
-                 "value": alarm.value, "threshold": alarm.threshold, "explanation": alarm.explanation}
-                for alarm in check(watched)
-            ]  # fmt: skip
-    return found
+    for model, scale, of_model in compared.each():
+        if model is baseline:
+            continue
+        previous = rounds[rounds.index(model) - 1] if model in rounds[1:] else None
+        watched = Watched(
+            compared.samples[baseline.name, scale],
+            of_model,
+            compared.complete[scale],
+            scores(baseline, scale),
+            scores(model, scale),
+            scores(previous, scale) if previous is not None and previous.round_ else None,
+            compared.roles,
+        )
+        at = {"model": model.name, "guidance_scale": scale}
+        entries += [{"id": alarm.id} | at | asdict(alarm) for alarm in check(watched)]
+    return entries
 
 
-def _failures(
-    models: Sequence[EvaluatedModel], scales: Sequence[float | None], samples: BySample, ran: Sequence[str]
-) -> list[dict[str, Any]]:
-    found = []
-    for model in models:
-        for scale in scales:
-            of_model = samples[model.name, scale]
-            for key, row in of_model.rows.items():
-                what = "" if row["state"] == "ok" else row["state"]
-                if not row["there"]:
-                    what += "; its prompt is left out for every model"
-                elif lacking := [name for name in ran if key not in of_model.scores[name]]:
-                    what = f"no score by {', '.join(lacking)}; its prompt is left out for every model"
-                if what:
-                    found.append({"model": model.name, "guidance_scale": scale, "id": row["id"],
-                                  "prompt": row["prompt"], "what": what})  # fmt: skip
-    return found
+def _failures(compared: _Compared) -> Iterator[FailureEntry]:
+    for model, scale, of_model in compared.each():
+        for key, row in of_model.rows.items():
+            what = "" if row["state"] == "ok" else row["state"]
+            if not row["there"]:
+                what += "; its prompt is left out for every model"
+            elif lacking := [name for name in compared.roles if key not in of_model.scores[name]]:
+                what = f"no score by {', '.join(lacking)}; its prompt is left out for every model"
+            if what:
+                at = {"model": model.name, "guidance_scale": scale}
+                yield at | {"id": row["id"], "prompt": row["prompt"], "what": what}
 
 
 def write_results(
     root: Path,
-    results: dict[str, Any],
+    results: Results,
     models: Sequence[EvaluatedModel],
     samples: BySample,
     name: str,

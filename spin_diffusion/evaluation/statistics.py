@@ -288,27 +288,35 @@ def overall_verdict(
 
     if not any(roles[name] in _QUALITY for name in verdicts):
         return "inconclusive", "No scorer that can tell better from worse was run."
+    return "inconclusive", _why_inconclusive(
+        rose, fell, knows_truth, {name: verdicts[name] for name in moved if name in verdicts}
+    )
+
+
+def _why_inconclusive(
+    rose: Sequence[str], fell: Sequence[str], knows_truth: bool, moved: Mapping[str, ScorerVerdict]
+) -> str:
     if rose:
         lacking = "the scorer that knows the truth" if knows_truth else "no held-out scorer"
         confirms = "does not confirm it" if knows_truth else "confirms it"
-        return "inconclusive", (
+        return (
             f"The model is better than the baseline by {listed(rose)} alone, and {lacking} {confirms}; "
             "that is not enough to call it improved."
         )
     if fell:
-        return "inconclusive", (
+        return (
             f"The model is worse than the baseline by {listed(fell)} alone, and no other scorer confirms it; "
             "that is not enough to call it regressed."
         )
-    drifted = [name for name in moved if verdicts.get(name) == "drift"]
+    drifted = [name for name, its in moved.items() if its == "drift"]
     beside = f" It did change by {listed(drifted)}, which is neither good nor bad." if drifted else ""
-    if unconfirmed := [name for name in moved if verdicts.get(name) == "inconclusive"]:
-        return "inconclusive", (
+    if unconfirmed := [name for name, its in moved.items() if its == "inconclusive"]:
+        return (
             f"The mean moved by {listed(unconfirmed)}, but not beyond chance once wins and losses (sign test) and the "
             f"number of tests are minded: a few prompts carry it, or there are too few.{beside}"
         )
     no_scorer = "No scorer that can tell better from worse" if drifted else "No scorer"
-    return "inconclusive", (
+    return (
         f"{no_scorer} sees a difference to the baseline: there is none, or it is too small for this many "
         f"prompts.{beside}"
     )
