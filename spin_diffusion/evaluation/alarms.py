@@ -12,7 +12,6 @@ judgement: no images of released models have been measured for them.
 To add an alarm, write one function here and call it in `check_alarms`.
 """
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from spin_diffusion.evaluation.records import AlarmState, Role
-from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
+from spin_diffusion.evaluation.statistics import Interval, decimals_of, mean_interval, paired_difference
 
 Features = np.ndarray | None
 """(prompts, images, width) image embeddings of one backbone, alike for both models; None = there are none."""
@@ -475,7 +474,7 @@ def signed(interval: Interval) -> str:
     """A difference and its interval in a sentence."""
     size = max(abs(interval.low), abs(interval.high), abs(interval.mean))
     # Three digits of the largest number: scorers differ in scale by a factor of 100
-    decimals = 3 if size == 0 else min(6, max(0, 2 - math.floor(math.log10(size))))
+    decimals = decimals_of(size, 3)
     mean, low, high = (round(value, decimals) + 0.0 for value in (interval.mean, interval.low, interval.high))
     return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
 

@@ -1,6 +1,5 @@
 """Models side by side: each score with its interval, and its difference to a baseline on the same prompts and seeds."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -16,6 +15,7 @@ from spin_diffusion.evaluation.modalities import IMAGES, Modality
 from spin_diffusion.evaluation.records import Role, Scale
 from spin_diffusion.evaluation.statistics import (
     Interval,
+    decimals_of,
     holm,
     mean_interval,
     paired_difference,
@@ -265,9 +265,7 @@ def _decimals(comparisons: list[Comparison]) -> int:
     """Decimals that show two digits of the narrowest interval, the same for all numbers of a scorer; 6 at most."""
     intervals = [interval for c in comparisons for interval in (c.mean, c.difference) if interval is not None]
     half_widths = [(interval.high - interval.low) / 2 for interval in intervals if interval.high > interval.low]
-    if not half_widths:
-        return 3
-    return min(6, max(0, 1 - math.floor(math.log10(min(half_widths)))))
+    return decimals_of(min(half_widths, default=0.0), 2)
 
 
 def _escaped(text: str) -> str:

@@ -22,13 +22,13 @@ def thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     by_curve: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in curves:
         by_curve.setdefault((row["model"], row["round"]), []).append(row)
-    found = []
+    points = []
     for rows in by_curve.values():
         rows = sorted(rows, key=lambda row: row["step"])
         for part in np.array_split(np.arange(len(rows)), min(len(rows), MAX_CURVE_POINTS)):
             window = [finite(rows[place]) for place in part]
-            found.append(window[-1] if len(window) == 1 else _mean_row(window))
-    return found
+            points.append(window[-1] if len(window) == 1 else _mean_row(window))
+    return points
 
 
 def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Everything else of the room takes a `Modality`. What the page says and shows of 
 
 from dataclasses import dataclass
 
-from spin_diffusion.evaluation.records import Protocol
+from spin_diffusion.evaluation.records import Protocol, Scale
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,8 @@ class Modality:
     """What speaks for a held-out scorer."""
 
 
-IMAGES = Modality(
-    plural="images", at=" at {}", at_key="@{}", heading="{}", columns=("guidance",),
-    held_out="not trained on the same preferences",
-)  # fmt: skip
-ANSWERS = Modality(plural="answers", at="", at_key="", heading="mean", columns=(), held_out="which is held out")
+IMAGES = Modality("images", " at {}", "@{}", "{}", ("guidance",), "not trained on the same preferences")
+ANSWERS = Modality("answers", "", "", "mean", (), "which is held out")
 
 
 def modality_of(protocol: Protocol) -> Modality:
@@ -43,6 +40,6 @@ def samples_per_prompt(protocol: Protocol) -> int:
     return protocol[f"{modality_of(protocol).plural}_per_prompt"]
 
 
-def guidance_scales(protocol: Protocol) -> list[float | None]:
+def guidance_scales(protocol: Protocol) -> list[Scale]:
     """Those that are compared; where samples are drawn without one it is None."""
     return protocol.get("guidance_scales", [None])

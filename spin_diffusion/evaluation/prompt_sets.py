@@ -23,7 +23,7 @@ from spin_diffusion.samples.requests import Request, requests_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular, read_bytes
 from spin_diffusion.store.run_dir import write_file
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store.text import broken_character, one_line, printable
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
@@ -149,56 +149,65 @@ def load_prompts(
     """
     if limit is not None and limit < 2:
         raise InputError(f"{limit} prompts are too few to compare models, give 2 or more (200 say more)")
-    path = Path(spec)
-    if os.path.exists(path) and not os.path.isdir(path):
-        name, licence, source, files = printable(path.stem), "not stated", printable(path.name), [path]
-        if path.resolve().parent == OWN_SETS.resolve():
-            licence = "CC0-1.0"
-        categories: list[str | None] = [None]
-    elif spec in (own := _own_sets()):
-        name, licence, source, files = spec, "CC0-1.0", f"evaluation/prompts/{own[spec].name}", [own[spec]]
-        categories = [None]
-    elif spec in PUBLISHED:
-        published = PUBLISHED[spec]
-        name, licence, source = spec, published.licence, f"{published.address}, {', '.join(published.files)}"
-        files = [_download(spec, published, file) for file in published.files]
-        categories = [file.stem if published.file_is_category else None for file in files]
-    else:
-        raise InputError(_unknown(spec, [*own, *PUBLISHED]))
-
-    columns = (prompt_column, category_column)
-    found: dict[str, str | None] = {}
-    total, broken = 0, 0
-    for file, of_file in zip(files, categories, strict=True):
-        for where, prompt, category in _read(file, *columns):
+    place, columns = _find(spec), _Columns(prompt_column, category_column)
+    prompts: dict[str, str | None] = {}
+    total = broken = 0
+    for file, category_of_file in place.files:
+        for where, prompt, category in _read(file, columns):
             total += 1
             if isinstance(prompt, str) and broken_character(prompt) is not None:
                 broken += 1
-                continue
-            found.setdefault(_checked(prompt, where), category if of_file is None else of_file)
-    kept = list(found.items())[:limit]
-    if len(kept) < 2:
-        few = f"{spec}: {len(kept)} prompts are too few to compare models, give 2 or more (200 say more)"
+            else:
+                prompts.setdefault(_checked(prompt, where), category_of_file or category)
+    first = list(prompts.items())[:limit]
+    if len(first) < 2:
+        few = f"{spec}: {len(first)} prompts are too few to compare models, give 2 or more (200 say more)"
         raise InputError(few + (f"; {broken} with broken characters were left out" if broken else ""))
     return PromptSet(
-        name=name,
-        rows=tuple(PromptRow(f"{number:05d}", prompt, category) for number, (prompt, category) in enumerate(kept)),
-        sha256=prompts_hash([prompt for prompt, _ in kept]),
-        licence=licence,
-        source=source,
-        duplicates=total - broken - len(found),
+        name=place.name,
+        rows=tuple(PromptRow(f"{number:05d}", prompt, category) for number, (prompt, category) in enumerate(first)),
+        sha256=prompts_hash([prompt for prompt, _ in first]),
+        licence=place.licence,
+        source=place.source,
+        duplicates=total - broken - len(prompts),
         broken=broken,
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the prompts of a set are read."""
+
+    name: str
+    licence: str
+    source: str
+    files: list[tuple[Path, str | None]]
+    """Each with the category of all its prompts, where the file is one."""
+
+
+def _find(spec: str) -> _Place:
+    path = Path(spec)
+    if os.path.exists(path) and not os.path.isdir(path):
+        is_own = path.resolve().parent == OWN_SETS.resolve()
+        licence = "CC0-1.0" if is_own else "not stated"
+        return _Place(printable(path.stem), licence, printable(path.name), [(path, None)])
+    # None are our own where the package is installed without the repository
+    own = {path.stem: path for path in sorted(OWN_SETS.glob("*")) if path.suffix in SUFFIXES}
+    if spec in own:
+        return _Place(spec, "CC0-1.0", f"evaluation/prompts/{own[spec].name}", [(own[spec], None)])
+    if spec not in PUBLISHED:
+        raise InputError(_unknown(spec, [*own, *PUBLISHED]))
+    published = PUBLISHED[spec]
+    files = [_download(spec, published, file) for file in published.files]
+    source = f"{published.address}, {', '.join(published.files)}"
+    return _Place(
+        spec, published.licence, source, [(file, file.stem if published.file_is_category else None) for file in files]
     )
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
     """SHA-256 of the prompts in their order, as a JSON list in UTF-8: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(list(prompts), ensure_ascii=False).encode()).hexdigest()
-
-
-def _own_sets() -> dict[str, Path]:
-    """Our own sets by name; none where the package is installed without the repository."""
-    return {path.stem: path for path in sorted(OWN_SETS.glob("*")) if path.suffix in SUFFIXES}
 
 
 def _unknown(spec: str, names: list[str]) -> str:
@@ -212,11 +221,8 @@ def _unknown(spec: str, names: list[str]) -> str:
 def _download(name: str, published: Published, file: str) -> Path:
     try:
         if not published.on_github:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    published.repository, file, repo_type="dataset", revision=published.revision
-                )
-            )
+            place = {"repo_type": "dataset", "revision": published.revision}
+            return Path(huggingface_hub.hf_hub_download(published.repository, file, **place))
         folder = huggingface_hub.cached_assets_path("spin_diffusion", namespace=name, subfolder=published.revision)
         path = Path(folder) / Path(file).name
         if not path.is_file():
@@ -230,28 +236,58 @@ def _download(name: str, published: Published, file: str) -> Path:
     except Exception as error:  # the hub's client raises kinds of its HTTP library, which differs between versions
         wanted = file if len(published.files) == 1 else f"{file} (and {len(published.files) - 1} more files)"
         raise InputError(
-            f"prompt set {name!r} cannot be downloaded ({_one_line(error)}): get {wanted} from {published.address} and "
+            f"prompt set {name!r} cannot be downloaded ({one_line(error)}): get {wanted} from {published.address} and "
             "give the path of the local file in place of the name"
         ) from error
 
 
-_Found = Iterator[tuple[str, object, str | None]]
-"""(where, prompt as it was found, category) of every row."""
+_Rows = Iterator[tuple[str, object, str | None]]
+"""(where, prompt as it was written, category) of every row."""
 
 
-def _read(path: Path, prompt_column: str | None, category_column: str | None) -> _Found:
-    if path.suffix.lower() not in SUFFIXES:
+@dataclass(frozen=True)
+class _Columns:
+    """The columns, or keys, that were asked for; None = the first usual one, in any case."""
+
+    prompt: str | None
+    category: str | None
+
+    def of(self, names: Sequence[str]) -> tuple[str | None, str | None]:
+        """Those of the prompt and of the category among `names`; None = there is none."""
+        return _column(names, self.prompt, PROMPT_COLUMNS), _column(names, self.category, CATEGORY_COLUMNS)
+
+    def required_of(self, path: Path, names: Sequence[str]) -> tuple[str, str | None]:
+        """The same of a table; InputError where it lacks the prompt, or a category that was asked for."""
+        prompt, category = self.of(names)
+        if prompt is None:
+            wanted = repr(self.prompt) if self.prompt else f"of the prompt ({', '.join(PROMPT_COLUMNS)})"
+            raise InputError(f"{path} has no column {wanted}; its columns are {', '.join(names) or 'none'}")
+        if self.category is not None and category is None:
+            raise InputError(f"{path} has no column {self.category!r}; its columns are {', '.join(names)}")
+        return prompt, category
+
+
+def _column(names: Sequence[str], asked: str | None, usual: tuple[str, ...]) -> str | None:
+    if asked is not None:
+        return asked if asked in names else None
+    by_folded = {name.strip().casefold(): name for name in reversed(names)}
+    return next((by_folded[name] for name in usual if name in by_folded), None)
+
+
+def _read(path: Path, columns: _Columns) -> _Rows:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise InputError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files")
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, prompt_column, category_column)
+    if suffix == ".parquet":
+        return _read_parquet(path, columns)
     text = _text(path)
-    if path.suffix.lower() == ".txt":
+    if suffix == ".txt":
         return ((f"{path} line {n}", line, None) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-    if path.suffix.lower() == ".jsonl":
-        return _read_objects(_json_lines(path, text), prompt_column, category_column)
-    if path.suffix.lower() == ".json":
-        return _read_json(path, text, prompt_column, category_column)
-    return _read_table(path, text, prompt_column, category_column)
+    if suffix == ".jsonl":
+        return _read_objects(_json_lines(path, text), columns)
+    if suffix == ".json":
+        return _read_json(path, text, columns)
+    return _read_table(path, text, columns)
 
 
 def _text(path: Path) -> str:
@@ -271,18 +307,18 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
                 yield f"{path} line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f'{path} line {number} is not JSON ({_one_line(error)}): expected an object such as {{"prompt": '
+                    f'{path} line {number} is not JSON ({one_line(error)}): expected an object such as {{"prompt": '
                     '"a red fox"}'
                 ) from None
 
 
-def _read_json(path: Path, text: str, prompt_column: str | None, category_column: str | None) -> _Found:
+def _read_json(path: Path, text: str, columns: _Columns) -> _Rows:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            return _read_objects(_json_lines(path, text), prompt_column, category_column)
-        raise InputError(f"{path} is not JSON: {_one_line(error)}") from error
+            return _read_objects(_json_lines(path, text), columns)
+        raise InputError(f"{path} is not JSON: {one_line(error)}") from error
     if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
         return (
             (f"{path} entry {number} of {category!r}", item, category)
@@ -291,31 +327,28 @@ def _read_json(path: Path, text: str, prompt_column: str | None, category_column
         )
     entries = value if isinstance(value, list) else [value]
     named = ((f"{path} entry {number}", item) for number, item in enumerate(entries, start=1))
-    return _read_objects(named, prompt_column, category_column)
+    return _read_objects(named, columns)
 
 
-def _read_objects(
-    values: Iterator[tuple[str, object]], prompt_column: str | None, category_column: str | None
-) -> _Found:
+def _read_objects(values: Iterator[tuple[str, object]], columns: _Columns) -> _Rows:
     for where, value in values:
         if isinstance(value, str):
             yield where, value, None
         elif isinstance(value, dict):
-            prompt = _column(list(value), prompt_column, PROMPT_COLUMNS)
+            prompt, category = columns.of(list(value))
             if prompt is None:
-                wanted = prompt_column or "prompt"
+                wanted = columns.prompt or "prompt"
                 raise InputError(f'{where} has no {wanted!r}: expected an object such as {{"{wanted}": "a red fox"}}')
             # Not every object needs a category
-            category = _column(list(value), category_column, CATEGORY_COLUMNS)
             yield where, value[prompt], None if category is None else _category(value[category])
         else:
             raise InputError(f'{where}: expected a string or an object such as {{"prompt": "a red fox"}}')
 
 
-def _read_table(path: Path, text: str, prompt_column: str | None, category_column: str | None) -> _Found:
+def _read_table(path: Path, text: str, columns: _Columns) -> _Rows:
     lines = _tsv_lines(text) if path.suffix.lower() == ".tsv" else _csv_lines(path, text)
     _, header = next(lines, (0, []))
-    prompt, category = _required_columns(path, header, prompt_column, category_column)
+    prompt, category = columns.required_of(path, header)
     for number, fields in lines:
         where = f"{path} line {number}"
         if len(fields) > len(header):
@@ -337,7 +370,7 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
                 yield reader.line_num, fields
     except csv.Error as error:
         raise InputError(
-            f"{path} line {reader.line_num} is not CSV ({_one_line(error)}): put a field with quotes in quotes and "
+            f"{path} line {reader.line_num} is not CSV ({one_line(error)}): put a field with quotes in quotes and "
             "double those inside it"
         ) from error
 
@@ -358,14 +391,14 @@ def _unquoted(field: str) -> str:
     return inner.replace('""', '"') if quoted else field
 
 
-def _read_parquet(path: Path, prompt_column: str | None, category_column: str | None) -> _Found:
+def _read_parquet(path: Path, columns: _Columns) -> _Rows:
     try:
         with open_regular(path) as file:
             schema = pq.read_schema(file)
-            prompt, category = _required_columns(path, schema.names, prompt_column, category_column)
+            prompt, category = columns.required_of(path, schema.names)
             table = pq.read_table(file, columns=list(dict.fromkeys(filter(None, (prompt, category)))))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {_one_line(error)}") from error
+        raise InputError(f"{path} is not a readable parquet file: {one_line(error)}") from error
     classes = _class_names(schema, category)
     for number in range(table.num_rows):
         value = None if category is None else _whole(table[category][number])
@@ -390,27 +423,6 @@ def _class_names(schema: pa.Schema, column: str | None) -> list[str]:
     return names if isinstance(names, list) else []
 
 
-def _required_columns(
-    path: Path, columns: Sequence[str], prompt_column: str | None, category_column: str | None
-) -> tuple[str, str | None]:
-    prompt = _column(columns, prompt_column, PROMPT_COLUMNS)
-    if prompt is None:
-        wanted = repr(prompt_column) if prompt_column else f"of the prompt ({', '.join(PROMPT_COLUMNS)})"
-        raise InputError(f"{path} has no column {wanted}; its columns are {', '.join(columns) or 'none'}")
-    category = _column(columns, category_column, CATEGORY_COLUMNS)
-    if category_column is not None and category is None:
-        raise InputError(f"{path} has no column {category_column!r}; its columns are {', '.join(columns)}")
-    return prompt, category
-
-
-def _column(columns: Sequence[str], asked: str | None, usual: tuple[str, ...]) -> str | None:
-    """The column that was asked for, or else the first usual one in any case; None = there is none."""
-    if asked is not None:
-        return asked if asked in columns else None
-    by_folded = {column.strip().casefold(): column for column in reversed(columns)}
-    return next((by_folded[name] for name in usual if name in by_folded), None)
-
-
 def _category(value: object) -> str | None:
     text = "" if value is None else printable(str(value).strip())
     return text or None
@@ -421,7 +433,3 @@ def _checked(prompt: object, where: str) -> str:
     if not isinstance(prompt, str) or not (stripped := prompt.strip()):
         raise InputError(f"{where}: expected a prompt, got {json.dumps(prompt, default=str)[:80]}")
     return stripped
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,9 +1,16 @@
 """Who wins of three models or more: all of them against each other, by what the verdict of one model goes by."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from spin_diffusion.evaluation.records import ScorerVerdict
+from spin_diffusion.evaluation.records import (
+    ComparisonEntry,
+    PlaceEntry,
+    RankingEntry,
+    Scale,
+    ScorerEntry,
+    ScorerVerdict,
+    VerdictEntry,
+)
 from spin_diffusion.evaluation.statistics import listed, overall_verdict
 
 _MIRRORED: dict[ScorerVerdict, ScorerVerdict] = {"improved": "regressed", "regressed": "improved"}
@@ -11,11 +18,11 @@ _MIRRORED: dict[ScorerVerdict, ScorerVerdict] = {"improved": "regressed", "regre
 
 def rank(
     models: Sequence[str],
-    scale: float | None,
-    entries: Sequence[Mapping[str, Any]],
-    scorers: Sequence[Mapping[str, Any]],
-    verdicts: Sequence[Mapping[str, Any]],
-) -> dict[str, Any] | None:
+    scale: Scale,
+    entries: Sequence[ComparisonEntry],
+    scorers: Sequence[ScorerEntry],
+    verdicts: Sequence[VerdictEntry],
+) -> RankingEntry | None:
     """The ranking at one guidance scale, as in results.json; None where no scorer may decide.
 
     A model is better than another if `overall_verdict` without alarms calls it improved over the other. Its place is 1
@@ -34,12 +41,12 @@ def rank(
     by_pair: dict[tuple[str, str], dict[str, ScorerVerdict]] = {}
     for entry in entries:
         if entry["guidance_scale"] == scale:
-            said = entry["verdict"]
-            by_pair.setdefault((entry["model"], entry["baseline"]), {})[entry["scorer"]] = said
+            verdict = entry["verdict"]
+            by_pair.setdefault((entry["model"], entry["baseline"]), {})[entry["scorer"]] = verdict
             mirrored = by_pair.setdefault((entry["baseline"], entry["model"]), {})
-            mirrored[entry["scorer"]] = _MIRRORED.get(said, said)
-    better = {pair for pair, said in by_pair.items() if overall_verdict(said, roles, {})[0] == "improved"}
-    places = [
+            mirrored[entry["scorer"]] = _MIRRORED.get(verdict, verdict)
+    better = {pair for pair, its in by_pair.items() if overall_verdict(its, roles, {})[0] == "improved"}
+    places: list[PlaceEntry] = [
         {
             "model": model,
             "place": 1 + sum((other, model) in better for other in models),
@@ -62,7 +69,7 @@ def rank(
     }
 
 
-def _sentence(places: Sequence[Mapping[str, Any]], winner: str | None, by: str) -> str:
+def _sentence(places: Sequence[PlaceEntry], winner: str | None, by: str) -> str:
     first = [place for place in places if place["place"] == 1]
     names = [place["model"] for place in first]
     if winner is not None:

@@ -16,6 +16,7 @@ import jsonschema
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.text import one_line
 
 SCHEMA_VERSION = 1
 
@@ -310,7 +311,6 @@ _FLOATS = frozenset(
     "threshold r_real r_generated loss".split()
 )
 _MAX_BYTES = 1 << 30
-_MAX_MESSAGE = 200  # characters of a schema error; a value that does not fit may be a megabyte
 
 
 def read_results(path: Path) -> Results:
@@ -328,7 +328,7 @@ def read_results(path: Path) -> Results:
         text = data.decode("utf-8-sig")
         results = _with_floats(json.loads(text, parse_constant=_refuse_constant, parse_float=_finite))
     except (ValueError, OverflowError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
-        raise InputError(f"{path} is not JSON ({one_line(str(error))})") from None
+        raise InputError(f"{path} is not JSON ({one_line(error)})") from None
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise InputError(
@@ -386,9 +386,3 @@ def _check_names(path: Path, results: Results) -> None:
 def _first_repeated(names: Iterable[str]) -> str | None:
     seen: set[str] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
-
-
-def one_line(text: str) -> str:
-    """What an error quotes of a file: one line of printable characters, shortened where it is long."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _MAX_MESSAGE]).split())
-    return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 3] + "..."

@@ -33,7 +33,7 @@ class About:
     text: str = ""
     """How prompts and answers reach the model, and how much of them it reads."""
     licence: str = ""
-    """Of the weights."""
+    """The licence of the weights."""
     citation: str = ""
     """arXiv id or address."""
 
@@ -66,9 +66,9 @@ def about_part(package: str, spec: str) -> About:
 def describe(package: str, spec: str) -> dict[str, Any]:
     """The entry for results.json, as far as it is known without its weights."""
     name, _, path = parse_spec(spec)
-    said = asdict(about_part(package, spec))
-    checkpoint = said.pop("checkpoint")
-    return {"name": name, **said, "source": path or checkpoint or "", "checkpoint": {}}
+    entry = asdict(about_part(package, spec))
+    checkpoint = entry.pop("checkpoint")
+    return {"name": name, **entry, "source": path or checkpoint or "", "checkpoint": {}}
 
 
 def part_key(package: str, spec: str) -> str:
@@ -85,18 +85,14 @@ def part_key(package: str, spec: str) -> str:
     module = load_module(package, name)
     file, is_own = Path(str(module.__file__)), not name.endswith(".py")
     place = path or about_part(package, spec).checkpoint
-    found = getattr(module, "places", _one_place)(place)
+    places = module.places(place) if hasattr(module, "places") else [place] if place else []
     return key_of(
         code=code_hash(file, Path(__file__).parent if is_own else None),
         version=version("spin-diffusion"),
         packages={name: _version(name) for name in getattr(module, "PACKAGES", ())},
         # What is no file, folder or repository may be an option: its text decides
-        weights=[place_hash(place) or place for place in found],
+        weights=[place_hash(place) or place for place in [*places, *getattr(module, "BESIDE", ())]],
     )
-
-
-def _one_place(place: str | None) -> list[str]:
-    return [place] if place else []
 
 
 def _version(package: str) -> str | None:
@@ -120,8 +116,8 @@ def load_part(package: str, kind: str, spec: str, device: str) -> Part:
     call = load(device, path) if path or not module.endswith(".py") else load(device)
     if not callable(call):
         raise InputError(f"{kind} {name}: load({device!r}) must return a function, got {type(call).__name__}")
-    said = about_part(package, spec)
-    return Part(name, said, call, path or said.checkpoint or "", getattr(call, "checkpoint", {}))
+    about = about_part(package, spec)
+    return Part(name, about, call, path or about.checkpoint or "", getattr(call, "checkpoint", {}))
 
 
 def guarded(who: str, run: Callable[..., _T], *arguments: Any) -> _T:

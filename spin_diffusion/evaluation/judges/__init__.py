@@ -34,7 +34,7 @@ class Answer:
     """An answer that a model gave to a prompt."""
 
     id: str
-    """Of the prompt."""
+    """The id of the prompt."""
     k: int
     """Number of the answer, from 0."""
     prompt: str
@@ -44,7 +44,7 @@ class Answer:
     finish: Literal["stop", "length"]
     """"stop" = it ended by itself; "length" = it was cut at the longest answer allowed."""
     num_tokens: int
-    """Of the model's own tokenizer, with the end token if it was drawn."""
+    """Tokens of the model's own tokenizer, with the end token if it was drawn."""
 
 
 @runtime_checkable

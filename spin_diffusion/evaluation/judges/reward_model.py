@@ -12,12 +12,13 @@ import huggingface_hub
 import torch
 
 from spin_diffusion.evaluation.judges import Answer, Judge, LogLikelihood
-from spin_diffusion.evaluation.scorers._checkpoints import HUB_ERRORS, HUB_ID, one_line
+from spin_diffusion.evaluation.scorers._checkpoints import HUB_ERRORS, HUB_ID
 from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.specs import About
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
+from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import load_whole
 
 ABOUT = About(
@@ -63,9 +64,7 @@ def load(device: str, path: str | None = None) -> Judge:
     except InputError:
         raise
     except Exception as error:  # the libraries below raise bare Exceptions
-        raise InputError(
-            f"{path} is no sequence classifier that transformers can load: {one_line(error)[:200]}"
-        ) from error
+        raise InputError(f"{path} is no sequence classifier that transformers can load: {one_line(error)}") from error
     checkpoint = {file.name: file_hash(file) for file in weights}
     return RewardModel(model.to(device).eval().requires_grad_(False), tokenizer, device, checkpoint)
 
@@ -148,6 +147,6 @@ def _folder(path: str) -> Path:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=_FILES))
     except HUB_ERRORS as error:
         raise InputError(
-            f"{path!r} is no folder, and cannot be had from the hub: {one_line(error)[:200]}; check the name and the "
+            f"{path!r} is no folder, and cannot be had from the hub: {one_line(error)}; check the name and the "
             "connection, or give the path of a local copy"
         ) from error

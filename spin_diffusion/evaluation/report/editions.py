@@ -98,12 +98,25 @@ _ROLES_OF_ANSWERS = _ROLES | {
 
 _EDITIONS = {
     IMAGES: Edition(
-        template="images.html.j2", row=ImageRow, show=thumbnail, missing="was not drawn",
-        rest="All pictures lie beside results.json.", label=_guidance, how=_how_drawn, unit_of_r="r", roles=_ROLES,
+        template="images.html.j2",
+        row=ImageRow,
+        show=thumbnail,
+        missing="was not drawn",
+        rest="All pictures lie beside results.json.",
+        label=_guidance,
+        how=_how_drawn,
+        unit_of_r="r",
+        roles=_ROLES,
     ),
     ANSWERS: Edition(
-        template="answers.html.j2", row=AnswerRow, show=passage, missing="did not answer",
-        rest="All answers are in answers.parquet.", label=_temperature, how=_how_answered, unit_of_r="r, nats",
+        template="answers.html.j2",
+        row=AnswerRow,
+        show=passage,
+        missing="did not answer",
+        rest="All answers are in answers.parquet.",
+        label=_temperature,
+        how=_how_answered,
+        unit_of_r="r, nats",
         roles=_ROLES_OF_ANSWERS,
     ),
-}  # fmt: skip
+}

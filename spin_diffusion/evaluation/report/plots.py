@@ -48,6 +48,7 @@ _STYLE = {
     "axes.facecolor": "none",
 }
 _SIZE_IN = (4.4, 2.6)
+_ERROR_BARS = {"elinewidth": 1.2, "capsize": 2.5}
 
 _BAR_WIDTH, _BAR_HEIGHT = 180, 18  # user units of an interval's picture
 
@@ -82,16 +83,12 @@ def round_curves(
             x = np.array(line.rounds) + 0.06 * (number - (len(lines) - 1) / 2)
             means = np.array(line.means)
             errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
-            axes.errorbar(
-                x, means, yerr=errors, color=colour, linewidth=1.5, elinewidth=1.2, capsize=2.5, markersize=4.5,
-                marker=_marker(line.style), linestyle=_DASHES[line.style % len(_DASHES)],
-            )  # fmt: skip
+            dashes = _DASHES[line.style % len(_DASHES)]
+            look = _ERROR_BARS | {"color": colour, "marker": _marker(line.style), "linestyle": dashes}
+            axes.errorbar(x, means, yerr=errors, linewidth=1.5, markersize=4.5, **look)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        axes.set_xlabel("round")
-        axes.set_ylabel(ylabel)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.grid(axis="y", color=_RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        _name_axes(axes, "round", ylabel)
 
     return _svg(key, label, draw)
 
@@ -112,18 +109,21 @@ def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> 
 
     def draw(axes: Axes) -> None:
         for point in points:
-            axes.errorbar(
-                [point.gflops], [point.mean], yerr=[[point.mean - point.low], [point.high - point.mean]],
-                color=_SERIES[point.style % len(_SERIES)], marker=_marker(point.style), markersize=5, elinewidth=1.2,
-                capsize=2.5,
-            )  # fmt: skip
+            errors = [[point.mean - point.low], [point.high - point.mean]]
+            look = _ERROR_BARS | {"color": _SERIES[point.style % len(_SERIES)], "marker": _marker(point.style)}
+            axes.errorbar([point.gflops], [point.mean], yerr=errors, markersize=5, **look)
         axes.set_xlim(left=0)
-        axes.set_xlabel("GFLOPs")
-        axes.set_ylabel(ylabel)
-        axes.grid(axis="y", color=_RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        _name_axes(axes, "GFLOPs", ylabel)
 
     return _svg(key, label, draw)
+
+
+def _name_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Labels, and rules behind the lines."""
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", color=_RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _marker(style: int) -> str:
@@ -155,16 +155,12 @@ def training_curves(
         for number, (start, round_) in enumerate(starts):
             if number:
                 axes.axvline(start, color=_RULE, linewidth=1)
-            axes.annotate(
-                f"round {round_}" if len(starts) <= 6 else str(round_), (start, 1), xytext=(3, 3),
-                xycoords=("data", "axes fraction"), textcoords="offset points", color=_FAINT, fontsize=8,
-            )  # fmt: skip
-        axes.set_xlabel("step")
-        axes.set_ylabel(ylabel)
+            place = {"xytext": (3, 3), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            words = f"round {round_}" if len(starts) <= 6 else str(round_)
+            axes.annotate(words, (start, 1), color=_FAINT, fontsize=8, **place)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.grid(axis="y", color=_RULE, linewidth=0.6)
-        axes.set_axisbelow(True)
+        _name_axes(axes, "step", ylabel)
 
     return _svg(key, label, draw)
 
@@ -274,9 +270,7 @@ def _svg(key: str, label: str, draw: Callable[[Axes], None]) -> Markup:
         figure = Figure(figsize=_SIZE_IN, layout="constrained")
         draw(figure.add_subplot())
         written = io.StringIO()
-        figure.savefig(
-            written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )  # fmt: skip
+        figure.savefig(written, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ET.fromstring(written.getvalue())
     _clean(root)
     _rename_ids(root, key)

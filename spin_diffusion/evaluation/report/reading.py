@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.modalities import modality_of
-from spin_diffusion.evaluation.records import Results, one_line, read_results
+from spin_diffusion.evaluation.records import Results, read_results
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_regular
+from spin_diffusion.store.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,4 +80,4 @@ def _rows(path: Path, columns: list[str], scale: float | None) -> list[dict[str,
         at_scale = pc.is_null(scales) if scale is None else pc.fill_null(pc.equal(scales, float(scale)), False)
         return table.select(columns).filter(at_scale).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({one_line(str(error))})") from None
+        raise InputError(f"{path} is damaged ({one_line(error)})") from None

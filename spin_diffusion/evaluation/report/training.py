@@ -10,6 +10,7 @@ from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.tables import MAX_LISTED, Panel
 from spin_diffusion.evaluation.report.wording import Number, known
+from spin_diffusion.evaluation.statistics import decimals_of
 
 PHASES = {
     "generated": "draw the opponent\u2019s samples",
@@ -176,8 +177,8 @@ def _decimals(of_name: Sequence[MeasureEntry]) -> int:
     widths = [m["high"] - m["low"] for m in of_name if m["low"] is not None and m["high"] is not None]
     narrowest = min((width / 2 for width in widths if width > 0), default=None)
     if narrowest is not None:
-        return wording.decimals_of(narrowest, 2)
-    return wording.decimals_of(max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0), 4)
+        return decimals_of(narrowest, 2)
+    return decimals_of(max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0), 4)
 
 
 def _number(measure: MeasureEntry, digits: int) -> Number:

@@ -1,12 +1,12 @@
 """How the page words things: names, numbers with their signs and intervals, verdicts, roles, texts of any length."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from spin_diffusion.evaluation.records import ComparisonEntry, PartEntry, Results
+from spin_diffusion.evaluation.statistics import decimals_of
 
 NAME_CHARACTERS = 48
 PROMPT_CHARACTERS = 180
@@ -157,11 +157,6 @@ def decimals_by_scorer(results: Results) -> dict[str, int]:
         narrowest = min((width for width in of_scorer if width > 1e-3 * max(of_scorer)), default=None)
         found[scorer["name"]] = decimals_of(narrowest or 0.0, 2)
     return found
-
-
-def decimals_of(value: float, digits: int) -> int:
-    """Decimals that show so many digits of a positive number; 6 at most, 3 for 0."""
-    return 3 if value == 0 else min(6, max(0, digits - 1 - math.floor(math.log10(value))))
 
 
 def interval_text(low: float | None, high: float | None, digits: int, number: Callable[[float, int], str]) -> str:

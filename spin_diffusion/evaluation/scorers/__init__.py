@@ -12,8 +12,9 @@ one score per image. It may also have
 
 A module may also have
 
+    BESIDE: tuple[str, ...]      hub ids of what is read when it does not lie at PATH: a tokenizer, a backbone
     places(place: str | None) -> list[str]     every file, folder and hub id that `load` reads, from PATH or, without
-                                               one, ABOUT.checkpoint; by default that alone
+                                               one, ABOUT.checkpoint; by default that and BESIDE
     PACKAGES: tuple[str, ...]                  packages whose version decides what is scored
 
 Scores are kept for as long as the scorer is the same: its file, the files that it imports or names beside it, what lies
@@ -44,6 +45,7 @@ from spin_diffusion.evaluation.specs import (
     shortened,
 )
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 
 __all__ = ["About", "LoadedScorer", "Scorer", "about", "load_scorer", "parse_spec"]
 
@@ -113,20 +115,20 @@ class LoadedScorer:
         rows = []
         while start < size:
             batch = min(self.largest_batch or size, size - start)
-            found = _unless_out_of_memory(compute, [given[start : start + batch] for given in inputs])
-            if isinstance(found, str):
-                self._shrink(batch, found)
+            result = _unless_out_of_memory(compute, [given[start : start + batch] for given in inputs])
+            if isinstance(result, str):
+                self._shrink(batch, result)
             else:
-                rows.append(found)
+                rows.append(result)
                 start += batch
         return torch.cat(rows)
 
-    def _shrink(self, batch: int, said: str) -> None:
+    def _shrink(self, batch: int, reason: str) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if batch == 1:
-            raise InputError(f"scorer {self.name}: the memory does not hold a single image ({said})")
+            raise InputError(f"scorer {self.name}: the memory does not hold a single image ({reason})")
         if self.largest_batch is None:
             print(f"scorer {self.name}: the memory does not hold {batch} images at a time; it goes on with fewer")
         self.largest_batch = batch // 2
@@ -137,11 +139,11 @@ def _unless_out_of_memory(run: Callable[..., Any], arguments: list) -> Any | str
     try:
         return run(*arguments)
     except RuntimeError as error:
-        said = str(error)
+        reason = str(error)
         # Not every library raises torch's own class, and the CPU's allocator does not
         words = ("out of memory", "can't allocate memory")
-        if isinstance(error, torch.OutOfMemoryError) or any(word in said.lower() for word in words):
-            return " ".join(said.split())[:160] or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError) or any(word in reason.lower() for word in words):
+            return one_line(reason, 160) or type(error).__name__
         raise
 
 

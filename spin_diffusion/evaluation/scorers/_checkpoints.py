@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import Tensor, nn
 
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
@@ -62,7 +63,7 @@ class Files:
         except HUB_ERRORS as error:
             raise InputError(
                 f"{self.place!r} is no local file or folder, and {names[0]} cannot be had from the hub: "
-                f"{one_line(error)[:200]}; check the name and the connection, or give the path of a local copy"
+                f"{one_line(error)}; check the name and the connection, or give the path of a local copy"
             ) from error
         raise InputError(f"{self.place} holds none of {', '.join(names)}")
 
@@ -93,7 +94,7 @@ class Files:
             for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
                 keys_of.setdefault(shard, []).append(key)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{index} must hold a 'weight_map' from keys to files: {one_line(error)[:200]}") from error
+            raise InputError(f"{index} must hold a 'weight_map' from keys to files: {one_line(error)}") from error
         tensors: dict[str, Tensor] = {}
         for shard, keys in keys_of.items():
             # A shard lies beside its index: a name that leads elsewhere is not followed.
@@ -155,7 +156,7 @@ def load_tokenizer(kind: type, files: Files, vocabulary: tuple[str, ...], elsewh
             try:
                 return kind.from_pretrained(paths[0].parent, local_files_only=True)
             except Exception as error:  # the library below raises bare Exceptions
-                raise InputError(f"the tokenizer in {paths[0].parent} is damaged: {one_line(error)[:200]}") from error
+                raise InputError(f"the tokenizer in {paths[0].parent} is damaged: {one_line(error)}") from error
     raise InputError(
         f"{files.place} has no tokenizer, and that of {elsewhere} cannot be had from the hub: "
         f"put its tokenizer.json (or {' and '.join(vocabulary)}) beside the weights"
@@ -174,7 +175,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the readers raise almost anything
-        raise InputError(f"{path} is no readable file of tensors: {one_line(error)[:200]}") from error
+        raise InputError(f"{path} is no readable file of tensors: {one_line(error)}") from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -230,8 +231,3 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str, in_file: 
             if name == "position_ids" and buffer.is_meta and not all(tensor.is_meta for tensor in given.values()):
                 part.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
     module.eval().requires_grad_(False)
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, or its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -27,7 +27,6 @@ from spin_diffusion.evaluation.scorers._checkpoints import (
     count_blocks,
     fill,
     load_tokenizer,
-    one_line,
     open_place,
     take,
 )
@@ -39,6 +38,7 @@ from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_cl
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.pictures import to_rgb
+from spin_diffusion.store.text import one_line
 
 BATCH_SIZE = 32
 BACKBONES = {

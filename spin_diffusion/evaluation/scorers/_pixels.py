@@ -17,7 +17,7 @@ from spin_diffusion.store.pictures import to_rgb
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images, per channel, in units of white."""
+"""Mean and deviation of CLIP's training images, per channel, in units of white."""
 
 
 def without_far_ends(image: Image.Image) -> Image.Image:

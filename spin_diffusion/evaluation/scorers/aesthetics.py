@@ -40,15 +40,9 @@ HEAD_FILES = (
     "sac+logos+ava1-l14-linearMSE.safetensors",
     "aesthetic-model.pth",
 )
+BESIDE = ("openai/clip-vit-large-patch14",)
 SCORE_OF_ZERO = 5.236645845
 """What the published head says of no feature at all. Its siblings have the same shapes and say something else."""
-
-
-def places(place: str) -> list[str]:
-    """What is read: the head, and the backbone of one that has none beside it."""
-    from spin_diffusion.evaluation.scorers._clip import L14
-
-    return [place, L14.tokenizer]
 
 
 def load(device: str, path: str | None = None) -> Scorer:

@@ -17,21 +17,11 @@ ABOUT = About(
     licence="MIT",
     citation="arXiv 2212.07143, 2104.08718",
 )
-
-
-def places(place: str) -> list[str]:
-    """What is read: the weights, and the tokenizer of those that have none of their own."""
-    from spin_diffusion.evaluation.scorers._clip import H14
-
-    return [place, H14.tokenizer]
+BESIDE = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",)
 
 
 def load(device: str, path: str | None = None) -> Scorer:
-    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint.
-
-    Raises:
-        InputError: the weights cannot be had, or are another model's.
-    """
+    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._clip import H14, ClipScorer, clip_score, load_clip
 
     return ClipScorer(load_clip(device, path or ABOUT.checkpoint, H14), clip_score)

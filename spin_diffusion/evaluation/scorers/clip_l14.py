@@ -19,21 +19,11 @@ ABOUT = About(
     licence="MIT",
     citation="arXiv 2103.00020, 2104.08718",
 )
-
-
-def places(place: str) -> list[str]:
-    """What is read: the weights, and the tokenizer of those that have none of their own."""
-    from spin_diffusion.evaluation.scorers._clip import L14
-
-    return [place, L14.tokenizer]
+BESIDE = ("openai/clip-vit-large-patch14",)
 
 
 def load(device: str, path: str | None = None) -> Scorer:
-    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint.
-
-    Raises:
-        InputError: the weights cannot be had, or are another model's.
-    """
+    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._clip import L14, ClipScorer, clip_score, load_clip
 
     return ClipScorer(load_clip(device, path or ABOUT.checkpoint, L14), clip_score)

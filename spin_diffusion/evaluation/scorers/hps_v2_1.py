@@ -17,21 +17,11 @@ ABOUT = About(
     citation="arXiv 2306.09341",
 )
 PACKAGES = ("ftfy",)
-
-
-def places(place: str) -> list[str]:
-    """What is read: the weights, and the tokenizer of those that have none of their own."""
-    from spin_diffusion.evaluation.scorers._clip import H14
-
-    return [place, H14.tokenizer]
+BESIDE = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",)
 
 
 def load(device: str, path: str | None = None) -> Scorer:
-    """The scorer; `path` is the .pt file, its folder or a hub id, default ABOUT.checkpoint.
-
-    Raises:
-        InputError: the weights cannot be had, or are another model's or version's.
-    """
+    """The scorer; `path` is the .pt file, its folder or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._hps import load_hps
 
     return load_hps(device, path or ABOUT.checkpoint, "v2.1")

@@ -35,11 +35,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 BATCH_SIZE = 16
 TOKENIZER = "google-bert/bert-base-uncased"
-
-
-def places(place: str) -> list[str]:
-    """What is read: the weights, and the tokenizer of those that have none of their own."""
-    return [place, TOKENIZER]
+BESIDE = (TOKENIZER,)
 
 
 def load(device: str, path: str | None = None) -> Scorer:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import one_line
 
 ABOUT = About(
     title="CLIP score (open_clip)",
@@ -66,7 +67,7 @@ def load(device: str, path: str | None = None) -> Scorer:
     except Exception as error:  # beside a torchvision that does not fit, importing it raises almost anything
         raise InputError(
             "openclip needs the optional extra: pip install 'spin-diffusion[openclip]' "
-            f"(open_clip cannot be imported: {_one_line(error)})"
+            f"(open_clip cannot be imported: {one_line(error)})"
         ) from error
     model_name, pretrained = (path, None) if path.startswith(WHOLE) else path.split("/", 1)
     try:
@@ -77,11 +78,11 @@ def load(device: str, path: str | None = None) -> Scorer:
             )
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # its loaders let through whatever hub, torch and torchvision raise
-        raise InputError(f"open_clip cannot load {path}: {_one_line(error)}") from error
+        raise InputError(f"open_clip cannot load {path}: {one_line(error)}") from error
     if mismatch := next((w for w in said if "quickgelu mismatch" in str(w.message).lower()), None):
         raise InputError(
             f"openclip={path} has another activation than its weights were trained with, and its scores would be "
-            f"nobody's: name the model {model_name}-quickgelu, or without it ({_one_line(mismatch.message)})"
+            f"nobody's: name the model {model_name}-quickgelu, or without it ({one_line(mismatch.message)})"
         )
     from spin_diffusion.store.run_dir import file_hash
 
@@ -147,7 +148,3 @@ def _local_files(path: str, pretrained: str | None) -> list[Path]:
 
 def _batches(items: list) -> list[list]:
     return [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
-
-
-def _one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

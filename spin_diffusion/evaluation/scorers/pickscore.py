@@ -16,21 +16,11 @@ ABOUT = About(
     licence="none stated for the weights; code MIT",
     citation="arXiv 2305.01569",
 )
-
-
-def places(place: str) -> list[str]:
-    """What is read: the weights, and the tokenizer of those that have none of their own."""
-    from spin_diffusion.evaluation.scorers._clip import H14
-
-    return [place, H14.tokenizer]
+BESIDE = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",)
 
 
 def load(device: str, path: str | None = None) -> Scorer:
-    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint.
-
-    Raises:
-        InputError: the weights cannot be had, or are another model's.
-    """
+    """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._clip import H14, ClipScorer, load_clip
 
     towers = load_clip(device, path or ABOUT.checkpoint, H14)
