@@ -7,7 +7,8 @@ samples         what was drawn, with its scores
 statistics      scores -> intervals and tests; comparison: models side by side
 alarms          signs that scores were won without better pictures; answer_alarms: without better answers
 breakdowns      the difference within parts of the prompts; curves: of training
-concluding      all of it -> results.json (records: its parts as types, and its reader); closing: what is said of it
+concluding      all of it -> results.json; closing: what is said of it
+records         the parts of results.json as types; results_file: its reader
 results         reads pictures for it; answer_results: answers
 report          results.json -> the page; gallery: a contact sheet
 in_rounds       all of it after every round of a run; settings

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.records import AlarmState, Role
-from spin_diffusion.evaluation.statistics import Interval, decimals_of, mean_interval, paired_difference
+from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 
 Features = np.ndarray | None
 """(prompts, images, width) image embeddings of one backbone, alike for both models; None = there are none."""

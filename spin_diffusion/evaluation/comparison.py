@@ -11,11 +11,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.modalities import IMAGES, Modality
 from spin_diffusion.evaluation.records import Role, Scale
 from spin_diffusion.evaluation.statistics import (
     Interval,
-    decimals_of,
     holm,
     mean_interval,
     paired_difference,

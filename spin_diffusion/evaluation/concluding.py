@@ -22,7 +22,6 @@ from spin_diffusion.evaluation.curves import finite, thinned
 from spin_diffusion.evaluation.modalities import Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.records import (
-    SCHEMA_VERSION,
     Aggregate,
     AggregateEntry,
     AlarmEntry,
@@ -36,8 +35,8 @@ from spin_diffusion.evaluation.records import (
     Scale,
     ScorerEntry,
     VerdictEntry,
-    schema_problem,
 )
+from spin_diffusion.evaluation.results_file import SCHEMA_VERSION, schema_problem
 from spin_diffusion.evaluation.samples import Arrays, BySample, EvaluatedModel, Key, Samples, Scores, Watched
 from spin_diffusion.evaluation.statistics import (
     Interval,

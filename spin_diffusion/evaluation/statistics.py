@@ -355,11 +355,6 @@ def required_prompts(sd_of_difference: float, difference: float, power: float = 
     return n
 
 
-def decimals_of(value: float, digits: int) -> int:
-    """Decimals that show so many digits of a positive number; 6 at most, 3 for 0."""
-    return 3 if value == 0 else min(6, max(0, digits - 1 - math.floor(math.log10(value))))
-
-
 def listed(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

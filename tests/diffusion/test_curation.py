@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.curation import (
 )
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.settings import CurationSettings
-from spin_diffusion.evaluation.records import read_results
+from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.run_dir import file_hash, file_hashes, read_json, read_rows

@@ -21,8 +21,8 @@ from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
-from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.samples import pictures
 from spin_diffusion.samples.answers import answer_files, draw_answers
 from spin_diffusion.samples.requests import requests_of

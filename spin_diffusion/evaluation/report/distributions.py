@@ -9,8 +9,9 @@ from spin_diffusion.evaluation.records import ComparisonEntry, ScorerEntry
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.choosing import differences
 from spin_diffusion.evaluation.report.labels import Labels
+from spin_diffusion.evaluation.report.plots import Panel
 from spin_diffusion.evaluation.report.reading import Evaluation
-from spin_diffusion.evaluation.report.tables import Panel, comparisons
+from spin_diffusion.evaluation.report.tables import comparisons
 from spin_diffusion.evaluation.report.wording import direction, signed
 
 

@@ -54,6 +54,17 @@ _BAR_WIDTH, _BAR_HEIGHT = 180, 18  # user units of an interval's picture
 
 
 @dataclass(frozen=True)
+class Panel:
+    """A chart with what stands above and below it."""
+
+    title: str
+    chart: Markup
+    role: str = ""
+    direction: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Line:
     """The differences of one guidance scale over the rounds."""
 

@@ -24,10 +24,9 @@ from spin_diffusion.evaluation.records import (
 )
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.labels import Labels, mark
-from spin_diffusion.evaluation.report.wording import STATES, Number, State, direction, signed
+from spin_diffusion.evaluation.report.wording import MAX_LISTED, STATES, Number, State, direction, signed
 
 MAX_PARTS = 40
-MAX_LISTED = 400
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
 _GRAVITY = ("alarm", "warn", "ok", "not run")
 _Entry = TypeVar("_Entry", AggregateEntry, ComparisonEntry)
@@ -70,17 +69,6 @@ class ModelTable:
     rows: list[tuple[ModelEntry, list[ModelCell]]]
     wide: bool
     """Too wide to stand beside another table."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A chart with what stands above and below it."""
-
-    title: str
-    chart: Markup
-    role: str = ""
-    direction: str = ""
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def rankings(results: Results) -> list[tuple[RankingEntry, list[ComparisonEntry]
     ]
 
 
-def curve_panels(results: Results) -> list[Panel]:
+def curve_panels(results: Results) -> list[plots.Panel]:
     """Paired differences over the rounds, a panel per scorer; none for fewer than two rounds."""
     rounds = {m["name"]: m["round"] for m in results["models"] if m["role"] == "round" and m["round"] is not None}
     base_round = next((m["round"] for m in results["models"] if m["name"] == results["baseline"]), None)
@@ -189,7 +177,7 @@ def curve_panels(results: Results) -> list[Panel]:
         if lines:
             chart = plots.round_curves(f"curve-{number}", "Difference to the baseline over the rounds", lines)
             role = scorer["role"]
-            panels.append(Panel(labels.title(scorer["name"]), chart, role, direction(role)))
+            panels.append(plots.Panel(labels.title(scorer["name"]), chart, role, direction(role)))
     return panels
 
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.records import ComparisonEntry, PartEntry, Results
-from spin_diffusion.evaluation.statistics import decimals_of
 
+MAX_LISTED = 400
+"""Rows of a table that are shown."""
 NAME_CHARACTERS = 48
 PROMPT_CHARACTERS = 180
 _PASSAGE_CHARACTERS, _PASSAGE_LINES = 900, 24
