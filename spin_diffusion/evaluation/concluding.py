@@ -28,6 +28,7 @@ from spin_diffusion.evaluation.records import (
     ComparisonEntry,
     CountEntry,
     FailureEntry,
+    Headline,
     ModelEntry,
     Protocol,
     Results,
@@ -87,10 +88,7 @@ def conclude_samples(
     """
     compared = _compared(models, samples, protocol, about)
     scales, names = compared.scales, [model.name for model in models]
-    rows = [
-        Row(model, scale, scorer, scores, compared.roles[scorer], compared.modality, compared.lost[model, scale])
-        for (model, scale, scorer), scores in compared.arrays.items()
-    ]
+    rows = compared.rows()
     comparisons = compare(rows, names[0])
     entries = [_comparison_entry(comparison) for comparison in comparisons if comparison.p is not None]
     others = [_comparison_entry(comparison) for comparison in compare_others(rows, names[0])]
@@ -100,16 +98,12 @@ def conclude_samples(
         for count in counts
         if compared.roles and count["model"] != names[0]
     ]
-    headline = {
-        "model": _headline_model(models),
-        "guidance_scale": headline_scale if headline_scale in scales else scales[-1],
-    }
     results = {
         "schema_version": SCHEMA_VERSION,
         "title": title,
         "protocol": protocol,
         "baseline": names[0],
-        "headline": headline,
+        "headline": _headline(models, headline_scale if headline_scale in scales else scales[-1]),
         "models": [_model_entry(model) for model in models],
         "samples": counts,
         "scorers": compared.scorers,
@@ -121,19 +115,25 @@ def conclude_samples(
         "failures": list(_failures(compared)),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
-    of_training = {
-        "training_curves": thinned(curves or []),
-        "measures": [finite(measure) for measure in measures or []],
-        "training_events": [dict(event) for event in events or []],
-        "ledger": [dict(entry) for entry in ledger or []],
-    }
-    results |= {name: rows for name, rows in of_training.items() if rows}
+    results |= _training(curves, measures, events, ledger)
     if others:
         places = [rank(names, scale, [*entries, *others], compared.scorers, verdicts) for scale in scales]
         results |= {"between_others": others, "ranking": [place for place in places if place is not None]}
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     return results, comparisons
+
+
+def _training(*parts: Sequence[Mapping[str, Any]] | None) -> dict[str, list[dict[str, Any]]]:
+    """Curves, measures, events and ledger as results.json has them; nothing of what is empty."""
+    curves, measures, events, ledger = (list(part or []) for part in parts)
+    entries = {
+        "training_curves": thinned(curves),
+        "measures": [finite(measure) for measure in measures],
+        "training_events": [dict(event) for event in events],
+        "ledger": [dict(entry) for entry in ledger],
+    }
+    return {name: rows for name, rows in entries.items() if rows}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +156,13 @@ class _Compared:
     def each(self) -> Iterator[tuple[EvaluatedModel, Scale, Samples]]:
         """Every model at every guidance scale, with its samples."""
         return ((model, scale, self.samples[model.name, scale]) for model in self.models for scale in self.scales)
+
+    def rows(self) -> list[Row]:
+        """The scores, as they are compared."""
+        return [
+            Row(model, scale, scorer, scores, self.roles[scorer], self.modality, self.lost[model, scale])
+            for (model, scale, scorer), scores in self.arrays.items()
+        ]
 
     def prompts(self) -> dict[Scale, list[tuple[str, str]]]:
         """Guidance scale -> (text, category) of the prompts that count."""
@@ -258,10 +265,10 @@ def _counts(compared: _Compared) -> list[CountEntry]:
     return entries
 
 
-def _headline_model(models: Sequence[EvaluatedModel]) -> str | None:
-    """The last one that is not a rival; of rivals alone the last."""
+def _headline(models: Sequence[EvaluatedModel], scale: Scale) -> Headline:
+    """The last model that is not a rival; of rivals alone the last."""
     candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
-    return candidates[-1].name if candidates else None
+    return {"model": candidates[-1].name if candidates else None, "guidance_scale": scale}
 
 
 def _model_entry(model: EvaluatedModel) -> ModelEntry:

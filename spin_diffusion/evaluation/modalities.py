@@ -13,7 +13,7 @@ class Modality:
     """What the models make; a guidance scale is part of names and tables only where samples are drawn with one."""
 
     plural: str
-    """Begins the protocol's key of how many there are for each prompt, and names the samples' table."""
+    """Name of the samples, and of their table."""
     at: str
     """Format that says where, behind a name: of the guidance scale in words."""
     at_key: str
@@ -37,9 +37,9 @@ def modality_of(protocol: Protocol) -> Modality:
 
 def samples_per_prompt(protocol: Protocol) -> int:
     """Images or answers of each prompt."""
-    return protocol[f"{modality_of(protocol).plural}_per_prompt"]
+    return protocol["answers_per_prompt"] if "sampling" in protocol else protocol["images_per_prompt"]
 
 
 def guidance_scales(protocol: Protocol) -> list[Scale]:
     """Those that are compared; where samples are drawn without one it is None."""
-    return protocol.get("guidance_scales", [None])
+    return protocol["guidance_scales"] if "guidance_scales" in protocol else [None]

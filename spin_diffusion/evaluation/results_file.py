@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +93,5 @@ def _check_names(path: Path, results: Results) -> None:
             raise InputError(f"{path}: the {role} {one_line(repr(name))} is not among the models")
 
 
-def _first_repeated(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
+def _first_repeated(names: Sequence[str]) -> str | None:
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)

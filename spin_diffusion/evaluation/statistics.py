@@ -207,6 +207,12 @@ def verdict(interval: Interval, p_holm: float, lead: int, drift: bool) -> Scorer
     "improved" asks for both a mean difference and a majority of wins that are beyond chance: a mean that a few prompts
     carry and a majority of tiny wins are each not enough. "regressed" mirrors it. It takes 6 prompts at least.
 
+    With tests adjusted by Holm over all of an evaluation, at most 5 % of evaluations call any model improved
+    or regressed that is the same as the baseline, however many scorers, models and guidance scales there are. Measured
+    with five scorers that have nothing in common, in 1000 simulated evaluations of one model each on 20 and on 200
+    prompts: 0.5 and 0.8 % (normal differences), 0.1 and 0.4 % (heavy tails), 0.8 and 1.2 % (many ties). A model that is
+    another but whose means are the baseline's, by exponential differences: 3 to 7 %.
+
     Args:
         interval: of the paired difference, model minus baseline.
         p_holm: the larger p-value of the sign test and the t-test, adjusted by Holm over all that are made at once.
@@ -244,12 +250,6 @@ def overall_verdict(
     3. improved: the truth improved; or no scorer knows the truth and a held-out one improved.
     4. inconclusive: anything else. An in-domain scorer judges what the model was trained to please, an aesthetics
        scorer does not read the prompt, and an alignment scorer guards against harm: none of them is enough alone.
-
-    With `verdict` adjusted by Holm over all tests of an evaluation, at most 5 % of evaluations call any model improved
-    or regressed that is the same as the baseline, however many scorers, models and guidance scales there are. Measured
-    with five scorers that have nothing in common, in 1000 simulated evaluations of one model each on 20 and on 200
-    prompts: 0.5 and 0.8 % (normal differences), 0.1 and 0.4 % (heavy tails), 0.8 and 1.2 % (many ties). A model that is
-    another but whose means are the baseline's, by exponential differences: 3 to 7 %.
 
     Args:
         verdicts: scorer -> its `verdict`.

@@ -31,10 +31,3 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """ ", did you mean ...?", or all that are known."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
-
-
-def one_line(text: object, length: int = 200) -> str:
-    """An error or a text of somebody else in one line, shortened where it is long; an error without words is its
-    type."""
-    line = printable(" ".join(str(text)[: 4 * length].split())) or type(text).__name__
-    return line if len(line) <= length else line[: length - 3] + "..."

@@ -143,7 +143,7 @@ def _unless_out_of_memory(run: Callable[..., Any], arguments: list) -> Any | str
         # Not every library raises torch's own class, and the CPU's allocator does not
         words = ("out of memory", "can't allocate memory")
         if isinstance(error, torch.OutOfMemoryError) or any(word in reason.lower() for word in words):
-            return one_line(reason, 160) or type(error).__name__
+            return one_line(error)
         raise
 
 
