@@ -126,11 +126,7 @@ def hub(tmp_path, monkeypatch) -> Path:
             (repository / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(folder_path) / name, repository / name)
 
-    def client(token=None):
-        assert token == "hf_secret"
-        return api
-
     api.create_repo.side_effect = lambda name, *, exist_ok: type("Address", (), {"repo_id": name})
     api.upload_folder.side_effect = upload_folder
-    monkeypatch.setattr(publish, "HfApi", client)
+    monkeypatch.setattr(publish, "HfApi", lambda: api)
     return repository

@@ -68,7 +68,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
         "resolution": 32, "rounds": 2, "max_train_steps": 2, "train_batch_size": 2, "checkpointing_steps": 1,
         "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3,
         "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "max_validation_prompts": 2,
-        "num_validation_images": 1, "scorers": "[sharpness]", "report_to": "none", "matrix_flops_per_second": 1e9,
+        "num_validation_images": 1, "scorers": "[sharpness]", "report_to": "none",
         "output_dir": "out",
     } | more  # fmt: skip
     return "out", lambda argv: run(parse_config(argv), family_name="sdxl"), _flags(settings)
@@ -93,7 +93,7 @@ def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
         "keep_repeated": True, "rounds": 2, "opponent": "pool", "max_train_steps": 2, "checkpointing_steps": 1,
         "num_train_epochs": "null", "train_batch_size": 2, "samples_per_shard": 4, "learning_rate": 3e-4,
         "max_length": 48, "max_new_tokens": 8, "judges": "[length]", "num_validation_answers": 1,
-        "report_to": "none", "matrix_flops_per_second": 1e9, "output_dir": "out",
+        "report_to": "none", "output_dir": "out",
     }  # fmt: skip
     return "out", lambda argv: run_language(parse_language_config(argv)) and None, _flags(settings)
 

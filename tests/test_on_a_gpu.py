@@ -14,7 +14,7 @@ IMAGES = [
     "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
     "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "2", "--rounds", "2",
     "--num_inference_steps", "2",
-    "--compare_with", "[]", "--report_to", "none", "--matrix_flops_per_second", "1e12", "--lr_warmup_steps", "0",
+    "--compare_with", "[]", "--report_to", "none", "--lr_warmup_steps", "0",
 ]  # fmt: skip
 UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
 ANSWERS = [
@@ -22,10 +22,10 @@ ANSWERS = [
     "--real_parts", "1", "--samples_per_shard", "32", "--train_batch_size", "4", "--gradient_accumulation_steps", "2",
     "--max_train_steps", "2",
     "--rounds", "2", "--held_out_dataset_name", "null", "--compare_with", "[]", "--report_to", "none",
-    "--lr_warmup_ratio", "0", "--matrix_flops_per_second", "1e12",
+    "--lr_warmup_steps", "0",
 ]  # fmt: skip
 WAYS = {
-    "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--num_gallery_prompts", "1", "--use_ema", "true"],
+    "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--use_ema", "true"],
     "adapter": [*IMAGES, *UNSEEN, "--use_lora", "true", "--objective", "space", "--fixed_draws", "2"],
     "trajectories": [*IMAGES, *UNSEEN, "--sampler", "ddim", "--trajectory", "exact", "--eta", "1.0"],
     "two_passes": [
@@ -33,7 +33,7 @@ WAYS = {
         "--proportion_empty_prompts", "0.5", "--random_flip", "true", "--gradient_checkpointing", "true",
     ],
     "answers": ANSWERS,
-    "answers_adapter": [*ANSWERS, "--use_peft", "true", "--opponent", "last_two"],
+    "answers_adapter": [*ANSWERS, "--use_lora", "true", "--opponent", "last_two"],
     "evaluate": [
         "evaluation/evaluate.py", "--config", "evaluation/configs/toy.yaml", "--models", "base=assets/toy_world/sloppy",
         "plus=assets/toy_world/plateau", "--max_prompts", "2", "--num_inference_steps", "2",

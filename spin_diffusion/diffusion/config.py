@@ -65,7 +65,7 @@ class Config:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flag."""
-        return {key: value for section in asdict(self).values() for key, value in section.items() if key != "hub_token"}
+        return {key: value for section in asdict(self).values() for key, value in section.items()}
 
 
 SECTIONS = {field.name: field.type for field in fields(Config)}

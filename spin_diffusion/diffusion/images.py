@@ -70,13 +70,17 @@ def mirrored_frame(frame: list[int]) -> list[int]:
     return [height, width, top, resized - target[1] - left, *target]
 
 
+JPEG_QUALITY = 95
+"""Without chroma subsampling."""
+
+
 def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:
     """The image in the codec that both sides of a pair share."""
     buffer = io.BytesIO()
     if settings.image_format == "png":
         image.save(buffer, "PNG")
     else:
-        image.save(buffer, "JPEG", quality=settings.jpeg_quality, subsampling=0)
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

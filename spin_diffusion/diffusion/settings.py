@@ -44,8 +44,6 @@ class ImageSettings(Settings):
     """How images are resized."""
     image_format: Literal["jpeg", "png"] = "jpeg"
     """Codec of both sides of a pair. png is larger and leaves no trace."""
-    jpeg_quality: int = setting(95, minimum=1, maximum=100)
-    """Quality of the jpeg codec, 1 to 100 (4:4:4, no chroma subsampling)."""
     vae_round_trip: bool = False
     """Pass the real images through the VAE's encoder and decoder once, as the opponent's images passed its decoder."""
     vae_encode_batch_size: int = setting(8, minimum=1, harmless=True)

@@ -31,8 +31,6 @@ class EvaluationSettings(Settings):
     promote_if: PromoteIf = "always"
     """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
     (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
-    num_gallery_prompts: int = setting(6, minimum=0)
-    """Prompts shown in samples.png."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,7 +43,7 @@ class LanguageRoundSettings(RoundSettings):
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated answers and anchor the score: latest, base, last_two (half each), pool
-    (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
+    (all), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
     samples_per_shard: int = 512
     """Real answers per file, and what is drawn for them; what a killed process loses at most."""
 
@@ -59,9 +59,9 @@ class LanguageTrainSettings(TrainSettings):
     learning_rate: PerRound[float] = 5e-7
     """Initial learning rate (after warm-up)."""
     lr_scheduler: Scheduler = "linear"
-    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
-    lr_warmup_ratio: float = 0.1
-    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
+    """How the rate goes on after warm-up: to 0 in a line or half a cosine, or not at all."""
+    lr_warmup_steps: PerRound[int | float] = 0.1
+    """Optimizer steps of warm-up in each round; below 1 the share of the round's steps."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "rmsprop"
     """adamw_8bit needs the extra `8bit` and a CUDA device; rmsprop and sgd have no momentum."""
     adam_weight_decay: float = 0.0
@@ -113,7 +113,7 @@ class LanguageConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flag."""
-        return {key: value for section in asdict(self).values() for key, value in section.items() if key != "hub_token"}
+        return {key: value for section in asdict(self).values() for key, value in section.items()}
 
 
 SECTIONS = {field.name: field.type for field in fields(LanguageConfig)}

@@ -105,18 +105,16 @@ def ledger_costs(
     output_dir: Path,
     *,
     forwards: int,
-    matrix_flops_per_second: float | None,
 ) -> Callable[[RoundSettings, Path], Costs]:
     """For the ledgers: (rounds, their folder) -> what their phases take.
 
     Args:
         forwards: passes of the player for each score: more than 1 where activations are computed again.
-        matrix_flops_per_second: None = measured.
     """
     real = lengths_of(output_dir / "data" / "samples")
     unit = count_tokens(game.model, int(np.mean(real[0] + real[1])))
     dtype = autocast_dtype(game.accelerator.mixed_precision) or torch.float32
-    rate = matrix_flops_per_second or matrix_rate(game.accelerator.device, dtype)
+    rate = matrix_rate(game.accelerator.device, dtype)
 
     def of(rounds: RoundSettings, folder: Path) -> Costs:
         def flops(k: int, phase: str, samples: int) -> int | None:
@@ -134,7 +132,7 @@ def ledger_costs(
                 return round(samples / rounds.num_generated * anchors * pair)
             if phase == "trained":
                 pair = sum(
-                    copies * (forwards * unit.scoring(lengths) + unit.backward(lengths, not game.settings.use_peft))
+                    copies * (forwards * unit.scoring(lengths) + unit.backward(lengths, not game.settings.use_lora))
                     for copies, lengths in sides
                 )
                 return round(samples * pair)

@@ -76,13 +76,13 @@ class LanguageGame:
         self.chat = Chat(tokenizer, max_length=settings.max_length, max_new_tokens=generation.max_new_tokens)
         self.model: PreTrainedModel | PeftModel = model.to(accelerator.device)
         _without_dropout(self.model)
-        if settings.use_peft:
+        if settings.use_lora:
             self.model = _with_adapters(model, settings)
             fresh = get_peft_model_state_dict(self.model, adapter_name=PLAYER)
             self._fresh = {name: tensor.clone() for name, tensor in fresh.items()}
         if gradient_checkpointing:
             language_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-            if settings.use_peft:
+            if settings.use_lora:
                 language_model(self.model).enable_input_require_grads()
         # transformers recomputes activations only in training mode; dropout is off in any case
         self.model.train(gradient_checkpointing)
@@ -167,7 +167,7 @@ class LanguageGame:
 
     def opponent_hash(self) -> str:
         """Hash of the adapter that is the opponent; without adapters, of the weights as they were at `promote`."""
-        if self.settings.use_peft:
+        if self.settings.use_lora:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
 
@@ -186,7 +186,7 @@ class LanguageGame:
     @torch.no_grad()
     def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
         """Relative, of the adapters; the weights of an opponent without one are not in memory."""
-        if not self.settings.use_peft:
+        if not self.settings.use_lora:
             return None
         player, opponent = (get_peft_model_state_dict(self.model, adapter_name=name) for name in (PLAYER, OPPONENT))
         moved = sum((player[name].float() - opponent[name].float()).square().sum().item() for name in opponent)
@@ -195,7 +195,7 @@ class LanguageGame:
 
     def player_hash(self) -> str:
         """Hash of the weights that are trained, as they are now."""
-        return _adapter_hash(self.model, PLAYER) if self.settings.use_peft else weights_hash(self.model)
+        return _adapter_hash(self.model, PLAYER) if self.settings.use_lora else weights_hash(self.model)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """The player's scores of both sides in one batch, beside the opponent's that were kept."""
@@ -223,7 +223,7 @@ class LanguageGame:
     def promote(self) -> None:
         """The player's weights become the opponent's: a copy of the adapter, or else these very weights until they
         change."""
-        if self.settings.use_peft:
+        if self.settings.use_lora:
             player = get_peft_model_state_dict(self.model, adapter_name=PLAYER)
             copied = {name: tensor.clone() for name, tensor in player.items()}
             set_peft_model_state_dict(self.model, copied, adapter_name=OPPONENT)
@@ -235,7 +235,7 @@ class LanguageGame:
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
         """Write `model/` as AutoModelForCausalLM.from_pretrained reads it, or `adapter/` as PEFT does; with the
         tokenizer."""
-        target = directory / (ADAPTER if self.settings.use_peft else MODEL)
+        target = directory / (ADAPTER if self.settings.use_lora else MODEL)
         if self.accelerator.is_main_process:
             write_folder(target, self._write)
             if prove:
@@ -245,7 +245,7 @@ class LanguageGame:
         return [target]
 
     def _write(self, folder: Path) -> None:
-        if self.settings.use_peft:
+        if self.settings.use_lora:
             # It lies on the base as it was given, with the adapters that were merged into it
             config = copy.copy(self.model.peft_config[PLAYER])
             config.base_model_name_or_path, config.revision = self.base.name, self.base.revision
@@ -261,7 +261,7 @@ class LanguageGame:
         """Load what `save` wrote below `directory`, or the base, into the player's parameters in place."""
         self._is_opponent = False
         self._forget_vllm()
-        if self.settings.use_peft:
+        if self.settings.use_lora:
             weights = self._fresh if directory is None else load_peft_weights(str(directory / ADAPTER), device="cpu")
             set_peft_model_state_dict(self.model, weights, adapter_name=PLAYER)
             self._folder = directory / ADAPTER if directory is not None else None
@@ -277,14 +277,14 @@ class LanguageGame:
         """One answer per prompt and seed by the weights in memory."""
         if self.generation.engine == "vllm":
             self._vllm = self._vllm or Vllm(
-                self.base.name if self.settings.use_peft or self._folder is None else self._folder,
+                self.base.name if self.settings.use_lora or self._folder is None else self._folder,
                 self.generation,
                 end_ids=self.chat.end_ids,
                 max_length=self.settings.max_length,
                 precision=self.accelerator.mixed_precision,
                 device=self.accelerator.device.type,
-                adapter=self._folder if self.settings.use_peft else None,
-                lora_r=self.settings.lora_r,
+                adapter=self._folder if self.settings.use_lora else None,
+                rank=self.settings.rank,
                 base_options=self.base.options(),
             )
             drawn = self._vllm.draw(prompts, seeds)
@@ -336,7 +336,7 @@ class LanguageGame:
     @contextmanager
     def _as_opponent(self) -> Iterator[None]:
         """The opponent's adapter active; without adapters, the certainty that the weights are the opponent's."""
-        if not self.settings.use_peft:
+        if not self.settings.use_lora:
             assert self._is_opponent, "the weights in memory are not the opponent's any more"
             yield
             return
@@ -354,8 +354,8 @@ class LanguageGame:
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must score what the player scores, and answer."""
-        fresh = self._load(None) if self.settings.use_peft else self._load(path)
-        if self.settings.use_peft:
+        fresh = self._load(None) if self.settings.use_lora else self._load(path)
+        if self.settings.use_lora:
             fresh = PeftModel.from_pretrained(fresh, path)
         fresh = fresh.to(self.accelerator.device).eval()
         ids = torch.tensor([[place % fresh.config.get_text_config().vocab_size for place in range(1, 9)]])
@@ -403,7 +403,7 @@ def _without_dropout(model: nn.Module) -> None:
 def _with_adapters(model: PreTrainedModel, settings: LanguageModelSettings) -> PeftModel:
     """The model with two adapters, of which the player's is active and trained. Both begin as nothing."""
     config = LoraConfig(
-        r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        r=settings.rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
         target_modules=settings.lora_target_modules or "all-linear",
     )  # fmt: skip
     try:

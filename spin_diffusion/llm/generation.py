@@ -158,21 +158,21 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that it can be made ready for."""
 
 
-def check_vllm(precision: str, device: str, lora_r: int | None) -> str:
+def check_vllm(precision: str, device: str, rank: int | None) -> str:
     """vLLM's version; refuses before a run what it could not draw from.
 
     Args:
         precision: accelerate's name of the precision that scores are computed in.
         device: type of the device.
-        lora_r: rank of the adapter, if there is one.
+        rank: rank of the adapter, if there is one.
 
     Raises:
         InputError: it is not installed, or cannot take an adapter of this rank or in this precision.
     """
     vllm, _ = _import_vllm()
-    if lora_r is not None and lora_r > _LORA_RANKS[-1]:
-        raise InputError(f"--lora_r {lora_r} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
-    if lora_r is not None and precision == "no" and device == "cuda":
+    if rank is not None and rank > _LORA_RANKS[-1]:
+        raise InputError(f"--rank {rank} is above {_LORA_RANKS[-1]}, the most that --engine vllm can take")
+    if rank is not None and precision == "no" and device == "cuda":
         raise InputError(
             "--engine vllm computes adapters in half precision alone on a GPU, and this run is in fp32: give "
             "--mixed_precision bf16, or leave --engine out"
@@ -211,19 +211,19 @@ class Vllm:
         precision: str = "no",
         device: str = "cpu",
         adapter: Path | None = None,
-        lora_r: int = 16,
+        rank: int = 16,
         base_options: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
             precision, device: as for `check_vllm`.
-            lora_r: rank of the adapter.
+            rank: rank of the adapter.
             base_options: how `checkpoint` is loaded, where it is a hub id.
 
         Raises:
             InputError: `check_vllm`'s, or vLLM does not start with this checkpoint.
         """
-        check_vllm(precision, device, None if adapter is None else lora_r)
+        check_vllm(precision, device, None if adapter is None else rank)
         vllm, lora_request = _import_vllm()
         self.settings, self.end_ids, self.max_length = settings, end_ids, max_length
         self.parameters = vllm.SamplingParams
@@ -231,7 +231,7 @@ class Vllm:
         self.request = None
         if adapter is not None:
             self.request = lora_request("opponent", 1, str(adapter))
-            options = {"enable_lora": True, "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= lora_r)}
+            options = {"enable_lora": True, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
         if base_options:
             options["revision"] = base_options.get("revision")
             options["trust_remote_code"] = base_options.get("trust_remote_code", False)

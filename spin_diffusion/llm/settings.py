@@ -62,12 +62,12 @@ class LanguageModelSettings(Settings):
 
     max_length: int = setting(1024, minimum=1)
     """Largest number of tokens of prompt and answer together."""
-    use_peft: bool = False
+    use_lora: bool = False
     """Train a LoRA adapter instead of all weights; the opponent is a second adapter on the same base."""
-    lora_r: int = setting(16, minimum=1)
+    rank: int = setting(16, minimum=1)
     """Rank of the adapter."""
     lora_alpha: int = setting(32, minimum=1)
-    """Its scale is lora_alpha / lora_r."""
+    """Its scale is lora_alpha / rank."""
     lora_target_modules: list[str] | None = None
     """Names of the layers that get an adapter; default: all linear layers but the output's."""
     score_batch_size: int = setting(16, minimum=1)

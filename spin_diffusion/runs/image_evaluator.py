@@ -21,6 +21,9 @@ from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
 
+GALLERY_PROMPTS = 6
+"""Prompts shown in samples.png."""
+
 
 def picture_protocol(
     config: Config, prompts: PromptSet, resolution: int, precision: str
@@ -142,7 +145,7 @@ class PictureSamples:
         """The first picture of each gallery prompt at the headline's guidance scale; grey where it is lost."""
         images = folder / "images" / folder_of(self.headline_scale)
         pictures = []
-        for row in self.prompts.requests(1, self.protocol["seed"])[: self.config.evaluation.num_gallery_prompts]:
+        for row in self.prompts.requests(1, self.protocol["seed"])[: GALLERY_PROMPTS]:
             path = images / f"{row['id']}-0.png"
             grey = Image.new("RGB", (self.game.resolution,) * 2, "grey")
             pictures.append((row["prompt"], read_picture(path) if path.is_file() else grey))

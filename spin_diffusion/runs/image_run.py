@@ -181,7 +181,7 @@ class ImageRun:
         if kinds is not None:
             unit = unit.of_area(area_share(game.sizes, kinds))
         dtype = autocast_dtype(self.accelerator.mixed_precision) or torch.float32
-        rate = config.run.matrix_flops_per_second or matrix_rate(self.accelerator.device, dtype)
+        rate = matrix_rate(self.accelerator.device, dtype)
         zeros = bool(game.pipeline.config.get("force_zeros_for_empty_prompt"))
         world = self.accelerator.num_processes
         batch = config.training.train_batch_size * config.training.gradient_accumulation_steps

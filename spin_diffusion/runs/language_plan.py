@@ -125,7 +125,7 @@ def probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> AnswerR
     Args:
         few: stored rows; they are repeated where a batch needs more.
     """
-    with fitting(game, "--use_peft true or --optimizer adamw_8bit"):
+    with fitting(game, "--use_lora true or --optimizer adamw_8bit"):
         return _probe(config, game, few)
 
 
@@ -144,7 +144,7 @@ def _probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> Answer
     encoded = game.encode(chosen)
     encoded["opponent_score"] = game.opponent_scores(encoded)
     pair, update, checkpoint_bytes = probe_training(config, game, stand_in_batch(config, chosen, encoded))
-    saved = trained_parameters(game) if config.language.use_peft else list(game.model.parameters())
+    saved = trained_parameters(game) if config.language.use_lora else list(game.model.parameters())
     whole = game.encode(few[: config.rounds.samples_per_shard])
     return AnswerRates(
         start=start,
@@ -219,7 +219,7 @@ def predict(config: LanguageConfig, rates: AnswerRates, sizes: Sizes, world: int
         drawn, scored = _work(config, of_round(config.rounds.objective, k), pairs + held_out)
         anchors = 1
         if config.rounds.anchor == "opponent":
-            anchors = len(OPPONENTS[config.rounds.opponent](list(range(1, k)), config.rounds.pool_weights))
+            anchors = len(OPPONENTS[config.rounds.opponent](list(range(1, k))))
         # The gap is measured on held-out pairs when a round was trained
         gap = held_out / (pairs + held_out) * scored * rates.score
         return PhaseSeconds(drawn * answer, anchors * scored * rates.score, gap)

@@ -92,7 +92,7 @@ class LanguageSetup:
                 "adapter: leave --engine out, or merge it (PEFT's merge_and_unload), save_pretrained() the result with "
                 "its tokenizer, and give that folder"
             )
-        adapter_rank = self.config.language.lora_r if self.config.language.use_peft else None
+        adapter_rank = self.config.language.rank if self.config.language.use_lora else None
         return check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
 
 
@@ -168,7 +168,6 @@ class LanguageRun:
             self.game,
             self.output_dir,
             forwards=1 + self.config.training.gradient_checkpointing + self.config.training.two_passes,
-            matrix_flops_per_second=self.config.run.matrix_flops_per_second,
         )
 
     def card(self, rows: int) -> Card:
@@ -177,7 +176,7 @@ class LanguageRun:
 
     def loading_code(self) -> tuple[Path, str]:
         """The model's folder or the adapter's, and an expression that loads it."""
-        folder, uses_adapter = self.output_dir / _saved(self.config), self.config.language.use_peft
+        folder, uses_adapter = self.output_dir / _saved(self.config), self.config.language.use_lora
         return folder, self.game.base.code_with(folder) if uses_adapter else LanguageBase(str(folder)).code()
 
     def _prepare(
@@ -211,9 +210,9 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
         rows: real answers of the run.
     """
     language, folder = config.language, output_dir / _saved(config)
-    adapter = f"LoRA of rank {language.lora_r}, alpha {language.lora_alpha:g}"
+    adapter = f"LoRA of rank {language.rank}, alpha {language.lora_alpha:g}"
     blocks = {
-        "uses_adapter": language.use_peft,
+        "uses_adapter": language.use_lora,
         "base_code": base_of(config).code(),
         "argument": json.dumps(config.run.hub_model_id or str(folder)),
     }
@@ -227,11 +226,11 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
                 config, rows, f"{config.rounds.num_generated} to each real answer, {config.generation.describe()}"
             ),
             ("optimizer", config.training.optimizer),
-            ("trained", adapter if language.use_peft else "all weights"),
+            ("trained", adapter if language.use_lora else "all weights"),
             ("seed", config.rounds.seed),
         ],
         samples="answers",
-        library="peft" if language.use_peft else "transformers",
+        library="peft" if language.use_lora else "transformers",
         task="text-generation",
         at_root=folder if folder.is_dir() else None,
     )
@@ -239,7 +238,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
 
 def _saved(config: LanguageConfig) -> str:
     """Name of the folder that a player is saved in."""
-    return ADAPTER if config.language.use_peft else MODEL
+    return ADAPTER if config.language.use_lora else MODEL
 
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:

@@ -113,9 +113,9 @@ def push_to_hub(output_dir: Path, config: AnyConfig, card: Card) -> str:
         InputError: the hub cannot be reached, or refuses. Nothing is lost, the same command tries again.
     """
     name = config.run.hub_model_id or output_dir.resolve().name
-    message = f"{', '.join(objectives_of(config.rounds))}, {config.rounds.rounds} rounds"
+    message = f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}, {config.rounds.rounds} rounds"
     try:
-        api = HfApi(token=config.run.hub_token)
+        api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id
         if card.at_root is not None:
             api.upload_folder(repo_id=repository, folder_path=card.at_root, commit_message=message)

@@ -12,9 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
 from spin_diffusion.runs.start import (
+    LOGS,
     check_run_folder,
     check_training,
     make_accelerator,
@@ -196,6 +198,7 @@ def _play_with_rivals(
             run.probe if rival is None else None,
             costs(rounds, folder),
             run_dir=output_dir,
+            start=start_of(output_dir),
         )
         records = records or played
     accelerator.end_training()
@@ -224,7 +227,7 @@ def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
     """The trackers of --report_to, with the settings that they can show."""
     shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
-    logs = output_dir / config.run.logging_dir
+    logs = output_dir / LOGS
     start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
 from spin_diffusion.runs.config import AnyConfig
+from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
 from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.samples.real import DataManifest, forget_prepared
 from spin_diffusion.selfplay.sharded import check_sharding
@@ -32,6 +33,8 @@ from spin_diffusion.store.settings import harmless, per_round
 from spin_diffusion.store.yaml_files import dump_yaml
 
 ENCODINGS = "store of encodings"
+LOGS = "logs"
+"""Folder of tensorboard's files; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
 
 
 def changes(old: dict[str, Any], config: AnyConfig) -> list[str]:
@@ -55,8 +58,15 @@ def write_config(config: AnyConfig, path: Any) -> None:
 
 def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
     """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
+    check_origin(config.flat(), output_dir, program)
     if check_folder(output_dir, program) and _has_begun(output_dir):
-        changed = changes(saved_settings(output_dir / "config.yaml"), config)
+        saved = saved_settings(output_dir / "config.yaml")
+        if unknown := sorted(saved.keys() - config.flat().keys()):
+            raise InputError(
+                f"{output_dir} holds a run that another version began (its config.yaml has {', '.join(unknown)[:200]}, "
+                "which this one does not know): go on with that version, or start in another --output_dir"
+            )
+        changed = changes(saved, config)
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
@@ -102,6 +112,7 @@ def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerat
             for name in ("data", "held_out"):
                 forget_prepared(output_dir / name)
         write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
+        take_over(config.flat(), output_dir)
     accelerator.wait_for_everyone()
 
 
@@ -134,7 +145,7 @@ def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
         config.training.mixed_precision,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         log_with=report_to,
-        project_dir=str(output_dir / config.run.logging_dir),
+        project_dir=str(output_dir / LOGS),
         # One process may read the data while the others wait
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
@@ -205,6 +216,7 @@ def write_manifest(
     content = {
         "base": base,
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
+        "continued_from": origin_of(output_dir, base["weights"]),
         "objective_files": file_hashes(objectives_of(config.rounds)),
         "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
         "versions": {name: version(name) for name in packages}

@@ -14,11 +14,10 @@ user sets with `--objective_options`.
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
@@ -203,12 +202,6 @@ def bind(name: str, **settings: float) -> Loss:
 def with_anchor(loss: Loss, weight: float) -> Loss:
     """`loss` plus `weight` times that of `sft`, which holds the real side up."""
     return loss if weight == 0 else lambda scores: loss(scores) + weight * sft(scores)
-
-
-def without_margin(scores: PairScores, dropped: Bool[Tensor, " batch"]) -> PairScores:
-    """The scores with r_generated = 0, and without its gradient, where `dropped`: there only the real side counts."""
-    generated = torch.where(dropped, scores.opponent_generated, scores.player_generated)
-    return replace(scores, player_generated=generated)
 
 
 def check_options(names: list[str], options: dict[str, float]) -> None:

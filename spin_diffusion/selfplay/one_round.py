@@ -97,7 +97,7 @@ class Round:
         self.candidates = table.candidates if self.source == "opponent" else None
         self.title = f"{title_of(self.objective)} round {k}"
         self.parent = promoted[-1] if promoted else 0
-        self.mixture = OPPONENTS[self.rounds.opponent](promoted, self.rounds.pool_weights)
+        self.mixture = OPPONENTS[self.rounds.opponent](promoted)
         self.anchors: Mixture = {0: 1.0} if self.rounds.anchor == "base" else self.mixture
         if not self.game.keeps_scores:
             self.anchors = {max(self.anchors): 1.0}  # one self has to be there for every score: the newest
@@ -529,7 +529,6 @@ class Round:
             loss=with_anchor(loss, self.rounds.sft_weight * beta),
             anchored_at_player=self.anchors == {self.parent: 1.0}
             and (self.rounds.opponent != "ema" or self.parent == 0 or self.rounds.anchor == "base"),
-            margin_dropout=0.0 if self.source == "none" else self.rounds.margin_dropout,
         )
 
     def _release_opponent(self, steps: int, pairs: int) -> None:

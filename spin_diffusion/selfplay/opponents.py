@@ -1,6 +1,6 @@
 """Which earlier selves are the opponent.
 
-To add a rule, write one function (promoted rounds, weights) -> the rounds whose players play the opponent, each with
+To add a rule, write one function promoted rounds -> the rounds whose players play the opponent, each with
 its share, 0 being the base; name it in OPPONENTS below and in `round_settings.OpponentName`.
 """
 
@@ -13,37 +13,30 @@ Mixture = dict[int, float]
 """Round -> share of the samples that its player draws; the shares sum to 1."""
 
 
-def latest(promoted: list[int], weights: list[float] | None) -> Mixture:
+def latest(promoted: list[int]) -> Mixture:
     """The last promoted player (SPIN-Diffusion, arXiv 2402.10210, algorithm 1)."""
     return {promoted[-1] if promoted else 0: 1.0}
 
 
-def base(promoted: list[int], weights: list[float] | None) -> Mixture:
+def base(promoted: list[int]) -> Mixture:
     """The base checkpoint in every round: new samples, but the opponent never gets better."""
     return {0: 1.0}
 
 
-def last_two(promoted: list[int], weights: list[float] | None) -> Mixture:
+def last_two(promoted: list[int]) -> Mixture:
     """The last promoted player and its predecessor, half each, after the practice of SPIN (arXiv 2401.01335, section
     6: samples of the last two rounds). There the score stays anchored at the last one; here at the mixture."""
     selves = [0, *promoted][-2:]
     return {k: 1 / len(selves) for k in selves}
 
 
-def pool(promoted: list[int], weights: list[float] | None) -> Mixture:
-    """All earlier selves, the base among them (SePPO, arXiv 2410.05255, draws uniformly from past checkpoints).
-
-    Args:
-        weights: of the newest self, the one before it, ...; the last repeats. None = all alike.
-    """
-    selves = [0, *promoted][::-1]
-    given = weights or [1.0]
-    shares = {k: given[min(age, len(given) - 1)] for age, k in enumerate(selves)}
-    total = sum(shares.values())
-    return {k: share / total for k, share in shares.items() if share > 0}
+def pool(promoted: list[int]) -> Mixture:
+    """All earlier selves alike, the base among them (SePPO, arXiv 2410.05255, draws from past checkpoints)."""
+    selves = [0, *promoted]
+    return {k: 1 / len(selves) for k in selves}
 
 
-OPPONENTS: dict[str, Callable[[list[int], list[float] | None], Mixture]] = {
+OPPONENTS: dict[str, Callable[[list[int]], Mixture]] = {
     "latest": latest,
     "base": base,
     "last_two": last_two,

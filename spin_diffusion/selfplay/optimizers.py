@@ -6,6 +6,9 @@ from torch import nn
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.store.input_error import InputError
 
+EPSILON = 1e-8
+"""Added to the root of the second moment."""
+
 
 def make_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, settings: TrainSettings
@@ -20,9 +23,7 @@ def make_optimizer(
             relative_step=False, warmup_init=False,
         )  # fmt: skip
     if settings.optimizer == "rmsprop":
-        return torch.optim.RMSprop(
-            parameters, lr=learning_rate, eps=settings.adam_epsilon, weight_decay=settings.adam_weight_decay
-        )
+        return torch.optim.RMSprop(parameters, lr=learning_rate, eps=EPSILON, weight_decay=settings.adam_weight_decay)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay)
     if settings.optimizer == "adamw_8bit":
@@ -34,9 +35,9 @@ def make_optimizer(
             ) from None
         return bitsandbytes.optim.AdamW8bit(
             parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
+            eps=EPSILON,
         )  # fmt: skip
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon,
+        parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay, eps=EPSILON,
         fused=parameters[0].device.type in ("cuda", "cpu"),  # one kernel for all weights
     )  # fmt: skip

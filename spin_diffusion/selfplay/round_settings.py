@@ -36,13 +36,9 @@ class RoundSettings(Settings):
     """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
     sft_weight: float = setting(0.0, minimum=0)
     """Add this times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
-    margin_dropout: float = setting(0.0, minimum=0, below=1)
-    """Share of the pairs, in [0, 1), whose generated side takes no part in a step."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated samples and anchor the score: latest, base, last_two (half each), pool
-    (all, by --pool_weights), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
-    pool_weights: list[float] | None = setting(None, minimum=0)
-    """Of the newest self in the pool, the one before it, ...; the last repeats. Default: all alike."""
+    (all alike), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
     opponent_ema_decay: float = setting(0.99, minimum=0, below=1)
     """Of the opponent ema, in [0, 1): it keeps this share of itself at every step of the player."""
     anchor: Literal["opponent", "base"] = "opponent"
@@ -58,8 +54,6 @@ class RoundSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool_weights is not None and sum(self.pool_weights) == 0:
-            raise InputError("--pool_weights are all 0: give one of the selves a weight")
         objectives = self.objective if isinstance(self.objective, list) else [self.objective]
         if self.objective_options or any(is_file(name) for name in objectives):
             # Needs torch, for which a look at --help does not wait

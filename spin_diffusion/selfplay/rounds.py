@@ -34,6 +34,7 @@ def play(
     probe: Probe | None = None,
     costs: Costs | None = None,
     run_dir: Path | None = None,
+    start: Path = Path(),
 ) -> list[dict[str, Any]]:
     """Play all rounds and return their records; a finished run returns at once.
 
@@ -46,6 +47,7 @@ def play(
         probe: is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`.
         costs: for the rounds' ledgers.
         run_dir: the whole folder whose bytes the ledgers count; None = output_dir.
+        start: folder with the player that round 1 starts from; Path() = the base.
 
     Raises:
         InputError: the probe warns, and is to stop the run.
@@ -66,6 +68,7 @@ def play(
         probe,
         costs,
         run_dir,
+        start,
     )
     records: list[dict[str, Any]] = []
     last: Round | None = None

@@ -64,13 +64,15 @@ class Table:
     costs: Costs | None = None
     run_dir: Path | None = None
     """The run's whole folder, whose bytes the ledgers count; None = output_dir."""
+    start: Path = Path()
+    """The folder with the player that round 1 starts from; Path() = the base."""
     opponent: tuple[Path, str] | None = None
     """The folder whose weights are the opponent's now, and their hash; None = unknown."""
     player: Path | None = None
     """Folder that holds the player's weights; Path() = the base, None = no folder does."""
 
     def seat_opponent(self, k: int) -> str:
-        """Round k's self (0 = the base) as the opponent; its hash."""
+        """Round k's self (0 = the one that round 1 starts from) as the opponent; its hash."""
         folder = self.folder(k)
         if k and self.rounds.opponent == "ema":
             folder = folder / EMA
@@ -104,5 +106,5 @@ class Table:
             self.opponent = None  # such a game may have one set of weights for both
 
     def folder(self, k: int) -> Path:
-        """Where round k's player lies; Path() for the base."""
-        return self.output_dir / f"round-{k}" if k else Path()
+        """Where round k's player lies, or that which round 1 starts from; Path() for the base."""
+        return self.output_dir / f"round-{k}" if k else self.start

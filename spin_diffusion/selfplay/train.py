@@ -25,16 +25,15 @@ from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.objectives import Loss, without_margin
+from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
 from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import seed_from, write_file
+from spin_diffusion.store.run_dir import write_file
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,6 @@ class RoundPlan:
     loss: Loss
     anchored_at_player: bool
     """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
-    margin_dropout: float = 0.0
-    """Share of the pairs whose generated side takes no part in a step."""
 
 
 def train(
@@ -77,9 +74,7 @@ def train(
     """
     # The player with its optimizer, and how far a killed run got
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
-    trainee = _kind_of_trainee(settings, accelerator)(
-        game, plan.learning_rate * (per_step if settings.scale_lr else 1), settings, accelerator
-    )
+    trainee = _kind_of_trainee(settings, accelerator)(game, plan.learning_rate, settings, accelerator)
     schedule = _schedule(plan, settings, trainee)
     anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
     checkpoints = Checkpoints(directory, trainee, average, per_step)
@@ -139,8 +134,6 @@ def _schedule(plan: RoundPlan, settings: TrainSettings, trainee: Trainee) -> LRS
         optimizer=trainee.schedulable,
         num_warmup_steps=plan.warmup_steps,
         num_training_steps=plan.steps,
-        num_cycles=settings.lr_num_cycles,
-        power=settings.lr_power,
     )
 
 
@@ -206,10 +199,9 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
             with torch.no_grad() if settings.two_passes else nullcontext():
                 scored = game.scores(trainee.model, batch)
             scores = _as_leaves(scored.scores) if settings.two_passes else scored.scores
-            trained_on = _without_some_margins(scores, batch.seeds, plan.margin_dropout)
-            losses = plan.loss(trained_on)
+            losses = plan.loss(scores)
             if step == 0 and plan.anchored_at_player:
-                _check_start(trained_on, losses, plan, game.start_tolerance[accelerator.mixed_precision])
+                _check_start(scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
             if settings.two_passes:
                 _backward_by_sides(losses.mean(), scores, scored.generated_scale, trainee, batch)
             else:
@@ -265,15 +257,6 @@ def _backward_by_sides(
         # Gradients of several processes are gathered once, in the last of the backward passes
         with nullcontext() if last else trainee.accelerator.no_sync(trainee.model):
             trainee.backward((trainee.game.scores(trainee.model, side).scores.player_real * gradient).sum())
-
-
-def _without_some_margins(scores: PairScores, seeds: list[int], share: float) -> PairScores:
-    """The scores with the generated side of a share of the pairs left out, chosen by the pairs' seeds."""
-    if share == 0:
-        return scores
-    dropped = torch.tensor([seed_from(seed, "margin") / 2**63 < share for seed in seeds])
-    copies = len(scores.player_real) // len(seeds)
-    return without_margin(scores, sent(dropped.repeat_interleave(copies), scores.player_real.device))
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:

@@ -7,9 +7,7 @@ from typing import Any, Literal, Union
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import PerRound, Settings, setting
 
-Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-POLYNOMIAL_END = 1e-7
-"""The learning rate at which diffusers' polynomial schedule ends."""
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
 Action = Literal["ignore", "warn", "stop", "roll_back"]
@@ -73,18 +71,10 @@ class TrainSettings(Settings):
     """Forward passes per optimizer step."""
     learning_rate: PerRound[float] = setting(2e-5, above=0, first=True)
     """Initial learning rate (after warm-up)."""
-    scale_lr: bool = False
-    """Multiply the learning rate by accumulation steps x batch size x processes."""
     lr_scheduler: Scheduler = "constant_with_warmup"
-    """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
-    lr_warmup_steps: PerRound[int] = setting(0, minimum=0)
-    """Optimizer steps of warm-up in each round."""
-    lr_warmup_ratio: float = setting(0.0, minimum=0, maximum=1)
-    """Share of a round's steps that are warm-up, in [0, 1], where --lr_warmup_steps is 0."""
-    lr_num_cycles: int = setting(1, minimum=1)
-    """Restarts of cosine_with_restarts."""
-    lr_power: float = setting(1.0, minimum=0)
-    """Power of the polynomial schedule."""
+    """How the rate goes on after warm-up: to 0 in a line or half a cosine, or not at all."""
+    lr_warmup_steps: PerRound[int | float] = setting(0, minimum=0)
+    """Optimizer steps of warm-up in each round; below 1 the share of the round's steps, 0.1 say."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
     """adamw_8bit needs the extra `8bit`; rmsprop and sgd have no momentum."""
     adam_beta1: float = setting(0.9, minimum=0, below=1)
@@ -93,8 +83,6 @@ class TrainSettings(Settings):
     """Second moment's decay."""
     adam_weight_decay: float = setting(1e-2, minimum=0)
     """Decoupled weight decay."""
-    adam_epsilon: float = setting(1e-8, above=0)
-    """Added to the root of the second moment."""
     max_grad_norm: float = setting(1.0, minimum=0)
     """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
     use_ema: bool = False
@@ -132,9 +120,10 @@ class TrainSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rates = self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
-        if self.lr_scheduler == "polynomial" and min(rates) <= POLYNOMIAL_END:
-            raise InputError(f"--learning_rate {min(rates)} must be above {POLYNOMIAL_END}, where polynomial ends")
+        warmups = self.lr_warmup_steps if isinstance(self.lr_warmup_steps, list) else [self.lr_warmup_steps]
+        for steps in warmups:
+            if steps >= 1 and steps != int(steps):
+                raise InputError(f"--lr_warmup_steps {steps} must be a whole number of steps, or a share below 1")
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
 
@@ -151,7 +140,8 @@ def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int)
         epochs = of_round(settings.num_train_epochs, round_)
         assert epochs is not None, "the configuration checks that one of the two is given"
         steps = max(1, math.ceil(epochs * pairs / pairs_per_step(settings, world)))
-    return steps, of_round(settings.lr_warmup_steps, round_) or round(settings.lr_warmup_ratio * steps)
+    warmup = of_round(settings.lr_warmup_steps, round_)
+    return steps, round(warmup * steps) if warmup < 1 else int(warmup)
 
 
 def pairs_per_step(settings: TrainSettings, world: int) -> int:

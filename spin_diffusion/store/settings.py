@@ -12,7 +12,8 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, Union, cast
+from types import NoneType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 from spin_diffusion.store.input_error import InputError
 
@@ -137,8 +138,8 @@ def per_round(section: type) -> set[str]:
 
 
 def _has_list_of_itself(type_: Any) -> bool:
-    parts = getattr(type_, "__args__", ())
-    return any(list[part] in parts for part in parts)
+    parts = [get_origin(part) is list for part in get_args(type_) if part is not NoneType]
+    return any(parts) and not all(parts)
 
 
 def harmless(sections: Any) -> set[str]:

@@ -116,10 +116,25 @@ def test_the_held_out_likelihood_is_the_plain_one(settings, tmp_path):
     assert said["low"] < said["value"] < said["high"]
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_run_starts_from_the_last_player_of_another(adapter, settings, tmp_path):
+    settings |= {"rounds": 1, "use_lora": adapter, "rank": 4}
+    first, second, saved = tmp_path / "out", tmp_path / "second", "adapter" if adapter else "model"
+    assert play(tmp_path, settings) == 0
+    argv = ["--continue_from", str(first), "--output_dir", str(second), "--objective", "spin"]
+    assert play(tmp_path, settings, *argv) == 0
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    assert file_hash(second / "start" / saved / name) == file_hash(first / saved / name)
+    assert file_hash(second / saved / name) != file_hash(first / saved / name)
+    records = [read_json(run / "round-1" / "round.json") for run in (first, second)]
+    assert records[0]["opponent"]["members"][0]["hash"] != records[1]["opponent"]["members"][0]["hash"]
+    assert read_json(second / "base" / "held_out.json") == read_json(first / "base" / "held_out.json")
+
+
 def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
     from peft import PeftModel
 
-    assert play(tmp_path, settings | {"rounds": 1, "use_peft": True, "lora_r": 4}) == 0
+    assert play(tmp_path, settings | {"rounds": 1, "use_lora": True, "rank": 4}) == 0
     base = AutoModelForCausalLM.from_pretrained(LANGUAGE / "base")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert not (tmp_path / "out" / "model").exists()
@@ -149,7 +164,7 @@ def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
         (["--train_batch_size", "64"], ["48 pairs", "64"]),
         (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
         (["--objective", "dpo"], ["dpo"]),
-        (["--use_peft", "--lora_target_modules", "[nowhere]"], ["--lora_target_modules", "nowhere"]),
+        (["--use_lora", "--lora_target_modules", "[nowhere]"], ["--lora_target_modules", "nowhere"]),
         (["--lm_eval_tasks", "gsm8k"], ["spin-diffusion[lm-eval]"]),
         (["--stop_when_learnt", "--num_held_out", "0", "--held_out_dataset_name", "null"], ["--stop_when_learnt"]),
     ],

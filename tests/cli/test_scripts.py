@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.runs.start import round_lines
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.folder import MARKER, release, take_folder
-from spin_diffusion.store.run_dir import file_hash, read_json
+from spin_diffusion.store.run_dir import file_hash, read_json, weights_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,7 +165,7 @@ def test_a_tracker_that_is_not_installed_is_refused(settings, tmp_path, capsys, 
 
 
 def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys):
-    settings |= {"rounds": 2, "matrix_flops_per_second": 1e12}
+    settings |= {"rounds": 2}
     assert play(tmp_path, settings, script="plan.py") == 0
     printed = capsys.readouterr().out
     assert "Time" in printed and "for 24 real samples on 1 process" in printed
@@ -251,11 +252,11 @@ def test_promotion_by_a_scorer_that_cannot_run_is_refused_before_any_round(setti
 
 
 def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys, request):
-    argv = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret"]
+    argv = ["--push_to_hub", "--hub_model_id", "someone/some-model"]
     refused(
         capsys, play(tmp_path, settings, *argv), "--push_to_hub", "someone/some-model", "run the same command again"
     )
-    assert (tmp_path / "out" / "unet").is_dir() and "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()
+    assert (tmp_path / "out" / "unet").is_dir()
     hub = request.getfixturevalue("hub")
     assert play(tmp_path, settings, *argv) == 0
     assert "Uploaded to https://huggingface.co/someone/some-model" in capsys.readouterr().out
@@ -322,7 +323,7 @@ def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
         (["--max_train_steps", "[5, 0]"], ["--max_train_steps 0", "at least 1"]),
         (["--beta", "[1, -2]"], ["--beta -2", "above 0"]),
         (["--resolution", "30"], ["--resolution 30", "multiple of 8"]),
-        (["--jpeg_quality", "101"], ["--jpeg_quality 101", "1 and 100"]),
+        (["--jpeg_quality", "90"], ["unknown setting 'jpeg_quality'", "--image_format png"]),
         (["--winner_preserving_mu", "1"], ["--winner_preserving_mu 1", "below 1"]),
         (["--health", "{saturation: 2}"], ["--health saturation 2", "at most 1"]),
         (["--promote_if", "improved", "--scorers", "[]"], ["--promote_if improved", "--scorers"]),
@@ -387,6 +388,38 @@ def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
     assert (
         "What the rules of health said" in page and "rolled back to the round" in page and "--health distance" in page
     )
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(adapter, settings, tmp_path, capsys):
+    settings |= {"use_lora": adapter, "rank": 2, "rounds": 1, "compare_with": []}
+    first, second, saved = tmp_path / "out", tmp_path / "second", "lora" if adapter else "unet"
+    argv = ["--continue_from", str(first), "--output_dir", str(second), "--learning_rate", "3e-5"]
+    refused(capsys, play(tmp_path, settings, *argv), "--continue_from", "there is no run")
+    assert play(tmp_path, settings) == 0
+    refused(capsys, play(tmp_path, settings, *argv, "--rank", "3", "--use_lora"), "of another base or kind", "-> 3")
+    refused(capsys, play(tmp_path, settings, "--continue_from", str(first)), "is the --output_dir")
+    assert not second.exists()
+    assert play(tmp_path, settings, *argv) == 0
+    [weights] = [path.name for path in (first / saved).glob("*.safetensors")]
+    assert file_hash(second / "start" / saved / weights) == file_hash(first / saved / weights)
+    assert file_hash(second / saved / weights) != file_hash(first / saved / weights)
+    # Round 1 was played by that player, and the pictures of the base were not drawn again
+    played = [read_json(run / "round-1" / "round.json")["opponent"]["members"][0]["hash"] for run in (first, second)]
+    assert played[0] != played[1]
+    if not adapter:
+        assert played[1] == weights_hash(UNet2DConditionModel.from_pretrained(first / "unet"))
+    pictures = [path.relative_to(first) for path in (first / "base").rglob("*.png")]
+    assert pictures
+    assert all((first / path).stat().st_mtime_ns == (second / path).stat().st_mtime_ns for path in pictures)
+    assert read_json(second / "manifest.json")["continued_from"]["run"] == str(first)
+    # It needs the other run no more, and is one that started there
+    shutil.rmtree(first)
+    before = file_hash(second / saved / weights)
+    assert play(tmp_path, settings, *argv) == 0 and file_hash(second / saved / weights) == before
+    refused(capsys, play(tmp_path, settings, *argv[2:]), "other settings", "continue_from")
+    shutil.copy(second / saved / weights, second / "start" / saved / weights)
+    refused(capsys, play(tmp_path, settings, *argv), "is not the player that was copied from", "restore it")
 
 
 def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):

@@ -65,13 +65,13 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "peft"])
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "peft"])
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_as_base_is_played_with(kind, use_peft, tmp_path):
+def test_an_adapter_as_base_is_played_with(kind, use_lora, tmp_path):
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | ADAPTERS[kind]))
     folder = adapter(tmp_path / "sft", config)
     with_it = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), folder)
-    ours, right = scores(make_game(base=folder, use_peft=use_peft), with_it)
+    ours, right = scores(make_game(base=folder, use_lora=use_lora), with_it)
     _, without = scores(make_game(), AutoModelForCausalLM.from_pretrained(BASE))
     assert ours == pytest.approx(right, abs=1e-3) and abs(ours - without) > 0.02
 
@@ -88,12 +88,12 @@ def test_adapters_on_adapters_are_merged_from_below(tmp_path):
     assert said["adapters"][1]["sha256"] == file_hash(first / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "peft"])
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "peft"])
 def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
-    use_peft, settings, tmp_path, capsys  # noqa: F811
+    use_lora, settings, tmp_path, capsys  # noqa: F811
 ):  # fmt: skip
     folder = adapter(tmp_path / "sft")
-    settings |= {"model_name_or_path": str(folder), "rounds": 1, "use_peft": use_peft}
+    settings |= {"model_name_or_path": str(folder), "rounds": 1, "use_lora": use_lora}
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
     said = read_json(out / "manifest.json")["base"]
@@ -104,7 +104,7 @@ def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
     found: dict = {}
     exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
     # What was saved is a base itself: the player, whatever it lies on
-    again, _ = load_language_model(str(out / ("adapter" if use_peft else "model")), {})
+    again, _ = load_language_model(str(out / ("adapter" if use_lora else "model")), {})
     ids = torch.tensor([[1, 5, 6, 7, 8]])
     with torch.no_grad():
         logits = [model.eval()(input_ids=ids).logits for model in (printed, found["model"], again)]

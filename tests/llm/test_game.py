@@ -32,16 +32,16 @@ def batch_of(game, count: int = 6, copies: int = 1) -> Batch:
 
 
 @pytest.fixture(params=[False, True], ids=["full", "lora"])
-def use_peft(request):
+def use_lora(request):
     return request.param
 
 
-def test_it_is_a_game(use_peft):
-    assert isinstance(make_game(use_peft=use_peft), Game)
+def test_it_is_a_game(use_lora):
+    assert isinstance(make_game(use_lora=use_lora), Game)
 
 
-def test_at_step_0_every_r_is_0(use_peft):
-    game = make_game(use_peft=use_peft)
+def test_at_step_0_every_r_is_0(use_lora):
+    game = make_game(use_lora=use_lora)
     scores = game.scores(game.player, batch_of(game)).scores
     assert scores.r_real.abs().max() < 1e-4 and scores.r_generated.abs().max() < 1e-4
     assert spin(scores).mean().item() == pytest.approx(math.log(2), abs=1e-4)
@@ -76,8 +76,8 @@ def test_sides_are_not_swapped():
     assert scores.r_real.mean() > 0.5 and scores.r_real.mean() > scores.r_generated.mean()
 
 
-def test_scores_do_not_depend_on_what_they_are_batched_with(use_peft):
-    game = make_game(use_peft=use_peft)
+def test_scores_do_not_depend_on_what_they_are_batched_with(use_lora):
+    game = make_game(use_lora=use_lora)
     batch = batch_of(game)
     together = game.scores(game.player, batch).scores
     for place in range(len(batch.ids)):
@@ -122,7 +122,7 @@ def test_the_opponent_is_needed_only_until_the_player_is_trained():
 
 
 def test_the_opponents_adapter_is_a_copy_that_does_not_move():
-    game = make_game(use_peft=True)
+    game = make_game(use_lora=True)
     batch = batch_of(game)
     before = game.opponent_hash()
     trained = [p for p in game.player.parameters() if p.requires_grad]
@@ -156,23 +156,23 @@ def test_dropout_is_off_in_training_mode_too():
     assert game.scores(game.player, batch).scores.r_real.abs().max() < 1e-4
 
 
-def test_recomputed_activations_give_the_same_gradient(use_peft):
+def test_recomputed_activations_give_the_same_gradient(use_lora):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        game = make_game(checkpointing=checkpointing, use_peft=use_peft)
+        game = make_game(checkpointing=checkpointing, use_lora=use_lora)
         space(game.scores(game.player, batch_of(game)).scores).mean().backward()
         gradients.append([p.grad.clone() for p in game.player.parameters() if p.requires_grad and p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
 
 
-def test_what_is_saved_loads_as_users_load_it(use_peft, tmp_path):
+def test_what_is_saved_loads_as_users_load_it(use_lora, tmp_path):
     torch.manual_seed(0)
-    game = make_game(use_peft=use_peft)
+    game = make_game(use_lora=use_lora)
     play_all(tmp_path, game=game, rounds=1)
-    folder = tmp_path / (ADAPTER if use_peft else MODEL)
-    if use_peft:
+    folder = tmp_path / (ADAPTER if use_lora else MODEL)
+    if use_lora:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(LANGUAGE / "base"), folder)
         assert set(load_file(folder / "adapter_model.safetensors")) == {
             name for name in load_file(folder / "adapter_model.safetensors") if PLAYER not in name
@@ -185,9 +185,9 @@ def test_what_is_saved_loads_as_users_load_it(use_peft, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).chat_template == game.tokenizer.chat_template
 
 
-def test_restoring_puts_the_weights_into_the_same_parameters(use_peft, tmp_path):
+def test_restoring_puts_the_weights_into_the_same_parameters(use_lora, tmp_path):
     torch.manual_seed(0)
-    game = make_game(use_peft=use_peft)
+    game = make_game(use_lora=use_lora)
     base, parameters = game.player_hash(), [id(p) for p in game.player.parameters()]
     play_all(tmp_path, game=game, rounds=1)
     trained = game.player_hash()
@@ -205,7 +205,7 @@ def test_bfloat16_starts_at_0_too():
 
 
 def test_the_base_is_not_changed_by_a_game_with_adapters(tmp_path):
-    game = make_game(use_peft=True)
+    game = make_game(use_lora=True)
     before = weights_hash(copy.deepcopy(game.model.get_base_model().model.embed_tokens))
     play_all(tmp_path, TRAINING, game, rounds=1)
     assert weights_hash(game.model.get_base_model().model.embed_tokens) == before

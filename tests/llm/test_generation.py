@@ -212,12 +212,12 @@ def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(vllm):
 @pytest.mark.parametrize(("rank", "largest"), [(4, 8), (16, 16), (48, 64)])
 def test_vllm_is_made_ready_for_the_adapters_rank(rank, largest, vllm):
     settings = GenerationSettings()
-    engine = Vllm("base", settings, end_ids=END, max_length=10, precision="bf16", adapter=Path("a"), lora_r=rank)
+    engine = Vllm("base", settings, end_ids=END, max_length=10, precision="bf16", adapter=Path("a"), rank=rank)
     assert (vllm["options"]["lora"], vllm["options"]["dtype"]) == (largest, "bfloat16")
     engine.draw([[1]], [0])
     assert vllm["request"] == ("opponent", 1, "a")
-    with pytest.raises(InputError, match="--lora_r 600"):
-        Vllm("base", settings, end_ids=END, max_length=10, adapter=Path("a"), lora_r=600)
+    with pytest.raises(InputError, match="--rank 600"):
+        Vllm("base", settings, end_ids=END, max_length=10, adapter=Path("a"), rank=600)
 
 
 def test_vllm_is_gone_before_the_player_is_trained(vllm):

@@ -143,9 +143,9 @@ def test_metrics_have_the_harness_interval_and_other_numbers_are_none():
     assert group["better"] == "none" and group["low"] is group["high"] is None, "4 of 4 are not all there will be"
 
 
-@pytest.mark.parametrize("use_peft", [False, True])
-def test_the_player_is_asked_and_left_as_it_was(use_peft, stand_in, folder):
-    game = make_game(precision="bf16", checkpointing=True, use_peft=use_peft)
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_player_is_asked_and_left_as_it_was(use_lora, stand_in, folder):
+    game = make_game(precision="bf16", checkpointing=True, use_lora=use_lora)
     pad = game.tokenizer.pad_token
     # Without the place in Python's own numbers, of which the checks of types take some
     states = random.getstate()[1][:-1], np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -153,7 +153,7 @@ def test_the_player_is_asked_and_left_as_it_was(use_peft, stand_in, folder):
     asked = stand_in.asked
     assert (asked["tasks"], asked["limit"], asked["chat"]) == (["toy_choice"], 3, True)
     harness = asked["model"]
-    assert harness.model is (game.model.get_base_model() if use_peft else game.model)
+    assert harness.model is (game.model.get_base_model() if use_lora else game.model)
     assert harness.mixed_precision_dtype == "bfloat16"
     # Neither the mode, nor the tokenizer, nor the generators may reach the next round
     assert all(module.training for module in game.model.modules()) and game.tokenizer.pad_token == pad

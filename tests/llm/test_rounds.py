@@ -111,7 +111,7 @@ def test_a_mixture_is_drawn_by_its_members_and_scored_by_its_own_density(tmp_pat
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_base_is_the_opponent_again_after_its_weights_were_trained(adapter, tmp_path):
-    game = make_game(use_peft=adapter)
+    game = make_game(use_lora=adapter)
     records = play_all(tmp_path, game=game, opponent="base")
     assert [record["opponent"]["round"] for record in records] == [0, 0]
     assert records[0]["opponent"]["hash"] == records[1]["opponent"]["hash"]

@@ -166,7 +166,7 @@ def drawn_with(engine: Vllm, asked: list[list[int]], **settings) -> list[Drawn]:
 
 def test_an_adapter_answers_as_peft_does(tmp_path):
     base = wide(tmp_path / "wide")
-    settings = {"use_peft": True, "lora_r": 4}
+    settings = {"use_lora": True, "rank": 4}
     game = game_of(base, {"engine": "vllm", "temperature": 0.0}, **settings)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in game.model.named_parameters():

@@ -96,9 +96,9 @@ def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     assert disk(settings, RATES, held) - disk(settings, RATES, SIZES) == 8 * 110 + 3 * (8 + 4) * 10 + 8 * 100
 
 
-@pytest.mark.parametrize("flags", [(), ("--num_generated", "2"), ("--objective", "sft"), ("--use_peft", "true")])
+@pytest.mark.parametrize("flags", [(), ("--num_generated", "2"), ("--objective", "sft"), ("--use_lora", "true")])
 def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(flags):
-    game = make_game(use_peft="--use_peft" in flags)
+    game = make_game(use_lora="--use_lora" in flags)
     player = [parameter for parameter in game.model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in player]
     rows = [game.real_row(example) for example in examples(3)]
@@ -143,5 +143,5 @@ def test_a_batch_that_does_not_fit_is_one_line(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(language_plan, "_probe", full)
-    with pytest.raises(InputError, match=r"20\.00 GiB.*lower --train_batch_size.*--use_peft"):
+    with pytest.raises(InputError, match=r"20\.00 GiB.*lower --train_batch_size.*--use_lora"):
         probe(config(), make_game(), [])

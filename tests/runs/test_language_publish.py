@@ -13,32 +13,31 @@ from spin_diffusion.runs.publish import write_card
 from tests.cli.test_language_script import play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE
 
-RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--hub_token", "hf_secret", "--rounds", "1"]
+RUN = ["--push_to_hub", "--hub_model_id", "someone/some-model", "--rounds", "1"]
 
 
-@pytest.mark.parametrize("use_peft", [False, True])
-def test_the_hub_gets_model_card_and_report_and_no_more(use_peft, hub, settings, tmp_path, capsys):  # noqa: F811
-    argv = [*RUN, "--use_peft", "true", "--lora_r", "4"] if use_peft else RUN
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_hub_gets_model_card_and_report_and_no_more(use_lora, hub, settings, tmp_path, capsys):  # noqa: F811
+    argv = [*RUN, "--use_lora", "true", "--rank", "4"] if use_lora else RUN
     assert play(tmp_path, settings, *argv) == 0
     assert "Uploaded to https://huggingface.co/someone/some-model" in capsys.readouterr().out
-    weights = "adapter_model.safetensors" if use_peft else "model.safetensors"
+    weights = "adapter_model.safetensors" if use_lora else "model.safetensors"
     names = {path.name for path in hub.rglob("*")}
     assert {weights, "tokenizer.json", "README.md", "config.yaml", "manifest.json", "report.html"} <= names
     assert not names & {"samples", "data", "round-1", "model", "adapter", "answers.parquet", "logs"}
-    assert "hf_secret" not in (hub / "config.yaml").read_text()
     # At the root, where transformers and PEFT look
     base = LANGUAGE / "base"
-    model = AutoModelForCausalLM.from_pretrained(base if use_peft else hub)
-    model = PeftModel.from_pretrained(model, hub) if use_peft else model
+    model = AutoModelForCausalLM.from_pretrained(base if use_lora else hub)
+    model = PeftModel.from_pretrained(model, hub) if use_lora else model
     assert AutoTokenizer.from_pretrained(hub).chat_template
     readme = ModelCard.load(hub / "README.md")
-    assert (readme.data.library_name, readme.data.pipeline_tag) == ("peft" if use_peft else "transformers",
+    assert (readme.data.library_name, readme.data.pipeline_tag) == ("peft" if use_lora else "transformers",
                                                                 "text-generation")  # fmt: skip
     text = readme.text
     for part in ("someone/some-model", "| answers | 48 from", "space, beta 1, 1 rounds", "| space round 1 |",
-                 "LoRA of rank 4" if use_peft else "all weights"):  # fmt: skip
+                 "LoRA of rank 4" if use_lora else "all weights"):  # fmt: skip
         assert part in text, part
-    assert ("PeftModel" in text) == use_peft and "guidance" not in text and "image" not in text
+    assert ("PeftModel" in text) == use_lora and "guidance" not in text and "image" not in text
 
 
 @pytest.mark.parametrize(
@@ -72,4 +71,3 @@ def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811
 def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):  # noqa: F811
     refused(capsys, play(tmp_path, settings, *RUN), "--push_to_hub", "someone/some-model", "run the same command again")
     assert (tmp_path / "out" / "model").is_dir() and (tmp_path / "out" / "README.md").is_file()
-    assert "hf_secret" not in (tmp_path / "out" / "config.yaml").read_text()

@@ -80,7 +80,7 @@ def test_the_verdict_is_the_headlines(scale):
     assert _verdict(None) == ""
 
 
-@pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_peft", "true"), "adapter")])
+@pytest.mark.parametrize(("flags", "folder"), [((), "model"), (("--use_lora", "true"), "adapter")])
 def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, folder, tmp_path):
     def card(*more: str) -> str:
         settings = ["--model_name_or_path", "base", "--dataset_name", "a.jsonl", "--max_train_steps", "4"]

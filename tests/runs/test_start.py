@@ -22,8 +22,8 @@ def test_a_setting_is_changed_whichever_side_knows_it():
 def test_no_setting_of_the_game_itself_is_harmless():
     names = {name: harmless([section]) for name, section in config.SECTIONS.items() if harmless([section])}
     assert names.pop("run") == {
-        "output_dir", "logging_dir", "report_to", "tracker_project_name", "matrix_flops_per_second", "push_to_hub",
-        "hub_model_id", "hub_token", "debug",
+        "output_dir", "report_to", "tracker_project_name", "push_to_hub",
+        "hub_model_id", "debug",
     }  # fmt: skip
     assert names.pop("training") == {
         "checkpointing_steps", "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint",
@@ -97,6 +97,18 @@ def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(t
     with pytest.raises(InputError, match="holds a run with other settings"):
         begin("1")
     assert len(prepared()) == 3
+
+
+def test_a_run_that_another_version_began_is_refused_in_one_line(tmp_path):
+    out = tmp_path / "out"
+    given = config.parse_config(["--pretrained_model_name_or_path", "base"])
+    take_run_folder(given, out, "image training", Accelerator(cpu=True))
+    write_json(out / "manifest.json", {})
+    check_run_folder(given, out, "image training")
+    before = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(before.replace("\nhealth:", "\nstop_at_saturation: 0.5\nold:"))
+    with pytest.raises(InputError, match="a run that another version began .its config.yaml has old, stop_at_satur"):
+        check_run_folder(given, out, "image training")
 
 
 def test_shared_encodings_lie_in_a_folder_of_their_own(tmp_path):

@@ -22,7 +22,6 @@ from spin_diffusion.selfplay.objectives import (
     spin,
     sspo,
     with_anchor,
-    without_margin,
 )
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
@@ -190,17 +189,6 @@ def test_dro_ranks_errors_without_a_sigmoid():
 def test_the_anchor_adds_the_real_sides_loss():
     s = scores()
     assert torch.allclose(with_anchor(spin, 3.0)(s), spin(s) - 3.0 * s.player_real)
-
-
-def test_without_its_margin_a_pair_is_about_its_real_side():
-    s = scores(4)
-    real, generated = s.player_real.requires_grad_(), s.player_generated.requires_grad_()
-    dropped = torch.tensor([True, False, True, False])
-    losses = spin(without_margin(s, dropped))
-    assert torch.allclose(losses[dropped], torch.nn.functional.softplus(-s.r_real[dropped]))
-    assert torch.equal(losses[~dropped], spin(s)[~dropped])
-    losses.sum().backward()
-    assert (generated.grad[dropped] == 0).all() and (generated.grad[~dropped] > 0).all() and (real.grad < 0).all()
 
 
 def test_options_are_those_of_the_objectives_that_are_played():

@@ -47,16 +47,15 @@ def test_every_opponent_that_can_be_named_has_its_rule():
 
 
 def test_rules_name_the_selves_and_their_shares():
-    assert OPPONENTS["latest"]([1, 2], None) == {2: 1.0} and OPPONENTS["latest"]([], None) == {0: 1.0}
-    assert OPPONENTS["base"]([1, 2], None) == {0: 1.0}
-    assert OPPONENTS["last_two"]([1, 3], None) == {1: 0.5, 3: 0.5}
-    assert pool([1, 2], None) == pytest.approx({2: 1 / 3, 1: 1 / 3, 0: 1 / 3})
+    assert OPPONENTS["latest"]([1, 2]) == {2: 1.0} and OPPONENTS["latest"]([]) == {0: 1.0}
+    assert OPPONENTS["base"]([1, 2]) == {0: 1.0}
+    assert OPPONENTS["last_two"]([1, 3]) == {1: 0.5, 3: 0.5}
+    assert pool([1, 2]) == pytest.approx({2: 1 / 3, 1: 1 / 3, 0: 1 / 3})
     assert pool([], [2.0]) == {0: 1.0}
 
 
-def test_a_pools_weights_go_from_the_newest_on_and_the_last_repeats():
-    assert pool([1, 2, 4], [2.0, 1.0]) == pytest.approx({4: 0.4, 2: 0.2, 1: 0.2, 0: 0.2})
-    assert pool([1, 2, 4], [1.0, 1.0, 0.0]) == pytest.approx({4: 0.5, 2: 0.5})
+def test_a_pool_is_all_earlier_selves_alike():
+    assert pool([1, 2, 4]) == {0: 0.25, 1: 0.25, 2: 0.25, 4: 0.25}
 
 
 def test_a_mixtures_score_is_the_logarithm_of_its_density():
@@ -66,7 +65,7 @@ def test_a_mixtures_score_is_the_logarithm_of_its_density():
 
 
 def test_each_sample_of_a_pool_says_who_drew_it(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, rounds=3, opponent="pool", pool_weights=[1.0, 1.0])
+    records = play_all(sdxl_dir, tmp_path, rounds=3, opponent="pool")
     members = records[2]["opponent"]["members"]
     assert [found["round"] for found in members] == [0, 1, 2]
     known = {found["hash"] for found in members}
@@ -183,22 +182,13 @@ def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_d
     assert runs[0] == runs[1]
 
 
-def test_the_anchored_loss_and_the_dropped_margins_are_what_is_trained(sdxl_dir, tmp_path):
+def test_the_anchored_loss_is_what_is_trained(sdxl_dir, tmp_path):
     first = replace(TRAINING, max_train_steps=1)
     plain = play_all(sdxl_dir, tmp_path / "plain", first, rounds=1)
     anchored = play_all(sdxl_dir, tmp_path / "anchored", first, rounds=1, sft_weight=0.5)
     score = entries(tmp_path / "plain" / "round-1")[0]["score_real"]
     difference = anchored[0]["training"]["loss"] - plain[0]["training"]["loss"]
     assert difference == pytest.approx(-0.5 * 2000.0 * score, rel=1e-5)
-
-    play_all(sdxl_dir, tmp_path / "dropped", TRAINING, rounds=1, margin_dropout=0.999999)
-    play_all(sdxl_dir, tmp_path / "kept", TRAINING, rounds=1)
-    logged = {run: entries(tmp_path / run / "round-1")[-1] for run in ("dropped", "kept")}
-    # With no generated side the loss is that of the real side alone, while both sides are still watched
-    expected = torch.nn.functional.softplus(torch.tensor(-2000.0 * logged["dropped"]["r_real"])).item()
-    assert logged["dropped"]["loss"] == pytest.approx(expected, abs=0.05)
-    assert logged["dropped"]["r_generated"] != 0
-    assert logged["dropped"]["r_real"] > logged["kept"]["r_real"]
 
 
 def test_a_rival_can_take_its_generated_side_from_the_data(sdxl_dir, tmp_path):

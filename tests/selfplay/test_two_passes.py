@@ -28,7 +28,7 @@ class OneBatch(Pairs):
         return self.given
 
 
-def gradient(base, objective: str, two_passes: bool, copies: int = 1, margin_dropout: float = 0.0, **denoiser):
+def gradient(base, objective: str, two_passes: bool, copies: int = 1, **denoiser):
     """Of one step: the gradient on the player, what was logged, and the rows of each pass that kept activations."""
     game = make_game(base, proportion_empty_prompts=0.4, **denoiser)
     nudge(game.player, 0.01)
@@ -39,7 +39,7 @@ def gradient(base, objective: str, two_passes: bool, copies: int = 1, margin_dro
         batch = replace(batch, generated=more)
     settings = replace(TRAINING, two_passes=two_passes, max_grad_norm=0.0)
     loss = bind(objective, beta=50.0, mu=float(copies))
-    plan = RoundPlan("", 1, 0, 1, 1e-3, 0, 50.0, loss, False, margin_dropout)
+    plan = RoundPlan("", 1, 0, 1, 1e-3, 0, 50.0, loss, False)
     rows: list[int] = []
     game.player.register_forward_pre_hook(
         lambda module, inputs: rows.append(len(inputs[0])) if torch.is_grad_enabled() else None
@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_one_pass(objective, sdxl_dir):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"copies": 3}, {"winner_preserving_mu": 0.3}, {"margin_dropout": 0.5}, {"snr_gamma": 5.0}],
+    [{"copies": 3}, {"winner_preserving_mu": 0.3}, {"snr_gamma": 5.0}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_so_it_is_with_all_that_weighs_the_sides(settings, sdxl_dir):
