@@ -34,7 +34,7 @@ from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
-from spin_diffusion.selfplay.record import FINAL, read_record, replay
+from spin_diffusion.selfplay.record import FINAL, find_record, read_record, replay
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
@@ -336,8 +336,9 @@ def _view_key(task: Task, view: View) -> str:
 
 def _saved(run_: Path, round_: int) -> dict[str, str]:
     """SHA-256 of the files of a round's player, by their names in the run's folder, as its record has them."""
-    files = read_record(run_ / f"round-{round_}").get("files", {})
-    return {name: digest for name, digest in files.items() if Path(name).parent.name in ("unet", "lora")}
+    record = find_record(run_ / f"round-{round_}")
+    files = record["files"].items() if record is not None else ()
+    return {name: digest for name, digest in files if Path(name).parent.name in ("unet", "lora")}
 
 
 def _is_scored(task: Task, view: View) -> bool:

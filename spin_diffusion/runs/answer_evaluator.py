@@ -8,13 +8,10 @@ from typing import Any
 from spin_diffusion.data.report import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.evaluation.answer_results import conclude_answers
-from spin_diffusion.evaluation.protocols import answer_protocol
-from spin_diffusion.samples.requests import requests_of
-from spin_diffusion.samples.answers import are_answered, draw_answers
-from spin_diffusion.evaluation.judging import are_judged, judge_answers, read_judge
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.protocols import precision_of
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
+from spin_diffusion.evaluation.judging import are_judged, judge_answers, read_judge
+from spin_diffusion.evaluation.protocols import answer_protocol, precision_of
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
@@ -23,6 +20,8 @@ from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.runs.page import read_for_page
+from spin_diffusion.samples.answers import are_answered, draw_answers
+from spin_diffusion.samples.requests import requests_of
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.input_error import InputError

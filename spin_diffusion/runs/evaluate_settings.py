@@ -72,5 +72,3 @@ class EvaluateSettings(Settings):
 def parse_settings(argv: Sequence[str]) -> EvaluateSettings:
     """The settings on the command line over those of `--config` over the defaults."""
     return parse_sections({"evaluate": EvaluateSettings}, argv, listed=("models", "scorers"))["evaluate"]
-
-

@@ -15,11 +15,10 @@ from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
-from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.one_round import EVALUATION
-from spin_diffusion.selfplay.record import FINAL, read_record
 from spin_diffusion.samples.stored_pairs import Column
-from spin_diffusion.selfplay.table import Evaluate, Judgement
+from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.one_round import Evaluate, Judgement
+from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import AGAIN, file_hashes, read_json, write_file, write_json
 
@@ -157,8 +156,8 @@ class RunEvaluator:
 
     def _was_evaluated(self, directory: Path) -> bool:
         """Whether a round's evaluation is behind it."""
-        record = read_record(directory) if (directory / EVALUATION).is_dir() else {}
-        return record.get("state") in ("EVALUATED", *FINAL)
+        record = find_record(directory) if (directory / EVALUATION).is_dir() else None
+        return record is not None and has_reached(record, "EVALUATED")
 
     def _score_again(self, models: Sequence[EvaluatedModel]) -> None:
         """Score those of the models whose scores are by other scorers than are there now."""

@@ -10,13 +10,13 @@ from PIL import Image
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.protocols import precision_of, protocol_of
-from spin_diffusion.samples.pictures import are_drawn, draw_pictures, folder_of
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.prompt_sets import PromptSet
+from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import ScoredFolder, is_scored, read_scorer, score_pictures
+from spin_diffusion.samples.pictures import are_drawn, draw_pictures, folder_of
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.reading import Example, read_examples
 from spin_diffusion.data.report import ReadReport
-from spin_diffusion.data.reading import read_examples
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
@@ -32,13 +31,14 @@ from spin_diffusion.runs.image_plan import make_plan, settle_draws
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.run import plan_run, play_run
+from spin_diffusion.samples.real import DataManifest, prepare
+from spin_diffusion.samples.sample import ENCODED
+from spin_diffusion.samples.shards import Part
+from spin_diffusion.samples.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.ledger import Costs, matrix_rate
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
-from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.selfplay.sharded import wants_shards
-from spin_diffusion.samples.shards import ENCODED, Part
-from spin_diffusion.samples.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

@@ -25,11 +25,11 @@ from spin_diffusion.runs.language_plan import FIRST_ROWS, make_plan
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import plan_run, play_run
+from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.one_round import HELD_OUT
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of
-from spin_diffusion.samples.real import DataManifest, prepare
+from spin_diffusion.selfplay.record import HELD_OUT
+from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.opening import read_bytes

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from spin_diffusion.runs.config import AnyConfig, rivals
 from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.record import FINAL, read_record
+from spin_diffusion.selfplay.record import FINAL, find_record
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import Damaged, read_json, read_json_lines
@@ -89,13 +89,14 @@ def _curve(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
 
 def _events(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
     """What the rules of health said of a round."""
-    training = read_record(folder).get("training", {})
-    ended = training.get("ended_by") or {}
+    record = find_record(folder)
+    if record is None or "training" not in record:
+        return []
+    ended = record["training"]["ended_by"]
+    kept_step = {ended["rule"]: ended["kept_step"]} if ended is not None else {}
     return [
-        {"model": name, "round": k}
-        | event
-        | {"weights_from_step": ended["kept_step"] if event["rule"] == ended.get("rule") else None}
-        for event in training.get("health", [])
+        {"model": name, "round": k, **event, "weights_from_step": kept_step.get(event["rule"])}
+        for event in record["training"]["health"]
     ]
 
 
@@ -108,7 +109,9 @@ def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
     entries = []
     for name, folder in run_folders(config, output_dir).items():
         for k in range(1, config.rounds.rounds + 1):
-            record = read_record(folder / f"round-{k}")
+            record = find_record(folder / f"round-{k}")
+            if record is None:
+                continue
             predicted = planned.get(k, {}) if folder == output_dir else {}
             for phase in COUNTED:
                 measured = record.get("ledger", {}).get(phase)
@@ -119,8 +122,8 @@ def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
                         "predicted_disk_bytes": plan["disk_bytes"],
                     }
                     entries.append({"model": name, "round": k, "phase": phase} | prediction | measured)
-            if record.get("state") in FINAL:
-                overhead = sum(seconds for phase, seconds in record.get("seconds", {}).items() if phase not in COUNTED)
+            if record["state"] in FINAL:
+                overhead = sum(seconds for phase, seconds in record["seconds"].items() if phase not in COUNTED)
                 entries.append({"model": name, "round": k, "phase": "overhead", "seconds": overhead} | _OVERHEAD)
     return entries
 
@@ -133,7 +136,9 @@ def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
         rounds.append((name, None, folder / f"round-{last}"))
     entries = []
     for name, k, folder in rounds:
-        record = read_record(folder)
+        record = find_record(folder)
+        if record is None:
+            continue
         auc = record.get("shortcut", {}).get("auc", {})
         measured = {"held_out_gap": ("held-out gap, loss at r = 0 minus loss", record.get("held_out_gap"))}
         for key, what in _SHORTCUTS.items():

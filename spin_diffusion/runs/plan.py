@@ -15,10 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.fused import Fused
-from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.ledger import wait_for
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of

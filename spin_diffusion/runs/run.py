@@ -27,12 +27,12 @@ from spin_diffusion.runs.start import (
     write_manifest,
 )
 from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
+from spin_diffusion.selfplay.one_round import Probe
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.samples.real import DataManifest
-from spin_diffusion.selfplay.table import Probe
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.folder import take_folder

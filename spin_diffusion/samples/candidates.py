@@ -21,8 +21,6 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.run_dir import file_hash, read_rows, seed_from
 
-CHOICES = "choices"
-
 Judge = Callable[[list[Row]], list[float]]
 """Stored samples -> one finite score each, larger = better. The same rows must get the same scores."""
 

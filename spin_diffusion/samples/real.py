@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
-from spin_diffusion.samples.sample import Row
-from spin_diffusion.samples.shards import ENCODED, Encoder, encode_shards, rows_in, shards
+from spin_diffusion.samples.sample import ENCODED, Row
+from spin_diffusion.samples.shards import Encoder, encode_shards, rows_in, shards
 from spin_diffusion.store.folder import make_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

@@ -1,14 +1,17 @@
 """One stored sample, and a batch of pairs of them as training sees it."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Row = dict[str, Any]
 """One stored sample: always with `id` and `prompt`, the rest is the game's."""
 
+CHOICES, ENCODED = "choices", "encoded"
+"""Folders beside one of samples: which of several candidates make the pairs, and the tensors that scoring needs."""
 KEPT = "kept"
 """Key of a row that `Game.generate` returns: tensors by name, for the training of this round alone."""
 
@@ -72,3 +75,10 @@ class Batch:
         )
         condition = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in self.condition.items()}
         return Batch(ids, prompts, real, generated, seeds, condition)
+
+
+def of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:
+    """The tensors of one side by their names without the prefix."""
+    if prefix:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return {name: t for name, t in tensors.items() if not name.startswith("loser_")}

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -11,13 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spin_diffusion.samples.pairs import Pairs
-from spin_diffusion.samples.sample import Batch
+from spin_diffusion.samples.sample import Batch, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.build import Made, Piece, build_together
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.run_dir import file_hash, is_built, read_tensors, write_tensors
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -153,10 +151,3 @@ def mix_scores(sources: dict[Path, float], target: Path, opponent: str, accelera
 def mixture_score(scores: Float[Tensor, "members rows"], weights: Float[Tensor, " members"]) -> Float[Tensor, " rows"]:
     """log of the mixture's density: log sum_k w_k exp(score_k), of log-likelihoods."""
     return torch.logsumexp(scores + weights.log()[:, None], dim=0)
-
-
-def of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:
-    """The tensors of one side by their names without the prefix."""
-    if prefix:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return {name: t for name, t in tensors.items() if not name.startswith("loser_")}

@@ -25,9 +25,6 @@ from spin_diffusion.store.run_dir import (
     write_tensors,
 )
 
-ENCODED = "encoded"
-"""Folder of the tensors that scoring needs of the samples beside it."""
-
 
 @runtime_checkable
 class Encoder(Protocol):

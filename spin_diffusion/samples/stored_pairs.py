@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spin_diffusion.samples.pairs import Pairs
-from spin_diffusion.samples.sample import CONDITION, KIND
-from spin_diffusion.samples.scores import of_side
+from spin_diffusion.samples.sample import CONDITION, KIND, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import read_rows

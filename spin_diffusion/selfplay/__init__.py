@@ -2,7 +2,8 @@
 
 Nothing here knows which modality it serves, and nothing here imports another room. In the order of a round:
 
-rounds          all rounds of a run; one_round: the states of one; table: what they share; round_settings
+rounds          all rounds of a run; round_settings; states: one function for each state of a round
+one_round       what the states are given; journal, record: what they leave in round.json
 opponents       which earlier self draws, and is the anchor of the scores
 game            pairs -> four scores each, by the modality
 objectives      four scores -> loss

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.record import replay
+from spin_diffusion.selfplay.record import AnchorRecord, replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.folder import make_folder
 from spin_diffusion.store.input_error import InputError
@@ -41,7 +41,7 @@ class _State(TypedDict):
     lr: float
     ema_steps: int
     history: list[dict[str, Any]]
-    anchors: list[dict[str, Any]]
+    anchors: list[AnchorRecord]
 
 
 class Checkpoints:
@@ -57,7 +57,7 @@ class Checkpoints:
         self.global_batch = global_batch
         self.game, self.accelerator = trainee.game, trainee.accelerator
 
-    def save(self, step: int, history: list[dict[str, Any]], anchors: list[dict[str, Any]]) -> None:
+    def save(self, step: int, history: list[dict[str, Any]], anchors: list[AnchorRecord]) -> None:
         """Write checkpoint `step` with what the log and the anchors are by now, in place of the oldest."""
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
@@ -89,7 +89,7 @@ class Checkpoints:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+    def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[AnchorRecord]]:
         """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors.
 
         Where the newest is wanted and is not what was written, the one before it is taken, which is said.

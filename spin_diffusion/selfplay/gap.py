@@ -6,7 +6,6 @@ this opponent cannot be told from the data any more, or that the round only lear
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.pair_scores import PairScores
+from spin_diffusion.selfplay.record import GapRecord
 
 
 def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, float | None]:
@@ -42,7 +42,7 @@ def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, 
 @torch.no_grad()
 def held_out_gap(
     game: Game, pairs: Pairs, loss: Loss, batch_size: int, seed: int, round_: int, accelerator: Accelerator
-) -> dict[str, Any]:
+) -> GapRecord:
     """Mean of loss(r = 0) - loss over held-out samples, in the loss's unit, with its 95 % t-interval over prompts.
 
     Args:
@@ -67,19 +67,23 @@ def held_out_gap(
     rows = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
     of_place = {place: prompt for _, part in gathered for place, prompt in part.items()}
     gaps, r_real, r_generated = zip(*rows.values(), strict=True)
-    return clustered_mean(gaps, [of_place[place] for place in rows]) | {
+    mean = clustered_mean(gaps, [of_place[place] for place in rows])
+    return {
+        "mean": mean["mean"],
+        "low": mean["low"],
+        "high": mean["high"],
         "r_real": sum(r_real) / len(gaps),
         "r_generated": sum(r_generated) / len(gaps),
         "num_samples": len(gaps),
     }
 
 
-def is_above_zero(gap: dict[str, Any]) -> bool:
+def is_above_zero(gap: GapRecord) -> bool:
     """Whether its interval is; where it has none, whether it is itself."""
     return (gap["mean"] if gap["low"] is None else gap["low"]) > 0
 
 
-def gap_text(gap: dict[str, Any]) -> str:
+def gap_text(gap: GapRecord) -> str:
     """The gap with its interval, or why it has none."""
     if gap["low"] is None:
         return f"{gap['mean']:+.4f} (no interval: its prompts are one, or all alike)"

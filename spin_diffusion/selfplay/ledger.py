@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from spin_diffusion.selfplay.record import LedgerEntry
+
 COUNTED = ("generated", "cached", "probed", "trained", "evaluated")
 """Phases that do a round's work; the rest of its time is overhead."""
 
@@ -41,7 +43,7 @@ class Stopwatch:
 
     def entry(
         self, seconds: float, samples: int | None, flops: int | None, matrix_rate: float | None, run_dir: Path
-    ) -> dict[str, Any]:
+    ) -> LedgerEntry:
         """The ledger's entry of a phase that took so many seconds.
 
         Args:
@@ -49,11 +51,6 @@ class Stopwatch:
                 counted them.
             flops: of the samples of all processes.
             run_dir: the run's whole folder.
-
-        Returns:
-            seconds, samples (of all processes), samples_per_second, flops, matrix_share (in [0, 1], of all devices'
-            rate), peak_memory_bytes (of this process: torch's peak of the phase on a GPU, resident memory's peak so far
-            on a CPU), disk_bytes (that the run's folder holds now). None where it is not known.
         """
         rate = None if flops is None or not matrix_rate else flops / seconds / matrix_rate
         return {

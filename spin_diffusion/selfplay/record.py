@@ -1,69 +1,200 @@
 """A round's record, `round.json`: what each state of the round has left in it."""
 
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
-from spin_diffusion.store.run_dir import read_json
+from spin_diffusion.samples.sample import CHOICES, ENCODED, KEPT
+from spin_diffusion.store.run_dir import Damaged, read_json, write_json
 
-STATES = ("PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED")
-FINAL = ("PROMOTED", "REJECTED")
+State = Literal["PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED", "REJECTED"]
+STATES: tuple[State, ...] = get_args(State)[:-1]
+"""In order; the last one is REJECTED in place of PROMOTED where the player is set aside."""
+FINAL: tuple[State, ...] = ("PROMOTED", "REJECTED")
+
+SAMPLES, SCORES = "samples", "scores"
+"""Folders of a round, and of `held_out` in it, with a file for each shard of samples, as ENCODED, CHOICES and KEPT."""
+HELD_OUT, EVALUATION, EMA = "held_out", "evaluation", "ema"
+"""Other folders of a round."""
 
 
-class _Planned(TypedDict):
-    state: Literal["PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED", "REJECTED"]
+class SelfRecord(TypedDict):
+    """One self that plays the opponent."""
+
+    round: int
+    """0 = the base."""
+    weight: float
+    hash: str
+
+
+class OpponentRecord(TypedDict):
+    """Who the opponent of a round is."""
+
+    rule: str
+    round: int
+    """The newest self that anchors the scores."""
+    hash: str
+    """Of the one that draws, or of the mixture."""
+    members: list[SelfRecord]
+    anchors: list[SelfRecord]
+
+
+class AnchorRecord(TypedDict):
+    """A player that became the anchor of the scores in the middle of a round."""
+
+    step: int
+    hash: str
+
+
+class FindingRecord(TypedDict):
+    """What a rule of health said."""
+
+    step: int
+    rule: str
+    action: str
+    sentence: str
+
+
+class EndRecord(TypedDict):
+    """The rule of health that ended a round, and the step whose player was kept."""
+
+    rule: str
+    action: str
+    sentence: str
+    kept_step: int
+
+
+class TrainingRecord(TypedDict):
+    """What training came to; the means over the last steps stand beside these, by the names of `step_metrics`."""
+
+    steps: int
+    resumed_from: int
+    stopped_early: bool
+    health: list[FindingRecord]
+    ended_by: EndRecord | None
+    anchors: list[AnchorRecord]
+    distance: float | None
+    loss: float
+    r_real: float
+    r_generated: float
+    margin: float
+    implicit_accuracy: float
+    saturation: float
+    score_real: float
+    score_generated: float
+
+
+class GapRecord(TypedDict):
+    """The held-out gap with its 95 % interval, in the loss's unit; low and high are None where there is none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    r_real: float
+    r_generated: float
+    num_samples: int
+
+
+class LedgerEntry(TypedDict):
+    """What a phase took; None where it is not known."""
+
+    seconds: float
+    samples: int | None
+    """Of all processes."""
+    samples_per_second: float | None
+    flops: int | None
+    matrix_share: float | None
+    """Of the rate of all devices' large matrix products, in [0, 1]."""
+    peak_memory_bytes: int
+    """Of this process: torch's peak of the phase on a GPU, the resident memory's peak so far on a CPU."""
+    disk_bytes: int | None
+    """That the run's folder held afterwards."""
+
+
+class RoundFields(TypedDict, total=False):
+    """What the states after PLANNED leave in the record."""
+
+    ledger: dict[str, LedgerEntry]
+    """By the phase."""
+    opponent: OpponentRecord
+    generated: Literal["opponent", "data", "none"]
+    """Where the generated sides come from."""
+    drawn: dict[str, int]
+    """Samples to train on that each self drew, by its round."""
+    candidates: dict[str, Any]
+    shortcut: dict[str, Any]
+    training: TrainingRecord
+    held_out_gap: GapRecord
+    metrics: dict[str, Any]
+    rejected_because: str | None
+    learnt: bool
+    decision: Literal["promoted", "rejected"]
+
+
+class RoundRecord(RoundFields):
+    """The content of `round.json`."""
+
+    state: State
     round: int
     parent: int
+    """The round whose player this one went on with; 0 = the base."""
     data_hash: str
     files: dict[str, str]
     """SHA-256 of the files that the states have left, by their paths relative to the run's folder."""
     seconds: dict[str, float]
 
 
-class _Selves(TypedDict):
-    hash: str
-    members: list[dict[str, Any]]
-    anchors: list[dict[str, Any]]
+_LEFT_BY: dict[State, tuple[str, ...]] = {
+    "OPPONENT": ("opponent",),
+    "TRAINED": ("training",),
+    "EVALUATED": ("metrics", "rejected_because"),
+    "PROMOTED": ("decision",),
+}
+"""What nothing else knows, by the state that has left it."""
 
 
-class _Opponent(_Planned):
-    opponent: _Selves
+def find_record(directory: Path) -> RoundRecord | None:
+    """As `read_record`; None when there is none yet."""
+    return read_record(directory) if (directory / "round.json").is_file() else None
 
 
-class _Training(TypedDict):
-    steps: int
-    ended_by: dict[str, Any] | None
-    anchors: list[dict[str, Any]]
-    health: list[dict[str, Any]]
-
-
-class _Trained(_Opponent):
-    training: _Training
-
-
-class _Evaluated(_Trained):
-    metrics: dict[str, Any]
-    rejected_because: str | None
-
-
-class _Promoted(_Evaluated):
-    decision: str
-
-
-_TYPES = dict(zip(STATES, (_Planned, *[_Opponent] * 3, _Trained, _Evaluated, _Promoted), strict=True))
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """The record of the round in a folder; empty when there is none yet.
+def read_record(directory: Path) -> RoundRecord:
+    """The record of the round in a folder.
 
     Raises:
         Damaged: it cannot be read, or lacks what its state has left. Nothing else knows how far the round came.
     """
     path = directory / "round.json"
-    if not path.is_file():
-        return {}
-    remedy = replay(directory)
-    record = read_json(path, _Planned, remedy)
-    return read_json(path, _TYPES.get(record["state"], _Evaluated), remedy)
+    record: RoundRecord = read_json(path, RoundRecord, replay(directory))
+    for state, names in _LEFT_BY.items():
+        if missing := [name for name in names if has_reached(record, state) and name not in record]:
+            raise Damaged(path, f"{missing[0]} is missing", replay(directory))
+    return record
+
+
+def write_record(directory: Path, record: RoundRecord) -> None:
+    """Replace the record of the round in a folder, which commits the state that it names."""
+    write_json(directory / "round.json", record, sealed=True)
+
+
+def has_reached(record: RoundRecord, state: State) -> bool:
+    """Whether the round has committed this state, or a later one."""
+    return record["state"] in FINAL or STATES.index(state) <= STATES.index(record["state"])
+
+
+def made_in(name: str) -> State:
+    """The state that makes the file of a name in a record, such as round-1/held_out/samples/00000-of-00001.parquet."""
+    inside = Path(name).parts[1:]
+    folder = inside[1] if inside[0] == HELD_OUT else inside[0]
+    if folder in (SAMPLES, KEPT, CHOICES):
+        return "GENERATED"
+    return "CACHED" if folder in (ENCODED, SCORES) else "TRAINED"
+
+
+def saved_names(directory: Path, record: RoundRecord) -> list[str]:
+    """Top-level names in the round's folder that the game wrote of the player, as users load it."""
+    prefix = f"{directory.name}/"
+    names = {name.removeprefix(prefix).split("/")[0] for name in record["files"] if name.startswith(prefix)}
+    return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, EVALUATION})
 
 
 def replay(directory: Path) -> str:

@@ -6,18 +6,31 @@ state that is not committed, so the same command starts, resumes and finishes a 
 """
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from spin_diffusion.samples.candidates import Candidates
+from spin_diffusion.samples.real import data_manifest
+from spin_diffusion.selfplay.checkpoints import remove_checkpoints
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.journal import Journal, Step
 from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.one_round import Round
+from spin_diffusion.selfplay.one_round import Evaluate, Probe, Round, SelfPlay
+from spin_diffusion.selfplay.record import ENCODED, KEPT, RoundRecord, State
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.table import Evaluate, Probe, Table
+from spin_diffusion.selfplay.states.cached import SCORED_BY, cache
+from spin_diffusion.selfplay.states.decided import decide, evaluate, mend_copy
+from spin_diffusion.selfplay.states.generated import DRAWN_BY, generate
+from spin_diffusion.selfplay.states.opponent import choose_opponent
+from spin_diffusion.selfplay.states.trained import heed, look, train_player
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.store.machine import trouble_of
 from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.run_dir import is_shard, remove_files, settle
+
+STEPS_BEFORE_TRAINING: dict[State, Step] = {"OPPONENT": choose_opponent, "GENERATED": generate, "CACHED": cache}
+STEPS_FROM_TRAINING_ON: dict[State, Step] = {"TRAINED": train_player, "EVALUATED": evaluate, "PROMOTED": decide}
+"""The states after PLANNED and what reaches them; `decide` may end in REJECTED."""
 
 
 def play(
@@ -35,7 +48,7 @@ def play(
     costs: Costs | None = None,
     run_dir: Path | None = None,
     start: Path = Path(),
-) -> list[dict[str, Any]]:
+) -> list[RoundRecord]:
     """Play all rounds and return their records; a finished run returns at once.
 
     Args:
@@ -53,33 +66,74 @@ def play(
         InputError: the probe warns, and is to stop the run.
     """
     assert candidates is None or rounds.num_generated == 1, "the configuration checks it"
-    progress = progress or Progress()
-    table = Table(
-        game,
-        data,
-        held_out,
-        output_dir,
-        rounds,
-        training,
-        accelerator,
-        evaluate,
-        progress,
-        candidates,
-        probe,
-        costs,
-        run_dir,
-        start,
+    run = SelfPlay(
+        game=game,
+        data=data,
+        held_out=held_out,
+        output_dir=output_dir,
+        rounds=rounds,
+        training=training,
+        accelerator=accelerator,
+        evaluate=evaluate,
+        progress=progress or Progress(),
+        candidates=candidates,
+        probe=probe,
+        costs=costs,
+        run_dir=run_dir,
+        start=start,
     )
-    records: list[dict[str, Any]] = []
-    last: Round | None = None
+    records: list[RoundRecord] = []
+    promoted: list[Round] = []
     for k in range(1, rounds.rounds + 1):
-        promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
-        round_ = Round(table, k, promoted)
-        records.append(round_.run())
-        last = round_ if records[-1]["state"] == "PROMOTED" else last
-        if records[-1].get("learnt"):
-            accelerator.print(f"The run ends with round {k}: {records[-1]['rejected_because']}")
+        round_ = Round(run, k, [earlier.k for earlier in promoted])
+        record = play_round(round_)
+        records.append(record)
+        if record["state"] == "PROMOTED":
+            promoted.append(round_)
+        if record.get("learnt"):
+            accelerator.print(f"The run ends with round {k}: {record['rejected_because']}")
             break
-    if last is not None:
-        last.mend_copy()
+    if promoted:
+        mend_copy(promoted[-1], records[promoted[-1].k - 1])
     return records
+
+
+def play_round(round_: Round) -> RoundRecord:
+    """Take every step of a round that is not committed yet; its record. What a full disk leaves half-written is
+    removed."""
+    try:
+        journal = Journal(round_, data_manifest(round_.run.data)["hash"])
+        for state, step in STEPS_BEFORE_TRAINING.items():
+            journal.reach(state, step)
+        if journal.record["state"] == "CACHED":
+            _ask_probe(round_, journal)
+        for state, step in STEPS_FROM_TRAINING_ON.items():
+            journal.reach(state, step)
+    except Exception as error:
+        if round_.accelerator.is_main_process and trouble_of(error) is not None:
+            settle(round_.directory)
+        raise
+    _clean(round_)
+    return journal.record
+
+
+def _ask_probe(round_: Round, journal: Journal) -> None:
+    """Let the probe look at the samples, once in a round."""
+    probe = round_.run.probe
+    if probe is None or probe.samples == 0 or round_.source != "opponent":
+        return
+    if "shortcut" not in journal.record:
+        journal.reach("CACHED", lambda round_, record: look(round_, probe), "probed")
+    heed(round_, probe, journal.record)
+
+
+def _clean(round_: Round) -> None:
+    """Remove what a finished round does not need: encodings, which the samples give again, what was kept for its
+    training alone, and checkpoints."""
+    if round_.accelerator.is_main_process:
+        for samples in round_.sets:
+            for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
+                remove_files(samples.folder / name, is_shard)
+        if not round_.run.training.keep_checkpoints:
+            remove_checkpoints(round_.directory)
+    round_.accelerator.wait_for_everyone()

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +26,9 @@ from spin_diffusion.selfplay.fused import Fused
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.pair_scores import PairScores
+from spin_diffusion.selfplay.record import AnchorRecord, TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
-from spin_diffusion.selfplay.step_metrics import COLUMNS, LEVEL, record, summary, tracked
+from spin_diffusion.selfplay.step_metrics import LEVEL, record, summary, tracked
 from spin_diffusion.selfplay.tracking import log_step, name_axis
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
@@ -62,7 +62,7 @@ def train(
     directory: Path,
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
     average: Average | None = None,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Train the player for one round, from the newest checkpoint in `directory` on, and return what it came to.
 
     Args:
@@ -158,13 +158,17 @@ def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> healt
 def _came_to(
     first_step: int,
     history: health.History,
-    anchors: list[dict[str, Any]],
+    anchors: list[AnchorRecord],
     ended: health.Finding | None,
     kept_step: int,
     settings: TrainSettings,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """For the round's record: how far training went, what the rules of health said, and means over the last steps."""
     last = history[-health.WINDOW_STEPS :]
+
+    def mean(name: str) -> float:
+        return sum(entry[name] for entry in last) / len(last)
+
     return {
         "steps": history[-1]["step"],
         "resumed_from": first_step,
@@ -179,7 +183,14 @@ def _came_to(
         else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
         "anchors": anchors,
         "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
-        **{key: sum(entry[key] for entry in last) / len(last) for key in COLUMNS[:LEVEL]},
+        "loss": mean("loss"),
+        "r_real": mean("r_real"),
+        "r_generated": mean("r_generated"),
+        "margin": mean("margin"),
+        "implicit_accuracy": mean("implicit_accuracy"),
+        "saturation": mean("saturation"),
+        "score_real": mean("score_real"),
+        "score_generated": mean("score_generated"),
     }
 
 

@@ -21,8 +21,8 @@ from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.pairs import TOGETHER, Pairs
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
+from spin_diffusion.samples.shards import Part
 from spin_diffusion.samples.stored_pairs import kinds_of
-from spin_diffusion.selfplay.one_round import Part
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture

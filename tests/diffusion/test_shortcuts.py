@@ -26,8 +26,8 @@ from spin_diffusion.diffusion.shortcuts import (
 )
 from spin_diffusion.runs.page import page_of
 from spin_diffusion.samples.sample import Row
+from spin_diffusion.selfplay.one_round import Probe
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.table import Probe
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash, read_json, write_json
 from tests.playing import ROUNDS, TRAINING, examples, make_game, prepare_data
@@ -370,7 +370,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay import one_round as rounds
+    from spin_diffusion.selfplay.states import trained
 
     (unbroken,) = play_with(sdxl_dir, tmp_path / "unbroken", Counting())
 
@@ -378,7 +378,7 @@ def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sd
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(rounds, "train", dying)
+        patch.setattr(trained, "train", dying)
         play_with(sdxl_dir, tmp_path / "killed", Counting())
     kept = read_json(tmp_path / "killed" / "round-1" / "round.json")
     assert kept["state"] == "CACHED" and kept["shortcut"] == unbroken["shortcut"]
@@ -389,12 +389,12 @@ def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sd
 
 
 def test_a_run_killed_before_the_probes_commit_asks_again(sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay import one_round as rounds
+    from spin_diffusion.selfplay import record as rounds
 
-    def dying(path, content):
+    def dying(path, content, **options):
         if "shortcut" in content:
             raise Killed
-        write_json(path, content)
+        write_json(path, content, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(rounds, "write_json", dying)

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from spin_diffusion.samples import candidates as candidates_module
-from spin_diffusion.samples.candidates import CHOICES, Candidates, best_and_worst, choose, judge_shards, summary
+from spin_diffusion.samples.candidates import Candidates, best_and_worst, choose, judge_shards, summary
+from spin_diffusion.samples.sample import CHOICES
 from spin_diffusion.samples.shards import Part, encode_shards
 from spin_diffusion.samples.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.train import train
@@ -209,7 +210,7 @@ def test_each_pair_holds_the_tensors_of_the_chosen_images(sdxl_dir, tmp_path, sh
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("spin_diffusion.selfplay.one_round.train", keep_pairs)
+        patch.setattr("spin_diffusion.selfplay.states.trained.train", keep_pairs)
         play_all(sdxl_dir, tmp_path, training, game, candidates(3, share, judge), rounds=parts, real_parts=parts)
 
     folder = tmp_path / f"round-{parts}"

@@ -11,8 +11,8 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.health import Finding
+from spin_diffusion.selfplay.one_round import Judgement
 from spin_diffusion.selfplay.rounds import play
-from spin_diffusion.selfplay.table import Judgement
 from spin_diffusion.selfplay.train_settings import HealthSettings
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spin_diffusion.diffusion.latents import vae_hash
-from spin_diffusion.selfplay import one_round as rounds_module
+from spin_diffusion.selfplay.states import trained
+from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.input_error import InputError
@@ -208,8 +209,8 @@ def test_the_base_as_opponent_stays_the_opponent(sdxl_dir, tmp_path):
 
 
 def test_per_round_lists_repeat_their_last_value():
-    assert [rounds_module.of_round([5, 7], k) for k in (1, 2, 3)] == [5, 7, 7]
-    assert rounds_module.of_round(3, 9) == 3
+    assert [of_round([5, 7], k) for k in (1, 2, 3)] == [5, 7, 7]
+    assert of_round(3, 9) == 3
 
 
 # What is refused
@@ -338,27 +339,27 @@ def test_fewer_pairs_than_a_batch_is_an_error_with_both_numbers(sdxl_dir, tmp_pa
 
 def test_an_opponent_that_changes_while_the_player_trains_stops_the_run(sdxl_dir, tmp_path, monkeypatch):
     game = make_game(sdxl_dir)
-    plain = rounds_module.train
+    plain = trained.train
 
     def meddling(game, *args, **kwargs):
         result = plain(game, *args, **kwargs)
         next(game.opponent.parameters()).data += 1e-3
         return result
 
-    monkeypatch.setattr(rounds_module, "train", meddling)
+    monkeypatch.setattr(trained, "train", meddling)
     with pytest.raises(AssertionError, match="opponent changed"):
         play_all(sdxl_dir, tmp_path, game=game)
 
 
 def test_a_player_that_is_not_its_opponent_at_step_0_is_caught(sdxl_dir, tmp_path, monkeypatch):
     game = make_game(sdxl_dir)
-    plain = rounds_module.train
+    plain = trained.train
 
     def shifted(game, *args, **kwargs):
         next(game.player.parameters()).data += 0.1
         return plain(game, *args, **kwargs)
 
-    monkeypatch.setattr(rounds_module, "train", shifted)
+    monkeypatch.setattr(trained, "train", shifted)
     with pytest.raises(AssertionError, match="step 0"):
         play_all(sdxl_dir, tmp_path, game=game)
 
