@@ -64,7 +64,6 @@ def example_id(example: Example) -> str:
 class DiffusionGame:
     """Player and opponent are UNets of one base checkpoint, whose other parts they share."""
 
-    keeps_scores = False  # a score is taken at one noise level and one noise
     prompt_columns = ("id", "prompt", "frame")
     level_name = "timesteps"
     remedies = {
@@ -369,10 +368,6 @@ class DiffusionGame:
             return slice(None)
         step = drawn_step(torch.Generator().manual_seed(seed), len(self.steps))
         return slice(step, step + 2)
-
-    def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Not asked for: see `keeps_scores`."""
-        raise NotImplementedError
 
     def promote(self) -> None:
         """The opponent becomes a frozen copy of the player."""

@@ -48,8 +48,6 @@ MODEL, ADAPTER = "model", "adapter"
 class LanguageGame:
     """Player and opponent are weights, or adapters, of one base checkpoint and its tokenizer."""
 
-    keeps_scores = True
-    fixed_draws = 0  # a score is a number of its own
     level_name = "answer lengths"
     remedies: dict[str, str] = {}
     # A sum of log-probabilities in another batch: kernels and padding round differently
@@ -170,18 +168,6 @@ class LanguageGame:
         if self.settings.use_lora:
             return _adapter_hash(self.model, OPPONENT)
         return self._opponent_hash
-
-    def kept_part(self, seed: int) -> slice:
-        """Everything: nothing is kept."""
-        return slice(None)
-
-    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Not asked for: see `fixed_draws`."""
-        raise NotImplementedError
-
-    def release_opponent(self) -> None:
-        """Not asked for: see `fixed_draws`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from spin_diffusion.data.reading import Example, read_examples
 from spin_diffusion.diffusion.config import Config
@@ -69,7 +70,8 @@ def make_plan(config: Config, game: DiffusionGame, captions: CutPrompts, progres
     few, rows = _examples(config, captions, progress)
     pairs = rows // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)
-    config = settle_draws(config, game, pairs)
+    config = settle_draws(config, accelerator, pairs)
+    game.fixed_draws = int(config.denoiser.fixed_draws)
     rates = probe(config, game, few)
     pictures = _pictures_of_evaluation(config)
     return write_plan(
@@ -83,17 +85,17 @@ def make_plan(config: Config, game: DiffusionGame, captions: CutPrompts, progres
     )
 
 
-def settle_draws(config: Config, game: DiffusionGame, pairs: int) -> Config:
-    """The settings with a number for `--fixed_draws auto`, by the round that visits a pair least; the game's too."""
+def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config:
+    """The settings with a number for `--fixed_draws auto`, by the round that visits a pair least."""
     if config.denoiser.fixed_draws != "auto":
         return config
-    world = game.accelerator.num_processes
+    world = accelerator.num_processes
     steps = min(steps_of_round(config.training, k, pairs, world)[0] for k in range(1, config.rounds.rounds + 1))
     visits = steps * pairs_per_step(config.training, world) / pairs
-    game.fixed_draws = draws_worth_keeping(visits)
-    if not game.fixed_draws:
-        game.accelerator.print(f"Fixed draws: none, since a round of {steps} steps visits a pair {visits:.2g} times")
-    return replace(config, denoiser=replace(config.denoiser, fixed_draws=game.fixed_draws))
+    fixed_draws = draws_worth_keeping(visits)
+    if not fixed_draws:
+        accelerator.print(f"Fixed draws: none, since a round of {steps} steps visits a pair {visits:.2g} times")
+    return replace(config, denoiser=replace(config.denoiser, fixed_draws=fixed_draws))
 
 
 def _examples(config: Config, captions: CutPrompts, progress: Progress) -> tuple[list[Example], int]:

@@ -158,8 +158,9 @@ class ImageRun:
             self.accelerator.print(
                 f"{len(self.prompts.rows)} prompts of {self.prompts.name}{self.prompts.said_left_out()}"
             )
-        self.config = settle_draws(self.config, self.game, pairs)
+        self.config = settle_draws(self.config, self.game.accelerator, pairs)
         config, game = self.config, self.game
+        game.fixed_draws = int(config.denoiser.fixed_draws)
         self._check_room(pairs)
         if config.caches.cache_text_embeddings:
             folder = Path(config.caches.encodings_dir or self.output_dir / "encodings") / "prompts"

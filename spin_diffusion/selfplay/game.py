@@ -39,11 +39,6 @@ class Game(Protocol):
 
     player: nn.Module
     """What is trained; its parameters stay the same objects for as long as the game lives."""
-    keeps_scores: bool
-    """Whether a sample's score is a number of its own, which is computed once per round. Otherwise it depends on a
-    draw (a noise level), and the opponent scores beside the player."""
-    fixed_draws: int
-    """0, or how many draws of its own each pair has; then the opponent's scores at them are computed once per round."""
     prompt_columns: tuple[str, ...]
     """Columns of a stored real row that `generate` needs of it."""
     sampler_settings: str
@@ -73,24 +68,6 @@ class Game(Protocol):
         """Hash of all that decides what `encode` makes of stored samples: weights of its own, and settings."""
         ...
 
-    def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The opponent's score of each row, (rows,) fp32. Only asked for where `keeps_scores`."""
-        ...
-
-    def kept_part(self, seed: int) -> slice:
-        """Of what `generate` kept of a sample: the places along each tensor's first axis that `scores` asks for at this
-        seed. The others are not read."""
-        ...
-
-    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32. Only
-        asked for with `fixed_draws`; `scores` finds them as `opponent_score` afterwards."""
-        ...
-
-    def release_opponent(self) -> None:
-        """Nobody asks for the opponent until the next `promote`."""
-        ...
-
     def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
         """Length of the way from the opponent's trained weights to the player's, relative to the opponent's length;
         None where no opponent is in memory.
@@ -115,8 +92,8 @@ class Game(Protocol):
     def promote(self) -> None:
         """The player's present weights become the opponent's.
 
-        Where `keeps_scores`, they need to stand only until the player is trained or restored; otherwise they are an
-        independent, frozen copy.
+        In a game that `KeepsScores` they need to stand only until the player is trained or restored; otherwise they
+        are an independent, frozen copy.
         """
         ...
 
@@ -130,4 +107,31 @@ class Game(Protocol):
 
     def restore(self, directory: Path | None) -> None:
         """Put the weights that `save` wrote below `directory` into the player; None = the base checkpoint."""
+        ...
+
+
+@runtime_checkable
+class FixedDraws(Protocol):
+    """A game whose pairs may have draws of their own, at which the opponent's scores are computed once per round;
+    `scores` finds them as `opponent_score` afterwards."""
+
+    fixed_draws: int
+    """0, or how many draws of its own each pair has."""
+
+    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32."""
+        ...
+
+    def release_opponent(self) -> None:
+        """Nobody asks for the opponent until the next `promote`."""
+        ...
+
+
+@runtime_checkable
+class KeepsTensors(Protocol):
+    """A game that keeps tensors of what it generates, for the training of the round alone."""
+
+    def kept_part(self, seed: int) -> slice:
+        """Which places along the first axis of each kept tensor `scores` asks for at this seed; the others are not
+        read."""
         ...

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.samples.sample import Row
+from spin_diffusion.samples.scores import KeepsScores
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.samples.stored_pairs import Side, open_pairs
-from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.game import FixedDraws, Game, KeepsTensors
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture
@@ -115,7 +116,7 @@ class SelfPlay:
     def player_is(self, folder: Path | None) -> None:
         """The player's weights were saved in `folder`; None = they are about to change."""
         self.player = folder
-        if self.game.keeps_scores:
+        if isinstance(self.game, KeepsScores):
             self.opponent = None  # such a game may have one set of weights for both
 
     def folder(self, k: int) -> Path:
@@ -166,7 +167,7 @@ class Round:
         self.parent = promoted[-1] if promoted else 0
         self.mixture = OPPONENTS[self.settings.opponent](promoted)
         self.anchors: Mixture = {0: 1.0} if self.settings.anchor == "base" else self.mixture
-        if not self.game.keeps_scores:
+        if not isinstance(self.game, KeepsScores):
             self.anchors = {max(self.anchors): 1.0}  # one self has to be there for every score: the newest
         part = Part((k - 1) % self.settings.real_parts, self.settings.real_parts)
         self.sets = [RealSamples(run.data, self.directory, part, self.title)]
@@ -177,7 +178,12 @@ class Round:
     @property
     def scores_kept(self) -> bool:
         """Whether the opponent's scores are computed before the player is trained."""
-        return self.game.keeps_scores or self.game.fixed_draws > 0
+        return isinstance(self.game, KeepsScores) or self.fixed_draws > 0
+
+    @property
+    def fixed_draws(self) -> int:
+        """Draws of its own that each pair has; 0 = every visit of a pair is a new draw."""
+        return self.game.fixed_draws if isinstance(self.game, FixedDraws) else 0
 
     def seat(self, k: int, record: RoundRecord) -> str:
         """Self k as the opponent, which must be the one that the round was started with; its hash."""
@@ -228,8 +234,8 @@ class Round:
             samples.part,
             self.settings.num_generated,
             samples.folder / CHOICES if self.candidates is not None else None,
-            self.game.fixed_draws,
-            self.game.kept_part,
+            self.fixed_draws,
+            self.game.kept_part if isinstance(self.game, KeepsTensors) else None,
         )
 
     def _check_samples(self, record: RoundRecord, folder: Path) -> None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from spin_diffusion.samples import real as samples
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import KEPT
-from spin_diffusion.samples.scores import score_shards
+from spin_diffusion.samples.scores import KeepsScores, score_shards
 from spin_diffusion.samples.shards import Part, draw_shards, merge_shards, some_pairs
 from spin_diffusion.samples.shards import shards as shards_of
 from spin_diffusion.selfplay.game import Game
@@ -68,7 +68,7 @@ def test_a_score_that_is_not_finite_is_refused_and_anothers_scores_are_computed_
     for name in NAMES:
         write_tensors(data / "encoded" / f"{name}.safetensors", {"x": torch.ones(4)}, {})
     scores = {"now": 1.0}
-    game = create_autospec(Game, instance=True)
+    game = create_autospec(KeepsScores, instance=True)
     game.opponent_scores.side_effect = lambda tensors: torch.full((len(tensors["x"]),), scores["now"])
 
     def score(opponent: str):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from spin_diffusion.samples.candidates import chosen_samples
-from spin_diffusion.samples.scores import mix_scores, score_draws, score_shards
+from spin_diffusion.samples.scores import KeepsScores, mix_scores, score_draws, score_shards
 from spin_diffusion.samples.shards import Part, encode_shards
+from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.one_round import RealSamples, Round, StepResult, mixture_hash
 from spin_diffusion.selfplay.record import CHOICES, ENCODED, SAMPLES, SCORES, RoundRecord
 
@@ -18,10 +19,10 @@ def cache(round_: Round, record: RoundRecord) -> StepResult:
     for samples in round_.sets:
         if round_.source == "opponent":
             encoded += _encode(round_, samples)
-        if round_.game.keeps_scores:
-            _score(round_, record, samples)
-        elif round_.game.fixed_draws:
-            _score_draws(round_, record, samples)
+        if isinstance(round_.game, KeepsScores):
+            _score(round_, round_.game, record, samples)
+        elif isinstance(round_.game, FixedDraws) and round_.game.fixed_draws:
+            _score_draws(round_, round_.game, record, samples)
     files = round_.hashes(ENCODED) | (round_.hashes(SCORES) if round_.scores_kept else {})
     return StepResult(files=files, worked_on=encoded)
 
@@ -37,7 +38,7 @@ def _encode(round_: Round, samples: RealSamples) -> int:
     return encode_shards(source, target, round_.game, round_.accelerator, bar, **wanted)
 
 
-def _score(round_: Round, record: RoundRecord, samples: RealSamples) -> None:
+def _score(round_: Round, game: KeepsScores, record: RoundRecord, samples: RealSamples) -> None:
     """The opponent's scores of both sides, each a number of its own."""
     sides = {"real": (samples.data / ENCODED, samples.part, "")}
     if round_.source == "opponent":
@@ -51,7 +52,7 @@ def _score(round_: Round, record: RoundRecord, samples: RealSamples) -> None:
             target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
             total = samples.part.count(samples.data) * (round_.settings.num_generated if side == "generated" else 1)
             bar = round_.run.progress.phase(f"{samples.title}: score the {side} samples", total)
-            score_shards(source, target, round_.game, part, prefix, opponent, round_.accelerator, bar)
+            score_shards(source, target, game, part, prefix, opponent, round_.accelerator, bar)
     for side in sides if not single else ():
         by_member = {samples.folder / SCORED_BY / str(k) / side: weight for k, weight in round_.anchors.items()}
         mix_scores(
@@ -59,9 +60,9 @@ def _score(round_: Round, record: RoundRecord, samples: RealSamples) -> None:
         )
 
 
-def _score_draws(round_: Round, record: RoundRecord, samples: RealSamples) -> None:
+def _score_draws(round_: Round, game: FixedDraws, record: RoundRecord, samples: RealSamples) -> None:
     """The opponent's scores of all pairs at their fixed draws."""
-    opponent, game = round_.seat(max(round_.anchors), record), round_.game
+    opponent = round_.seat(max(round_.anchors), record)
     title = f"{samples.title}: score {game.fixed_draws} draws of each pair"
     score_draws(
         samples.data / "samples",

@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.samples.shards import some_pairs
+from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
@@ -48,8 +49,8 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     plan = _plan(round_, loss, len(pairs.ids))
     bar = run.progress.phase(f"{round_.title}: train", plan.steps)
     run.player_is(None)
-    if game.fixed_draws:
-        _release_opponent(round_, plan.steps, len(pairs.ids))
+    if isinstance(game, FixedDraws) and game.fixed_draws:
+        _release_opponent(round_, game, plan.steps, len(pairs.ids))
     training = train(
         game,
         pairs,
@@ -107,12 +108,12 @@ def _plan(round_: Round, loss: Loss, pairs: int) -> RoundPlan:
     )
 
 
-def _release_opponent(round_: Round, steps: int, pairs: int) -> None:
+def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -> None:
     """With fixed draws it has said all that it is asked; whether that was worth it is printed."""
-    round_.game.release_opponent()
+    game.release_opponent()
     round_.run.opponent_has_moved()
     visits = steps * check_batch(pairs, round_.run.training, round_.accelerator.num_processes)
-    visits /= pairs * round_.game.fixed_draws
+    visits /= pairs * game.fixed_draws
     gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
     round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
 
