@@ -6,6 +6,7 @@
     workers.py     cells in several processes
     choosing.py    which rate, guidance and round, by validation prompts
     intervals.py   intervals over prompts and seeds
+    contest.py     who takes part, what the cells have scored so far, what they took
     phases.py      the phases of a comparison
     analysis.py    scores -> comparison.json, cells.parquet
     report/        comparison.md, comparison.html

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenRate:
     """What a method was given, and what it was chosen by."""
 
     learning_rate: float
@@ -21,7 +21,7 @@ def best_guidance(means: Mapping[float, float]) -> float:
     return max(sorted(means), key=lambda scale: means[scale])
 
 
-def choose(by_rate: Mapping[float, Mapping[float, float] | None]) -> Choice | None:
+def choose(by_rate: Mapping[float, Mapping[float, float] | None]) -> ChosenRate | None:
     """The rate whose best guidance scale scores highest; of equal ones the lower rate.
 
     Args:
@@ -36,7 +36,7 @@ def choose(by_rate: Mapping[float, Mapping[float, float] | None]) -> Choice | No
     rate = max(sorted(finished), key=lambda rate: max(finished[rate].values()))
     scale = best_guidance(finished[rate])
     at_edge = len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))
-    return Choice(rate, scale, finished[rate][scale], at_edge)
+    return ChosenRate(rate, scale, finished[rate][scale], at_edge)
 
 
 def best_round(means: Mapping[int, float]) -> int:

@@ -24,15 +24,24 @@ _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 
 # The comparison scores by itself, and asks for nothing else of a run
 QUIET = {
-    "validation_prompts": None, "scorers": None, "validation_guidance_scales": None, "promote_if": "always",
-    "compare_with": None, "report_to": "none", "push_to_hub": False,
-}  # fmt: skip
+    "validation_prompts": None,
+    "scorers": None,
+    "validation_guidance_scales": None,
+    "promote_if": "always",
+    "compare_with": None,
+    "report_to": "none",
+    "push_to_hub": False,
+}
 
 
 _PLACES = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name", "train_data_dir",
-    "candidate_scorer", "curation_scorer",
-)  # fmt: skip
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "dataset_name",
+    "train_data_dir",
+    "candidate_scorer",
+    "curation_scorer",
+)
 
 
 def _content(place: str | None) -> str | None:
@@ -56,7 +65,7 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Of the training run."""
+        """The seed of the training run."""
         return self.training["seed"]
 
     @property

@@ -9,6 +9,8 @@ from spin_diffusion.store.parsing import parse_sections
 from spin_diffusion.store.text import nearest
 
 Budget = Literal["steps", "compute"]
+MODES = ("guidance 1", "usual", "best")
+"""Guidance scales that are reported: none, the usual one, each method's best."""
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")
 
 WORLD_KEYS = ("about", "methods", "total_steps", "learning_rates")

@@ -15,15 +15,15 @@ import yaml
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from spin_diffusion.comparing import analysis, cells, workers
-from spin_diffusion.comparing.analysis import Family
+from spin_diffusion.comparing import analysis, cells, phases, workers
+from spin_diffusion.comparing.analysis import DifferenceFamily
 from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
 from spin_diffusion.comparing.choosing import best_guidance, best_round, choose
+from spin_diffusion.comparing.contest import Contest, Entry
 from spin_diffusion.comparing.intervals import crossed_interval
-from spin_diffusion.comparing.phases import Comparison, Entry
 from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
 from spin_diffusion.comparing.report.tables import findings, weight
-from spin_diffusion.comparing.settings import parse_settings
+from spin_diffusion.comparing.settings import MODES, parse_settings
 from spin_diffusion.diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.drawing import drawing_pipeline
@@ -99,12 +99,12 @@ def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value()
 
 
 def test_rates_scales_and_rounds_are_chosen_on_validation_prompts_alone(config, monkeypatch):
-    comparison, asked = Comparison(settings_of(config, "--test_rounds", "true")), []
-    monkeypatch.setattr(comparison, "mean", lambda cell, view: asked.append(view) or 0.5)
-    cell = comparison.plan.cell("tiny", "spin", 1e-4, 0, 2)
-    assert comparison.means(cell) == {1.0: 0.5, 3.0: 0.5} and set(asked) == set(comparison.validation(cell))
-    comparison._best_round(Entry("tiny", "steps", "spin", 2, cells=[cell]))
-    analysis._rounds_of(comparison, Entry("tiny", "steps", "spin", 2, cells=[cell]))
+    contest, asked = Contest(settings_of(config, "--test_rounds", "true")), []
+    monkeypatch.setattr(contest, "mean", lambda cell, view: asked.append(view) or 0.5)
+    cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 2)
+    assert contest.means(cell) == {1.0: 0.5, 3.0: 0.5} and set(asked) == set(contest.validation(cell))
+    phases._best_round(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
+    analysis._rounds_of(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
     assert {(view.prompts, view.round) for view in asked} == {("validation", 1), ("validation", 2)}
 
 
@@ -158,7 +158,7 @@ def test_seeds_that_differ_widen_the_interval_and_one_seed_speaks_of_its_prompts
 def test_a_difference_pairs_seed_with_seed_and_is_adjusted_for_its_whole_family():
     rng = np.random.default_rng(5)
     a, b, c = ({seed: rng.normal(0, 1, 40) for seed in seeds} for seeds in ((0, 1, 2), (2, 1), (2,)))
-    family = Family()
+    family = DifferenceFamily()
     found, single = family.difference(a, b), family.difference(a, c)
     apart = np.stack([a[1] - b[1], a[2] - b[2]])
     assert found["mean"] == pytest.approx(apart.mean())
@@ -167,7 +167,7 @@ def test_a_difference_pairs_seed_with_seed_and_is_adjusted_for_its_whole_family(
     wide = crossed_interval(apart, 1 - 0.05 / 2)
     assert found["adjusted"] == [wide.low, wide.high] and wide.low < found["low"] and found["high"] < wide.high
     assert single["adjusted"] is None and weight(single | {"low": 1.0, "high": 2.0}) == "some", "one seed of several"
-    alone = Family()
+    alone = DifferenceFamily()
     of_one_seed = alone.difference(c, {2: c[2] - 1})
     assert alone.adjust() == 1 and weight(of_one_seed) == "sure", "all have one seed, as the page says"
 
@@ -176,7 +176,7 @@ def test_of_methods_that_are_all_the_same_hardly_any_is_ever_printed_in_bold():
     """Five methods against a sixth, after three rounds at three guidance scales, with three seeds: 45 differences."""
     bold = italic = 0
     for run_ in range(40):
-        rng, family, found = np.random.default_rng(run_), Family(), []
+        rng, family, found = np.random.default_rng(run_), DifferenceFamily(), []
         prompts = rng.normal(0, 1, 30)
         methods = [[{s: prompts + rng.normal(0, 0.3) + rng.normal(0, 0.5, 30) for s in range(3)} for _ in range(9)]
                    for _ in range(6)]  # fmt: skip
@@ -189,34 +189,34 @@ def test_of_methods_that_are_all_the_same_hardly_any_is_ever_printed_in_bold():
 
 
 def test_the_drift_is_what_the_last_round_lost_of_the_best_one(config, monkeypatch):
-    comparison = Comparison(settings_of(config))
-    monkeypatch.setattr(comparison, "curve", lambda entry: {3: [0.4, 0.6], 1: [0.5, 0.7], 2: [0.3, 0.3], 4: []})
+    contest = Contest(settings_of(config))
+    monkeypatch.setattr(contest, "curve", lambda entry: {3: [0.4, 0.6], 1: [0.5, 0.7], 2: [0.3, 0.3], 4: []})
     monkeypatch.setattr(analysis, "_scores", lambda *given: {"best": {}})
     entry = Entry("tiny", "steps", "spin", 3, choice=choose({1e-4: {1.0: 0.5}}), best_round=1)
-    found = analysis._over_rounds(comparison, entry, 3, {}, Family())
+    found = analysis._over_rounds(contest, entry, 3, {}, DifferenceFamily())
     assert [(row["round"], row["mean"]) for row in found["curve"]] == [(1, 0.6), (2, 0.3), (3, 0.5)]
     assert found["best_round"] == 1 and found["drift"] == pytest.approx(-0.1)
-    assert analysis._over_rounds(comparison, entry, 4, {}, Family())["drift"] is None
+    assert analysis._over_rounds(contest, entry, 4, {}, DifferenceFamily())["drift"] is None
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_the_family_is_every_difference_that_is_shown(rounds, config, monkeypatch):
     argv = ["--budget", "steps", *(["--test_rounds", "true"] if rounds else [])]
-    comparison = Comparison(settings_of(config, *argv))
+    contest = Contest(settings_of(config, *argv))
     rng = np.random.default_rng(0)
-    scores = {mode: {seed: rng.normal(0, 1, 9) for seed in (0, 1)} for mode in analysis.MODES}
+    scores = {mode: {seed: rng.normal(0, 1, 9) for seed in (0, 1)} for mode in MODES}
     choice = choose({1e-4: {1.0: 0.5}})
-    comparison.entries = [
-        Entry("tiny", "steps", name, 1, choice, [comparison.plan.cell("tiny", name, 1e-4, 0, 1)])
+    contest.entries = [
+        Entry("tiny", "steps", name, 1, choice, [contest.plan.cell("tiny", name, 1e-4, 0, 1)])
         for name in ("sft", "spin")
     ]
     monkeypatch.setattr(analysis, "_scores", lambda *given, **named: scores)
-    monkeypatch.setattr(comparison, "means", lambda *given: {1.0: 0.5})
-    monkeypatch.setattr(comparison, "curve", lambda entry: {})
+    monkeypatch.setattr(contest, "means", lambda *given: {1.0: 0.5})
+    monkeypatch.setattr(contest, "curve", lambda entry: {})
     monkeypatch.setattr(analysis, "_summary", lambda *given: {"scores": {}})
     monkeypatch.setattr(analysis, "_cost", lambda *given: {})
     monkeypatch.setattr(analysis, "_rounds_of", lambda *given: {k: (1.0, scores) for k in range(1, rounds + 1)})
-    (budget,) = analysis._world(comparison, "tiny")["budgets"]
+    (budget,) = analysis._world(contest, "tiny")["budgets"]
 
     def shown(said) -> list[dict]:
         if isinstance(said, dict) and "adjusted" in said:
@@ -237,22 +237,22 @@ def test_it_is_said_which_method_is_first_and_which_are_not_told_apart_from_it(c
 
     def method(gain: float) -> dict[str, dict[int, np.ndarray]]:
         of_seeds = {s: prompts + gain + rng.normal(0, 0.01, 60) for s in range(5)}
-        return dict.fromkeys(analysis.MODES, of_seeds)
+        return dict.fromkeys(MODES, of_seeds)
 
     scores = {
         "sft": method(0.0),
         "spin": method(0.5),
         "space": method(0.501),
-        "failed": dict.fromkeys(analysis.MODES, {}),
+        "failed": dict.fromkeys(MODES, {}),
     }
     first = analysis._first(scores)
     assert first["usual"]["method"] in ("spin", "space") and len(first["usual"]["not_told_apart"]) == 1
-    assert analysis._first({"failed": scores["failed"]}) == dict.fromkeys(analysis.MODES)
+    assert analysis._first({"failed": scores["failed"]}) == dict.fromkeys(MODES)
     rows = [{"method": name, "state": "ok", "to_reference": None} for name in scores]
     results, world = {"settings": {"reference": "sft"}, "seeds": [0]}, {"usual_guidance": 3.0}
     said = " ".join(findings(results, world, {"rows": rows, "first": first}))
     assert "The highest mean is that of sp" in said and "not told apart from it: sp" in said
-    first = dict.fromkeys(analysis.MODES, {"method": "spin", "not_told_apart": []})
+    first = dict.fromkeys(MODES, {"method": "spin", "not_told_apart": []})
     said = " ".join(findings(results, world, {"rows": rows, "first": first}))
     assert "that of spin; it is ahead of every other method." in said
 
@@ -588,14 +588,14 @@ def test_time_that_is_up_leaves_the_rest_for_the_next_command(config, tmp_path, 
 # Processes
 
 
-def task_of(config: Path, comparison: Comparison) -> Task:
-    cell = comparison.plan.base("tiny", 0)
-    return comparison.task(cell, [View("validation", 0, 1.0)])
+def task_of(config: Path, contest: Contest) -> Task:
+    cell = contest.plan.base("tiny", 0)
+    return contest.task(cell, [View("validation", 0, 1.0)])
 
 
 def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
-    comparison = Comparison(settings_of(config))
-    task = task_of(config, comparison)
+    contest = Contest(settings_of(config))
+    task = task_of(config, contest)
     scorer = tmp_path / "deadly.py"
     scorer.write_text("import os\ndef load(device):\n    os._exit(7)\n")
     deadly = replace(task, folder=str(tmp_path / "deadly"), drawing=replace(task.drawing, scorers=[str(scorer)]))
@@ -628,7 +628,7 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
 
 
 def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path):
-    task = replace(task_of(config, Comparison(settings_of(config))), folder=str(tmp_path))
+    task = replace(task_of(config, Contest(settings_of(config))), folder=str(tmp_path))
     assert cells.failure_of(task) is None
     for kind, is_final in (("killed", False), ("diverged", True), ("refused", True)):
         cells.write_failure(tmp_path, kind, "why")
@@ -661,8 +661,8 @@ def test_one_process_at_a_time_works_on_a_cell(tmp_path):
 
 
 def test_another_drawing_is_scored_again(config):
-    comparison = Comparison(settings_of(config))
-    task = task_of(config, comparison)
+    contest = Contest(settings_of(config))
+    task = task_of(config, contest)
     cells.do(task)
     assert cells.is_done(task)
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
@@ -677,8 +677,8 @@ def test_another_drawing_is_scored_again(config):
 
 
 def test_scores_that_do_not_say_what_they_depend_on_are_made_anew(config):
-    comparison = Comparison(settings_of(config))
-    task = task_of(config, comparison)
+    contest = Contest(settings_of(config))
+    task = task_of(config, contest)
     cells.do(task)
     path = cells._scores_path(task, task.views[0])
     pq.write_table(pq.read_table(path).replace_schema_metadata({"drawing": "[]"}), path)
@@ -714,10 +714,10 @@ def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):
 
 
 def test_a_cell_is_the_run_that_the_training_command_makes(config, tmp_path):
-    comparison = Comparison(settings_of(config))
-    cell = comparison.plan.cell("tiny", "spin", 1e-4, 0, 1)
-    task = comparison.task(cell, [])
-    cells.do(comparison.task(comparison.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
+    contest = Contest(settings_of(config))
+    cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 1)
+    task = contest.task(cell, [])
+    cells.do(contest.task(contest.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
     cells.do(task)
     assert cells.is_trained(task)
     content = cell.training | {"output_dir": str(tmp_path / "by-command")}

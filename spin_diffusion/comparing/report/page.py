@@ -88,6 +88,9 @@ def _panel(results: dict[str, Any], world: dict[str, Any], budget: dict[str, Any
 def _line(style: int, row: dict[str, Any]) -> Line:
     curve = row["curve"]
     return Line(
-        style, [point["round"] for point in curve], [point["mean"] for point in curve],
-        [min(point["seeds"]) for point in curve], [max(point["seeds"]) for point in curve],
-    )  # fmt: skip
+        style,
+        [point["round"] for point in curve],
+        [point["mean"] for point in curve],
+        [min(point["seeds"]) for point in curve],
+        [max(point["seeds"]) for point in curve],
+    )

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Row = dict[str, Any]
-MODES = ("guidance 1", "usual", "best")
 Weight = Literal["", "some", "sure"]
-"""Of a difference: nothing; its 95 % interval excludes 0; so does the one that holds together with all others."""
+"""How much a difference says: nothing; its 95 % interval excludes 0; so does the one that holds with all others."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def weight(found: dict[str, Any]) -> Weight:
 
 
 def mode_names(world: dict[str, Any]) -> dict[str, str]:
-    """Of the guidance scales; one that is another is left out."""
+    """Names of the guidance scales; one that equals another is left out."""
     usual = world["usual_guidance"]
     names = {"guidance 1": "guidance 1", "usual": f"guidance {usual:g}", "best": "its best"}
     return {mode: name for mode, name in names.items() if mode != "guidance 1" or usual != 1}
@@ -73,7 +71,7 @@ def scores_table(results: dict[str, Any], world: dict[str, Any], budget: dict[st
     return Table(f"{world['name']}, equal {budget['budget']}", head, rows)
 
 
-def _method_row(row: Row, modes: dict[str, str], reference: str) -> list[Text]:
+def _method_row(row: dict[str, Any], modes: dict[str, str], reference: str) -> list[Text]:
     name = Text(row["method"], is_number=False)
     if row["state"] == "failed":
         said = (row["failures"] or ["no seed came to its end"])[0]
@@ -133,11 +131,16 @@ def rounds_table(results: dict[str, Any], world: dict[str, Any], budget: dict[st
     table = []
     for row in rows:
         means = [f"{point['mean']:.3f}" for point in row["curve"]]
-        table.append([
-            Text(row["method"], is_number=False), *(Text(mean) for mean in means), *[Text("")] * (last - len(means)),
-            Text(str(row["best_round"])), Text(f"{row['drift']:+.3f}" if row["drift"] is not None else "-"),
-            difference((row.get("best_round_to_reference") or {}).get("best")),
-        ])  # fmt: skip
+        table.append(
+            [
+                Text(row["method"], is_number=False),
+                *(Text(mean) for mean in means),
+                *[Text("")] * (last - len(means)),
+                Text(str(row["best_round"])),
+                Text(f"{row['drift']:+.3f}" if row["drift"] is not None else "-"),
+                difference((row.get("best_round_to_reference") or {}).get("best")),
+            ]
+        )
     return Table(f"{world['name']}, equal {budget['budget']}: rounds", head, table)
 
 
@@ -202,7 +205,7 @@ def findings(results: dict[str, Any], world: dict[str, Any], budget: dict[str, A
     return said
 
 
-def incomplete(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def incomplete(results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Which methods have no result, and which have one of some seeds alone; a sentence each."""
     seeds, said = results["seeds"], []
     if failed := [row["method"] for row in rows if row["state"] == "failed"]:
@@ -214,7 +217,7 @@ def incomplete(results: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _named(rows: Sequence[Row], mode: str, wanted: Weight, sign: int) -> list[str]:
+def _named(rows: Sequence[dict[str, Any]], mode: str, wanted: Weight, sign: int) -> list[str]:
     found = [(row["method"], (row.get("to_reference") or {}).get(mode)) for row in rows]
     return [method for method, said in found if said is not None and weight(said) == wanted and said["mean"] * sign > 0]
 
