@@ -22,7 +22,6 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import About, Scorer
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
 
 ABOUT = About(
     title="CLIP score (open_clip)",
@@ -57,6 +56,9 @@ def load(device: str, path: str | None = None) -> Scorer:
     Raises:
         InputError: no backbone is named, the package is missing or broken, or it cannot load the backbone.
     """
+    from spin_diffusion.store.run_dir import file_hash
+    from spin_diffusion.store.text import one_line
+
     # Without PRETRAINED, open_clip gives random weights and a warning
     if not path or path.endswith("/") or ("/" not in path and not path.startswith(WHOLE)):
         raise InputError(
@@ -84,8 +86,6 @@ def load(device: str, path: str | None = None) -> Scorer:
             f"openclip={path} has another activation than its weights were trained with, and its scores would be "
             f"nobody's: name the model {model_name}-quickgelu, or without it ({one_line(mismatch.message)})"
         )
-    from spin_diffusion.store.run_dir import file_hash
-
     checkpoint = {"open_clip (package)": open_clip.__version__} | {
         file.name: file_hash(file) for file in _local_files(path, pretrained)
     }
