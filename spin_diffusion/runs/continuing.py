@@ -52,9 +52,12 @@ def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) ->
         raise InputError(f"{flag}: it has no promoted round yet: let it finish one, or start from its base")
     before = saved_settings(run / "config.yaml")
     keys = _SAME + (_SAME_ADAPTER if settings.get("use_lora") else ())
-    differ = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if before.get(key) != settings.get(key)]
+    other = [key for key in keys if before.get(key) != settings.get(key)]
+    differ = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in other]
     if differ:
-        raise InputError(f"{flag}: its player is one of another base or kind ({'; '.join(differ)}): give these as there")
+        raise InputError(
+            f"{flag}: its player is one of another base or kind ({'; '.join(differ)}): give these as there"
+        )
 
 
 def take_over(settings: Mapping[str, Any], output_dir: Path) -> None:

@@ -9,9 +9,9 @@ from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders

@@ -145,7 +145,7 @@ class PictureSamples:
         """The first picture of each gallery prompt at the headline's guidance scale; grey where it is lost."""
         images = folder / "images" / folder_of(self.headline_scale)
         pictures = []
-        for row in self.prompts.requests(1, self.protocol["seed"])[: GALLERY_PROMPTS]:
+        for row in self.prompts.requests(1, self.protocol["seed"])[:GALLERY_PROMPTS]:
             path = images / f"{row['id']}-0.png"
             grey = Image.new("RGB", (self.game.resolution,) * 2, "grey")
             pictures.append((row["prompt"], read_picture(path) if path.is_file() else grey))

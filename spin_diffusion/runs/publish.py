@@ -113,7 +113,7 @@ def push_to_hub(output_dir: Path, config: AnyConfig, card: Card) -> str:
         InputError: the hub cannot be reached, or refuses. Nothing is lost, the same command tries again.
     """
     name = config.run.hub_model_id or output_dir.resolve().name
-    message = f"{', '.join(title_of(name) for name in objectives_of(config.rounds))}, {config.rounds.rounds} rounds"
+    message = f"{titles_of(config)}, {config.rounds.rounds} rounds"
     try:
         api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id

@@ -19,7 +19,6 @@ from torch import nn
 
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
-from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.samples.real import DataManifest, forget_prepared
 from spin_diffusion.selfplay.fused import check_fused
 from spin_diffusion.selfplay.objective_names import file_hashes
