@@ -18,7 +18,7 @@ from spin_diffusion.samples.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.train import train
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, write_rows
+from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, write_json, write_rows
 from tests.playing import TRAINING, make_game, play_all
 
 
@@ -309,7 +309,7 @@ def test_a_kill_around_any_rename_changes_no_byte(sdxl_dir, unbroken, tmp_path, 
 def test_a_changed_choice_is_never_trained_on_but_made_again(sdxl_dir, unbroken, tmp_path, capsys):
     shutil.copytree(unbroken, tmp_path / "copy")
     record = tmp_path / "copy" / "round-1" / "round.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "GENERATED"}))
+    write_json(record, read_json(record) | {"state": "GENERATED"}, sealed=True)
     path = tmp_path / "copy" / "round-1" / CHOICES / "00000-of-00003.parquet"
     rows = read_rows(path)
     write_rows(path, [row | {"real": None} for row in rows], {})
