@@ -51,7 +51,7 @@ def test_rules_name_the_selves_and_their_shares():
     assert OPPONENTS["base"]([1, 2]) == {0: 1.0}
     assert OPPONENTS["last_two"]([1, 3]) == {1: 0.5, 3: 0.5}
     assert pool([1, 2]) == pytest.approx({2: 1 / 3, 1: 1 / 3, 0: 1 / 3})
-    assert pool([], [2.0]) == {0: 1.0}
+    assert pool([]) == {0: 1.0}
 
 
 def test_a_pool_is_all_earlier_selves_alike():
