@@ -239,9 +239,11 @@ def diversity_over_seeds(baseline: Features, candidate: Features, thresholds: Th
         return not_run(alarm, problem)
     assert baseline is not None and candidate is not None
     base, cand = _unit(baseline), _unit(candidate)
+    before, after = (1 - _pair_cosines(features).mean(axis=1) for features in (base, cand))
     vendi = f"{_vendi(base).mean():.2f} to {_vendi(cand).mean():.2f}"
     return diversity_falls(
-        *(1 - _pair_cosines(features).mean(axis=1) for features in (base, cand)),
+        before,
+        after,
         thresholds.diversity_drop,
         measure="mean 1 - cosine",
         beside=f"different pictures per prompt (Vendi score of {base.shape[1]} images) from {vendi}",
@@ -271,6 +273,7 @@ def near_duplicates(baseline: Features, candidate: Features, thresholds: Thresho
     alarm = "near_duplicates"
     if (problem := _no_pairs(baseline, candidate, thresholds)) is not None:
         return not_run(alarm, problem)
+    assert baseline is not None and candidate is not None
     cosine = thresholds.near_duplicate_cosine
     before, after = ((_pair_cosines(_unit(features)) > cosine).mean(axis=1) for features in (baseline, candidate))
     what = f"Pairs of seeds that give the same picture (cosine above {cosine:g})"
@@ -453,7 +456,8 @@ def count_rises(
         threshold: of the rise of the share, 0 to 1; below it nothing is said.
         what: the samples in that state, at the beginning of a sentence.
     """
-    rise, state = candidate[0] / candidate[1] - baseline[0] / baseline[1], "ok"
+    rise = candidate[0] / candidate[1] - baseline[0] / baseline[1]
+    state: AlarmState = "ok"
     if rise > threshold:
         table = [[candidate[0], candidate[1] - candidate[0]], [baseline[0], baseline[1] - baseline[0]]]
         state = "alarm" if stats.fisher_exact(table, alternative="greater").pvalue < 0.005 else "warn"

@@ -154,16 +154,20 @@ def diversity_over_seeds(baseline: Answers, candidate: Answers, thresholds: Answ
     per_prompt = min(len(row) for row in baseline)
     if problem := too_few_to_pair(per_prompt, len(baseline), thresholds.diversity_prompts, "answer"):
         return not_run("diversity_over_seeds", problem)
-    before, after = (
+    distinct_before, distinct_after = (
         np.mean([len({_plain(answer) for answer in row}) for row in answers]) for answers in (baseline, candidate)
     )
+    before, after = (np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate))
     return diversity_falls(
-        *(np.array([_mean_distance(row) for row in answers]) for answers in (baseline, candidate)),
+        before,
+        after,
         thresholds.diversity_drop,
         measure="pairs of words that two answers do not share",
-        beside=f"different answers per prompt from {before:.2f} to {after:.2f} of {len(baseline[0])}",
+        beside=f"different answers per prompt from {distinct_before:.2f} to {distinct_after:.2f} of {len(baseline[0])}",
         sample="gives the same answer",
-        what="The model gives ever the same answer" if after < before else "Answers differ in fewer words",
+        what="The model gives ever the same answer"
+        if distinct_after < distinct_before
+        else "Answers differ in fewer words",
     )
 
 
@@ -189,8 +193,8 @@ def cut_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresho
 
 def empty_answers(baseline: Answers, candidate: Answers, thresholds: AnswerThresholds) -> Alarm:
     """More answers are empty or white space."""
-    counts = (_count(answers, lambda answer: not answer.text.strip()) for answers in (baseline, candidate))
-    return count_rises("empty_answers", *counts, thresholds.empty_rise, "Empty answers")
+    before, after = (_count(answers, lambda answer: not answer.text.strip()) for answers in (baseline, candidate))
+    return count_rises("empty_answers", before, after, thresholds.empty_rise, "Empty answers")
 
 
 def copied_answers(
@@ -212,12 +216,12 @@ def copied_answers(
     if not places:
         why = f"no prompt with a real answer of {min_words} words or more was trained on, as it should be"
         return not_run(alarm, why)
-    counts = [
+    before, after = (
         _count([answers[place] for place in places], lambda answer: words(answer.text) == words(answer.reference or ""))
         for answers in (baseline, candidate)
-    ]
+    )
     what = "Answers to training prompts that are the real answer word for word"
-    return count_rises(alarm, *counts, thresholds.copied_rise, what)
+    return count_rises(alarm, before, after, thresholds.copied_rise, what)
 
 
 def _of_each(answers: Answers, value: Callable[[Answer], float]) -> np.ndarray:

@@ -13,7 +13,8 @@ from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.judging import of_row, read_answer_scores, read_judge
-from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
+from spin_diffusion.evaluation.records import Results
+from spin_diffusion.evaluation.samples import BySample, EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.answers import answer_files, read_answers
 from spin_diffusion.store.input_error import InputError
@@ -36,7 +37,7 @@ def conclude_answers(
     measures: Sequence[Mapping[str, Any]] | None = None,
     events: Sequence[Mapping[str, Any]] | None = None,
     ledger: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], list[Comparison]]:
+) -> tuple[Results, list[Comparison]]:
     """Write results.json, scores.parquet and answers.parquet below `root`; return the results and their comparisons.
 
     A prompt counts when every model has all of its answers, each with every score.
@@ -57,7 +58,7 @@ def conclude_answers(
         InputError: answers that are missing or of another protocol, or fewer than 2 prompts that count.
     """
     names = {parse_spec(spec)[0]: spec for spec in specs}
-    samples = {(model.name, None): _read_answers(_folder(model), protocol, names) for model in models}
+    samples: BySample = {(model.name, None): _read_answers(_folder(model), protocol, names) for model in models}
     said = {name: first_not_run([read_judge(_folder(model), name) for model in models]) for name in names}
 
     def check(watched: Watched) -> list[Alarm]:

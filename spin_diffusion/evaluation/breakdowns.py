@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spin_diffusion.evaluation.records import PartEntry, Scale
+from spin_diffusion.evaluation.records import PartedBy, PartEntry, Scale
 from spin_diffusion.evaluation.statistics import paired_difference
 
 MIN_PROMPTS = 20
@@ -39,15 +39,26 @@ def breakdowns(
                     if len(places) >= MIN_PROMPTS:
                         interval = paired_difference(ours[places], theirs[places], 1 - 0.05 / large)
                         low, high = interval.low, interval.high
-                    at = {"by": by, "value": value, "model": model, "scorer": scorer, "guidance_scale": scale}
-                    entries.append(at | {"num_prompts": len(places), "difference": mean, "low": low, "high": high})
+                    entries.append(
+                        {
+                            "by": by,
+                            "value": value,
+                            "model": model,
+                            "scorer": scorer,
+                            "guidance_scale": scale,
+                            "num_prompts": len(places),
+                            "difference": mean,
+                            "low": low,
+                            "high": high,
+                        }
+                    )
     return entries
 
 
-def _parts(prompts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], np.ndarray]:
+def _parts(prompts: Sequence[tuple[str, str]]) -> dict[tuple[PartedBy, str], np.ndarray]:
     """The places of the prompts in each category and in each quarter by length; a part that is everything is none."""
     categories = np.array([category for _, category in prompts])
-    parts = {
+    parts: dict[tuple[PartedBy, str], np.ndarray] = {
         ("category", category): np.flatnonzero(categories == category)
         for category in sorted(set(categories.tolist()))
         if category

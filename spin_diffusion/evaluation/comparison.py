@@ -141,8 +141,7 @@ def _compare_row(row: Row, base: Row) -> Comparison:
 
 def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
     """With p_holm: all of them are one family of tests."""
-    tested = [comparison for comparison in comparisons if comparison.p is not None]
-    adjusted = iter(holm([comparison.p for comparison in tested]).tolist())
+    adjusted = iter(holm([c.p for c in comparisons if c.p is not None]).tolist())
     return [c if c.p is None else replace(c, p_holm=next(adjusted)) for c in comparisons]
 
 

@@ -6,10 +6,11 @@ their table; the rest is here. results.schema.json says what is in results.json,
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ from spin_diffusion.evaluation.records import (
     Role,
     Scale,
     ScorerEntry,
+    TrainingEntries,
     VerdictEntry,
 )
 from spin_diffusion.evaluation.results_file import SCHEMA_VERSION, schema_problem
@@ -57,7 +59,7 @@ from spin_diffusion.store.run_dir import write_file, write_json
 def conclude_samples(
     models: Sequence[EvaluatedModel],
     samples: BySample,
-    protocol: Protocol,
+    protocol: Mapping[str, Any],
     about: Mapping[str, Mapping[str, Any]],
     *,
     title: str,
@@ -86,7 +88,8 @@ def conclude_samples(
     Raises:
         InputError: fewer than 2 prompts that count.
     """
-    compared = _compared(models, samples, protocol, about)
+    asked = cast(Protocol, protocol)  # like all that is read from files: the schema has the last word
+    compared = _compared(models, samples, asked, about)
     scales, names = compared.scales, [model.name for model in models]
     rows = compared.rows()
     comparisons = compare(rows, names[0])
@@ -98,10 +101,10 @@ def conclude_samples(
         for count in counts
         if compared.roles and count["model"] != names[0]
     ]
-    results = {
+    results: Results = {
         "schema_version": SCHEMA_VERSION,
         "title": title,
-        "protocol": protocol,
+        "protocol": asked,
         "baseline": names[0],
         "headline": _headline(models, headline_scale if headline_scale in scales else scales[-1]),
         "models": [_model_entry(model) for model in models],
@@ -118,13 +121,14 @@ def conclude_samples(
     results |= _training(curves, measures, events, ledger)
     if others:
         places = [rank(names, scale, [*entries, *others], compared.scorers, verdicts) for scale in scales]
-        results |= {"between_others": others, "ranking": [place for place in places if place is not None]}
+        results["between_others"] = others
+        results["ranking"] = [place for place in places if place is not None]
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     return results, comparisons
 
 
-def _training(*parts: Sequence[Mapping[str, Any]] | None) -> dict[str, list[dict[str, Any]]]:
+def _training(*parts: Sequence[Mapping[str, Any]] | None) -> TrainingEntries:
     """Curves, measures, events and ledger as results.json has them; nothing of what is empty."""
     curves, measures, events, ledger = (list(part or []) for part in parts)
     entries = {
@@ -133,7 +137,7 @@ def _training(*parts: Sequence[Mapping[str, Any]] | None) -> dict[str, list[dict
         "training_events": [dict(event) for event in events],
         "ledger": [dict(entry) for entry in ledger],
     }
-    return {name: rows for name, rows in entries.items() if rows}
+    return cast(TrainingEntries, {name: rows for name, rows in entries.items() if rows})
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +182,10 @@ def _compared(
 ) -> _Compared:
     """The scores of the prompts that count; InputError when there are fewer than 2."""
     scales, modality, baseline = guidance_scales(protocol), modality_of(protocol), models[0].name
-    scorers = [dict(entry) | {"truncated_prompts": _truncated_prompts(samples, name)} for name, entry in about.items()]
+    scorers = [
+        cast(ScorerEntry, dict(entry) | {"truncated_prompts": _truncated_prompts(samples, name)})
+        for name, entry in about.items()
+    ]
     roles = {scorer["name"]: scorer["role"] for scorer in scorers if scorer["state"] == "run"}
     per_prompt = samples_per_prompt(protocol)
     lost = {
@@ -254,14 +261,22 @@ def _array(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
 
 
 def _counts(compared: _Compared) -> list[CountEntry]:
-    entries = []
+    entries: list[CountEntry] = []
     for model, scale, of_model in compared.each():
         there = {key: row for key, row in of_model.rows.items() if row["there"]}
         unscored = sum(any(key not in of_model.scores[name] for name in compared.roles) for key in there)
         broken, lost = sum(row["state"] != "ok" for row in there.values()), len(compared.lost[model.name, scale])
-        asked, at = len(of_model.rows), {"model": model.name, "guidance_scale": scale}
-        counts = {"asked": asked, "missing": asked - len(there), "unscored": unscored, "broken": broken}
-        entries.append(at | counts | {"prompts_lost": lost})
+        entries.append(
+            {
+                "model": model.name,
+                "guidance_scale": scale,
+                "asked": len(of_model.rows),
+                "missing": len(of_model.rows) - len(there),
+                "unscored": unscored,
+                "broken": broken,
+                "prompts_lost": lost,
+            }
+        )
     return entries
 
 
@@ -272,20 +287,41 @@ def _headline(models: Sequence[EvaluatedModel], scale: Scale) -> Headline:
 
 
 def _model_entry(model: EvaluatedModel) -> ModelEntry:
-    names = ("name", "role", "round", "source", "kind", "base", "weights_sha256")
-    return {name: model.round_ if name == "round" else getattr(model, name) for name in names}
+    return {
+        "name": model.name,
+        "role": model.role,
+        "round": model.round_,
+        "source": model.source,
+        "kind": model.kind,
+        "base": model.base,
+        "weights_sha256": model.weights_sha256,
+    }
 
 
 def _comparison_entry(c: Comparison) -> ComparisonEntry:
-    assert c.difference is not None, "a comparison of the baseline with itself"
+    assert c.difference is not None and c.p is not None and c.p_holm is not None, "the baseline is not compared"
+    assert c.wins is not None and c.ties is not None and c.losses is not None, "all or none of them are counted"
     won = win_rate(c.wins, c.ties, c.losses)
     said = verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift")
-    models = {"model": c.model, "baseline": c.other, "scorer": c.scorer, "guidance_scale": c.guidance_scale}
-    difference = {"difference": c.difference.mean, "low": c.difference.low, "high": c.difference.high}
-    counts = {"wins": c.wins, "ties": c.ties, "losses": c.losses}
-    rates = {"win_rate": won.mean, "win_rate_low": won.low, "win_rate_high": won.high}
-    tests = {"p": c.p, "p_holm": c.p_holm, "verdict": said}
-    return models | {"num_prompts": c.num_prompts} | difference | counts | rates | tests
+    return {
+        "model": c.model,
+        "baseline": c.other,
+        "scorer": c.scorer,
+        "guidance_scale": c.guidance_scale,
+        "num_prompts": c.num_prompts,
+        "difference": c.difference.mean,
+        "low": c.difference.low,
+        "high": c.difference.high,
+        "wins": c.wins,
+        "ties": c.ties,
+        "losses": c.losses,
+        "win_rate": won.mean,
+        "win_rate_low": won.low,
+        "win_rate_high": won.high,
+        "p": c.p,
+        "p_holm": c.p_holm,
+        "verdict": said,
+    }
 
 
 def _verdict_entry(
@@ -307,11 +343,22 @@ def _verdict_entry(
 
 
 def _aggregates(arrays: Arrays, comparisons: Sequence[Comparison], roles: Mapping[str, Role]) -> list[AggregateEntry]:
-    def entry(at: tuple[str, Scale, str], aggregate: Aggregate, per_prompt: np.ndarray, mean: Interval | None = None):
+    def entry(
+        at: tuple[str, Scale, str], aggregate: Aggregate, per_prompt: np.ndarray, mean: Interval | None = None
+    ) -> AggregateEntry:
         model, scale, scorer = at
-        spread = {"num_prompts": len(per_prompt)} | asdict(mean or mean_interval(per_prompt))
-        named = {"model": model, "scorer": scorer, "guidance_scale": scale, "aggregate": aggregate}
-        return named | spread | {"sd": float(per_prompt.std(ddof=1))}
+        interval = mean or mean_interval(per_prompt)
+        return {
+            "model": model,
+            "scorer": scorer,
+            "guidance_scale": scale,
+            "aggregate": aggregate,
+            "num_prompts": len(per_prompt),
+            "mean": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "sd": float(per_prompt.std(ddof=1)),
+        }
 
     entries = []
     for c in comparisons:
@@ -329,7 +376,8 @@ def _aggregates(arrays: Arrays, comparisons: Sequence[Comparison], roles: Mappin
 
 
 def _alarms(compared: _Compared, check: Callable[[Watched], list[Alarm]]) -> list[AlarmEntry]:
-    entries, baseline = [], compared.models[0]
+    entries: list[AlarmEntry] = []
+    baseline = compared.models[0]
     rounds = [model for model in compared.models if model.round_ is not None and model.role != "rival"]
 
     def scores(model: EvaluatedModel, scale: Scale) -> Scores:
@@ -348,8 +396,18 @@ def _alarms(compared: _Compared, check: Callable[[Watched], list[Alarm]]) -> lis
             scores(previous, scale) if previous is not None and previous.round_ else None,
             compared.roles,
         )
-        at = {"model": model.name, "guidance_scale": scale}
-        entries += [{"id": alarm.id} | at | asdict(alarm) for alarm in check(watched)]
+        entries += [
+            {
+                "id": alarm.id,
+                "model": model.name,
+                "guidance_scale": scale,
+                "state": alarm.state,
+                "value": alarm.value,
+                "threshold": alarm.threshold,
+                "explanation": alarm.explanation,
+            }
+            for alarm in check(watched)
+        ]
     return entries
 
 
@@ -362,8 +420,13 @@ def _failures(compared: _Compared) -> Iterator[FailureEntry]:
             elif lacking := [name for name in compared.roles if key not in of_model.scores[name]]:
                 what = f"no score by {', '.join(lacking)}; its prompt is left out for every model"
             if what:
-                at = {"model": model.name, "guidance_scale": scale}
-                yield at | {"id": row["id"], "prompt": row["prompt"], "what": what}
+                yield {
+                    "model": model.name,
+                    "guidance_scale": scale,
+                    "id": row["id"],
+                    "prompt": row["prompt"],
+                    "what": what,
+                }
 
 
 def write_results(
@@ -395,5 +458,5 @@ def write_results(
                 ]
     for table_name, rows in tables.items():
         table = pa.Table.from_pylist(rows, schema=schemas[table_name])
-        write_file(root / f"{table_name}.parquet", lambda part, table=table: pq.write_table(table, part))
+        write_file(root / f"{table_name}.parquet", partial(pq.write_table, table))
     write_json(root / "results.json", results)

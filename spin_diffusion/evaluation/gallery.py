@@ -79,8 +79,8 @@ def _fitted(image: Image.Image, limit: int) -> Image.Image:
     image = image.convert("RGB")
     longer = max(image.size)
     if longer > limit:
-        size = tuple(max(1, round(side * limit / longer)) for side in image.size)
-        return image.resize(size, Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * limit / longer)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
     factor = max(1, min(math.ceil(_MIN_CELL_PX / longer), limit // longer))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -129,4 +129,4 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int
 
 def _num_fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     """How many of the first characters are at most `width` px wide together; at least one."""
-    return max(1, bisect_right(range(1, len(text) + 1), width, key=lambda number: font.getlength(text[:number])))
+    return max(1, bisect_right(range(1, len(text) + 1), float(width), key=lambda number: font.getlength(text[:number])))

@@ -221,8 +221,8 @@ def _unknown(spec: str, names: list[str]) -> str:
 def _download(name: str, published: Published, file: str) -> Path:
     try:
         if not published.on_github:
-            place = {"repo_type": "dataset", "revision": published.revision}
-            return Path(huggingface_hub.hf_hub_download(published.repository, file, **place))
+            repository, revision = published.repository, published.revision
+            return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision))
         folder = huggingface_hub.cached_assets_path("spin_diffusion", namespace=name, subfolder=published.revision)
         path = Path(folder) / Path(file).name
         if not path.is_file():

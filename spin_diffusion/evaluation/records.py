@@ -21,6 +21,7 @@ AlarmState = Literal["ok", "warn", "alarm", "not run"]
 ModelRole = Literal["baseline", "round", "rival", "candidate"]
 ModelKind = Literal["pipeline", "model", "round", "images"]
 Aggregate = Literal["mean", "best_of_k", "best_by_average"]
+PartedBy = Literal["category", "prompt length"]
 
 
 class PromptSetEntry(TypedDict):
@@ -191,7 +192,7 @@ class AlarmEntry(TypedDict):
 class PartEntry(TypedDict):
     """The paired difference within a part of the prompts; too few prompts have no interval."""
 
-    by: Literal["category", "prompt length"]
+    by: PartedBy
     value: str
     model: str
     scorer: str
@@ -266,7 +267,16 @@ class LedgerEntry(TypedDict):
     predicted_disk_bytes: NotRequired[int | None]
 
 
-class Results(TypedDict):
+class TrainingEntries(TypedDict, total=False):
+    """What results.json says of training; what is empty is not there."""
+
+    training_curves: list[CurveEntry]
+    measures: list[MeasureEntry]
+    training_events: list[EventEntry]
+    ledger: list[LedgerEntry]
+
+
+class Results(TrainingEntries):
     """All of results.json."""
 
     schema_version: int
@@ -285,8 +295,4 @@ class Results(TypedDict):
     alarms: list[AlarmEntry]
     breakdowns: list[PartEntry]
     failures: list[FailureEntry]
-    training_curves: NotRequired[list[CurveEntry]]
-    measures: NotRequired[list[MeasureEntry]]
-    training_events: NotRequired[list[EventEntry]]
-    ledger: NotRequired[list[LedgerEntry]]
     environment: dict[str, str]

@@ -12,6 +12,7 @@ import pyarrow as pa
 from spin_diffusion.evaluation.alarms import Alarm, check_alarms
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import ScoredFolder, read_scorer, read_scores
@@ -37,7 +38,7 @@ def conclude(
     in_domain: Collection[str] = (),
     events: Sequence[Mapping[str, Any]] | None = None,
     ledger: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], list[Comparison]]:
+) -> tuple[Results, list[Comparison]]:
     """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
 
     A prompt counts at a guidance scale when every model has all of its images there, each with every score.

@@ -251,7 +251,7 @@ def score_images(scorer: LoadedScorer, images: Iterable[Image.Image], prompts: S
     scores: list[float] = []
     images = iter(images)
     while part := list(islice(images, BATCH)):
-        scores += scorer(part, prompts[len(scores) : len(scores) + len(part)]).tolist()
+        scores += scorer(part, list(prompts[len(scores) : len(scores) + len(part)])).tolist()
     return scores
 
 

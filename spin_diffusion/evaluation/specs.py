@@ -37,6 +37,12 @@ class About:
     citation: str = ""
     """arXiv id or address."""
 
+    def place(self, path: str | None) -> str:
+        """Where the weights are: at `path`, or without one at `checkpoint`, which a score without weights has not."""
+        place = path or self.checkpoint
+        assert place is not None, f"{self.title} has no checkpoint"
+        return place
+
 
 @dataclass(frozen=True, eq=False)
 class Part:

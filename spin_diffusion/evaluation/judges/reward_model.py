@@ -72,7 +72,7 @@ def load(device: str, path: str | None = None) -> Judge:
 class RewardModel:
     """(answers, log-likelihood) -> logits; the log-likelihood is not used."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer: Any, device: str, checkpoint: dict[str, str]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: str, checkpoint: dict[str, str]) -> None:
         self.model, self.tokenizer, self.device, self.checkpoint = model, tokenizer, device, checkpoint
         text_config = model.config.get_text_config()
         self.pad: int | None = text_config.pad_token_id

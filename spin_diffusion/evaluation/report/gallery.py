@@ -126,24 +126,33 @@ def vote_pairs(tabs: list[GalleryTab]) -> list[VotePair]:
         if len(samples) == 2 and all(shown.sample for shown in samples):
             baseline, candidate = (shown.element for shown in samples)
             sample, prompt = row.sample, clean(shortened(row.sample.prompt).short)
-            at = {"id": sample.id, "k": sample.k, "seed": sample.seed, "prompt": prompt}
-            pairs.append(at | {"baseline": baseline, "candidate": candidate})
+            pairs.append(
+                {
+                    "id": sample.id,
+                    "k": sample.k,
+                    "seed": sample.seed,
+                    "prompt": prompt,
+                    "baseline": baseline,
+                    "candidate": candidate,
+                }
+            )
     return pairs
 
 
 def votes(results: Results, pairs: list[VotePair]) -> dict[str, object]:
     """What page.js needs for the blind vote."""
-    baseline, headline = results["baseline"], results["headline"]
+    baseline, candidate = results["baseline"], results["headline"]["model"]
+    assert candidate is not None, "a vote needs two models"
     labels = Labels(results)
     return {
         "title": results["title"][:1000],
         "protocol_id": results["protocol"]["id"],
         "baseline": baseline[:1000],
-        "candidate": headline["model"][:1000],
+        "candidate": candidate[:1000],
         "labels": {
             "baseline": clean(labels.model(baseline)),
-            "candidate": clean(labels.model(headline["model"])),
+            "candidate": clean(labels.model(candidate)),
         },
-        "guidance_scale": headline["guidance_scale"],
+        "guidance_scale": results["headline"]["guidance_scale"],
         "pairs": pairs,
     }

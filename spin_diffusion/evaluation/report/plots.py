@@ -7,7 +7,7 @@ mode. Only numbers and words of this program are drawn; names and prompts stay i
 import io
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.style
@@ -29,7 +29,14 @@ _COLOURS = {
     _DRIFT: "var(--drift)",
 } | {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
 _MARKERS = ["o", "s", "^", "D", "v", "P"]
-_DASHES = ["solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2))]
+_DASHES: list[str | tuple[float, tuple[float, ...]]] = [
+    "solid",
+    (0, (5, 2)),
+    (0, (1, 1.5)),
+    (0, (6, 2, 1, 2)),
+    (0, (3, 1)),
+    (0, (8, 2)),
+]
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -48,7 +55,7 @@ _STYLE = {
     "axes.facecolor": "none",
 }
 _SIZE_IN = (4.4, 2.6)
-_ERROR_BARS = {"elinewidth": 1.2, "capsize": 2.5}
+_ERROR_BAR_WIDTH, _ERROR_BAR_CAP = 1.2, 2.5  # points
 
 _BAR_WIDTH, _BAR_HEIGHT = 180, 18  # user units of an interval's picture
 
@@ -95,8 +102,18 @@ def round_curves(
             means = np.array(line.means)
             errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
             dashes = _DASHES[line.style % len(_DASHES)]
-            look = _ERROR_BARS | {"color": colour, "marker": _marker(line.style), "linestyle": dashes}
-            axes.errorbar(x, means, yerr=errors, linewidth=1.5, markersize=4.5, **look)
+            axes.errorbar(
+                x,
+                means,
+                yerr=errors,
+                elinewidth=_ERROR_BAR_WIDTH,
+                capsize=_ERROR_BAR_CAP,
+                color=colour,
+                linewidth=1.5,
+                linestyle=dashes,
+                marker=_marker(line.style),
+                markersize=4.5,
+            )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         _name_axes(axes, "round", ylabel)
@@ -121,8 +138,16 @@ def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> 
     def draw(axes: Axes) -> None:
         for point in points:
             errors = [[point.mean - point.low], [point.high - point.mean]]
-            look = _ERROR_BARS | {"color": _SERIES[point.style % len(_SERIES)], "marker": _marker(point.style)}
-            axes.errorbar([point.gflops], [point.mean], yerr=errors, markersize=5, **look)
+            axes.errorbar(
+                [point.gflops],
+                [point.mean],
+                yerr=errors,
+                elinewidth=_ERROR_BAR_WIDTH,
+                capsize=_ERROR_BAR_CAP,
+                color=_SERIES[point.style % len(_SERIES)],
+                marker=_marker(point.style),
+                markersize=5,
+            )
         axes.set_xlim(left=0)
         _name_axes(axes, "GFLOPs", ylabel)
 
@@ -142,6 +167,11 @@ def _marker(style: int) -> str:
     return _MARKERS[(style + style // len(_SERIES)) % len(_MARKERS)]
 
 
+def with_gaps(values: Iterable[float | None]) -> list[float]:
+    """The values with NaN for None, which leaves a gap in a line."""
+    return [math.nan if value is None else value for value in values]
+
+
 def training_curves(
     key: str,
     label: str,
@@ -159,16 +189,24 @@ def training_curves(
     def draw(axes: Axes) -> None:
         steps = [step for step, *_ in points]
         axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
-        for style, place in enumerate((1, 2)):
-            values = [math.nan if point[place] is None else point[place] for point in points]
-            alone = {"marker": "o", "markersize": 3} if len(points) < 3 else {}
-            axes.plot(steps, values, color=_SERIES[style], linewidth=1.4, linestyle=_DASHES[style], **alone)
+        marker = "o" if len(points) < 3 else ""
+        for style, curve in enumerate(([real for _, real, _ in points], [generated for *_, generated in points])):
+            colour, dashes = _SERIES[style], _DASHES[style]
+            values = with_gaps(curve)
+            axes.plot(steps, values, color=colour, linewidth=1.4, linestyle=dashes, marker=marker, markersize=3)
         for number, (start, round_) in enumerate(starts):
             if number:
                 axes.axvline(start, color=_RULE, linewidth=1)
-            place = {"xytext": (3, 3), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
             words = f"round {round_}" if len(starts) <= 6 else str(round_)
-            axes.annotate(words, (start, 1), color=_FAINT, fontsize=8, **place)
+            axes.annotate(
+                words,
+                (start, 1),
+                xytext=(3, 3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                color=_FAINT,
+                fontsize=8,
+            )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         _name_axes(axes, "step", ylabel)
@@ -327,7 +365,6 @@ def _rename_ids(root: ET.Element, key: str) -> None:
         if (name := element.attrib.pop("id", None)) and (f"url(#{name})" in text or f"#{name}" in text.split()):
             element.set("id", f"{key}-{name}")
     for element in root.iter():
-        if element.get("href", "").startswith("#"):
-            element.set("href", f"#{key}-{element.get('href')[1:]}")
-        if element.get("clip-path", "").startswith("url(#"):
-            element.set("clip-path", f"url(#{key}-{element.get('clip-path')[5:]}")
+        for name, start in (("href", "#"), ("clip-path", "url(#")):
+            if (value := element.get(name, "")).startswith(start):
+                element.set(name, f"{start}{key}-{value.removeprefix(start)}")

@@ -206,7 +206,7 @@ def part_tables(results: Results) -> list[PartTable]:
         groups: dict[str, list[PartRow]] = {"category": [], "prompt length": []}
         for part in of_scorer:
             mean = part["difference"]
-            low, high = (mean if part[end] is None else part[end] for end in ("low", "high"))
+            low, high = (mean if end is None else end for end in (part["low"], part["high"]))
             bar = plots.interval_bar(low, mean, high, domain)
             groups[part["by"]].append(PartRow(part, part["num_prompts"] < MIN_PROMPTS, bar))
         digits = labels.decimals[scorer["name"]]

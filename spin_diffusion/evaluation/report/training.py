@@ -1,7 +1,6 @@
 """How the models were trained, and what was measured of them beside their scores: the page's section "Training"."""
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ LEGEND = [
     (plots.legend_key(style, marker=False), f"{name} samples") for style, name in enumerate(("real", "generated"))
 ]
 """What the lines of training stand for."""
-_T = TypeVar("_T")
+_T = TypeVar("_T", CurveEntry, MeasureEntry)
 _Point = tuple[int, float | None, float | None]
 """(step of the run, r of real, r of generated); None leaves a gap in the line."""
 
@@ -103,10 +102,10 @@ def memory(entry: LedgerEntry) -> str:
 def disk_line(results: Results) -> str:
     """The most that the run's folder held, beside what was planned; empty where nobody looked."""
     entries = results.get("ledger", [])
-    held = [entry["disk_bytes"] for entry in entries if entry.get("disk_bytes") is not None]
+    held = [size for entry in entries if (size := entry.get("disk_bytes")) is not None]
     if not held:
         return ""
-    planned = next((entry["predicted_disk_bytes"] for entry in entries if entry.get("predicted_disk_bytes")), None)
+    planned = next((size for entry in entries if (size := entry.get("predicted_disk_bytes"))), None)
     aside = "" if planned is None else f" (planned {wording.size(planned)})"
     return f"On the disk the run's folder held at most {wording.size(max(held))}{aside}."
 
@@ -137,11 +136,15 @@ def measure_curves(results: Results) -> list[Panel]:
     panels: list[Panel] = []
     for run, of_run in _by_run(results, measures).items():
         for of_name in _grouped(of_run, lambda measure: measure["name"]).values():
-            points = sorted(((m["round"], m["value"], m["low"], m["high"]) for m in of_name), key=lambda p: p[0])
-            if len({round_ for round_, *_ in points}) < 2:
+            points = sorted(((m["round"], m) for m in of_name if m["round"] is not None), key=lambda point: point[0])
+            rounds = [round_ for round_, _ in points]
+            if len(set(rounds)) < 2:
                 continue
-            columns = [[math.nan if v is None else v for v in column] for column in zip(*points, strict=True)]
-            lines = [plots.Line(0, *columns)]
+            means, lows, highs = (
+                plots.with_gaps(column)
+                for column in zip(*((m["value"], m["low"], m["high"]) for _, m in points), strict=True)
+            )
+            lines = [plots.Line(0, rounds, means, lows, highs)]
             chart = plots.round_curves(f"measure-{len(panels)}", "Measure over the rounds", lines, "value", zero=False)
             title = _title(of_name[0]) + (f", {wording.shortened(run, 40).short}" if run else "")
             panels.append(Panel(title, chart, direction=_direction(of_name[0])))
@@ -157,8 +160,8 @@ def _by_run(results: Results, rows: Iterable[_T]) -> dict[str, list[_T]]:
     return _grouped(rows, lambda row: "" if row["model"] in one_run else row["model"])
 
 
-def _grouped(rows: Iterable[_T], key: Callable[[_T], Hashable]) -> dict[Hashable, list[_T]]:
-    groups: dict[Hashable, list[_T]] = {}
+def _grouped(rows: Iterable[_T], key: Callable[[_T], str]) -> dict[str, list[_T]]:
+    groups: dict[str, list[_T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
@@ -182,5 +185,6 @@ def _decimals(of_name: Sequence[MeasureEntry]) -> int:
 
 
 def _number(measure: MeasureEntry, digits: int) -> Number:
+    assert measure["value"] is not None, "a measure that has no number"
     interval = wording.interval_text(measure["low"], measure["high"], digits, wording.plain)
     return Number(wording.plain(measure["value"], digits), interval)

@@ -136,7 +136,7 @@ def open_place(path: str) -> Files:
     return Files(path)
 
 
-def load_tokenizer(kind: type, files: Files, vocabulary: tuple[str, ...], elsewhere: str) -> Any:
+def load_tokenizer(kind: type[Any], files: Files, vocabulary: tuple[str, ...], elsewhere: str) -> Any:
     """The checkpoint's own tokenizer, or else that of the hub id `elsewhere`.
 
     Args:
@@ -169,6 +169,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: it cannot be read, or holds anything but tensors.
     """
+    loaded: object
     try:
         if path.suffix == ".safetensors":
             loaded = safetensors.torch.load_file(path)

@@ -11,7 +11,6 @@ tensors, heads and activation are the recipe's. Without a tokenizer, the recipe'
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -234,8 +233,8 @@ def _load(device: str, files: Files, recipe: Recipe) -> ClipTowers:
         clean=clean_like_open_clip if recipe.cleans_like_open_clip else None,
         reads_special_tokens=not recipe.cleans_like_open_clip,
     )
-    pixels = partial(recipe.pixels, side=config.vision_config.image_size)
-    return ClipTowers(model, pixels, text, device, checkpoint)
+    side = config.vision_config.image_size
+    return ClipTowers(model, lambda image: recipe.pixels(image, side), text, device, checkpoint)
 
 
 def build_clip(

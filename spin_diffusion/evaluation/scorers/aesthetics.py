@@ -55,7 +55,7 @@ def load(device: str, path: str | None = None) -> Scorer:
     from spin_diffusion.evaluation.scorers._clip import L14, load_clip
     from spin_diffusion.evaluation.scorers._linear_head import WIDTH, build_head
 
-    files = open_place(path or ABOUT.checkpoint)
+    files = open_place(ABOUT.place(path))
     where, tensors = files.weights(*HEAD_FILES)
     head = build_head(tensors, where)
     of_zero = head(torch.zeros(1, WIDTH)).item()

@@ -24,4 +24,4 @@ def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._clip import H14, ClipScorer, clip_score, load_clip
 
-    return ClipScorer(load_clip(device, path or ABOUT.checkpoint, H14), clip_score)
+    return ClipScorer(load_clip(device, ABOUT.place(path), H14), clip_score)

@@ -24,4 +24,4 @@ def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; `path` is the .pt file, its folder or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._hps import load_hps
 
-    return load_hps(device, path or ABOUT.checkpoint, "v2.0")
+    return load_hps(device, ABOUT.place(path), "v2.0")

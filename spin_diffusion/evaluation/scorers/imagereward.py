@@ -50,7 +50,7 @@ def load(device: str, path: str | None = None) -> Scorer:
     from spin_diffusion.evaluation.scorers._checkpoints import load_tokenizer, open_place
     from spin_diffusion.evaluation.scorers._text import BertText
 
-    files = open_place(path or ABOUT.checkpoint)
+    files = open_place(ABOUT.place(path))
     where, tensors = files.weights("ImageReward.pt", "model.safetensors")
     blip = build_blip(tensors, where)
     tokenizer = load_tokenizer(BertTokenizer, files, ("vocab.txt",), TOKENIZER)

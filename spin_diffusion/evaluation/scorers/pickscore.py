@@ -23,5 +23,5 @@ def load(device: str, path: str | None = None) -> Scorer:
     """The scorer; `path` is a folder, a file of weights or a hub id, default ABOUT.checkpoint."""
     from spin_diffusion.evaluation.scorers._clip import H14, ClipScorer, load_clip
 
-    towers = load_clip(device, path or ABOUT.checkpoint, H14)
+    towers = load_clip(device, ABOUT.place(path), H14)
     return ClipScorer(towers, lambda cosine: towers.scale * cosine)
