@@ -13,18 +13,40 @@ from spin_diffusion.selfplay.train_settings import TrainSettings
 class EvaluatesRounds(Protocol):
     """What every kind of run sets of its evaluations."""
 
-    eval_every_round: bool
-    promote_if: PromoteIf
+    @property
+    def eval_every_round(self) -> bool:
+        """Whether every round is evaluated, and not the base and the last one alone."""
+        ...
+
+    @property
+    def promote_if(self) -> PromoteIf:
+        """By which outcome of its evaluation a round's player is promoted."""
+        ...
 
 
 @runtime_checkable
 class AnyConfig(Protocol):
     """The settings of a run of any kind."""
 
-    evaluation: EvaluatesRounds
-    rounds: RoundSettings
-    training: TrainSettings
-    run: RunSettings
+    @property
+    def evaluation(self) -> EvaluatesRounds:
+        """What is measured after the rounds."""
+        ...
+
+    @property
+    def rounds(self) -> RoundSettings:
+        """The game that is played."""
+        ...
+
+    @property
+    def training(self) -> TrainSettings:
+        """How a round is trained."""
+        ...
+
+    @property
+    def run(self) -> RunSettings:
+        """Where the run lies and what it is compared with."""
+        ...
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its flag."""

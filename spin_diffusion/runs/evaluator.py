@@ -35,8 +35,10 @@ class _Model(TypedDict):
 class EvaluationSamples(Protocol):
     """What every model of a run is asked for, pictures or answers: how they are drawn, scored and concluded from."""
 
-    specs: Sequence[str]
-    """NAME[=PATH] of what scores the samples."""
+    @property
+    def specs(self) -> Sequence[str]:
+        """NAME[=PATH] of what scores the samples."""
+        ...
 
     def place(self, folder: Path) -> Any:
         """Where samples and scores lie in the folder of an evaluation, as `conclude` wants it in a model."""

@@ -44,9 +44,15 @@ from spin_diffusion.store.run_dir import read_json, write_json
 class RunSetup(Protocol):
     """What a run of one kind does in its own way before its base is loaded, in the order of the calls."""
 
-    config: AnyConfig
-    program: str
-    """What the run's folder is marked as."""
+    @property
+    def config(self) -> AnyConfig:
+        """All settings of the run."""
+        ...
+
+    @property
+    def program(self) -> str:
+        """What the run's folder is marked as."""
+        ...
 
     def check(self) -> None:
         """Raises InputError for what can be refused at once."""
@@ -69,12 +75,30 @@ class RunSetup(Protocol):
 class Run(Protocol):
     """What a run of one kind does in its own way once its base is loaded, in the order of the calls."""
 
-    config: AnyConfig
-    game: Game
-    candidates: Candidates | None
-    probe: Probe | None
-    held_out: Path | None
-    """Folder of the real samples that are never trained on."""
+    @property
+    def config(self) -> AnyConfig:
+        """All settings of the run."""
+        ...
+
+    @property
+    def game(self) -> Game:
+        """The two models that play."""
+        ...
+
+    @property
+    def candidates(self) -> Candidates | None:
+        """How generated samples are chosen among several; None = each is taken."""
+        ...
+
+    @property
+    def probe(self) -> Probe | None:
+        """What looks for shortcuts before a round is trained; None = nothing does."""
+        ...
+
+    @property
+    def held_out(self) -> Path | None:
+        """Folder of the real samples that are never trained on."""
+        ...
 
     def plan(self, progress: Progress) -> list[str]:
         """Write `plan.json`; the plan for people, in lines."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,18 +38,40 @@ class ScoredBatch:
 class Game(Protocol):
     """Two models and what can be done with them. Implementations: `DiffusionGame`, `LanguageGame`."""
 
-    player: nn.Module
-    """What is trained; its parameters stay the same objects for as long as the game lives."""
-    prompt_columns: tuple[str, ...]
-    """Columns of a stored real row that `generate` needs of it."""
-    sampler_settings: str
-    """How `generate` draws, as JSON: samples that were drawn otherwise are drawn again."""
-    level_name: str
-    """What `ScoredBatch.level` is a share of, for messages."""
-    remedies: dict[str, str]
-    """What else helps when a rule of health speaks: the end of its sentence, by the rule's name."""
-    start_tolerance: dict[str, float]
-    """Largest |r| at step 0 that is rounding, relative to max(1, |score|), by mixed precision."""
+    @property
+    def accelerator(self) -> Accelerator:
+        """Where and in which precision both models compute."""
+        ...
+
+    @property
+    def player(self) -> nn.Module:
+        """What is trained; its parameters stay the same objects for as long as the game lives."""
+        ...
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Columns of a stored real row that `generate` needs of it."""
+        ...
+
+    @property
+    def sampler_settings(self) -> str:
+        """How `generate` draws, as JSON: samples that were drawn otherwise are drawn again."""
+        ...
+
+    @property
+    def level_name(self) -> str:
+        """What `ScoredBatch.level` is a share of, for messages."""
+        ...
+
+    @property
+    def remedies(self) -> dict[str, str]:
+        """What else helps when a rule of health speaks: the end of its sentence, by the rule's name."""
+        ...
+
+    @property
+    def start_tolerance(self) -> dict[str, float]:
+        """Largest |r| at step 0 that is rounding, relative to max(1, |score|), by mixed precision."""
+        ...
 
     def generate(self, rows: list[Row], seeds: list[int], done: Callable[[int], None] = ...) -> list[Row]:
         """Draw one sample with the opponent for each row's prompt.
@@ -79,6 +102,10 @@ class Game(Protocol):
 
     def opponent_hash(self) -> str:
         """Hash of the opponent's weights, from the weights as they are now wherever the game still has them."""
+        ...
+
+    def player_hash(self) -> str:
+        """Hash of the player's weights as they are now."""
         ...
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
@@ -115,8 +142,10 @@ class FixedDraws(Protocol):
     """A game whose pairs may have draws of their own, at which the opponent's scores are computed once per round;
     `scores` finds them as `opponent_score` afterwards."""
 
-    fixed_draws: int
-    """0, or how many draws of its own each pair has."""
+    @property
+    def fixed_draws(self) -> int:
+        """0, or how many draws of its own each pair has."""
+        ...
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32."""
