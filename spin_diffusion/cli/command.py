@@ -29,6 +29,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    raised: Exception
     try:
         with _last_words():
             command(argv)

@@ -34,7 +34,7 @@ from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
-from spin_diffusion.selfplay.record import FINAL, find_record, read_record, replay
+from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record, replay
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
@@ -380,10 +380,21 @@ def unit_costs(task: Task) -> tuple[UnitCosts, bool]:
     return unit, bool(pipeline.config.get("force_zeros_for_empty_prompt"))
 
 
+class _CountedCosts(TypedDict):
+    """The fields of `UnitCosts`, and whether the empty prompt needs no embedding."""
+
+    unet: int
+    unet_backward: int
+    unet_backward_inputs: int
+    text: int
+    vae_encode: int
+    vae_decode: int
+    zeros_for_empty: bool
+
+
 def counted_costs(task: Task, path: Path) -> tuple[UnitCosts, bool]:
     """`unit_costs`, kept in a file."""
-    kind = TypedDict("Kept", {field.name: field.type for field in fields(UnitCosts)} | {"zeros_for_empty": bool})
-    said = read_if_whole(path, kind)
+    said = read_if_whole(path, _CountedCosts)
     if said is None:
         unit, zeros = unit_costs(task)
         said = asdict(unit) | {"zeros_for_empty": zeros}
@@ -391,7 +402,7 @@ def counted_costs(task: Task, path: Path) -> tuple[UnitCosts, bool]:
     return UnitCosts(**{field.name: said[field.name] for field in fields(UnitCosts)}), said["zeros_for_empty"]
 
 
-def rounds_of(folder: Path, rounds: int) -> list[dict[str, Any]]:
+def rounds_of(folder: Path, rounds: int) -> list[RoundRecord]:
     """The records of a cell's finished rounds."""
     paths = [folder / "run" / f"round-{k}" / "round.json" for k in range(1, rounds + 1)]
     return [read_record(path.parent) for path in paths if path.is_file()]

@@ -58,8 +58,8 @@ def conclude_answers(
         InputError: answers that are missing or of another protocol, or fewer than 2 prompts that count.
     """
     names = {parse_spec(spec)[0]: spec for spec in specs}
-    samples: BySample = {(model.name, None): _read_answers(_folder(model), protocol, names) for model in models}
-    said = {name: first_not_run([read_judge(_folder(model), name) for model in models]) for name in names}
+    samples: BySample = {(model.name, None): _read_answers(model.answer_folder, protocol, names) for model in models}
+    said = {name: first_not_run([read_judge(model.answer_folder, name) for model in models]) for name in names}
 
     def check(watched: Watched) -> list[Alarm]:
         return check_answer_alarms(
@@ -88,11 +88,6 @@ def conclude_answers(
     )
     write_results(root, results, models, samples, "answers", _TABLES)
     return results, comparisons
-
-
-def _folder(model: EvaluatedModel) -> Path:
-    assert isinstance(model.folder, Path), "a model that gave answers"
-    return model.folder
 
 
 def _read_answers(folder: Path, protocol: Mapping[str, Any], names: Mapping[str, str]) -> Samples:

@@ -3,25 +3,26 @@
 from typing import Any
 
 from spin_diffusion.evaluation.modalities import modality_of
+from spin_diffusion.evaluation.records import AggregateEntry, ComparisonEntry, Results
 from spin_diffusion.evaluation.settings import PromoteIf
 from spin_diffusion.store.input_error import InputError
 
 
-def metrics_of(results: dict[str, Any], model: str) -> dict[str, Any]:
+def metrics_of(results: Results, model: str) -> dict[str, Any]:
     """Means, differences and verdicts of one model, as numbers for trackers and for the round's record."""
     at_key = modality_of(results["protocol"]).at_key
 
-    def name(entry: dict[str, Any]) -> str:
+    def name(entry: AggregateEntry | ComparisonEntry) -> str:
         return entry["scorer"] + at_key.format(_key(entry["guidance_scale"]))
 
     metrics: dict[str, Any] = {}
     for entry in results["results"]:
         if entry["model"] == model and entry["aggregate"] == "mean":
             metrics[name(entry)] = entry["mean"]
-    for entry in results["comparisons"]:
-        if entry["model"] == model:
-            metrics[f"{name(entry)}/difference"] = entry["difference"]
-            metrics[f"{name(entry)}/win_rate"] = entry["win_rate"]
+    for compared in results["comparisons"]:
+        if compared["model"] == model:
+            metrics[f"{name(compared)}/difference"] = compared["difference"]
+            metrics[f"{name(compared)}/win_rate"] = compared["win_rate"]
     return metrics
 
 
@@ -29,7 +30,7 @@ def _key(scale: float | None) -> str:
     return "given" if scale is None else f"{scale:g}"
 
 
-def promotion(results: dict[str, Any], promote_if: PromoteIf) -> tuple[bool, str]:
+def promotion(results: Results, promote_if: PromoteIf) -> tuple[bool, str]:
     """Whether a player is promoted by its comparison with its opponent, and why.
 
     It counts at every guidance scale: one where the player fell is enough to reject it; to be improved it must be at

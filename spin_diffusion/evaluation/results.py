@@ -61,11 +61,11 @@ def conclude(
     """
     names = {parse_spec(spec)[0]: spec for spec in specs}
     samples = {
-        (model.name, scale): _read_pictures(root, _folder(model), scale, list(names))
+        (model.name, scale): _read_pictures(root, model.picture_folder, scale, list(names))
         for model in models
         for scale in protocol["guidance_scales"]
     }
-    said = {name: first_not_run([read_scorer(_folder(model).scores, name) for model in models]) for name in names}
+    said = {name: first_not_run([read_scorer(model.picture_folder.scores, name) for model in models]) for name in names}
     for name in said.keys() & set(in_domain):
         if said[name]["role"] == "held-out":
             said[name] = said[name] | {"role": "in-domain"}
@@ -89,11 +89,6 @@ def conclude(
     )
     write_results(root, results, models, samples, "images", _TABLES)
     return results, comparisons
-
-
-def _folder(model: EvaluatedModel) -> ScoredFolder:
-    assert isinstance(model.folder, ScoredFolder), "a model that drew pictures"
-    return model.folder
 
 
 def _read_pictures(root: Path, folder: ScoredFolder, scale: float | None, names: Sequence[str]) -> Samples:

@@ -27,6 +27,18 @@ class EvaluatedModel:
     base: str | None = None
     weights_sha256: str | None = None
 
+    @property
+    def picture_folder(self) -> ScoredFolder:
+        """The folder of a model that drew pictures."""
+        assert isinstance(self.folder, ScoredFolder), "a model that drew pictures"
+        return self.folder
+
+    @property
+    def answer_folder(self) -> Path:
+        """The folder of a model that gave answers."""
+        assert isinstance(self.folder, Path), "a model that gave answers"
+        return self.folder
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -296,7 +296,7 @@ class Chat:
             if not self._never_text.isdisjoint(of_piece):
                 return None
             ids += of_piece if id_ is None else [*of_piece, id_]
-            start, strips = (found.end(), token.rstrip) if found else (start, False)
+            start, strips = (found.end(), token.rstrip) if found and token else (start, False)
         return ids
 
     def _decode(self, ids: list[int]) -> str:
@@ -409,7 +409,11 @@ def with_arguments(template: str | dict[str, str] | None, arguments: Mapping[str
         InputError: there is no template, or none of its variables is named so.
     """
     if isinstance(template, dict):
-        return {name: with_arguments(each, arguments) for name, each in template.items()}
+        return {name: _with_arguments(each, arguments) for name, each in template.items()}
+    return _with_arguments(template, arguments)
+
+
+def _with_arguments(template: str | None, arguments: Mapping[str, Any]) -> str:
     if not template:
         raise InputError("--chat_template_kwargs: the tokenizer has no chat template: give one with --chat_template")
     for name, value in arguments.items():

@@ -1,7 +1,7 @@
 """Settings of a language-model run: frozen dataclasses, one per topic, read from YAML and the command line."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_type_hints
 
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
@@ -116,7 +116,7 @@ class LanguageConfig:
         return {key: value for section in asdict(self).values() for key, value in section.items()}
 
 
-SECTIONS = {field.name: field.type for field in fields(LanguageConfig)}
+SECTIONS: dict[str, type] = get_type_hints(LanguageConfig)
 
 
 def parse_language_config(argv: list[str] | None = None) -> LanguageConfig:

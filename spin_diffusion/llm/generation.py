@@ -302,4 +302,5 @@ class Vllm:
 
 def language_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()

@@ -98,7 +98,8 @@ def metrics_of(
             # "N/A" where it has none; 0 says that all examples are alike, not that more would be
             has_spread = isinstance(error, int | float) and error > 0
             spread = float(error * t.ppf(0.975, number - 1 if number > 1 else 1_000)) if has_spread else None
-            better = {True: "higher", False: "lower"}.get(higher_is_better.get(task, {}).get(metric), "none")
+            is_higher = higher_is_better.get(task, {}).get(metric)
+            better = "none" if is_higher is None else "higher" if is_higher else "lower"
             found[f"{task}/{key}"] = {
                 "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""),
                 "value": float(value),

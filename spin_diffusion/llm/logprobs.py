@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from spin_diffusion.llm.generation import language_model
 
 CHUNK_LOGITS = 2**26
 """fp32 logits that are in memory at once: 256 MB."""
@@ -61,7 +64,7 @@ def logprobs_at(
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, " batch"]:
     """`answer_logprobs` of answers whose tokens lie at `places_of` their mask."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = language_model(model)
     targets = token_ids.flatten()[places].long()
     inputs = {"input_ids": token_ids.long(), "attention_mask": attention_mask, "use_cache": False}
     if applies_head_to_hidden_states(causal):
@@ -88,7 +91,7 @@ def _chunk(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
-def applies_head_to_hidden_states(causal: nn.Module) -> bool:
+def applies_head_to_hidden_states(causal: PreTrainedModel) -> bool:
     """Whether logits are just the output layer's, so that it may be applied in chunks.
 
     Some families scale or cap their logits afterwards (Gemma 2, Cohere, Granite). Found out once per model by a

@@ -12,6 +12,7 @@ from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.judging import are_judged, judge_answers, read_judge
 from spin_diffusion.evaluation.protocols import answer_protocol, precision_of
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
@@ -21,7 +22,7 @@ from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.answers import are_answered, draw_answers
-from spin_diffusion.samples.requests import requests_of
+from spin_diffusion.samples.requests import Request, requests_of
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.build import Made, build
 from spin_diffusion.store.input_error import InputError
@@ -71,6 +72,11 @@ def answer_samples(config: LanguageConfig, game: LanguageGame, progress: Progres
     """The answers that a run is evaluated by; None = nothing is held out."""
     examples = [example for example in read_held_out(config.data) if _fits(example, game)]
     return AnswerSamples(config, game, examples, progress) if examples else None
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """What else is measured of a model whose answers lie in the folder; empty where that cannot be read."""
+    return read_for_page(read_json, folder / MEASURES, dict[str, Any]) or {}
 
 
 class AnswerSamples:
@@ -123,7 +129,7 @@ class AnswerSamples:
         """The player's answers, their scores, and what else is measured of the player."""
         draw_answers(
             self.requests,
-            model.folder,
+            model.answer_folder,
             self.protocol,
             self._answer,
             self.accelerator,
@@ -131,25 +137,26 @@ class AnswerSamples:
             weights_sha256=model.weights_sha256 or "",
             model=model.name,
         )
-        judge_answers({model.name: model.folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
-        path, key = model.folder / MEASURES, self._held_out_key(model)
+        folder = model.answer_folder
+        judge_answers({model.name: folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
+        path, key = folder / MEASURES, self._held_out_key(model)
         if self.accelerator.is_main_process:
             build(path, key, lambda: Made(self._held_out_nll() | self._lm_eval()))
         self.accelerator.wait_for_everyone()
 
     def is_drawn(self, model: EvaluatedModel) -> bool:
         """Whether its answers are there, and their scores, for which some judges ask the model itself."""
-        answered = are_answered(self.requests, model.folder, self.protocol, model.weights_sha256 or "")
-        measured = is_built(model.folder / MEASURES, self._held_out_key(model))
+        answered = are_answered(self.requests, model.answer_folder, self.protocol, model.weights_sha256 or "")
+        measured = is_built(model.answer_folder / MEASURES, self._held_out_key(model))
         return answered and measured and self.is_scored(model)
 
     def is_scored(self, model: EvaluatedModel) -> bool:
         """Whether its answers have the scores of the judges as they are now."""
-        return are_judged(model.folder, self.specs)
+        return are_judged(model.answer_folder, self.specs)
 
     def score(self, model: EvaluatedModel) -> None:
         """Scores of its answers, by judges that do not ask the model."""
-        judge_answers({model.name: model.folder}, self.specs, None, self.accelerator, self.progress)
+        judge_answers({model.name: model.answer_folder}, self.specs, None, self.accelerator, self.progress)
 
     def _held_out_key(self, model: EvaluatedModel) -> str:
         asked = [[transcript(example.prompt), example.completion] for example in self.examples]
@@ -162,7 +169,7 @@ class AnswerSamples:
 
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
-    ) -> tuple[dict[str, Any], list[Comparison]]:
+    ) -> tuple[Results, list[Comparison]]:
         """The results. Where single answers are held out, prompts are shared on purpose, and not looked for."""
         trained = None if self.config.data.held_out_by == "row" else prompts
         return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=trained, **more)
@@ -172,7 +179,7 @@ class AnswerSamples:
         return [
             {"model": model.name, "round": model.round_, "name": name} | measured
             for model in models
-            for name, measured in (read_for_page(read_json, model.folder / MEASURES, dict[str, Any]) or {}).items()
+            for name, measured in _measured(model.answer_folder).items()
             if name != KEY
         ]
 
@@ -182,7 +189,7 @@ class AnswerSamples:
     def finish(self, models: list[EvaluatedModel]) -> None:
         """Nothing: the page shows the answers."""
 
-    def _answer(self, rows: list[dict[str, Any]], done: Callable[[int], None]) -> list[dict[str, Any]]:
+    def _answer(self, rows: list[Request], done: Callable[[int], None]) -> list[dict[str, Any]]:
         prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
         drawn = self.game.draw(prompts, [row["seed"] for row in rows], done)
         return [

@@ -3,8 +3,9 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -77,7 +78,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
     scales = protocol["guidance_scales"]
     score_pictures(
-        {model.name: model.folder for model in models},
+        {model.name: model.picture_folder for model in models},
         scales,
         settings.scorers or [],
         accelerator,
@@ -182,14 +183,19 @@ def _pictures(
                 protocol,
                 draw,
                 accelerator,
-                lambda scale, total, name=source.name: progress.phase(f"{name}: draw at guidance {scale:g}", total),
+                partial(_drawing, progress, source.name),
                 drawn_by,
             )
-        role = "baseline" if source is sources[0] else "candidate"
+        role: Literal["baseline", "candidate"] = "baseline" if source is sources[0] else "candidate"
         base = str(source.base) if source.base is not None else None
         models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
     drawer.close()
     return models, protocol
+
+
+def _drawing(progress: Progress, name: str, scale: float, total: int) -> Callable[[int, str], None]:
+    """The phase of a model's pictures at a guidance scale."""
+    return progress.phase(f"{name}: draw at guidance {scale:g}", total)
 
 
 def _sources(settings: EvaluateSettings) -> list[ModelSource]:

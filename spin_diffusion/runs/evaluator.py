@@ -9,6 +9,7 @@ from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.results_file import read_results
@@ -66,7 +67,7 @@ class EvaluationSamples(Protocol):
 
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
-    ) -> tuple[dict[str, Any], list[Comparison]]:
+    ) -> tuple[Results, list[Comparison]]:
         """The results of these models, the first of which is the baseline, written below `root`; main process only.
 
         Args:
@@ -104,7 +105,7 @@ class RunEvaluator:
         self.config, self.game, self.base_source, self.saved = config, game, base, saved
         self.output_dir, self.accelerator = Path(config.run.output_dir), game.accelerator
         self._samples = samples
-        self._last: tuple[dict[str, Any], list[Comparison]] | None = None
+        self._last: tuple[Results, list[Comparison]] | None = None
 
     @property
     def samples(self) -> EvaluationSamples:
@@ -243,7 +244,10 @@ class RunEvaluator:
         """Print and write the table, finish the page; main process only."""
         if self._samples is None:
             return []
-        results, comparisons = self._last or self._report()
+        if self._last is None:
+            self._report()
+        assert self._last is not None, "the main process reports"
+        results, comparisons = self._last
         if entries := ledger(self.config, self.output_dir):  # the last round's is whole only now
             write_json(self.output_dir / "results.json", results | {"ledger": entries})
             write_report(self.output_dir)
@@ -316,15 +320,14 @@ class RunEvaluator:
     def _read_model(self, k: int) -> EvaluatedModel | None:
         return next((m for m in self._models() if m.round_ == k and m.role != "rival"), None)
 
-    def _report(self) -> tuple[dict[str, Any], list[Comparison]]:
+    def _report(self) -> None:
         if not self.accelerator.is_main_process:
-            return {}, []
+            return
         models, page = self._models(), page_of(self.config, self.output_dir)
         page["measures"] += self.samples.measures(models)
         title = f"Self-play run {self.output_dir.name}"
         self._last = self.samples.conclude(self.output_dir, models, title, self._training_prompts(), **page)
         write_report(self.output_dir)
-        return self._last
 
     def _training_prompts(self) -> Sequence[str]:
         """They are read from the prepared data when they are asked for."""

@@ -13,6 +13,7 @@ from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.results import EvaluatedModel, conclude
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import ScoredFolder, is_scored, read_scorer, score_pictures
@@ -70,7 +71,7 @@ class PictureSamples:
         steps = self.protocol["num_inference_steps"]
         draw_pictures(
             self.wanted,
-            model.folder.pictures,
+            model.picture_folder.pictures,
             self.protocol,
             lambda prompts, seeds, scale, done: self.game.draw(self.game.player, prompts, seeds, scale, steps, done),
             self.accelerator,
@@ -81,16 +82,16 @@ class PictureSamples:
 
     def is_drawn(self, model: EvaluatedModel) -> bool:
         """Whether its pictures are there, and theirs alone."""
-        return are_drawn(self.wanted, model.folder.pictures, self.protocol, self._drawn_by(model))
+        return are_drawn(self.wanted, model.picture_folder.pictures, self.protocol, self._drawn_by(model))
 
     def is_scored(self, model: EvaluatedModel) -> bool:
         """Whether they have the scores of the scorers as they are now."""
-        return is_scored(model.folder, self.protocol["guidance_scales"], self.specs)
+        return is_scored(model.picture_folder, self.protocol["guidance_scales"], self.specs)
 
     def score(self, model: EvaluatedModel) -> None:
         """Scores of pictures that are there."""
         score_pictures(
-            {model.name: model.folder},
+            {model.name: model.picture_folder},
             self.protocol["guidance_scales"],
             self.specs,
             self.accelerator,
@@ -99,7 +100,7 @@ class PictureSamples:
 
     def conclude(
         self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
-    ) -> tuple[dict[str, Any], list[Comparison]]:
+    ) -> tuple[Results, list[Comparison]]:
         """The results, with the curator's scorer as one that was aimed at."""
         curator = self.config.curation.curation_scorer
         return conclude(
@@ -136,7 +137,7 @@ class PictureSamples:
     def finish(self, models: list[EvaluatedModel]) -> None:
         """Draw the gallery: the same prompts and seeds side by side, base to last round."""
         path = Path(self.config.run.output_dir) / "samples.png"
-        columns = [self._gallery_pictures(model.folder.pictures.parent) for model in models]
+        columns = [self._gallery_pictures(model.picture_folder.pictures.parent) for model in models]
         rows = [(cells[0][0], [picture for _, picture in cells]) for cells in zip(*columns, strict=True)]
         draw_gallery([model.name for model in models], rows, path)
         print(f"Pictures, the same prompts and seeds for every model: {path}")

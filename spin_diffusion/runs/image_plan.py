@@ -1,6 +1,7 @@
 """What an image run will take: its probe, and how often its settings ask for what."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRate
         return game.draw(game.player, prompts, list(range(batch)), config.sampling.guidance_scale, steps)
 
     pictures = draw(short)
-    by_length = [seconds_of(lambda steps=steps: draw(steps), device) for steps in (short, long)]
+    by_length = [seconds_of(partial(draw, steps), device) for steps in (short, long)]
     denoise = max(by_length[1] - by_length[0], 0.0) / (long - short)
     finish = max(by_length[0] - short * denoise, 0.0)
     drawing_memory = peak_memory(device)
@@ -208,7 +209,7 @@ def predict(config: Config, rates: ImageRates, pairs: int, pictures: int, world:
     def phases(k: int) -> PhaseSeconds:
         source = source_of(config.rounds, of_round(config.rounds.objective, k))
         work = work_of(config, source, pairs, 1)
-        scored = pairs * config.denoiser.fixed_draws * rates.score
+        scored = pairs * int(config.denoiser.fixed_draws) * rates.score
         return PhaseSeconds(work.drawn * image, work.encoded * rates.encode + scored)
 
     evaluation = pictures * (rates.finish + steps_of_pictures * rates.denoise)

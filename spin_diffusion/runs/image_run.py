@@ -37,6 +37,7 @@ from spin_diffusion.samples.shards import Part
 from spin_diffusion.samples.stored_pairs import Column, kinds_of
 from spin_diffusion.selfplay.ledger import Costs, matrix_rate
 from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
@@ -44,7 +45,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 
 
-def run(config: Config, family_name: str) -> list[dict[str, Any]]:
+def run(config: Config, family_name: str) -> list[RoundRecord]:
     """Play all rounds of `config` with a checkpoint of a family, `sd` or `sdxl`. Raises as `play_run`."""
     return play_run(ImageSetup(config, family_name))
 

@@ -172,7 +172,8 @@ def _probe_drawing(config: LanguageConfig, game: LanguageGame, few: list[Row]) -
     def draw() -> None:
         drawn[:] = [len(answer.ids) for answer in game.draw(prompts, list(range(len(prompts))))]
 
-    took, lengths = [], []
+    took: list[float] = []
+    lengths: list[int] = []
     for limit in (SHORT, LONG):
         game.generation = replace(settings, max_new_tokens=min(limit, settings.max_new_tokens), engine="transformers")
         if not took:

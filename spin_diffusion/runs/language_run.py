@@ -28,7 +28,7 @@ from spin_diffusion.runs.run import plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.record import HELD_OUT
+from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
@@ -43,7 +43,7 @@ HOPELESS_LONG_ROWS = 1000
 """So many rows whose prompts are too long, and none before them that can be used, end the reading."""
 
 
-def run_language(config: LanguageConfig) -> list[dict[str, Any]]:
+def run_language(config: LanguageConfig) -> list[RoundRecord]:
     """Play all rounds of `config` with a causal language model and return their records. Raises as `play_run`."""
     return play_run(LanguageSetup(config))
 
@@ -119,7 +119,8 @@ class LanguageRun:
     def prepare(self, progress: Progress) -> DataManifest:
         """The manifest of the real answers, which are prepared as those that are held out are."""
         data, with_rejected = self.config.data, needs_losers(self.config)
-        report, warnings = ReadReport(), []
+        report = ReadReport()
+        warnings: list[str] = []
         answers = read_text_examples(data, with_rejected=with_rejected, report=report)
         manifest = self._prepare(self.output_dir / "data", answers, report, warnings, progress)
         if report.read:

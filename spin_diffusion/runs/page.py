@@ -12,10 +12,9 @@ from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import Damaged, read_json, read_json_lines
 
-_CURVES = ("loss", "r_real", "r_generated", "score_real", "score_generated", "implicit_accuracy", "saturation")
 _SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
 """What the page shows of the shortcut probe."""
-_OVERHEAD = dict.fromkeys(
+_OVERHEAD: dict[str, Any] = dict.fromkeys(
     (
         "predicted_seconds",
         "predicted_memory_bytes",
@@ -28,8 +27,23 @@ _OVERHEAD = dict.fromkeys(
 )
 """What is not known of the time between the phases."""
 
-_Step = TypedDict("_Step", {"step": int} | dict.fromkeys(_CURVES, Any))
-"""A line of metrics.jsonl, as far as the page shows it."""
+
+class _Curves(TypedDict):
+    """What the page shows of the losses and scores of a step."""
+
+    loss: Any
+    r_real: Any
+    r_generated: Any
+    score_real: Any
+    score_generated: Any
+    implicit_accuracy: Any
+    saturation: Any
+
+
+class _Step(_Curves):
+    """A line of metrics.jsonl, as far as the page shows it."""
+
+    step: int
 
 
 class _Plan(TypedDict):
@@ -84,7 +98,8 @@ def page_of(config: AnyConfig, output_dir: Path) -> dict[str, list[dict[str, Any
 def _curve(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
     """Every step of a round, absolute r and scores."""
     steps = read_for_page(read_json_lines, folder / "metrics.jsonl", _Step) or []
-    return [{"model": name, "round": k} | {key: step[key] for key in ("step", *_CURVES)} for step in steps]
+    keys = ("step", *_Curves.__annotations__)
+    return [{"model": name, "round": k} | {key: step[key] for key in keys} for step in steps]
 
 
 def _events(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
@@ -131,7 +146,9 @@ def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
 def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
     """The held-out gap and the shortcut probe of every round that has one, and of each rival's last."""
     last = config.rounds.rounds
-    rounds = [(round_name(config, k), k, output_dir / f"round-{k}") for k in range(1, last + 1)]
+    rounds: list[tuple[str, int | None, Path]] = [
+        (round_name(config, k), k, output_dir / f"round-{k}") for k in range(1, last + 1)
+    ]
     for name, folder in list(run_folders(config, output_dir).items())[1:]:
         rounds.append((name, None, folder / f"round-{last}"))
     entries = []
@@ -146,6 +163,6 @@ def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
             measured[f"shortcut_{key}"] = (title, auc.get(key))
         for name_, (title, interval) in measured.items():
             if interval is not None:
-                bounds = {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
+                bounds: dict[str, Any] = {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
                 entries.append({"model": name, "round": k, "name": name_, "title": title, "better": "none"} | bounds)
     return entries

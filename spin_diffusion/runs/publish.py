@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown
+from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.runs.config import AnyConfig, titles_of
 from spin_diffusion.selfplay.objective_names import objective_of
@@ -163,7 +164,7 @@ def _methods(objectives: Sequence[str], sources: Mapping[str, tuple[str, str]]) 
     return " and ".join([", ".join(links[:-1]), links[-1]] if links[1:] else links)
 
 
-def _verdict(results: dict[str, Any] | None) -> str:
+def _verdict(results: Results | None) -> str:
     if not results:
         return ""
     headline = results["headline"]

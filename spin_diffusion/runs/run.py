@@ -31,6 +31,7 @@ from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.one_round import Probe
+from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.tracking import start_trackers
@@ -137,7 +138,7 @@ class Run(Protocol):
         ...
 
 
-def play_run(setup: RunSetup) -> list[dict[str, Any]]:
+def play_run(setup: RunSetup) -> list[RoundRecord]:
     """Play all rounds and return their records.
 
     Raises:
@@ -200,9 +201,10 @@ def _play_with_rivals(
     costs: Callable[[RoundSettings, Path], Costs],
     accelerator: Accelerator,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[RoundRecord]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
-    config, records = run.config, []
+    config = run.config
+    records: list[RoundRecord] = []
     for rival in (None, *rivals(config)):
         rounds, folder = config.rounds, output_dir
         if rival is not None:
@@ -232,7 +234,7 @@ def _play_with_rivals(
     return records
 
 
-def lineage(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def lineage(records: list[RoundRecord]) -> list[dict[str, Any]]:
     """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
     ones anchored its scores, in the middle of the round too."""
     return [
@@ -255,7 +257,7 @@ def _open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator
     start_trackers(config.run.tracker_project_name, shown, output_dir, logs, accelerator)
 
 
-def _print_loading(run: Run, records: list[dict[str, Any]]) -> None:
+def _print_loading(run: Run, records: list[RoundRecord]) -> None:
     """Print where the last promoted player is, and how a user loads it."""
     promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
     if not promoted:

@@ -213,7 +213,7 @@ def write_manifest(
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
-    content = {
+    content: dict[str, Any] = {
         "base": base,
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
         "continued_from": origin_of(output_dir, base["weights"]),

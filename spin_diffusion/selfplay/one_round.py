@@ -57,10 +57,15 @@ Evaluate = Callable[[int, Path, int], Judgement]
 class Probe(Protocol):
     """Looks at a round's real and generated samples before its player is trained."""
 
-    samples: int
-    """The most pairs that it is shown; 0 = none, and it is not asked."""
-    stops: bool
-    """Whether the run ends where its state is "warn"."""
+    @property
+    def samples(self) -> int:
+        """The most pairs that it is shown; 0 = none, and it is not asked."""
+        ...
+
+    @property
+    def stops(self) -> bool:
+        """Whether the run ends where its state is "warn"."""
+        ...
 
     def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
         """Stored rows, pair by pair -> a JSON object with `state` ("ok", "warn", "not run") and `lines` to print."""

@@ -91,12 +91,16 @@ def build_pieces(pieces: Iterable[Piece], progress: Tell, num_processes: int) ->
     Args:
         progress: told as if the other processes were equally far.
     """
+
+    def told_after(before: int) -> Callable[[int], None]:
+        return lambda steps: progress((before + steps) * num_processes, "")
+
     done = made = 0
     with ThreadPoolExecutor(max_workers=1) as writer:
         writing: Future[None] | None = None
         for piece in pieces:
             if not piece.is_built:
-                content = piece.make(lambda steps, before=done: progress((before + steps) * num_processes, ""))
+                content = piece.make(told_after(done))
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(_write, piece.path, piece.key, content, piece.shared)

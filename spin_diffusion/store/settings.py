@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from spin_diffusion.store.input_error import InputError
 
@@ -87,7 +87,7 @@ def setting(
         first: `--help` shows it before all others.
     """
     rules = Rules(minimum, above, maximum, below, tuple(choices), or_file, harmless, first)
-    return cast(T, field(default=default, metadata={"rules": rules}))
+    return field(default=default, metadata={"rules": rules})
 
 
 class Settings:
@@ -97,20 +97,21 @@ class Settings:
         check_rules(self)
 
 
-def check_rules(section: Any, before: str = "--") -> None:
+def check_rules(section: object, before: str = "--") -> None:
     """InputError names the setting, its value and its range.
 
     Args:
         section: an instance of a dataclass of settings.
         before: what stands before a setting's name in messages.
     """
-    rules = rules_of(type(section))
+    kind: type = type(section)
+    rules = rules_of(kind)
     for name, rule in rules.items():
         value = getattr(section, name)
         if is_dataclass(value):
             check_rules(value, f"{before}{name} ")
             continue
-        if value == [] and name in per_round(type(section)):
+        if value == [] and name in per_round(kind):
             raise InputError(f"{before}{name} is an empty list: give one value, or one per round")
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not isinstance(one, bool):

@@ -56,7 +56,7 @@ def fit(value: Any, type_: Any, at: str = "") -> Any:
                 raise Misfit(f"{_below(at, key)} is missing")
             known = get_type_hints(type_)
             return {key: fit(entry, known.get(key, Any), _below(at, key)) for key, entry in value.items()}
-    elif is_dataclass(type_):
+    elif isinstance(type_, type) and is_dataclass(type_):
         if isinstance(value, dict):
             types = {field.name: field.type for field in fields(type_)}
             for key in value:
