@@ -3,8 +3,8 @@
 To add a setting, add a field with a docstring to the dataclass of the room that uses it.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.diffusion.settings import (
@@ -68,7 +68,7 @@ class Config:
         return {key: value for section in asdict(self).values() for key, value in section.items()}
 
 
-SECTIONS = {field.name: field.type for field in fields(Config)}
+SECTIONS: dict[str, type] = get_type_hints(Config)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:

@@ -46,7 +46,7 @@ def prepare(
     accelerator: Accelerator,
     progress: Progress | None = None,
     report: Callable[[], dict[str, Any]] = dict,
-) -> dict[str, Any]:
+) -> DataManifest:
     """Write the real samples as shards with their encodings and return their manifest; what is there and whole stays.
 
     Args:
@@ -82,8 +82,9 @@ def prepare(
         files = {name: digest for name, digest in found.items() if is_shard(name)}
         if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
             drawn = {name: digest for name, digest in files.items() if _is_sample(name)}
-            left_out = begun["left_out"] if begun is not None else None
-            if left_out is None:
+            if begun is not None:
+                left_out = begun["left_out"]
+            else:
                 left_out = read_json(directory / "left_out.json", remedy=_prepare_anew(directory))
             write_json(
                 directory / "manifest.json",
@@ -153,6 +154,6 @@ def _write_real(
     return report()
 
 
-def data_manifest(directory: Path) -> dict[str, Any]:
+def data_manifest(directory: Path) -> DataManifest:
     """What `prepare` wrote about the real samples: rows, hash, settings, left_out, files."""
     return read_json(directory / "manifest.json", DataManifest, _prepare_anew(directory))
