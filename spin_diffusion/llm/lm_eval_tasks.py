@@ -79,6 +79,10 @@ def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, An
     return metrics_of(found["results"], found.get("higher_is_better", {}))
 
 
+_BETTER: dict[Any, str] = {True: "higher", False: "lower"}
+"""What the page calls the harness's `higher_is_better`; "none" where it is not said."""
+
+
 def metrics_of(
     results: Mapping[str, Mapping[str, Any]], higher_is_better: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
@@ -98,8 +102,7 @@ def metrics_of(
             # "N/A" where it has none; 0 says that all examples are alike, not that more would be
             has_spread = isinstance(error, int | float) and error > 0
             spread = float(error * t.ppf(0.975, number - 1 if number > 1 else 1_000)) if has_spread else None
-            is_higher = higher_is_better.get(task, {}).get(metric)
-            better = "none" if is_higher is None else "higher" if is_higher else "lower"
+            better = _BETTER.get(higher_is_better.get(task, {}).get(metric), "none")
             found[f"{task}/{key}"] = {
                 "title": f"{task}, {metric}" + (f" ({kind})" if kind != "none" else ""),
                 "value": float(value),
