@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.text import printable
 
 T = TypeVar("T")
 PerRound = Union[T, list[T]]  # noqa: UP007 - `T | list[T]` cannot be subscripted in Python 3.10
@@ -119,7 +120,8 @@ def check_rules(section: object, before: str = "--") -> None:
             else:
                 complaint = rule.no_choice(one) if isinstance(one, str) else None
             if complaint is not None:
-                raise InputError(f"{before}{name} {one}{complaint}")
+                shown = printable(one) or repr(one)
+                raise InputError(f"{before}{name} {shown}{complaint}")
 
 
 @functools.cache
