@@ -248,7 +248,7 @@ class DiffusionGame:
             encode = partial(self._latents, rows, prefix, mirrored)
             name = f"{prefix}{MIRRORED if mirrored else ''}"
             if self.shared_latents is not None:
-                how = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
+                how: dict[str, Any] = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
                 how |= {"mirrored": True} if mirrored else {}
                 how |= {"cells": self._cells} if self.has_sizes else {}
                 encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
@@ -330,6 +330,7 @@ class DiffusionGame:
     @torch.no_grad()
     def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
         """Its scores, real ones first."""
+        assert self.opponent is not None
         with self._as_opponent(), self._dropping(batch):
             predicted = self._predicted(self.opponent, question)
         return question.scores(predicted)
@@ -436,7 +437,10 @@ class DiffusionGame:
 
     def opponent_hash(self) -> str:
         """The hash of the opponent's weights as they are now; of its adapter, if it is one."""
-        return self.adapters.hash_of(OPPONENT) if self.adapters is not None else weights_hash(self.opponent)
+        if self.adapters is not None:
+            return self.adapters.hash_of(OPPONENT)
+        assert self.opponent is not None
+        return weights_hash(self.opponent)
 
     def player_hash(self) -> str:
         """The hash of the player's weights as they are now; of its adapter, if it is one."""

@@ -86,11 +86,13 @@ class ReadAhead:
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
         """As `Pairs.batch`."""
         ahead, self._next = self._next, None
-        known = ahead is not None and ahead[0] == positions
-        found = ahead[1].result() if known else self.pairs.batch(positions, seed, round_)
+        if ahead is not None and ahead[0] == positions:
+            batch = ahead[1].result()
+        else:
+            batch = self.pairs.batch(positions, seed, round_)
         following = [position + self.stride for position in positions]
         self._next = following, self._reader.submit(self.pairs.batch, following, seed, round_)
-        return found
+        return batch
 
     def close(self) -> None:
         """Read no more."""
@@ -107,7 +109,8 @@ def side_by_side(order: Tensor, kinds: Tensor, before: int, generator: torch.Gen
         order: a random permutation of all pairs.
         kinds: of each pair.
     """
-    runs, rest = [], []
+    runs: list[Tensor] = []
+    rest: list[Tensor] = []
     for kind in kinds.unique():
         mine = order[kinds[order] == kind]
         full = len(mine) // TOGETHER * TOGETHER

@@ -39,7 +39,7 @@ def measure_image(image: Image.Image) -> Photometry:
     brightest, darkest = pixels.max(axis=2).astype(np.float64), pixels.min(axis=2).astype(np.float64)
     saturation = (brightest - darkest) / np.maximum(brightest, 1)  # black has none
     luma = np.asarray(rgb.convert("L"))
-    constant = all(high - low <= 2 for low, high in rgb.getextrema())
+    constant = bool((np.ptp(pixels, axis=(0, 1)) <= 2).all())
     return Photometry(
         saturation=float(saturation.mean()),
         clipped=float(((luma <= 1) | (luma >= 254)).mean()),

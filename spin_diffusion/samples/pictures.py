@@ -99,7 +99,7 @@ def _pieces(
 
     def piece_of(index: Path, rows: list[Request]) -> Piece:
         def make(tell: Callable[[int], None]) -> Made:
-            assert draw is not None
+            assert draw is not None and scale is not None
             pictures = _draw_all(draw, rows, scale, tell)
             return Made([save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)])
 

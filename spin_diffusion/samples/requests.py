@@ -30,18 +30,20 @@ def requests_of(prompts: Sequence[Mapping[str, Any]], per_prompt: int, seed: int
     Args:
         prompts: {"prompt"}, and where they are known "id", "category" and "reference".
     """
-    return [
-        Request(
-            id=str(row.get("id", f"{place:05d}")),
-            k=k,
-            prompt=storable(row["prompt"]),
-            category=storable(row.get("category") or ""),
-            seed=seed_from(seed, "evaluation", row["prompt"], k),
-            **({"reference": row["reference"] and storable(row["reference"])} if "reference" in row else {}),
-        )
-        for place, row in enumerate(prompts)
-        for k in range(per_prompt)
-    ]
+    requests = []
+    for place, row in enumerate(prompts):
+        for k in range(per_prompt):
+            request = Request(
+                id=str(row.get("id", f"{place:05d}")),
+                k=k,
+                prompt=storable(row["prompt"]),
+                category=storable(row.get("category") or ""),
+                seed=seed_from(seed, "evaluation", row["prompt"], k),
+            )
+            if "reference" in row:
+                request["reference"] = row["reference"] and storable(row["reference"])
+            requests.append(request)
+    return requests
 
 
 def in_shards(wanted: Sequence[T]) -> list[tuple[str, list[T]]]:

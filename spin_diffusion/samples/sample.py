@@ -70,11 +70,15 @@ class Batch:
 
     def with_sides(self, real: dict[str, Tensor], generated: dict[str, Tensor], copies: int = 1) -> "Batch":
         """The same pairs, each of them `copies` times in a row, with these sides."""
-        ids, prompts, seeds = (
-            [value for value in values for _ in range(copies)] for values in (self.ids, self.prompts, self.seeds)
-        )
         condition = {name: tensor.repeat_interleave(copies, dim=0) for name, tensor in self.condition.items()}
-        return Batch(ids, prompts, real, generated, seeds, condition)
+        return Batch(
+            [id_ for id_ in self.ids for _ in range(copies)],
+            [prompt for prompt in self.prompts for _ in range(copies)],
+            real,
+            generated,
+            [seed for seed in self.seeds for _ in range(copies)],
+            condition,
+        )
 
 
 def of_side(tensors: dict[str, T], prefix: str) -> dict[str, T]:

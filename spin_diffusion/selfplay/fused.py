@@ -6,6 +6,7 @@ them before the first update, such as clipping by their norm, is not possible th
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +48,7 @@ class _Updates(torch.optim.Optimizer):
         super().__init__([torch.zeros(1, requires_grad=True)], {"lr": learning_rate})
         self.squares: list[Tensor] = []
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Nothing is left to do."""
 
     def gradient_norm(self) -> Tensor:
@@ -74,6 +75,7 @@ class Fused(Trainee):
 
     def _update(self, optimizer: torch.optim.Optimizer):  # noqa: ANN202 - torch's hook
         def update(weight: nn.Parameter) -> None:
+            assert weight.grad is not None
             self.optimizer.squares.append(weight.grad.float().square().sum())
             optimizer.param_groups[0]["lr"] = self.optimizer.param_groups[0]["lr"]
             optimizer.step()
@@ -94,11 +96,14 @@ class Fused(Trainee):
         """The player, and the state of every weight's optimizer: tensors, and numbers beside them."""
         super().save(directory)
         if self.accelerator.is_main_process:
-            tensors, numbers = {}, {}
+            tensors: dict[str, Tensor] = {}
+            numbers: dict[str, Any] = {}
             for place, (weight, optimizer) in enumerate(zip(self.parameters, self._each, strict=True)):
                 for name, value in optimizer.state[weight].items():
-                    kind = tensors if isinstance(value, Tensor) else numbers
-                    kind[f"{place}.{name}"] = value
+                    if isinstance(value, Tensor):
+                        tensors[f"{place}.{name}"] = value
+                    else:
+                        numbers[f"{place}.{name}"] = value
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, directory / _STATE)
             (directory / _NUMBERS).write_text(json.dumps(numbers))
 

@@ -6,6 +6,7 @@ this opponent cannot be told from the data any more, or that the round only lear
 """
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +21,15 @@ from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.record import GapRecord
 
 
-def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, float | None]:
+class MeanInterval(TypedDict):
+    """A mean and its interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> MeanInterval:
     """Mean of all values, and its 95 % t-interval over groups: values of one group say much the same.
 
     Args:
@@ -64,10 +73,10 @@ def held_out_gap(
         found |= dict(zip(mine, map(tuple, rows), strict=True))
         prompts |= dict(zip(mine, batch.prompts, strict=True))
     gathered = gather_object([(found, prompts)])
-    rows = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
+    by_place = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
     of_place = {place: prompt for _, part in gathered for place, prompt in part.items()}
-    gaps, r_real, r_generated = zip(*rows.values(), strict=True)
-    mean = clustered_mean(gaps, [of_place[place] for place in rows])
+    gaps, r_real, r_generated = zip(*by_place.values(), strict=True)
+    mean = clustered_mean(gaps, [of_place[place] for place in by_place])
     return {
         "mean": mean["mean"],
         "low": mean["low"],

@@ -5,7 +5,7 @@ file that defines `loss(scores, ...) -> (batch,)` as those functions are, and ma
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash
@@ -55,7 +55,7 @@ def objective_of(name: str) -> Objective:
     if not is_file(name):
         return OBJECTIVES[name]
     module = load_module(__name__, name)
-    generated = getattr(module, "GENERATED", "opponent")
+    generated: Any = getattr(module, "GENERATED", "opponent")
     if generated not in get_args(Generated):
         raise InputError(f"{name}: GENERATED is {generated!r}: give one of {', '.join(get_args(Generated))}")
     return Objective(generated, str(getattr(module, "METHOD", title_of(name))), str(getattr(module, "PAPER", "")))

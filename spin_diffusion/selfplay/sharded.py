@@ -77,7 +77,8 @@ class Sharded(Trainee):
     def _prepare(self) -> None:
         self.game.player.to("cpu")
         # Parts of a tensor must be contiguous
-        player = copy.deepcopy(self.game.player).to(memory_format=torch.contiguous_format)
+        player: Any = copy.deepcopy(self.game.player)
+        player = player.to(memory_format=torch.contiguous_format)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             player._no_split_modules = list(_block_names(player))  # where accelerate looks for them
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast is for both models

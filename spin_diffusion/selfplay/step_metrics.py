@@ -44,7 +44,7 @@ def tracked(entry: dict[str, Any], prefix: str) -> dict[str, float]:
     names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
              "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
              "score_generated": "scores/generated"}  # fmt: skip
-    flat = {}
+    flat: dict[str, float] = {}
     for key, value in entry.items():
         if key.endswith("_by_quarter"):
             name = key.removesuffix("_by_quarter")

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def name_axis(name: str, accelerator: Accelerator) -> None:
                 tracker.tracker.define_metric(f"{name}/*", step_metric=f"{name}/step")
 
 
-def log_phase(run: str, round_: int, phase: str, entry: dict[str, Any], accelerator: Accelerator) -> None:
+def log_phase(run: str, round_: int, phase: str, entry: Mapping[str, Any], accelerator: Accelerator) -> None:
     """Tell all trackers what a phase of a round took, over the rounds.
 
     Args:

@@ -46,8 +46,8 @@ class HealthSettings:
     def action(self, rule: str) -> Action:
         """What is done when the rule has something to say; with a limit alone its default, or stop for ignore."""
         value = getattr(self, rule)
-        given = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
-        usual = type(self).__dataclass_fields__[rule].default
+        given: list[Any] = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str)]
+        usual: Any = type(self).__dataclass_fields__[rule].default
         return given[0] if given else "stop" if usual == "ignore" else usual
 
     def limit(self, rule: str) -> float:

@@ -1,6 +1,7 @@
 """EVALUATED: how good the player is. PROMOTED or REJECTED: who plays on."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from spin_diffusion.selfplay.gap import gap_text, is_above_zero
@@ -53,5 +54,5 @@ def mend_copy(round_: Round, record: RoundRecord) -> None:
             if Path(name).parts[1] not in saved or is_whole(target, digest):
                 continue
             print(f"{target} is not what round {round_.k} saved (damaged, or removed): it is copied anew")
-            write_file(target, lambda part, source=source: shutil.copyfile(source, part))
+            write_file(target, partial(shutil.copyfile, source))
     round_.accelerator.wait_for_everyone()

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import some_pairs
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
@@ -21,7 +23,8 @@ from spin_diffusion.store.run_dir import file_hashes, verify_hashes
 
 def look(round_: Round, probe: Probe) -> StepResult:
     """What the probe says of the round's samples, by the main process."""
-    real, findings = [], [None]
+    real: list[Row] = []
+    findings: list[dict[str, Any] | None] = [None]
     if round_.accelerator.is_main_process:
         samples = round_.sets[0]
         real, generated = some_pairs(samples.data, samples.folder / SAMPLES, samples.part, probe.samples)
@@ -112,8 +115,8 @@ def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -
     """With fixed draws it has said all that it is asked; whether that was worth it is printed."""
     game.release_opponent()
     round_.run.opponent_has_moved()
-    visits = steps * check_batch(pairs, round_.run.training, round_.accelerator.num_processes)
-    visits /= pairs * game.fixed_draws
+    visited = steps * check_batch(pairs, round_.run.training, round_.accelerator.num_processes)
+    visits = visited / (pairs * game.fixed_draws)
     gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
     round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
 
