@@ -164,8 +164,9 @@ def test_a_tracker_that_is_not_installed_is_refused(settings, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys):
+def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, capsys, monkeypatch):
     settings |= {"rounds": 2}
+    monkeypatch.setattr("spin_diffusion.runs.image_run.matrix_rate", lambda device, dtype: 1e12)
     assert play(tmp_path, settings, script="plan.py") == 0
     printed = capsys.readouterr().out
     assert "Time" in printed and "for 24 real samples on 1 process" in printed
