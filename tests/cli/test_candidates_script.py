@@ -100,18 +100,20 @@ def test_a_scorer_without_weights_is_refused_before_anything_is_drawn(asked, tmp
 
 def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, monkeypatch):
     """Killed between the judge's shards; then the file is turned round: no choice of the old one is left."""
-    from spin_diffusion.samples import candidates
+    from spin_diffusion.samples.sample import CHOICES
+    from spin_diffusion.store import build
 
-    plain, written = candidates.write_rows, []
+    plain, written = build.write_rows, []
 
     def dying(path, *args):
-        if len(written) == 1:
-            raise KeyboardInterrupt
-        written.append(path)
+        if path.parent.name == CHOICES:
+            if written:
+                raise KeyboardInterrupt
+            written.append(path)
         plain(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "write_rows", dying)
+        patch.setattr(build, "write_rows", dying)
         assert play(tmp_path, asked) == 130
     before = read_rows(written[0])
     scorer.write_text(SCORER.format(sign=-1))
