@@ -30,7 +30,7 @@ from markupsafe import Markup
 
 from spin_diffusion.cli.command import run_command
 from spin_diffusion.store.folder import MARKER
-from spin_diffusion.store.run_dir import OLD, PART, settle
+from spin_diffusion.store.run_dir import OLD, PART, SEAL, settle
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -49,8 +49,8 @@ def load(device):
     return score
 """
 
-VOLATILE = {"seconds", "ledger", "pairs_per_second", "resumed_from"}
-"""What a run says of its times."""
+VOLATILE = {"seconds", "ledger", "pairs_per_second", "resumed_from", SEAL}
+"""What a run says of its times, and the hash of all that it says."""
 
 
 # Commands
