@@ -11,7 +11,7 @@ import functools
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -381,25 +381,20 @@ def unit_costs(task: Task) -> tuple[UnitCosts, bool]:
 
 
 class _CountedCosts(TypedDict):
-    """The fields of `UnitCosts`, and whether the empty prompt needs no embedding."""
+    """The costs, and whether the empty prompt needs no embedding."""
 
-    unet: int
-    unet_backward: int
-    unet_backward_inputs: int
-    text: int
-    vae_encode: int
-    vae_decode: int
+    unit: UnitCosts
     zeros_for_empty: bool
 
 
 def counted_costs(task: Task, path: Path) -> tuple[UnitCosts, bool]:
     """`unit_costs`, kept in a file."""
-    said = read_if_whole(path, _CountedCosts)
-    if said is None:
-        unit, zeros = unit_costs(task)
-        said = asdict(unit) | {"zeros_for_empty": zeros}
-        write_json(path, said)
-    return UnitCosts(**{field.name: said[field.name] for field in fields(UnitCosts)}), said["zeros_for_empty"]
+    counted: _CountedCosts | None = read_if_whole(path, _CountedCosts)
+    if counted is not None:
+        return counted["unit"], counted["zeros_for_empty"]
+    unit, zeros = unit_costs(task)
+    write_json(path, {"unit": asdict(unit), "zeros_for_empty": zeros})
+    return unit, zeros
 
 
 def rounds_of(folder: Path, rounds: int) -> list[RoundRecord]:

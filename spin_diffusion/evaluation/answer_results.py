@@ -3,7 +3,7 @@ answers.parquet. Everything is computed anew from what `answering` left, so it c
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.judging import of_row, read_answer_scores, read_judge
-from spin_diffusion.evaluation.records import Results
+from spin_diffusion.evaluation.records import OfTraining, Results
 from spin_diffusion.evaluation.samples import BySample, EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.answers import answer_files, read_answers
@@ -33,10 +33,7 @@ def conclude_answers(
     *,
     title: str,
     training_prompts: Sequence[str] | None = None,
-    curves: Sequence[Mapping[str, Any]] | None = None,
-    measures: Sequence[Mapping[str, Any]] | None = None,
-    events: Sequence[Mapping[str, Any]] | None = None,
-    ledger: Sequence[Mapping[str, Any]] | None = None,
+    **training: Unpack[OfTraining],
 ) -> tuple[Results, list[Comparison]]:
     """Write results.json, scores.parquet and answers.parquet below `root`; return the results and their comparisons.
 
@@ -47,12 +44,7 @@ def conclude_answers(
         protocol: from `answer_protocol`.
         specs: NAME[=PATH] of the judges.
         training_prompts: to find evaluation prompts that were trained on, and answers learnt by heart.
-        curves: {"model", "round", "step", "r_real", "r_generated"} and other numbers, of training.
-        measures: {"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"},
-            what else was measured; low and high may be None.
-        events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
-            of health said of training.
-        ledger: what each phase of each round took, as in the schema.
+        training: for the page of a whole run.
 
     Raises:
         InputError: answers that are missing or of another protocol, or fewer than 2 prompts that count.
@@ -81,10 +73,7 @@ def conclude_answers(
         headline_scale=None,
         check=check,
         packages=_PACKAGES,
-        curves=curves,
-        measures=measures,
-        events=events,
-        ledger=ledger,
+        **training,
     )
     write_results(root, results, models, samples, "answers", _TABLES)
     return results, comparisons

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from spin_diffusion.evaluation.records import (
     FailureEntry,
     Headline,
     ModelEntry,
+    OfTraining,
     Protocol,
     Results,
     Role,
@@ -66,10 +67,7 @@ def conclude_samples(
     headline_scale: Scale,
     check: Callable[[Watched], list[Alarm]],
     packages: Sequence[str],
-    curves: Sequence[Mapping[str, Any]] | None,
-    measures: Sequence[Mapping[str, Any]] | None,
-    events: Sequence[Mapping[str, Any]] | None = None,
-    ledger: Sequence[Mapping[str, Any]] | None = None,
+    **training: Unpack[OfTraining],
 ) -> tuple[Results, list[Comparison]]:
     """The content of results.json, valid by its schema, and its comparisons.
 
@@ -80,10 +78,7 @@ def conclude_samples(
         about: scorer -> what is known of it.
         check: all alarms of one model.
         packages: whose versions are part of the results.
-        curves: rows of the training curves.
-        measures: what else was measured of the models.
-        events: what the rules of health said of training.
-        ledger: what each phase of each round took.
+        training: for the page of a whole run.
 
     Raises:
         InputError: fewer than 2 prompts that count.
@@ -118,7 +113,7 @@ def conclude_samples(
         "failures": list(_failures(compared)),
         "environment": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
-    results |= _training(curves, measures, events, ledger)
+    results |= _training(training)
     if others:
         places = [rank(names, scale, [*entries, *others], compared.scorers, verdicts) for scale in scales]
         results["between_others"] = others
@@ -128,14 +123,13 @@ def conclude_samples(
     return results, comparisons
 
 
-def _training(*parts: Sequence[Mapping[str, Any]] | None) -> TrainingEntries:
+def _training(training: OfTraining) -> TrainingEntries:
     """Curves, measures, events and ledger as results.json has them; nothing of what is empty."""
-    curves, measures, events, ledger = (list(part or []) for part in parts)
     entries = {
-        "training_curves": thinned(curves),
-        "measures": [finite(measure) for measure in measures],
-        "training_events": [dict(event) for event in events],
-        "ledger": [dict(entry) for entry in ledger],
+        "training_curves": thinned(list(training.get("curves") or [])),
+        "measures": [finite(measure) for measure in training.get("measures") or []],
+        "training_events": [dict(event) for event in training.get("events") or []],
+        "ledger": [dict(entry) for entry in training.get("ledger") or []],
     }
     return cast(TrainingEntries, {name: rows for name, rows in entries.items() if rows})
 

@@ -4,7 +4,8 @@ results.schema.json is the contract, with the meaning and the range of every fie
 for whoever writes or reads them. What is said of one model is said at one guidance scale.
 """
 
-from typing import Literal, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypedDict
 
 Scale = float | None
 """A guidance scale; None where samples are drawn without one, or were given."""
@@ -265,6 +266,21 @@ class LedgerEntry(TypedDict):
     predicted_memory_bytes: NotRequired[int | None]
     disk_bytes: NotRequired[int | None]
     predicted_disk_bytes: NotRequired[int | None]
+
+
+class OfTraining(TypedDict, total=False):
+    """What is told of training beside the models' samples."""
+
+    curves: Sequence[Mapping[str, Any]] | None
+    """{"model", "round", "step", "r_real", "r_generated"} and other numbers, by step."""
+    measures: Sequence[Mapping[str, Any]] | None
+    """{"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"}, what else was
+    measured; low and high may be None."""
+    events: Sequence[Mapping[str, Any]] | None
+    """{"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules of health
+    said."""
+    ledger: Sequence[Mapping[str, Any]] | None
+    """What each phase of each round took, as in the schema."""
 
 
 class TrainingEntries(TypedDict, total=False):

@@ -2,9 +2,9 @@
 images.parquet. Everything is computed anew from what drawing and scoring left, so it can be done at any time."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow as pa
 from spin_diffusion.evaluation.alarms import Alarm, check_alarms
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
-from spin_diffusion.evaluation.records import Results
+from spin_diffusion.evaluation.records import OfTraining, Results
 from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.scorers import parse_spec
 from spin_diffusion.evaluation.scoring import ScoredFolder, read_scorer, read_scores
@@ -33,11 +33,8 @@ def conclude(
     title: str,
     headline_scale: float | None,
     training_captions: Sequence[str] | None = None,
-    curves: Sequence[Mapping[str, Any]] | None = None,
-    measures: Sequence[Mapping[str, Any]] | None = None,
     in_domain: Collection[str] = (),
-    events: Sequence[Mapping[str, Any]] | None = None,
-    ledger: Sequence[Mapping[str, Any]] | None = None,
+    **training: Unpack[OfTraining],
 ) -> tuple[Results, list[Comparison]]:
     """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
 
@@ -47,14 +44,9 @@ def conclude(
         models: the baseline first.
         headline_scale: guidance scale of the verdict at the top of the page.
         training_captions: to find evaluation prompts that were trained on.
-        curves: {"model", "round", "step", "r_real", "r_generated"} and other numbers, of training.
-        measures: {"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"},
-            what else was measured; low and high may be None.
         in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
             that the choice was learnt.
-        events: {"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules
-            of health said of training.
-        ledger: what each phase of each round took, as in the schema.
+        training: for the page of a whole run.
 
     Raises:
         InputError: pictures that are missing, or fewer than 2 prompts that count.
@@ -82,10 +74,7 @@ def conclude(
         headline_scale=headline_scale,
         check=check,
         packages=_PACKAGES,
-        curves=curves,
-        measures=measures,
-        events=events,
-        ledger=ledger,
+        **training,
     )
     write_results(root, results, models, samples, "images", _TABLES)
     return results, comparisons
