@@ -7,6 +7,7 @@ import torch
 
 from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, objective_of, title_of
 from spin_diffusion.selfplay.objectives import (
+    bco,
     bind,
     check_options,
     dpo,
@@ -16,6 +17,7 @@ from spin_diffusion.selfplay.objectives import (
     kto,
     loss_of,
     mapo,
+    nca,
     options_of,
     sft,
     space,
@@ -61,6 +63,15 @@ def test_space_is_binary_cross_entropy_with_logit_r_minus_ln_mu():
     s, mu, beta = scores(), 3.0, 2.0
     real, generated = torch.sigmoid(beta * s.r_real - math.log(mu)), torch.sigmoid(beta * s.r_generated - math.log(mu))
     assert torch.allclose(space(s, mu, beta), -torch.log(real) - mu * torch.log(1 - generated), atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.5, 3.0])
+def test_bco_and_nca_are_their_papers_sums_of_log_sigmoids(beta):
+    s = scores(scale=2.0)
+    real, generated = (beta * r.double() for r in (s.r_real, s.r_generated))
+    for_real, against_real, against_generated = (-torch.log(torch.sigmoid(x)) for x in (real, -real, -generated))
+    assert torch.allclose(bco(s, beta).double(), for_real + against_generated, atol=1e-5)
+    assert torch.allclose(nca(s, beta).double(), for_real + (against_real + against_generated) / 2, atol=1e-5)
 
 
 def test_dpo_is_spin_on_human_pairs():
