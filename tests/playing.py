@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import (

@@ -7,10 +7,9 @@ import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 
-from spin_diffusion.data.report import Bad, LeftOut
-from spin_diffusion.data.rows import Row, Source, Values, no_files
+from spin_diffusion.data.files import flatten_json, no_files
+from spin_diffusion.data.rows import Bad, LeftOut, Row, Source, Values
 from spin_diffusion.data.settings import SourceSettings
-from spin_diffusion.data.webdataset import flatten_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import one_line

@@ -9,19 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from spin_diffusion.data.json_lines import json_records
-from spin_diffusion.data.parquet_files import parquet_file
-from spin_diffusion.data.report import Bad, Expected, LeftOut
-from spin_diffusion.data.rows import (
-    IMAGE_SUFFIXES,
-    Row,
-    Source,
-    TableFile,
-    Values,
-    describe_columns,
-    file_reader,
-    whole_text,
-)
+from spin_diffusion.data.files import IMAGE_SUFFIXES, TableFile, file_reader, json_records, parquet_file
+from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row, Source, Values, describe_columns, whole_text
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.opening import open_text, read_bytes
 from spin_diffusion.store.text import broken_character, one_line, printable
@@ -143,14 +132,16 @@ def read_metadata(path: Path) -> TableFile:
     if suffix == ".csv":
         return TableFile(path, _csv_columns(path), lambda wanted: _csv_records(path))
 
-    def records(wanted: Sequence[str] | None = None) -> Iterator[tuple[str, Values]]:
-        for place, values in json_records(path, None, '{"file_name": "0.png", "text": "..."}'):
-            if isinstance(values, LeftOut):
-                raise InputError(f"{path} {place} is {values.detail}")
-            yield place, values
-
     # A key may be absent from some lines, so all of them are read: a line is small beside its image.
-    return TableFile(path, tuple(dict.fromkeys(key for _, values in records() for key in values)), records)
+    columns = dict.fromkeys(key for _, values in _json_records(path) for key in values)
+    return TableFile(path, tuple(columns), lambda wanted: _json_records(path))
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Values]]:
+    for place, values in json_records(path, '{"file_name": "0.png", "text": "..."}'):
+        if isinstance(values, LeftOut):
+            raise InputError(f"{path} {place} is {values.detail}")
+        yield place, values
 
 
 def _csv_columns(path: Path) -> tuple[str, ...]:

@@ -1,38 +1,62 @@
-"""Examples of a data set of images, and what all of its layouts share: filter, caption, image check, repeats."""
+"""Examples of a data set of images: what its columns mean, filter, caption, image check, repeats.
 
-import importlib
+To add a layout, write a function from a Source to a Plan, and say in `find_layout` which columns it is for. It says
+which columns to read, and how a row becomes a Candidate; it raises InputError for a column that does not exist
+(`rows.require_column` says it well), and `LeftOut` for a row that is not to be used. All else is common.
+"""
+
 import math
-import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 
-from spin_diffusion.data import table
-from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
-from spin_diffusion.data.rows import Plan, Row, image_bytes, require_column
+from spin_diffusion.data.rows import (
+    Bad,
+    Example,
+    Expected,
+    LeftOut,
+    ReadReport,
+    Row,
+    Seen,
+    Source,
+    describe_columns,
+    require_column,
+    short_hash,
+    usable,
+    whole_text,
+)
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import open_source
-from spin_diffusion.data.usable import Seen, short_hash, usable
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
 
 MIN_SIDE_PX = 8
 """An image with a smaller side is a placeholder, or too small for one cell of the latents."""
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "txt")
+"""The names that are looked for, in this order, when none is given."""
+PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1")
+"""Pick-a-Pic's: two generated images of one caption, and which of them a person preferred (label 1)."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and the real image for it."""
+class Candidate:
+    """What a layout finds in a row, as it is in the data: nothing of it is checked yet."""
 
-    prompt: str
-    """The caption without white space around it; never empty."""
-    image: bytes
-    """The real image, encoded as found; it was decoded once to check that it is whole."""
-    loser: bytes | None
-    """The worse image of a human pair, only if losers were asked for."""
-    where: str
-    """For messages: "train-00001.parquet row 17", "photos/cat.png"."""
+    caption: object
+    image: object
+    """The real image: bytes, {"bytes", "path"}, or a path that the row's `read_file` understands."""
+    loser: object = None
+    """The worse image of a human pair, in the same forms."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layout reads a source."""
+
+    columns: tuple[str, ...]
+    candidate: Callable[[Row], Candidate]
+    """Raises LeftOut for a row that is not to be used."""
 
 
 def read_examples(
@@ -50,36 +74,21 @@ def read_examples(
     report = ReadReport() if report is None else report
     assert report.read == 0, "a report counts one reading"
     source = open_source(settings)
-    plan = find_layout(source.columns, settings).plan(source, settings, with_losers)
+    plan = find_layout(source.columns, settings)(source, settings, with_losers)
     columns = [*plan.columns]
     if settings.filter_column is not None:
         columns.append(require_column(source, settings.filter_column, "--filter_column"))
-    seen = Seen()
-
-    def example_of(row: Row) -> Example:
-        return _example(row, plan, settings, with_losers, seen)
-
-    wanted = tuple(dict.fromkeys(columns))
+    wanted, seen = tuple(dict.fromkeys(columns)), Seen()
+    example_of = partial(_example, plan=plan, settings=settings, with_losers=with_losers, seen=seen)
     return usable(source, wanted, example_of, report, settings.max_train_samples, settings.max_bad_share)
 
 
-def find_layout(columns: Sequence[str], settings: DataSettings) -> ModuleType:
-    """The module of this folder that recognises the columns, else `table`."""
-    if settings.image_column is not None:
-        return table
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    modules = [importlib.import_module(f"spin_diffusion.data.{name}") for name in names]
-    layouts = [module for module in modules if hasattr(module, "recognises") and module.recognises(columns)]
-    assert len(layouts) <= 1, f"several layouts claim the columns {columns}: {layouts}"
-    return layouts[0] if layouts else table
-
-
-def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: "Seen") -> Example:
+def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: Seen) -> Example:
     """Check one row, the cheap checks first. Raises LeftOut if it is not to be used; otherwise `seen` knows it."""
     if settings.filter_column is not None:
         _check_filter(row.values.get(settings.filter_column), settings)
     candidate = plan.candidate(row)
-    prompt = table.caption_text(candidate.caption)
+    prompt = caption_text(candidate.caption)
     prompt_hash = short_hash(b"prompt", prompt.encode())
     if settings.one_image_per_prompt and prompt_hash in seen:
         raise LeftOut(Expected.REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
@@ -109,13 +118,118 @@ def _check_image(encoded: bytes) -> None:
 
 
 def _check_filter(value: object, settings: DataSettings) -> None:
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if math.isnan(number):
         raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {value!r}, not a number")
     if settings.filter_max is not None and number > settings.filter_max:
         raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, above {settings.filter_max:g}")
     if settings.filter_min is not None and number < settings.filter_min:
         raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
+
+
+def image_bytes(row: Row, value: object) -> bytes:
+    """Encoded bytes of an image in a column. Raises LeftOut if there are none, InputError for another kind of value."""
+    if isinstance(value, Mapping):
+        # The path beside bytes is only where they once came from.
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        value = bytes(value)
+        if value:
+            return value
+        raise LeftOut(Bad.CORRUPT_IMAGE, "the image has 0 bytes")
+    if value is None or value == "":
+        raise LeftOut(Bad.MISSING_IMAGE_FILE, "the row has no image")
+    if isinstance(value, str):
+        return row.read_file(value)
+    raise InputError(
+        f"{row.where}: the image column holds {type(value).__name__}; "
+        "encoded bytes, {'bytes', 'path'} or a path would be right"
+    )
+
+
+# Layouts
+
+
+def find_layout(columns: Sequence[str], settings: DataSettings) -> Callable[[Source, DataSettings, bool], Plan]:
+    """Pick-a-Pic's layout for its columns; else, or where a column of images is named, any table's."""
+    is_pairs = settings.image_column is None and set(PAIR_COLUMNS) <= set(columns)
+    return plan_pairs if is_pairs else plan_table
+
+
+def plan_table(source: Source, settings: DataSettings, with_losers: bool) -> Plan:
+    """One image and one caption a row. Raises InputError for a column that is missing, and if losers are asked for."""
+    if with_losers:
+        raise InputError(
+            f"{source.name} has no worse images: pairs need Pick-a-Pic's columns {', '.join(PAIR_COLUMNS)}; "
+            f"its columns are {', '.join(source.columns)}"
+        )
+    image = _find_column(source, settings.image_column, IMAGE_COLUMNS, "--image_column")
+    caption = _find_column(source, settings.caption_column, CAPTION_COLUMNS, "--caption_column")
+    return Plan((image, caption), lambda row: Candidate(row.values.get(caption), row.values.get(image)))
+
+
+def _find_column(source: Source, given: str | None, names: tuple[str, ...], flag: str) -> str:
+    """The column given, else the first of `names` that exists. Raises InputError with the columns there are."""
+    if given is not None:
+        return require_column(source, given, flag)
+    for name in names:
+        if name in source.columns:
+            return name
+    raise InputError(
+        f"{source.name} has none of the columns {', '.join(names)}; {describe_columns(source.columns, names)}; "
+        f"name the right one with {flag}"
+    )
+
+
+def caption_text(value: object) -> str:
+    """The caption without white space around it; of a list of captions the first. Raises LeftOut if nothing is left."""
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    if value is None:
+        raise LeftOut(Bad.EMPTY_CAPTION, "the row has no caption")
+    if not isinstance(value, str):
+        raise LeftOut(Bad.EMPTY_CAPTION, f"the caption is {type(value).__name__}, not text")
+    text = value.strip()
+    if not text:
+        raise LeftOut(Bad.EMPTY_CAPTION, "the caption is blank")
+    return whole_text(text, "the caption")
+
+
+def plan_pairs(source: Source, settings: DataSettings, with_losers: bool) -> Plan:
+    """Pick-a-Pic v1 and v2: the winner is the real image, the loser is there only if asked for.
+
+    A tie says that neither image is the good one, so it is left out, as Diffusion-DPO does; so is a row without a
+    label. Raises InputError if the caption column does not exist.
+    """
+    caption_column = require_column(source, settings.caption_column or "caption", "--caption_column")
+    flags = [column for column in ("has_label", "are_different") if column in source.columns]
+
+    def candidate(row: Row) -> Candidate:
+        values = row.values
+        if values.get("has_label") is False:
+            raise LeftOut(Expected.NO_LABEL, "has_label is false")
+        winner = winner_of(values["label_0"], values["label_1"])
+        if with_losers and values.get("are_different") is False:
+            raise LeftOut(Expected.TIE, "the two images are the same one")
+        loser = values[f"jpg_{1 - winner}"] if with_losers else None
+        return Candidate(values[caption_column], values[f"jpg_{winner}"], loser)
+
+    return Plan((caption_column, *PAIR_COLUMNS, *flags), candidate)
+
+
+def winner_of(label_0: object, label_1: object) -> int:
+    """0 or 1: the image whose label is 1. Raises LeftOut for a tie or labels that name no winner."""
+    labels = (_number(label_0), _number(label_1))
+    if labels in ((1.0, 0.0), (0.0, 1.0)):
+        return labels.index(1.0)
+    if labels == (0.5, 0.5):
+        raise LeftOut(Expected.TIE, "both labels are 0.5")
+    raise LeftOut(Expected.NO_LABEL, f"the labels are {label_0!r} and {label_1!r}, not 1 and 0")
+
+
+def _number(value: object) -> float:
+    """The number in a column; nan where there is none."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return math.nan

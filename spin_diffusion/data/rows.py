@@ -1,22 +1,148 @@
-"""What sources hand to layouts, and layouts to `reading`: Source -> Row -> Candidate. What columns and paths hold."""
+"""Rows of a data set: what sources hand on, what becomes of each row, and the one loop that takes those of use.
+
+The loop is the same for images and text: a row becomes an example, or is left out for a counted reason.
+"""
 
 import difflib
-import os
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
 
-from spin_diffusion.data.report import Bad, LeftOut
+import numpy as np
+
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.names import leads_out
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.text import broken_character, printable
+
+
+class Bad(StrEnum):
+    """Why a row is left out whose data is damaged: these count against max_bad_share."""
+
+    CORRUPT_IMAGE = "corrupt image"
+    EMPTY_CAPTION = "empty caption"
+    MISSING_IMAGE_FILE = "missing image file"
+    BROKEN_TEXT = "broken characters in the text"
+    DANGLING_LINK = "link to nothing"
+    UNREADABLE_FOLDER = "folder that cannot be read"
+    MALFORMED = "malformed line"
+    OTHER_LAYOUT = "another layout"
+    WRONG_TYPE = "wrong type"
+    NO_USER_TURN = "no user turn"
+    NO_ASSISTANT_TURN = "no assistant turn"
+    EMPTY_PROMPT = "empty prompt"
+    EMPTY_ANSWER = "empty answer"
+    ANSWER_IS_PROMPT = "answer equal to the prompt"
+    TWO_PROMPTS = "pair of two prompts"
+    REFUSED_BY_TEMPLATE = "refused by the chat template"
+    CHANGED_BY_TEMPLATE = "changed by the chat template"
+
+
+class Expected(StrEnum):
+    """Why a row is left out that is what it is meant to be, but not for training: never an error."""
+
+    TIE = "tie"
+    NO_LABEL = "no label"
+    FILTERED = "filtered"
+    REPEATED_PROMPT = "repeated prompt"
+    REPEATED_EXAMPLE = "repeated example"
+    NOT_IN_METADATA = "not in metadata"
+    READ_ALREADY = "link to a folder that is read already"
+    HELD_OUT = "held out"
+    PROMPT_TOO_LONG = "prompt longer than --max_length"
+    SPECIAL_TOKEN = "special token in the text"
+
+
+BAD_REASONS = tuple(reason.value for reason in Bad)
+REASONS = BAD_REASONS + tuple(reason.value for reason in Expected)
+MAX_KEPT_ROWS = 100
+"""Rows whose place and detail are kept, per reason; more are only counted."""
+HOPELESS_BAD_ROWS = 100
+HOPELESS_BAD_SHARE = 0.5
+"""Above both, reading on is a waste of time: it stops at once."""
+
+
+class LeftOut(Exception):
+    """This row is not used. It never leaves the reading: it becomes a count in the report."""
+
+    def __init__(self, reason: Bad | Expected, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason: str = reason.value
+        self.detail = printable(detail)
+
+
+@dataclass(frozen=True)
+class LeftOutRow:
+    """Where a row was and why it was not used."""
+
+    where: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.detail}" if self.detail else self.where
+
+
+@dataclass
+class ReadReport:
+    """Counts of one reading, filled while the examples are taken: read = used + everything left out."""
+
+    read: int = 0
+    used: int = 0
+    left_out: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    """Reason -> rows."""
+    kept_rows: dict[str, list[LeftOutRow]] = field(default_factory=lambda: {reason: [] for reason in REASONS})
+    """Reason -> its first MAX_KEPT_ROWS rows."""
+    first_bad: LeftOutRow | None = None
+    """The first row that was left out for one of BAD_REASONS."""
+
+    @property
+    def bad(self) -> int:
+        """Rows left out for one of BAD_REASONS."""
+        return sum(self.left_out[reason] for reason in BAD_REASONS)
+
+    @property
+    def bad_share(self) -> float:
+        """Bad rows over rows read, 0 to 1."""
+        return self.bad / self.read if self.read else 0.0
+
+    def leave_out(self, where: str, reason: str, detail: str) -> None:
+        """Count one row that is not used."""
+        row = LeftOutRow(where, detail)
+        self.left_out[reason] += 1
+        if len(self.kept_rows[reason]) < MAX_KEPT_ROWS:
+            self.kept_rows[reason].append(row)
+        if self.first_bad is None and reason in BAD_REASONS:
+            self.first_bad = row
+
+    def reasons(self) -> str:
+        """The reasons that occurred with their counts, on one line: "3 tie, 1 corrupt image"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+
+    def lines(self) -> list[str]:
+        """Summary for a person: one line of totals, then one for each reason that occurred, with its first row."""
+        total = f"read {self.read} rows: used {self.used}, left out {sum(self.left_out.values())}"
+        occurred = [(reason, count) for reason, count in self.left_out.items() if count]
+        return [total, *(f"  {reason}: {count} (first: {self.kept_rows[reason][0]})" for reason, count in occurred)]
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain values that json can write, with the reasons that occurred."""
+        return {
+            "read": self.read,
+            "used": self.used,
+            "left_out": {reason: count for reason, count in self.left_out.items() if count},
+            "rows": {
+                reason: [{"where": row.where, "detail": row.detail} for row in rows]
+                for reason, rows in self.kept_rows.items()
+                if rows
+            },
+        }
+
 
 Values = dict[str, object]
 """The values of a row by its columns."""
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
-"""How files of the formats that can be read are called; what they are, their bytes say."""
+Message = dict[str, str]
+"""One turn: {"role": "system", "user", "assistant" or "tool", "content": its text}."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,65 +179,6 @@ class Source:
     """The rows with the values of these columns; images of other columns are not read."""
 
 
-@dataclass(frozen=True)
-class TableFile:
-    """A file of rows."""
-
-    path: Path
-    columns: tuple[str, ...]
-    """Those that can be asked for; none where they are not known before the file is read."""
-    records: Callable[[Sequence[str] | None], Iterator[tuple[str, Values | LeftOut]]]
-    """For each row, in the order of the file, its place ("line 3") and its values or why they cannot be had. Columns
-    that are not among the wanted ones may be passed over; None = all are wanted."""
-
-
-def source_of_files(
-    name: str, files: Sequence[TableFile], reader_beside: Callable[[Path], Callable[[str], bytes]] | None = None
-) -> Source:
-    """The rows of files, one file after the other, with the columns of the first.
-
-    Args:
-        reader_beside: from a file's folder to what reads the images that its rows name by path; None = its rows hold
-            their images themselves.
-    """
-    root = Path(os.path.commonpath([file.path.parent for file in files]))
-
-    def rows(wanted: Sequence[str]) -> Iterator[Row]:
-        for file in files:
-            if missing := [column for column in wanted if file.columns and column not in file.columns]:
-                raise InputError(
-                    f"{file.path} has no column {missing[0]!r}, unlike {files[0].path.name}; it has "
-                    f"{', '.join(file.columns)}"
-                )
-        for file in files:
-            label = file.path.relative_to(root).as_posix()
-            read_file = reader_beside(file.path.parent) if reader_beside is not None else no_files(file.path.name)
-            for place, values in file.records(wanted):
-                yield Row.read(f"{label} {place}", values, read_file)
-
-    return Source(name, files[0].columns, rows)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a layout finds in a row, as it is in the data: nothing of it is checked yet."""
-
-    caption: object
-    image: object
-    """The real image: bytes, {"bytes", "path"}, or a path that the row's `read_file` understands."""
-    loser: object = None
-    """The worse image of a human pair, in the same forms."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a layout reads a source."""
-
-    columns: tuple[str, ...]
-    candidate: Callable[[Row], Candidate]
-    """Raises LeftOut for a row that is not to be used."""
-
-
 def require_column(source: Source, column: str, flag: str) -> str:
     """Return `column` if the source has it. Raises InputError that names the columns there are and the nearest."""
     if column not in source.columns:
@@ -140,63 +207,108 @@ def whole_text(text: str, what: str) -> str:
     return text
 
 
-def image_bytes(row: Row, value: object) -> bytes:
-    """Encoded bytes of an image in a column. Raises LeftOut if there are none, InputError for another kind of value."""
-    if isinstance(value, Mapping):
-        # The path beside bytes is only where they once came from.
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        value = bytes(value)
-        if value:
-            return value
-        raise LeftOut(Bad.CORRUPT_IMAGE, "the image has 0 bytes")
-    if value is None or value == "":
-        raise LeftOut(Bad.MISSING_IMAGE_FILE, "the row has no image")
-    if isinstance(value, str):
-        return row.read_file(value)
-    raise InputError(
-        f"{row.where}: the image column holds {type(value).__name__}; "
-        "encoded bytes, {'bytes', 'path'} or a path would be right"
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the real image for it."""
+
+    prompt: str
+    """The caption without white space around it; never empty."""
+    image: bytes
+    """The real image, encoded as found; it was decoded once to check that it is whole."""
+    loser: bytes | None
+    """The worse image of a human pair, only if losers were asked for."""
+    where: str
+    """For messages: "train-00001.parquet row 17", "photos/cat.png"."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A prompt and the real answer to it."""
+
+    prompt: str | list[Message]
+    """Plain text, or the turns before the answer, of which the last is the user's (or a tool's)."""
+    completion: str
+    """The real answer as it stands in the data, with its white space; never blank."""
+    rejected: str | None
+    """The worse answer of a human pair, only if it was asked for."""
+    where: str
+    """For messages: "train.jsonl line 17", "train-00001.parquet row 17"."""
+
+
+def usable(
+    source: Source,
+    columns: Sequence[str],
+    example_of: Callable[[Row], T],
+    report: ReadReport,
+    max_samples: int | None,
+    max_bad_share: float,
+) -> Iterator[T]:
+    """What `example_of` makes of the rows of a source, those left out that it raises LeftOut for.
+
+    Args:
+        report: filled while the examples are taken. Who takes one may still leave it out there.
+    Raises:
+        InputError: over 100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row
+            was usable.
+    """
+    for row in source.rows(columns):
+        report.read += 1
+        try:
+            if row.left_out is not None:
+                raise row.left_out
+            example = example_of(row)
+        except LeftOut as left_out:
+            report.leave_out(row.where, left_out.reason, left_out.detail)
+        else:
+            report.used += 1
+            yield example
+        if report.bad > HOPELESS_BAD_ROWS and report.bad_share > max(HOPELESS_BAD_SHARE, max_bad_share):
+            raise InputError(f"reading stopped early: {_bad_rows(source, report)}")
+        if report.used == max_samples:
+            break
+    if report.bad and report.bad_share > max_bad_share:
+        raise InputError(
+            f"{_bad_rows(source, report)}; repair the data, or allow the share with --max_bad_share "
+            f"(now {max_bad_share:g})"
+        )
+    if not report.used:
+        reasons = f": {report.reasons()}" if report.reasons() else ""
+        raise InputError(f"{source.name}: read {report.read} rows and none can be used{reasons}")
+
+
+def _bad_rows(source: Source, report: ReadReport) -> str:
+    return (
+        f"{source.name}: {report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad: {report.reasons()}; "
+        f"the first bad row is {report.first_bad}"
     )
 
 
-def file_reader(folder: Path) -> Callable[[str], bytes]:
-    """Reader of files in `folder` by relative name. The names are not trusted: none may lead out of the folder."""
-
-    def read_file(name: str) -> bytes:
-        if "://" in name:
-            raise InputError(
-                f"{folder}: the image {name!r} is an address: download the images and give their file names"
-            )
-        path = inside(folder, name)
-        if not os.path.lexists(path):
-            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} does not exist in {folder.name}")
-        if not os.path.exists(path):
-            raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} is a link to {os.readlink(path)}, which does not exist")
-        try:
-            return read_bytes(path, MAX_PICTURE_BYTES)
-        except InputError as error:
-            raise LeftOut(Bad.MISSING_IMAGE_FILE, str(error)) from error
-
-    return read_file
+def short_hash(*parts: bytes) -> bytes:
+    """16 bytes of the parts one after the other."""
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file of this name in the folder. Raises InputError for a name that leads out of it.
+class Seen:
+    """Hashes that were seen before: 8 bytes of each are kept, of which two among a million agree with a probability of
+    3e-8. A set of them would take ten times as much memory."""
 
-    By the name alone: links inside the folder are its owner's, and the hub's cache is made of them.
-    """
-    if leads_out(name):
-        raise InputError(
-            f"{printable(folder)}: the file name {name!r} leads out of the folder; give it relative to the folder"
-        )
-    return folder / name
+    def __init__(self, most_fresh: int = 65536) -> None:
+        self.most_fresh = most_fresh
+        self.fresh: set[int] = set()
+        # Sorted, a part for each first byte: what is added to one part alone is never copied as a whole
+        self.settled = [np.zeros(0, np.uint64)] * 256
 
+    def __contains__(self, digest: bytes) -> bool:
+        number = int.from_bytes(digest[:8], "big")
+        part = self.settled[digest[0]]
+        place = np.searchsorted(part, np.uint64(number))
+        return number in self.fresh or bool(place < len(part) and part[place] == number)
 
-def no_files(name: str) -> Callable[[str], bytes]:
-    """Reader for sources that hold their images themselves: a path in them points nowhere."""
-
-    def read_file(path: str) -> bytes:
-        raise LeftOut(Bad.MISSING_IMAGE_FILE, f"{name} names the file {path!r} but does not hold it")
-
-    return read_file
+    def add(self, digest: bytes) -> None:
+        """It is seen from now on."""
+        self.fresh.add(int.from_bytes(digest[:8], "big"))
+        if len(self.fresh) >= self.most_fresh:
+            fresh = np.sort(np.fromiter(self.fresh, np.uint64, len(self.fresh)))
+            ends = np.searchsorted(fresh, np.arange(1, 256, dtype=np.uint64) << np.uint64(56))
+            self.settled = [np.union1d(old, new) for old, new in zip(self.settled, np.split(fresh, ends), strict=True)]
+            self.fresh = set()

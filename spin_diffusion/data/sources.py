@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from spin_diffusion.data.files import JSON_SUFFIXES, TAR_SUFFIXES, no_files, open_json, open_parquet, open_webdataset
 from spin_diffusion.data.hub import open_hub, open_saved
 from spin_diffusion.data.image_folder import METADATA_SUFFIXES, SEEN_SUFFIXES, is_image, is_metadata, open_image_folder
-from spin_diffusion.data.json_lines import JSON_SUFFIXES, open_json
-from spin_diffusion.data.parquet_files import open_parquet
-from spin_diffusion.data.report import Bad, Expected, LeftOut
-from spin_diffusion.data.rows import Row, Source, no_files
+from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row, Source
 from spin_diffusion.data.settings import DataSettings, SourceSettings
-from spin_diffusion.data.webdataset import TAR_SUFFIXES, open_webdataset
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.text import printable
 

@@ -20,11 +20,24 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from pathlib import Path
 
-from spin_diffusion.data.report import Bad, Expected, LeftOut, ReadReport
-from spin_diffusion.data.rows import Row, Source, describe_columns, require_column, whole_text
+from spin_diffusion.data.rows import (
+    Bad,
+    Expected,
+    LeftOut,
+    Message,
+    ReadReport,
+    Row,
+    Seen,
+    Source,
+    TextExample,
+    describe_columns,
+    require_column,
+    short_hash,
+    usable,
+    whole_text,
+)
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.sources import is_pattern, open_text_source
-from spin_diffusion.data.usable import Seen, short_hash, usable
 from spin_diffusion.store.input_error import InputError
 
 ANSWER_COLUMNS = ("real", "chosen", "messages", "conversations", "completion")
@@ -42,23 +55,6 @@ ROLES = {
     "tool": "tool",
 }
 """Role in the data -> role of a message; human and gpt are ShareGPT's."""
-
-Message = dict[str, str]
-"""One turn: {"role": "system", "user", "assistant" or "tool", "content": its text}."""
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """A prompt and the real answer to it."""
-
-    prompt: str | list[Message]
-    """Plain text, or the turns before the answer, of which the last is the user's (or a tool's)."""
-    completion: str
-    """The real answer as it stands in the data, with its white space; never blank."""
-    rejected: str | None
-    """The worse answer of a human pair, only if it was asked for."""
-    where: str
-    """For messages: "train.jsonl line 17", "train-00001.parquet row 17"."""
 
 
 @dataclass(frozen=True)

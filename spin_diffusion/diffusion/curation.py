@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion.candidates import scorer_by_content
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from spin_diffusion.data.files import TableFile, inside
 from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, read_caption, read_metadata, text_files
-from spin_diffusion.data.report import LeftOut
-from spin_diffusion.data.rows import TableFile, inside
+from spin_diffusion.data.reading import caption_text
+from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.sources import list_files
-from spin_diffusion.data.table import caption_text
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS

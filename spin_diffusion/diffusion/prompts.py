@@ -14,8 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from spin_diffusion.data.reading import Example
-from spin_diffusion.data.usable import short_hash
+from spin_diffusion.data.rows import Example, short_hash
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.diffusion.identity import words_of
 from spin_diffusion.evaluation.specs import shortened

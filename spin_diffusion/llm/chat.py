@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from spin_diffusion.data.report import Bad, Expected, LeftOut
-from spin_diffusion.data.text import Message, TextExample, last_question
+from spin_diffusion.data.rows import Bad, Expected, LeftOut, Message, TextExample
+from spin_diffusion.data.text import last_question
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.text import broken_character, one_line

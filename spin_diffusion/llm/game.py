@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from spin_diffusion.data.text import Message, TextExample
+from spin_diffusion.data.rows import Message, TextExample
 from spin_diffusion.llm.base import LanguageBase, load_model
 from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.data.report import LeftOut
-from spin_diffusion.data.text import TextExample, read_held_out
+from spin_diffusion.data.rows import LeftOut, TextExample
+from spin_diffusion.data.text import read_held_out
 from spin_diffusion.evaluation.answer_results import conclude_answers
 from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.judges import __name__ as JUDGES

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.data.reading import Example, read_examples
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import RoundWork, draws_worth_keeping, work_of
 from spin_diffusion.diffusion.game import DiffusionGame

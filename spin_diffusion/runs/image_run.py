@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.data.reading import Example, read_examples
-from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.rows import Example, ReadReport
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.buckets import area_share
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer

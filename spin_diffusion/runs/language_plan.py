@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spin_diffusion.data.report import LeftOut
+from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript

@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin_diffusion.data.report import Expected, LeftOut, ReadReport
-from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
+from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
+from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.config import LanguageConfig, warnings_of

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from spin_diffusion.data.reading import Example, read_examples
-from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.rows import Example, ReadReport
 from spin_diffusion.data.settings import DataSettings
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.report import MAX_KEPT_ROWS, ReadReport
+from spin_diffusion.data.rows import MAX_KEPT_ROWS, ReadReport
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table

@@ -1,6 +1,6 @@
 """What is kept of examples to recognise them again."""
 
-from spin_diffusion.data.usable import Seen, short_hash
+from spin_diffusion.data.rows import Seen, short_hash
 
 
 def test_hashes_are_known_before_and_after_they_are_settled():

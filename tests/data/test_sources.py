@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.data import pickapic, reading, table
+from spin_diffusion.data import reading
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import expand_braces, looks_like_a_path, split_of
@@ -221,8 +221,8 @@ def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
 
 def test_the_layout_is_chosen_by_the_columns_alone(tmp_path: Path) -> None:
     columns = ["caption", "jpg_0", "jpg_1", "label_0", "label_1"]
-    assert reading.find_layout(columns, DataSettings()) is pickapic
-    assert reading.find_layout(columns[:-1], DataSettings()) is table
+    assert reading.find_layout(columns, DataSettings()) is reading.plan_pairs
+    assert reading.find_layout(columns[:-1], DataSettings()) is reading.plan_table
     path = write_table(tmp_path / "pickapic_v2" / "train.parquet", [row("a")])
     assert prompts(settings(path)) == ["a"], "the name of the folder must not matter"
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import ImageFile
 
 from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.rows import ReadReport
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store import pictures
 from spin_diffusion.store.input_error import InputError

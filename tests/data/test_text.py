@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin_diffusion.data import text as reading_text
-from spin_diffusion.data.json_lines import PEEK_LINES
-from spin_diffusion.data.report import ReadReport
+from spin_diffusion.data.files import PEEK_LINES
+from spin_diffusion.data.rows import ReadReport, Seen, TextExample
 from spin_diffusion.data.settings import TextDataSettings
-from spin_diffusion.data.text import TextExample, read_held_out, read_text_examples
-from spin_diffusion.data.usable import Seen
+from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.store.input_error import InputError
 
 Rows = Sequence[Mapping[str, object]]

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, sizes_in_words, unpacked
 from spin_diffusion.diffusion.cost import UnitCosts

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import game as game_module
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame, example_id

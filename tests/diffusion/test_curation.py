@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from spin_diffusion.data.reading import Example
+from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import curation as curation_module
 from spin_diffusion.diffusion.curation import (
     Curation,

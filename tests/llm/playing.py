@@ -7,7 +7,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.data.text import TextDataSettings, TextExample, read_text_examples
+from spin_diffusion.data.rows import TextExample
+from spin_diffusion.data.settings import TextDataSettings
+from spin_diffusion.data.text import read_text_examples
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model

@@ -4,8 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin_diffusion.data.report import BAD_REASONS, Bad, LeftOut
-from spin_diffusion.data.text import Message, TextExample
+from spin_diffusion.data.rows import BAD_REASONS, Bad, LeftOut, Message, TextExample
 from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.generation import until_end
 from spin_diffusion.store.input_error import InputError
