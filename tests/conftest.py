@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import gc
 import ipaddress
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -23,9 +24,24 @@ import transformers
 from accelerate.state import AcceleratorState
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
+from jaxtyping import install_import_hook
 
 from tests import tiny
 
+PACKAGE = Path(__file__).parents[1] / "spin_diffusion"
+
+
+def modules_with_shapes() -> list[str]:
+    """The package's modules that write down the shapes of their tensors, or use another's name for one."""
+    texts = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+    names = [name for text in texts.values() for name in re.findall(r"^(\w+) = (?:Float|Int)\[", text, re.MULTILINE)]
+    spelled = re.compile(rf"from jaxtyping import|\b({'|'.join(names)})\b")
+    found = [path.relative_to(PACKAGE.parent) for path, text in texts.items() if spelled.search(text)]
+    return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in found]
+
+
+# Shapes are checked at every call. All other annotations are mypy's: to check them here too costs six seconds an import
+install_import_hook(modules_with_shapes(), "beartype.beartype")
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
