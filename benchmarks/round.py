@@ -27,7 +27,7 @@ from spin_diffusion.cli.command import run_command
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.selfplay.ledger import COUNTED
-from spin_diffusion.store.run_dir import read_json
+from spin_diffusion.store.files import read_json
 
 
 def write_pairs(path: Path, pairs: int, size: int) -> None:

@@ -29,8 +29,8 @@ import torch
 from markupsafe import Markup
 
 from spin_diffusion.cli.command import run_command
-from spin_diffusion.store.folder import MARKER
-from spin_diffusion.store.run_dir import OLD, PART, SEAL, settle
+from spin_diffusion.store.files import SEAL
+from spin_diffusion.store.run_dir import MARKER, OLD, PART, settle
 from tests import tiny
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spin_diffusion.store.folder import MARKER
+from spin_diffusion.store.run_dir import MARKER
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANGES = {"images": 250, "lora": 200, "language": 300, "evaluation": 80}

@@ -10,10 +10,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.machine import in_words, trouble_of
+from spin_diffusion.store.input_error import InputError, broken_character, printable
 from spin_diffusion.store.progress import end_bars
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store.run_dir import in_words, trouble_of
 
 # Read by transformers when it is imported, which happens after this module: its notes about image processors that are
 # not used here would be the first thing that a user sees.

@@ -16,7 +16,8 @@ from spin_diffusion.comparing.intervals import crossed_interval
 from spin_diffusion.comparing.plan import Cell, run_flops
 from spin_diffusion.comparing.settings import MODES
 from spin_diffusion.evaluation.scorers import about
-from spin_diffusion.store.run_dir import read_rows, write_file, write_json
+from spin_diffusion.store.files import read_rows, write_json
+from spin_diffusion.store.run_dir import write_file
 
 Values = dict[int, np.ndarray]
 """Seed -> (prompts,) score, the mean over the images of a prompt."""

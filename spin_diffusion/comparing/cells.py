@@ -35,20 +35,11 @@ from spin_diffusion.runs.image_run import run
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record, replay
-from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.files import Made, build, is_built, read_if_whole, read_rows, write_json
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, place_hash
-from spin_diffusion.store.machine import trouble_of
-from spin_diffusion.store.run_dir import (
-    Damaged,
-    find_damage,
-    is_built,
-    read_if_whole,
-    read_rows,
-    settle,
-    write_json,
-)
+from spin_diffusion.store.run_dir import Damaged, find_damage, settle, trouble_of
 
 SetName = Literal["validation", "test"]
 

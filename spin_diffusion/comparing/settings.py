@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, nearest
 from spin_diffusion.store.parsing import parse_sections
-from spin_diffusion.store.text import nearest
 
 Budget = Literal["steps", "compute"]
 MODES = ("guidance 1", "usual", "best")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.cells import Task, do, write_failure
-from spin_diffusion.store.machine import trouble_of
+from spin_diffusion.store.run_dir import trouble_of
 
 
 def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_on: Callable[[], bool]) -> None:

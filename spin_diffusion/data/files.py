@@ -20,10 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.data.rows import Bad, LeftOut, Row, Source, Values
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.names import leads_out
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, open_regular, read_bytes, read_lines
-from spin_diffusion.store.text import one_line, printable
+from spin_diffusion.store.input_error import (
+    MAX_PICTURE_BYTES,
+    InputError,
+    leads_out,
+    one_line,
+    open_regular,
+    printable,
+    read_bytes,
+    read_lines,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
 """How files of the formats that can be read are called; what they are, their bytes say."""

@@ -10,9 +10,7 @@ import pyarrow as pa
 from spin_diffusion.data.files import flatten_json, no_files
 from spin_diffusion.data.rows import Bad, LeftOut, Row, Source, Values
 from spin_diffusion.data.settings import SourceSettings
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, one_line, read_bytes
 
 ERRORS = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
 """What the datasets library raises for an id, split or configuration that is not there, and for the network."""

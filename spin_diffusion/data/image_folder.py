@@ -11,9 +11,7 @@ from pathlib import Path
 
 from spin_diffusion.data.files import IMAGE_SUFFIXES, TableFile, file_reader, json_records, parquet_file
 from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row, Source, Values, describe_columns, whole_text
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_text, read_bytes
-from spin_diffusion.store.text import broken_character, one_line, printable
+from spin_diffusion.store.input_error import InputError, broken_character, one_line, open_text, printable, read_bytes
 
 FILE_NAME = "file_name"
 MAX_CAPTION_BYTES = 1 << 20

@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store.input_error import InputError, broken_character, printable
 
 
 class Bad(StrEnum):

@@ -13,8 +13,7 @@ from spin_diffusion.data.hub import open_hub, open_saved
 from spin_diffusion.data.image_folder import METADATA_SUFFIXES, SEEN_SUFFIXES, is_image, is_metadata, open_image_folder
 from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row, Source
 from spin_diffusion.data.settings import DataSettings, SourceSettings
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.input_error import InputError, printable
 
 SPLIT_WORDS = {
     "train": ("train", "training"),

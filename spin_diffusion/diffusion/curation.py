@@ -28,13 +28,22 @@ from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scoring import BATCH, check_specs
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.store.build import Made, Piece, build, build_pieces
+from spin_diffusion.store.files import (
+    Made,
+    Piece,
+    build,
+    build_pieces,
+    is_built,
+    read_json,
+    read_rows,
+    rows_metadata,
+    shared_out,
+)
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_built, read_json, read_rows, remove_files, rows_metadata, write_file
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.run_dir import remove_files, write_file
 
 IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""

@@ -8,8 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from spin_diffusion.selfplay.precision import autocast_dtype
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 
 def opponent_of(player: UNet2DConditionModel, mixed_precision: str) -> UNet2DConditionModel:

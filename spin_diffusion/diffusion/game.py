@@ -48,10 +48,11 @@ from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import seed_from, weights_hash, write_folder
+from spin_diffusion.store.run_dir import seed_from, write_folder
 from spin_diffusion.store.weights import config_of
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.store.weights import config_of
 
 

@@ -11,10 +11,9 @@ from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.buckets import Size, places_by_size
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.files import Made, build, read_tensors, weights_hash
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import read_tensors, weights_hash
 
 
 def size_of(row: Row) -> Size:

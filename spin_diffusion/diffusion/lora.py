@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_json, tensors_hash, weights_hash
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.files import read_json, tensors_hash, weights_hash
+from spin_diffusion.store.input_error import InputError, one_line
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -15,10 +15,9 @@ from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.samples.pictures import GivenRow, read_index
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.names import file_name
-from spin_diffusion.store.run_dir import Damaged, read_json
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.files import read_json
+from spin_diffusion.store.input_error import InputError, file_name, printable
+from spin_diffusion.store.run_dir import Damaged
 
 _PROMPTS = ("prompt", "caption", "text")
 

@@ -28,8 +28,7 @@ from spin_diffusion.store.configuration import (
     read_configuration,
     refuse_missing,
 )
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.weights import check_stored, load_whole
 
 CONFIG = "config.json"

@@ -19,10 +19,9 @@ from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.diffusion.identity import words_of
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.sending import sent
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, weights_hash
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import weights_hash
 from spin_diffusion.store.weights import config_of
 
 PER_FILE, PER_BATCH, FILES_OPEN = 256, 32, 64

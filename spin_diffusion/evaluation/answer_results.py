@@ -17,8 +17,8 @@ from spin_diffusion.evaluation.records import OfTraining, Results
 from spin_diffusion.evaluation.samples import BySample, EvaluatedModel, Samples, Watched
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.answers import answer_files, read_answers
+from spin_diffusion.store.files import rows_metadata
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import rows_metadata
 
 __all__ = ["EvaluatedModel", "conclude_answers"]
 

@@ -52,9 +52,10 @@ from spin_diffusion.evaluation.statistics import (
     win_rate,
 )
 from spin_diffusion.samples.pictures import folder_of
+from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY
-from spin_diffusion.store.run_dir import write_file, write_json
+from spin_diffusion.store.run_dir import write_file
 
 
 def conclude_samples(

@@ -18,11 +18,11 @@ from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.scoring import SCORER, ScorerRecord, Scoring, Shard, is_recorded, run_and_record
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.samples.answers import answer_files, read_answers
-from spin_diffusion.store.build import Made, Piece
+from spin_diffusion.store.files import Made, Piece, read_json, read_rows, rows_metadata
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import AGAIN, read_json, read_rows, rows_metadata
+from spin_diffusion.store.run_dir import AGAIN
 
 
 def judge_answers(

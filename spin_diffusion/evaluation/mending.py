@@ -8,7 +8,8 @@ from typing import Any, NotRequired, TypedDict
 
 from spin_diffusion.evaluation.scoring import ScorerRecord
 from spin_diffusion.samples.pictures import read_index
-from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, read_json, read_rows, tell_remade
+from spin_diffusion.store.files import read_json, read_rows
+from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, tell_remade
 
 
 class _Protocol(TypedDict):

@@ -20,10 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.samples.requests import Request, requests_of
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.input_error import InputError, broken_character, one_line, open_regular, printable, read_bytes
 from spin_diffusion.store.run_dir import write_file
-from spin_diffusion.store.text import broken_character, one_line, printable
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")

@@ -11,9 +11,7 @@ from typing import Any, NoReturn
 import jsonschema
 
 from spin_diffusion.evaluation.records import Results
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line, read_bytes
 
 SCHEMA_VERSION = 1
 _FLOATS = frozenset(

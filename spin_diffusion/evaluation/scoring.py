@@ -15,19 +15,21 @@ from spin_diffusion.evaluation import specs as of_specs
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.samples.pictures import folder_of, index_files, read_index
-from spin_diffusion.store.build import Made, Piece, Tell, build_pieces
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.pictures import read_picture
-from spin_diffusion.store.run_dir import (
-    AGAIN,
-    Damaged,
+from spin_diffusion.store.files import (
+    Made,
+    Piece,
+    Tell,
+    build_pieces,
     is_built,
     read_json,
     read_rows,
     rows_metadata,
     write_json,
 )
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.pictures import read_picture
+from spin_diffusion.store.run_dir import AGAIN, Damaged
 
 SCORER = "scorer"
 """In the metadata of a file of scores: the key of the scorer alone."""

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spin_diffusion.evaluation.records import Role
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, file_name
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
 from spin_diffusion.store.named import load_module, load_named, raised
-from spin_diffusion.store.names import file_name
 
 _T = TypeVar("_T")
 

@@ -20,9 +20,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.store.configuration import read_configuration
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.run_dir import file_hash
-from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import check_stored, load_whole
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from spin_diffusion.data.rows import Bad, Expected, LeftOut, Message, TextExample
 from spin_diffusion.data.text import last_question
 from spin_diffusion.store.deadline import fill_template
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import broken_character, one_line
+from spin_diffusion.store.input_error import InputError, broken_character, one_line
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
 """Variables of a chat template that no argument may be named like."""

@@ -26,7 +26,7 @@ from spin_diffusion.selfplay.precision import autocast_dtype
 from spin_diffusion.selfplay.record import read_record
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import of_round
-from spin_diffusion.store.run_dir import read_rows
+from spin_diffusion.store.files import read_rows
 
 Lengths = tuple[np.ndarray, np.ndarray]
 """Tokens of the prompts and of the answers, one of each for every row."""

@@ -34,9 +34,10 @@ from spin_diffusion.selfplay.game import ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.run_dir import weights_hash, write_folder
+from spin_diffusion.store.run_dir import write_folder
 from spin_diffusion.store.weights import load_whole
 
 PLAYER, OPPONENT = "player", "opponent"

@@ -19,8 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from spin_diffusion.llm.settings import GenerationSettings
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from scipy.stats import t
 
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import language_model
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
 """The harness's names of what accelerate calls mixed precision."""

@@ -24,11 +24,10 @@ from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.answers import are_answered, draw_answers
 from spin_diffusion.samples.requests import Request, requests_of
 from spin_diffusion.selfplay.gap import clustered_mean
-from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.files import Made, build, is_built, read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of, place_hash
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_built, read_json
 
 MEASURES = "held_out.json"
 """What is measured of a model beside its answers' scores."""

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import check_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.run_dir import commit, part_of, read_json, write_json
+from spin_diffusion.store.run_dir import commit, part_of
 
 START = "start"
 _FROM = "from.json"

@@ -38,16 +38,14 @@ from spin_diffusion.samples.pictures import (
     without_picture,
 )
 from spin_diffusion.samples.requests import Request
-from spin_diffusion.store.build import Made, build_pieces
+from spin_diffusion.store.files import Made, build_pieces, read_json, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of, known_hash
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.progress import Bars, Progress
-from spin_diffusion.store.run_dir import Damaged, read_json, settle, shard_name, weights_hash, write_file, write_json
+from spin_diffusion.store.run_dir import Damaged, settle, shard_name, write_file
 from spin_diffusion.store.settings import harmless
-from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml
 

@@ -20,8 +20,9 @@ from spin_diffusion.samples.stored_pairs import Column
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.one_round import Evaluate, Judgement
 from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
+from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import AGAIN, file_hashes, read_json, write_file, write_json
+from spin_diffusion.store.run_dir import AGAIN, file_hashes, write_file
 
 
 class _Model(TypedDict):

@@ -30,12 +30,10 @@ from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.files import weights_hash
+from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.opening import read_bytes
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import weights_hash
-from spin_diffusion.store.text import printable
 from spin_diffusion.store.weights import config_of
 
 TEMPLATE_BYTES = 2**20

@@ -9,8 +9,9 @@ from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.record import FINAL, find_record
 from spin_diffusion.selfplay.train_settings import of_round
+from spin_diffusion.store.files import read_json, read_json_lines
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import Damaged, read_json, read_json_lines
+from spin_diffusion.store.run_dir import Damaged
 
 _SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
 """What the page shows of the shortcut probe."""

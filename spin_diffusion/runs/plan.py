@@ -23,9 +23,10 @@ from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress, end_bars
-from spin_diffusion.store.run_dir import seed_from, write_json
+from spin_diffusion.store.run_dir import seed_from
 
 PROBE_SECONDS = 20.0
 """The most that each of a probe's parts takes, beyond its first two calls."""

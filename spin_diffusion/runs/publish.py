@@ -19,8 +19,7 @@ from spin_diffusion.runs.config import AnyConfig, titles_of
 from spin_diffusion.selfplay.objective_names import objective_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
+from spin_diffusion.store.input_error import InputError, read_bytes
 from spin_diffusion.store.run_dir import write_file
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")

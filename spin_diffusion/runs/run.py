@@ -36,9 +36,9 @@ from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import play
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress
-from spin_diffusion.store.run_dir import read_json, write_json
 
 
 @runtime_checkable

@@ -25,10 +25,11 @@ from spin_diffusion.selfplay.objective_names import file_hashes
 from spin_diffusion.selfplay.round_settings import objectives_of
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
+from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import check_folder, share_folder, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.run_dir import read_json, settle, write_file, write_json
+from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.settings import harmless, per_round
 from spin_diffusion.store.yaml_files import dump_yaml
 

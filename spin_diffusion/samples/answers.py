@@ -17,11 +17,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from spin_diffusion.samples.requests import Request, in_shards, storable
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import AGAIN, is_shard, read_rows
+from spin_diffusion.store.run_dir import AGAIN, is_shard
 
 DrawAnswers = Callable[[list[Request], Callable[[int], None]], list[dict[str, Any]]]
 """(requests, told the number drawn so far) -> {"text", "finish": "stop" or "length", "num_tokens"} of each."""

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import rows_in, shards
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.run_dir import file_hash, read_rows, seed_from
+from spin_diffusion.store.run_dir import file_hash, seed_from
 
 Judge = Callable[[list[Row]], list[float]]
 """Stored samples -> one finite score each, larger = better. The same rows must get the same scores."""

@@ -15,18 +15,12 @@ from PIL import Image
 
 from spin_diffusion.samples.photometry import measure_image
 from spin_diffusion.samples.requests import Request, in_shards
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, read_json, read_json_lines, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import (
-    AGAIN,
-    read_json,
-    read_json_lines,
-    write_file,
-    write_json,
-)
+from spin_diffusion.store.run_dir import AGAIN, write_file
 
 
 class GivenRow(TypedDict):

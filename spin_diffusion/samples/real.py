@@ -9,21 +9,19 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples.sample import ENCODED, Row
 from spin_diffusion.samples.shards import Encoder, encode_shards, rows_in, shards
-from spin_diffusion.store.folder import make_folder
+from spin_diffusion.store.files import read_json, write_json, write_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import (
     commit,
     file_hashes,
     is_shard,
+    make_folder,
     part_of,
-    read_json,
     remove_files,
     seed_from,
     shard_name,
     verify_hashes,
-    write_json,
-    write_rows,
 )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.samples.sample import Batch, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, is_built, read_tensors, write_tensors
 from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.run_dir import file_hash, is_built, read_tensors, write_tensors
+from spin_diffusion.store.run_dir import file_hash
 
 
 @runtime_checkable

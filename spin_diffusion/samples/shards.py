@@ -13,17 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spin_diffusion.samples.sample import KEPT, Row
-from spin_diffusion.store.build import Made, Piece, build_together
+from spin_diffusion.store.files import Made, Piece, build_together, is_built, read_rows, rows_metadata, write_tensors
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.run_dir import (
-    AGAIN,
-    file_hash,
-    is_built,
-    read_rows,
-    rows_metadata,
-    write_tensors,
-)
+from spin_diffusion.store.run_dir import AGAIN, file_hash
 
 
 @runtime_checkable

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.samples.sample import CONDITION, KIND, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_rows
 
 IN_MEMORY = 64
 """Shards of a kind that are read, or mapped, at a time while pairs are taken at random."""

@@ -14,18 +14,18 @@ from accelerate.utils import broadcast_object_list
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.record import AnchorRecord, replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
-from spin_diffusion.store.folder import make_folder
+from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.machine import writing
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import (
     Damaged,
     commit,
     file_hashes,
+    make_folder,
     part_of,
-    read_json,
     remove_files,
     verify_hashes,
+    writing,
 )
 
 CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"

@@ -34,9 +34,10 @@ from spin_diffusion.selfplay.record import (
 )
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import file_hashes, read_rows
+from spin_diffusion.store.run_dir import file_hashes
 
 
 @dataclass(frozen=True)

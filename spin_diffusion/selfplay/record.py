@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 from spin_diffusion.samples.sample import CHOICES, ENCODED, KEPT
-from spin_diffusion.store.run_dir import Damaged, read_json, write_json
+from spin_diffusion.store.files import read_json, write_json
+from spin_diffusion.store.run_dir import Damaged
 
 State = Literal["PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED", "REJECTED"]
 STATES: tuple[State, ...] = get_args(State)[:-1]

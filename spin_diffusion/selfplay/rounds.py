@@ -24,9 +24,8 @@ from spin_diffusion.selfplay.states.generated import DRAWN_BY, generate
 from spin_diffusion.selfplay.states.opponent import choose_opponent
 from spin_diffusion.selfplay.states.trained import heed, look, train_player
 from spin_diffusion.selfplay.train_settings import TrainSettings
-from spin_diffusion.store.machine import trouble_of
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_shard, remove_files, settle
+from spin_diffusion.store.run_dir import is_shard, remove_files, settle, trouble_of
 
 STEPS_BEFORE_TRAINING: dict[State, Step] = {"OPPONENT": choose_opponent, "GENERATED": generate, "CACHED": cache}
 STEPS_FROM_TRAINING_ON: dict[State, Step] = {"TRAINED": train_player, "EVALUATED": evaluate, "PROMOTED": decide}

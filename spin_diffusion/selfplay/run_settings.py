@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from spin_diffusion.selfplay.objective_names import OBJECTIVES
-from spin_diffusion.store.names import file_name
+from spin_diffusion.store.input_error import file_name
 from spin_diffusion.store.settings import Settings, setting
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from spin_diffusion.store.input_error import printable
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
-from spin_diffusion.store.text import printable
 
 RUN_ID = "tracker_run_id"
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import one_line, printable
+from spin_diffusion.store.input_error import InputError, one_line, printable, read_bytes
 
 Configuration = dict[str, Any]
 QUANTISED = ("quantization_config", "compression_config")

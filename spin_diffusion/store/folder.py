@@ -12,20 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store.input_error import InputError, broken_character, printable, read_bytes
+from spin_diffusion.store.run_dir import MARKER, held, is_file_at
 
 Marker = dict[str, object]
 """`program`, what writes into the folder, and `format`."""
-MARKER = ".spin-diffusion.json"
 FORMAT = 1
 """Version of what the marker says and of the files beside it; a folder of another one is refused."""
 
 _OF_NOBODY = {".DS_Store", ".gitignore", ".gitkeep", ".keep", "Thumbs.db", "desktop.ini", "lost+found"}
 """Names that systems leave in an empty folder; they are not touched."""
-_held: dict[Path, int] = {}
-"""Folders that are this process's until it ends, and the open markers by whose locks they are."""
 _unlocked: set[Path] = set()
 """Folders of which was said that they cannot be locked."""
 
@@ -129,7 +125,7 @@ def take_folder(
         if not check_folder(folder, program, flag, inside):  # again: only now it is this command's alone
             _write(descriptor, program)
         if locked:
-            _held[folder.resolve()] = os.dup(descriptor)
+            held[folder.resolve()] = os.dup(descriptor)
 
 
 def take_marked(folder: Path, flag: str) -> None:
@@ -149,22 +145,6 @@ def take_marked(folder: Path, flag: str) -> None:
     take_folder(folder, str(_read(folder / MARKER).get("program")), flag)
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder, with those above it, where something is to be written.
-
-    Raises:
-        InputError: it lies in a folder that this process has taken (`take_folder`) and that is not there any more:
-            made anew under the old name it would have no marker, and be a folder that no command goes on in.
-    """
-    for taken, descriptor in _held.items():
-        if taken in path.absolute().parents and not _is_file(descriptor, taken / MARKER):
-            raise InputError(
-                f"{printable(taken)} was moved or deleted while this command worked in it: put it back, or move "
-                "elsewhere what is there now, then run the same command again"
-            )
-    path.mkdir(parents=True, exist_ok=True)
-
-
 def share_folder(folder: Path, program: str, flag: str) -> None:
     """Make a folder this program's, in which other commands may work at the same time."""
     with _marker(folder, flag) as descriptor:
@@ -175,27 +155,20 @@ def share_folder(folder: Path, program: str, flag: str) -> None:
 
 def release(folder: Path) -> None:
     """Let other commands into a folder again."""
-    descriptor = _held.pop(folder.resolve(), None)
+    descriptor = held.pop(folder.resolve(), None)
     if descriptor is not None:
         os.close(descriptor)
 
 
 def _holds(folder: Path) -> bool:
     """Whether this process has the folder, and not one that was deleted and made anew."""
-    descriptor = _held.get(folder.resolve())
+    descriptor = held.get(folder.resolve())
     if descriptor is None:
         return False
-    if _is_file(descriptor, folder / MARKER):
+    if is_file_at(descriptor, folder / MARKER):
         return True
     release(folder)
     return False
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
 
 
 @contextmanager
@@ -228,7 +201,7 @@ def _lock(folder: Path, descriptor: int, flag: str, wait: bool) -> bool:
             print(f"{printable(folder)}: {warning}", flush=True)
         _unlocked.add(folder.resolve())
         return False
-    if not _is_file(descriptor, folder / MARKER):  # deleted since it was opened
+    if not is_file_at(descriptor, folder / MARKER):  # deleted since it was opened
         raise busy
     return True
 

@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from spin_diffusion.store.opening import open_regular
+from spin_diffusion.store.input_error import open_regular
 
 KEY = "key"
 """Its name in the metadata of a file."""

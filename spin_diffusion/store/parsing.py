@@ -13,10 +13,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, nearest, printable
 from spin_diffusion.store.replaced import REPLACED
 from spin_diffusion.store.settings import help_texts, rules_of
-from spin_diffusion.store.text import nearest, printable
 from spin_diffusion.store.typed import Misfit, container_of, fit, shown
 from spin_diffusion.store.yaml_files import dump_yaml, parse_yaml, read_yaml
 

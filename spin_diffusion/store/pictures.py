@@ -19,9 +19,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000

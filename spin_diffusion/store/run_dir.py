@@ -2,38 +2,32 @@
 
 Everything is written under a name that ends in `.spin-part` and takes its real name by one atomic rename after its
 bytes are on the disk. A name without it is therefore always complete, whenever the process was killed. What is removed
-is named file by file: whatever else lies in a folder is its user's, and stays.
+is named file by file: whatever else lies in a folder is its user's, and stays. What the machine has against that (a
+full disk, a limit, a folder that is gone) libraries word in their own ways, or not at all; here it becomes the system's
+number again, and one line with what can be done.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from spin_diffusion.store.folder import MARKER, make_folder
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of
-from spin_diffusion.store.machine import PART, writing
-from spin_diffusion.store.opening import open_regular, read_bytes
+from spin_diffusion.store.input_error import InputError, printable
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.text import printable
-from spin_diffusion.store.typed import fit
 
-OLD = ".spin-old"
-"""End of the name of a folder that is being replaced. No user has such names."""
+PART, OLD = ".spin-part", ".spin-old"
+"""Ends of the names of what is not complete yet, and of a folder that is being replaced. No user has such names."""
+MARKER = ".spin-diffusion.json"
+"""The file by which a folder is known as this program's (`store.folder`)."""
+held: dict[Path, int] = {}
+"""Folders that are this process's until it ends, and the open markers by whose locks they are."""
 
 
 def seed_from(*parts: str | int | float) -> int:
@@ -67,7 +61,7 @@ def commit(path: Path) -> None:
     part = part_of(path)
     for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
         if file.is_file():
-            _sync(file)
+            sync(file)
     if os.path.lexists(path) and path.is_dir() != part.is_dir():
         kinds = "a folder, and a file" if path.is_dir() else "a file, and a folder"
         raise InputError(f"{path} is {kinds} is to be written there: move it away, then run the same command again")
@@ -81,7 +75,7 @@ def commit(path: Path) -> None:
         _retire(aside, path)
     else:
         os.replace(part, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def settle(folder: Path) -> None:
@@ -137,6 +131,30 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, where something is to be written.
+
+    Raises:
+        InputError: it lies in a folder that this process has taken (`take_folder`) and that is not there any more:
+            made anew under the old name it would have no marker, and be a folder that no command goes on in.
+    """
+    for taken, descriptor in held.items():
+        if taken in path.absolute().parents and not is_file_at(descriptor, taken / MARKER):
+            raise InputError(
+                f"{printable(taken)} was moved or deleted while this command worked in it: put it back, or move "
+                "elsewhere what is there now, then run the same command again"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open there lies at this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file through `write(part path)` and commit it."""
     make_folder(path.parent)
@@ -153,25 +171,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         commit(path)
 
 
-SEAL = "content_sha256"
-"""Key of a JSON object's own hash."""
-
-
-def write_json(path: Path, content: Any, sealed: bool = False) -> None:
-    """Write `content` as JSON, atomically. Halves of a surrogate pair are escaped, as JSON can.
-
-    Args:
-        sealed: add the object's hash, by which `read_json` knows a number that was changed on the disk.
-    """
-    if sealed:
-        content = content | {SEAL: _seal_of(content)}
-    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-    write_file(path, lambda part: part.write_bytes(data))
-
-
-def _seal_of(content: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps(content))  # tuples are lists then, and whole numbers as keys are texts
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+# Hashes
 
 
 ELSEWHERE = "restore it, or start in another --output_dir"
@@ -189,206 +189,9 @@ class Damaged(InputError):
         self.path = path
 
 
-def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> Any:
-    """The content of a JSON file of ours, which is of the type that is expected of it.
-
-    Args:
-        type_: as `store.typed.fit` knows it; a TypedDict names the keys.
-        remedy: what can be done when it is damaged, in the imperative.
-
-    Raises:
-        Damaged: it is missing, is not a file, is not JSON, is JSON of another type, or was sealed with other content.
-    """
-    try:
-        content = json.loads(_own_bytes(path, remedy))
-        seal = content.pop(SEAL, None) if isinstance(content, dict) else None
-        fitting = fit(content, type_)
-        if seal is not None and seal != _seal_of(content):
-            raise ValueError("its content is not what was written")
-        return fitting
-    except (ValueError, RecursionError) as error:  # JSON's, Unicode's and Misfit are ValueErrors
-        if isinstance(error, InputError):
-            raise
-        raise Damaged(path, error, remedy) from None
-
-
-def read_if_whole(path: Path, type_: Any = dict[str, Any]) -> Any | None:
-    """The content of a JSON file that is made anew where it is not there; None then, and when it is damaged, which is
-    said."""
-    try:
-        return read_json(path, type_, AGAIN) if path.is_file() else None
-    except Damaged as error:
-        tell_remade(error)
-        return None
-
-
-def read_json_lines(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> list[Any]:
-    """The rows of a file of ours with a JSON value on each line, as `read_json`."""
-    try:
-        # Not splitlines: a text may hold other line separators of Unicode
-        lines = _own_bytes(path, remedy).decode("utf-8").split("\n")
-        if lines.pop():
-            raise ValueError("its last line is cut")
-        return [fit(json.loads(line), type_, f"line {number}") for number, line in enumerate(lines, 1)]
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise Damaged(path, error, remedy) from None
-
-
-def write_json_lines(path: Path, rows: list[dict[str, Any]], key: str) -> None:
-    """Write rows as JSON, one on each line, atomically; each says by a key of its own that it is as it was written and
-    made of what `key` stands for."""
-    text = "".join(json.dumps(row | {KEY: _line_key(row, key)}, ensure_ascii=False) + "\n" for row in rows)
-    write_file(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def _line_key(row: dict[str, Any], key: str) -> str:
-    return key_of(made_of=key, row={name: value for name, value in row.items() if name != KEY})
-
-
-def _own_bytes(path: Path, remedy: str) -> bytes:
-    try:
-        return read_bytes(path)
-    except InputError as error:
-        raise Damaged(path, str(error).removeprefix(printable(path)).strip(), remedy) from None
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], metadata: dict[str, str]) -> None:
-    """Write rows as one parquet shard with page checksums, `metadata` in its schema, atomically."""
-    table = pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
-    write_file(path, lambda part: pq.write_table(table, part, write_page_checksum=True))
-
-
-def read_rows(path: Path, columns: list[str] | None = None, remedy: str = AGAIN) -> list[dict[str, Any]]:
-    """The rows of a parquet shard, its checksums verified; Damaged when it is not what was written, or lacks one of the
-    columns."""
-    with _reading(path, remedy):
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        if missing := set(columns or []) - set(file.schema_arrow.names):
-            raise pa.ArrowInvalid(f"it has no column {min(missing)}")
-        return file.read(columns=columns).to_pylist()
-
-
-def rows_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
-    """The metadata that `write_rows` put beside the rows, and "rows": their number."""
-    with _reading(path, remedy):
-        file = pq.ParquetFile(path)
-        metadata = file.schema_arrow.metadata or {}
-        return {key.decode(): value.decode() for key, value in metadata.items()} | {"rows": str(file.metadata.num_rows)}
-
-
-def has_rows(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether a parquet shard is there, whole, with this metadata; one that is damaged is said, and is to be written
-    again."""
-    if not path.is_file():
-        return False
-    try:
-        if not metadata.items() <= rows_metadata(path).items():
-            return False
-        read_rows(path)
-        return True
-    except Damaged as error:
-        tell_remade(error)
-        return False
-
-
 def tell_remade(error: Damaged) -> None:
     """Say that a damaged file is made anew."""
     tell(f"{str(error).rpartition(': ')[0]}: it is made anew")
-
-
-@contextmanager
-def _reading(path: Path, remedy: str) -> Iterator[None]:
-    """What pyarrow and safetensors say of a file that is not what was written."""
-    try:
-        open_regular(path).close()  # they would wait for a named pipe
-        yield
-    except InputError as error:
-        raise Damaged(path, str(error).removeprefix(printable(path)).strip(), remedy) from None
-    except Exception as error:  # damaged bytes make the readers raise almost anything
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # the machine's
-            raise
-        raise Damaged(path, (str(error).splitlines() or [type(error).__name__])[0], remedy) from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors as one safetensors file, atomically, with the hash of all that is in it."""
-    write_file(path, lambda part: _save_tensors(part, tensors, metadata))
-
-
-def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Write a file into a folder where other programs may be writing the same one."""
-    make_folder(path.parent)
-    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with writing(own):
-        _save_tensors(part_of(own), tensors, {KEY: key})
-        _sync(part_of(own))
-        os.replace(part_of(own), path)
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # In one entry: several would be written in an order of their own, and the same tensors have the same bytes
-    said = json.dumps(metadata | {_CONTENT: _content_hash(tensors, metadata)}, sort_keys=True)
-    save_file(tensors, path, metadata={_ABOUT: said})
-
-
-_ABOUT, _CONTENT = "about", "content"
-
-
-def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps([metadata, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()
-
-
-def tensors_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
-    """The metadata that `write_tensors` put beside the tensors; Damaged when the file's head or length is not right."""
-    with _reading(path, remedy), safe_open(path, framework="pt") as file:
-        said = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
-        return {key: value for key, value in said.items() if key != _CONTENT}
-
-
-def read_tensors(path: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
-    """The tensors of a file that `write_tensors` wrote, their hash verified; Damaged when it is not the recorded."""
-    with _reading(path, remedy), safe_open(path, framework="pt") as file:
-        said = json.loads((file.metadata() or {})[_ABOUT])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if said.pop(_CONTENT) != _content_hash(tensors, said):
-            raise ValueError("its content is not what was written")
-        return tensors
-
-
-def has_tensors(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether a file of tensors is there, whole, with this metadata; one that is damaged is said, and is to be written
-    again."""
-    if not path.is_file():
-        return False
-    try:
-        return metadata.items() <= tensors_metadata(path).items() and read_tensors(path) is not None
-    except Damaged as error:
-        tell_remade(error)
-        return False
-
-
-def is_built(path: Path, key: str) -> bool:
-    """Whether a file of rows, tensors or JSON lines, or a JSON object, is there, whole and with this key.
-
-    That one is damaged is said in a line; it counts as missing, and is made anew.
-    """
-    if path.suffix == ".parquet":
-        return has_rows(path, {KEY: key})
-    if path.suffix == ".safetensors":
-        return has_tensors(path, {KEY: key})
-    if path.suffix == ".json":
-        return (read_if_whole(path) or {}).get(KEY) == key
-    try:
-        rows = read_json_lines(path, remedy=AGAIN) if path.is_file() else []
-        built = bool(rows) and all(row.get(KEY) == _line_key(row, key) for row in rows)
-        if rows and not built:
-            tell(f"{printable(path)} belongs to something else than is asked for now, or is damaged: it is made anew")
-        return built
-    except Damaged as error:
-        tell_remade(error)
-        return False
 
 
 def file_hash(path: Path) -> str:
@@ -425,21 +228,111 @@ def verify_hashes(hashes: Mapping[str, str], below: Path, remedy: str = ELSEWHER
         raise Damaged(below / name, problem, remedy)
 
 
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, hexadecimal."""
-    return tensors_hash(module.state_dict())
+# What the machine has against it
+
+_ROOM = "make room or give another --output_dir"
+_ALLOW = "allow it, or give another --output_dir"
+_BACK = "put back what was moved or removed"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or give an --output_dir where larger files can be",
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EROFS: _ALLOW,
+    errno.EIO: "the disk, or the way to it, fails: mend it or give another --output_dir",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "let other programs close files",
+    errno.ENOENT: _BACK,
+    errno.ENOTDIR: _BACK,
+    errno.ESTALE: _BACK,
+    errno.ENOTCONN: _BACK,
+    errno.ENODEV: _BACK,
+    errno.EISDIR: "a file belongs there: move that folder away",
+    errno.EEXIST: "it stands in the way: move it away",
+    errno.ELOOP: "a link leads round in a circle: mend it",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOMEM: "let it have more memory",
+}
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
+_LARGEST_OF_FAT32 = 2**32 - 1
+_MARGIN = 1 << 20
+"""What a library may not have written yet of a file that met a limit, and what is tried to be written, bytes."""
 
 
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, hexadecimal, in whatever order they come."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def trouble_of(error: BaseException | None) -> int | None:
+    """The system's number (`errno.ENOSPC`) of what the machine has against a command; None = it is something else."""
+    number, seen = None, set()
+    while error is not None and number is None and id(error) not in seen:
+        seen.add(id(error))
+        number = _number(error)
+        # What was raised while another error was dealt with may be a defect, unless a write failed
+        of_writing = _number(error.__context__) if error.__context__ is not None else None
+        error = error.__cause__ or (error.__context__ if of_writing in _OF_WRITING else None)
+    return number
 
 
-def _sync(path: Path) -> None:
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, InputError):
+        return None
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _REMEDIES else None
+    number = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    if number and int(number[1]) in _REMEDIES:
+        return int(number[1])
+    if isinstance(error, FileNotFoundError):
+        return errno.ENOENT
+    return next(
+        (number for number in (*_OF_WRITING, errno.EACCES, errno.ENOMEM) if os.strerror(number) in str(error)), None
+    )
+
+
+def in_words(number: int, error: BaseException) -> str:
+    """One line: what the machine said, where, and what can be done."""
+    # filename2: what a rename was to make
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = f" ({printable(path)})" if path else ""
+    return f"{os.strerror(number)}{where}: {_REMEDIES[number]}, then run the same command again"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of the part of a file or folder. When that fails, what was written so far is removed, so that
+    it takes no room, and what the machine has against it is raised as an OSError that names `path`."""
+    part = part_of(path)
+    try:
+        yield
+    except Exception as error:
+        number = trouble_of(error) or (None if isinstance(error, InputError) else _tried(part))
+        shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink(missing_ok=True)
+        if number is None or isinstance(error, OSError) and error.errno == number and error.filename:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _tried(part: Path) -> int | None:
+    """Why nothing can be written there, by trying it; torch says only that its writer failed."""
+    files = [file for file in (part.rglob("*") if part.is_dir() else [part]) if file.is_file()]
+    largest = max((file.stat().st_size for file in files), default=0)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = (_LARGEST_OF_FAT32, *([limit] if limit != resource.RLIM_INFINITY else []))
+    trial = part.with_name(f"{uuid.uuid4().hex}{PART}")
+    try:
+        with open(trial, "wb") as file:
+            file.write(bytes(min(_MARGIN, *limits)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return _number(error)
+    finally:
+        trial.unlink(missing_ok=True)
+    return errno.EFBIG if any(limit - _MARGIN <= largest <= limit for limit in limits) else None
+
+
+def sync(path: Path) -> None:
+    """Return when the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

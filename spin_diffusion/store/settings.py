@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.input_error import InputError, printable
 
 T = TypeVar("T")
 PerRound = Union[T, list[T]]  # noqa: UP007 - `T | list[T]` cannot be subscripted in Python 3.10

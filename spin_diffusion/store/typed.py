@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from spin_diffusion.store.text import nearest, printable
+from spin_diffusion.store.input_error import nearest, printable
 
 _WORDS = {
     bool: "true or false",

@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 from spin_diffusion.store.configuration import QUANTISED
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_regular
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.input_error import InputError, open_regular, printable
 
 _TRAINED_IN = {"F64", "F32", "F16", "BF16"}
 """How safetensors names the number types of weights that are not quantised."""

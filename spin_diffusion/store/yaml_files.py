@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import read_bytes
-from spin_diffusion.store.text import printable
+from spin_diffusion.store.input_error import InputError, printable, read_bytes
 
 LARGEST = 1 << 20
 """Bytes of a settings file, at most."""

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from spin_diffusion.diffusion.candidates import scorer_as_judge
-from spin_diffusion.store.run_dir import read_json, read_rows
+from spin_diffusion.store.files import read_json, read_rows
 from tests.cli.test_scripts import play, refused, run, settings  # noqa: F401
 from tests.test_processes import play as play_in_processes
 
@@ -101,9 +101,9 @@ def test_a_scorer_without_weights_is_refused_before_anything_is_drawn(asked, tmp
 def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, monkeypatch):
     """Killed between the judge's shards; then the file is turned round: no choice of the old one is left."""
     from spin_diffusion.samples.sample import CHOICES
-    from spin_diffusion.store import build
+    from spin_diffusion.store import files
 
-    plain, written = build.write_rows, []
+    plain, written = files.write_rows, []
 
     def dying(path, *args):
         if path.parent.name == CHOICES:
@@ -113,7 +113,7 @@ def test_a_file_that_changed_makes_its_choices_anew(asked, scorer, tmp_path, mon
         plain(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "write_rows", dying)
+        patch.setattr(files, "write_rows", dying)
         assert play(tmp_path, asked) == 130
     before = read_rows(written[0])
     scorer.write_text(SCORER.format(sign=-1))

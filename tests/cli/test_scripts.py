@@ -24,8 +24,9 @@ from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.runs.start import round_lines
 from spin_diffusion.store import run_dir
-from spin_diffusion.store.folder import MARKER, release, take_folder
-from spin_diffusion.store.run_dir import file_hash, read_json, weights_hash
+from spin_diffusion.store.files import read_json, weights_hash
+from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.run_dir import MARKER, file_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,7 +29,8 @@ from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.drawing import drawing_pipeline
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
-from spin_diffusion.store.folder import MARKER, take_folder
+from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.run_dir import MARKER
 from tests.runs.test_evaluate_command import SCORER, refused
 from tests.store.test_folder import take_elsewhere
 

@@ -18,8 +18,8 @@ from spin_diffusion.diffusion.latents import vae_hash
 from spin_diffusion.diffusion.model_sources import read_source
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.runs.image_lines import loading_code
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import weights_hash
 from tests.tiny import BETAS
 
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"

@@ -24,9 +24,9 @@ from spin_diffusion.samples.sample import Batch
 from spin_diffusion.samples.shards import Part
 from spin_diffusion.samples.stored_pairs import kinds_of
 from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import read_rows
 from tests.diffusion.test_game import nudge, only
 from tests.playing import ROUNDS, TRAINING, make_game
 

@@ -19,9 +19,9 @@ from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import read_rows
 from tests.playing import ROUNDS, SAMPLING, TRAINING, make_game
 
 SHAPES = [(40, 40), (96, 60), (30, 120), (32, 32), (248, 60), (20, 32)]

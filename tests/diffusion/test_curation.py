@@ -28,9 +28,10 @@ from spin_diffusion.diffusion.curation import (
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import file_hash, file_hashes, read_json, read_rows
+from spin_diffusion.store.run_dir import file_hash, file_hashes
 from tests.test_processes import play as play_in_processes
 
 ROOT = Path(__file__).resolve().parents[2]

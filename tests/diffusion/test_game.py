@@ -14,8 +14,8 @@ from spin_diffusion.runs.image_run import open_game
 from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import weights_hash
 from tests.playing import asked, examples, make_game
 
 FAMILIES = ["sd1_dir", "sd2_dir", "sdxl_dir"]

@@ -16,8 +16,9 @@ from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.runs.image_lines import trained_line
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.store.files import read_json, weights_hash, write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, weights_hash, write_json
+from spin_diffusion.store.run_dir import file_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import TRAINING, make_game, play_all
 

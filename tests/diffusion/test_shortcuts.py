@@ -28,8 +28,9 @@ from spin_diffusion.runs.page import page_of
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.one_round import Probe
 from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, write_json
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import ROUNDS, TRAINING, examples, make_game, prepare_data
 
 

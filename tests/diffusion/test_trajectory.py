@@ -21,8 +21,9 @@ from spin_diffusion.diffusion.trajectory import (
 )
 from spin_diffusion.samples.sample import KEPT, Batch
 from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import SAMPLING, TRAINING, examples, make_game, play_all
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

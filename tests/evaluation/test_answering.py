@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from spin_diffusion.evaluation.judging import judge_answers, read_answer_scores, read_judge
 from spin_diffusion.samples.answers import answer_files, draw_answers, read_answers
 from spin_diffusion.samples.requests import requests_of
+from spin_diffusion.store.files import rows_metadata
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import rows_metadata
 from tests.evaluation.made_up_answers import answers_by, babble, likes, prompts, protocol_of
 
 REQUESTS = requests_of(prompts(40), 4, 7)
@@ -114,7 +114,7 @@ def test_shards_of_a_longer_protocol_do_not_stay(tmp_path: Path) -> None:
 def test_processes_share_shards_out_and_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "one", babble())
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    monkeypatch.setattr("spin_diffusion.store.build.shared_out", lambda things, one: things[one.process_index :: 2])
+    monkeypatch.setattr("spin_diffusion.store.files.shared_out", lambda things, one: things[one.process_index :: 2])
     asked = []
     for index in (1, 0):
         monkeypatch.setattr(Accelerator, "process_index", property(lambda self, index=index: index))

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.store.run_dir import file_hashes, write_json, write_json_lines, write_rows
+from spin_diffusion.store.files import write_json, write_json_lines, write_rows
+from spin_diffusion.store.run_dir import file_hashes
 
 INDEX, SCORES = "images/guidance-3/00000-of-00001.jsonl", "scores/oracle/guidance-3/00000-of-00001.parquet"
 RECORDS = (INDEX, SCORES, "images/protocol.json", "scores/oracle/scorer.json", "model.json")

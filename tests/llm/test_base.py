@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from spin_diffusion.llm.base import LanguageBase, load_language_model
+from spin_diffusion.store.files import read_json, weights_hash
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, weights_hash
+from spin_diffusion.store.run_dir import file_hash
 from tests.cli.test_language_script import changed_base, play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE, examples, make_game
 

@@ -15,7 +15,7 @@ from spin_diffusion.llm.game import ADAPTER, MODEL, OPPONENT, PLAYER
 from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.objectives import space, spin
-from spin_diffusion.store.run_dir import read_rows, weights_hash
+from spin_diffusion.store.files import read_rows, weights_hash
 from tests.llm.playing import LANGUAGE, TRAINING, examples, make_game, play_all
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from spin_diffusion.evaluation.results_file import read_results
-from spin_diffusion.store.run_dir import read_json, read_rows
+from spin_diffusion.store.files import read_json, read_rows
 from tests.llm.playing import LANGUAGE
 from tests.test_processes import play, start
 

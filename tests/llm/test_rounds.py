@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from spin_diffusion.store import run_dir
+from spin_diffusion.store.files import read_json, read_rows, rows_metadata, tensors_metadata, write_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, rows_metadata, seed_from, write_rows
+from spin_diffusion.store.run_dir import file_hash, seed_from
 from tests.llm.playing import TRAINING, make_game, play_all
 
 
@@ -204,7 +205,7 @@ def test_kept_scores_carry_the_hash_of_their_opponent(unbroken):
     for k in (1, 2):
         opponent = read_json(unbroken / f"round-{k}" / "round.json")["opponent"]["hash"]
         found = list((unbroken / f"round-{k}").rglob("scores/*/*.safetensors"))
-        assert len(found) == 8 and {run_dir.tensors_metadata(path)["opponent"] for path in found} == {opponent}
+        assert len(found) == 8 and {tensors_metadata(path)["opponent"] for path in found} == {opponent}
 
 
 def with_changed_scores(unbroken, copied) -> Path:

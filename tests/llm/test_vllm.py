@@ -21,8 +21,8 @@ from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
 from spin_diffusion.llm.settings import GenerationSettings
 from spin_diffusion.runs.language_run import load_language_model
+from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_json
 from tests.cli.test_language_script import SCRIPT
 from tests.cli.test_scripts import run
 from tests.llm.playing import LANGUAGE, make_game

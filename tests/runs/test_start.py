@@ -5,9 +5,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.diffusion import config
 from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder, write_manifest
-from spin_diffusion.store.folder import MARKER, check_folder
+from spin_diffusion.store.files import write_json
+from spin_diffusion.store.folder import check_folder
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import write_json
+from spin_diffusion.store.run_dir import MARKER
 from spin_diffusion.store.settings import harmless
 
 

@@ -13,9 +13,9 @@ from spin_diffusion.samples.scores import KeepsScores, score_shards
 from spin_diffusion.samples.shards import Part, draw_shards, merge_shards, some_pairs
 from spin_diffusion.samples.shards import shards as shards_of
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.store import build
+from spin_diffusion.store import files
+from spin_diffusion.store.files import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 
 NAMES = [f"{number:05d}-of-00003" for number in range(3)]
 
@@ -41,7 +41,7 @@ def test_a_folder_that_lacks_a_shard_is_refused(data):
 def test_what_is_kept_for_training_is_there_before_the_rows_that_say_so(data, monkeypatch):
     kept = data / "round-1" / KEPT / f"{NAMES[0]}.safetensors"
     there = []
-    monkeypatch.setattr(build, "write_rows", lambda path, rows, metadata: there.append(kept.is_file()))
+    monkeypatch.setattr(files, "write_rows", lambda path, rows, metadata: there.append(kept.is_file()))
     draw_shards(
         data, data / "round-1" / "samples", lambda rows: rows,
         lambda rows, done: [row | {KEPT: {"states": torch.ones(2)}} for row in rows], {}, ("id",),

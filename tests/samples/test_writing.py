@@ -6,8 +6,8 @@ import pytest
 from accelerate import Accelerator
 
 from spin_diffusion.samples.shards import draw_shards
-from spin_diffusion.store import build
-from spin_diffusion.store.run_dir import read_rows, write_rows
+from spin_diffusion.store import files
+from spin_diffusion.store.files import read_rows, write_rows
 
 NAMES = [f"{number:05d}-of-00003.parquet" for number in range(3)]
 
@@ -27,7 +27,7 @@ def drawn_with(data, draw):
 
 
 def test_the_next_shard_is_drawn_before_the_last_one_is_written_and_no_further(data, monkeypatch):
-    second_is_drawn, write, events = threading.Event(), build.write_rows, []
+    second_is_drawn, write, events = threading.Event(), files.write_rows, []
 
     def slow(path, rows, metadata):
         if path.name == NAMES[0]:
@@ -41,7 +41,7 @@ def test_the_next_shard_is_drawn_before_the_last_one_is_written_and_no_further(d
             second_is_drawn.set()
         return rows
 
-    monkeypatch.setattr(build, "write_rows", slow)
+    monkeypatch.setattr(files, "write_rows", slow)
     assert drawn_with(data, draw) == 3
     assert events.index("drew 1") < events.index("wrote 0") < events.index("drew 2")
     assert [read_rows(data / "drawn" / name)[0]["id"] for name in NAMES] == ["0", "1", "2"]
@@ -52,7 +52,7 @@ def test_a_shard_that_cannot_be_written_ends_the_drawing(data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     drew = []
-    monkeypatch.setattr(build, "write_rows", full)
+    monkeypatch.setattr(files, "write_rows", full)
     with pytest.raises(OSError, match="No space"):
         drawn_with(data, lambda rows, done: drew.append(rows[0]["id"]) or rows)
     assert drew == ["0", "1"] and not (data / "drawn" / NAMES[0]).exists()

@@ -17,8 +17,9 @@ from spin_diffusion.samples.shards import Part, encode_shards
 from spin_diffusion.samples.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.train import train
 from spin_diffusion.store import run_dir
+from spin_diffusion.store.files import read_json, read_rows, write_json, write_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, write_json, write_rows
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
 
@@ -115,7 +116,7 @@ def test_choices_do_not_depend_on_processes_and_another_judges_are_made_again(tm
     def taking_turns(things, accelerator):
         return things[accelerator.process_index :: accelerator.num_processes]
 
-    monkeypatch.setattr("spin_diffusion.store.build.shared_out", taking_turns)
+    monkeypatch.setattr("spin_diffusion.store.files.shared_out", taking_turns)
     for number in range(3):
         rows = [row | {"image": f"{number} {row}".encode()} for row in drawn(3, 1, 3)]
         write_rows(tmp_path / "samples" / f"{run_dir.shard_name(number, 3)}.parquet", rows, {})

@@ -18,8 +18,9 @@ from spin_diffusion.selfplay.checkpoints import (
 )
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.trainee import Average, Trainee
+from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hashes, write_json
+from spin_diffusion.store.run_dir import file_hashes
 
 
 @pytest.fixture

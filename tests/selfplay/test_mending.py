@@ -10,8 +10,9 @@ import pytest
 
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import read_record
+from spin_diffusion.store.files import read_json, read_json_lines, read_rows, write_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import Damaged, file_hashes, read_json, read_json_lines, read_rows, write_rows
+from spin_diffusion.store.run_dir import Damaged, file_hashes
 from tests.playing import TRAINING, play_all
 
 SHARD = "00001-of-00003"

@@ -14,7 +14,8 @@ from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, pool
 from spin_diffusion.selfplay.round_settings import OpponentName
 from spin_diffusion.selfplay.train import Average
-from spin_diffusion.store.run_dir import file_hash, read_json, read_rows
+from spin_diffusion.store.files import read_json, read_rows
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
 

@@ -8,8 +8,9 @@ import pytest
 from spin_diffusion.evaluation.in_rounds import promotion
 from spin_diffusion.selfplay.one_round import Judgement
 from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import ROUNDS, TRAINING, make_game, prepare_data
 
 

@@ -13,8 +13,9 @@ from spin_diffusion.selfplay.states import trained
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store import run_dir
+from spin_diffusion.store.files import read_json, read_rows, rows_metadata, write_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hash, read_json, read_rows, rows_metadata, write_rows
+from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all, prepare_data
 
 

@@ -4,8 +4,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.store.build import Made, Piece, build, build_pieces, build_together
-from spin_diffusion.store.run_dir import read_json, read_json_lines, read_rows, read_tensors, rows_metadata
+from spin_diffusion.store.files import (
+    Made,
+    Piece,
+    build,
+    build_pieces,
+    build_together,
+    read_json,
+    read_json_lines,
+    read_rows,
+    read_tensors,
+    rows_metadata,
+)
 
 CONTENTS = {
     "rows.parquet": [{"id": "0", "score": 1.0}],

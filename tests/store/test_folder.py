@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import spin_diffusion
-from spin_diffusion.store.folder import MARKER, check_folder, release, share_folder, take_folder, take_marked
+from spin_diffusion.store.folder import check_folder, release, share_folder, take_folder, take_marked
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import write_file, write_folder
+from spin_diffusion.store.run_dir import MARKER, write_file, write_folder
 
 PROGRAM = "evaluation"
 

@@ -13,7 +13,7 @@ import pytest
 
 from spin_diffusion.cli.command import run_command
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.machine import in_words, trouble_of, writing
+from spin_diffusion.store.run_dir import in_words, trouble_of, writing
 
 
 def chained(cause: Exception, by_cause: bool) -> Exception:
@@ -102,7 +102,7 @@ def test_a_file_that_is_too_large_is_one_line_whoever_writes_it(library, tmp_pat
     import pyarrow as pa, pyarrow.parquet as pq, torch
     from safetensors.torch import save_file
     from spin_diffusion.cli.command import run_command
-    from spin_diffusion.store.machine import writing
+    from spin_diffusion.store.run_dir import writing
     def command(argv):
         with writing(folder / "a"):
             {WRITERS[library]}

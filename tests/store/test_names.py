@@ -3,8 +3,7 @@
 import pytest
 
 from spin_diffusion.selfplay.run_settings import RunSettings
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.names import file_name, folder_inside
+from spin_diffusion.store.input_error import InputError, file_name, folder_inside
 
 OUT = ["../..", "..", "a/../..", "/tmp/x", "C:\\x", "\\\\host\\x", "..\\x", "a\0b", "", "a\nb"]
 

@@ -5,10 +5,16 @@ import socket
 
 import pytest
 
-from spin_diffusion.store import opening
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_regular, open_text, read_bytes, read_lines
-from spin_diffusion.store.text import broken_character, printable
+from spin_diffusion.store import input_error
+from spin_diffusion.store.input_error import (
+    InputError,
+    broken_character,
+    open_regular,
+    open_text,
+    printable,
+    read_bytes,
+    read_lines,
+)
 
 
 def test_a_file_and_a_link_to_one_are_read(tmp_path):
@@ -71,7 +77,7 @@ def test_text_that_is_not_utf_8_comes_back_with_broken_characters(tmp_path):
 
 
 def test_a_line_without_an_end_is_not_read_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "MAX_LINE_BYTES", 5)
+    monkeypatch.setattr(input_error, "MAX_LINE_BYTES", 5)
     (tmp_path / "a.txt").write_bytes(b"one\nsix56\n")
     with open_regular(tmp_path / "a.txt") as file, pytest.raises(InputError, match="a line of more than 5 bytes"):
         list(read_lines(file, tmp_path / "a.txt"))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin_diffusion.store import run_dir
-from spin_diffusion.store.folder import MARKER
+from spin_diffusion.store import files, run_dir
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import MARKER
 
 
 def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
@@ -18,7 +18,7 @@ def test_seeds_are_the_same_everywhere_and_differ_by_every_part():
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
-    run_dir.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
 
     def failing(part):
         part.write_text("half")
@@ -26,7 +26,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="full"):
         run_dir.write_file(path, failing)
-    assert run_dir.read_json(path) == {"old": 1}
+    assert files.read_json(path) == {"old": 1}
 
 
 def test_bytes_are_on_the_disk_before_their_name_and_the_name_afterwards(tmp_path, monkeypatch):
@@ -34,7 +34,7 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_afterwards(tmp_pat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("named") or replace(*paths))
-    run_dir.write_json(path, {"new": 1})
+    files.write_json(path, {"new": 1})
     assert events == [path.stat().st_ino, "named", tmp_path.stat().st_ino]
 
 
@@ -162,7 +162,7 @@ def test_a_folder_does_not_replace_a_file_nor_a_file_a_folder(tmp_path):
     (tmp_path / "report.html" / "mine").write_text("mine")
     (tmp_path / "unet").write_text("mine")
     with pytest.raises(InputError, match="report.html is a folder, and a file is to be written there: move it away"):
-        run_dir.write_json(tmp_path / "report.html", {})
+        files.write_json(tmp_path / "report.html", {})
     with pytest.raises(InputError, match="unet is a file, and a folder is to be written there: move it away"):
         replace_folder(tmp_path)
     assert (tmp_path / "report.html" / "mine").read_text() == (tmp_path / "unet").read_text() == "mine"
@@ -187,26 +187,26 @@ def test_only_files_that_are_named_are_removed(tmp_path):
 def test_rows_come_back_with_their_metadata_and_damage_is_found(tmp_path):
     path = tmp_path / "rows.parquet"
     rows = [{"id": str(i), "image": bytes([i] * 500)} for i in range(4)]
-    run_dir.write_rows(path, rows, {"opponent": "abc"})
-    assert run_dir.read_rows(path) == rows
-    assert run_dir.rows_metadata(path) == {"opponent": "abc", "rows": "4"}
+    files.write_rows(path, rows, {"opponent": "abc"})
+    assert files.read_rows(path) == rows
+    assert files.rows_metadata(path) == {"opponent": "abc", "rows": "4"}
     damaged = bytearray(path.read_bytes())
     damaged[60] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="rows.parquet is damaged"):
-        run_dir.read_rows(path)
+        files.read_rows(path)
 
 
 def test_no_bit_of_the_samples_changes_unseen(tmp_path):
     path = tmp_path / "rows.parquet"
     rows = [{"image": bytes(range(i, i + 40))} for i in range(4)]
-    run_dir.write_rows(path, rows, {})
+    files.write_rows(path, rows, {})
     whole, found = path.read_bytes(), 0
     first = whole.index(bytes(range(20)))  # in the data, which no decoder checks
     for place in range(first, first + 20):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(InputError, match="rows.parquet is damaged"):
-            run_dir.read_rows(path)
+            files.read_rows(path)
         found += 1
     assert found == 20
 
@@ -219,11 +219,11 @@ def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_wr
     def interrupted(part, target):
         events.append(part.name)
         if len(events) == 2:  # another program writes the same file just now
-            run_dir.write_shared_tensors(path, tensors, "a key")
+            files.write_shared_tensors(path, tensors, "a key")
         replace(part, target)
 
     monkeypatch.setattr(os, "replace", interrupted)
-    run_dir.write_shared_tensors(path, tensors, "a key")
+    files.write_shared_tensors(path, tensors, "a key")
     synced, named = events[::2], events[1::2]
     assert len(set(synced)) == len(set(named)) == 2 and path.stat().st_ino == synced[0]
     assert all(name.endswith(".spin-part") for name in named) and [found.name for found in path.parent.iterdir()] == [
@@ -233,12 +233,12 @@ def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_wr
 
 def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_unseen(tmp_path, capsys):
     path, tensors = tmp_path / "a.safetensors", {"a": torch.arange(6.0).view(2, 3).half(), "b": torch.ones(3).bool()}
-    run_dir.write_tensors(path, tensors, {"key": "k", "opponent": "abc"})
-    found = run_dir.read_tensors(path)
+    files.write_tensors(path, tensors, {"key": "k", "opponent": "abc"})
+    found = files.read_tensors(path)
     assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert run_dir.tensors_metadata(path) == {"key": "k", "opponent": "abc"}
-    assert run_dir.is_built(path, "k") and not run_dir.is_built(path, "l")
-    assert not run_dir.is_built(tmp_path / "b.safetensors", "k") and capsys.readouterr().out == ""
+    assert files.tensors_metadata(path) == {"key": "k", "opponent": "abc"}
+    assert files.is_built(path, "k") and not files.is_built(path, "l")
+    assert not files.is_built(tmp_path / "b.safetensors", "k") and capsys.readouterr().out == ""
     whole = path.read_bytes()
     for damaged in (
         *(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :] for place in range(len(whole))),
@@ -246,9 +246,9 @@ def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_
     ):
         path.write_bytes(damaged)
         try:  # in the header a bit may be spare: the blank that fills it up, the name of the format
-            same = run_dir.read_tensors(path)
+            same = files.read_tensors(path)
         except InputError as error:
-            assert "a.safetensors is damaged" in str(error) and not run_dir.is_built(path, "k")
+            assert "a.safetensors is damaged" in str(error) and not files.is_built(path, "k")
             continue
         assert same.keys() == tensors.keys() and all(torch.equal(same[name], tensors[name]) for name in tensors)
     assert capsys.readouterr().out.count("a.safetensors is damaged (") > len(whole) / 2
@@ -256,10 +256,10 @@ def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_
 
 def test_rows_are_built_only_with_their_key_and_whole(tmp_path, capsys):
     path = tmp_path / "rows.parquet"
-    run_dir.write_rows(path, [{"score": 1.5}], {"key": "k"})
-    assert run_dir.is_built(path, "k") and not run_dir.is_built(path, "l") and capsys.readouterr().out == ""
+    files.write_rows(path, [{"score": 1.5}], {"key": "k"})
+    assert files.is_built(path, "k") and not files.is_built(path, "l") and capsys.readouterr().out == ""
     path.write_bytes(path.read_bytes()[:-9])
-    assert not run_dir.is_built(path, "k") and "rows.parquet is damaged" in capsys.readouterr().out
+    assert not files.is_built(path, "k") and "rows.parquet is damaged" in capsys.readouterr().out
 
 
 def test_a_hash_that_differs_names_the_file(tmp_path):
@@ -277,19 +277,19 @@ def test_a_hash_that_differs_names_the_file(tmp_path):
 def test_the_weights_hash_sees_one_bit_of_one_weight_and_no_memory_layout():
     torch.manual_seed(0)
     module = torch.nn.Conv2d(4, 4, 3)
-    before = run_dir.weights_hash(module)
+    before = files.weights_hash(module)
     module.to(memory_format=torch.channels_last)
-    assert run_dir.weights_hash(module) == before
+    assert files.weights_hash(module) == before
     with torch.no_grad():
         module.bias[0] = torch.nextafter(module.bias[0], torch.tensor(1e9))
-    assert run_dir.weights_hash(module) != before
+    assert files.weights_hash(module) != before
 
 
 def test_the_weights_hash_sees_names_shapes_and_dtypes():
     def hash_of(name: str, tensor: torch.Tensor) -> str:
         module = torch.nn.Module()
         module.register_buffer(name, tensor)
-        return run_dir.weights_hash(module)
+        return files.weights_hash(module)
 
     zeros = torch.zeros(2, 6)
     named = [("a", zeros), ("b", zeros), ("a", zeros.view(3, 4)), ("a", zeros.int()), ("a", torch.zeros(4, 6).half())]
@@ -298,6 +298,6 @@ def test_the_weights_hash_sees_names_shapes_and_dtypes():
 
 def test_a_path_that_is_not_utf_8_is_written_and_read_as_the_same_path(tmp_path):
     said = {"data": os.fsdecode(b"/data/caf\xe9"), "prompt": "\u65e5\u672c \U0001f600"}
-    run_dir.write_json(tmp_path / "a.json", said)
-    assert run_dir.read_json(tmp_path / "a.json") == said
+    files.write_json(tmp_path / "a.json", said)
+    assert files.read_json(tmp_path / "a.json") == said
     assert "\u65e5\u672c" in (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -4,13 +4,13 @@ import json
 
 from accelerate import Accelerator
 
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.files import shared_out
 from tests.ranks import run_ranks
 
 PROGRAM = """
 import json, sys, time
 from accelerate import Accelerator
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.files import shared_out
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2

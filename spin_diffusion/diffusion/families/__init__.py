@@ -30,8 +30,7 @@ from torch import Tensor
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.parts import is_local, load_parts
 from spin_diffusion.store.configuration import Configuration, read_configuration
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.weights import read_header
 
 Frames = Int[Tensor, "batch 6"]

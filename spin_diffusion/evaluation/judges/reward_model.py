@@ -16,9 +16,8 @@ from spin_diffusion.evaluation.scorers._checkpoints import HUB_ERRORS, HUB_ID
 from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.specs import About
 from spin_diffusion.store.deadline import fill_template
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.run_dir import file_hash
-from spin_diffusion.store.text import one_line
 from spin_diffusion.store.weights import load_whole
 
 ABOUT = About(

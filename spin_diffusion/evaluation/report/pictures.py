@@ -10,8 +10,7 @@ from typing import ClassVar
 from PIL import Image
 
 from spin_diffusion.evaluation.report.rows import SampleRow
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import MAX_PICTURE_BYTES, read_bytes
+from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, read_bytes
 from spin_diffusion.store.pictures import open_picture
 
 MAX_SIDE_PX = 256

@@ -18,9 +18,7 @@ from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.rows import SampleRow
 from spin_diffusion.evaluation.results_file import read_results
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.opening import open_regular
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,8 +44,7 @@ from spin_diffusion.evaluation.specs import (
     parse_spec,
     shortened,
 )
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 __all__ = ["About", "LoadedScorer", "Scorer", "about", "load_scorer", "parse_spec"]
 

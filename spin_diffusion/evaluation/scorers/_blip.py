@@ -14,8 +14,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from spin_diffusion.evaluation.scorers._checkpoints import count_blocks, fill, take
 from spin_diffusion.evaluation.scorers._linear_head import LinearHead, build_head
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 VISION_HEADS, TEXT_HEADS = 16, 12
 BASE_WIDTH = 768

@@ -17,8 +17,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.text import one_line
+from spin_diffusion.store.input_error import InputError, one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)

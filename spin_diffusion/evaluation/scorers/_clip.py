@@ -34,10 +34,9 @@ from spin_diffusion.evaluation.scorers._open_clip_weights import is_open_clip, t
 from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.evaluation.scorers._precision import full_precision
 from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, load_ftfy
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.pictures import to_rgb
-from spin_diffusion.store.text import one_line
 
 BATCH_SIZE = 32
 BACKBONES = {

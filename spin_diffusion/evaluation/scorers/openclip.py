@@ -56,8 +56,8 @@ def load(device: str, path: str | None = None) -> Scorer:
     Raises:
         InputError: no backbone is named, the package is missing or broken, or it cannot load the backbone.
     """
+    from spin_diffusion.store.input_error import one_line
     from spin_diffusion.store.run_dir import file_hash
-    from spin_diffusion.store.text import one_line
 
     # Without PRETRAINED, open_clip gives random weights and a warning
     if not path or path.endswith("/") or ("/" not in path and not path.startswith(WHOLE)):

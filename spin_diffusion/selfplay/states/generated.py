@@ -12,8 +12,9 @@ from spin_diffusion.selfplay.one_round import RealSamples, Round, StepResult
 from spin_diffusion.selfplay.opponents import describe, member
 from spin_diffusion.selfplay.record import CHOICES, KEPT, SAMPLES, RoundFields, RoundRecord, find_record
 from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import read_rows, seed_from
+from spin_diffusion.store.run_dir import seed_from
 
 DRAWN_BY = "drawn_by"
 """Folder of what each member of a mixture drew by itself; removed when the round is finished."""
