@@ -14,7 +14,7 @@ from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.families import single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.parts import is_local
-from spin_diffusion.samples.pictures import GivenRow, read_index
+from spin_diffusion.samples.drawn import GivenRow, read_index
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError, file_name, printable
 from spin_diffusion.store.run_dir import Damaged

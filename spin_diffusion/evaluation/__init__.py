@@ -2,14 +2,13 @@
 
 prompt_sets     the prompts, each set with its hash and licence
 protocols       what must be equal for two evaluations to be comparable; modalities: how pictures and answers differ
-scorers         pictures -> scores, by scoring; judges: answers -> scores; specs: what both say of themselves
-samples         what was drawn, with its scores
+scorers         pictures -> scores; judges: answers -> scores; specs: what both say of themselves; scoring: runs them
+evaluated       the samples of a model, read back with their scores
 statistics      scores -> intervals and tests; comparison: models side by side
 alarms          signs that scores were won without better pictures; answer_alarms: without better answers
-breakdowns      the difference within parts of the prompts; curves: of training
-concluding      all of it -> results.json; closing: what is said of it
+breakdowns      the difference within parts of the prompts
+results         all of it -> results.json; closing: what is said of it
 records         the parts of results.json as types; results_file: its reader
-results         reads pictures for it; answer_results: answers
 report          results.json -> the page; gallery: a contact sheet
 in_rounds       all of it after every round of a run; settings
 """

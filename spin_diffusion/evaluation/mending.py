@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from spin_diffusion.evaluation.scoring import ScorerRecord
-from spin_diffusion.samples.pictures import read_index
+from spin_diffusion.samples.drawn import read_index
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, tell_remade
 

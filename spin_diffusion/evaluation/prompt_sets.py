@@ -19,7 +19,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_diffusion.samples.requests import Request, requests_of
+from spin_diffusion.samples.drawn import Request, requests_of
 from spin_diffusion.store.input_error import InputError, broken_character, one_line, open_regular, printable, read_bytes
 from spin_diffusion.store.run_dir import write_file
 

@@ -7,13 +7,12 @@ which change the last bits, are not in it.
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from spin_diffusion.evaluation.prompt_sets import PromptSet, prompts_hash
-from spin_diffusion.samples.requests import SEED_RULE, Request
+from spin_diffusion.evaluation.records import PromptSetEntry, Protocol
+from spin_diffusion.samples.drawn import SEED_RULE, Request
 from spin_diffusion.store.input_error import InputError
-
-Protocol = dict[str, Any]
 
 
 def protocol_of(
@@ -46,13 +45,13 @@ def protocol_of(
         # A model that is told an image's size is told that of the whole picture, as pipelines do by themselves
         "size_condition": None if resolution is None else "the picture's own, not cropped",
     }
-    prompt_set = {
-        "name": prompts.name,
-        "sha256": prompts.sha256,
-        "num_prompts": len(prompts.rows),
-        "licence": prompts.licence,
-        "source": prompts.source,
-    }
+    prompt_set = PromptSetEntry(
+        name=prompts.name,
+        sha256=prompts.sha256,
+        num_prompts=len(prompts.rows),
+        licence=prompts.licence,
+        source=prompts.source,
+    )
     return _with_id(prompt_set, asked | sampling)
 
 
@@ -86,13 +85,8 @@ def answer_protocol(
     if odd := next((id_ for id_, ks in ids.items() if sorted(ks) != wanted), None):
         raise InputError(f"the prompt {odd} is asked for the answers {sorted(ids[odd])}, others for {wanted}")
     firsts = [row for row in requests if row["k"] == 0]
-    prompt_set = {
-        "name": name,
-        "sha256": prompts_hash([row["prompt"] for row in firsts]),
-        "num_prompts": len(firsts),
-        "licence": licence,
-        "source": source,
-    }
+    sha256 = prompts_hash([row["prompt"] for row in firsts])
+    prompt_set = PromptSetEntry(name=name, sha256=sha256, num_prompts=len(firsts), licence=licence, source=source)
     asked = {
         "answers_per_prompt": len(wanted),
         "seed": seed,
@@ -103,12 +97,13 @@ def answer_protocol(
     return _with_id(prompt_set, asked | {"sampling": sampling})
 
 
-def _with_id(prompt_set: dict[str, Any], rest: dict[str, Any]) -> Protocol:
+def _with_id(prompt_set: PromptSetEntry, rest: dict[str, object]) -> Protocol:
     # The same prompts from another place are the same prompts
-    return {"id": _hash(rest | {"prompt_set": prompt_set["sha256"]}), "prompt_set": prompt_set} | rest
+    id_ = _hash(rest | {"prompt_set": prompt_set["sha256"]})
+    return cast(Protocol, {"id": id_, "prompt_set": prompt_set} | rest)
 
 
-def _hash(content: Any) -> str:
+def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

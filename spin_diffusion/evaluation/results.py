@@ -1,150 +1,528 @@
-"""From pictures and scores to what is concluded: results.json (results.schema.json says what is in it), scores.parquet,
-images.parquet. Everything is computed anew from what drawing and scoring left, so it can be done at any time."""
+"""From samples and scores to what is concluded: results.json, scores.parquet, and images.parquet or answers.parquet.
 
-import os
-from collections.abc import Collection, Sequence
+Everything is computed anew from what drawing and scoring left, so it can be done at any time. results.schema.json says
+what is in results.json, `records` names its types.
+"""
+
+import math
+import platform
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.alarms import Alarm, check_alarms
-from spin_diffusion.evaluation.comparison import Comparison
-from spin_diffusion.evaluation.concluding import belonging, conclude_samples, first_not_run, write_results
-from spin_diffusion.evaluation.records import OfTraining, Results
-from spin_diffusion.evaluation.samples import EvaluatedModel, Samples, Watched
-from spin_diffusion.evaluation.scorers import parse_spec
-from spin_diffusion.evaluation.scoring import ScoredFolder, read_scorer, read_scores
-from spin_diffusion.samples.pictures import index_files, read_index
+from spin_diffusion.evaluation.alarms import check_alarms
+from spin_diffusion.evaluation.answer_alarms import check_answer_alarms
+from spin_diffusion.evaluation.breakdowns import breakdowns
+from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compare_others
+from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples
+from spin_diffusion.evaluation.modalities import ANSWERS, Modality, guidance_scales, modality_of, samples_per_prompt
+from spin_diffusion.evaluation.ranking import rank
+from spin_diffusion.evaluation.records import (
+    Aggregate,
+    AggregateEntry,
+    AlarmEntry,
+    ComparisonEntry,
+    CountEntry,
+    FailureEntry,
+    Headline,
+    ModelEntry,
+    OfTraining,
+    Protocol,
+    Results,
+    Role,
+    Scale,
+    ScorerEntry,
+    TrainingEntries,
+    VerdictEntry,
+)
+from spin_diffusion.evaluation.results_file import SCHEMA_VERSION, schema_problem
+from spin_diffusion.evaluation.scoring import answer_of, scorer_record
+from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.evaluation.statistics import (
+    Interval,
+    best_by_average,
+    best_of_k,
+    mean_interval,
+    overall_verdict,
+    verdict,
+    win_rate,
+)
+from spin_diffusion.samples.drawn import folder_of
+from spin_diffusion.samples.photometry import MEASURES
+from spin_diffusion.store.files import write_json
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.run_dir import write_file
 
-__all__ = ["EvaluatedModel", "conclude"]
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "pillow", "numpy", "scipy", "spin-diffusion")
-_PHOTOMETRY = ("saturation", "clipped", "sharpness")
+MAX_CURVE_POINTS = 300
+"""Points of a training curve that are kept of each model and round; more are averaged over equal windows of steps."""
+_PACKAGES = {
+    True: ("torch", "transformers", "accelerate", "numpy", "scipy", "spin-diffusion"),
+    False: ("torch", "diffusers", "transformers", "accelerate", "pillow", "numpy", "scipy", "spin-diffusion"),
+}
+"""Whether answers are evaluated -> whose versions are part of the results."""
 
 
 def conclude(
     root: Path,
     models: Sequence[EvaluatedModel],
-    protocol: dict[str, Any],
+    protocol: Protocol,
     specs: Sequence[str],
     *,
     title: str,
-    headline_scale: float | None,
-    training_captions: Sequence[str] | None = None,
+    headline_scale: Scale = None,
+    training_prompts: Sequence[str] | None = None,
     in_domain: Collection[str] = (),
     **training: Unpack[OfTraining],
 ) -> tuple[Results, list[Comparison]]:
-    """Write results.json, scores.parquet and images.parquet below `root`; return the results and their comparisons.
+    """Write results.json and the tables of samples and scores below `root`; the results and their comparisons.
 
-    A prompt counts at a guidance scale when every model has all of its images there, each with every score.
+    A prompt counts at a guidance scale when every model has all of its samples there, each with every score.
 
     Args:
         models: the baseline first.
+        specs: NAME[=PATH] of the scorers or judges.
         headline_scale: guidance scale of the verdict at the top of the page.
-        training_captions: to find evaluation prompts that were trained on.
+        training_prompts: to find evaluation prompts that were trained on, and answers learnt by heart.
         in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
             that the choice was learnt.
         training: for the page of a whole run.
 
     Raises:
-        InputError: pictures that are missing, or fewer than 2 prompts that count.
+        InputError: samples that are missing or of another protocol, or fewer than 2 prompts that count.
     """
-    names = {parse_spec(spec)[0]: spec for spec in specs}
+    scales, names = guidance_scales(protocol), [parse_spec(spec)[0] for spec in specs]
     samples = {
-        (model.name, scale): _read_pictures(root, model.picture_folder, scale, list(names))
+        (model.name, scale): read_samples(model.folder, scale, names, protocol, root)
         for model in models
-        for scale in protocol["guidance_scales"]
+        for scale in scales
     }
-    said = {name: first_not_run([read_scorer(model.picture_folder.scores, name) for model in models]) for name in names}
-    for name in said.keys() & set(in_domain):
-        if said[name]["role"] == "held-out":
-            said[name] = said[name] | {"role": "in-domain"}
-
-    def check(watched: Watched) -> list[Alarm]:
-        return _check(watched, training_captions)
-
-    results, comparisons = conclude_samples(
-        models,
-        samples,
-        protocol,
-        said,
-        title=title,
-        headline_scale=headline_scale,
-        check=check,
-        packages=_PACKAGES,
-        **training,
-    )
-    write_results(root, results, models, samples, "images", _TABLES)
+    about = {name: first_not_run([scorer_record(model.folder, name) for model in models]) for name in names}
+    for name in about.keys() & set(in_domain):
+        if about[name]["role"] == "held-out":
+            about[name] = about[name] | {"role": "in-domain"}
+    compared = _compared(models, samples, protocol, about)
+    results, comparisons = _results(compared, title, headline_scale, training_prompts, _training(training))
+    problem = schema_problem(results)
+    assert problem is None, f"results.json would not follow its schema at {problem}"
+    _write(root, results, compared)
     return results, comparisons
 
 
-def _read_pictures(root: Path, folder: ScoredFolder, scale: float | None, names: Sequence[str]) -> Samples:
-    rows = {}
-    for index in index_files(folder.pictures, scale):
-        for row in read_index(index):
-            path = index.parent / row["file"] if row["file"] else None
-            file = Path(os.path.relpath(path, root)).as_posix() if path else None
-            rows[row["id"], row["k"]] = row | {"file": file, "there": path is not None}
-    return Samples(rows, {name: belonging(rows, read_scores(folder.scores, name, scale)) for name in names})
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """The samples of all models, and the scores of those prompts that count."""
+
+    models: Sequence[EvaluatedModel]
+    samples: dict[tuple[str, Scale], Samples]
+    protocol: Protocol
+    scorers: list[ScorerEntry]
+    roles: dict[str, Role]
+    """Scorer that was run -> its role."""
+    lost: dict[tuple[str, Scale], frozenset[str]]
+    """(model, guidance scale) -> ids of the baseline's prompts of which the model lacks a sample, or its score."""
+    complete: dict[Scale, list[str]]
+    """Guidance scale -> ids of the prompts that count, in the baseline's order."""
+    arrays: dict[tuple[str, Scale, str], np.ndarray]
+    """(model, guidance scale, scorer) -> (prompts, samples) scores, of the prompts that count."""
+
+    @property
+    def modality(self) -> Modality:
+        """What the models make."""
+        return modality_of(self.protocol)
+
+    def each(self) -> Iterator[tuple[EvaluatedModel, Scale, Samples]]:
+        """Every model at every guidance scale, with its samples."""
+        return ((model, scale, self.samples[model.name, scale]) for model in self.models for scale in self.complete)
+
+    def prompts(self) -> dict[Scale, list[tuple[str, str]]]:
+        """Guidance scale -> (text, category) of the prompts that count."""
+        baseline = {scale: self.samples[self.models[0].name, scale].rows for scale in self.complete}
+        return {
+            scale: [(baseline[scale][id_, 0]["prompt"], baseline[scale][id_, 0]["category"]) for id_ in ids]
+            for scale, ids in self.complete.items()
+        }
 
 
-# Alarms
+def _compared(
+    models: Sequence[EvaluatedModel],
+    samples: dict[tuple[str, Scale], Samples],
+    protocol: Protocol,
+    about: Mapping[str, Mapping[str, Any]],
+) -> _Compared:
+    """The scores of the prompts that count; InputError when there are fewer than 2."""
+    scales, baseline, per_prompt = guidance_scales(protocol), models[0].name, samples_per_prompt(protocol)
+    scorers = [
+        cast(ScorerEntry, dict(entry) | {"truncated_prompts": _truncated_prompts(samples.values(), name)})
+        for name, entry in about.items()
+    ]
+    roles = {scorer["name"]: scorer["role"] for scorer in scorers if scorer["state"] == "run"}
+    lost = {
+        (model, scale): _lost(samples[baseline, scale], of_model, per_prompt, list(roles))
+        for (model, scale), of_model in samples.items()
+    }
+    complete = {
+        scale: _complete(samples[baseline, scale], {m.name: lost[m.name, scale] for m in models}, protocol, scale)
+        for scale in scales
+    }
+    arrays = {
+        (model, scale, name): _scores(of_model, name, complete[scale])
+        for (model, scale), of_model in samples.items()
+        for name in roles
+    }
+    return _Compared(models, samples, protocol, scorers, roles, lost, complete, arrays)
 
 
-def _check(watched: Watched, training_captions: Sequence[str] | None) -> list[Alarm]:
-    return check_alarms(
-        watched.baseline_scores,
-        watched.candidate_scores,
-        roles=watched.roles,
-        baseline_features=_features(watched.baseline, watched.ids),
-        candidate_features=_features(watched.candidate, watched.ids),
-        baseline_photometry=_photometry(watched.baseline, watched.ids),
-        candidate_photometry=_photometry(watched.candidate, watched.ids),
-        baseline_broken=_broken(watched.baseline),
-        candidate_broken=_broken(watched.candidate),
-        previous=watched.previous_scores,
-        prompts=list(dict.fromkeys(row["prompt"] for row in watched.baseline.rows.values())),
-        training_captions=training_captions,
+def _truncated_prompts(samples: Collection[Samples], name: str) -> int:
+    scored = ((of_model, key, row) for of_model in samples for key, row in of_model.scores[name].items())
+    return len({of_model.rows[key]["prompt"] for of_model, key, row in scored if row["truncated"]})
+
+
+def _lost(baseline: Samples, of_model: Samples, per_prompt: int, ran: Sequence[str]) -> frozenset[str]:
+    return frozenset(
+        id_
+        for id_ in {id_ for id_, _ in baseline.rows}
+        for key in [(id_, k) for k in range(per_prompt)]
+        if not of_model.rows.get(key, {}).get("there") or any(key not in of_model.scores[name] for name in ran)
     )
+
+
+def _complete(baseline: Samples, lost: Mapping[str, frozenset[str]], protocol: Protocol, scale: Scale) -> list[str]:
+    left_out = frozenset().union(*lost.values())
+    complete = [id_ for id_ in dict.fromkeys(id_ for id_, _ in baseline.rows) if id_ not in left_out]
+    if len(complete) < 2:
+        modality = modality_of(protocol)
+        what, at = modality.plural, modality.at.format(folder_of(scale))
+        failed = ", ".join(f"{model} {len(ids)}" for model, ids in lost.items() if ids) or "none by any"
+        raise InputError(
+            f"only {len(complete)} prompts have all {what} by every model{at}, and their scores (lost: {failed}): too "
+            f"few to compare; look for what failed in the files of the {what} and of the scores"
+        )
+    return complete
+
+
+def _scores(of_model: Samples, name: str, ids: Sequence[str]) -> np.ndarray:
+    """(prompts, samples)."""
+    return np.array([[of_model.scores[name][id_, k]["score"] for k in range(of_model.per_prompt)] for id_ in ids])
+
+
+# Entries of results.json
+
+
+def _results(
+    compared: _Compared,
+    title: str,
+    headline_scale: Scale,
+    training_prompts: Sequence[str] | None,
+    training: TrainingEntries,
+) -> tuple[Results, list[Comparison]]:
+    """The content of results.json, and its comparisons."""
+    baseline, *others = names = [model.name for model in compared.models]
+    scales, roles, modality = list(compared.complete), compared.roles, compared.modality
+    rows = [
+        Row(model, scale, scorer, scores, roles[scorer], modality, compared.lost[model, scale])
+        for (model, scale, scorer), scores in compared.arrays.items()
+    ]
+    comparisons = compare(rows, baseline)
+    entries = [_comparison_entry(comparison) for comparison in comparisons if comparison.p is not None]
+    between = [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]
+    alarms, counts = _alarms(compared, training_prompts), _counts(compared)
+    verdicts = [
+        _verdict_entry(count, entries, roles, alarms, modality)
+        for count in counts
+        if roles and count["model"] in others
+    ]
+    versions = {name: version(name) for name in _PACKAGES[modality is ANSWERS]}
+    results = Results(
+        schema_version=SCHEMA_VERSION,
+        title=title,
+        protocol=compared.protocol,
+        baseline=baseline,
+        headline=_headline(compared.models, headline_scale if headline_scale in scales else scales[-1]),
+        models=[_model_entry(model) for model in compared.models],
+        samples=counts,
+        scorers=compared.scorers,
+        results=_aggregates(compared, comparisons),
+        comparisons=entries,
+        verdicts=verdicts,
+        alarms=alarms,
+        breakdowns=breakdowns(names, compared.prompts(), compared.arrays, list(roles)),
+        failures=list(_failures(compared)),
+        environment=versions | {"python": platform.python_version()},
+        **training,
+    )
+    if between:
+        places = [rank(names, scale, [*entries, *between], compared.scorers, verdicts) for scale in scales]
+        results["between_others"] = between
+        results["ranking"] = [place for place in places if place is not None]
+    return results, comparisons
+
+
+def _counts(compared: _Compared) -> list[CountEntry]:
+    entries: list[CountEntry] = []
+    for model, scale, of_model in compared.each():
+        there = {key: row for key, row in of_model.rows.items() if row["there"]}
+        entries.append(
+            CountEntry(
+                model=model.name,
+                guidance_scale=scale,
+                asked=len(of_model.rows),
+                missing=len(of_model.rows) - len(there),
+                unscored=sum(any(key not in of_model.scores[name] for name in compared.roles) for key in there),
+                broken=sum(row["state"] != "ok" for row in there.values()),
+                prompts_lost=len(compared.lost[model.name, scale]),
+            )
+        )
+    return entries
+
+
+def _headline(models: Sequence[EvaluatedModel], scale: Scale) -> Headline:
+    """The last model that is not a rival; of rivals alone the last."""
+    candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
+    return {"model": candidates[-1].name if candidates else None, "guidance_scale": scale}
+
+
+def _model_entry(model: EvaluatedModel) -> ModelEntry:
+    return ModelEntry(
+        name=model.name,
+        role=model.role,
+        round=model.round_,
+        source=model.source,
+        kind=model.kind,
+        base=model.base,
+        weights_sha256=model.weights_sha256,
+    )
+
+
+def _comparison_entry(c: Comparison) -> ComparisonEntry:
+    assert c.difference is not None and c.p is not None and c.p_holm is not None, "the baseline is not compared"
+    assert c.wins is not None and c.ties is not None and c.losses is not None, "all or none of them are counted"
+    won = win_rate(c.wins, c.ties, c.losses)
+    return ComparisonEntry(
+        model=c.model,
+        baseline=c.other,
+        scorer=c.scorer,
+        guidance_scale=c.guidance_scale,
+        num_prompts=c.num_prompts,
+        difference=c.difference.mean,
+        low=c.difference.low,
+        high=c.difference.high,
+        wins=c.wins,
+        ties=c.ties,
+        losses=c.losses,
+        win_rate=won.mean,
+        win_rate_low=won.low,
+        win_rate_high=won.high,
+        p=c.p,
+        p_holm=c.p_holm,
+        verdict=verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift"),
+    )
+
+
+def _verdict_entry(
+    count: CountEntry,
+    entries: Sequence[ComparisonEntry],
+    roles: Mapping[str, Role],
+    alarms: Sequence[AlarmEntry],
+    modality: Modality,
+) -> VerdictEntry:
+    model, scale = count["model"], count["guidance_scale"]
+    ours = [e for e in entries if e["model"] == model and e["guidance_scale"] == scale]
+    verdicts = {e["scorer"]: e["verdict"] for e in ours}
+    moved = [e["scorer"] for e in ours if e["low"] > 0 or e["high"] < 0]
+    states = {a["id"]: a["state"] for a in alarms if a["model"] == model and a["guidance_scale"] == scale}
+    concluded, reason = overall_verdict(verdicts, roles, states, modality, moved)
+    if count["prompts_lost"]:
+        reason += f" It failed at {count['prompts_lost']} prompts, which no mean includes."
+    return {"model": model, "guidance_scale": scale, "verdict": concluded, "reason": reason}
+
+
+def _aggregates(compared: _Compared, comparisons: Sequence[Comparison]) -> list[AggregateEntry]:
+    arrays, roles = compared.arrays, compared.roles
+
+    def entry(
+        at: tuple[str, Scale, str], aggregate: Aggregate, per_prompt: np.ndarray, mean: Interval | None = None
+    ) -> AggregateEntry:
+        interval = mean or mean_interval(per_prompt)
+        return AggregateEntry(
+            model=at[0],
+            scorer=at[2],
+            guidance_scale=at[1],
+            aggregate=aggregate,
+            num_prompts=len(per_prompt),
+            mean=interval.mean,
+            low=interval.low,
+            high=interval.high,
+            sd=float(per_prompt.std(ddof=1)),
+        )
+
+    entries = []
+    for c in comparisons:
+        at = (c.model, c.guidance_scale, c.scorer)
+        entries.append(entry(at, "mean", arrays[at].mean(axis=1), c.mean))
+    for model, scale, of_model in compared.each():
+        if not roles or of_model.per_prompt == 1:
+            continue  # the best of one is that one
+        scores = {name: arrays[model.name, scale, name] for name in roles}
+        entries += [entry((model.name, scale, name), "best_of_k", best_of_k(each)) for name, each in scores.items()]
+        judged = {name: each for name, each in scores.items() if roles[name] != "drift"}
+        best = best_by_average(judged) if judged else {}
+        entries += [entry((model.name, scale, name), "best_by_average", each) for name, each in best.items()]
+    return entries
+
+
+def _alarms(compared: _Compared, training_prompts: Sequence[str] | None) -> list[AlarmEntry]:
+    entries: list[AlarmEntry] = []
+    baseline, *others = compared.models
+    rounds = [model for model in compared.models if model.round_ is not None and model.role != "rival"]
+
+    def scores(model: EvaluatedModel, scale: Scale) -> dict[str, np.ndarray]:
+        return {scorer: compared.arrays[model.name, scale, scorer] for scorer in compared.roles}
+
+    for model in others:
+        previous = rounds[rounds.index(model) - 1] if model in rounds[1:] else None
+        for scale, ids in compared.complete.items():
+            base, ours = compared.samples[baseline.name, scale], compared.samples[model.name, scale]
+            told: dict[str, Any] = {
+                "baseline_scores": scores(baseline, scale),
+                "candidate_scores": scores(model, scale),
+                "roles": compared.roles,
+                "previous": scores(previous, scale) if previous is not None and previous.round_ else None,
+            }
+            if compared.modality is ANSWERS:
+                answers = (_by_prompt(each, ids, answer_of) for each in (base, ours))
+                alarms = check_answer_alarms(*answers, **told, training_prompts=training_prompts)
+            else:
+                alarms = check_alarms(
+                    **told,
+                    baseline_features=_features(base, ids),
+                    candidate_features=_features(ours, ids),
+                    baseline_photometry=_photometry(base, ids),
+                    candidate_photometry=_photometry(ours, ids),
+                    baseline_broken=_broken(base),
+                    candidate_broken=_broken(ours),
+                    prompts=list(dict.fromkeys(row["prompt"] for row in base.rows.values())),
+                    training_captions=training_prompts,
+                )
+            entries += [
+                cast(AlarmEntry, {"id": alarm.id, "model": model.name, "guidance_scale": scale} | vars(alarm))
+                for alarm in alarms
+            ]
+    return entries
+
+
+def _by_prompt(of_model: Samples, ids: Sequence[str], value: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
+    """(prompts, samples) of something of each."""
+    return [[value(of_model.rows[id_, k]) for k in range(of_model.per_prompt)] for id_ in ids]
 
 
 def _features(of_model: Samples, ids: Sequence[str]) -> np.ndarray | None:
     """(prompts, images, width) of the scorer that kept them; None when none did."""
     for rows in of_model.scores.values():
-        if rows and next(iter(rows.values()))["features"] is not None:
-            return np.array(
-                [[rows[id_, k]["features"] for k in range(of_model.per_prompt)] for id_ in ids], dtype=np.float32
-            )
+        if rows and next(iter(rows.values())).get("features") is not None:
+            each = [[rows[id_, k]["features"] for k in range(of_model.per_prompt)] for id_ in ids]
+            return np.array(each, dtype=np.float32)
     return None
 
 
 def _photometry(of_model: Samples, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    return {
-        name: np.array(
-            [[of_model.rows[id_, k][name] for k in range(of_model.per_prompt)] for id_ in ids], dtype=np.float64
-        )
-        for name in _PHOTOMETRY
-    }
+    return {name: np.array(_by_prompt(of_model, ids, itemgetter(name)), dtype=np.float64) for name in MEASURES}
 
 
 def _broken(of_model: Samples) -> tuple[int, int]:
     return sum(row["state"] != "ok" for row in of_model.rows.values()), len(of_model.rows)
 
 
-_OF_IMAGE = [
-    ("model", pa.string()),
-    ("guidance_scale", pa.float64()),
-    ("id", pa.string()),
-    ("k", pa.int64()),
-    ("prompt", pa.string()),
-    ("category", pa.string()),
-    ("seed", pa.int64()),
-    ("file", pa.string()),
-    ("sha256", pa.string()),
-]
-_TABLES = {
-    "images": pa.schema([*_OF_IMAGE, ("state", pa.string()), *((name, pa.float64()) for name in _PHOTOMETRY)]),
-    "scores": pa.schema([*_OF_IMAGE, ("scorer", pa.string()), ("score", pa.float64()), ("truncated", pa.bool_())]),
-}
+def _failures(compared: _Compared) -> Iterator[FailureEntry]:
+    for model, scale, of_model in compared.each():
+        for key, row in of_model.rows.items():
+            what = "" if row["state"] == "ok" else row["state"]
+            if not row["there"]:
+                what += "; its prompt is left out for every model"
+            elif lacking := [name for name in compared.roles if key not in of_model.scores[name]]:
+                what = f"no score by {', '.join(lacking)}; its prompt is left out for every model"
+            if what:
+                yield FailureEntry(
+                    model=model.name, guidance_scale=scale, id=row["id"], prompt=row["prompt"], what=what
+                )
+
+
+# What is told of training
+
+
+def _training(training: OfTraining) -> TrainingEntries:
+    """Curves, measures, events and ledger as results.json has them; nothing of what is empty."""
+    entries = {
+        "training_curves": _thinned(training.get("curves") or []),
+        "measures": [_finite(measure) for measure in training.get("measures") or []],
+        "training_events": [dict(event) for event in training.get("events") or []],
+        "ledger": [dict(entry) for entry in training.get("ledger") or []],
+    }
+    return cast(TrainingEntries, {name: rows for name, rows in entries.items() if rows})
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, None where a number is not finite: JSON has no others."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """At most MAX_CURVE_POINTS of each model and round: means over windows, each at the step where it ends."""
+    by_curve: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in curves:
+        by_curve.setdefault((row["model"], row["round"]), []).append(row)
+    points = []
+    for rows in by_curve.values():
+        rows = sorted(rows, key=lambda row: row["step"])
+        for part in np.array_split(np.arange(len(rows)), min(len(rows), MAX_CURVE_POINTS)):
+            window = [_finite(rows[place]) for place in part]
+            points.append(window[-1] if len(window) == 1 else _mean_row(window))
+    return points
+
+
+def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:
+    mean = dict(window[-1])
+    for name in mean.keys() - {"model", "round", "step"}:
+        values = [row[name] for row in window if row.get(name) is not None]
+        mean[name] = float(np.mean(values)) if values else None
+    return mean
+
+
+# Files
+
+
+def _write(root: Path, results: Results, compared: _Compared) -> None:
+    """Write the table of samples, scores.parquet and, last of all, results.json below `root`."""
+    shared, own = (_OF_ANSWER, _ANSWER) if compared.modality is ANSWERS else (_OF_IMAGE, _IMAGE)
+    samples: list[dict[str, Any]] = []
+    scores: list[dict[str, Any]] = []
+    for model, scale, of_model in compared.each():
+        for key, row in of_model.rows.items():
+            samples.append(row | {"model": model.name, "guidance_scale": scale})
+            scores += [
+                samples[-1] | {"scorer": scorer, "score": scored[key]["score"], "truncated": scored[key]["truncated"]}
+                for scorer, scored in of_model.scores.items()
+                if key in scored
+            ]
+    for name, rows, columns in ((compared.modality.plural, samples, own), ("scores", scores, _SCORE)):
+        table = pa.Table.from_pylist(rows, schema=pa.schema(shared | columns))
+        write_file(root / f"{name}.parquet", partial(pq.write_table, table))
+    write_json(root / "results.json", results)
+
+
+_TEXT, _NUMBER, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_PLACE = {"model": _TEXT, "guidance_scale": _FLOAT, "id": _TEXT, "k": _NUMBER, "prompt": _TEXT, "category": _TEXT}
+_OF_IMAGE = _PLACE | {"seed": _NUMBER, "file": _TEXT, "sha256": _TEXT}
+_OF_ANSWER = _PLACE | {"seed": _NUMBER, "sha256": _TEXT}
+_IMAGE = {"state": _TEXT} | dict.fromkeys(MEASURES, _FLOAT)
+_ANSWER = {"state": _TEXT, "text": _TEXT, "reference": _TEXT, "finish": _TEXT, "num_tokens": _NUMBER}
+_SCORE = {"scorer": _TEXT, "score": _FLOAT, "truncated": pa.bool_()}

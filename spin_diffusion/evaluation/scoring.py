@@ -1,20 +1,25 @@
-"""Scores of an evaluation's pictures: one scorer after the other, shard by shard, nothing twice."""
+"""Scores of an evaluation's samples: one scorer of pictures or judge of answers after the other, nothing twice.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Beside a model's samples, shard by shard, lie the scores of each: id, k, sha256, score, truncated. What is known of a
+scorer, whether it was run or why not, is its record. A scorer that cannot run has no score, not a score of 0.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from spin_diffusion.evaluation import specs as of_specs
-from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec
-from spin_diffusion.evaluation.scorers import __name__ as SCORERS
-from spin_diffusion.samples.pictures import folder_of, index_files, read_index
+from spin_diffusion.evaluation import judges, scorers, specs
+from spin_diffusion.evaluation.judges import Answer, LoadedJudge, LogLikelihood
+from spin_diffusion.evaluation.scorers import LoadedScorer
+from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.samples.drawn import folder_of, read_index, sample_files
 from spin_diffusion.store.files import (
     Made,
     Piece,
@@ -37,14 +42,6 @@ BATCH = 16
 """Pictures that a scorer gets at a time; the scores do not depend on it."""
 
 
-@dataclass(frozen=True)
-class ScoredFolder:
-    """Where one model's pictures are, and where its scores go."""
-
-    pictures: Path
-    scores: Path
-
-
 class ScorerRecord(TypedDict):
     """What is known of a scorer, or a judge, that was asked for, beside all of its ABOUT."""
 
@@ -53,128 +50,175 @@ class ScorerRecord(TypedDict):
     reason: str
 
 
-def check_specs(specs: list[str]) -> None:
+class Score(TypedDict):
+    """One sample's score."""
+
+    id: str
+    k: int
+    sha256: str
+    score: float
+    truncated: bool
+    features: NotRequired[list[float] | None]
+    """Of a picture, where the scorer is the one that keeps them."""
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """Where one model's samples are, and where their scores go."""
+
+    samples: Path
+    scores: Path
+    of_answers: bool = False
+
+    def files(self, scale: float | None) -> list[Path]:
+        """The shards of its samples at a guidance scale; InputError when some are missing."""
+        return sample_files(self.samples if self.of_answers else self.samples / folder_of(scale))
+
+    def scored(self, file: Path, name: str) -> Path:
+        """The file of the scores by the scorer of this name of a shard of samples."""
+        return self.scores / name / file.relative_to(self.samples).with_suffix(".parquet")
+
+    def record(self, name: str) -> Path:
+        """The file that says what is known of the scorer of this name."""
+        return self.scores / (f"{name}.json" if self.of_answers else f"{name}/scorer.json")
+
+
+def check_specs(specs_: Sequence[str]) -> None:
     """InputError when two scorers have one name, or one does not exist; no weights are read."""
-    of_specs.check_specs(SCORERS, specs)
+    specs.check_specs(scorers.__name__, specs_)
 
 
-def score_pictures(
-    folders: dict[str, ScoredFolder],
-    guidance_scales: list[float | None],
-    specs: list[str],
+def score_samples(
+    folders: Mapping[str, SampleFolder],
+    scales: Sequence[float | None],
+    specs_: Sequence[str],
     accelerator: Accelerator,
-    bar: Callable[[str, int], Callable[[int, str], None]],
+    bar: Callable[[str, int], Tell],
+    log_likelihoods: Mapping[str, LogLikelihood] | None = None,
 ) -> None:
-    """Score every picture of every folder by every scorer; what is scored already stays.
+    """Score every sample of every model by every scorer; what is scored already stays.
 
-    A scorer that cannot run leaves its reason in the folders' scores and nothing else: it has no score, not a score
-    of 0. The models come in the inner loop, so that each scorer's weights are read once.
+    The models come in the inner loop, so that each scorer's weights are read once.
 
     Args:
-        bar: (name of the scorer, number of pictures) -> the function that is told how many are done.
+        folders: name of the model -> its samples, of one modality.
+        specs_: NAME[=PATH] of scorers, or of judges.
+        bar: (name of the scorer, number of samples) -> the function that is told how many are done.
+        log_likelihoods: by the name of the model, which must have the weights that gave the answers. Judges that ask a
+            model which is not among them are not run.
+
+    Raises:
+        InputError: samples that are incomplete, or a scorer that does not exist.
     """
-    for scoring in _scorings(folders, guidance_scales, specs, str(accelerator.device), bar):
-        run_and_record(scoring, accelerator)
+    package = _package(folders)
+    specs.check_specs(package, specs_)
+    for spec in specs_:
+        scoring = _Scoring(folders, scales, spec, spec == _keeper_of_features(specs_), log_likelihoods or {})
+        _run_and_record(scoring, accelerator, partial(bar, scoring.name))
 
 
-def is_scored(folder: ScoredFolder, guidance_scales: list[float | None], specs: list[str]) -> bool:
-    """Whether every picture has the scores of the scorers as they are now, but of those that could not be run."""
-    return all(map(is_recorded, _scorings({"": folder}, guidance_scales, specs)))
+def are_scored(folder: SampleFolder, scales: Sequence[float | None], specs_: Sequence[str]) -> bool:
+    """Whether every sample has the scores of the scorers as they are now, but of those that could not be run."""
+    keeper = _keeper_of_features(specs_)
+    return all(_is_recorded(_Scoring({"": folder}, scales, spec, spec == keeper, {})) for spec in specs_)
 
 
-def _scorings(
-    folders: dict[str, ScoredFolder],
-    guidance_scales: list[float | None],
-    specs: list[str],
-    device: str = "cpu",
-    bar: Callable[[str, int], Tell] = lambda name, total: lambda done, text: None,
-) -> Iterator["Scoring"]:
-    """What each scorer is to do."""
-    keeps_features = _keeper_of_features(specs)
-    for spec in specs:
-        name = parse_spec(spec)[0]
-        shards = [
-            (index, folder.scores / name / folder_of(scale) / f"{index.stem}.parquet")
-            for folder in folders.values()
-            for scale in guidance_scales
-            for index in index_files(folder.pictures, scale)
+def _package(folders: Mapping[str, SampleFolder]) -> str:
+    return (judges if any(folder.of_answers for folder in folders.values()) else scorers).__name__
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A file of samples, and the file of their scores."""
+
+    model: str
+    samples: Path
+    scores: Path
+
+
+class _Scoring:
+    """What one scorer or judge is to do."""
+
+    def __init__(
+        self,
+        folders: Mapping[str, SampleFolder],
+        scales: Sequence[float | None],
+        spec: str,
+        with_features: bool,
+        log_likelihoods: Mapping[str, LogLikelihood],
+    ) -> None:
+        self.spec, self.name, self.package = spec, parse_spec(spec)[0], _package(folders)
+        self.with_features, self.log_likelihoods = with_features, log_likelihoods
+        self.records = [folder.record(self.name) for folder in folders.values()]
+        self.shards = [
+            _Shard(model, file, folder.scored(file, self.name))
+            for model, folder in folders.items()
+            for scale in scales
+            for file in folder.files(scale)
         ]
-        yield Scoring(
-            package=SCORERS,
-            spec=spec,
-            records=[folder.scores / name / "scorer.json" for folder in folders.values()],
-            shards=shards,
-            piece=partial(_piece, with_features=spec == keeps_features),
-            load=partial(load_scorer, spec, device),
-            bar=partial(bar, name),
-        )
 
+    @property
+    def key(self) -> str:
+        """Of the scorer as it is now."""
+        return specs.part_key(self.package, self.spec)
 
-Shard = tuple[Path, Path]
-"""A file of samples, and the file of their scores."""
+    def load(self, device: str) -> LoadedScorer | LoadedJudge:
+        """The scorer with its weights."""
+        load = judges.load_judge if self.package == judges.__name__ else scorers.load_scorer
+        return load(self.spec, device)
 
+    def piece(self, shard: _Shard, key: str, scorer: LoadedScorer | LoadedJudge | None) -> Piece:
+        """The file of scores of a shard; None for the scorer where it is only asked whether the file is built."""
+        if self.package == judges.__name__:
+            log_likelihood = self.log_likelihoods.get(shard.model) or _refusing(shard.model)
+            return _answer_piece(shard, key, scorer, log_likelihood)
+        return _picture_piece(shard, key, scorer, self.with_features)
 
-@dataclass(frozen=True, eq=False)
-class Scoring:
-    """What one scorer or judge is to do.
-
-    Attributes:
-        package, spec: which it is.
-        records: where is written what is known of it: one file for each model.
-        shards: the files of samples of all models, each with the file of its scores.
-        piece: (shard, key of the scorer, the loaded scorer) -> the file of scores; None for the scorer where it is only
-            asked whether the file is built.
-        load: reads the scorer's weights.
-        bar: (number of samples) -> the function that is told how many are done.
-    """
-
-    package: str
-    spec: str
-    records: list[Path]
-    shards: list[Shard]
-    piece: Callable[[Shard, str, Any], Piece]
-    load: Callable[[], Any]
-    bar: Callable[[int], Tell]
-
-    def missing(self, shards: list[Shard], key: str) -> list[Shard]:
+    def missing(self, shards: list[_Shard], key: str) -> list[_Shard]:
         """Those without scores, or with scores by another scorer or of other samples."""
         return [shard for shard in shards if not self.piece(shard, key, None).is_built]
 
-    def score(self, scorer: Any, key: str, shards: list[Shard], num_processes: int) -> None:
-        """Score these shards, which fall to this process."""
-        pieces = [self.piece(shard, key, scorer) for shard in shards]
-        build_pieces(pieces, self.bar(sum(piece.size for piece in pieces) * num_processes), num_processes)
+    def one_key(self) -> str | None:
+        """The key of the scorer by which all shards of all models were scored; None = there is none."""
+        try:
+            keys = {read_json(path).get(KEY) for path in self.records}
+        except Damaged:  # or missing
+            return None
+        key = keys.pop() if len(keys) == 1 else None
+        return key if key is not None and not self.missing(self.shards, key) else None
 
 
-def run_and_record(scoring: Scoring, accelerator: Accelerator) -> None:
+def _run_and_record(scoring: _Scoring, accelerator: Accelerator, bar: Callable[[int], Tell]) -> None:
     """Let the processes score what is missing, and write into the records what is known of the scorer: state, reason,
     source, checkpoint, key.
 
     Where one process could not run it, it has no score: not a score of 0, and not the scores of the others alone.
     Scores that are all there already, by one and the same scorer, stay when it cannot be run any more.
     """
-    described = of_specs.describe(scoring.package, scoring.spec)
-    known = _one_key(scoring) if accelerator.is_main_process else None
+    described = specs.describe(scoring.package, scoring.spec)
+    known = scoring.one_key() if accelerator.is_main_process else None
     # Shared out before looking at what is there: another process may be writing already
     mine = scoring.shards[accelerator.process_index :: accelerator.num_processes]
     said = []
     try:
-        key = of_specs.part_key(scoring.package, scoring.spec)
+        key = scoring.key
         missing = scoring.missing(mine, key)
-        if missing or accelerator.is_main_process and not all(says(path, key) for path in scoring.records):
-            loaded = scoring.load()
-            if (now := of_specs.part_key(scoring.package, scoring.spec)) != key:  # the hub had another version
+        if missing or accelerator.is_main_process and not all(_says(path, key) for path in scoring.records):
+            loaded = scoring.load(str(accelerator.device))
+            if (now := scoring.key) != key:  # the hub had another version
                 key, missing = now, scoring.missing(mine, now)
-            scoring.score(loaded, key, missing, accelerator.num_processes)
+            pieces = [scoring.piece(shard, key, loaded) for shard in missing]
+            total = sum(piece.size for piece in pieces) * accelerator.num_processes
+            build_pieces(pieces, bar(total), accelerator.num_processes)
             said = [described | {"source": loaded.source, "checkpoint": loaded.checkpoint, "key": key, "reason": ""}]
-            del loaded  # its memory is free before the next one's weights are read
+            del loaded, pieces  # the memory is free before the next one's weights are read
     except InputError as error:
         said = [described | {"reason": str(error)}]
     if accelerator.num_processes > 1:
         said = gather_object(said)
     if said and accelerator.is_main_process:
         reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
-        if reason and known is not None and _one_key(scoring) == known:
+        if reason and known is not None and scoring.one_key() == known:
             print(f"scorer {described['name']} cannot be run now ({reason}): the scores that it gave before stay")
         else:
             for path in scoring.records:
@@ -184,68 +228,77 @@ def run_and_record(scoring: Scoring, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def says(record: Path, key: str) -> bool:
+def _says(record: Path, key: str) -> bool:
     """Whether a record is that of this very scorer, which was run."""
     return is_built(record, key) and read_json(record)["state"] == "run"
 
 
-def is_recorded(scoring: Scoring) -> bool:
+def _is_recorded(scoring: _Scoring) -> bool:
     """Whether all samples have the scores of the scorer as it is now, or the records say that it could not be run."""
-    key = of_specs.part_key(scoring.package, scoring.spec)
-    if all(says(record, key) for record in scoring.records):
+    key = scoring.key
+    if all(_says(record, key) for record in scoring.records):
         return not scoring.missing(scoring.shards, key)
     known = [read_json(path, ScorerRecord, AGAIN) for path in scoring.records if path.is_file()]
     return len(known) == len(scoring.records) and all(record["state"] == "not run" for record in known)
 
 
-def _one_key(scoring: Scoring) -> str | None:
-    """The key of the scorer by which all shards of all models were scored; None = there is none."""
-    try:
-        keys = {read_json(path).get(KEY) for path in scoring.records}
-    except Damaged:  # or missing
-        return None
-    key = keys.pop() if len(keys) == 1 else None
-    return key if key is not None and not scoring.missing(scoring.shards, key) else None
-
-
-def _keeper_of_features(specs: list[str]) -> str | None:
+def _keeper_of_features(specs_: Sequence[str]) -> str | None:
     """The scorer whose image embeddings the diversity alarms use: one without a taste, if there is one."""
     preferred = ("clip_l14", "clip_h14", "openclip", "pickscore", "hps_v2_1", "hps_v2_0")
-    by_name = {parse_spec(spec)[0]: spec for spec in specs}
+    by_name = {parse_spec(spec)[0]: spec for spec in specs_}
     return next((by_name[name] for name in preferred if name in by_name), None)
 
 
-def _piece(shard: Shard, key: str, scorer: LoadedScorer | None, *, with_features: bool) -> Piece:
+def _picture_piece(shard: _Shard, key: str, scorer: Any, with_features: bool) -> Piece:
     """The scores of a shard of pictures, by the scorer of this key."""
-    index, out = shard
-    rows = [row for row in read_index(index) if row["file"] is not None]
+    rows = [row for row in read_index(shard.samples) if row["file"] is not None]
 
     def make(tell: Callable[[int], None]) -> Made:
-        assert scorer is not None
-        scored: list[dict[str, Any]] = []
+        scored: list[Score] = []
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            images = [read_picture(index.parent / row["file"]) for row in part]
+            images = [read_picture(shard.samples.parent / row["file"]) for row in part]
             prompts = [row["prompt"] for row in part]
-            scores = scorer(images, prompts).tolist()
-            truncated = scorer.truncated(prompts)
+            scores = _score_rows(part, scorer(images, prompts).tolist(), scorer.truncated(prompts))
             features = scorer.features(images).tolist() if with_features and scorer.features else [None] * len(part)
-            scored += [
-                {
-                    "id": row["id"],
-                    "k": row["k"],
-                    "sha256": row["sha256"],
-                    "score": score,
-                    "truncated": cut,
-                    "features": feature,
-                }
-                for row, score, cut, feature in zip(part, scores, truncated, features, strict=True)
-            ]
+            scored += [Score(**score, features=feature) for score, feature in zip(scores, features, strict=True)]
             tell(len(scored))
         return Made(scored, {SCORER: key})
 
     pictures = [[row["id"], row["k"], row["prompt"], row["sha256"]] for row in rows]
-    return Piece(out, key_of(scorer=key, pictures=pictures, features=with_features), len(rows), make)
+    return Piece(shard.scores, key_of(scorer=key, pictures=pictures, features=with_features), len(rows), make)
+
+
+def _answer_piece(shard: _Shard, key: str, judge: Any, log_likelihood: LogLikelihood) -> Piece:
+    """The scores of a shard of answers, by the judge of this key."""
+
+    def make(tell: Callable[[int], None]) -> Made:
+        rows = read_rows(shard.samples)
+        answers = [answer_of(row) for row in rows]
+        return Made(_score_rows(rows, judge(answers, log_likelihood), judge.truncated(answers)), {SCORER: key})
+
+    size = int(rows_metadata(shard.samples)["rows"])
+    return Piece(shard.scores, _answer_key(shard.samples, key), size, make)
+
+
+def _score_rows(rows: Sequence[Mapping[str, Any]], scores: list[float], truncated: list[bool]) -> list[Score]:
+    return [
+        Score(id=row["id"], k=row["k"], sha256=row["sha256"], score=score, truncated=cut)
+        for row, score, cut in zip(rows, scores, truncated, strict=True)
+    ]
+
+
+def _answer_key(answers: Path, judge: str) -> str:
+    """What the scores of a file of answers depend on: some judges read the model itself, and the real answers."""
+    written = rows_metadata(answers)
+    return key_of(judge=judge, answers=written.get(KEY), texts=written.get("texts"))
+
+
+def _refusing(model: str) -> LogLikelihood:
+    def refuse(prompts: list[str], completions: list[str]) -> list[float]:
+        raise InputError(f"it asks the model {model}, which is not loaded here")
+
+    return refuse
 
 
 def score_images(scorer: LoadedScorer, images: Iterable[Image.Image], prompts: Sequence[str]) -> list[float]:
@@ -257,21 +310,29 @@ def score_images(scorer: LoadedScorer, images: Iterable[Image.Image], prompts: S
     return scores
 
 
-def read_scores(directory: Path, scorer: str, scale: float | None) -> list[dict[str, Any]]:
+# Reading
+
+
+def answer_of(row: Mapping[str, Any]) -> Answer:
+    """The answer of a row."""
+    names = ("id", "k", "prompt", "text", "reference", "finish", "num_tokens")
+    return Answer(**{name: row[name] for name in names})
+
+
+def read_scores(folder: SampleFolder, name: str, scale: float | None) -> list[Score]:
     """The rows of one scorer at one guidance scale, as far as the scorer of the record gave them: id, k, sha256, score,
-    truncated, features."""
-    paths = sorted((directory / scorer / folder_of(scale)).glob("*.parquet"))
-    return rows_by(read_scorer(directory, scorer), paths)
+    truncated, of pictures also features."""
+    key = scorer_record(folder, name).get(KEY)
+    files = [(file, folder.scored(file, name)) for file in folder.files(scale)] if key is not None else []
+
+    def belongs(file: Path, scored: Path) -> bool:
+        written = rows_metadata(scored)
+        return written.get(KEY) == _answer_key(file, key) if folder.of_answers else written.get(SCORER) == key
+
+    there = [scored for file, scored in files if scored.is_file() and belongs(file, scored)]
+    return [cast(Score, row) for scored in there for row in read_rows(scored)]
 
 
-def rows_by(record: dict[str, Any], paths: list[Path]) -> list[dict[str, Any]]:
-    """The rows of those files of scores that the scorer of a record gave."""
-    key = record.get(KEY)
-    return [
-        row for path in paths if key is not None and rows_metadata(path).get(SCORER) == key for row in read_rows(path)
-    ]
-
-
-def read_scorer(directory: Path, scorer: str) -> dict[str, Any]:
+def scorer_record(folder: SampleFolder, name: str) -> Any:
     """What is known of a scorer that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
-    return read_json(directory / scorer / "scorer.json", ScorerRecord, AGAIN)
+    return read_json(folder.record(name), ScorerRecord, AGAIN)

@@ -5,24 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spin_diffusion.data.rows import LeftOut, TextExample
-from spin_diffusion.data.text import read_held_out
-from spin_diffusion.evaluation.answer_results import conclude_answers
-from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.data.rows import LeftOut
+from spin_diffusion.data.text import TextExample, read_held_out
+from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
-from spin_diffusion.evaluation.judging import are_judged, judge_answers, read_judge
 from spin_diffusion.evaluation.protocols import answer_protocol, precision_of
-from spin_diffusion.evaluation.records import Results
-from spin_diffusion.evaluation.results import EvaluatedModel
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
+from spin_diffusion.evaluation.scoring import SampleFolder, are_scored
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.runs.page import read_for_page
-from spin_diffusion.samples.answers import are_answered, draw_answers
-from spin_diffusion.samples.requests import Request, requests_of
+from spin_diffusion.samples.drawn import DrawnAnswer, Request, Shards, answer_shards, requests_of
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.files import Made, build, is_built, read_json
 from spin_diffusion.store.input_error import InputError
@@ -73,9 +69,9 @@ def answer_samples(config: LanguageConfig, game: LanguageGame, progress: Progres
     return AnswerSamples(config, game, examples, progress) if examples else None
 
 
-def _measured(folder: Path) -> dict[str, Any]:
-    """What else is measured of a model whose answers lie in the folder; empty where that cannot be read."""
-    return read_for_page(read_json, folder / MEASURES, dict[str, Any]) or {}
+def _measured(path: Path) -> dict[str, Any]:
+    """What else is measured of a model; empty where that cannot be read."""
+    return read_for_page(read_json, path, dict[str, Any]) or {}
 
 
 class AnswerSamples:
@@ -86,6 +82,9 @@ class AnswerSamples:
     ) -> None:
         self.config, self.game, self.examples, self.progress = config, game, examples, progress
         self.accelerator, self.specs = game.accelerator, config.evaluation.judges or ["log_likelihood"]
+        # Where single answers are held out, prompts are shared on purpose
+        self.shares_prompts, self.in_domain = config.data.held_out_by == "row", list[str]()
+        self.headline_scale = None
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
         firsts: dict[str, TextExample] = {}
@@ -116,46 +115,29 @@ class AnswerSamples:
             **engine,
         )
 
-    def place(self, folder: Path) -> Path:
-        """The folder itself."""
-        return folder
+    def place(self, folder: Path) -> SampleFolder:
+        """The folders of answers and scores."""
+        return SampleFolder(folder / "answers", folder / "scores", of_answers=True)
 
-    def scorer_record(self, folder: Path, name: str) -> dict[str, Any]:
-        """What is known of a judge, and whether it was run."""
-        return read_judge(folder, name)
+    def shards(self, model: EvaluatedModel) -> Shards:
+        """The player's answers to the held-out prompts."""
+        weights = model.weights_sha256 or ""
+        return answer_shards(self.requests, model.folder.samples, self.protocol, weights, self._answer)
 
-    def draw_and_score(self, model: EvaluatedModel) -> None:
-        """The player's answers, their scores, and what else is measured of the player."""
-        draw_answers(
-            self.requests,
-            model.answer_folder,
-            self.protocol,
-            self._answer,
-            self.accelerator,
-            self.progress,
-            weights_sha256=model.weights_sha256 or "",
-            model=model.name,
-        )
-        folder = model.answer_folder
-        judge_answers({model.name: folder}, self.specs, self._log_likelihood, self.accelerator, self.progress)
-        path, key = folder / MEASURES, self._held_out_key(model)
+    def measure(self, model: EvaluatedModel) -> None:
+        """The held-out likelihood and the benchmarks."""
         if self.accelerator.is_main_process:
+            path, key = self._measures_file(model), self._held_out_key(model)
             build(path, key, lambda: Made(self._held_out_nll() | self._lm_eval()))
         self.accelerator.wait_for_everyone()
 
-    def is_drawn(self, model: EvaluatedModel) -> bool:
-        """Whether its answers are there, and their scores, for which some judges ask the model itself."""
-        answered = are_answered(self.requests, model.answer_folder, self.protocol, model.weights_sha256 or "")
-        measured = is_built(model.answer_folder / MEASURES, self._held_out_key(model))
-        return answered and measured and self.is_scored(model)
+    def is_measured(self, model: EvaluatedModel) -> bool:
+        """Whether these are there, and the answers' scores, for which some judges ask the model itself."""
+        measured = is_built(self._measures_file(model), self._held_out_key(model))
+        return measured and are_scored(model.folder, [None], self.specs)
 
-    def is_scored(self, model: EvaluatedModel) -> bool:
-        """Whether its answers have the scores of the judges as they are now."""
-        return are_judged(model.answer_folder, self.specs)
-
-    def score(self, model: EvaluatedModel) -> None:
-        """Scores of its answers, by judges that do not ask the model."""
-        judge_answers({model.name: model.answer_folder}, self.specs, None, self.accelerator, self.progress)
+    def _measures_file(self, model: EvaluatedModel) -> Path:
+        return model.folder.samples.parent / MEASURES
 
     def _held_out_key(self, model: EvaluatedModel) -> str:
         asked = [[transcript(example.prompt), example.completion] for example in self.examples]
@@ -166,19 +148,12 @@ class AnswerSamples:
         weights, protocol = model.weights_sha256, self.protocol["id"]
         return key_of(weights=weights, protocol=protocol, asked=asked, tasks=tasks_, files=files)
 
-    def conclude(
-        self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
-    ) -> tuple[Results, list[Comparison]]:
-        """The results. Where single answers are held out, prompts are shared on purpose, and not looked for."""
-        trained = None if self.config.data.held_out_by == "row" else prompts
-        return conclude_answers(root, models, self.protocol, self.specs, title=title, training_prompts=trained, **more)
-
     def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
         """The held-out likelihood and the benchmarks of each model."""
         return [
             {"model": model.name, "round": model.round_, "name": name} | measured
             for model in models
-            for name, measured in _measured(model.answer_folder).items()
+            for name, measured in _measured(self._measures_file(model)).items()
             if name != KEY
         ]
 
@@ -188,7 +163,7 @@ class AnswerSamples:
     def finish(self, models: list[EvaluatedModel]) -> None:
         """Nothing: the page shows the answers."""
 
-    def _answer(self, rows: list[Request], done: Callable[[int], None]) -> list[dict[str, Any]]:
+    def _answer(self, rows: list[Request], done: Callable[[int], None]) -> list[DrawnAnswer]:
         prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
         drawn = self.game.draw(prompts, [row["seed"] for row in rows], done)
         return [
@@ -196,7 +171,8 @@ class AnswerSamples:
             for answer in drawn
         ]
 
-    def _log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """log p(completion and end token | prompt) by the present player, in nats."""
         tokens = [self._tokenised(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
         return self.game.log_likelihood([prompt for prompt, _ in tokens], [answer for _, answer in tokens])
 
@@ -213,7 +189,7 @@ class AnswerSamples:
     def _held_out_nll(self) -> dict[str, Any]:
         """The mean over all held-out answers, not only one per prompt, in nats per answer; interval over prompts."""
         prompts = [transcript(example.prompt) for example in self.examples]
-        scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
+        scores = self.log_likelihood(prompts, [example.completion for example in self.examples])
         mean = clustered_mean([-score for score in scores], prompts)
         bounds = {"value": mean["mean"], "low": mean["low"], "high": mean["high"]}
         title = "held-out negative log-likelihood, nats per answer"

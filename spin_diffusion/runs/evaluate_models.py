@@ -18,26 +18,30 @@ from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images
 from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
+from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.records import Protocol
 from spin_diffusion.evaluation.report import write_report
-from spin_diffusion.evaluation.results import EvaluatedModel, conclude
-from spin_diffusion.evaluation.scoring import ScoredFolder, check_specs, score_pictures
+from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
-from spin_diffusion.samples.pictures import (
+from spin_diffusion.samples.drawn import (
     Draw,
+    Request,
+    Sample,
     claim,
-    draw_pictures,
+    draw_samples,
     folder_of,
     index_piece,
     picture_key,
+    picture_shards,
     save_bytes,
     without_picture,
 )
-from spin_diffusion.samples.requests import Request
 from spin_diffusion.store.files import Made, build_pieces, read_json, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
@@ -75,8 +79,8 @@ def evaluate_models(settings: EvaluateSettings) -> None:
 
     models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
     scales = protocol["guidance_scales"]
-    score_pictures(
-        {model.name: model.picture_folder for model in models},
+    score_samples(
+        {model.name: model.folder for model in models},
         scales,
         settings.scorers or [],
         accelerator,
@@ -91,7 +95,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         settings.scorers or [],
         title=f"{', '.join(model.name for model in models)}",
         headline_scale=scales[-1],
-        training_captions=captions,
+        training_prompts=captions,
     )
     closing = closing_lines(results)
     if comparisons:
@@ -136,7 +140,7 @@ def _pictures(
     output_dir: Path,
     accelerator: Accelerator,
     progress: Progress,
-) -> tuple[list[EvaluatedModel], dict[str, Any]]:
+) -> tuple[list[EvaluatedModel], Protocol]:
     """The pictures of every model, drawn or taken as they are given.
 
     Returns:
@@ -166,24 +170,18 @@ def _pictures(
     )
     models = []
     for source in sources:
-        folder = ScoredFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
+        folder = SampleFolder(output_dir / "images" / source.name, output_dir / "scores" / source.name)
         draw, weights, drawn_by = None, None, ""
         if source.kind == "images":
-            _take_pictures(source, wanted, folder.pictures, protocol, settings, accelerator)
+            _take_pictures(source, wanted, folder.samples, protocol, settings, accelerator)
         else:
             draw, weights, drawn_by = drawer.open(source, resolution)
         if accelerator.is_main_process:
-            write_json(folder.pictures / "model.json", {"path": source.path, "weights_sha256": weights})
+            write_json(folder.samples / "model.json", {"path": source.path, "weights_sha256": weights})
         if draw is not None:
-            draw_pictures(
-                wanted,
-                folder.pictures,
-                protocol,
-                draw,
-                accelerator,
-                partial(_drawing, progress, source.name),
-                drawn_by,
-            )
+            claim(folder.samples, protocol, accelerator)
+            shards = picture_shards(wanted, folder.samples, protocol, drawn_by, draw)
+            draw_samples(shards, accelerator, partial(_drawing, progress, source.name))
         role: Literal["baseline", "candidate"] = "baseline" if source is sources[0] else "candidate"
         base = str(source.base) if source.base is not None else None
         models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
@@ -191,7 +189,7 @@ def _pictures(
     return models, protocol
 
 
-def _drawing(progress: Progress, name: str, scale: float, total: int) -> Callable[[int, str], None]:
+def _drawing(progress: Progress, name: str, scale: float | None, total: int) -> Callable[[int, str], None]:
     """The phase of a model's pictures at a guidance scale."""
     return progress.phase(f"{name}: draw at guidance {scale:g}", total)
 
@@ -333,7 +331,7 @@ def _take_pictures(
     source: ModelSource,
     wanted: list[Request],
     directory: Path,
-    protocol: dict[str, Any],
+    protocol: Protocol,
     settings: EvaluateSettings,
     accelerator: Accelerator,
 ) -> None:
@@ -381,7 +379,7 @@ def _hash_of(path: Path | None) -> str | None:
         return None
 
 
-def _take(row: Request, by_prompt: dict[str, list[Path]], folder: Path) -> dict[str, Any]:
+def _take(row: Request, by_prompt: dict[str, list[Path]], folder: Path) -> Sample:
     path = _given(row, by_prompt)
     if path is None:
         return without_picture(row, "there is no such picture")

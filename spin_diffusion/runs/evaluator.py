@@ -2,26 +2,34 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
 from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
+from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
+from spin_diffusion.evaluation.judges import LogLikelihood
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.evaluation.records import Results
+from spin_diffusion.evaluation.modalities import guidance_scales
+from spin_diffusion.evaluation.records import OfTraining, Results
+from spin_diffusion.evaluation.records import Protocol as SamplingProtocol
 from spin_diffusion.evaluation.report import write_report
-from spin_diffusion.evaluation.results import EvaluatedModel
+from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples, scorer_record
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
+from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
 from spin_diffusion.samples.stored_pairs import Column
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.one_round import Evaluate, Judgement
 from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
-from spin_diffusion.store.files import read_json, write_json
+from spin_diffusion.store.files import Tell, read_json, write_json
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import AGAIN, file_hashes, write_file
 
 
@@ -35,46 +43,57 @@ class _Model(TypedDict):
 
 @runtime_checkable
 class EvaluationSamples(Protocol):
-    """What every model of a run is asked for, pictures or answers: how they are drawn, scored and concluded from."""
+    """What every model of a run is asked for, pictures or answers, and what is told of them."""
 
     @property
     def specs(self) -> Sequence[str]:
         """NAME[=PATH] of what scores the samples."""
         ...
 
-    def place(self, folder: Path) -> Any:
-        """Where samples and scores lie in the folder of an evaluation, as `conclude` wants it in a model."""
+    @property
+    def protocol(self) -> SamplingProtocol:
+        """How they are drawn."""
         ...
 
-    def scorer_record(self, folder: Path, name: str) -> dict[str, Any]:
-        """What is known of a scorer in the evaluation in `folder`: whether it was run, or why not."""
+    @property
+    def progress(self) -> Progress:
+        """Told how far drawing and scoring are."""
         ...
 
-    def draw_and_score(self, model: EvaluatedModel) -> None:
-        """Samples of the present player, and their scores; what is there already stays."""
+    @property
+    def headline_scale(self) -> float | None:
+        """Guidance scale of the verdict at the top of the page."""
         ...
 
-    def is_drawn(self, model: EvaluatedModel) -> bool:
-        """Whether the model's samples are there, whole, and its alone, with whatever else only it can say."""
+    @property
+    def in_domain(self) -> list[str]:
+        """Scorers that chose what was trained on."""
         ...
 
-    def is_scored(self, model: EvaluatedModel) -> bool:
-        """Whether its samples have scores by the scorers as they are now."""
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether prompts of training are asked on purpose, so that nobody needs to be warned of them."""
         ...
 
-    def score(self, model: EvaluatedModel) -> None:
-        """Scores of samples that are there, without the model."""
+    @property
+    def log_likelihood(self) -> LogLikelihood | None:
+        """Of the present player, where judges may ask it."""
         ...
 
-    def conclude(
-        self, root: Path, models: list[EvaluatedModel], title: str, prompts: Sequence[str], **more: Any
-    ) -> tuple[Results, list[Comparison]]:
-        """The results of these models, the first of which is the baseline, written below `root`; main process only.
+    def place(self, folder: Path) -> SampleFolder:
+        """Where samples and scores lie in the folder of an evaluation."""
+        ...
 
-        Args:
-            prompts: those that were trained on.
-            more: `curves`, `measures`, `events` and `ledger`, for the page of the whole run.
-        """
+    def shards(self, model: EvaluatedModel) -> Shards:
+        """The files of the model's samples, drawn by the present player where they are missing."""
+        ...
+
+    def measure(self, model: EvaluatedModel) -> None:
+        """Whatever else only the present player can say; what is there already stays."""
+        ...
+
+    def is_measured(self, model: EvaluatedModel) -> bool:
+        """Whether nothing is missing that only the model can say."""
         ...
 
     def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
@@ -141,7 +160,11 @@ class RunEvaluator:
             for _, directory, *_ in places:
                 remove_damaged(directory / EVALUATION)
         self.accelerator.wait_for_everyone()
-        whole = {folder for folder, model in self._evaluated() if self.samples.is_drawn(model)}
+        whole = {
+            folder
+            for folder, model in self._evaluated()
+            if are_drawn(self.samples.shards(model)) and self.samples.is_measured(model)
+        }
         self.accelerator.wait_for_everyone()  # all have looked before one of them changes something
         for name, directory, role, k in places:
             if directory / EVALUATION not in whole:
@@ -156,7 +179,7 @@ class RunEvaluator:
 
     def _scorers(self, folder: Path) -> list[dict[str, Any]]:
         """What is known of every scorer in an evaluation."""
-        return [self.samples.scorer_record(folder, parse_spec(spec)[0]) for spec in self.samples.specs]
+        return [scorer_record(self.samples.place(folder), parse_spec(spec)[0]) for spec in self.samples.specs]
 
     def _was_evaluated(self, directory: Path) -> bool:
         """Whether a round's evaluation is behind it."""
@@ -171,14 +194,19 @@ class RunEvaluator:
             return [scorer["state"] for scorer in self._scorers(folder)]
 
         now = states(self.output_dir / "base")  # a scorer may run now that could not before
-        stale = [m for m in models if not self.samples.is_scored(m) or states(folders[m.name]) != now]
+        scales = guidance_scales(self.samples.protocol)
+        stale = [
+            model
+            for model in models
+            if not are_scored(model.folder, scales, self.samples.specs) or states(folders[model.name]) != now
+        ]
         self.accelerator.wait_for_everyone()
         for model in stale:
             self.accelerator.print(
                 f"{model.name}: a scorer has changed since its samples were scored, or scores were lost: they are "
                 "scored anew" + ("; what was decided by the old ones stays" if model.round_ else "")
             )
-            self.samples.score(model)
+            self._score(model, None)
             self._note(model, folders[model.name])
         for model in stale:
             if model.role == "round" and model.round_:
@@ -224,7 +252,7 @@ class RunEvaluator:
         assert opponent is not None
         models = [dataclasses.replace(opponent, role="baseline"), dataclasses.replace(player, role="candidate")]
         title = f"{player.name} against {opponent.name}"
-        self.samples.conclude(directory / EVALUATION, models, title, self._training_prompts())
+        self._conclude(directory / EVALUATION, models, title)
 
     def of_rival(self, objective: str) -> Evaluate | None:
         """The evaluation of a rival: its last round, since it has as many steps as the run's last round."""
@@ -287,8 +315,44 @@ class RunEvaluator:
         if self.accelerator.is_main_process:
             remove_damaged(folder)
         self.accelerator.wait_for_everyone()
-        self.samples.draw_and_score(model)
+        if not model.folder.of_answers:
+            claim(model.folder.samples, self.samples.protocol, self.accelerator)
+        draw_samples(self.samples.shards(model), self.accelerator, partial(self._drawing, name))
+        self._score(model, self.samples.log_likelihood)
+        self.samples.measure(model)
         self._note(model, folder)
+
+    def _drawing(self, name: str, scale: float | None, total: int) -> Tell:
+        """The phase of a model's samples."""
+        phase = f"{name}: answer" if scale is None else f"{name}: draw at guidance {scale:g}"
+        return self.samples.progress.phase(phase, total)
+
+    def _score(self, model: EvaluatedModel, log_likelihood: LogLikelihood | None) -> None:
+        """Score what has no scores by the scorers as they are now."""
+        score_samples(
+            {model.name: model.folder},
+            guidance_scales(self.samples.protocol),
+            self.samples.specs,
+            self.accelerator,
+            lambda scorer, total: self.samples.progress.phase(f"{model.name}: score by {scorer}", total),
+            {model.name: log_likelihood} if log_likelihood is not None else {},
+        )
+
+    def _conclude(
+        self, root: Path, models: list[EvaluatedModel], title: str, **page: Unpack[OfTraining]
+    ) -> tuple[Results, list[Comparison]]:
+        """The results of these models, the first of which is the baseline, written below `root`."""
+        return conclude(
+            root,
+            models,
+            self.samples.protocol,
+            self.samples.specs,
+            title=title,
+            headline_scale=self.samples.headline_scale,
+            training_prompts=None if self.samples.shares_prompts else Column(self.output_dir / "data", "prompt"),
+            in_domain=self.samples.in_domain,
+            **page,
+        )
 
     def _note(self, model: EvaluatedModel, folder: Path) -> None:
         """Write down whose samples lie in a folder, and what its files are now."""
@@ -327,9 +391,5 @@ class RunEvaluator:
         models, page = self._models(), page_of(self.config, self.output_dir)
         page["measures"] += self.samples.measures(models)
         title = f"Self-play run {self.output_dir.name}"
-        self._last = self.samples.conclude(self.output_dir, models, title, self._training_prompts(), **page)
+        self._last = self._conclude(self.output_dir, models, title, **page)
         write_report(self.output_dir)
-
-    def _training_prompts(self) -> Sequence[str]:
-        """They are read from the prepared data when they are asked for."""
-        return Column(self.output_dir / "data", "prompt")

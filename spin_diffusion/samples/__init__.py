@@ -1,7 +1,6 @@
 """Samples on the disk: asked for, drawn, scored, read, paired. Whatever is drawn or scored walks this road.
 
-requests        prompts -> what every model is asked for
-pictures        requests -> PNG files of a model; photometry: what is measured of each; answers: requests -> texts
+drawn           prompts -> what every model is asked for -> its pictures or answers; photometry: measures of pictures
 sample          one stored sample, and a batch of pairs
 real            the data's samples, prepared once
 shards          a folder of samples in parts, drawn and encoded; candidates: which of several drawn ones are played with

@@ -7,12 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.answer_results import EvaluatedModel, conclude_answers
+from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.judges import Answer, LogLikelihood
-from spin_diffusion.evaluation.judging import judge_answers
 from spin_diffusion.evaluation.protocols import answer_protocol
-from spin_diffusion.samples.answers import DrawAnswers, draw_answers
-from spin_diffusion.samples.requests import requests_of
+from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.evaluation.scoring import SampleFolder, score_samples
+from spin_diffusion.samples.drawn import DrawAnswers, answer_shards, draw_samples, requests_of
 from spin_diffusion.store.progress import Progress
 
 WORDS = "the quick brown fox jumps over a lazy dog and then sleeps in warm sun while small birds sing of summer".split()
@@ -72,6 +72,25 @@ def answer(text: str, id: str = "0", k: int = 0, **changed: Any) -> Answer:
     )  # fmt: skip
 
 
+def folder_of(directory: Path) -> SampleFolder:
+    """Where the answers of a model lie, and their scores."""
+    return SampleFolder(directory / "answers", directory / "scores", of_answers=True)
+
+
+def draw_answers(
+    requests: list[Any], directory: Path, protocol: Any, draw: DrawAnswers, weights_sha256: str = ""
+) -> None:
+    shards = answer_shards(requests, directory / "answers", protocol, weights_sha256, draw)
+    draw_samples(shards, Accelerator(cpu=True), lambda scale, total: Progress().phase("", total))
+
+
+def judge_answers(
+    directories: dict[str, Path], specs: Sequence[str], log_likelihoods: dict[str, LogLikelihood] | None = None
+) -> None:
+    folders = {name: folder_of(directory) for name, directory in directories.items()}
+    score_samples(folders, [None], specs, Accelerator(cpu=True), Progress().phase, log_likelihoods)
+
+
 def evaluate(
     root: Path,
     models: Sequence[tuple[str, str, int | None, DrawAnswers, float]],
@@ -82,14 +101,13 @@ def evaluate(
     **options: Any,
 ) -> tuple[dict[str, Any], list[Any]]:
     """Draw, judge and conclude; models are (name, role, round, draw, gain of its log-likelihood)."""
-    accelerator = Accelerator(cpu=True)
     requests = requests_of(rows, answers_per_prompt, 0)
     protocol = protocol_of(requests)
     evaluated = []
     for place, (name, role, round_, draw, gain) in enumerate(models):
         folder, weights = root / f"models/{place}", f"{place:064x}"
-        draw_answers(requests, folder, protocol, draw, accelerator, Progress(), weights_sha256=weights, model=name)
-        judge_answers({name: folder}, list(specs), likes(place, gain), accelerator, Progress())
-        evaluated.append(EvaluatedModel(name, role, folder, round_, kind="model", weights_sha256=weights))
+        draw_answers(requests, folder, protocol, draw, weights)
+        judge_answers({name: folder}, specs, {name: likes(place, gain)})
+        evaluated.append(EvaluatedModel(name, role, folder_of(folder), round_, kind="model", weights_sha256=weights))
     options = {"title": "Made-up answers"} | options
-    return conclude_answers(root, evaluated, protocol, list(specs), **options)
+    return conclude(root, evaluated, protocol, list(specs), **options)

@@ -13,22 +13,19 @@ from PIL import Image
 from rich.console import Console
 from scipy import stats
 
-from spin_diffusion.evaluation import protocols, scoring
-from spin_diffusion.evaluation.answer_results import EvaluatedModel, conclude_answers
+from spin_diffusion.evaluation import protocols
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
-from spin_diffusion.evaluation.concluding import belonging
-from spin_diffusion.evaluation.curves import MAX_CURVE_POINTS
+from spin_diffusion.evaluation.evaluated import EvaluatedModel, belonging
 from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
 from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
-from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.evaluation.results import MAX_CURVE_POINTS, conclude
 from spin_diffusion.evaluation.results_file import read_results
-from spin_diffusion.samples import pictures
-from spin_diffusion.samples.answers import answer_files, draw_answers
-from spin_diffusion.samples.requests import requests_of
+from spin_diffusion.evaluation.scoring import SampleFolder, score_samples
+from spin_diffusion.samples.drawn import draw_samples, picture_shards, requests_of, sample_files
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from tests.evaluation.made_up_answers import answers_by, babble, evaluate, prompts, protocol_of
+from tests.evaluation.made_up_answers import answers_by, babble, draw_answers, evaluate, folder_of, prompts, protocol_of
 
 MODELS = [
     ("base", "baseline", 0, babble(0), 0.0),
@@ -173,12 +170,12 @@ def test_a_judge_that_was_not_run_for_one_model_counts_for_none(tmp_path: Path) 
 def test_answers_of_another_protocol_are_refused(tmp_path: Path) -> None:
     evaluate(tmp_path, MODELS[:2], rows=prompts(30), specs=["length"])
     requests = requests_of(prompts(30), 2, 0)
-    models = [EvaluatedModel(name, "candidate", tmp_path / f"models/{i}") for i, name in enumerate("ab")]
+    models = [EvaluatedModel(name, "candidate", folder_of(tmp_path / f"models/{i}")) for i, name in enumerate("ab")]
     with pytest.raises(InputError, match="holds answers of another protocol"):
-        conclude_answers(tmp_path, models, protocol_of(requests, temperature=0.5), ["length"], title="")
-    answer_files(models[0].folder)[0].unlink()
+        conclude(tmp_path, models, protocol_of(requests, temperature=0.5), ["length"], title="")
+    sample_files(models[0].folder.samples)[0].unlink()
     with pytest.raises(InputError, match="incomplete"):
-        conclude_answers(tmp_path, models, protocol_of(requests), ["length"], title="")
+        conclude(tmp_path, models, protocol_of(requests), ["length"], title="")
 
 
 def test_answers_without_a_score_are_failures_and_take_their_prompt_out(tmp_path: Path) -> None:
@@ -187,16 +184,15 @@ def test_answers_without_a_score_are_failures_and_take_their_prompt_out(tmp_path
     requests = requests_of(rows, 2, 0)
     protocol = protocol_of(requests)
     models = [
-        EvaluatedModel(name, role, tmp_path / f"models/{i}", i)
+        EvaluatedModel(name, role, folder_of(tmp_path / f"models/{i}"), i)
         for i, (name, role) in enumerate((("base", "baseline"), ("round 1", "round")))
     ]
     # A model that answers anew after it was judged: the scores of its first file are of other texts
-    file = answer_files(models[1].folder)[0]
+    file = sample_files(models[1].folder.samples)[0]
     file.unlink()
     silent = answers_by(lambda row: "" if row["k"] else "other words")
-    draw_answers(requests, models[1].folder, protocol, silent, Accelerator(cpu=True), Progress(),
-                 weights_sha256=f"{1:064x}")  # fmt: skip
-    results, comparisons = conclude_answers(tmp_path, models, protocol, ["length"], title="")
+    draw_answers(requests, tmp_path / "models/1", protocol, silent, f"{1:064x}")
+    results, comparisons = conclude(tmp_path, models, protocol, ["length"], title="")
     assert [c.num_prompts for c in comparisons] == [8, 8]
     failures = [row for row in results["failures"] if row["model"] == "round 1"]
     assert len(failures) == 64 and failures[0]["what"] == "no score by length; its prompt is left out for every model"
@@ -255,17 +251,16 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     )  # fmt: skip
     accelerator, models = Accelerator(cpu=True), []
     for place, name in enumerate(("base", "round 1")):
-        folder = scoring.ScoredFolder(tmp_path / name / "images", tmp_path / name / "scores")
+        folder = SampleFolder(tmp_path / name / "images", tmp_path / name / "scores")
 
         def draw(prompts_: list[str], seeds: list[int], scale: float, done: Any, place: int = place) -> list:
             rngs = [np.random.default_rng([seed % 1000, place]) for seed in seeds]
             return [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for rng in rngs]
 
         wanted = set_.requests(1, 0)
-        pictures.draw_pictures(
-            wanted, folder.pictures, protocol, draw, accelerator, lambda s, n: Progress().phase("", n)
-        )
-        scoring.score_pictures({name: folder}, [3.0], ["sharpness"], accelerator, Progress().phase)
+        shards = picture_shards(wanted, folder.samples, protocol, "", draw)
+        draw_samples(shards, accelerator, lambda scale, total: Progress().phase("", total))
+        score_samples({name: folder}, [3.0], ["sharpness"], accelerator, Progress().phase)
         models.append(EvaluatedModel(name, "round" if place else "baseline", folder, place))
     results, comparisons = conclude(
         tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0, curves=CURVES, measures=MEASURES

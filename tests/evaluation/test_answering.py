@@ -6,13 +6,20 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.judging import judge_answers, read_answer_scores, read_judge
-from spin_diffusion.samples.answers import answer_files, draw_answers, read_answers
-from spin_diffusion.samples.requests import requests_of
-from spin_diffusion.store.files import rows_metadata
+from spin_diffusion.evaluation.scoring import read_scores, scorer_record
+from spin_diffusion.samples.drawn import requests_of, sample_files
+from spin_diffusion.store.files import read_rows, rows_metadata
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.progress import Progress
-from tests.evaluation.made_up_answers import answers_by, babble, likes, prompts, protocol_of
+from tests.evaluation.made_up_answers import (
+    answers_by,
+    babble,
+    draw_answers,
+    folder_of,
+    judge_answers,
+    likes,
+    prompts,
+    protocol_of,
+)
 
 REQUESTS = requests_of(prompts(40), 4, 7)
 PROTOCOL = protocol_of(REQUESTS)
@@ -30,15 +37,27 @@ class Counting:
 
 
 def draw(folder: Path, model: Any, protocol: dict[str, Any] = PROTOCOL, requests: Any = REQUESTS, **more: Any) -> None:
-    draw_answers(requests, folder, protocol, model, Accelerator(cpu=True), Progress(), **more)
+    draw_answers(requests, folder, protocol, model, **more)
 
 
 def judge(folder: Path, specs: list[str], log_likelihood: Any = None) -> None:
-    judge_answers({"m": folder}, specs, log_likelihood, Accelerator(cpu=True), Progress())
+    judge_answers({"m": folder}, specs, {"m": log_likelihood} if log_likelihood else None)
+
+
+def answer_files(folder: Path) -> list[Path]:
+    return sample_files(folder / "answers")
 
 
 def every_answer(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in answer_files(folder) for row in read_answers(path)]
+    return [row for path in answer_files(folder) for row in read_rows(path)]
+
+
+def read_answer_scores(folder: Path, name: str) -> list[Any]:
+    return read_scores(folder_of(folder), name, None)
+
+
+def read_judge(folder: Path, name: str) -> dict[str, Any]:
+    return scorer_record(folder_of(folder), name)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -217,11 +236,7 @@ def test_each_model_is_asked_by_its_own_log_likelihood(tmp_path: Path) -> None:
     folders = {"a": tmp_path / "a", "b": tmp_path / "b"}
     for folder in folders.values():
         draw(folder, babble())
-    one = likes(0, 0.0)
-    with pytest.raises(ValueError, match="one log-likelihood cannot be that of 2 models"):
-        judge_answers(folders, ["length"], one, Accelerator(cpu=True), Progress())
-    both = {"a": one, "b": likes(0, 3.0)}
-    judge_answers(folders, ["log_likelihood"], both, Accelerator(cpu=True), Progress())
+    judge_answers(folders, ["log_likelihood"], {"a": likes(0, 0.0), "b": likes(0, 3.0)})
     a, b = (read_answer_scores(folder, "log_likelihood")[0]["score"] for folder in folders.values())
     assert b == pytest.approx(a + 3) and math.isfinite(a)
 

@@ -17,7 +17,7 @@ from tokenizers import normalizers
 
 from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.identity import parts_hash
-from spin_diffusion.evaluation.concluding import first_not_run
+from spin_diffusion.evaluation.evaluated import first_not_run
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of

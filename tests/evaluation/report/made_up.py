@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from spin_diffusion.evaluation.comparison import Row, compare_others
-from spin_diffusion.evaluation.concluding import _comparison_entry
 from spin_diffusion.evaluation.ranking import rank
+from spin_diffusion.evaluation.results import _comparison_entry
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,
