@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.data.rows import Example
-from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,

@@ -23,8 +23,7 @@ from spin_diffusion.comparing.plan import parsed
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
-from spin_diffusion.diffusion.drawing import drawing_pipeline, load_to_draw
-from spin_diffusion.diffusion.sampling import draw_images
+from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline, load_to_draw
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer, parse_spec

@@ -13,7 +13,7 @@ from spin_diffusion.data.hub import open_hub, open_saved
 from spin_diffusion.data.image_folder import METADATA_SUFFIXES, SEEN_SUFFIXES, is_image, is_metadata, open_image_folder
 from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row, Source
 from spin_diffusion.data.settings import DataSettings, SourceSettings
-from spin_diffusion.store.input_error import InputError, printable
+from spin_diffusion.store.input_error import InputError, is_local, printable
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -152,9 +152,8 @@ def is_pattern(name: str) -> bool:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether `name` cannot be a hub id (name or user/name)."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
-    return not is_id or name.lower().endswith((*TAR_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".csv", ".arrow"))
+    """Whether `name` cannot be a hub id, or is that of a file that is read."""
+    return is_local(name) or name.lower().endswith((*TAR_SUFFIXES, *JSON_SUFFIXES, ".parquet", ".csv", ".arrow"))
 
 
 def expand(pattern: str) -> list[Path]:

@@ -1,16 +1,15 @@
 """DiffusionGame: text-to-image models as players. One module per arrow of the method:
 
-curation     real images -> those that are played with
+curation     real images -> those that are played with, and the opponent's own: a scorer judges
 families     prompt -> the denoiser's inputs (the only place where SD and SDXL differ); prompts keeps them
 sampling     prompt -> the opponent's image
-images       image -> what is stored -> latents, in sizes of buckets; latents shares them between runs
+images       image -> what is stored -> latents, in sizes of buckets
 noising      latents -> noised at level t, and what the denoiser should say; trajectory: the sampler's own steps instead
 denoiser     the player and its frozen copy, the opponent; lora: two adapters on one UNet
-errors       prediction -> denoising error -> score; weighting: how much each level counts
-batches      pairs -> passes through the denoiser -> the pairs' scores
+questions    pairs -> what both models are asked about them
+errors       prediction -> denoising error -> score, and how much each level counts
 game         all of it behind the contract that the rounds know
 shortcuts    are real and generated images told apart by traces of the decoder alone?
-candidates   a scorer as the judge of the opponent's own images
 config       the settings of a run; cost: what its parts take in floating-point operations
-base         which files the base is; parts: what of them is known; model_sources: what is evaluated outside of runs
+base         what a run starts from, loaded whole; parts: its networks; model_sources: what is evaluated outside of runs
 """

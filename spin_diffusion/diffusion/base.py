@@ -1,8 +1,31 @@
-"""What a run starts from, and what whoever goes on with the run must load again."""
+"""What a run starts from: a base checkpoint, its family, its parts that fit each other, and what it is known by.
 
+Whoever goes on with a run must load the same base again.
+"""
+
+import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from spin_diffusion.diffusion.families import families
+from spin_diffusion.diffusion.noising import check_scheduler
+from spin_diffusion.diffusion.parts import CONFIG, TOKENIZERS, Part, load_encoder, load_unet, load_vae, weight_files
+from spin_diffusion.store.configuration import Configuration, Keys, check_keys, read_configuration
+from spin_diffusion.store.files import weights_hash
+from spin_diffusion.store.input_error import InputError, is_local, one_line
+from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.weights import config_of, read_header
+
+_IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of a pipeline that are not loaded: they draw nothing of a prompt, or would blacken training samples."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +78,229 @@ def _quoted(value: str | bool) -> str:
     if isinstance(value, bool):
         return str(value)
     return f'"{value}"' if value.isprintable() and '"' not in value and "\\" not in value else ascii(value)
+
+
+# Loading
+
+
+def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[ModuleType, Any]:
+    """A pipeline in fp32, from a local folder or a hub id, and its family.
+
+    Raises:
+        InputError: no such folder or hub id, an unsupported family or denoiser, a part that is not what its files say.
+    """
+    base = Base.of(base)
+    folder = _folder_of(base, cache_dir)
+    index = read_configuration(folder / "model_index.json", base.name)
+    family = family_of(index, base.name)
+    parts = load_parts(family, index, folder, base, cache_dir)
+    try:
+        return family, family.PIPELINE.from_pretrained(str(folder), **parts)
+    except Exception as error:  # diffusers raises dozens of kinds
+        raise InputError(f"cannot load the model {base.name!r}: {one_line(error)}") from error
+
+
+def _folder_of(base: Base, cache_dir: str | None) -> Path:
+    """The local folder of a checkpoint; of one on the hub, where its files were downloaded to."""
+    flag, folder = f"--pretrained_model_name_or_path {base.name}", Path(base.name)
+    if folder.is_file():
+        raise InputError(f"{flag} {single_file(folder)}")
+    if is_local(base.name):
+        if not (folder / "model_index.json").is_file():
+            what = "has no model_index.json" if folder.is_dir() else "does not exist"
+            raise InputError(
+                f"{flag}: the folder {what}; give a folder in diffusers' layout or a hub id such as "
+                "stabilityai/stable-diffusion-xl-base-1.0"
+            )
+        return folder
+    try:
+        options = {"revision": base.revision, "variant": base.variant, "cache_dir": cache_dir}
+        found = DiffusionPipeline.download(base.name, use_safetensors=True, safety_checker=None, **options)
+    except Exception as error:  # the hub's client raises dozens of kinds
+        raise InputError(
+            f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
+        ) from error
+    return Path(found)
+
+
+def single_file(path: Path) -> str:
+    """What is said of a checkpoint that is one file: what it is, and how it becomes a folder."""
+    if path.suffix != ".safetensors":
+        return (
+            "is a single file that is not safetensors, and may run code when it is read: get the .safetensors file of "
+            "the same model, or a folder in diffusers' layout"
+        )
+    names = read_header(path)
+    # Of the original layouts only SDXL's has conditioners, of diffusers' own only its UNet an added embedding
+    is_larger = any(name.startswith(("conditioner.", "add_embedding.")) for name in names)
+    by_encoders = sorted(families().values(), key=lambda family: len(family.ENCODERS))
+    pipeline = by_encoders[-1 if is_larger else 0].PIPELINE.__name__
+    whole = any(name.startswith("model.diffusion_model.") for name in names)
+    what = "is a single-file checkpoint" if whole else "is a single file and, by its tensors, only a part of a pipeline"
+    convert = f"{pipeline}.from_single_file({str(path)!r}).save_pretrained(FOLDER)"
+    return f"{what}: convert {'it' if whole else 'a whole one'} once with diffusers, {convert}, and give FOLDER"
+
+
+def family_of(model_index: Configuration, where: str) -> ModuleType:
+    """The family of a checkpoint by its model_index.json; InputError names what is supported."""
+    name = model_index.get("_class_name")
+    known = families()
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"{where} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
+    return known[name]
+
+
+def load_parts(
+    family: ModuleType, index: Configuration, folder: Path, base: Base, cache_dir: str | None
+) -> dict[str, Any]:
+    """The networks and tokenizers of a family's pipeline, and None for parts that are not loaded.
+
+    Args:
+        index: the pipeline's model_index.json.
+        folder: of the checkpoint.
+        cache_dir: of the hub's client, where the base names a VAE on the hub.
+
+    Raises:
+        InputError: a part that is missing, of another class than the family's, or not what its files say.
+    """
+    _check_index(family, index, base.name)
+    scheduler = f"{base.name}: its scheduler"
+    check_scheduler(
+        read_configuration(folder / "scheduler" / "scheduler_config.json", scheduler),
+        scheduler,
+        _class_in(index, "scheduler"),
+    )
+    names = ["unet", *family.ENCODERS, *(["vae"] if base.vae is None else [])]
+    if base.variant and not any(base.variant in weight_files(folder / name) for name in names):
+        present = sorted({str(variant) for name in names for variant in weight_files(folder / name) if variant})
+        remedy = f"give --variant {' or '.join(present)}" if present else "leave --variant out"
+        raise InputError(f"{base.name}: no part has weights of --variant {base.variant}: {remedy}")
+    parts: dict[str, Any] = {name: None for name in _IGNORED if name in index}
+    parts["unet"] = load_unet(folder / "unet", f"{base.name}: its UNet", base.variant)
+    for name, kind in family.ENCODERS.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        part = Part(folder / name, f"{base.name}: its {name}", base.variant)
+        parts[name], parts[tokenizer] = load_encoder(kind, part, folder / tokenizer, f"{base.name}: its {tokenizer}")
+    if base.vae is not None:
+        parts["vae"] = _load_given_vae(family, base.vae, cache_dir)
+    else:
+        parts["vae"] = load_vae(family, Part(folder / "vae", f"{base.name}: its VAE", base.variant))
+    _check_together(family, parts, base.name)
+    return parts
+
+
+def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> AutoencoderKL:
+    """The VAE that stands in for the checkpoint's own.
+
+    Args:
+        name: local folder or hub id.
+    """
+    flag, folder = f"--pretrained_vae_model_name_or_path {name}", Path(name)
+    if folder.is_file():
+        raise InputError(
+            f"{flag} is a single file: convert it once with diffusers, "
+            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER), and give FOLDER"
+        )
+    if not folder.is_dir():
+        if is_local(name):
+            raise InputError(f"{flag}: the folder does not exist: give the folder of a VAE, or a hub id")
+        patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
+        try:
+            folder = Path(
+                snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns="*.bin")
+            )
+        except Exception as error:  # the hub's client raises dozens of kinds
+            raise InputError(
+                f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
+            ) from error
+    if (folder / "model_index.json").is_file():
+        raise InputError(f"{flag} is a whole pipeline: give its VAE, {folder / 'vae'}")
+    variants = weight_files(folder)
+    if variants and None not in variants:
+        load = f"AutoencoderKL.from_pretrained({name!r}, variant={min(map(str, variants))!r})"
+        raise InputError(
+            f"{flag}: it has variants of its weights alone, and is taken without one: save it plainly with diffusers, "
+            f"{load}.save_pretrained(FOLDER), and give FOLDER"
+        )
+    return load_vae(family, Part(folder, flag))
+
+
+def _check_index(family: ModuleType, index: Configuration, where: str) -> None:
+    """The classes that a pipeline names are those of its family, and each of its settings is there and known."""
+    classes: dict[str, tuple[str, ...]] = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
+    for name, kind in family.ENCODERS.items():
+        classes |= {name: (kind.__name__,), name.replace("text_encoder", "tokenizer"): TOKENIZERS}
+    for name, supported in classes.items():
+        if (given := _class_in(index, name)) not in supported:
+            raise InputError(
+                f"{where}: model_index.json has {given or 'nothing'} as its {name}, {supported[0]} is supported"
+            )
+    known = {*classes, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE).parameters}
+    pipeline = Keys((), frozenset(known), foreign=f"{family.PIPELINE.__name__} does not have")
+    check_keys(index, pipeline, f"{where}: model_index.json")
+    for key in family.FLAGS:
+        if not isinstance(index.get(key), bool):
+            raise InputError(f"{where}: model_index.json must say {key}, true or false: get the checkpoint's own file")
+
+
+def _class_in(index: Configuration, name: str) -> str | None:
+    """The class that a model_index.json names for a part."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
+
+
+def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) -> None:
+    """The parts fit each other."""
+    unet, vae = parts["unet"].config, parts["vae"].config
+    if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
+        raise InputError(
+            f"{where}: its UNet takes {unet.in_channels} channels and returns {unet.out_channels} where the VAE has "
+            f"{vae.latent_channels}: inpainting, depth and refiner models, and learned variances, are not supported"
+        )
+    if unet.addition_embed_type != family.ADDED_EMBEDDING:
+        raise InputError(
+            f"{where}: its UNet has addition_embed_type {unet.addition_embed_type!r}, that of a "
+            f"{family.PIPELINE.__name__} is {family.ADDED_EMBEDDING!r}"
+        )
+    added, size = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim or 0
+    pooled = parts[[*family.ENCODERS][-1]].config.projection_dim
+    if family.ADDED_EMBEDDING is not None and added != 6 * size + pooled:
+        raise InputError(
+            f"{where}: its UNet takes an added embedding of width {added}, and it is given six numbers in {size} each "
+            f"and a pooled prompt of {pooled}: they are not of one model"
+        )
+    widths = [parts[name].config.hidden_size for name in family.ENCODERS]
+    taken = unet.cross_attention_dim
+    if any(width != sum(widths) for width in (taken if isinstance(taken, list | tuple) else [taken])):
+        raise InputError(
+            f"{where}: its UNet reads tokens of width {taken}, and its text encoders make "
+            f"{' + '.join(map(str, widths))}: they are not of one model"
+        )
+
+
+# What a pipeline is: hashes of the parts that decide a picture beside the denoiser
+
+
+def words_of(tokenizer: Any) -> list[Any]:
+    """What decides the tokens of a prompt."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for name in ("truncation", "padding"):  # those of the last call, whatever it was for
+        rules.pop(name, None)
+    words = sorted(tokenizer.get_vocab().items())
+    return [words, tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules]
+
+
+def parts_hash(pipeline: Any) -> str:
+    """Hash of all parts of a pipeline but its UNet: weights, configurations, vocabularies, noise process, switches."""
+    parts: dict[str, object] = {"switches": config_of(pipeline)}
+    for name, part in pipeline.components.items():
+        if name == "unet" or part is None:
+            continue
+        if isinstance(part, nn.Module):
+            parts[name] = [weights_hash(part), config_of(part)]
+        elif hasattr(part, "get_vocab"):
+            parts[name] = words_of(part)
+        else:
+            parts[name] = [type(part).__name__, config_of(part) if hasattr(part, "config") else None]
+    return key_of(**parts)

@@ -22,17 +22,23 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
-from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.batches import MIRRORED, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.buckets import bucket_sizes, nearest, packed, places_by_size
+from spin_diffusion.diffusion.base import Base, parts_hash
 from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
-from spin_diffusion.diffusion.identity import parts_hash
-from spin_diffusion.diffusion.latents import encoded_once, latents_of, size_of, vae_hash
+from spin_diffusion.diffusion.images import (
+    bucket_sizes,
+    encoded_once,
+    latents_of,
+    nearest,
+    packed,
+    places_by_size,
+    size_of,
+    vae_hash,
+)
 from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, load_adapter
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import Prompts
-from spin_diffusion.diffusion.questions import Question, Questions
+from spin_diffusion.diffusion.questions import MIRRORED, Question, Questions, by_kind, in_order, one_to_one
 from spin_diffusion.diffusion.sampling import SAMPLERS, draw_batches, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,

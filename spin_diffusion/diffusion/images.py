@@ -1,12 +1,17 @@
-"""Images on their way to latents: crop, codec, VAE. Both sides of a pair take the same way.
+"""Images on their way to latents: sizes of buckets, crop, codec, VAE. Both sides of a pair take the same way.
 
 A codec's or a decoder's fingerprint that only one side carries would let the player win without learning anything about
 content. So a real image is cropped to a size that the opponent draws, is stored in the very format in which the
 opponent's images are, and on request (`vae_round_trip`) also passes the decoder that drew the opponent's.
 """
 
+import hashlib
 import io
+import itertools
 import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,15 +20,90 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from spin_diffusion.diffusion.buckets import Size
 from spin_diffusion.diffusion.settings import ImageSettings
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.store.files import Made, build, read_tensors, weights_hash
+from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 
+Size = tuple[int, int]
+"""Height and width, px."""
 Pixels = Float[Tensor, "batch 3 height width"]
 """RGB in [-1, 1]."""
 MAX_RESIZED = 4
 """An image is resized as a whole and then cropped, as SDXL was trained, up to so many times the target's pixels; of a
 strip of 32 x 20000 px the whole would be gigabytes."""
+JPEG_QUALITY = 95
+"""Without chroma subsampling."""
+
+
+# Aspect-ratio buckets: images keep about their own shape, cropped to one of a few sizes of about the same area.
+# SDXL was trained so (arXiv 2307.01952, section 2.3), with sizes of up to 4 : 1 that are multiples of 64 px.
+
+
+def bucket_sizes(resolution: int, multiple: int, max_aspect_ratio: float) -> list[Size]:
+    """The square first, then the wide sizes and the tall ones, none with more pixels than the square.
+
+    For every long side, in steps of about a sixteenth of the square's, the longest short side that fits.
+
+    Args:
+        resolution: sides of the square, px; a multiple of `multiple`.
+        multiple: of the sides that the networks take, px.
+        max_aspect_ratio: of the long side to the short one; 1 = the square alone.
+    """
+    step = multiple * math.ceil(resolution / 16 / multiple)
+    if resolution % step:
+        step = multiple
+    wide = []
+    for long in itertools.count(resolution + step, step):
+        short = resolution**2 // long // step * step
+        if short < step or long / short > max_aspect_ratio:
+            break
+        wide.append((short, long))
+    return [(resolution, resolution), *wide, *((long, short) for short, long in wide)]
+
+
+def nearest(sizes: Sequence[Size], height: int, width: int) -> Size:
+    """The size whose aspect ratio is the nearest; of equally near ones the first."""
+    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+
+
+def places_by_size(sizes: Iterable[Size]) -> dict[Size, list[int]]:
+    """Where each size occurs, in order."""
+    places: dict[Size, list[int]] = {}
+    for place, size in enumerate(sizes):
+        places.setdefault(size, []).append(place)
+    return places
+
+
+def packed(rows: list[Tensor], cells: int) -> Tensor:
+    """Rows of (channels, height, width) that differ in size as one (rows, channels, cells), filled up with 0."""
+    together = rows[0].new_zeros(len(rows), len(rows[0]), cells)
+    for row, values in zip(together, rows, strict=True):
+        row[:, : values[0].numel()] = values.flatten(1)
+    return together
+
+
+def unpacked(rows: Tensor, height: int, width: int) -> Tensor:
+    """Rows of one size out of `packed`: (rows, channels, height, width)."""
+    return rows[:, :, : height * width].unflatten(2, (height, width))
+
+
+def area_share(sizes: Sequence[Size], which: Tensor) -> float:
+    """Mean area of the images of these sizes, given by their places in `sizes`, in parts of the square's."""
+    areas = torch.tensor([height * width for height, width in sizes], dtype=torch.float64)
+    return float(areas[which.long()].mean() / areas[0])
+
+
+def sizes_in_words(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
+    """How many images have which size, for people: the most frequent ones by name."""
+    counts = Counter(which.tolist()).most_common()
+    named = ", ".join(f"{sizes[place][1]} x {sizes[place][0]} ({count:,})" for place, count in counts[:most])
+    rest = f" and {len(counts) - most} more" if len(counts) > most else ""
+    return f"{named}{rest}, width x height in px"
+
+
+# From an image to its stored bytes and pixels
 
 
 def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
@@ -70,10 +150,6 @@ def mirrored_frame(frame: list[int]) -> list[int]:
     return [height, width, top, resized - target[1] - left, *target]
 
 
-JPEG_QUALITY = 95
-"""Without chroma subsampling."""
-
-
 def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:
     """The image in the codec that both sides of a pair share."""
     buffer = io.BytesIO()
@@ -99,6 +175,9 @@ def to_images(pixels: Pixels) -> list[Image.Image]:
     """A tensor in [-1, 1] as RGB images; values outside are clipped."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(values) for values in array]
+
+
+# Latents
 
 
 @torch.no_grad()
@@ -155,3 +234,65 @@ def _finite(values: Tensor, names: list[str], what: str) -> Tensor:
             "precision (--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix)"
         )
     return values
+
+
+def size_of(row: Row) -> Size:
+    """Height and width of a stored image, px, from its frame."""
+    height, width = row["frame"][4:]
+    return height, width
+
+
+def latents_of(
+    vae: AutoencoderKL,
+    rows: list[Row],
+    settings: ImageSettings,
+    *,
+    prefix: str = "",
+    round_trip: bool = False,
+    mirrored: bool = False,
+    codec: bool = False,
+) -> list[Tensor]:
+    """The latents of each row's image, (channels, height, width) fp16 on the CPU; those of one size in batches.
+
+    Args:
+        prefix: of the rows' image.
+        round_trip: pass the VAE and the codec once before.
+        mirrored: of the mirror
+        codec: pass the codec once more before anything else.
+    """
+    most = settings.vae_encode_batch_size
+    encoded: dict[int, Tensor] = {}
+    by_size = places_by_size(map(size_of, rows)).values()
+    for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):
+        names = [rows[place]["id"] for place in places]
+        opened = [open_picture(rows[place][f"{prefix}image"]) for place in places]
+        pixels = to_pixels(through_codec(opened, settings) if codec else opened)
+        if round_trip:
+            drawn = to_images(decode_latents(vae, encode_pixels(vae, pixels, names), names))
+            pixels = to_pixels(through_codec(drawn, settings))
+        latents = encode_pixels(vae, pixels.flip(-1) if mirrored else pixels, names)
+        encoded |= zip(places, latents.cpu().half(), strict=True)
+    return [encoded[place] for place in range(len(rows))]
+
+
+def vae_hash(vae: AutoencoderKL) -> str:
+    """The hash of all that decides latents: a VAE's weights and its configuration, with scale and statistics."""
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    return key_of(weights=weights_hash(vae), config=config)
+
+
+def encoded_once(
+    folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor], prefix: str
+) -> Tensor:
+    """The latents of a shard's images, from `folder` if they are there and whole, else encoded and put there.
+
+    Args:
+        vae: `vae_hash`.
+        how: everything else that decides the latents.
+        prefix: of the rows' image.
+    """
+    pictures = [[hashlib.sha256(row[f"{prefix}image"]).hexdigest(), row["drawn"]] for row in rows]
+    key = key_of(vae=vae, how=how, images=pictures)
+    path = folder / f"{key[:32]}.safetensors"
+    build(path, key, lambda: Made({"latents": encode()}), shared=True)
+    return read_tensors(path)["latents"]

@@ -10,13 +10,11 @@ from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, r
 from spin_diffusion.data.reading import caption_text
 from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.sources import list_files
-from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.families import single_file
+from spin_diffusion.diffusion.base import Base, single_file
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
-from spin_diffusion.diffusion.parts import is_local
 from spin_diffusion.samples.drawn import GivenRow, read_index
 from spin_diffusion.store.files import read_json
-from spin_diffusion.store.input_error import InputError, file_name, printable
+from spin_diffusion.store.input_error import InputError, file_name, is_local, printable
 from spin_diffusion.store.run_dir import Damaged
 
 _PROMPTS = ("prompt", "caption", "text")
@@ -71,7 +69,7 @@ def read_source(
             f"--models {spec!r}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), "
             "nor has it pictures"
         )
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if is_local(path) or "/" not in path:
         if folder.is_file():
             raise InputError(f"--models {spec!r}: {path} {single_file(folder)}")
         raise InputError(f"--models {spec!r}: {path} does not exist; give a folder, or a hub id such as owner/name")

@@ -5,20 +5,16 @@ there was a choice.
 """
 
 import inspect
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import snapshot_download
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
-from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.noising import check_complete, check_scheduler
+from spin_diffusion.diffusion.noising import check_complete
 from spin_diffusion.store.configuration import (
     Choice,
     Configuration,
@@ -35,9 +31,7 @@ CONFIG = "config.json"
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.safetensors"
 )
-_IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a pipeline that are not loaded: they draw nothing of a prompt, or would blacken training samples."""
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
 def _keys(kind: type, needed: str, harmless: str = "", **choices: Choice) -> Keys:
@@ -94,7 +88,7 @@ _ENCODER = Keys(
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A network's folder in a checkpoint."""
 
     folder: Path
@@ -132,7 +126,7 @@ class _Part:
 
     def load(self, kind: Any, config: Configuration) -> Any:
         """The network: the weights of the variant if there are any, else the plain ones, as diffusers takes them."""
-        variants = _variants(self.folder)
+        variants = weight_files(self.folder)
         chosen = self.variant if self.variant in variants else None
         if chosen not in variants:
             if variants:
@@ -154,45 +148,6 @@ class _Part:
             raise InputError(f"{self.where} cannot be loaded ({one_line(error)}): get its files again") from error
 
 
-def load_parts(
-    family: ModuleType, index: Configuration, folder: Path, base: Base, cache_dir: str | None
-) -> dict[str, Any]:
-    """The networks and tokenizers of a family's pipeline, and None for parts that are not loaded.
-
-    Args:
-        index: the pipeline's model_index.json.
-        folder: of the checkpoint.
-        cache_dir: of the hub's client, where the base names a VAE on the hub.
-
-    Raises:
-        InputError: a part that is missing, of another class than the family's, or not what its files say.
-    """
-    _check_index(family, index, base.name)
-    scheduler = f"{base.name}: its scheduler"
-    check_scheduler(
-        read_configuration(folder / "scheduler" / "scheduler_config.json", scheduler),
-        scheduler,
-        _class_in(index, "scheduler"),
-    )
-    names = ["unet", *family.ENCODERS, *(["vae"] if base.vae is None else [])]
-    if base.variant and not any(base.variant in _variants(folder / name) for name in names):
-        present = sorted({str(variant) for name in names for variant in _variants(folder / name) if variant})
-        remedy = f"give --variant {' or '.join(present)}" if present else "leave --variant out"
-        raise InputError(f"{base.name}: no part has weights of --variant {base.variant}: {remedy}")
-    parts: dict[str, Any] = {name: None for name in _IGNORED if name in index}
-    parts["unet"] = load_unet(folder / "unet", f"{base.name}: its UNet", base.variant)
-    for name, kind in family.ENCODERS.items():
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        part = _Part(folder / name, f"{base.name}: its {name}", base.variant)
-        parts[name], parts[tokenizer] = _load_encoder(kind, part, folder / tokenizer, f"{base.name}: its {tokenizer}")
-    if base.vae is not None:
-        parts["vae"] = _load_given_vae(family, base.vae, cache_dir)
-    else:
-        parts["vae"] = _load_vae(family, _Part(folder / "vae", f"{base.name}: its VAE", base.variant))
-    _check_together(family, parts, base.name)
-    return parts
-
-
 def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DConditionModel:
     """The UNet in a folder, in fp32.
 
@@ -200,11 +155,11 @@ def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DCon
         InputError: it is not a UNet2DConditionModel of the kind that is told a prompt and a timestep alone, or not
             what its files say.
     """
-    part = _Part(folder, where, variant)
+    part = Part(folder, where, variant)
     return part.load(UNet2DConditionModel, part.checked_config(UNet2DConditionModel, _UNET))
 
 
-def _load_vae(family: ModuleType, part: _Part) -> AutoencoderKL:
+def load_vae(family: ModuleType, part: Part) -> AutoencoderKL:
     config, where = part.checked_config(AutoencoderKL, _VAE), part.where
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
     if not is_number(scale) or not scale > 0:
@@ -231,43 +186,7 @@ def _load_vae(family: ModuleType, part: _Part) -> AutoencoderKL:
     return part.load(AutoencoderKL, config)
 
 
-def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> AutoencoderKL:
-    """The VAE that stands in for the checkpoint's own.
-
-    Args:
-        name: local folder or hub id.
-    """
-    flag, folder = f"--pretrained_vae_model_name_or_path {name}", Path(name)
-    if folder.is_file():
-        raise InputError(
-            f"{flag} is a single file: convert it once with diffusers, "
-            f"AutoencoderKL.from_single_file({name!r}).save_pretrained(FOLDER), and give FOLDER"
-        )
-    if not folder.is_dir():
-        if is_local(name):
-            raise InputError(f"{flag}: the folder does not exist: give the folder of a VAE, or a hub id")
-        patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
-        try:
-            folder = Path(
-                snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns="*.bin")
-            )
-        except Exception as error:  # the hub's client raises dozens of kinds
-            raise InputError(
-                f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
-            ) from error
-    if (folder / "model_index.json").is_file():
-        raise InputError(f"{flag} is a whole pipeline: give its VAE, {folder / 'vae'}")
-    variants = _variants(folder)
-    if variants and None not in variants:
-        load = f"AutoencoderKL.from_pretrained({name!r}, variant={min(map(str, variants))!r})"
-        raise InputError(
-            f"{flag}: it has variants of its weights alone, and is taken without one: save it plainly with diffusers, "
-            f"{load}.save_pretrained(FOLDER), and give FOLDER"
-        )
-    return _load_vae(family, _Part(folder, flag))
-
-
-def _load_encoder(kind: Any, part: _Part, folder: Path, where: str) -> tuple[PreTrainedModel, CLIPTokenizer]:
+def load_encoder(kind: Any, part: Part, folder: Path, where: str) -> tuple[PreTrainedModel, CLIPTokenizer]:
     """A text encoder and its tokenizer.
 
     Args:
@@ -297,7 +216,7 @@ def _load_tokenizer(folder: Path, encoder: Configuration, where: str) -> CLIPTok
     given = config | (read_configuration(special, where) if special.is_file() else {})
     missing = [key for key in ("model_max_length", "pad_token") if given.get(key) is None]
     refuse_missing(missing, f"{where}: tokenizer_config.json")
-    if config.get("tokenizer_class", "CLIPTokenizer") not in _TOKENIZERS:
+    if config.get("tokenizer_class", "CLIPTokenizer") not in TOKENIZERS:
         raise InputError(
             f"{where} is {config['tokenizer_class']} by its tokenizer_config.json, CLIPTokenizer is supported"
         )
@@ -327,68 +246,10 @@ def _load_tokenizer(folder: Path, encoder: Configuration, where: str) -> CLIPTok
     return tokenizer
 
 
-def _check_index(family: ModuleType, index: Configuration, where: str) -> None:
-    """The classes that a pipeline names are those of its family, and each of its settings is there and known."""
-    classes: dict[str, tuple[str, ...]] = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",)}
-    for name, kind in family.ENCODERS.items():
-        classes |= {name: (kind.__name__,), name.replace("text_encoder", "tokenizer"): _TOKENIZERS}
-    for name, supported in classes.items():
-        if (given := _class_in(index, name)) not in supported:
-            raise InputError(
-                f"{where}: model_index.json has {given or 'nothing'} as its {name}, {supported[0]} is supported"
-            )
-    known = {*classes, *_IGNORED, "scheduler", *inspect.signature(family.PIPELINE).parameters}
-    pipeline = Keys((), frozenset(known), foreign=f"{family.PIPELINE.__name__} does not have")
-    check_keys(index, pipeline, f"{where}: model_index.json")
-    for key in family.FLAGS:
-        if not isinstance(index.get(key), bool):
-            raise InputError(f"{where}: model_index.json must say {key}, true or false: get the checkpoint's own file")
-
-
-def _class_in(index: Configuration, name: str) -> str | None:
-    """The class that a model_index.json names for a part."""
-    entry = index.get(name)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
-
-
-def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) -> None:
-    """The parts fit each other."""
-    unet, vae = parts["unet"].config, parts["vae"].config
-    if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
-        raise InputError(
-            f"{where}: its UNet takes {unet.in_channels} channels and returns {unet.out_channels} where the VAE has "
-            f"{vae.latent_channels}: inpainting, depth and refiner models, and learned variances, are not supported"
-        )
-    if unet.addition_embed_type != family.ADDED_EMBEDDING:
-        raise InputError(
-            f"{where}: its UNet has addition_embed_type {unet.addition_embed_type!r}, that of a "
-            f"{family.PIPELINE.__name__} is {family.ADDED_EMBEDDING!r}"
-        )
-    added, size = unet.projection_class_embeddings_input_dim, unet.addition_time_embed_dim or 0
-    pooled = parts[[*family.ENCODERS][-1]].config.projection_dim
-    if family.ADDED_EMBEDDING is not None and added != 6 * size + pooled:
-        raise InputError(
-            f"{where}: its UNet takes an added embedding of width {added}, and it is given six numbers in {size} each "
-            f"and a pooled prompt of {pooled}: they are not of one model"
-        )
-    widths = [parts[name].config.hidden_size for name in family.ENCODERS]
-    taken = unet.cross_attention_dim
-    if any(width != sum(widths) for width in (taken if isinstance(taken, list | tuple) else [taken])):
-        raise InputError(
-            f"{where}: its UNet reads tokens of width {taken}, and its text encoders make "
-            f"{' + '.join(map(str, widths))}: they are not of one model"
-        )
-
-
-def _variants(folder: Path) -> dict[str | None, list[Path]]:
+def weight_files(folder: Path) -> dict[str | None, list[Path]]:
     """The weight files in a folder by their variant; None = without one."""
     files: dict[str | None, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := _WEIGHTS.fullmatch(path.name):
             files.setdefault(match["variant"], []).append(path)
     return files
-
-
-def is_local(name: str) -> bool:
-    """Whether a name is meant as a path rather than as a hub id, OWNER/NAME."""
-    return Path(name).exists() or name.startswith((".", os.sep, "~")) or name.count("/") > 1

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from spin_diffusion.data.rows import Example, short_hash
+from spin_diffusion.diffusion.base import words_of
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
-from spin_diffusion.diffusion.identity import words_of
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.files import Made, Piece, build_together, weights_hash

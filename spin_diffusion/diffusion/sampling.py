@@ -4,9 +4,11 @@ diffusers' own pipelines and schedulers do the work. Every image has a generator
 not depend on the images drawn beside it; the batch changes a picture by rounding only.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditio
 from PIL import Image
 from torch import Tensor, nn
 
-from spin_diffusion.diffusion.buckets import Size
+from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.families import Frames
-from spin_diffusion.diffusion.images import decode_latents, to_images
+from spin_diffusion.diffusion.images import Size, decode_latents, to_images
+from spin_diffusion.diffusion.lora import load_adapter
+from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.input_error import InputError
 
@@ -38,6 +42,31 @@ def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -
     made = type(pipeline)(**components, **options)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def load_to_draw(base: Base, device: torch.device | str) -> tuple[Any, Any]:
+    """The family and the pipeline of a base, on a device and not to be trained."""
+    family, pipeline = load_checkpoint(base)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval().to(device)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    return family, pipeline
+
+
+def drawing_pipeline(pipeline: Any, sampler: str, *, unet: Path | None = None, lora: Path | None = None) -> Any:
+    """A base's pipeline with another sampler, and with a saved UNet or adapter where one is given. The base's own UNet
+    stays as it is.
+
+    Args:
+        unet, lora: folders as a round saves them.
+    """
+    network = pipeline.unet if unet is None else load_unet(unet, str(unet))
+    if lora is not None:
+        network = copy.deepcopy(network)
+        load_adapter(sampling_pipeline(pipeline, network, sampler), lora)
+    network.to(pipeline.unet.device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    return sampling_pipeline(pipeline, network, sampler)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.diffusion.latents import latents_of, size_of
+from spin_diffusion.diffusion.images import latents_of, size_of
 from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
 from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 from spin_diffusion.samples.sample import Row

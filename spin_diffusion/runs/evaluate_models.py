@@ -10,12 +10,10 @@ from typing import Any, Literal, TypedDict
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.drawing import drawing_pipeline, load_to_draw
-from spin_diffusion.diffusion.identity import parts_hash
+from spin_diffusion.diffusion.base import Base, parts_hash
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.prompts import CutPrompts
-from spin_diffusion.diffusion.sampling import draw_images
+from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline, load_to_draw
 from spin_diffusion.evaluation.closing import closing_lines
 from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.evaluated import EvaluatedModel

@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 
 from spin_diffusion.diffusion.base import Base, python_arguments
-from spin_diffusion.diffusion.buckets import sizes_in_words
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.images import sizes_in_words
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.config import rivals, titles_of
 from spin_diffusion.runs.publish import Card, round_facts

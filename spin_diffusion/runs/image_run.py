@@ -11,14 +11,13 @@ from accelerate import Accelerator
 
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import Example, ReadReport
-from spin_diffusion.diffusion.base import Base, python_arguments
-from spin_diffusion.diffusion.buckets import area_share
+from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments
 from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import count_units, phase_flops, work_of
 from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_lines
-from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
+from spin_diffusion.diffusion.images import area_share
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts

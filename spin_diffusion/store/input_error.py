@@ -9,6 +9,7 @@ would fill the memory. All are refused before a byte is read.
 import difflib
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
@@ -55,6 +56,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
 _SEPARATORS = '/\\:*?"<>|'
 _LONGEST = 200
 """Bytes; most file systems take 255, and endings are added."""
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is of something on this disk: it is there, or cannot be a hub id (NAME or OWNER/NAME)."""
+    return Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None
 
 
 def leads_out(name: str) -> bool:

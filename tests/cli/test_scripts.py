@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.cli.command import run_command
+from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
-from spin_diffusion.diffusion.families import load_checkpoint
 from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.runs.start import round_lines
 from spin_diffusion.store import run_dir

@@ -24,10 +24,10 @@ from spin_diffusion.comparing.intervals import crossed_interval
 from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
 from spin_diffusion.comparing.report.tables import findings, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
+from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import SECTIONS
 from spin_diffusion.diffusion.cost import UnitCosts
-from spin_diffusion.diffusion.drawing import drawing_pipeline
-from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.run_dir import MARKER

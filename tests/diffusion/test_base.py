@@ -11,10 +11,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from spin_diffusion.diffusion.base import Base, python_arguments
-from spin_diffusion.diffusion.families import load_checkpoint, single_file
-from spin_diffusion.diffusion.images import decode_latents, encode_pixels
-from spin_diffusion.diffusion.latents import vae_hash
+from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments, single_file
+from spin_diffusion.diffusion.images import decode_latents, encode_pixels, vae_hash
 from spin_diffusion.diffusion.model_sources import read_source
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.runs.image_lines import loading_code

@@ -13,9 +13,9 @@ from PIL import Image
 
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import images
-from spin_diffusion.diffusion.buckets import area_share, bucket_sizes, nearest, packed, sizes_in_words, unpacked
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.images import area_share, bucket_sizes, nearest, packed, sizes_in_words, unpacked
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.pairs import TOGETHER, Pairs

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin_diffusion.diffusion.latents import encoded_once, vae_hash
+from spin_diffusion.diffusion.images import encoded_once, vae_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spin_diffusion.diffusion.families import load_checkpoint
+from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, load_adapter
 from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.runs.image_lines import trained_line

@@ -5,9 +5,9 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
+from spin_diffusion.diffusion.errors import min_snr, stretched, timestep_weights
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.settings import DenoiserSettings
-from spin_diffusion.diffusion.weighting import min_snr, stretched, timestep_weights
 from spin_diffusion.selfplay.objectives import spin
 from spin_diffusion.store.input_error import InputError
 from tests.diffusion.test_game import batch_of, nudge

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from tokenizers import normalizers
 
-from spin_diffusion.diffusion.families import load_checkpoint
-from spin_diffusion.diffusion.identity import parts_hash
+from spin_diffusion.diffusion.base import load_checkpoint, parts_hash
 from spin_diffusion.evaluation.evaluated import first_not_run
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin_diffusion.diffusion.latents import vae_hash
+from spin_diffusion.diffusion.images import vae_hash
 from spin_diffusion.selfplay.states import trained
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
