@@ -1,5 +1,6 @@
 """Scores of all cells -> comparison.json and cells.parquet: means with intervals, differences, curves, costs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
@@ -10,36 +11,84 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import View, read_view
-from spin_diffusion.comparing.choosing import best_guidance
-from spin_diffusion.comparing.contest import Contest, Entry
-from spin_diffusion.comparing.intervals import crossed_interval
-from spin_diffusion.comparing.plan import Cell, run_flops
-from spin_diffusion.comparing.settings import MODES
-from spin_diffusion.evaluation.scorers import about
-from spin_diffusion.store.files import read_rows, write_json
-from spin_diffusion.store.run_dir import write_file
+from spin_diffusion.comparing.contest import Contest, Entry, highest, run_flops
+from spin_diffusion.comparing.plan import Cell, about, parsed
+from spin_diffusion.comparing.results import (
+    BudgetResult,
+    Comparison,
+    Difference,
+    Differences,
+    First,
+    Mean,
+    Means,
+    Measured,
+    MethodResult,
+    RoundResult,
+    WorldResult,
+)
+from spin_diffusion.comparing.settings import MODES, Mode
+from spin_diffusion.evaluation.scorers import about as about_scorer
+from spin_diffusion.evaluation.statistics import Interval, half_width, mean_interval
+from spin_diffusion.store.run_dir import read_rows, write_file, write_json
 
 Values = dict[int, np.ndarray]
 """Seed -> (prompts,) score, the mean over the images of a prompt."""
+Scores = dict[Mode, Values]
+
+
+# Intervals
+
+
+def crossed_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean over training seeds and prompts with an interval for other seeds and other prompts.
+
+    Seeds and prompts both move the mean, so its half width is the root of the summed squares of two: Student's over the
+    means of the seeds and Student's over the means of the prompts (Banerjee 1960). With normal effects of seeds and
+    prompts, whatever their sizes, it holds the true mean at least as often as it says, at any confidence and from two
+    seeds on. It pays with its width: t is 12.7 for two seeds, 4.3 for three and 2.8 for five, and 99.95 % asks for 45
+    of three seeds and 10 of five. A 95 % interval of 3 seeds and 80 prompts holds the true mean in 99 % of
+    simulations where seeds do not matter, and in 95 % where they decide (of 5 seeds: 98 and 95 %); if the effects of
+    the seeds are exponential and decide, in 88 %.
+
+    Args:
+        values: (seeds, prompts), the same prompts in the same order for every seed. The interval of one seed alone is
+            over its prompts: it speaks of that seed only.
+
+    Raises:
+        ValueError: another shape, fewer than 2 prompts, or values that are not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] < 1:
+        raise ValueError(f"values must have shape (seeds, prompts), got {values.shape}")
+    over_prompts = mean_interval(values.mean(axis=0), confidence)
+    if len(values) == 1:
+        return over_prompts
+    mean = over_prompts.mean
+    of_seeds = half_width(values.mean(axis=1), confidence)
+    low, high = (float(np.hypot(of_seeds, end - mean)) for end in (over_prompts.low, over_prompts.high))
+    return Interval(mean, mean - low, mean + high)
 
 
 @dataclass
 class DifferenceFamily:
     """The differences in which a reader of one table may look for a winner."""
 
-    members: list[tuple[dict[str, Any], np.ndarray]] = field(default_factory=list)
-    """What is said of each, and its (seeds, prompts)."""
+    members: list[tuple[Difference, np.ndarray]] = field(default_factory=list)
+    """Each, and its (seeds, prompts)."""
 
-    def difference(self, a: Values, b: Values) -> dict[str, Any] | None:
+    def difference(self, a: Values, b: Values) -> Difference | None:
         """a - b, paired over the seeds that both have and over prompts; None = they have no seed in common."""
-        both = sorted(a.keys() & b.keys())
-        if not both:
+        apart = {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+        mean = _mean(apart)
+        if mean is None:
             return None
-        stacked = np.stack([a[seed] - b[seed] for seed in both])
-        of_seeds = {str(seed): float(values.mean()) for seed, values in zip(both, stacked, strict=True)}
-        said = asdict(crossed_interval(stacked)) | {"seeds": of_seeds}
-        self.members.append((said, stacked))
-        return said
+        found: Difference = {**mean}
+        self.members.append((found, np.stack(list(apart.values()))))
+        return found
+
+    def differences(self, a: Scores, b: Scores) -> Differences:
+        """a - b at each guidance scale."""
+        return {mode: self.difference(a[mode], b[mode]) for mode in MODES}
 
     def adjust(self) -> int:
         """Add to each its `adjusted` interval, which all have together at 95 % (Bonferroni); how many they are.
@@ -47,27 +96,40 @@ class DifferenceFamily:
         None = a difference of a single seed, where others have more: it says nothing of how training varies.
         """
         most = max((len(stacked) for _, stacked in self.members), default=0)
-        for said, stacked in self.members:
+        for found, stacked in self.members:
             interval = crossed_interval(stacked, 1 - 0.05 / len(self.members))
-            said["adjusted"] = None if len(stacked) == 1 < most else [interval.low, interval.high]
+            found["adjusted"] = None if len(stacked) == 1 < most else [interval.low, interval.high]
         return len(self.members)
 
 
-def conclude(contest: Contest) -> dict[str, Any]:
+def _mean(values: Values) -> Mean | None:
+    if not values:
+        return None
+    seeds = sorted(values)
+    interval = crossed_interval(np.stack([values[seed] for seed in seeds]))
+    of_seeds = {str(seed): float(values[seed].mean()) for seed in seeds}
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "seeds": of_seeds}
+
+
+def _means(scores: Scores) -> Means:
+    return {mode: _mean(values) for mode, values in scores.items()}
+
+
+# Conclusions
+
+
+def conclude(contest: Contest) -> Comparison:
     """The results, written into comparison.json, and all scores in cells.parquet."""
-    settings, plan = contest.settings, contest.plan
-    worlds = [
-        {"name": world, "about": plan.about("worlds", world), **_world(contest, world)} for world in plan.worlds()
-    ]
-    results = {
-        "settings": settings.flat(),
+    settings = contest.settings
+    results: Comparison = {
+        "settings": asdict(settings),
         "scorer": contest.scorers[0],
         "scorers": {
-            name: about(spec).title for name, spec in zip(contest.scorers, settings.scorers or [], strict=True)
+            name: about_scorer(spec).title for name, spec in zip(contest.scorers, settings.scorers or [], strict=True)
         },
         "seeds": settings.all_seeds,
         "prompts": {name: {"num": len(found.rows), "sha256": found.sha256} for name, found in contest.sets.items()},
-        "worlds": worlds,
+        "worlds": [_world(contest, world) for world in contest.plan.worlds()],
         "took": contest.took(),
     }
     write_json(contest.output_dir / "comparison.json", results)
@@ -76,15 +138,15 @@ def conclude(contest: Contest) -> dict[str, Any]:
     return results
 
 
-def _world(contest: Contest, world: str) -> dict[str, Any]:
+def _world(contest: Contest, world: str) -> WorldResult:
     base_cells = [contest.plan.base(world, seed) for seed in contest.settings.all_seeds]
     of_base = contest.means(base_cells[0])
-    base_scale = best_guidance(of_base) if of_base else None
+    base_scale = highest(of_base) if of_base else None
     base = _scores(contest, base_cells, 0, base_scale)
-    budgets = []
+    budgets: list[BudgetResult] = []
     for budget in contest.settings.budgets:
         entries = [entry for entry in contest.entries if (entry.world, entry.budget) == (world, budget)]
-        scores = {entry.method: _entry_scores(contest, entry) for entry in entries}
+        scores = {e.method: _scores(contest, e.cells, e.rounds, e.best_guidance) for e in entries}
         reference = scores[contest.settings.reference]
         family = DifferenceFamily()
         rows = [_row(contest, entry, scores[entry.method], base, reference, family) for entry in entries]
@@ -102,94 +164,70 @@ def _world(contest: Contest, world: str) -> dict[str, Any]:
             }
         )
     return {
+        "name": world,
+        "about": about(contest.settings.world(world)),
         "usual_guidance": contest.plan.usual_guidance(world),
-        "guidance_scales": contest.scales(world),
+        "guidance_scales": contest.plan.guidance_scales(world),
         "base": {
             "best_guidance": base_scale,
-            "failures": _said_of(contest, base_cells),
-            **_summary(contest, base_cells, 0, base_scale, base),
+            "failures": _failures(contest, base_cells),
+            **_measured(contest, base_cells, 0, base_scale, base),
         },
         "budgets": budgets,
     }
 
 
-def _entry_scores(contest: Contest, entry: Entry) -> dict[str, Values]:
-    rounds = entry.cells[0].rounds if entry.cells else 0
-    return _scores(contest, entry.cells, rounds, entry.choice.guidance_scale if entry.choice else None)
-
-
 def _row(
-    contest: Contest,
-    entry: Entry,
-    scores: dict[str, Values],
-    base: dict[str, Values],
-    reference: dict[str, Values],
-    family: DifferenceFamily,
-) -> dict[str, Any]:
-    failures = _failures(contest, entry)
+    contest: Contest, entry: Entry, scores: Scores, base: Scores, reference: Scores, family: DifferenceFamily
+) -> MethodResult:
+    tuned = contest.tuning(entry)
+    failures = _failures(contest, [*tuned, *entry.cells])
     finished = sorted(scores["usual"])
-    state = "ok" if len(finished) == len(contest.settings.all_seeds) else "partly" if finished else "failed"
     if entry.steps_per_round == 0:
         failures.append("the images that it draws cost more than the whole budget, or the reference's run has no end")
-    row: dict[str, Any] = {
+    row: MethodResult = {
         "method": entry.method,
-        "about": contest.plan.about("methods", entry.method),
-        "state": state,
+        "about": about(contest.settings.method(entry.method)),
+        "state": "ok" if len(finished) == len(contest.settings.all_seeds) else "partly" if finished else "failed",
         "seeds": finished,
         "failures": failures,
-        "rounds": entry.cells[0].rounds if entry.cells else None,
+        "rounds": entry.rounds or None,
         "steps_per_round": entry.steps_per_round,
         "choice": asdict(entry.choice) if entry.choice else None,
-        "rates": {
-            f"{cell.training['learning_rate']:g}": contest.means(cell)
-            for cell in contest.tuning(entry)
-            if entry.steps_per_round
-        },
+        "rates": {f"{cell.training['learning_rate']:g}": contest.means(cell) for cell in tuned},
     }
     if not finished:
         return row
-    assert entry.choice is not None
-    last = entry.cells[0].rounds
-    row |= _summary(contest, entry.cells, last, entry.choice.guidance_scale, scores)
-    row["to_base"] = {mode: family.difference(scores[mode], base[mode]) for mode in MODES}
+    row.update(_measured(contest, entry.cells, entry.rounds, entry.best_guidance, scores))
+    row["to_base"] = family.differences(scores, base)
     if entry.method != contest.settings.reference:
-        row["to_reference"] = {mode: family.difference(scores[mode], reference[mode]) for mode in MODES}
-    row |= _cost(contest, entry)
+        row["to_reference"] = family.differences(scores, reference)
+    row["gflops"], row["seconds"], row["steps"] = _cost(contest, entry)
     if contest.settings.every_round:
-        row |= _over_rounds(contest, entry, last, reference, family)
+        _add_rounds(contest, entry, row, reference, family)
     return row
 
 
-def _over_rounds(
-    contest: Contest, entry: Entry, last: int, reference: dict[str, Values], family: DifferenceFamily
-) -> dict[str, Any]:
+def _add_rounds(contest: Contest, entry: Entry, row: MethodResult, reference: Scores, family: DifferenceFamily) -> None:
     """The curve on validation prompts; where it is highest; how much of it is lost in the end; that round's test."""
-    assert entry.choice is not None
-    curve = contest.curve(entry)
+    curve, best = contest.curve(entry), entry.best_round
     means = {k: float(np.mean(found)) for k, found in curve.items() if found}
-    best = entry.best_round
-    at_best = _scores(contest, entry.cells, best, entry.choice.guidance_scale)
-    said: dict[str, Any] = {
-        "curve": [{"round": k, "mean": means[k], "seeds": curve[k]} for k in sorted(means)],
-        "best_round": best,
-        "drift": means[last] - means[best] if last in means and best in means else None,
-    }
+    row["curve"] = [{"round": k, "mean": means[k], "seeds": curve[k]} for k in sorted(means)]
+    row["best_round"] = best
+    row["drift"] = means[entry.rounds] - means[best] if entry.rounds in means and best in means else None
+    at_best = _scores(contest, entry.cells, best, entry.best_guidance)
     if best and at_best["best"]:
-        said["at_best_round"] = {mode: _described(at_best[mode]) for mode in MODES}
+        row["at_best_round"] = _means(at_best)
         if entry.method != contest.settings.reference:
-            said["best_round_to_reference"] = {
-                mode: family.difference(at_best[mode], reference[mode]) for mode in MODES
-            }
-    return said
+            row["best_round_to_reference"] = family.differences(at_best, reference)
 
 
-def _rounds_of(contest: Contest, entry: Entry) -> dict[int, tuple[float, dict[str, Values]]]:
+def _rounds_of(contest: Contest, entry: Entry) -> dict[int, tuple[float, Scores]]:
     """Round -> its best guidance scale on validation prompts, with the first seed, and its scores on test prompts."""
     found = {}
-    for k in range(1, (entry.cells[0].rounds if entry.cells else 0) + 1):
-        means = contest.means(entry.cells[0], k)
-        if means:
-            scale = best_guidance(means)
+    for k in range(1, entry.rounds + 1):
+        if means := contest.means(entry.cells[0], k):
+            scale = highest(means)
             found[k] = (scale, _scores(contest, entry.cells, k, scale))
     return found
 
@@ -197,59 +235,53 @@ def _rounds_of(contest: Contest, entry: Entry) -> dict[int, tuple[float, dict[st
 def _by_round(
     contest: Contest,
     entry: Entry,
-    base: dict[str, Values],
-    of_reference: dict[int, tuple[float, dict[str, Values]]],
+    base: Scores,
+    of_reference: dict[int, tuple[float, Scores]],
     family: DifferenceFamily,
-) -> list[dict[str, Any]]:
+) -> list[RoundResult]:
     """Every round on test prompts, against the base and against the reference: after as many rounds if it has as
     many, else after its last one."""
     rows, mine = [], _rounds_of(contest, entry)
     as_many = mine.keys() == of_reference.keys()
     for k, (scale, scores) in mine.items():
-        row = {
+        row: RoundResult = {
             "round": k,
             "best_guidance": scale,
-            "scores": {mode: _described(scores[mode]) for mode in MODES},
-            "to_base": {mode: family.difference(scores[mode], base[mode]) for mode in MODES},
+            "scores": _means(scores),
+            "to_base": family.differences(scores, base),
         }
         if entry.method != contest.settings.reference and of_reference:
             of_k = of_reference[k if as_many else max(of_reference)][1]
-            row["to_reference"] = {mode: family.difference(scores[mode], of_k[mode]) for mode in MODES}
+            row["to_reference"] = family.differences(scores, of_k)
         rows.append(row)
     return rows
 
 
-def _failures(contest: Contest, entry: Entry) -> list[str]:
-    return _said_of(contest, [*contest.tuning(entry), *entry.cells] if entry.steps_per_round else [])
-
-
-def _said_of(contest: Contest, of_cells: list[Cell]) -> list[str]:
+def _failures(contest: Contest, of_cells: Sequence[Cell]) -> list[str]:
     """Why these cells have no end, each once."""
-    said = {}
+    reasons = {}
     for cell in of_cells:
         found = cells.last_failure(contest.folder(cell))
         if found is not None:
             rate = f"rate {cell.training['learning_rate']:g}, " if cell.rounds else ""
-            said[cell.key] = f"{rate}seed {cell.seed} {found['kind']}: {found['message']}"
-    return list(said.values())
+            reasons[cell.key] = f"{rate}seed {cell.seed} {found['kind']}: {found['message']}"
+    return list(reasons.values())
 
 
 def _scores(
-    contest: Contest, of_cells: list[Cell], round_: int, best_scale: float | None, scorer: str | None = None
-) -> dict[str, Values]:
-    """Mode -> seed -> (prompts,); seeds without an end are left out."""
-    name = scorer or contest.scorers[0]
-    found: dict[str, Values] = {mode: {} for mode in MODES}
+    contest: Contest, of_cells: Sequence[Cell], round_: int, best_scale: float | None, scorer: str | None = None
+) -> Scores:
+    """Scores on test prompts after a round, by default of the first scorer; seeds without an end are left out."""
+    found: Scores = {mode: {} for mode in MODES}
     for cell in of_cells:
-        scales = {"guidance 1": 1.0, "usual": contest.plan.usual_guidance(cell.world), "best": best_scale}
-        for mode, scale in scales.items():
+        for mode, scale in zip(MODES, (1.0, contest.plan.usual_guidance(cell.world), best_scale), strict=True):
             rows = None if scale is None else read_view(contest.folder(cell), View("test", round_, scale))
             if rows is not None:
-                found[mode][cell.seed] = by_prompt(rows, name)
+                found[mode][cell.seed] = by_prompt(rows, scorer or contest.scorers[0])
     return found
 
 
-def by_prompt(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+def by_prompt(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     """(prompts,) mean over the images of each prompt, in the order of their ids."""
     of_id: dict[str, list[float]] = {}
     for row in rows:
@@ -257,16 +289,10 @@ def by_prompt(rows: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([np.mean(of_id[id_]) for id_ in sorted(of_id)])
 
 
-def _summary(
-    contest: Contest, of_cells: list[Cell], round_: int, best_scale: float | None, scores: dict[str, Values]
-) -> dict[str, Any]:
+def _measured(
+    contest: Contest, of_cells: Sequence[Cell], round_: int, best_scale: float | None, scores: Scores
+) -> Measured:
     """Scores of all scorers, and diversity."""
-    others = {
-        scorer: {
-            mode: _described(values) for mode, values in _scores(contest, of_cells, round_, best_scale, scorer).items()
-        }
-        for scorer in contest.scorers[1:]
-    }
     usual = contest.plan.usual_guidance(of_cells[0].world)
     distances = {}
     for cell in of_cells:
@@ -274,32 +300,25 @@ def _summary(
         if rows is not None and rows[0]["distance"] is not None:
             distances[cell.seed] = by_prompt(rows, "distance")
     return {
-        "scores": {mode: _described(values) for mode, values in scores.items()},
-        "other_scores": others,
-        "diversity": _described(distances),
+        "scores": _means(scores),
+        "other_scores": {
+            scorer: _means(_scores(contest, of_cells, round_, best_scale, scorer)) for scorer in contest.scorers[1:]
+        },
+        "diversity": _mean(distances),
     }
 
 
-def _described(values: Values) -> dict[str, Any] | None:
-    """Mean, interval and the mean of each seed."""
-    if not values:
-        return None
-    stacked = np.stack([values[seed] for seed in sorted(values)])
-    return asdict(crossed_interval(stacked)) | {"seeds": {str(s): float(values[s].mean()) for s in sorted(values)}}
-
-
-def _first(scores: dict[str, dict[str, Values]]) -> dict[str, dict[str, Any] | None]:
-    """Mode -> the method with the highest mean after its last round, and which others are not told apart from it.
+def _first(scores: Mapping[str, Scores]) -> dict[Mode, First | None]:
+    """The method with the highest mean after its last round, and which others are not told apart from it.
 
     The differences between all methods are a family of their own at each guidance scale, since any may be first.
     """
-    found: dict[str, dict[str, Any] | None] = {}
+    found: dict[Mode, First | None] = {}
     for mode in MODES:
         of_method = {method: scores[method][mode] for method in scores if scores[method][mode]}
         means = {m: float(np.mean([of_seed.mean() for of_seed in values.values()])) for m, values in of_method.items()}
-        family, between = DifferenceFamily(), {}
-        for pair in combinations(of_method, 2):
-            between[frozenset(pair)] = family.difference(of_method[pair[0]], of_method[pair[1]])
+        family = DifferenceFamily()
+        between = {frozenset((a, b)): family.difference(of_method[a], of_method[b]) for a, b in combinations(means, 2)}
         family.adjust()
         best = max(means, key=lambda method: means[method], default="")
         level = [other for other in means if other != best and not _apart(between[frozenset((best, other))])]
@@ -307,24 +326,24 @@ def _first(scores: dict[str, dict[str, Values]]) -> dict[str, dict[str, Any] | N
     return found
 
 
-def _apart(said: dict[str, Any] | None) -> bool:
-    return said is not None and said["adjusted"] is not None and not said["adjusted"][0] <= 0 <= said["adjusted"][1]
+def _apart(found: Difference | None) -> bool:
+    adjusted = found["adjusted"] if found is not None else None
+    return adjusted is not None and not adjusted[0] <= 0 <= adjusted[1]
 
 
-def _cost(contest: Contest, entry: Entry) -> dict[str, Any]:
+def _cost(contest: Contest, entry: Entry) -> tuple[float, float, float]:
     """Mean over the finished seeds of what a run took: GFLOPs, seconds, and the steps that it made."""
     flops, seconds, steps = [], [], []
     for cell in entry.cells:
         folder = contest.folder(cell)
         records = cells.rounds_of(folder, cell.rounds)
-        if len(records) < cell.rounds:
-            continue
-        made = [record["training"]["steps"] for record in records]
-        unit, zeros = contest.costs(cell)
-        flops.append(run_flops(contest.plan.config(cell), unit, cells.rows_of(folder), made, zeros))
-        seconds.append(sum(sum(record["seconds"].values()) for record in records))
-        steps.append(sum(made))
-    return {"gflops": float(np.mean(flops)) / 1e9, "seconds": float(np.mean(seconds)), "steps": float(np.mean(steps))}
+        if len(records) == cell.rounds:
+            made = [record["training"]["steps"] for record in records]
+            unit, zeros = contest.costs(cell)
+            flops.append(run_flops(parsed(cell.training), unit, cells.rows_of(folder), made, zeros))
+            seconds.append(sum(sum(record["seconds"].values()) for record in records))
+            steps.append(sum(made))
+    return float(np.mean(flops)) / 1e9, float(np.mean(seconds)), float(np.mean(steps))
 
 
 def _all_rows(contest: Contest) -> list[dict[str, Any]]:

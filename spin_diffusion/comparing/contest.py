@@ -1,21 +1,64 @@
-"""A contest of methods and its folder: who takes part, what its cells have scored so far, and what they took."""
+"""A contest of methods and its folder: who takes part, what the cells have scored so far, and what is chosen by that.
+
+A rate, a guidance scale and a round are chosen by mean scores on validation prompts alone. Larger = better.
+"""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import Drawing, Task, View, prompt_sets, read_view
-from spin_diffusion.comparing.choosing import ChosenRate
-from spin_diffusion.comparing.plan import Cell, make_plan
+from spin_diffusion.comparing.plan import Cell, make_plan, parsed
+from spin_diffusion.comparing.results import TookAll
 from spin_diffusion.comparing.settings import Budget, CompareSettings
-from spin_diffusion.diffusion.cost import UnitCosts
+from spin_diffusion.diffusion.config import Config
+from spin_diffusion.diffusion.cost import UnitCosts, generation_flops, step_flops, work_of
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.yaml_files import dump_yaml
+
+At = TypeVar("At", int, float)
+
+
+@dataclass(frozen=True)
+class ChosenRate:
+    """What a method was given, and what it was chosen by."""
+
+    learning_rate: float
+    guidance_scale: float
+    score: float
+    """Mean on validation prompts."""
+    at_edge: bool
+    """The rate is the lowest or the highest of several that could be had: a better one may lie outside."""
+
+
+def highest(means: Mapping[At, float]) -> At:
+    """The guidance scale, or round, with the highest mean; of equal ones the lowest, which is the cheapest and the
+    closest to the base."""
+    return max(sorted(means), key=lambda at: means[at])
+
+
+def choose(by_rate: Mapping[float, Mapping[float, float] | None]) -> ChosenRate | None:
+    """The rate whose best guidance scale scores highest; of equal ones the lower rate. None when no rate has a score.
+
+    Args:
+        by_rate: learning rate -> guidance scale -> mean, or None for a run that has no end.
+    """
+    finished = {rate: means for rate, means in by_rate.items() if means}
+    if not finished:
+        return None
+    rate = highest({rate: max(means.values()) for rate, means in finished.items()})
+    scale = highest(finished[rate])
+    at_edge = len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))
+    return ChosenRate(rate, scale, finished[rate][scale], at_edge)
 
 
 @dataclass
@@ -32,6 +75,16 @@ class Entry:
     """One per seed, at the rate that was chosen."""
     best_round: int = 0
     """By validation prompts, over the seeds; 0 = not looked for."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of its runs; 0 = it has none."""
+        return self.cells[0].rounds if self.cells else 0
+
+    @property
+    def best_guidance(self) -> float | None:
+        """The scale that was chosen with its rate."""
+        return self.choice.guidance_scale if self.choice else None
 
 
 class Contest:
@@ -57,24 +110,19 @@ class Contest:
         """Take the folder; another program's is refused."""
         take_folder(self.output_dir, "comparison")
         settle(self.output_dir)
-        saved = self.output_dir / "config.yaml"
-        text = dump_yaml(self.settings.flat())
-        write_file(saved, lambda part: part.write_text(text, encoding="utf-8"))
+        text = dump_yaml(asdict(self.settings))
+        write_file(self.output_dir / "config.yaml", lambda part: part.write_text(text, encoding="utf-8"))
 
     # Cells and their scores
 
     def task(self, cell: Cell, views: list[View]) -> Task:
         """What is asked of a cell."""
-        folder = str(self.output_dir / "cells" / cell.folder)
-        return Task(folder, cell.training, cell.rounds, cell.seed, views, self.drawing, self.settings.retry_failed)
+        config = parsed({**cell.training, "output_dir": str(self.folder(cell) / "run")})
+        return Task(self.folder(cell), config, cell.rounds, cell.seed, views, self.drawing, self.settings.retry_failed)
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell lies."""
         return self.output_dir / "cells" / cell.folder
-
-    def scales(self, world: str) -> list[float]:
-        """The sweep of a world."""
-        return self.plan.guidance_scales(world)
 
     def mean(self, cell: Cell, view: View) -> float | None:
         """Mean of the first scorer over a view; None = it has no scores."""
@@ -84,26 +132,25 @@ class Contest:
     def means(self, cell: Cell, round_: int | None = None) -> dict[float, float] | None:
         """Guidance scale -> mean on validation prompts after a round, by default the last one; None = a run without
         an end."""
-        last = cell.rounds if round_ is None else round_
-        found = {s: self.mean(cell, View("validation", last, s)) for s in self.scales(cell.world)}
+        found = {view.guidance_scale: self.mean(cell, view) for view in self.validation(cell, round_)}
         return None if None in found.values() else {s: mean for s, mean in found.items() if mean is not None}
 
-    def validation(self, cell: Cell) -> list[View]:
-        """The views that choose."""
-        return [View("validation", cell.rounds, scale) for scale in self.scales(cell.world)]
+    def validation(self, cell: Cell, round_: int | None = None) -> list[View]:
+        """The views that choose after a round, by default the last one."""
+        last = cell.rounds if round_ is None else round_
+        return [View("validation", last, scale) for scale in self.plan.guidance_scales(cell.world)]
 
     def tuning(self, entry: Entry) -> list[Cell]:
-        """One cell per rate of the grid, with the first seed."""
-        return [
-            self.plan.cell(entry.world, entry.method, rate, self.settings.all_seeds[0], entry.steps_per_round)
-            for rate in self.plan.rates(entry.world, entry.method)
-        ]
+        """One cell per rate of the grid, with the first seed; none where the budget leaves no step."""
+        rates = self.plan.rates(entry.world, entry.method) if entry.steps_per_round else []
+        seed = self.settings.all_seeds[0]
+        return [self.plan.cell(entry.world, entry.method, rate, seed, entry.steps_per_round) for rate in rates]
 
     def curve(self, entry: Entry) -> dict[int, list[float]]:
         """Round -> mean on validation prompts at the usual guidance, of each seed that has an end."""
         usual = self.plan.usual_guidance(entry.world)
         curve = {}
-        for k in range(1, max((cell.rounds for cell in entry.cells), default=0) + 1):
+        for k in range(1, entry.rounds + 1):
             found = [self.mean(cell, View("validation", k, usual)) for cell in entry.cells]
             curve[k] = [mean for mean in found if mean is not None]
         return curve
@@ -114,7 +161,7 @@ class Contest:
 
     def cells(self) -> list[Cell]:
         """All cells that the report rests on, the bases first; one that two budgets share is there twice."""
-        of_entries = [(*self.tuning(entry), *entry.cells) for entry in self.entries if entry.steps_per_round]
+        of_entries = [(*self.tuning(entry), *entry.cells) for entry in self.entries]
         return [*self.bases(), *(cell for row in of_entries for cell in row)]
 
     # What they took
@@ -125,10 +172,52 @@ class Contest:
         path = self.output_dir / "costs" / f"{cell.world}-{base.key[:8]}.json"
         return cells.counted_costs(self.task(cell, []), path)
 
-    def took(self) -> dict[str, int | float] | None:
-        """`runs`, and the `seconds` and `cpu_seconds` of all their processes; None where not all have noted them."""
+    def took(self) -> TookAll | None:
+        """What the processes of all runs took; None where not all have noted it."""
         taken = [cells.took(folder) for folder in {self.folder(cell) for cell in self.cells()}]
-        noted = [seconds for seconds in taken if seconds is not None]
+        noted = [one for one in taken if one is not None]
         if len(noted) < len(taken):
             return None
-        return {"runs": len(taken)} | {key: sum(each[key] for each in noted) for key in ("seconds", "cpu_seconds")}
+        return {
+            "runs": len(taken),
+            "seconds": sum(one["seconds"] for one in noted),
+            "cpu_seconds": sum(one["cpu_seconds"] for one in noted),
+        }
+
+
+# Equal compute
+
+
+def run_flops(config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool) -> int:
+    """FLOPs of a run, with the encoding of the real images and of their prompts.
+
+    Args:
+        rows: real samples of the run.
+        steps: optimizer steps of each round.
+        zeros_for_empty: the empty prompt needs no embedding.
+    """
+    before, a_step = _flops(config, unit, rows, steps, zeros_for_empty)
+    return before + sum(num * flops for num, flops in zip(steps, a_step, strict=True))
+
+
+def steps_for(config: Config, unit: UnitCosts, rows: int, budget: int, zeros_for_empty: bool) -> int:
+    """Optimizer steps in each round, so that a run takes at most `budget` FLOPs; 0 = its images alone are dearer."""
+    before, a_step = _flops(config, unit, rows, [1] * config.rounds.rounds, zeros_for_empty)
+    return max(0, (budget - before) // sum(a_step))
+
+
+def _flops(
+    config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool
+) -> tuple[int, list[int]]:
+    """FLOPs of all that comes before the first steps, and of a step of each round."""
+    sources = [source_of(config.rounds, of_round(config.rounds.objective, k)) for k in range(1, len(steps) + 1)]
+    works = [
+        work_of(config, source, rows // config.rounds.real_parts, num, zeros_for_empty)
+        for source, num in zip(sources, steps, strict=True)
+    ]
+    encoded = rows * (2 if "data" in sources else 1)
+    trips = encoded if config.images.vae_round_trip else 0
+    real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
+    text = rows * unit.text if config.caches.cache_text_embeddings else 0
+    drawn = sum(generation_flops(unit, work) for work in works)
+    return real + text + drawn, [step_flops(unit, work) for work in works]

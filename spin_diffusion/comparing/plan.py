@@ -5,15 +5,14 @@ Two budgets that come to the same training settings share one cell, and a change
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
 from spin_diffusion.diffusion.config import SECTIONS, Config
-from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, step_flops, work_of
-from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_per_step
+from spin_diffusion.selfplay.train_settings import TrainSettings, pairs_per_step
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
 from spin_diffusion.store.parsing import build_sections, settings_of
@@ -21,6 +20,8 @@ from spin_diffusion.store.settings import harmless
 
 _HARMLESS = harmless(SECTIONS.values())
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
+
+BASE = "base"
 
 # The comparison scores by itself, and asks for nothing else of a run
 QUIET = {
@@ -32,8 +33,6 @@ QUIET = {
     "report_to": "none",
     "push_to_hub": False,
 }
-
-
 _PLACES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
@@ -60,7 +59,7 @@ class Cell:
     world: str
     method: str
     """Its name, or "base"."""
-    training: dict[str, Any]
+    training: Mapping[str, Any]
     """All training settings that are not the defaults, without output_dir."""
 
     @property
@@ -96,62 +95,44 @@ class Cell:
         return f"{self.world}/{self.method}-{self.rounds}x{steps}-lr{rate:g}-seed{self.seed}-{self.key[:8]}"
 
 
-BASE = "base"
-
-
 @dataclass(frozen=True)
 class Plan:
     """The training settings of every world and method, checked."""
 
     settings: CompareSettings
-    shared: dict[str, Any]
+    shared: Mapping[str, Any]
 
     def worlds(self) -> list[str]:
         """In the file's order."""
         asked = self.settings.only_worlds
-        return [name for name, _ in self.settings.given_worlds() if asked is None or name in asked]
-
-    def methods(self, world: str) -> list[str]:
-        """In the file's order."""
-        return self.settings.methods_of(world)
+        return [name for name in self.settings.worlds or {} if asked is None or name in asked]
 
     def total_steps(self, world: str) -> int:
         """Optimizer steps of a run."""
-        return (self.settings.worlds or {})[world].get("total_steps") or self.settings.total_steps
-
-    def about(self, kind: str, name: str) -> str:
-        """What the file says of a world or a method."""
-        found = (getattr(self.settings, kind)[name] or {}).get("about") or ""
-        if isinstance(found, dict):  # the parser reads a text with a colon as names and values
-            found = "; ".join(f"{key}: {value}" for key, value in found.items())
-        return str(found)
+        return self.settings.world(world).get("total_steps") or self.settings.total_steps
 
     def rates(self, world: str, method: str) -> list[float]:
         """The grid of a method in a world, from low to high: its own, or the world's, or everybody's."""
-        of_method = ((self.settings.methods or {})[method] or {}).get("learning_rates")
-        of_world = (self.settings.worlds or {})[world].get("learning_rates")
+        of_method = self.settings.method(method).get("learning_rates")
+        of_world = self.settings.world(world).get("learning_rates")
         return sorted(of_method or of_world or self.settings.learning_rates or [])
 
-    def training_of(self, world: str, method: str) -> dict[str, Any]:
+    def training_of(self, world: str, method: str) -> Mapping[str, Any]:
         """The file's settings under the shared ones under the world's under the method's."""
-        given = {key: value for key, value in (self.settings.worlds or {})[world].items() if key not in WORLD_KEYS}
+        given = {key: value for key, value in self.settings.world(world).items() if key not in WORLD_KEYS}
         if method != BASE:
-            own = (self.settings.methods or {})[method] or {}
+            own = self.settings.method(method)
             given |= {key: value for key, value in own.items() if key not in METHOD_KEYS}
-        return self.shared | given | QUIET
+        return {**self.shared, **given, **QUIET}
 
     def cell(self, world: str, method: str, rate: float, seed: int, steps_per_round: int) -> Cell:
         """One training run."""
         own = {"learning_rate": rate, "max_train_steps": steps_per_round, "num_train_epochs": None, "seed": seed}
-        return Cell(world, method, self.training_of(world, method) | own)
+        return Cell(world, method, {**self.training_of(world, method), **own})
 
     def base(self, world: str, seed: int) -> Cell:
         """The base, drawn with the seeds of the runs of this seed."""
-        return Cell(world, BASE, self.training_of(world, BASE) | {"seed": seed})
-
-    def config(self, cell: Cell) -> Config:
-        """The settings as the training command has them."""
-        return parsed(cell.training)
+        return Cell(world, BASE, {**self.training_of(world, BASE), "seed": seed})
 
     def steps_per_round(self, world: str, method: str) -> int:
         """With total_steps over all rounds."""
@@ -174,6 +155,14 @@ class Plan:
         return sorted({1.0, self.usual_guidance(world), *(self.settings.guidance_scales or [])})
 
 
+def about(given: Mapping[str, Any]) -> str:
+    """What the file says of a world or a method."""
+    found = given.get("about") or ""
+    if isinstance(found, dict):  # the parser reads a text with a colon as names and values
+        found = "; ".join(f"{key}: {value}" for key, value in found.items())
+    return str(found)
+
+
 def make_plan(settings: CompareSettings) -> Plan:
     """The plan; every setting of every method in every world is parsed once.
 
@@ -193,7 +182,7 @@ def make_plan(settings: CompareSettings) -> Plan:
             raise InputError(f"worlds: {world}: {base} is not a pipeline's folder (it has no model_index.json)")
         if plan.total_steps(world) < 1:
             raise InputError(f"worlds: {world}: total_steps {plan.total_steps(world)} must be at least 1")
-        for method in plan.methods(world):
+        for method in settings.methods_of(world):
             _check(f"worlds: {world}: methods: {method}", plan.training_of(world, method))
             plan.steps_per_round(world, method)
             if min(plan.rates(world, method)) <= 0:
@@ -201,59 +190,18 @@ def make_plan(settings: CompareSettings) -> Plan:
     return plan
 
 
-def _check(where: str, training: dict[str, Any]) -> None:
+def _check(where: str, training: Mapping[str, Any]) -> None:
     try:
         parsed(training)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
 
-def parsed(training: dict[str, Any]) -> Config:
+def parsed(training: Mapping[str, Any]) -> Config:
     """Training settings as the training command has them."""
-    return _parsed(json.dumps(training))
+    return _parsed(json.dumps(dict(training)))
 
 
 @functools.lru_cache(maxsize=1024)  # a plan asks for the same settings again and again
 def _parsed(training: str) -> Config:
     return Config(**build_sections(SECTIONS, json.loads(training)))
-
-
-# Equal compute
-
-
-def works_of(config: Config, rows: int, steps: list[int], zeros_for_empty: bool) -> list[RoundWork]:
-    """What each round of a run asks of the networks.
-
-    Args:
-        rows: real samples of the run.
-        steps: optimizer steps of each round.
-    """
-    works = []
-    for k, of_k in enumerate(steps, 1):
-        source = source_of(config.rounds, of_round(config.rounds.objective, k))
-        works.append(work_of(config, source, rows // config.rounds.real_parts, of_k, zeros_for_empty))
-    return works
-
-
-def run_flops(config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool) -> int:
-    """FLOPs of a run, with the encoding of the real images and of their prompts."""
-    works = works_of(config, rows, steps, zeros_for_empty)
-    return _before(config, unit, rows, works) + sum(work.steps * step_flops(unit, work) for work in works)
-
-
-def steps_for(config: Config, unit: UnitCosts, rows: int, budget: int, zeros_for_empty: bool) -> int:
-    """Optimizer steps in each round, so that a run takes at most `budget` FLOPs; 0 = its images alone are dearer."""
-    works = works_of(config, rows, [1] * config.rounds.rounds, zeros_for_empty)
-    a_step_in_each = sum(step_flops(unit, work) for work in works)
-    return max(0, (budget - _before(config, unit, rows, works)) // a_step_in_each)
-
-
-def _before(config: Config, unit: UnitCosts, rows: int, works: list[RoundWork]) -> int:
-    losers = any(
-        source_of(config.rounds, of_round(config.rounds.objective, k + 1)) == "data" for k in range(len(works))
-    )
-    encoded = rows * (2 if losers else 1)
-    trips = encoded if config.images.vae_round_trip else 0
-    real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
-    text = rows * unit.text if config.caches.cache_text_embeddings else 0
-    return real + text + sum(generation_flops(unit, work) for work in works)

@@ -1,23 +1,32 @@
 """What is compared: read from YAML and the command line, checked before anything is loaded or written."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from spin_diffusion.store.input_error import InputError, nearest
 from spin_diffusion.store.parsing import parse_sections
 
 Budget = Literal["steps", "compute"]
-MODES = ("guidance 1", "usual", "best")
+Mode = Literal["guidance 1", "usual", "best"]
+MODES: tuple[Mode, ...] = ("guidance 1", "usual", "best")
 """Guidance scales that are reported: none, the usual one, each method's best."""
+SetName = Literal["validation", "test"]
+"""Sets of prompts: the first ones choose, the others report."""
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")
 
 WORLD_KEYS = ("about", "methods", "total_steps", "learning_rates")
 """Keys of a world that are not training settings."""
 METHOD_KEYS = ("about", "learning_rates")
 """Keys of a method that are not training settings."""
-OWN = ("learning_rate", "max_train_steps", "num_train_epochs", "seed", "output_dir")
-"""Training settings that the comparison gives each run."""
+OWN = {
+    "learning_rate": "learning_rates",
+    "max_train_steps": "total_steps",
+    "num_train_epochs": "total_steps",
+    "seed": "seeds",
+    "output_dir": "--output_dir",
+}
+"""Training settings that the comparison gives each run -> what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class CompareSettings:
         for name in ("training_config", "worlds", "methods", "learning_rates", "prompts", "scorers"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing: give it in the --config file or on the command line")
-        if len(self.scorers or []) < 1 or self.images_per_prompt < 1:
+        if self.images_per_prompt < 1:
             raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at least 1")
         for name in ("num_validation_prompts", "num_test_prompts"):
             if getattr(self, name) < 2:
@@ -108,23 +117,27 @@ class CompareSettings:
             ("compute_reference", [self.compute_reference] if "compute" in self.budgets else [], methods),
             ("only_methods", self.only_methods or [], methods),
             ("only_worlds", self.only_worlds or [], worlds),
-            *((f"worlds: {name}: methods", given.get("methods") or [], methods) for name, given in self.given_worlds()),
+            *((f"worlds: {name}: methods", self.world(name).get("methods") or [], methods) for name in worlds),
         ):
             for name in names:
                 if name not in known:
                     dashes = "" if ":" in flag else "--"
                     raise InputError(f"{dashes}{flag} {name}: no such name{nearest(name, known)}")
-        for kind, named in (("worlds", self.given_worlds()), ("methods", list((self.methods or {}).items()))):
-            for name, given in named:
+        for kind, named in (("worlds", self.worlds or {}), ("methods", self.methods or {})):
+            for name, given in named.items():
                 if not name.replace("-", "").replace("_", "").isalnum():
                     raise InputError(f"{kind}: {name!r}: give a name of letters, digits, - and _")
                 for key in OWN:
                     if key in (given or {}):
-                        raise InputError(f"{kind}: {name}: {key} is the comparison's to give: use {_instead(key)}")
+                        raise InputError(f"{kind}: {name}: {key} is the comparison's to give: use {OWN[key]}")
 
-    def given_worlds(self) -> list[tuple[str, dict[str, Any]]]:
-        """All worlds of the file."""
-        return [(name, given or {}) for name, given in (self.worlds or {}).items()]
+    def world(self, name: str) -> Mapping[str, Any]:
+        """What is given of a world."""
+        return (self.worlds or {})[name] or {}
+
+    def method(self, name: str) -> Mapping[str, Any]:
+        """What is given of a method."""
+        return (self.methods or {})[name] or {}
 
     @property
     def budgets(self) -> list[Budget]:
@@ -138,22 +151,12 @@ class CompareSettings:
 
     def methods_of(self, world: str) -> list[str]:
         """Names of the methods that play in a world, in the file's order; the references always do."""
-        asked = (self.worlds or {})[world].get("methods") or list(self.methods or {})
+        asked = self.world(world).get("methods") or list(self.methods or {})
         wanted = [name for name in asked if self.only_methods is None or name in self.only_methods]
         wanted.append(self.reference)
         if "compute" in self.budgets:
             wanted.append(self.compute_reference)
         return [name for name in self.methods or {} if name in wanted]
-
-    def flat(self) -> dict[str, Any]:
-        """Every setting by its flag."""
-        return asdict(self)
-
-
-def _instead(key: str) -> str:
-    return {"learning_rate": "learning_rates", "seed": "seeds"}.get(
-        key, "total_steps" if key != "output_dir" else "--output_dir"
-    )
 
 
 def parse_settings(argv: Sequence[str]) -> CompareSettings:

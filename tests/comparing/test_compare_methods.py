@@ -15,14 +15,13 @@ import yaml
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 
-from spin_diffusion.comparing import analysis, cells, phases, workers
-from spin_diffusion.comparing.analysis import DifferenceFamily
-from spin_diffusion.comparing.cells import Drawing, Task, View, mean_distances
-from spin_diffusion.comparing.choosing import best_guidance, best_round, choose
-from spin_diffusion.comparing.contest import Contest, Entry
-from spin_diffusion.comparing.intervals import crossed_interval
-from spin_diffusion.comparing.plan import make_plan, run_flops, steps_for
-from spin_diffusion.comparing.report.tables import findings, weight
+from spin_diffusion.comparing import analysis, cells, compare, making
+from spin_diffusion.comparing.analysis import DifferenceFamily, crossed_interval
+from spin_diffusion.comparing.cells import Drawing, Task, View
+from spin_diffusion.comparing.contest import Contest, Entry, choose, highest, run_flops, steps_for
+from spin_diffusion.comparing.making import make, mean_distances
+from spin_diffusion.comparing.plan import make_plan, parsed
+from spin_diffusion.comparing.report import findings, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import SECTIONS
@@ -94,8 +93,8 @@ def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value()
     assert choose({1e-5: None, 1e-3: None}) is None
     tie = choose({1e-3: {3.0: 0.5, 1.0: 0.5}, 1e-4: {1.0: 0.5}})
     assert (tie.learning_rate, tie.guidance_scale) == (1e-4, 1.0)
-    assert best_guidance({3.0: 0.5, 1.0: 0.5}) == 1.0
-    assert best_round({1: 0.3, 2: 0.7, 3: 0.7}) == 2
+    assert highest({3.0: 0.5, 1.0: 0.5}) == 1.0
+    assert highest({1: 0.3, 2: 0.7, 3: 0.7}) == 2
     assert not choose({1e-4: {1.0: 0.5}}).at_edge
 
 
@@ -104,7 +103,7 @@ def test_rates_scales_and_rounds_are_chosen_on_validation_prompts_alone(config, 
     monkeypatch.setattr(contest, "mean", lambda cell, view: asked.append(view) or 0.5)
     cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 2)
     assert contest.means(cell) == {1.0: 0.5, 3.0: 0.5} and set(asked) == set(contest.validation(cell))
-    phases._best_round(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
+    compare._best_round(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
     analysis._rounds_of(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
     assert {(view.prompts, view.round) for view in asked} == {("validation", 1), ("validation", 2)}
 
@@ -193,11 +192,19 @@ def test_the_drift_is_what_the_last_round_lost_of_the_best_one(config, monkeypat
     contest = Contest(settings_of(config))
     monkeypatch.setattr(contest, "curve", lambda entry: {3: [0.4, 0.6], 1: [0.5, 0.7], 2: [0.3, 0.3], 4: []})
     monkeypatch.setattr(analysis, "_scores", lambda *given: {"best": {}})
-    entry = Entry("tiny", "steps", "spin", 3, choice=choose({1e-4: {1.0: 0.5}}), best_round=1)
-    found = analysis._over_rounds(contest, entry, 3, {}, DifferenceFamily())
+    cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 3)
+
+    def over(rounds: int) -> dict:
+        cells_ = [replace(cell, training=cell.training | {"rounds": rounds})]
+        entry = Entry("tiny", "steps", "spin", 3, choose({1e-4: {1.0: 0.5}}), cells_, best_round=1)
+        row: dict = {}
+        analysis._add_rounds(contest, entry, row, {}, DifferenceFamily())
+        return row
+
+    found = over(3)
     assert [(row["round"], row["mean"]) for row in found["curve"]] == [(1, 0.6), (2, 0.3), (3, 0.5)]
     assert found["best_round"] == 1 and found["drift"] == pytest.approx(-0.1)
-    assert analysis._over_rounds(contest, entry, 4, {}, DifferenceFamily())["drift"] is None
+    assert over(4)["drift"] is None
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
@@ -214,8 +221,8 @@ def test_the_family_is_every_difference_that_is_shown(rounds, config, monkeypatc
     monkeypatch.setattr(analysis, "_scores", lambda *given, **named: scores)
     monkeypatch.setattr(contest, "means", lambda *given: {1.0: 0.5})
     monkeypatch.setattr(contest, "curve", lambda entry: {})
-    monkeypatch.setattr(analysis, "_summary", lambda *given: {"scores": {}})
-    monkeypatch.setattr(analysis, "_cost", lambda *given: {})
+    monkeypatch.setattr(analysis, "_measured", lambda *given: {"scores": {}})
+    monkeypatch.setattr(analysis, "_cost", lambda *given: (1.0, 1.0, 1.0))
     monkeypatch.setattr(analysis, "_rounds_of", lambda *given: {k: (1.0, scores) for k in range(1, rounds + 1)})
     (budget,) = analysis._world(contest, "tiny")["budgets"]
 
@@ -272,8 +279,8 @@ def test_the_distance_of_a_prompts_images_is_the_mean_over_its_pairs():
 
 def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cost(config):
     plan = make_plan(settings_of(config))
-    spin = plan.config(plan.cell("tiny", "spin", 1e-4, 0, plan.steps_per_round("tiny", "spin")))
-    sft = plan.config(plan.cell("tiny", "sft", 1e-4, 0, plan.steps_per_round("tiny", "sft")))
+    spin = parsed(plan.cell("tiny", "spin", 1e-4, 0, plan.steps_per_round("tiny", "spin")).training)
+    sft = parsed(plan.cell("tiny", "sft", 1e-4, 0, plan.steps_per_round("tiny", "sft")).training)
     assert (plan.steps_per_round("tiny", "spin"), plan.steps_per_round("tiny", "sft")) == (2, 4)
     # Two rounds of 8 images at 2 steps with guidance, whose prompts are encoded, and which are decoded and encoded
     drawing = 2 * 8 * (4 * 10 + 2 * 1 + 3 + 5)
@@ -293,7 +300,7 @@ def test_what_a_run_encodes_before_its_first_step_is_counted(config):
     cell = plan.cell("tiny", "sft", 1e-4, 0, 4)
 
     def flops(**changed) -> int:
-        return run_flops(plan.config(replace(cell, training=cell.training | changed)), UNIT, 8, [4], False)
+        return run_flops(parsed(cell.training | changed), UNIT, 8, [4], False)
 
     a_step = 2 * (10 + 20)
     assert flops() == 8 * (3 + 1) + 4 * a_step
@@ -489,14 +496,14 @@ def test_every_round_is_tested_against_the_reference_after_as_many_rounds(config
 
 
 def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypatch):
-    train = cells._train
+    train = making._train
 
     def diverges(task: Task) -> None:
-        if task.training.get("objective") == "spin" and (task.seed == 1 or task.training["learning_rate"] == 1e-4):
+        if task.config.rounds.objective == "spin" and (task.seed == 1 or task.config.training.learning_rate == 1e-4):
             raise FloatingPointError("step 2: loss nan")
         train(task)
 
-    monkeypatch.setattr(cells, "_train", diverges)
+    monkeypatch.setattr(making, "_train", diverges)
     assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
     out = tmp_path / "out"
     results = json.loads((out / "comparison.json").read_text())
@@ -508,9 +515,9 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
     assert "loss nan" in (out / "comparison.html").read_text()
 
     # It is not run again unless that is asked for; then it takes its place in the table
-    monkeypatch.setattr(cells, "_train", lambda task: pytest.fail("run again"))
+    monkeypatch.setattr(making, "_train", lambda task: pytest.fail("run again"))
     assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
-    monkeypatch.setattr(cells, "_train", train)
+    monkeypatch.setattr(making, "_train", train)
     argv = ["--config", str(config), "--budget", "steps", "--every_round", "false", "--retry_failed"]
     assert run(*argv) == 0
     results = json.loads((out / "comparison.json").read_text())
@@ -518,14 +525,14 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
 
 
 def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_path, monkeypatch, capsys):
-    train = cells._train
+    train = making._train
 
     def diverges(task: Task) -> None:
-        if task.training.get("objective") == "spin":
+        if task.config.rounds.objective == "spin":
             raise FloatingPointError("loss nan")
         train(task)
 
-    monkeypatch.setattr(cells, "_train", diverges)
+    monkeypatch.setattr(making, "_train", diverges)
     why = "seed 0 diverged: loss nan"
     refused(capsys, run("--config", str(config), "--seeds", "[0]"), "lacks results", "steps, spin: rate 1e-05", why)
     markdown = (tmp_path / "out" / "comparison.md").read_text()
@@ -599,18 +606,18 @@ def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
     task = task_of(config, contest)
     scorer = tmp_path / "deadly.py"
     scorer.write_text("import os\ndef load(device):\n    os._exit(7)\n")
-    deadly = replace(task, folder=str(tmp_path / "deadly"), drawing=replace(task.drawing, scorers=[str(scorer)]))
+    deadly = replace(task, folder=tmp_path / "deadly", drawing=replace(task.drawing, scorers=[str(scorer)]))
     done: list[Task] = []
-    workers.run_all([deadly, task], 1, done.append, lambda: True)
+    making.run_all([deadly, task], 1, done.append, lambda: True)
     assert done == [deadly, task]
     assert cells.last_failure(tmp_path / "deadly") == {"kind": "killed", "message": "its process ended with code 7"}
     assert cells.is_done(task) and not cells.is_done(deadly)
-    assert cells.read_view(Path(task.folder), task.views[0]) is not None
+    assert cells.read_view(task.folder, task.views[0]) is not None
     # A process of its own gives the same bytes as this one
-    here = replace(task, folder=str(tmp_path / "here"))
-    cells.do(here)
+    here = replace(task, folder=tmp_path / "here")
+    make(here)
     name = f"scores/{task.views[0].name}.parquet"
-    assert (Path(here.folder) / name).read_bytes() == (Path(task.folder) / name).read_bytes()
+    assert (here.folder / name).read_bytes() == (task.folder / name).read_bytes()
 
 
 def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
@@ -629,10 +636,10 @@ def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
 
 
 def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path):
-    task = replace(task_of(config, Contest(settings_of(config))), folder=str(tmp_path))
+    task = replace(task_of(config, Contest(settings_of(config))), folder=tmp_path)
     assert cells.failure_of(task) is None
     for kind, is_final in (("killed", False), ("diverged", True), ("refused", True)):
-        cells.write_failure(tmp_path, kind, "why")
+        making.write_failure(tmp_path, kind, "why")
         assert cells.is_done(task) == (cells.failure_of(task) is not None) == is_final
         assert cells.failure_of(replace(task, retry_failed=True)) is None
 
@@ -641,7 +648,7 @@ def test_one_process_at_a_time_works_on_a_cell(tmp_path):
     program, entered, leave = "run of a comparison", threading.Event(), threading.Event()
 
     def enter():
-        with cells._alone(tmp_path):
+        with making._alone(tmp_path):
             entered.set()
             leave.wait(60)
 
@@ -664,7 +671,7 @@ def test_one_process_at_a_time_works_on_a_cell(tmp_path):
 def test_another_drawing_is_scored_again(config):
     contest = Contest(settings_of(config))
     task = task_of(config, contest)
-    cells.do(task)
+    make(task)
     assert cells.is_done(task)
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
     scorer = Path(task.drawing.scorers[0])
@@ -672,7 +679,8 @@ def test_another_drawing_is_scored_again(config):
     renamed.write_text(scorer.read_text())
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, scorers=[str(renamed)])))
     # What the drawing leaves to the training settings, and what is behind a scorer's name
-    assert not cells.is_done(replace(task, training=task.training | {"num_inference_steps": 1}))
+    sampling = replace(task.config.sampling, num_inference_steps=1)
+    assert not cells.is_done(replace(task, config=replace(task.config, sampling=sampling)))
     scorer.write_text(scorer.read_text().replace("Redness", "Another redness"))
     assert not cells.is_done(task)
 
@@ -680,8 +688,8 @@ def test_another_drawing_is_scored_again(config):
 def test_scores_that_do_not_say_what_they_depend_on_are_made_anew(config):
     contest = Contest(settings_of(config))
     task = task_of(config, contest)
-    cells.do(task)
-    path = cells._scores_path(task, task.views[0])
+    make(task)
+    path = cells.scores_path(task.folder, task.views[0])
     pq.write_table(pq.read_table(path).replace_schema_metadata({"drawing": "[]"}), path)
     assert not cells.is_done(task)
     cells.forget_stale(task)
@@ -718,15 +726,15 @@ def test_a_cell_is_the_run_that_the_training_command_makes(config, tmp_path):
     contest = Contest(settings_of(config))
     cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 1)
     task = contest.task(cell, [])
-    cells.do(contest.task(contest.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
-    cells.do(task)
+    make(contest.task(contest.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
+    make(task)
     assert cells.is_trained(task)
     content = cell.training | {"output_dir": str(tmp_path / "by-command")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     script = runpy.run_path(str(ROOT / "training" / "train_spin_sdxl.py"))["main"]
     assert script(["--config", str(tmp_path / "run.yaml")]) == 0
     weights = "round-2/unet/diffusion_pytorch_model.safetensors"
-    assert (Path(task.folder) / "run" / weights).read_bytes() == (tmp_path / "by-command" / weights).read_bytes()
+    assert (task.folder / "run" / weights).read_bytes() == (tmp_path / "by-command" / weights).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["compare_toy", "compare_toy_full"])
@@ -740,4 +748,4 @@ def test_every_world_and_method_of_the_files_is_one_that_can_be_trained(name, mo
     assert len(methods) >= 8 and {"sloppy", "plateau"} <= set(worlds)
     only = worlds if name == "compare_toy" else ["sloppy"]  # reading settings takes a while
     plan = make_plan(replace(settings, only_methods=methods, only_worlds=only))
-    assert len(plan.methods("sloppy")) >= 8
+    assert len(plan.settings.methods_of("sloppy")) >= 8

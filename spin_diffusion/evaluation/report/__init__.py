@@ -18,11 +18,8 @@ Prompts, names and reasons are text that anybody may have written. The template 
 in the page forbids whatever is not this program's own style and script, known by their hashes.
 """
 
-import base64
 import functools
-import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 
 import jinja2
@@ -33,6 +30,7 @@ from spin_diffusion.evaluation.modalities import samples_per_prompt
 from spin_diffusion.evaluation.report import distributions, facts, gallery, plots, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.labels import Labels, mark, own_bar, win_rate
+from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, read_evaluation
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
@@ -95,17 +93,11 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
     ]
     alarms, other_alarms = tables.alarm_rows(results)
     histograms, doubts = distributions.distributions(evaluation)
-    css, js = _asset("style.css"), _asset("page.js")
     return {
         "results": results,
         "labels": labels,
         "edition": edition,
-        "css": css,
-        "js": js,
-        "policy": (
-            "default-src 'none'; img-src data:; "
-            f"style-src '{_hash(css)}'; script-src '{_hash(js)}'; base-uri 'none'; form-action 'none'"
-        ),
+        **dress("page.js"),
         "baseline": labels.model(results["baseline"]),
         "candidate": "" if candidate is None else labels.model(candidate),
         "scale": labels.scale(headline["guidance_scale"]),
@@ -139,16 +131,8 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True,
-        loader=jinja2.FunctionLoader(_asset),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # The one place through which all text goes; what is Markup is this program's own
-        finalize=lambda value: wording.clean(value) if type(value) is str else value,
-    )
-    environment.filters |= {
+    made = environment(__name__)
+    made.filters |= {
         "shortened": wording.shortened,
         "short": lambda text, length=wording.PROMPT_CHARACTERS: wording.shortened(text, length).short,
         "passage": wording.passage,
@@ -164,7 +148,7 @@ def _template() -> jinja2.Template:
         "memory": training.memory,
         "scorer_facts": facts.scorer_facts,
     }
-    environment.globals |= {
+    made.globals |= {
         "states": wording.STATES,
         "phases": training.PHASES,
         "min_prompts": tables.MIN_PROMPTS,
@@ -172,15 +156,7 @@ def _template() -> jinja2.Template:
         "max_listed": wording.MAX_LISTED,
         "max_failures": 100,
     }
-    return environment.get_template("page.html.j2")
-
-
-def _asset(name: str) -> Markup:
-    return Markup(resources.files(__name__).joinpath(name).read_text(encoding="utf-8"))
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+    return made.get_template("page.html.j2")
 
 
 def _island(content: dict[str, object]) -> Markup:

@@ -1,0 +1,289 @@
+"""Making cells: each is trained by the ordinary run, then drawn and scored; in several processes if that is asked for.
+
+What is there already stays. A process loads its libraries once, and one that dies costs its own cell only.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+
+from spin_diffusion.comparing.cells import (
+    Failure,
+    Task,
+    View,
+    base_pipeline,
+    is_done,
+    is_trained,
+    missing_views,
+    prompt_sets,
+    saved_player,
+    scores_path,
+    took,
+    view_key,
+)
+from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.drawing import drawing_pipeline
+from spin_diffusion.diffusion.sampling import draw_images
+from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
+from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.evaluation.scoring import BATCH, score_images
+from spin_diffusion.evaluation.specs import parse_spec, part_key
+from spin_diffusion.runs.image_run import run
+from spin_diffusion.selfplay.record import replay
+from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.machine import trouble_of
+from spin_diffusion.store.run_dir import Damaged, find_damage, settle, write_json
+
+
+def make(task: Task) -> None:
+    """Train and score; a failure is written down rather than raised, but for what the machine has against it."""
+    folder = task.folder
+    with _alone(folder):
+        if is_done(task):
+            return
+        (folder / "failed.json").unlink(missing_ok=True)
+        try:
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), _timed(folder):
+                    _train(task)
+                    for view in missing_views(task):
+                        build(scores_path(folder, view), view_key(task, view), functools.partial(_scored, task, view))
+        except FloatingPointError as error:
+            write_failure(folder, "diverged", str(error))
+        except InputError as error:
+            write_failure(folder, "refused", str(error))
+        except Exception as error:
+            if trouble_of(error) is not None:
+                raise  # the next cell would meet it too
+            with open(folder / "log.txt", "a", encoding="utf-8") as log:
+                log.write(traceback.format_exc())
+            said = (str(error).strip().splitlines() or [""])[0]
+            write_failure(folder, "killed", f"{type(error).__name__}: {said}, see {folder / 'log.txt'}")
+
+
+def write_failure(folder: Path, kind: Literal["diverged", "refused", "killed"], message: str) -> None:
+    """Write down why a cell has no end."""
+    failure: Failure = {"kind": kind, "message": message}
+    write_json(folder / "failed.json", failure)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on the cell: one may be left of a comparison that was killed."""
+    take_folder(folder, "run of a comparison", wait=True, inside=True)
+    try:
+        settle(folder)
+        yield
+    finally:
+        release(folder / "run")
+        release(folder)
+
+
+@contextlib.contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Add to what the cell has taken; of a process that was killed nothing is known."""
+    started, worked = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        before = took(folder) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        seconds = before["seconds"] + time.perf_counter() - started
+        cpu_seconds = before["cpu_seconds"] + time.process_time() - worked
+        write_json(folder / "took.json", {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3)})
+
+
+def _train(task: Task) -> None:
+    if is_trained(task):
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)  # the cell before may have had another precision
+    family, _ = base_pipeline(Base.of_settings(task.config.flat()))
+    run(task.config, family.__name__.rsplit(".", 1)[-1])
+
+
+def _scored(task: Task, view: View) -> Made:
+    """The rows of a view: its pictures are drawn and scored, and kept nowhere."""
+    config, per_prompt = task.config, task.drawing.per_prompt(view)
+    family, pipeline = base_pipeline(Base.of_settings(config.flat()))
+    saved: dict[str, Path] = {}
+    if view.round:
+        run_ = task.folder / "run"
+        for name, problem in find_damage(saved_player(run_, view.round), run_).items():
+            raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
+        kind = "lora" if (run_ / f"round-{view.round}" / "lora").is_dir() else "unet"
+        saved = {kind: run_ / f"round-{view.round}" / kind}
+    wanted = prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
+    prompts = [row["prompt"] for row in wanted]
+    images = draw_images(
+        drawing_pipeline(pipeline, config.sampling.sampler, **saved),
+        prompts,
+        [row["seed"] for row in wanted],
+        resolution=config.images.resolution or family.RESOLUTION,
+        num_inference_steps=task.num_inference_steps,
+        guidance_scale=view.guidance_scale,
+        batch_size=config.sampling.generation_batch_size,
+        eta=config.sampling.eta,
+        autocast=contextlib.nullcontext,
+    )
+    columns: dict[str, list[float]] = {}
+    distances: list[float | None] = [None] * len(wanted)
+    for spec in task.drawing.scorers:
+        scorer = _scorer(spec, part_key(SCORERS, spec))
+        columns[parse_spec(spec)[0]] = score_images(scorer, images, prompts)
+        if scorer.features and per_prompt > 1 and None in distances:
+            batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+            features = np.concatenate([np.asarray(scorer.features(batch)) for batch in batches])
+            of_prompts = mean_distances(features.reshape(-1, per_prompt, features.shape[1]))
+            distances = of_prompts.repeat(per_prompt).tolist()
+    return Made(
+        [
+            {"id": row["id"], "k": row["k"], "prompt": row["prompt"], "seed": row["seed"]}
+            | {name: scores[place] for name, scores in columns.items()}
+            | {"distance": distances[place]}
+            for place, row in enumerate(wanted)
+        ]
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _scorer(spec: str, key: str) -> LoadedScorer:
+    """A scorer, kept for the next view as long as it is the one of this key."""
+    return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mean_distances(features: np.ndarray) -> np.ndarray:
+    """Mean pairwise 1 - cosine of the images of each prompt: (prompts, images, width) -> (prompts,)."""
+    unit = features / np.linalg.norm(features.astype(np.float64), axis=2, keepdims=True)
+    first, second = np.triu_indices(features.shape[1], k=1)
+    return 1 - (unit[:, first] * unit[:, second]).sum(axis=2).mean(axis=1)
+
+
+# Processes
+
+
+def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_on: Callable[[], bool]) -> None:
+    """Run the tasks, in their order as processes become free.
+
+    Args:
+        jobs: processes; 0 = in this one.
+        done: told after every task, from one thread at a time.
+        go_on: asked before a task is begun; False leaves the rest.
+    """
+    if jobs == 0:
+        for task in tasks:
+            if go_on():
+                make(task)
+                done(task)
+        return
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+    lock = threading.Lock()
+    processes: list[_Process] = []
+    failures: list[Exception] = []
+
+    def serve() -> None:
+        process = _Process()
+        processes.append(process)
+        try:
+            while go_on() and not failures:
+                try:
+                    task = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                process.do(task)
+                with lock:
+                    done(task)
+        except Exception as error:  # a thread's own would end with the thread
+            failures.append(error)
+        process.close()
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(jobs, len(tasks)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    if failures:
+        raise failures[0]
+
+
+class _Process:
+    """A process that does one task after the other; it is started again when it has died."""
+
+    def __init__(self) -> None:
+        self.process: Any = None
+        self.pipe: Any = None
+
+    def do(self, task: Task) -> None:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.pipe.send(task)
+            failure = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            self.process = None
+            write_failure(task.folder, "killed", f"its process ended with code {code}")
+            return
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join()
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    """What the process does: a task at a time until nobody asks any more."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # one process per core is faster than one thread per core
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        failure = None
+        try:
+            make(task)
+        except KeyboardInterrupt:
+            return
+        except Exception as error:
+            number = trouble_of(error)
+            if number is None:
+                raise
+            failure = OSError(number, os.strerror(number), task.folder)
+        try:
+            pipe.send(failure)
+        except OSError:
+            return  # the comparison is gone
