@@ -29,7 +29,8 @@ from spin_diffusion.comparing.results import (
 from spin_diffusion.comparing.settings import MODES, Mode
 from spin_diffusion.evaluation.scorers import about as about_scorer
 from spin_diffusion.evaluation.statistics import Interval, half_width, mean_interval
-from spin_diffusion.store.run_dir import read_rows, write_file, write_json
+from spin_diffusion.store.files import read_rows, write_json
+from spin_diffusion.store.run_dir import write_file
 
 Values = dict[int, np.ndarray]
 """Seed -> (prompts,) score, the mean over the images of a prompt."""

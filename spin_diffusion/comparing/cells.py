@@ -18,7 +18,7 @@ from spin_diffusion.comparing.settings import SetName
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
-from spin_diffusion.diffusion.drawing import load_to_draw
+from spin_diffusion.diffusion.sampling import load_to_draw
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
@@ -26,9 +26,9 @@ from spin_diffusion.evaluation.specs import parse_spec, part_key
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record
+from spin_diffusion.store.files import is_built, read_if_whole, read_rows, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, place_hash
-from spin_diffusion.store.run_dir import is_built, read_if_whole, read_rows, write_json
 
 
 @dataclass(frozen=True)

@@ -34,19 +34,17 @@ from spin_diffusion.comparing.cells import (
     view_key,
 )
 from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.drawing import drawing_pipeline
-from spin_diffusion.diffusion.sampling import draw_images
+from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images
 from spin_diffusion.evaluation.specs import parse_spec, part_key
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.selfplay.record import replay
-from spin_diffusion.store.build import Made, build
+from spin_diffusion.store.files import Made, build, write_json
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.machine import trouble_of
-from spin_diffusion.store.run_dir import Damaged, find_damage, settle, write_json
+from spin_diffusion.store.run_dir import Damaged, find_damage, settle, trouble_of
 
 
 def make(task: Task) -> None:

@@ -1,17 +1,13 @@
 """The evaluation's page: one report.html that needs nothing but itself.
 
-    reading.py        results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked
-    editions.py       what the page says and shows of images, and what of answers
-    pictures.py       each picture as a data: address; texts.py: each answer as a passage; rows.py: what both have
-    wording.py        names, numbers, verdicts and texts in the page's words
-    labels.py         the models, scorers and numbers of one evaluation in these words
-    tables.py         results.json -> what the tables say beyond its entries
-    distributions.py  scores.parquet -> histograms of the differences
-    training.py       training curves and measures -> charts and rows of text
-    plots.py          numbers -> SVG
-    choosing.py       which samples are shown
-    gallery.py        the samples of all models side by side, with their scores; the blind vote
-    facts.py          how samples were made, what each scorer is
+    reading.py     results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked; its labels
+    editions.py    what the page says and shows of images, and what of answers
+    wording.py     names, numbers, verdicts and texts in the page's words
+    tables.py      results.json -> what tables, histograms and small print say beyond its entries
+    training.py    training curves and measures -> charts and rows of text
+    plots.py       numbers -> SVG
+    gallery.py     samples of all models side by side, with their scores: which ones are shown; the blind vote
+    page.py        what all pages have: templates, style, policy
     page.html.j2      sets them, with images.html.j2 or answers.html.j2; style.css and page.js are inlined
 
 Prompts, names and reasons are text that anybody may have written. The template escapes every one of them, and a policy
@@ -27,11 +23,10 @@ from markupsafe import Markup
 
 from spin_diffusion.evaluation.closing import losses_of
 from spin_diffusion.evaluation.modalities import samples_per_prompt
-from spin_diffusion.evaluation.report import distributions, facts, gallery, plots, tables, training, wording
+from spin_diffusion.evaluation.report import gallery, plots, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
-from spin_diffusion.evaluation.report.labels import Labels, mark, own_bar, win_rate
 from spin_diffusion.evaluation.report.page import dress, environment
-from spin_diffusion.evaluation.report.reading import Evaluation, read_evaluation
+from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
 
@@ -92,7 +87,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         if (verdict["model"], verdict["guidance_scale"]) == (candidate, headline["guidance_scale"])
     ]
     alarms, other_alarms = tables.alarm_rows(results)
-    histograms, doubts = distributions.distributions(evaluation)
+    histograms, doubts = tables.distributions(evaluation)
     return {
         "results": results,
         "labels": labels,
@@ -102,7 +97,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "candidate": "" if candidate is None else labels.model(candidate),
         "scale": labels.scale(headline["guidance_scale"]),
         "verdict": next(iter(of_headline), None),
-        "facts": facts.banner_facts(results),
+        "facts": tables.banner_facts(results),
         "notices": [*losses_of(results, headline["guidance_scale"]), *doubts],
         "shortened": "",
         "headline": tables.headline_rows(results),
@@ -124,7 +119,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "measure_curves": training.measure_curves(results),
         "parts": tables.part_tables(results),
         "distributions": histograms,
-        "protocol": facts.protocol_facts(results),
+        "protocol": tables.protocol_facts(results),
         "per_prompt": samples_per_prompt(results["protocol"]),
     }
 
@@ -141,12 +136,12 @@ def _template() -> jinja2.Template:
         "p_value": wording.p_value,
         "known": wording.known,
         "difference": wording.difference_number,
-        "mark": mark,
-        "own_bar": own_bar,
-        "win_rate": win_rate,
+        "mark": tables.mark,
+        "own_bar": tables.own_bar,
+        "win_rate": tables.win_rate,
         "outcome": training.outcome,
         "memory": training.memory,
-        "scorer_facts": facts.scorer_facts,
+        "scorer_facts": tables.scorer_facts,
     }
     made.globals |= {
         "states": wording.STATES,

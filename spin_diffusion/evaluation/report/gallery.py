@@ -1,17 +1,100 @@
-"""The gallery: the same prompts and seeds by every model, with what the scorers say, and what the blind vote needs."""
+"""The gallery: which prompts and seeds the page shows of every model, with what the scorers say; the blind vote."""
 
 import functools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict
+
+import numpy as np
 
 from spin_diffusion.evaluation.records import Results
-from spin_diffusion.evaluation.report.choosing import Pair, choose
-from spin_diffusion.evaluation.report.editions import Sample, edition_of
-from spin_diffusion.evaluation.report.labels import Labels
-from spin_diffusion.evaluation.report.reading import Evaluation
-from spin_diffusion.evaluation.report.rows import SampleRow
+from spin_diffusion.evaluation.report.editions import Sample, SampleRow, edition_of
+from spin_diffusion.evaluation.report.reading import Evaluation, Labels
 from spin_diffusion.evaluation.report.wording import clean, plain, shortened, signed
+
+Pair = tuple[str, int]
+"""(id of the prompt, number of the image or answer): the same seed for every model."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A tab of the gallery."""
+
+    key: str
+    title: str
+    note: str
+    pairs: list[Pair]
+    why: dict[Pair, str]
+    """Why a pair is there, where that is a number."""
+
+
+def differences(
+    scores: dict[tuple[str, str, str, int], float], scorer: str, baseline: str, candidate: str
+) -> dict[Pair, float]:
+    """Candidate minus baseline by one scorer, for each prompt and seed that both have, in order."""
+    return {
+        (id, k): score - base
+        for (model, name, id, k), score in sorted(scores.items())
+        if model == candidate and name == scorer and (base := scores.get((baseline, scorer, id, k))) is not None
+    }
+
+
+def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list[Selection]:
+    """The tabs: a random sample, which no score has chosen, then the extremes. A prompt is in each tab once.
+
+    Pairs are ranked by the mean over the scorers of the paired difference in units of its standard deviation, so that
+    no scorer counts more because its numbers are larger; a scorer of drift does not count.
+    """
+    results = evaluation.results
+    baseline, candidate = results["baseline"], results["headline"]["model"]
+    ids = sorted({(row.id, row.k) for row in evaluation.samples})
+    # Drawn by the protocol: who evaluates cannot draw until he likes the sample
+    drawn = _one_per_prompt(random.Random(results["protocol"]["id"]).sample(ids, len(ids)))
+    num_prompts = len(drawn)
+    shown = drawn[:random_pairs]
+    note = f"{len(shown)} of {num_prompts} prompts, drawn by the protocol's id: no score has chosen them."
+    selections = [Selection("random", "Random", note, shown, {})]
+    if candidate is None or candidate == baseline:
+        return selections
+
+    judges = [s["name"] for s in results["scorers"] if s["state"] == "run" and s["role"] != "drift"]
+    titles = {s["name"]: s["title"] for s in results["scorers"]}
+    by_judge = {name: differences(evaluation.scores, name, baseline, candidate) for name in judges}
+    by_judge = {name: _standardised(by_pair) for name, by_pair in by_judge.items() if by_pair}
+    common = sorted(set.intersection(*(set(by_pair) for by_pair in by_judge.values()))) if by_judge else []
+    by_pair = {pair: {name: of_judge[pair] for name, of_judge in by_judge.items()} for pair in common}
+    mean = {pair: float(np.mean(list(found.values()))) for pair, found in by_pair.items()}
+    spread = {pair: max(found.values()) - min(found.values()) for pair, found in by_pair.items()}
+    of_mean = {pair: f"{mean[pair]:+.2f} sd" for pair in common}
+    of_spread = {pair: _disagreement(found, titles) for pair, found in by_pair.items()}
+    loss = {pair: -value for pair, value in mean.items()}
+    unit = "mean over the scorers of the difference, in standard deviations"
+    blind = "Where the scorers differ most about what changed: look here for what one of them is blind to."
+    for key, title, note, size, why in (
+        ("wins", "Best wins", f"Where the candidate gains most ({unit}).", mean, of_mean),
+        ("losses", "Worst losses", f"Where the candidate loses most ({unit}).", loss, of_mean),
+        ("torn", "Scorers disagree", blind, spread, of_spread),
+    ):
+        ranked = [pair for pair in sorted(common, key=size.__getitem__, reverse=True) if size[pair] > 0]
+        selections.append(Selection(key, title, note, _one_per_prompt(ranked)[:ranked_pairs], why))
+    return selections
+
+
+def _one_per_prompt(pairs: list[Pair]) -> list[Pair]:
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair[0], pair)
+    return list(first.values())
+
+
+def _standardised(by_pair: dict[Pair, float]) -> dict[Pair, float]:
+    deviation = float(np.std(list(by_pair.values())))
+    return {pair: difference / deviation if deviation > 0 else 0.0 for pair, difference in by_pair.items()}
+
+
+def _disagreement(by_judge: dict[str, float], titles: dict[str, str]) -> str:
+    high, low = max(by_judge, key=by_judge.__getitem__), min(by_judge, key=by_judge.__getitem__)
+    return ", ".join(f"{titles[name][:40]} {by_judge[name]:+.2f} sd" for name in (high, low))
 
 
 @dataclass(frozen=True)
@@ -107,39 +190,23 @@ def _scores_of(
     return rows
 
 
-class VotePair(TypedDict):
-    """A pair of the blind vote; both are ids of elements of the page."""
-
-    id: str
-    k: int
-    seed: str
-    prompt: str
-    baseline: str
-    candidate: str
-
-
-def vote_pairs(tabs: list[GalleryTab]) -> list[VotePair]:
-    """The random pairs of which both samples are in the page."""
-    pairs: list[VotePair] = []
-    for row in tabs[0].rows:
-        samples = row.shown[:2]
-        if len(samples) == 2 and all(shown.sample for shown in samples):
-            baseline, candidate = (shown.element for shown in samples)
-            sample, prompt = row.sample, clean(shortened(row.sample.prompt).short)
-            pairs.append(
-                {
-                    "id": sample.id,
-                    "k": sample.k,
-                    "seed": sample.seed,
-                    "prompt": prompt,
-                    "baseline": baseline,
-                    "candidate": candidate,
-                }
-            )
-    return pairs
+def vote_pairs(tabs: list[GalleryTab]) -> list[dict[str, object]]:
+    """The random pairs of which both samples are in the page, with the ids of their elements."""
+    return [
+        {
+            "id": row.sample.id,
+            "k": row.sample.k,
+            "seed": row.sample.seed,
+            "prompt": clean(shortened(row.sample.prompt).short),
+            "baseline": row.shown[0].element,
+            "candidate": row.shown[1].element,
+        }
+        for row in tabs[0].rows
+        if len(row.shown) > 1 and all(shown.sample for shown in row.shown[:2])
+    ]
 
 
-def votes(results: Results, pairs: list[VotePair]) -> dict[str, object]:
+def votes(results: Results, pairs: list[dict[str, object]]) -> dict[str, object]:
     """What page.js needs for the blind vote."""
     baseline, candidate = results["baseline"], results["headline"]["model"]
     assert candidate is not None, "a vote needs two models"
@@ -149,10 +216,7 @@ def votes(results: Results, pairs: list[VotePair]) -> dict[str, object]:
         "protocol_id": results["protocol"]["id"],
         "baseline": baseline[:1000],
         "candidate": candidate[:1000],
-        "labels": {
-            "baseline": clean(labels.model(baseline)),
-            "candidate": clean(labels.model(candidate)),
-        },
+        "labels": {"baseline": clean(labels.model(baseline)), "candidate": clean(labels.model(candidate))},
         "guidance_scale": results["headline"]["guidance_scale"],
         "pairs": pairs,
     }

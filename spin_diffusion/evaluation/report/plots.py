@@ -9,6 +9,7 @@ import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -29,14 +30,8 @@ _COLOURS = {
     _DRIFT: "var(--drift)",
 } | {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
 _MARKERS = ["o", "s", "^", "D", "v", "P"]
-_DASHES: list[str | tuple[float, tuple[float, ...]]] = [
-    "solid",
-    (0, (5, 2)),
-    (0, (1, 1.5)),
-    (0, (6, 2, 1, 2)),
-    (0, (3, 1)),
-    (0, (8, 2)),
-]
+_DASHES: list[tuple[float, ...]] = [(), (5.0, 2.0), (1.0, 1.5), (6.0, 2.0, 1.0, 2.0), (3.0, 1.0), (8.0, 2.0)]
+"""Lengths of dashes and gaps, in widths of the line; none = a line without gaps."""
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -55,8 +50,6 @@ _STYLE = {
     "axes.facecolor": "none",
 }
 _SIZE_IN = (4.4, 2.6)
-_ERROR_BAR_WIDTH, _ERROR_BAR_CAP = 1.2, 2.5  # points
-
 _BAR_WIDTH, _BAR_HEIGHT = 180, 18  # user units of an interval's picture
 
 
@@ -94,28 +87,14 @@ def round_curves(
 
     def draw(axes: Axes) -> None:
         if zero:
-            axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+            _rule_at_zero(axes)
         for number, line in enumerate(lines):
-            colour = _SERIES[line.style % len(_SERIES)]
             # Side by side, so that no interval hides another
             x = np.array(line.rounds) + 0.06 * (number - (len(lines) - 1) / 2)
             means = np.array(line.means)
             errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
-            dashes = _DASHES[line.style % len(_DASHES)]
-            axes.errorbar(
-                x,
-                means,
-                yerr=errors,
-                elinewidth=_ERROR_BAR_WIDTH,
-                capsize=_ERROR_BAR_CAP,
-                color=colour,
-                linewidth=1.5,
-                linestyle=dashes,
-                marker=_marker(line.style),
-                markersize=4.5,
-            )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+            _with_intervals(axes, line.style, x, means, errors, linestyle=_dash(line.style), markersize=4.5)
+        _whole_numbers(axes, 10)
         _name_axes(axes, "round", ylabel)
 
     return _svg(key, label, draw)
@@ -137,21 +116,28 @@ def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> 
 
     def draw(axes: Axes) -> None:
         for point in points:
-            errors = [[point.mean - point.low], [point.high - point.mean]]
-            axes.errorbar(
-                [point.gflops],
-                [point.mean],
-                yerr=errors,
-                elinewidth=_ERROR_BAR_WIDTH,
-                capsize=_ERROR_BAR_CAP,
-                color=_SERIES[point.style % len(_SERIES)],
-                marker=_marker(point.style),
-                markersize=5,
-            )
+            errors = np.array([[point.mean - point.low], [point.high - point.mean]])
+            _with_intervals(axes, point.style, np.array([point.gflops]), np.array([point.mean]), errors, markersize=5)
         axes.set_xlim(left=0)
         _name_axes(axes, "GFLOPs", ylabel)
 
     return _svg(key, label, draw)
+
+
+def _with_intervals(axes: Axes, style: int, x: np.ndarray, y: np.ndarray, errors: np.ndarray, **look: Any) -> None:
+    """Marks with intervals, and the line that joins them, in the colour of a style."""
+    look |= {"color": _colour(style), "marker": _marker(style), "linewidth": 1.5}
+    axes.errorbar(x, y, yerr=errors, elinewidth=1.2, capsize=2.5, **look)
+
+
+def _rule_at_zero(axes: Axes) -> None:
+    axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+
+
+def _whole_numbers(axes: Axes, most: int) -> None:
+    """At most so many ticks on the horizontal axis, all of them whole; and few on the other."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=most))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
 
 
 def _name_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
@@ -160,6 +146,15 @@ def _name_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", color=_RULE, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _colour(style: int) -> str:
+    return _SERIES[style % len(_SERIES)]
+
+
+def _dash(style: int) -> str | tuple[float, tuple[float, ...]]:
+    dashes = _DASHES[style % len(_DASHES)]
+    return (0.0, dashes) if dashes else "solid"
 
 
 def _marker(style: int) -> str:
@@ -187,28 +182,19 @@ def training_curves(
     """
 
     def draw(axes: Axes) -> None:
-        steps = [step for step, *_ in points]
-        axes.axhline(0, color=_FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
+        steps, *curves = zip(*points, strict=True)
+        _rule_at_zero(axes)
         marker = "o" if len(points) < 3 else ""
-        for style, curve in enumerate(([real for _, real, _ in points], [generated for *_, generated in points])):
-            colour, dashes = _SERIES[style], _DASHES[style]
-            values = with_gaps(curve)
-            axes.plot(steps, values, color=colour, linewidth=1.4, linestyle=dashes, marker=marker, markersize=3)
+        for style, curve in enumerate(curves):
+            values, dash = with_gaps(curve), _dash(style)
+            axes.plot(steps, values, color=_colour(style), linewidth=1.4, linestyle=dash, marker=marker, markersize=3)
         for number, (start, round_) in enumerate(starts):
             if number:
                 axes.axvline(start, color=_RULE, linewidth=1)
             words = f"round {round_}" if len(starts) <= 6 else str(round_)
-            axes.annotate(
-                words,
-                (start, 1),
-                xytext=(3, 3),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                color=_FAINT,
-                fontsize=8,
-            )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+            at, frame = (start, 1), ("data", "axes fraction")
+            axes.annotate(words, at, (3, 3), frame, "offset points", color=_FAINT, fontsize=8)
+        _whole_numbers(axes, 6)
         _name_axes(axes, "step", ylabel)
 
     return _svg(key, label, draw)
@@ -293,9 +279,9 @@ def interval_bar(low: float, mean: float, high: float, domain: tuple[float, floa
 
 def legend_key(style: int, marker: bool = True) -> Markup:
     """The sample of a line for a legend in HTML, with the marker that `round_curves` has."""
-    colour = f"var(--series-{style % len(_SERIES) + 1})"
-    dash = _DASHES[style % len(_DASHES)]
-    dashes = "" if isinstance(dash, str) else f' stroke-dasharray="{" ".join(f"{1.5 * part:g}" for part in dash[1])}"'
+    colour = _COLOURS[_colour(style)]
+    lengths = " ".join(f"{1.5 * part:g}" for part in _DASHES[style % len(_DASHES)])
+    dashes = f' stroke-dasharray="{lengths}"' if lengths else ""
     shape = {
         "o": '<circle cx="18" cy="7" r="4"/>',
         "s": '<path d="M14 3h8v8h-8z"/>',

@@ -1,4 +1,5 @@
-"""What the page is made of: results.json, checked against its schema, and the two tables beside it.
+"""What the page is made of: results.json, checked against its schema, and the two tables beside it; and how the page
+calls the models and scorers in them.
 
 Nothing in these files is trusted: text may be anything that JSON can hold, and pictures' paths may point anywhere.
 """
@@ -13,10 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.modalities import modality_of
-from spin_diffusion.evaluation.records import Results
-from spin_diffusion.evaluation.report.editions import edition_of
-from spin_diffusion.evaluation.report.rows import SampleRow
+from spin_diffusion.evaluation.modalities import guidance_scales, modality_of
+from spin_diffusion.evaluation.records import AggregateEntry, ComparisonEntry, PlaceEntry, Results, Scale
+from spin_diffusion.evaluation.report.editions import SampleRow, edition_of
+from spin_diffusion.evaluation.report.wording import (
+    NAME_CHARACTERS,
+    Number,
+    Text,
+    decimals_by_scorer,
+    difference_number,
+    distinct,
+    labels,
+    number,
+    shortened,
+)
 from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
@@ -80,3 +91,53 @@ def _rows(path: Path, columns: list[str], scale: float | None) -> list[dict[str,
         return table.select(columns).filter(at_scale).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is damaged ({one_line(error)})") from None
+
+
+class Labels:
+    """Short names, no two alike, and numbers with the decimals of their scorer."""
+
+    def __init__(self, results: Results) -> None:
+        self.models = labels(model["name"] for model in results["models"])
+        self.decimals = decimals_by_scorer(results)
+        self.ran = [scorer for scorer in results["scorers"] if scorer["state"] == "run"]
+        """The scorers that gave scores."""
+        of_rows = (row["guidance_scale"] for row in results["results"])
+        self.scales = distinct([*guidance_scales(results["protocol"]), *of_rows])
+        self._protocol, self._edition = results["protocol"], edition_of(results)
+        self._titles = {scorer["name"]: scorer["title"] for scorer in results["scorers"]}
+
+    def model(self, name: str) -> str:
+        """The label of a model; of one that is not among the models, its shortened name."""
+        return self.models.get(name, shortened(name, NAME_CHARACTERS).short)
+
+    def model_text(self, name: str) -> Text:
+        """The label of a model, and its whole name behind it where that is longer."""
+        whole = shortened(name, NAME_CHARACTERS)
+        return Text(self.models[name], whole.full, whole.note)
+
+    def joined(self, names: list[str]) -> str:
+        """Labels in one line; a dash for none."""
+        return ", ".join(self.models[name] for name in names) or "\u2013"
+
+    def level_with(self, place: PlaceEntry) -> list[str]:
+        """The models that one of a ranking is not told apart from."""
+        decided = {place["model"], *place["better_than"], *place["worse_than"]}
+        return [name for name in self.models if name not in decided]
+
+    def scale(self, scale: Scale) -> str:
+        """How samples were drawn, in words."""
+        return self._edition.label(self._protocol, scale)
+
+    def title(self, scorer: str, length: int = 60) -> str:
+        """The title of a scorer, or its name where it has none."""
+        return shortened(self._titles[scorer] or scorer, length).short
+
+    def mean(self, row: AggregateEntry | None) -> Number | None:
+        """A mean with its interval."""
+        if row is None:
+            return None
+        return number(row["mean"], row["low"], row["high"], self.decimals[row["scorer"]])
+
+    def difference(self, row: ComparisonEntry | None) -> Number | None:
+        """A paired difference with its interval."""
+        return None if row is None else difference_number(row, self.decimals[row["scorer"]])

@@ -3,13 +3,15 @@
 To add a section: its content in `_sections` of the package's `__init__`, its markup in page.html.j2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 from markupsafe import Markup
 
 from spin_diffusion.evaluation.breakdowns import MIN_PROMPTS
+from spin_diffusion.evaluation.modalities import modality_of, samples_per_prompt
 from spin_diffusion.evaluation.records import (
     Aggregate,
     AggregateEntry,
@@ -23,8 +25,21 @@ from spin_diffusion.evaluation.records import (
     ScorerEntry,
 )
 from spin_diffusion.evaluation.report import plots
-from spin_diffusion.evaluation.report.labels import Labels, mark
-from spin_diffusion.evaluation.report.wording import MAX_LISTED, STATES, Number, State, direction, signed
+from spin_diffusion.evaluation.report.editions import edition_of
+from spin_diffusion.evaluation.report.gallery import differences
+from spin_diffusion.evaluation.report.plots import Panel
+from spin_diffusion.evaluation.report.reading import Evaluation, Labels
+from spin_diffusion.evaluation.report.wording import (
+    MAX_LISTED,
+    STATES,
+    Number,
+    State,
+    Text,
+    direction,
+    plain,
+    shortened,
+    signed,
+)
 
 MAX_PARTS = 40
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
@@ -89,6 +104,29 @@ class PartTable:
     domain: tuple[str, str]
     groups: dict[str, list[PartRow]]
     """Kind of the parts, such as category -> its parts."""
+
+
+def mark(comparison: ComparisonEntry | None) -> State | None:
+    """The mark of a significant difference. A drift is marked where its interval excludes 0, and never as good."""
+    if comparison is None or comparison["verdict"] == "inconclusive":
+        return None
+    if comparison["verdict"] == "drift" and comparison["low"] <= 0 <= comparison["high"]:
+        return None
+    return STATES[comparison["verdict"]]
+
+
+def own_bar(row: ComparisonEntry) -> Markup:
+    """A difference's interval as a picture on its own scale, 0 in the middle."""
+    reach = 1.1 * max(abs(row["low"]), abs(row["high"]), abs(row["difference"]))
+    return plots.interval_bar(row["low"], row["difference"], row["high"], (-reach, reach))
+
+
+def win_rate(row: ComparisonEntry) -> str:
+    """In percent, with its interval if results.json has one: older ones have none."""
+    rate = f"{100 * row['win_rate']:.1f} %"
+    if "win_rate_low" not in row:
+        return rate
+    return f"{rate} [{plain(100 * row['win_rate_low'], 0)}, {plain(100 * row['win_rate_high'], 0)}]"
 
 
 def headline_rows(results: Results) -> list[HeadlineRow]:
@@ -226,3 +264,124 @@ def _means(results: Results, aggregate: Aggregate) -> dict[tuple[str, str, Scale
 
 def _by_key(rows: Iterable[_Entry]) -> dict[tuple[str, str, Scale], _Entry]:
     return {(row["model"], row["scorer"], row["guidance_scale"]): row for row in rows}
+
+
+def distributions(evaluation: Evaluation) -> tuple[list[Panel], list[str]]:
+    """Histograms of the headline's paired differences, and what scores.parquet says that results.json does not."""
+    results = evaluation.results
+    model, scale = results["headline"]["model"], results["headline"]["guidance_scale"]
+    if model is None or model == results["baseline"]:
+        return [], []
+    compared, labels = comparisons(results), Labels(results)
+    complete = _complete_prompts(evaluation, labels.ran)
+    panels, doubts = [], []
+    for number, scorer in enumerate(labels.ran):
+        comparison = compared.get((model, scorer["name"], scale))
+        by_prompt: dict[str, list[float]] = {}
+        for (id_, _), value in differences(evaluation.scores, scorer["name"], results["baseline"], model).items():
+            if id_ in complete:
+                by_prompt.setdefault(id_, []).append(value)
+        values = [float(np.mean(of_prompt)) for of_prompt in by_prompt.values()]
+        title, digits = labels.title(scorer["name"]), labels.decimals[scorer["name"]]
+        if comparison is not None and not _agree(values, comparison):
+            mean = f"{signed(float(np.mean(values)), 6)} over {len(values)}" if values else "nothing over 0"
+            doubts.append(
+                f"scores.parquet gives {mean} prompts as the mean difference by {title}, results.json "
+                f"{signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and the "
+                "gallery may be of another evaluation than the tables."
+            )
+        if not values:
+            continue
+        low, middle, high = (signed(float(q), digits) for q in np.quantile(values, [0.25, 0.5, 0.75]))
+        mean = signed(float(np.mean(values)), digits)
+        caption = f"{len(values)} prompts: mean {mean}, quartiles {low}, {middle}, {high}"
+        role = scorer["role"]
+        chart = plots.histogram(f"histogram-{number}", f"Histogram of differences, {caption}", values, role == "drift")
+        panels.append(Panel(title, chart, role, direction(role), caption))
+    return panels, doubts
+
+
+def _complete_prompts(evaluation: Evaluation, ran: Sequence[ScorerEntry]) -> set[str]:
+    """Prompts of which every model has every sample scored by every scorer: the same ones as in the tables."""
+    keys: dict[str, set[tuple[str, str, int]]] = {}
+    for model, scorer, id_, k in evaluation.scores:
+        keys.setdefault(id_, set()).add((model, scorer, k))
+    wanted = {
+        (model["name"], scorer["name"], k)
+        for model in evaluation.results["models"]
+        for scorer in ran
+        for k in range(samples_per_prompt(evaluation.results["protocol"]))
+    }
+    return {id_ for id_, has in keys.items() if has >= wanted}
+
+
+def _agree(values: list[float], comparison: ComparisonEntry) -> bool:
+    """Whether the mean of these values is the difference that results.json has."""
+    if len(values) != comparison["num_prompts"]:
+        return False
+    width = max(comparison["high"] - comparison["low"], abs(comparison["difference"]))
+    return bool(not values or abs(float(np.mean(values)) - comparison["difference"]) <= 1e-3 * width + 1e-9)
+
+
+# Small print
+
+
+Facts = list[tuple[str, Text]]
+"""Names and what is known under them."""
+
+
+def banner_facts(results: Results) -> list[tuple[str, str]]:
+    """The banner's small print."""
+    protocol = results["protocol"]
+    ran = sum(scorer["state"] == "run" for scorer in results["scorers"])
+    headline = (results["headline"]["model"], results["headline"]["guidance_scale"])
+    states = [a["state"] for a in results["alarms"] if (a["model"], a["guidance_scale"]) == headline]
+    alarms = f"{_counted(states.count('alarm'), 'alarm')}, {_counted(states.count('warn'), 'warning')}"
+    asked, scale = protocol["prompt_set"]["num_prompts"], results["headline"]["guidance_scale"]
+    compared = next((row["num_prompts"] for row in results["results"] if row["guidance_scale"] == scale), asked)
+    return [
+        ("prompts compared", f"{compared:,}" if compared == asked else f"{compared:,} of {asked:,}"),
+        (f"{modality_of(protocol).plural} per prompt", str(samples_per_prompt(protocol))),
+        ("scorers run", f"{ran} of {len(results['scorers'])}"),
+        ("alarms", alarms if states else "none computed"),
+        ("protocol", protocol["id"][:12]),
+    ]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number or 'no'} {thing}{'' if number == 1 else 's'}"
+
+
+def protocol_facts(results: Results) -> Facts:
+    """How the samples were made, as far as it decides whether two evaluations may be compared."""
+    protocol = results["protocol"]
+    prompts = protocol["prompt_set"]
+    facts = [
+        ("protocol id", protocol["id"]),
+        ("prompts", f"{prompts['name']}, {prompts['num_prompts']:,}"),
+        ("prompts: SHA-256", prompts["sha256"]),
+        ("prompts: licence", prompts["licence"]),
+        ("prompts: source", prompts["source"]),
+        (f"{modality_of(protocol).plural} per prompt", str(samples_per_prompt(protocol))),
+        ("seed", str(protocol["seed"])),
+        ("rule for seeds", protocol["seed_rule"]),
+        *edition_of(results).how(protocol),
+    ]
+    return [(shortened(name, 60).short, shortened(value)) for name, value in facts]
+
+
+def scorer_facts(scorer: ScorerEntry) -> Facts:
+    """What is known of one scorer; nothing that is empty."""
+    facts = [
+        ("name", scorer["name"]),
+        ("state", scorer["state"] + (f": {scorer['reason']}" if scorer["reason"] else "")),
+        ("role", scorer["role"]),
+        ("scale", scorer["scale"]),
+        ("weights from", scorer["source"]),
+        *((f"SHA-256 of {file}", value) for file, value in scorer["checkpoint"].items()),
+        ("pixels", scorer["preprocessing"]),
+        ("text", scorer["text"]),
+        ("licence", scorer["licence"]),
+        ("citation", scorer["citation"]),
+    ]
+    return [(shortened(name, 60).short, shortened(value, 300)) for name, value in facts if value]

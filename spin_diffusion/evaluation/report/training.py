@@ -186,5 +186,4 @@ def _decimals(of_name: Sequence[MeasureEntry]) -> int:
 
 def _number(measure: MeasureEntry, digits: int) -> Number:
     assert measure["value"] is not None, "a measure that has no number"
-    interval = wording.interval_text(measure["low"], measure["high"], digits, wording.plain)
-    return Number(wording.plain(measure["value"], digits), interval)
+    return wording.number(measure["value"], measure["low"], measure["high"], digits)

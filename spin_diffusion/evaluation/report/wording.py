@@ -161,14 +161,17 @@ def decimals_by_scorer(results: Results) -> dict[str, int]:
     return found
 
 
-def interval_text(low: float | None, high: float | None, digits: int, number: Callable[[float, int], str]) -> str:
-    """[low, high], each as `number` (`signed` or `plain`) sets it; empty where there is no interval."""
-    return "" if low is None or high is None else f"[{number(low, digits)}, {number(high, digits)}]"
+def number(
+    value: float, low: float | None, high: float | None, digits: int, word: Callable[[float, int], str] = plain
+) -> Number:
+    """A number with its interval, if it has one, each as `word` (`signed` or `plain`) sets it."""
+    interval = "" if low is None or high is None else f"[{word(low, digits)}, {word(high, digits)}]"
+    return Number(word(value, digits), interval)
 
 
 def difference_number(row: ComparisonEntry | PartEntry, digits: int) -> Number:
     """A difference with its interval."""
-    return Number(signed(row["difference"], digits), interval_text(row["low"], row["high"], digits, signed))
+    return number(row["difference"], row["low"], row["high"], digits, signed)
 
 
 def known(value: float | int | None, pattern: str = "{:,.1f}", unit: float = 1.0) -> str:

@@ -17,8 +17,8 @@ from PIL import Image
 from spin_diffusion.evaluation.report import (
     MAX_PAGE_BYTES,
     build_page,
-    choosing,
-    pictures,
+    editions,
+    gallery,
     plots,
     tables,
     wording,
@@ -471,36 +471,36 @@ def test_a_pipe_in_the_place_of_a_table_is_not_waited_for(small: Path, name: str
 def test_what_is_no_file_in_the_place_of_a_picture_is_not_waited_for(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "a.png"
     {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](place)
-    said = pictures.thumbnail(tmp_path, pictures.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok"))
+    said = editions.thumbnail(tmp_path, editions.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok"))
     assert isinstance(said, str) and said.isprintable()
 
 
 @pytest.mark.parametrize("file", ["../outside.png", "/etc/passwd", "models/\x00", "x" * 5000, "", "."])
 def test_a_path_that_leaves_the_folder_is_not_read(small: Path, file: str) -> None:
     shutil.copy(small / "models/0/guidance-3/00000-0.png", small.parent / "outside.png")
-    row = pictures.ImageRow("base", "00000", 0, "", "", "1", file, None, "ok")
-    assert isinstance(pictures.thumbnail(small, row), str)
+    row = editions.ImageRow("base", "00000", 0, "", "", "1", file, None, "ok")
+    assert isinstance(editions.thumbnail(small, row), str)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF", b"\x89PNG\r\n\x1a\n" + b"\x00" * 64, b"<svg onload='x'/>"])
 def test_what_cannot_be_decoded_is_said_so(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    row = pictures.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok")
-    assert pictures.thumbnail(tmp_path, row) == "its file cannot be decoded"
+    row = editions.ImageRow("base", "0", 0, "", "", "1", "a.png", None, "ok")
+    assert editions.thumbnail(tmp_path, row) == "its file cannot be decoded"
 
 
 def test_a_picture_that_no_other_part_reads_is_not_shown_either(tmp_path: Path) -> None:
     Image.new("F", (30, 10), 0.5).save(tmp_path / "a.tif")
-    row = pictures.ImageRow("base", "0", 0, "", "", "1", "a.tif", None, "ok")
-    assert pictures.thumbnail(tmp_path, row) == "its file cannot be decoded"
+    row = editions.ImageRow("base", "0", 0, "", "", "1", "a.tif", None, "ok")
+    assert editions.thumbnail(tmp_path, row) == "its file cannot be decoded"
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "LA"])
 def test_pictures_of_every_mode_are_shown(tmp_path: Path, mode: str) -> None:
     name = "a.tif" if mode == "CMYK" else "a.png"
     Image.new("L", (300, 100), 90).convert("I" if mode == "I;16" else mode).convert(mode).save(tmp_path / name)
-    shown = pictures.thumbnail(tmp_path, pictures.ImageRow("base", "0", 0, "", "", "1", name, None, "ok"))
-    assert isinstance(shown, pictures.Picture) and (shown.width, shown.height) == (256, 85) and not shown.pixelated
+    shown = editions.thumbnail(tmp_path, editions.ImageRow("base", "0", 0, "", "", "1", name, None, "ok"))
+    assert isinstance(shown, editions.Picture) and (shown.width, shown.height) == (256, 85) and not shown.pixelated
 
 
 def test_bytes_are_told_in_the_unit_that_shows_them():
@@ -540,8 +540,8 @@ def test_many_failures_are_capped(small: Path) -> None:
 
 
 def test_the_random_sample_depends_on_the_protocol_alone(small: Path) -> None:
-    def drawn() -> list[choosing.Pair]:
-        return choosing.choose(read_evaluation(small), 4, 2)[0].pairs
+    def drawn() -> list[gallery.Pair]:
+        return gallery.choose(read_evaluation(small), 4, 2)[0].pairs
 
     first = drawn()
     change(small, title="another")
@@ -553,8 +553,8 @@ def test_the_random_sample_depends_on_the_protocol_alone(small: Path) -> None:
 
 def test_wins_and_losses_are_ranked_by_the_paired_difference(small: Path) -> None:
     evaluation = read_evaluation(small)
-    by_pair = choosing.differences(evaluation.scores, "hps_v2_1", "base", "round 1")
-    _, wins, losses, torn = choosing.choose(evaluation, 4, 2)
+    by_pair = gallery.differences(evaluation.scores, "hps_v2_1", "base", "round 1")
+    _, wins, losses, torn = gallery.choose(evaluation, 4, 2)
     ranked = sorted(by_pair, key=by_pair.get)
     assert wins.pairs == [pair for pair in ranked[::-1][:2] if by_pair[pair] > 0]
     assert losses.pairs == [pair for pair in ranked[:2] if by_pair[pair] < 0]
