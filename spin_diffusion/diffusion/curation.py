@@ -1,5 +1,7 @@
-"""Curation: a scorer chooses which real images are played with, before anything else is done with them.
+"""A scorer of images as the judge: it chooses the real images that are played with (curation), and the best and the
+worst of the opponent's own (`samples.candidates`).
 
+Curation comes before anything else is done with the images.
 The data set is read twice, and nothing but one number for each example stays in memory: first every example is scored
 as it would be stored, then the chosen ones are taken. Scores lie in OUTPUT_DIR/curation shard by shard until the chosen
 images are stored, so a killed run goes on where it was, and data/curation.parquet says what was chosen.
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +25,14 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data.rows import Example
-from spin_diffusion.diffusion.candidates import scorer_by_content
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
-from spin_diffusion.evaluation.scoring import BATCH, check_specs
+from spin_diffusion.evaluation.scorers import __name__ as SCORERS
+from spin_diffusion.evaluation.scoring import BATCH, check_specs, score_images
+from spin_diffusion.evaluation.specs import part_key
+from spin_diffusion.samples.candidates import Candidates, Judge
 from spin_diffusion.samples.sample import Row
+from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.files import (
     Made,
     Piece,
@@ -51,27 +56,74 @@ Stored = Callable[[Iterable[Example]], Iterator[Row]]
 """Examples as the rows that are stored of them."""
 
 
-def check_curator(settings: CurationSettings) -> None:
+def check_judges(curation: CurationSettings, candidates: CandidateSettings) -> None:
     """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
-    spec = settings.curation_scorer
-    if spec is None:
-        return
+    if curation.curation_scorer is not None:
+        _check_judge("--curation_scorer", curation.curation_scorer, "it cannot choose")
+    if candidates.num_candidates and candidates.candidate_scorer is not None:
+        _check_judge("--candidate_scorer", candidates.candidate_scorer, "it has no best")
+
+
+def _check_judge(flag: str, spec: str, why: str) -> None:
     try:
         check_specs([spec])
         role = about(spec).role
     except InputError as error:
-        raise InputError(f"--curation_scorer {spec}: {error}") from None
+        raise InputError(f"{flag} {spec}: {error}") from None
     if role == "drift":
         raise InputError(
-            f"--curation_scorer {spec}: neither high nor low is good in a score of drift, so it cannot choose: give "
-            "another scorer, pickscore say, or a .py file of your own"
+            f"{flag} {spec}: neither high nor low is good in a score of drift, so {why}: give another scorer, "
+            "pickscore say, or a .py file of your own"
         )
 
 
-def content_settings(settings: CurationSettings) -> dict[str, Any]:
+def scorer_by_content(spec: str) -> str:
+    """A scorer's spec with the hash of what is behind it: code and weights may change between two starts of a run,
+    their names do not."""
+    return f"{spec} (SHA-256 {part_key(SCORERS, spec)[:16]})"
+
+
+def candidates_of(settings: CandidateSettings, device: str) -> Candidates | None:
+    """What the rounds need to know; None = no candidates are asked for.
+
+    Args:
+        device: where the scorer runs, such as "cpu" or "cuda:0".
+    """
+    spec = settings.candidate_scorer
+    if not settings.num_candidates or spec is None:
+        return None
+
+    judge = scorer_by_content(spec)
+    return Candidates(settings.num_candidates, settings.candidate_share, judge, lambda: scorer_as_judge(spec, device))
+
+
+def scorer_as_judge(spec: str, device: str) -> Judge:
+    """A scorer of images as a judge of stored samples; its weights are read now."""
+    scorer = load_scorer(spec, device)
+    return lambda rows: score_images(
+        scorer, (open_picture(row["image"]) for row in rows), [row["prompt"] for row in rows]
+    )
+
+
+def content_settings(settings: CurationSettings) -> dict[str, object]:
     """What decides which images are chosen: the settings, with the hash of what is behind the scorer's name."""
     spec = settings.curation_scorer
     return asdict(settings) | {"curation_scorer": scorer_by_content(spec) if spec is not None else None}
+
+
+class Chosen(TypedDict):
+    """What was chosen, for the report."""
+
+    scorer: str | None
+    checkpoint: dict[str, str]
+    scored: int
+    kept: int
+    left_out: dict[str, int]
+    """Flag of a rule, with its value -> how many it left out."""
+    ranked: int
+    """How many were left for `curation_top` to choose from."""
+    lowest: float
+    highest: float
 
 
 # Which are chosen
@@ -137,7 +189,7 @@ class _Complete(TypedDict):
     """What complete.json holds: how many images have scores, and by which weights."""
 
     scored: int
-    checkpoint: dict[str, Any]
+    checkpoint: dict[str, str]
 
 
 @dataclass(eq=False)
@@ -158,14 +210,14 @@ class Curation:
     settings: CurationSettings
     directory: Path
     table: Path
-    decides: dict[str, Any]
+    decides: dict[str, object]
     read: Callable[[], Iterator[Example]]
     id_of: IdOf
     stored: Stored
     rows_per_shard: int
     device: str
     progress: Progress = field(default_factory=Progress)
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Chosen | None = None
     """What was chosen, once `take` has been called."""
 
     def take(self, again: Callable[[], Iterator[Example]]) -> Iterator[Example]:
@@ -301,7 +353,7 @@ class Curation:
         count = self._complete()["scored"]
         return [self.directory / f"{number:05d}.parquet" for number in range(-(-count // self.rows_per_shard))]
 
-    def _complete(self) -> "_Complete":
+    def _complete(self) -> _Complete:
         return read_json(self.directory / COMPLETE, _Complete, self._score_again())
 
     # What was chosen
@@ -336,7 +388,7 @@ class Curation:
 
         write_file(self.table, write)
 
-    def _summary(self, scores: Float[np.ndarray, " examples"], choice: Choice) -> dict[str, Any]:
+    def _summary(self, scores: Float[np.ndarray, " examples"], choice: Choice) -> Chosen:
         kept = scores[choice.chosen]
         return {
             "scorer": self.settings.curation_scorer,
@@ -368,7 +420,7 @@ class Curation:
         )
 
 
-def curation_line(summary: dict[str, Any]) -> str:
+def curation_line(summary: Chosen) -> str:
     """ "curated by pickscore: 500 of 1600 kept (scores 0.213 to 0.244)"."""
     return (
         f"curated by {_name(summary['scorer'])}: {summary['kept']} of {summary['scored']} kept (scores "
@@ -376,7 +428,7 @@ def curation_line(summary: dict[str, Any]) -> str:
     )
 
 
-def curation_lines(summary: dict[str, Any], settings: CurationSettings) -> list[str]:
+def curation_lines(summary: Chosen, settings: CurationSettings) -> list[str]:
     """What was chosen, and which rule left out how many."""
     lines = [curation_line(summary)]
     lines += [f"  left out by {rule}: {count}" for rule, count in summary["left_out"].items() if count]

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import product
@@ -16,14 +15,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base, parts_hash
-from spin_diffusion.diffusion.denoiser import cast_for_autocast, compile_unet, enable_xformers, opponent_of
+from spin_diffusion.diffusion.denoiser import Copies, cast_for_autocast, compile_unet, enable_xformers
 from spin_diffusion.diffusion.images import (
     bucket_sizes,
     encoded_once,
@@ -34,7 +31,7 @@ from spin_diffusion.diffusion.images import (
     size_of,
     vae_hash,
 )
-from spin_diffusion.diffusion.lora import OPPONENT, PLAYER, Adapters, load_adapter
+from spin_diffusion.diffusion.lora import Adapters
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import Prompts
@@ -146,6 +143,11 @@ class DiffusionGame:
             autocast=self.accelerator.autocast,
         )
 
+    @property
+    def opponent(self) -> UNet2DConditionModel | None:
+        """The network that is the opponent inside of `models.as_opponent`; None while it is released."""
+        return self.models.opponent
+
     def _seat_models(self, lora: LoraSettings | None, gradient_checkpointing: bool) -> None:
         """The player, and the opponent: a copy of it, or another adapter on the same UNet."""
         # Never in training mode: dropout would make the two models' scores differ at step 0
@@ -156,18 +158,14 @@ class DiffusionGame:
             self.player.enable_gradient_checkpointing()
         if self.denoiser.enable_xformers_memory_efficient_attention:
             enable_xformers(self.player)
-        self.base_hash = weights_hash(self.player)
-        self.adapters: Adapters | None = None
+        self.base_hash, precision = weights_hash(self.player), self.accelerator.mixed_precision
+        self.models: Copies | Adapters
         if lora is not None and lora.use_lora:
-            self.player.eval()
-            dtype = autocast_dtype(self.accelerator.mixed_precision)
-            self.adapters = Adapters(self.player, lora, dtype, self.base_hash)
+            self.models = Adapters(self.player, lora, autocast_dtype(precision), self.base_hash, self._base_pipeline)
             if gradient_checkpointing:
-                self.player.enable_gradient_checkpointing(self._checkpoint)
-            self.opponent: UNet2DConditionModel | None = self.player
+                self.player.enable_gradient_checkpointing(self.models.checkpointed)
         else:
-            self.player.requires_grad_(True).eval()
-            self.opponent = self._opponent_of_player()
+            self.models = Copies(self.player, precision, self.denoiser.compile, self._base_pipeline)
         compile_unet(self.player, self.denoiser.compile)
 
     @cached_property
@@ -211,7 +209,7 @@ class DiffusionGame:
         states: dict[int, Tensor] = {}
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
-        with self._as_opponent(), ThreadPoolExecutor() as writers:
+        with self.models.as_opponent(), ThreadPoolExecutor() as writers:
             pipeline, how = self._drawing(self.opponent, self.sampling.guidance_scale)
             how["keep_states"] = self.steps is not None
             for size, places in places_by_size(sizes).items():
@@ -338,7 +336,7 @@ class DiffusionGame:
     def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
         """Its scores, real ones first."""
         assert self.opponent is not None
-        with self._as_opponent(), self._dropping(batch):
+        with self.models.as_opponent(), self.models.dropping(seed_from(*batch.seeds)):
             predicted = self._predicted(self.opponent, question)
         return question.scores(predicted)
 
@@ -354,9 +352,9 @@ class DiffusionGame:
         def ask(x_t: Tensor) -> tuple[Tensor, Tensor | None]:
             return self._player_scores(next(models, self.player), replace(question, x_t=x_t), batch)
 
-        with self._dropping(batch):
+        with self.models.dropping(seed_from(*batch.seeds)):
             again = self.trajectory.trajectory == "exact" and torch.is_grad_enabled()
-            return self._checkpoint(ask, question.x_t) if again else ask(question.x_t)
+            return self.models.checkpointed(ask, question.x_t) if again else ask(question.x_t)
 
     def _player_scores(
         self, player: Callable[..., Any], question: Question, batch: Batch
@@ -379,15 +377,7 @@ class DiffusionGame:
 
     def promote(self) -> None:
         """The opponent becomes a frozen copy of the player."""
-        if self.adapters is not None:
-            self.adapters.promote()
-        else:
-            self.opponent = self._opponent_of_player()
-
-    def _opponent_of_player(self) -> UNet2DConditionModel:
-        opponent = opponent_of(self.player, self.accelerator.mixed_precision)
-        compile_unet(opponent, self.denoiser.compile)
-        return opponent
+        self.models.promote()
 
     def _put_away(self) -> None:
         """Off the device with what training does not need, where prompts are kept."""
@@ -404,28 +394,7 @@ class DiffusionGame:
 
     def release_opponent(self) -> None:
         """Free its memory; with adapters it has next to none of its own."""
-        if self.adapters is None:
-            self.opponent = None
-
-    def _as_opponent(self) -> AbstractContextManager[None]:
-        """Where `self.opponent` is the opponent: with adapters it is the player's UNet otherwise."""
-        return self.adapters.as_opponent() if self.adapters is not None else nullcontext()
-
-    def _dropping(self, batch: Batch) -> AbstractContextManager[None]:
-        """With adapters their dropout is on: the same for both models, and other for other pairs."""
-        return self.adapters.dropping(seed_from(*batch.seeds)) if self.adapters is not None else nullcontext()
-
-    def _checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's value, to be computed again in the backward pass, with dropout as it is now."""
-        if self.adapters is None:
-            return checkpoint(function, *inputs, use_reentrant=False)
-        adapters, drops = self.adapters, self.adapters.drops
-
-        def again(*inputs: Any) -> Any:
-            with adapters.dropout(drops):
-                return function(*inputs)
-
-        return checkpoint(again, *inputs, use_reentrant=False)
+        self.models.release()
 
     @torch.no_grad()
     def distance(self, weights: Iterable[Tensor] | None = None) -> float | None:
@@ -434,64 +403,38 @@ class DiffusionGame:
         if self.opponent is None:
             return None
         moved = length = 0.0
-        pairs = zip(weights or self.player.parameters(), self.opponent.parameters(), strict=True)
-        if self.adapters is not None:
-            pairs = zip(self.adapters.parameters(PLAYER), self.adapters.parameters(OPPONENT), strict=True)
-        for player, opponent in pairs:
+        for player, opponent in self.models.pairs(weights):
             moved += (player.float() - opponent.float()).square().sum().item()
             length += opponent.float().square().sum().item()
         return (moved / length) ** 0.5
 
     def opponent_hash(self) -> str:
         """The hash of the opponent's weights as they are now; of its adapter, if it is one."""
-        if self.adapters is not None:
-            return self.adapters.hash_of(OPPONENT)
-        assert self.opponent is not None
-        return weights_hash(self.opponent)
+        return self.models.opponent_hash()
 
     def player_hash(self) -> str:
         """The hash of the player's weights as they are now; of its adapter, if it is one."""
-        return self.adapters.hash_of(PLAYER) if self.adapters is not None else weights_hash(self.player)
+        return self.models.player_hash()
 
     @property
     def saved(self) -> str:
         """Name of the folder that `save` writes what a user loads into."""
-        return "lora" if self.adapters is not None else "unet"
+        return self.models.saved
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
         """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it; or `lora/`, as a
         pipeline's load_lora_weights does, with `lora_round/`, which holds the change since the opponent alone."""
-        if self.adapters is not None:
-            return self._save_adapters(self.adapters, directory, prove)
-        target = directory / "unet"
+        targets = {directory / name: write for name, write in self.models.folders().items()}
         if self.accelerator.is_main_process:
-            write_folder(target, self._write_unet)
-            if prove:
-                self._prove(target)
-        return [target]
-
-    def _write_unet(self, folder: Path) -> None:
-        self.player.save_config(folder)
-        # Written here rather than by save_pretrained, which refuses channels_last and splits SDXL in two files
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.player.state_dict().items()}
-        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-
-    def _save_adapters(self, adapters: Adapters, directory: Path, prove: bool) -> list[Path]:
-        targets = [directory / "lora", directory / "lora_round"]
-        if self.accelerator.is_main_process:
-            for target, write in zip(targets, (adapters.save, adapters.save_change), strict=True):
+            for target, write in targets.items():
                 write_folder(target, write)
             if prove:
-                self._prove(targets[0])
-        return targets
+                self._prove(directory / self.saved)
+        return [*targets]
 
     def restore(self, directory: Path | None) -> None:
         """Load `unet/` or `lora/` below `directory`, or what the base has, into the player's parameters in place."""
-        if self.adapters is not None:
-            self.adapters.restore(directory / "lora" if directory is not None else None)
-            return
-        unet = self._base_unet() if directory is None else load_unet(directory / "unet", str(directory / "unet"))
-        self.player.load_state_dict(unet.state_dict())
+        self.models.restore(directory)
 
     # Pictures
 
@@ -521,22 +464,16 @@ class DiffusionGame:
             "eta": self.sampling.eta,
         }
 
-    def _fresh(self, path: Path) -> UNet2DConditionModel:
-        """A UNet as a user gets it from what was saved in `path`."""
-        if self.adapters is None:
-            return load_unet(path, str(path))
-        unet = self._base_unet()
-        load_adapter(sampling_pipeline(self.pipeline, unet, "ddim"), path)
-        return unet
-
-    def _base_unet(self) -> UNet2DConditionModel:
-        """As it was loaded at first, from the same files."""
-        return load_unet(Path(self.player.config._name_or_path), f"{self.base.name}: its UNet", self.base.variant)
+    def _base_pipeline(self) -> Any:
+        """With the UNet as it was loaded at first, from the same files."""
+        where = f"{self.base.name}: its UNet"
+        unet = load_unet(Path(self.player.config._name_or_path), where, self.base.variant)
+        return sampling_pipeline(self.pipeline, unet, "ddim")
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
         self._bring_back()
-        fresh = self._fresh(path).requires_grad_(False).eval()
+        fresh = self.models.fresh(path).requires_grad_(False).eval()
         # Before it is moved: beside the player, a card that can train it may have no room for it in fp32
         cast_for_autocast(fresh, autocast_dtype(self.accelerator.mixed_precision))
         fresh.to(self.accelerator.device)

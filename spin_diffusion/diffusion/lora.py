@@ -8,7 +8,7 @@ processes and a recomputed forward pass all meet the adapter that is trained.
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
@@ -35,22 +36,35 @@ ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 class Adapters:
-    """The two adapters of a UNet. The player's are fp32 and trainable, whatever the dtype of the base."""
+    """The two adapters of a UNet. The player's are fp32 and trainable, whatever the dtype of the base.
+
+    `denoiser.Copies` has the same methods, for two UNets.
+    """
+
+    saved = "lora"
+    """Name of the folder that a user loads."""
 
     def __init__(
-        self, unet: UNet2DConditionModel, settings: LoraSettings, dtype: torch.dtype | None, base_hash: str
+        self,
+        unet: UNet2DConditionModel,
+        settings: LoraSettings,
+        dtype: torch.dtype | None,
+        base_hash: str,
+        base: Callable[[], Any],
     ) -> None:
         """Add both to `unet`, equal and without effect.
 
         Args:
             base_hash: of the UNet's weights, which a saved adapter is told to belong to.
+            base: makes a pipeline with the base's own UNet.
             dtype: of the base's linear and convolution weights from here on, those that autocast would cast at every
                 call; None = as they are.
 
         Raises:
             InputError: no layer of a name in `lora_target_modules`.
         """
-        self.unet, self.settings, self.base_hash = unet, settings, base_hash
+        self.unet, self.opponent = unet, unet
+        self.settings, self.base_hash, self.base = settings, base_hash, base
         cast_for_autocast(unet, dtype)
         targets = list(settings.lora_target_modules or ATTENTION)
         for target in targets:
@@ -129,16 +143,41 @@ class Adapters:
             for module in modules:
                 module.train(before)
 
+    def checkpointed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """The function's value, to be computed again in the backward pass, with dropout as it is now."""
+        drops = self.drops
+
+        def again(*inputs: Any) -> Any:
+            with self.dropout(drops):
+                return function(*inputs)
+
+        return checkpoint(again, *inputs, use_reentrant=False)
+
     def promote(self) -> None:
         """The opponent becomes a copy of the player."""
         self._load(OPPONENT, self.weights(PLAYER))
 
-    def hash_of(self, name: str) -> str:
-        """SHA-256 over an adapter's names and bytes."""
-        return tensors_hash(self.weights(name))
+    def release(self) -> None:
+        """Nothing: the opponent has next to no memory of its own."""
+
+    def pairs(self, weights: Iterable[Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each matrix of the player's adapter with the opponent's."""
+        return zip(self.parameters(PLAYER), self.parameters(OPPONENT), strict=True)
+
+    def player_hash(self) -> str:
+        """SHA-256 over the adapter's names and bytes."""
+        return tensors_hash(self.weights(PLAYER))
+
+    def opponent_hash(self) -> str:
+        """SHA-256 over the adapter's names and bytes."""
+        return tensors_hash(self.weights(OPPONENT))
+
+    def folders(self) -> dict[str, Callable[[Path], None]]:
+        """The player, relative to the base, as `pipeline.load_lora_weights` reads it; and what the round changed."""
+        return {self.saved: self.save, "lora_round": self.save_change}
 
     def save(self, folder: Path) -> None:
-        """The player, relative to the base, as `pipeline.load_lora_weights` reads it."""
+        """The player, relative to the base."""
         self._write(folder, self.weights(PLAYER), self.settings.rank, self.settings.alpha)
 
     def save_change(self, folder: Path) -> None:
@@ -164,17 +203,23 @@ class Adapters:
         settings = asdict(self.settings) | {"rank": rank, "lora_alpha": alpha, "base": self.base_hash}
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
-    def restore(self, folder: Path | None) -> None:
-        """The player as saved in a folder, or as it was at first; its Parameters stay the same objects.
+    def restore(self, directory: Path | None) -> None:
+        """The player as saved below `directory`, or as it was at first; its Parameters stay the same objects.
 
         Raises:
             InputError: an adapter of another rank, on other layers, or of another base.
         """
-        if folder is None:
+        if directory is None:
             self._load(PLAYER, self._fresh)
             return
         other = ", or start in another --output_dir"
-        self._load(PLAYER, read_adapter(folder, self._fresh, self.base_hash, other))
+        self._load(PLAYER, read_adapter(directory / self.saved, self._fresh, self.base_hash, other))
+
+    def fresh(self, path: Path) -> UNet2DConditionModel:
+        """A UNet as a user gets it from the base and what was saved in `path`."""
+        pipeline = self.base()
+        load_adapter(pipeline, path)
+        return pipeline.unet
 
 
 def _config(rank: int, alpha: float, targets: list[str], dropout: float) -> LoraConfig:

@@ -43,7 +43,7 @@ def trained_line(game: DiffusionGame) -> str:
     """For the header: how much is trained, beside how much."""
     trained = sum(parameter.numel() for parameter in trained_parameters(game))
     weights = sum(parameter.numel() for parameter in game.player.parameters())
-    if game.adapters is None:
+    if game.saved == "unet":
         return f"Trained    all {weights / 1e6:.1f} M parameters, fp32\n"
     base = weights - 2 * trained  # the opponent has an adapter too
     return f"Trained    an adapter of {trained / 1e6:.2g} M parameters, fp32, beside the base's {base / 1e6:.1f} M\n"

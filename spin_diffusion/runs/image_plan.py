@@ -148,7 +148,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRate
     forget_peak_memory(device)
     score, pair, update, checkpoint_bytes = _probe_training(config, game, rows, encoded)
     parameters = trained_parameters(game)
-    saved = game.player.parameters() if game.adapters is None else parameters
+    saved = game.player.parameters() if game.saved == "unet" else parameters
     return ImageRates(
         denoise=denoise / batch,
         finish=finish / batch,

@@ -12,10 +12,9 @@ from accelerate import Accelerator
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import Example, ReadReport
 from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments
-from spin_diffusion.diffusion.candidates import candidates_of, check_scorer
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import count_units, phase_flops, work_of
-from spin_diffusion.diffusion.curation import Curation, check_curator, content_settings, curation_lines
+from spin_diffusion.diffusion.curation import Curation, candidates_of, check_judges, content_settings, curation_lines
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.images import area_share
 from spin_diffusion.diffusion.prompts import CutPrompts
@@ -71,8 +70,7 @@ class ImageSetup:
             raise InputError(
                 "give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir"
             )
-        check_scorer(config.candidates)
-        check_curator(config.curation)
+        check_judges(config.curation, config.candidates)
         if config.evaluation.validation_prompts:
             check_specs(config.evaluation.scorers or [])
             self.prompts = load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
@@ -135,7 +133,7 @@ class ImageRun:
         )
         if report.read:
             cut = CutPrompts(game.pipeline).add(Column(data, "prompt")).line("captions")
-            chosen = curation_lines(curation.summary, config.curation) if curation else []
+            chosen = curation_lines(curation.summary, config.curation) if curation and curation.summary else []
             for line in [*report.lines(), *([cut] if cut else []), *chosen]:
                 self.accelerator.print(line)
         if curation and self.accelerator.is_main_process:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spin_diffusion.diffusion.candidates import scorer_as_judge
+from spin_diffusion.diffusion.curation import scorer_as_judge
 from spin_diffusion.store.files import read_json, read_rows
 from tests.cli.test_scripts import play, refused, run, settings  # noqa: F401
 from tests.test_processes import play as play_in_processes

@@ -19,7 +19,7 @@ from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import curation as curation_module
 from spin_diffusion.diffusion.curation import (
     Curation,
-    check_curator,
+    check_judges,
     choose,
     content_settings,
     curation_line,
@@ -28,6 +28,7 @@ from spin_diffusion.diffusion.curation import (
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.settings import CurationSettings
 from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
@@ -354,10 +355,10 @@ def test_rules_that_make_no_sense_are_refused(rules, parts):
 )
 def test_a_scorer_that_cannot_choose_is_refused_before_anything_is_loaded(spec, part):
     with pytest.raises(InputError, match=part) as error:
-        check_curator(CurationSettings(spec, 5))
+        check_judges(CurationSettings(spec, 5), CandidateSettings())
     assert str(error.value).startswith(f"--curation_scorer {spec}: ")
-    check_curator(CurationSettings())
-    check_curator(CurationSettings("pickscore", 5))
+    check_judges(CurationSettings(), CandidateSettings())
+    check_judges(CurationSettings("pickscore", 5), CandidateSettings())
 
 
 def test_a_scorer_that_fails_is_named_by_its_flag(tmp_path):

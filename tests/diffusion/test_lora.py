@@ -30,7 +30,7 @@ def move(game, size: float = 0.05, seed: int = 3) -> None:
     """The player's adapter somewhere else."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in game.adapters.parameters(PLAYER):
+        for parameter in game.models.parameters(PLAYER):
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
@@ -103,16 +103,16 @@ def test_only_the_player_s_adapter_is_trained_and_there_is_one_unet(sdxl_dir):
     assert game.opponent is game.player
     assert sum(isinstance(found, UNet2DConditionModel) for found in gc.get_objects()) - before == 1
     trainable = [parameter for parameter in game.player.parameters() if parameter.requires_grad]
-    assert {id(p) for p in trainable} == {id(p) for p in game.adapters.parameters(PLAYER)} and trainable
-    assert not {id(p) for p in trainable} & {id(p) for p in game.adapters.parameters(OPPONENT)}
+    assert {id(p) for p in trainable} == {id(p) for p in game.models.parameters(PLAYER)} and trainable
+    assert not {id(p) for p in trainable} & {id(p) for p in game.models.parameters(OPPONENT)}
 
 
 def test_the_player_s_parameters_stay_the_same_objects(sdxl_dir, tmp_path):
     game = make_game(sdxl_dir, lora=LORA)
-    first = [id(parameter) for parameter in game.adapters.parameters(PLAYER)]
+    first = [id(parameter) for parameter in game.models.parameters(PLAYER)]
 
     def same() -> bool:
-        now = game.adapters.parameters(PLAYER)
+        now = game.models.parameters(PLAYER)
         return [id(p) for p in now] == first and all(p.requires_grad for p in now)
 
     move(game)
@@ -125,9 +125,9 @@ def test_the_player_s_parameters_stay_the_same_objects(sdxl_dir, tmp_path):
     game.restore(tmp_path)
     assert same()
     game.scores(game.player, batch_of(game)).scores.player_real.sum().backward()
-    assert same() and not any(p.requires_grad for p in game.adapters.parameters(OPPONENT))
-    with pytest.raises(ZeroDivisionError), game.adapters.as_opponent():
-        assert same() and not any(p.requires_grad for p in game.adapters.parameters(OPPONENT))
+    assert same() and not any(p.requires_grad for p in game.models.parameters(OPPONENT))
+    with pytest.raises(ZeroDivisionError), game.models.as_opponent():
+        assert same() and not any(p.requires_grad for p in game.models.parameters(OPPONENT))
         raise ZeroDivisionError
     assert same()
 
@@ -161,7 +161,7 @@ def test_the_masks_are_a_function_of_the_seed(sdxl_dir):
     move(game)
 
     def predicted(seed: int) -> torch.Tensor:
-        with game.adapters.dropping(seed):
+        with game.models.dropping(seed):
             return prediction(game.player, game)
 
     first = predicted(1)
@@ -175,7 +175,7 @@ def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
     move(game)
     game.promote()
     assert game.opponent_hash() != first and game.distance() == 0
-    with game.adapters.as_opponent():
+    with game.models.as_opponent():
         assert (prediction(game.player, game) - base).abs().max() > 1e-4
     move(game, seed=4)
     assert game.opponent_hash() == game.opponent_hash() != game.player_hash() and game.distance() > 0
@@ -184,7 +184,7 @@ def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
 def test_adapters_are_fp32_on_a_bf16_base(sdxl_dir):
     game = make_game(sdxl_dir, "bf16", lora=LORA)
     for name in (PLAYER, OPPONENT):
-        assert {parameter.dtype for parameter in game.adapters.parameters(name)} == {torch.float32}
+        assert {parameter.dtype for parameter in game.models.parameters(name)} == {torch.float32}
     linear = [p.dtype for name, p in game.player.named_parameters() if name.endswith("base_layer.weight")]
     assert set(linear) == {torch.bfloat16}
 
@@ -286,7 +286,7 @@ def test_two_rounds_and_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path
     monkeypatch.setattr(train_module, "_take_step", take_step)
     # After the resume the optimizer still holds the active adapter, and moves it
     game = make_game(sdxl_dir, lora=LORA)
-    first = [id(parameter) for parameter in game.adapters.parameters(PLAYER)]
+    first = [id(parameter) for parameter in game.models.parameters(PLAYER)]
     seen = []
 
     def watching(step, trainee, *args):
@@ -342,7 +342,7 @@ def test_the_header_counts_base_and_adapter_apart(sdxl_dir):
     game = make_game(sdxl_dir, lora=LORA)
     line = trained_line(game)
     base = UNet2DConditionModel.from_pretrained(sdxl_dir, subfolder="unet").num_parameters()
-    adapter = sum(parameter.numel() for parameter in game.adapters.parameters(PLAYER))
+    adapter = sum(parameter.numel() for parameter in game.models.parameters(PLAYER))
     assert f"{adapter / 1e6:.2g} M" in line and f"{base / 1e6:.1f} M" in line
     assert game.player.num_parameters() == base + 2 * adapter
 
