@@ -342,7 +342,7 @@ def test_the_gradient_does_not_depend_on_what_is_computed_again(sdxl_dir, monkey
         return [parameter.grad.clone() for parameter in game.player.parameters() if parameter.grad is not None]
 
     recomputed = gradients()
-    monkeypatch.setattr("spin_diffusion.diffusion.game.checkpoint", lambda f, *args, use_reentrant: f(*args))
+    monkeypatch.setattr("spin_diffusion.diffusion.denoiser.checkpoint", lambda f, *args, use_reentrant: f(*args))
     for one, other in itertools.zip_longest(recomputed, gradients()):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 
