@@ -127,22 +127,27 @@ def code_hash(path: Path, root: Path | None = None) -> str:
 
 def _reached_from(file: Path, root: Path) -> set[Path]:
     try:
-        tree = ast.parse(file.read_bytes())
+        imports, strings = _spelled_in(file, known_hash(file))
     except (SyntaxError, ValueError, OSError, RecursionError):
         return set()  # it cannot be run either
-    found = set()
-    for node in ast.walk(tree):
+    modules = (_modules(dotted, level, file, root) for dotted, level in imports)
+    return set().union(*modules, *(_named(string, file) for string in strings))
+
+
+@functools.lru_cache(maxsize=10_000)
+def _spelled_in(file: Path, _content_hash: str) -> tuple[set[tuple[str, int]], set[str]]:
+    """The modules that a Python file imports, by dotted name and level, and the strings in it that may name a file."""
+    imports, strings = set(), set()
+    for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                found |= _modules(alias.name, 0, file, root)
+            imports |= {(alias.name, 0) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            found |= _modules(module, node.level, file, root)
-            for alias in node.names:
-                found |= _modules(f"{module}.{alias.name}".lstrip("."), node.level, file, root)
-        elif (name := _joined(node)) is not None:
-            found |= _named(name, file)
-    return found
+            imports.add((module, node.level))
+            imports |= {(f"{module}.{alias.name}".lstrip("."), node.level) for alias in node.names}
+        elif (string := _joined(node)) is not None:
+            strings.add(string)
+    return imports, strings
 
 
 def _modules(dotted: str, level: int, file: Path, root: Path) -> set[Path]:
@@ -151,7 +156,7 @@ def _modules(dotted: str, level: int, file: Path, root: Path) -> set[Path]:
     starts = [file.parents[level - 1]] if level else [file.parent, *root.parents]
     places = [start.joinpath(*parts) for start in starts]
     files = [option for place in places for option in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
-    return {found.resolve() for found in files if found.resolve().is_relative_to(root) and found.is_file()}
+    return {found.resolve() for found in files if found.is_file() and found.resolve().is_relative_to(root)}
 
 
 def _joined(node: ast.AST) -> str | None:
