@@ -46,6 +46,12 @@ def settings(tmp_path) -> dict:
     }
 
 
+@pytest.fixture
+def unevaluated(settings) -> dict:
+    """For what happens before or beside the evaluation, which takes longer than so small a training."""
+    return settings | {"rounds": 1, "judges": [], "held_out_dataset_name": None, "num_held_out": 0}
+
+
 def play(tmp_path: Path, settings: dict, *argv: str) -> int:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -97,7 +103,12 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
 
 def test_the_held_out_likelihood_is_the_plain_one(settings, tmp_path):
     lines = (LANGUAGE / "data" / "held_out.jsonl").read_text().splitlines()[:24]
-    settings |= {"held_out_dataset_name": rows(tmp_path / "held_out.jsonl", lines), "num_held_out": 0, "rounds": 1}
+    settings |= {
+        "held_out_dataset_name": rows(tmp_path / "held_out.jsonl", lines),
+        "num_held_out": 0,
+        "rounds": 1,
+        "judges": [],
+    }
     assert play(tmp_path, settings) == 0
     said = read_json(tmp_path / "out" / "base" / "held_out.json")["held_out_nll"]
     model, tokenizer = (
@@ -118,7 +129,7 @@ def test_the_held_out_likelihood_is_the_plain_one(settings, tmp_path):
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_a_run_starts_from_the_last_player_of_another(adapter, settings, tmp_path):
-    settings |= {"rounds": 1, "use_lora": adapter, "rank": 4}
+    settings |= {"rounds": 1, "judges": [], "use_lora": adapter, "rank": 4}
     first, second, saved = tmp_path / "out", tmp_path / "second", "adapter" if adapter else "model"
     assert play(tmp_path, settings) == 0
     argv = ["--continue_from", str(first), "--output_dir", str(second), "--objective", "spin"]
@@ -131,10 +142,10 @@ def test_a_run_starts_from_the_last_player_of_another(adapter, settings, tmp_pat
     assert read_json(second / "base" / "held_out.json") == read_json(first / "base" / "held_out.json")
 
 
-def test_an_adapter_is_saved_as_peft_reads_it(settings, tmp_path):
+def test_an_adapter_is_saved_as_peft_reads_it(unevaluated, tmp_path):
     from peft import PeftModel
 
-    assert play(tmp_path, settings | {"rounds": 1, "use_lora": True, "rank": 4}) == 0
+    assert play(tmp_path, unevaluated | {"use_lora": True, "rank": 4}) == 0
     base = AutoModelForCausalLM.from_pretrained(LANGUAGE / "base")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert not (tmp_path / "out" / "model").exists()
@@ -262,29 +273,28 @@ def test_a_model_too_small_for_the_settings_is_refused_before_data_is_read(sizes
     refused(capsys, play(tmp_path, settings), *parts)
 
 
-def test_a_model_of_just_the_right_size_is_played_with(settings, tmp_path):
+def test_a_model_of_just_the_right_size_is_played_with(unevaluated, tmp_path):
     model = gpt2(tmp_path / "gpt2", n_positions=48, vocab_size=176)
-    settings |= {"model_name_or_path": model, "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
-    assert play(tmp_path, settings) == 0
+    assert play(tmp_path, unevaluated | {"model_name_or_path": model}) == 0
 
 
-def test_a_tokenizer_without_a_chat_template_says_what_to_do(settings, tmp_path, capsys):
+def test_a_tokenizer_without_a_chat_template_says_what_to_do(unevaluated, tmp_path, capsys):
     base = changed_base(tmp_path)
     (base / "chat_template.jinja").unlink()
-    settings["model_name_or_path"] = str(base)
-    assert play(tmp_path, settings) == 2
+    unevaluated["model_name_or_path"] = str(base)
+    assert play(tmp_path, unevaluated) == 2
     # On a line of its own, not behind the bar of what was being read
     assert "\nerror: the data are conversations and the tokenizer has no chat template" in capsys.readouterr().err
     # with a template of the user's it goes
-    assert play(tmp_path, settings, "--chat_template", str(LANGUAGE / "base" / "chat_template.jinja")) == 0
+    assert play(tmp_path, unevaluated, "--chat_template", str(LANGUAGE / "base" / "chat_template.jinja")) == 0
 
 
-def test_a_tokenizer_without_a_pad_token_is_used_with_another(settings, tmp_path):
+def test_a_tokenizer_without_a_pad_token_is_used_with_another(unevaluated, tmp_path):
     base = changed_base(tmp_path)
     config = json.loads((base / "tokenizer_config.json").read_text())
     config.pop("pad_token")
     (base / "tokenizer_config.json").write_text(json.dumps(config))
-    assert play(tmp_path, settings | {"model_name_or_path": str(base), "rounds": 1}) == 0
+    assert play(tmp_path, unevaluated | {"model_name_or_path": str(base)}) == 0
 
 
 THINKS = (
@@ -297,7 +307,7 @@ THINKS = (
 
 def test_what_a_template_writes_before_answers_is_refused_until_it_belongs_to_the_prompt(settings, tmp_path, capsys):
     (tmp_path / "own.jinja").write_text(THINKS)
-    settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "lm_eval_tasks": None}
+    settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "judges": [], "lm_eval_tasks": None}
     refused(
         capsys, play(tmp_path, settings), "the chat template writes 'think ' before every real answer",
         "give --chat_template_kwargs '{enable_thinking: false}'",
@@ -335,7 +345,7 @@ def test_a_template_that_is_no_small_file_or_never_ends_is_refused(settings, tmp
 
 
 def test_answers_that_are_cut_are_counted_before_training_and_by_the_plan(settings, tmp_path, capsys):
-    settings |= {"max_new_tokens": 5, "rounds": 1}
+    settings |= {"max_new_tokens": 5, "rounds": 1, "judges": []}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert run("plan.py", "--config", str(config)) == 0
@@ -357,7 +367,11 @@ def test_answers_that_cannot_be_used_are_counted(settings, tmp_path, capsys):
         "num_held_out": 0,
         "held_out_dataset_name": rows(tmp_path / "held_out.jsonl", [*good, other, too_long]),
     }
-    settings |= {"dataset_name": rows(tmp_path / "data.jsonl", good * 1 + bad + ["{broken"]), "train_batch_size": 2}
+    settings |= {
+        "dataset_name": rows(tmp_path / "data.jsonl", good * 1 + bad + ["{broken"]),
+        "train_batch_size": 2,
+        "judges": [],
+    }
     refused(capsys, play(tmp_path, settings | {"rounds": 1}), "data.jsonl", "max_bad_share")
     assert play(tmp_path, settings | {"rounds": 1, "max_bad_share": 0.9}) == 0
     printed = capsys.readouterr().out
@@ -376,38 +390,37 @@ def test_a_model_whose_scores_are_not_finite_is_said(settings, tmp_path, capsys)
     refused(capsys, play(tmp_path, settings), "not finite")
 
 
-def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(settings, tmp_path, capsys):
-    refused(capsys, play(tmp_path, settings, "--learning_rate", "1e30"), "round 1, step", "samples")
+def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(unevaluated, tmp_path, capsys):
+    refused(capsys, play(tmp_path, unevaluated, "--learning_rate", "1e30"), "round 1, step", "samples")
 
 
-def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, capsys):
-    assert play(tmp_path, settings | {"rounds": 1}) == 0
-    refused(capsys, play(tmp_path, settings, "--temperature", "0.7"), "temperature: 1.0 -> 0.7")
+def test_changed_settings_are_refused_with_the_difference(unevaluated, tmp_path, capsys):
+    assert play(tmp_path, unevaluated) == 0
+    refused(capsys, play(tmp_path, unevaluated, "--temperature", "0.7"), "temperature: 1.0 -> 0.7")
 
 
-def test_a_changed_chat_template_or_tokenizer_is_refused_in_a_begun_run(settings, tmp_path, capsys):
+def test_a_changed_chat_template_or_tokenizer_is_refused_in_a_begun_run(unevaluated, tmp_path, capsys):
     base, template = changed_base(tmp_path), tmp_path / "template.jinja"
     shutil.copy(base / "chat_template.jinja", template)
-    settings |= {"model_name_or_path": str(base), "held_out_dataset_name": None, "num_held_out": 0, "rounds": 1}
-    settings |= {"chat_template": str(template), "max_train_steps": 1}
-    assert play(tmp_path, settings) == 0
+    unevaluated |= {"model_name_or_path": str(base), "chat_template": str(template), "max_train_steps": 1}
+    assert play(tmp_path, unevaluated) == 0
     written = template.read_text()
     template.write_text(written + " ")
     capsys.readouterr()
-    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (chat_template_sha256)", "restore")
+    refused(capsys, play(tmp_path, unevaluated, "--rounds", "2"), "other settings (chat_template_sha256)", "restore")
     template.write_text(written)
     tokens = json.loads((base / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"]
     one, other = list(vocabulary)[-2:]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (base / "tokenizer.json").write_text(json.dumps(tokens))
-    refused(capsys, play(tmp_path, settings, "--rounds", "2"), "other settings (tokenizer_sha256)")
+    refused(capsys, play(tmp_path, unevaluated, "--rounds", "2"), "other settings (tokenizer_sha256)")
     shutil.copy(LANGUAGE / "base" / "tokenizer.json", base)
-    assert play(tmp_path, settings, "--rounds", "2") == 0
+    assert play(tmp_path, unevaluated, "--rounds", "2") == 0
 
 
-def test_other_sampling_and_unstable_settings_are_warned_of(settings, tmp_path, capsys):
-    argv = ["--objective", "spin", "--beta", "0.1", "--temperature", "0.7", "--rounds", "1"]
-    assert play(tmp_path, settings, *argv) == 0
+def test_other_sampling_and_unstable_settings_are_warned_of(unevaluated, tmp_path, capsys):
+    argv = ["--objective", "spin", "--beta", "0.1", "--temperature", "0.7"]
+    assert play(tmp_path, unevaluated, *argv) == 0
     printed = capsys.readouterr().out
     assert "Warning: --temperature 0.7" in printed and "Warning: --objective spin with --beta 0.1" in printed

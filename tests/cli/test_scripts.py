@@ -50,7 +50,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
         "sampler": "ddim",
         "guidance_scale": 3,
         "validation_prompts": str(tiny_prompts),
-        "validation_guidance_scales": [1, 3],
+        "validation_guidance_scales": [3],
         "scorers": ["sharpness"],
         "report_to": "none",
         "output_dir": str(tmp_path / "out"),
@@ -78,7 +78,8 @@ def refused(capsys, code: int, *parts: str) -> None:
 
 
 def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
-    settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard"}
+    settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard", "num_validation_images": 2}
+    settings["validation_guidance_scales"] = [1, 3]
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
     names = {"config.yaml", "manifest.json", "samples.png", "table.md", "unet", "logs", "round-1", "round-2", "base"}
@@ -91,7 +92,8 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     tags = told.Tags()["scalars"]
     for tag in ("spin/round-2/train_loss", "spin/ledger/trained/seconds"):
         assert tag in tags
-    means = {(e["model"], e["guidance_scale"]): e["mean"] for e in read_results(out / "results.json")["results"]}
+    entries = [entry for entry in read_results(out / "results.json")["results"] if entry["aggregate"] == "mean"]
+    means = {(entry["model"], entry["guidance_scale"]): entry["mean"] for entry in entries}
     shown = [event.value for tag in tags if "sharpness" in tag and "ledger" not in tag for event in told.Scalars(tag)]
     assert any(value == pytest.approx(means["spin round 2", 3.0]) for value in shown)
     lineage = json.loads((out / "manifest.json").read_text())["rounds"]
@@ -101,9 +103,28 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     )
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a fox", height=32, width=32, num_inference_steps=1).images
+    shows_every_model(out)
     # Once more: nothing to do, the same table
     assert play(tmp_path, settings) == 0
     assert "spin round 2" in capsys.readouterr().out
+
+
+def shows_every_model(out: Path) -> None:
+    """The results, the page and the card name the base, both rounds and the rival."""
+    results = read_results(out / "results.json")
+    roles = {model["name"]: model["role"] for model in results["models"]}
+    assert roles == {"base": "baseline", "spin round 1": "round", "spin round 2": "round", "sft, same steps": "rival"}
+    assert results["headline"] == {"model": "spin round 2", "guidance_scale": 3.0}
+    assert {alarm["id"] for alarm in results["alarms"]} >= {"goodhart", "diversity_over_seeds", "stagnation"}
+    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    for name in roles:
+        assert name in page and name in card
+    assert card.startswith("---\n") and "library_name: diffusers" in card
+    assert "[SPIN-Diffusion](https://arxiv.org/abs/2402.10210): in each round" in card
+    # A round is judged against its opponent
+    of_round = read_results(out / "round-2" / "evaluation" / "results.json")
+    assert [model["name"] for model in of_round["models"]] == ["spin round 1", "spin round 2"]
+    assert read_json(out / "round-2" / "round.json")["metrics"]["sharpness@3"] > 0
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -213,26 +234,6 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     assert f"held at most {held / 1e6:,.1f} MB (planned {planned / 1e6:,.1f} MB)" in page
 
 
-def test_the_page_and_the_card_show_every_model(settings, tmp_path):
-    settings |= {"compare_with": ["sft"], "rounds": 2, "num_validation_images": 2}
-    assert play(tmp_path, settings) == 0
-    out = tmp_path / "out"
-    results = read_results(out / "results.json")
-    roles = {model["name"]: model["role"] for model in results["models"]}
-    assert roles == {"base": "baseline", "spin round 1": "round", "spin round 2": "round", "sft, same steps": "rival"}
-    assert results["headline"] == {"model": "spin round 2", "guidance_scale": 3.0}
-    assert {alarm["id"] for alarm in results["alarms"]} >= {"goodhart", "diversity_over_seeds", "stagnation"}
-    page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
-    for name in roles:
-        assert name in page and name in card
-    assert card.startswith("---\n") and "library_name: diffusers" in card
-    assert "[SPIN-Diffusion](https://arxiv.org/abs/2402.10210): in each round" in card
-    # A round is judged against its opponent
-    of_round = read_results(out / "round-2" / "evaluation" / "results.json")
-    assert [model["name"] for model in of_round["models"]] == ["spin round 1", "spin round 2"]
-    assert read_json(out / "round-2" / "round.json")["metrics"]["sharpness@3"] > 0
-
-
 def test_with_eval_every_round_off_only_the_last_round_is_evaluated(settings, tmp_path):
     assert play(tmp_path, settings | {"rounds": 2, "eval_every_round": False}) == 0
     names = [model["name"] for model in read_results(tmp_path / "out" / "results.json")["models"]]
@@ -275,9 +276,9 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys, 
     assert UNet2DConditionModel.from_pretrained(hub, subfolder="unet")
 
 
-def test_the_sd_script_plays_sd(settings, sd2_dir, tmp_path):
-    settings |= {"pretrained_model_name_or_path": str(sd2_dir)}
-    assert play(tmp_path, settings, script="train_spin_sd.py") == 0
+def test_the_sd_script_plays_sd(unevaluated, sd2_dir, tmp_path):
+    unevaluated |= {"pretrained_model_name_or_path": str(sd2_dir)}
+    assert play(tmp_path, unevaluated, script="train_spin_sd.py") == 0
 
 
 def test_the_command_line_wins_over_the_file(unevaluated, tmp_path):
@@ -288,7 +289,7 @@ def test_the_command_line_wins_over_the_file(unevaluated, tmp_path):
 
 
 def test_what_is_damaged_of_a_finished_run_and_can_be_made_anew_is_made_anew(settings, tmp_path, capsys):
-    assert play(tmp_path, settings | {"validation_guidance_scales": [3]}) == 0
+    assert play(tmp_path, settings) == 0
     out, shard = tmp_path / "out", "00000-of-00001"
     names = [f"base/scores/sharpness/guidance-3/{shard}.parquet", f"base/images/guidance-3/{shard}.jsonl",
              f"round-1/evaluation/scores/sharpness/guidance-3/{shard}.parquet"]  # fmt: skip
@@ -299,17 +300,17 @@ def test_what_is_damaged_of_a_finished_run_and_can_be_made_anew_is_made_anew(set
         for name in ("base/model.json", "results.json", "plan.json", "round-1/metrics.jsonl"):
             (out / name).write_text("{}")
         capsys.readouterr()
-        assert play(tmp_path, settings | {"validation_guidance_scales": [3]}) == 0
+        assert play(tmp_path, settings) == 0
         said = capsys.readouterr().out
         assert "it is made anew" in said and "metrics.jsonl is damaged" in said and "plan.json is damaged" in said
         assert {path: (out / path).read_bytes() for path in kept} == kept
     assert read_results(out / "results.json")["models"]
 
 
-def test_more_rounds_may_be_added_to_a_finished_run(settings, tmp_path):
-    assert play(tmp_path, settings) == 0
+def test_more_rounds_may_be_added_to_a_finished_run(unevaluated, tmp_path):
+    assert play(tmp_path, unevaluated) == 0
     before = file_hash(tmp_path / "out" / "round-1" / "round.json")
-    assert play(tmp_path, settings, "--rounds", "2") == 0
+    assert play(tmp_path, unevaluated, "--rounds", "2") == 0
     assert file_hash(tmp_path / "out" / "round-1" / "round.json") == before
     assert (tmp_path / "out" / "round-2" / "unet").is_dir()
 
@@ -425,14 +426,14 @@ def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(adapter
 
 
 def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):
-    settings |= {"use_lora": True, "rank": 2, "lora_alpha": 3, "rounds": 2, "learning_rate": 1e-3}
+    settings |= {"use_lora": True, "rank": 2, "lora_alpha": 3, "learning_rate": 1e-3}
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
     assert "load_lora_weights" in capsys.readouterr().out and "load_lora_weights" in (out / "README.md").read_text()
     assert not (out / "unet").exists() and (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
     pipeline = DiffusionPipeline.from_pretrained(settings["pretrained_model_name_or_path"])
     pipeline.load_lora_weights(out / "lora")
-    argv = ["--models", f"base={settings['pretrained_model_name_or_path']}", f"round2={out / 'round-2'}"]
+    argv = ["--models", f"base={settings['pretrained_model_name_or_path']}", f"round1={out / 'round-1'}"]
     argv += ["--prompts", settings["validation_prompts"], "--scorers", "sharpness", "--num_inference_steps", "2"]
     argv += ["--resolution", "32", "--output_dir", str(tmp_path / "evaluated")]
     assert runpy.run_path(str(ROOT / "evaluation" / "evaluate.py"))["main"](argv) == 0
@@ -494,11 +495,11 @@ def test_a_folder_without_captions_shows_what_a_caption_file_looks_like(settings
     refused(capsys, play(tmp_path, settings | {"dataset_name": None, "train_data_dir": str(folder)}), "metadata.jsonl")
 
 
-def test_changed_settings_are_refused_with_the_difference(settings, tmp_path, capsys):
-    assert play(tmp_path, settings) == 0
+def test_changed_settings_are_refused_with_the_difference(unevaluated, tmp_path, capsys):
+    assert play(tmp_path, unevaluated) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
-    refused(capsys, play(tmp_path, settings, "--beta", "100"), "beta: 2000.0 -> 100.0", "another --output_dir")
+    refused(capsys, play(tmp_path, unevaluated, "--beta", "100"), "beta: 2000.0 -> 100.0", "another --output_dir")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
@@ -508,15 +509,14 @@ def test_a_command_that_was_refused_can_be_corrected_in_the_same_folder(wrong, u
     assert play(tmp_path, unevaluated) == 0
 
 
-def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(settings, tmp_path, capsys):
-    settings |= {"rounds": 1, "validation_prompts": None}
-    batch = settings["train_batch_size"]
-    assert play(tmp_path, settings) == 0
+def test_the_global_batch_of_a_begun_run_is_kept_and_its_make_up_is_not(unevaluated, tmp_path, capsys):
+    batch = unevaluated["train_batch_size"]
+    assert play(tmp_path, unevaluated) == 0
     refused(
-        capsys, play(tmp_path, settings, "--train_batch_size", str(batch + 1)),
+        capsys, play(tmp_path, unevaluated, "--train_batch_size", str(batch + 1)),
         f"{batch} pairs in each optimizer step, this command has {batch + 1}", "--gradient_accumulation_steps",
     )  # fmt: skip
-    assert play(tmp_path, settings, "--train_batch_size", "1", "--gradient_accumulation_steps", str(batch)) == 0
+    assert play(tmp_path, unevaluated, "--train_batch_size", "1", "--gradient_accumulation_steps", str(batch)) == 0
 
 
 def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
@@ -526,7 +526,7 @@ def test_a_folder_of_something_else_is_not_touched(settings, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_a_full_disk_is_said_and_the_same_command_goes_on_later(settings, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_said_and_the_same_command_goes_on_later(unevaluated, tmp_path, capsys, monkeypatch):
     plain, calls = os.fsync, []
 
     def full(descriptor):
@@ -537,8 +537,8 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on_later(settings, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(run_dir.os, "fsync", full)
-        refused(capsys, play(tmp_path, settings), "No space left on device", "make room")
-    assert play(tmp_path, settings) == 0
+        refused(capsys, play(tmp_path, unevaluated), "No space left on device", "make room")
+    assert play(tmp_path, unevaluated) == 0
 
 
 def test_a_loss_that_is_not_finite_is_said_with_step_and_samples(unevaluated, tmp_path, capsys):
@@ -664,11 +664,11 @@ def test_a_player_that_the_last_step_destroyed_is_said(rate, said, unevaluated, 
 
 
 def test_the_number_of_fixed_draws_is_settled_by_the_run(unevaluated, tmp_path, capsys):
-    settings = unevaluated | {"fixed_draws": "auto", "max_train_steps": 24, "max_train_samples": 12}
+    settings = unevaluated | {"fixed_draws": "auto", "max_train_steps": 8, "max_train_samples": 4}
     assert play(tmp_path, settings) == 0
     assert "2 visits of each of the pairs' fixed draws" in capsys.readouterr().out
     [scores] = (tmp_path / "out" / "round-1" / "scores" / "real").glob("*.safetensors")
-    assert load_file(scores)["opponent_score"].shape == (12, 4)
+    assert load_file(scores)["opponent_score"].shape == (4, 4)
     assert play(tmp_path, settings) == 0
     assert play(tmp_path, settings | {"output_dir": str(tmp_path / "plan")}, script="plan.py") == 0
     assert read_json(tmp_path / "plan" / "plan.json")["rates"]["score"] > 0
