@@ -21,7 +21,7 @@ from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.denoiser import compile_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
-from spin_diffusion.selfplay.ledger import matrix_rate
+from spin_diffusion.selfplay.device import matrix_rate
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from timing import machine, report
 from spin_diffusion.cli.command import run_command
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs.image_run import run
-from spin_diffusion.selfplay.ledger import COUNTED
+from spin_diffusion.selfplay.record import COUNTED
 from spin_diffusion.store.files import read_json
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spin_diffusion.selfplay.ledger import wait_for
+from spin_diffusion.selfplay.device import wait_for
 
 
 def alternate(

@@ -28,10 +28,10 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import target_frame
 from spin_diffusion.diffusion.settings import DenoiserSettings, ImageSettings, SamplingSettings
 from spin_diffusion.samples.sample import Batch
-from spin_diffusion.selfplay.ledger import matrix_rate
+from spin_diffusion.selfplay.device import matrix_rate
 from spin_diffusion.selfplay.objectives import spin
-from spin_diffusion.selfplay.optimizers import make_optimizer
 from spin_diffusion.selfplay.train_settings import TrainSettings
+from spin_diffusion.selfplay.trainee import make_optimizer
 
 BETA, LEARNING_RATE = 2000.0, 1e-8
 """So small a rate that the loss of a random network stays finite over any number of steps."""

@@ -23,7 +23,8 @@ from spin_diffusion.diffusion.settings import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.selfplay.rounds import RoundSettings, play
+from spin_diffusion.selfplay.round_settings import RoundSettings
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
 from spin_diffusion.store.run_dir import settle
 
@@ -98,4 +99,5 @@ def play_all(
     losers = rounds.get("objective") == "dpo"
     prepare_data(game, output_dir / "data", losers=losers)
     rounds_ = replace(ROUNDS, **rounds)
-    return play(game, output_dir / "data", output_dir, rounds_, training, game.accelerator, candidates=candidates)
+    run = SelfPlay(game, output_dir / "data", output_dir, rounds_, training, game.accelerator, candidates=candidates)
+    return play(run)

@@ -156,7 +156,7 @@ def test_every_process_leaves_its_state_in_a_checkpoint(both):
 @pytest.mark.parametrize(
     ("mode", "saved"),
     [
-        ({"two_passes": True, "fixed_draws": 1}, "unet/diffusion_pytorch_model.safetensors"),
+        ({"fixed_draws": 1}, "unet/diffusion_pytorch_model.safetensors"),
         ({"use_lora": True, "rank": 2, "gradient_checkpointing": True}, "lora/pytorch_lora_weights.safetensors"),
         ({"trajectory": "exact", "eta": 1.0, "sampler": "ddim"}, "unet/diffusion_pytorch_model.safetensors"),
         (
@@ -165,7 +165,7 @@ def test_every_process_leaves_its_state_in_a_checkpoint(both):
         ),
         ({"max_aspect_ratio": 2.0, "random_flip": True}, "unet/diffusion_pytorch_model.safetensors"),
     ],
-    ids=["two_passes", "lora", "exact", "in_parts", "sizes"],
+    ids=["fixed_draws", "lora", "exact", "in_parts", "sizes"],
 )
 def test_every_way_of_training_ends_where_one_process_does(mode, saved, sdxl_dir, tiny_parquet, tmp_path):
     config = mode | {

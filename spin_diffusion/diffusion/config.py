@@ -95,14 +95,6 @@ def _check(config: Config) -> None:
     if config.images.max_aspect_ratio > 1:
         _check_sizes(config)
     _check_candidates(config.candidates, config.rounds)
-    if config.training.two_passes:
-        if config.trajectory.trajectory != "forward":
-            raise InputError(f"--two_passes is of --trajectory forward, not of {config.trajectory.trajectory}")
-        if config.lora.use_lora and config.lora.lora_dropout:
-            raise InputError(
-                f"--two_passes scores each side twice, and --lora_dropout {config.lora.lora_dropout} would drop "
-                "other weights the second time: set it to 0"
-            )
     if config.denoiser.fixed_draws:
         _check_fixed_draws(config)
 

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.images import target_frame
-from spin_diffusion.selfplay.ledger import counted
+from spin_diffusion.selfplay.device import counted
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.selfplay.device import autocast_dtype
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, one_line
 

@@ -46,11 +46,9 @@ from spin_diffusion.diffusion.settings import (
 )
 from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
 from spin_diffusion.samples.sample import CONDITION, KEPT, KIND, Batch, Row
-from spin_diffusion.selfplay.game import ScoredBatch
+from spin_diffusion.selfplay.device import autocast_dtype, sent
+from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
-from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.precision import autocast_dtype
-from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
@@ -292,16 +290,14 @@ class DiffusionGame:
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """The scores of pairs of one size: the mean over what is asked of them."""
-        by_player, by_opponent, levels, scales = [], [], [], []
+        by_player, by_opponent, levels = [], [], []
         for question in self.questions.about(batch):
             if "opponent_score" in batch.real:
                 kept = torch.cat([side["opponent_score"] for side in batch.sides])
                 by_opponent.append(sent(kept, question.x_t.device))
             else:
                 by_opponent.append(self._ask_opponent(question, batch))
-            found, scale = self._ask_player(player, question, batch)
-            by_player.append(found)
-            scales.append(scale)
+            by_player.append(self._ask_player(player, question, batch))
             levels.append(question.level)
         player_scores, opponent_scores, level = (
             torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
@@ -309,8 +305,7 @@ class DiffusionGame:
         if not batch.generated:
             return ScoredBatch(PairScores.of_real(player_scores, opponent_scores), level)
         pairs = len(batch.ids)
-        scores = PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs))
-        return ScoredBatch(scores, level, scales[0] if len(scales) == 1 else None)
+        return ScoredBatch(PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs)), level)
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""
@@ -340,8 +335,8 @@ class DiffusionGame:
             predicted = self._predicted(self.opponent, question)
         return question.scores(predicted)
 
-    def _ask_player(self, player: Callable[..., Any], question: Question, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Its scores, real ones first, and by what the gradient of the generated ones is multiplied.
+    def _ask_player(self, player: Callable[..., Any], question: Question, batch: Batch) -> Tensor:
+        """Its scores, real ones first.
 
         Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
         """
@@ -349,24 +344,22 @@ class DiffusionGame:
         # processes must not be entered while it does so
         models = iter([player])
 
-        def ask(x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        def ask(x_t: Tensor) -> Tensor:
             return self._player_scores(next(models, self.player), replace(question, x_t=x_t), batch)
 
         with self.models.dropping(seed_from(*batch.seeds)):
             again = self.trajectory.trajectory == "exact" and torch.is_grad_enabled()
             return self.models.checkpointed(ask, question.x_t) if again else ask(question.x_t)
 
-    def _player_scores(
-        self, player: Callable[..., Any], question: Question, batch: Batch
-    ) -> tuple[Tensor, Tensor | None]:
+    def _player_scores(self, player: Callable[..., Any], question: Question, batch: Batch) -> Tensor:
         eps_theta, target, pairs = self._predicted(player, question), question.target, len(batch.ids)
         scores = question.scores(eps_theta)
         if not batch.generated or self.denoiser.winner_preserving_mu is None:
-            return scores, None
+            return scores
         scale = errors.winner_preserving_scale(
             eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
         )
-        return torch.cat([scores[:pairs], errors.scale_gradient(scores[pairs:], scale)]), scale
+        return torch.cat([scores[:pairs], errors.scale_gradient(scores[pairs:], scale)])
 
     def kept_part(self, seed: int) -> slice:
         """The part of a trajectory that is kept: the two states around the step that `steps` draws; all for `exact`."""

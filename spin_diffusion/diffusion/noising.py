@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.configuration import (
     Choice,
     Configuration,

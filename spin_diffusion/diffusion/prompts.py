@@ -18,7 +18,7 @@ from spin_diffusion.data.rows import Example, short_hash
 from spin_diffusion.diffusion.base import words_of
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.evaluation.specs import shortened
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.files import Made, Piece, build_together, weights_hash
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress

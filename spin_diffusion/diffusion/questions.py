@@ -27,9 +27,8 @@ from spin_diffusion.diffusion.trajectory import (
     true_pairs,
 )
 from spin_diffusion.samples.sample import KIND, Batch
-from spin_diffusion.selfplay.game import ScoredBatch
-from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
+from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.store.run_dir import seed_from
 
 MIRRORED = "mirrored_"
@@ -235,5 +234,4 @@ def in_order(parts: list[ScoredBatch], places: list[list[int]]) -> ScoredBatch:
     scores = PairScores(
         *(together([getattr(part.scores, field.name) for part in parts]) for field in fields(PairScores))
     )
-    scales = [part.generated_scale for part in parts if part.generated_scale is not None]
-    return ScoredBatch(scores, together([part.level for part in parts]), together(scales) if scales else None)
+    return ScoredBatch(scores, together([part.level for part in parts]))

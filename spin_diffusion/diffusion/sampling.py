@@ -21,7 +21,7 @@ from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import Size, decode_latents, to_images
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.input_error import InputError
 
 SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {

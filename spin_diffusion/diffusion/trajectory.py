@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spin_diffusion.diffusion.noising import Latents
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.input_error import InputError
 
 Trajectory = Float[Tensor, "batch states channels height width"]

@@ -21,8 +21,8 @@ from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import language_model
 from spin_diffusion.llm.logprobs import answer_logprobs, applies_head_to_hidden_states
 from spin_diffusion.samples.shards import shards
-from spin_diffusion.selfplay.ledger import Costs, counted, matrix_rate
-from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.selfplay.device import autocast_dtype, counted, matrix_rate
+from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import read_record
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import of_round

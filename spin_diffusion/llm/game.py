@@ -30,10 +30,9 @@ from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_mo
 from spin_diffusion.llm.logprobs import AnswerScorer, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.samples.sample import Batch, Row
-from spin_diffusion.selfplay.game import ScoredBatch
+from spin_diffusion.selfplay.device import sent
+from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
-from spin_diffusion.selfplay.pair_scores import PairScores
-from spin_diffusion.selfplay.sending import sent
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of

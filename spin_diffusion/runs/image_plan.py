@@ -31,7 +31,7 @@ from spin_diffusion.runs.plan import (
     stand_in_batch,
     write_plan,
 )
-from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
+from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import trained_parameters

@@ -33,8 +33,8 @@ from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import ENCODED
 from spin_diffusion.samples.shards import Part
 from spin_diffusion.samples.stored_pairs import Column, kinds_of
-from spin_diffusion.selfplay.ledger import Costs, matrix_rate
-from spin_diffusion.selfplay.precision import autocast_dtype
+from spin_diffusion.selfplay.device import autocast_dtype, matrix_rate
+from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.sharded import wants_shards

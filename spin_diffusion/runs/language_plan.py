@@ -30,7 +30,7 @@ from spin_diffusion.runs.plan import (
     write_plan,
 )
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.selfplay.ledger import forget_peak_memory, peak_memory
+from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.opponents import OPPONENTS
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import check_batch, of_round

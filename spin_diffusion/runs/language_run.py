@@ -27,7 +27,7 @@ from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.selfplay.ledger import Costs
+from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.store.files import weights_hash
@@ -166,7 +166,7 @@ class LanguageRun:
         return ledger_costs(
             self.game,
             self.output_dir,
-            forwards=1 + self.config.training.gradient_checkpointing + self.config.training.two_passes,
+            forwards=1 + self.config.training.gradient_checkpointing,
         )
 
     def card(self, rows: int) -> Card:

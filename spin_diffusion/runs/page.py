@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from spin_diffusion.runs.config import AnyConfig, rivals
-from spin_diffusion.selfplay.ledger import COUNTED
 from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.record import FINAL, find_record
+from spin_diffusion.selfplay.record import COUNTED, FINAL, find_record
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.files import read_json, read_json_lines
 from spin_diffusion.store.progress import tell

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from spin_diffusion.runs.config import AnyConfig, rivals
 from spin_diffusion.samples.sample import Batch, Row
-from spin_diffusion.selfplay.fused import Fused
+from spin_diffusion.selfplay.device import wait_for
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.ledger import wait_for
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
-from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.selfplay.trainee import Fused, Trainee
 from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress, end_bars
@@ -94,7 +93,7 @@ def probe_training(config: AnyConfig, game: Game, batch: Batch) -> tuple[float, 
     trainee = (Fused if config.training.fused_backward else Trainee)(game, 1e-12, config.training, game.accelerator)
 
     def passes() -> None:
-        trainee.backward(loss(game.scores(trainee.model, batch).scores).mean())
+        game.accelerator.backward(loss(game.scores(trainee.model, batch).scores).mean())
 
     passes()
     trainee.update()  # the optimizer's state is there from here on

@@ -29,11 +29,10 @@ from spin_diffusion.runs.start import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.one_round import Probe
+from spin_diffusion.selfplay.one_round import Costs, Probe
 from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.files import read_json, write_json
@@ -211,20 +210,22 @@ def _play_with_rivals(
             accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
             rounds, folder = dataclasses.replace(rounds, objective=rival), output_dir / f"compare-{rival}"
         played = play(
-            run.game,
-            output_dir / "data",
-            folder,
-            rounds,
-            config.training,
-            accelerator,
-            evaluator.of_rounds() if rival is None else evaluator.of_rival(rival),
-            progress,
-            run.held_out,
-            run.candidates,
-            run.probe if rival is None else None,
-            costs(rounds, folder),
-            run_dir=output_dir,
-            start=start_of(output_dir),
+            SelfPlay(
+                run.game,
+                output_dir / "data",
+                folder,
+                rounds,
+                config.training,
+                accelerator,
+                evaluator.of_rounds() if rival is None else evaluator.of_rival(rival),
+                progress,
+                run.held_out,
+                run.candidates,
+                run.probe if rival is None else None,
+                costs(rounds, folder),
+                run_dir=output_dir,
+                start=start_of(output_dir),
+            )
         )
         records = records or played
     accelerator.end_training()

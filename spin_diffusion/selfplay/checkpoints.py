@@ -56,6 +56,7 @@ class Checkpoints:
         self.directory, self.trainee, self.average = directory, trainee, average
         self.global_batch = global_batch
         self.game, self.accelerator = trainee.game, trainee.accelerator
+        self.anchor_hash = self.game.opponent_hash() if trainee.settings.refresh_opponent_steps else ""
 
     def save(self, step: int, history: list[dict[str, Any]], anchors: list[AnchorRecord]) -> None:
         """Write checkpoint `step` with what the log and the anchors are by now, in place of the oldest."""
@@ -123,6 +124,7 @@ class Checkpoints:
 
     def new_anchor(self) -> str:
         """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
+        assert self.game.opponent_hash() == self.anchor_hash, "the opponent changed while the player was trained"
         self.trainee.gather()
         part = part_of(self.directory / ANCHOR)
         self.game.save(part, prove=False)
@@ -130,13 +132,15 @@ class Checkpoints:
             _commit_listed(part, self.directory / ANCHOR)
         self.accelerator.wait_for_everyone()
         self.game.promote()
-        return self.game.opponent_hash()
+        self.anchor_hash = self.game.opponent_hash()
+        return self.anchor_hash
 
     def _seat_anchor(self, checkpoint: Path, expected: str) -> None:
         """Seat the opponent that anchored the scores when a checkpoint was made, in place of the round's first."""
         self.game.restore(checkpoint / ANCHOR)
         self.game.promote()
-        assert self.game.opponent_hash() == expected, f"{checkpoint}: its anchor is not the one that it was made with"
+        self.anchor_hash = self.game.opponent_hash()
+        assert self.anchor_hash == expected, f"{checkpoint}: its anchor is not the one that it was made with"
         if self.accelerator.is_main_process:
             shutil.copytree(checkpoint / ANCHOR, part_of(self.directory / ANCHOR), dirs_exist_ok=True)
             commit(self.directory / ANCHOR)

@@ -1,8 +1,8 @@
 """The contract between the rounds and a modality.
 
 A game holds two models of one shape, the player and the opponent, and knows how to draw samples with the opponent, how
-to turn stored rows into tensors, and how to score pairs under both models. Rounds, training loop and run folder see
-nothing else of it.
+to turn stored rows into tensors, and how to score pairs under both models: four scores for each pair, which is all that
+an objective sees. Rounds, training loop and run folder see nothing else of it.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,12 +10,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from spin_diffusion.samples.sample import Batch, Row
-from spin_diffusion.selfplay.pair_scores import PairScores
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of a batch of pairs, fp32, larger = more likely. Only the player's two carry a gradient."""
+
+    player_real: Float[Tensor, " batch"]
+    player_generated: Float[Tensor, " batch"]
+    opponent_real: Float[Tensor, " batch"]
+    opponent_generated: Float[Tensor, " batch"]
+
+    @classmethod
+    def of_real(cls, player: Float[Tensor, " batch"], opponent: Float[Tensor, " batch"]) -> "PairScores":
+        """Of real samples alone, for an objective without a generated side."""
+        nothing = torch.zeros_like(opponent)
+        return cls(player, nothing, opponent, nothing)
+
+    @property
+    def r_real(self) -> Float[Tensor, " batch"]:
+        """How much more likely the real sample is to the player than to the opponent."""
+        return self.player_real - self.opponent_real
+
+    @property
+    def r_generated(self) -> Float[Tensor, " batch"]:
+        """How much more likely the generated sample is to the player than to the opponent."""
+        return self.player_generated - self.opponent_generated
+
+    @property
+    def margin(self) -> Float[Tensor, " batch"]:
+        """r_real - r_generated: positive when the player has learnt to tell the real sample from the opponent's."""
+        return self.r_real - self.r_generated
 
 
 @dataclass(frozen=True)
@@ -26,12 +57,10 @@ class ScoredBatch:
 
     Attributes:
         level: in [0, 1): the noise level of a denoising score, say, or the length of a sample that has one.
-        generated_scale: by what the gradient of `player_generated` was multiplied; None = it is as it is.
     """
 
     scores: PairScores
     level: Float[Tensor, " batch"]
-    generated_scale: Float[Tensor, " batch"] | None = None
 
 
 @runtime_checkable

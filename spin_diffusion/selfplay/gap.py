@@ -15,9 +15,8 @@ from accelerate.utils import gather_object
 from scipy.stats import sem, t
 
 from spin_diffusion.samples.pairs import Pairs
-from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.game import Game, PairScores
 from spin_diffusion.selfplay.objectives import Loss
-from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.record import GapRecord
 
 

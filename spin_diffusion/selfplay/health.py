@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -279,18 +278,3 @@ def gravest(found: list[Finding]) -> Finding | None:
 def rolls_back(settings: HealthSettings) -> bool:
     """Whether some rule may, so that snapshots are needed."""
     return any(settings.action(name) == "roll_back" for name in RULES)
-
-
-SATURATION = 4.0
-"""|beta * r| beyond which a pair counts as saturated: it has 7 % of the gradient that it had at step 0."""
-
-
-def saturated(r: Float[Tensor, " batch"], beta: float) -> Float[Tensor, " batch"]:
-    """1 where |beta * r| > SATURATION, else 0."""
-    return ((beta * r).abs() > SATURATION).to(r.dtype)
-
-
-def by_quarter(values: Float[Tensor, " pairs"], levels: Float[Tensor, " pairs"]) -> list[float | None]:
-    """The mean of `values` in each quarter of the levels [0, 1); None where a quarter has no pair."""
-    quarters = torch.clamp((levels * 4).long(), max=3)
-    return [values[quarters == q].mean().item() if (quarters == q).any() else None for q in range(4)]

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
+from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objective_names import is_file
-from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.named import load_named, raised
 

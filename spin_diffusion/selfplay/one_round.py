@@ -16,7 +16,6 @@ from spin_diffusion.samples.scores import KeepsScores
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.samples.stored_pairs import Side, open_pairs
 from spin_diffusion.selfplay.game import FixedDraws, Game, KeepsTensors
-from spin_diffusion.selfplay.ledger import Costs
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture
 from spin_diffusion.selfplay.record import (
@@ -73,21 +72,39 @@ class Probe(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a game's phases take in floating-point operations.
+
+    Attributes:
+        flops: (round, phase, samples) -> their FLOPs, a multiplication and an addition being two; None = not known.
+        matrix_rate: FLOP/s of large matrix products on one process's device, in the run's precision.
+    """
+
+    flops: Callable[[int, str, int], int | None]
+    matrix_rate: float
+
+
 @dataclass
 class SelfPlay:
     """What all rounds of a run share, and whose weights the game holds now."""
 
     game: Game
     data: Path
-    held_out: Path | None
+    """Folder of the real samples that `prepare` wrote."""
     output_dir: Path
     rounds: RoundSettings
     training: TrainSettings
     accelerator: Accelerator
-    evaluate: Evaluate | None
-    progress: Progress
+    evaluate: Evaluate | None = None
+    progress: Progress = field(default_factory=Progress)
+    held_out: Path | None = None
+    """As `data`, of real samples that are never trained on. The opponent draws for them too, and every round is asked
+    how well it tells the two apart."""
     candidates: Candidates | None = None
+    """Where the opponent plays, its own samples make the pairs; needs num_generated = 1."""
     probe: Probe | None = None
+    """Is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`."""
     costs: Costs | None = None
     run_dir: Path | None = None
     """The run's whole folder, whose bytes the ledgers count; None = output_dir."""

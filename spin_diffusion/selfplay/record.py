@@ -18,6 +18,10 @@ HELD_OUT, EVALUATION, EMA = "held_out", "evaluation", "ema"
 """Other folders of a round."""
 
 
+COUNTED = ("generated", "cached", "probed", "trained", "evaluated")
+"""Phases that do a round's work; the rest of its time is overhead."""
+
+
 class SelfRecord(TypedDict):
     """One self that plays the opponent."""
 

@@ -2,95 +2,76 @@
 
 PLANNED -> OPPONENT -> GENERATED -> CACHED -> TRAINED -> EVALUATED -> PROMOTED | REJECTED. A state is committed by
 replacing the round's `round.json` once the state's files are complete and hashed. Running again goes on at the first
-state that is not committed, so the same command starts, resumes and finishes a run.
+state that is not committed, so the same command starts, resumes and finishes a run; where files of a state are damaged
+the round goes back to the state before it.
 """
 
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from accelerate import Accelerator
+import torch
+from accelerate.utils import broadcast_object_list
 
-from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.checkpoints import remove_checkpoints
-from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.journal import Journal, Step
-from spin_diffusion.selfplay.ledger import Costs
-from spin_diffusion.selfplay.one_round import Evaluate, Probe, Round, SelfPlay
-from spin_diffusion.selfplay.record import ENCODED, KEPT, RoundRecord, State
-from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.states.cached import SCORED_BY, cache
-from spin_diffusion.selfplay.states.decided import decide, evaluate, mend_copy
-from spin_diffusion.selfplay.states.generated import DRAWN_BY, generate
-from spin_diffusion.selfplay.states.opponent import choose_opponent
-from spin_diffusion.selfplay.states.trained import heed, look, train_player
-from spin_diffusion.selfplay.train_settings import TrainSettings
-from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import is_shard, remove_files, settle, trouble_of
+from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
+from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.selfplay.one_round import Round, SelfPlay, StepResult
+from spin_diffusion.selfplay.record import (
+    CHOICES,
+    ENCODED,
+    EVALUATION,
+    FINAL,
+    KEPT,
+    SAMPLES,
+    SCORES,
+    STATES,
+    LedgerEntry,
+    RoundRecord,
+    State,
+    find_record,
+    has_reached,
+    made_in,
+    replay,
+    write_record,
+)
+from spin_diffusion.selfplay.sampled import DRAWN_BY, SCORED_BY, cache, choose_opponent, generate
+from spin_diffusion.selfplay.tracking import log_phase
+from spin_diffusion.selfplay.trained import decide, evaluate, heed, look, mend_copy, train_player
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import tell
+from spin_diffusion.store.run_dir import Damaged, find_damage, is_shard, remove_files, settle, tell_remade, trouble_of
 
+Step = Callable[[Round, RoundRecord], StepResult]
+"""A state's function."""
+BETWEEN = "between"
+"""Among the record's `seconds`: what no step took."""
 STEPS_BEFORE_TRAINING: dict[State, Step] = {"OPPONENT": choose_opponent, "GENERATED": generate, "CACHED": cache}
 STEPS_FROM_TRAINING_ON: dict[State, Step] = {"TRAINED": train_player, "EVALUATED": evaluate, "PROMOTED": decide}
 """The states after PLANNED and what reaches them; `decide` may end in REJECTED."""
 
 
-def play(
-    game: Game,
-    data: Path,
-    output_dir: Path,
-    rounds: RoundSettings,
-    training: TrainSettings,
-    accelerator: Accelerator,
-    evaluate: Evaluate | None = None,
-    progress: Progress | None = None,
-    held_out: Path | None = None,
-    candidates: Candidates | None = None,
-    probe: Probe | None = None,
-    costs: Costs | None = None,
-    run_dir: Path | None = None,
-    start: Path = Path(),
-) -> list[RoundRecord]:
-    """Play all rounds and return their records; a finished run returns at once.
-
-    Args:
-        data: folder of the real samples that `prepare` wrote.
-        output_dir: gets `round-1/`, `round-2/`, ... and what the game saves of the last promoted round.
-        held_out: the same of real samples that are never trained on. The opponent draws for them too, and every
-            round is asked how well it tells the two apart.
-        candidates: where the opponent plays, its own samples make the pairs; needs num_generated = 1.
-        probe: is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`.
-        costs: for the rounds' ledgers.
-        run_dir: the whole folder whose bytes the ledgers count; None = output_dir.
-        start: folder with the player that round 1 starts from; Path() = the base.
+def play(run: SelfPlay) -> list[RoundRecord]:
+    """Play all rounds and return their records; a finished run returns at once. The run's folder gets `round-1/`,
+    `round-2/`, ... and what the game saves of the last promoted round.
 
     Raises:
         InputError: the probe warns, and is to stop the run.
     """
-    assert candidates is None or rounds.num_generated == 1, "the configuration checks it"
-    run = SelfPlay(
-        game=game,
-        data=data,
-        held_out=held_out,
-        output_dir=output_dir,
-        rounds=rounds,
-        training=training,
-        accelerator=accelerator,
-        evaluate=evaluate,
-        progress=progress or Progress(),
-        candidates=candidates,
-        probe=probe,
-        costs=costs,
-        run_dir=run_dir,
-        start=start,
-    )
+    assert run.candidates is None or run.rounds.num_generated == 1, "the configuration checks it"
     records: list[RoundRecord] = []
     promoted: list[Round] = []
-    for k in range(1, rounds.rounds + 1):
+    for k in range(1, run.rounds.rounds + 1):
         round_ = Round(run, k, [earlier.k for earlier in promoted])
         record = play_round(round_)
         records.append(record)
         if record["state"] == "PROMOTED":
             promoted.append(round_)
         if record.get("learnt"):
-            accelerator.print(f"The run ends with round {k}: {record['rejected_because']}")
+            run.accelerator.print(f"The run ends with round {k}: {record['rejected_because']}")
             break
     if promoted:
         mend_copy(promoted[-1], records[promoted[-1].k - 1])
@@ -114,6 +95,163 @@ def play_round(round_: Round) -> RoundRecord:
         raise
     _clean(round_)
     return journal.record
+
+
+class Journal:
+    """The record of a round, begun anew or as far as it came before.
+
+    Raises:
+        InputError: the round was trained on other data.
+    """
+
+    def __init__(self, round_: Round, data_hash: str) -> None:
+        self.round = round_
+        self.marked = time.perf_counter()
+        record = find_record(round_.directory)
+        # All have read the record before one of them changes it: otherwise a late one would skip a step
+        round_.accelerator.wait_for_everyone()
+        if record is not None and record["data_hash"] != data_hash:
+            raise InputError(
+                f"{round_.directory} was trained on other data (hash {record['data_hash'][:12]}, now "
+                f"{data_hash[:12]}): restore {round_.run.data}, or start in another --output_dir"
+            )
+        self.record: RoundRecord = record or {
+            "round": round_.k,
+            "parent": round_.parent,
+            "data_hash": data_hash,
+            "files": {},
+            "seconds": {},
+            "state": "PLANNED",
+        }
+        if record is None:
+            self._write()
+        while damage := self._damage():
+            self._go_back(damage)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the player was promoted or rejected."""
+        return self.record["state"] in FINAL
+
+    def reach(self, state: State, step: Step, phase: str | None = None) -> None:
+        """Take a state's step and commit what it has done, with what it took and what lay between it and the one
+        before; nothing where the state was committed before.
+
+        Args:
+            phase: its name in the ledger, where it is a step within a state; None = the state's.
+        """
+        if phase is None and has_reached(self.record, state):
+            return
+        round_, run = self.round, self.round.run
+        started, phase = time.perf_counter(), phase or state.lower()
+        forget_peak_memory(round_.accelerator.device)
+        between = self.record["seconds"].get(BETWEEN, 0.0) + started - self.marked
+        result = step(round_, self.record)
+        self.marked = time.perf_counter()
+        entry = ledger_entry(run, round_.k, phase, self.marked - started, result.worked_on)
+        self.record["seconds"] |= {phase: entry["seconds"], BETWEEN: round(between, 3)}
+        self.record["ledger"] = self.record.get("ledger", {}) | {phase: entry}
+        self.record["files"] |= result.files
+        self.record.update(result.fields)
+        self.record["state"] = "REJECTED" if result.fields.get("decision") == "rejected" else state
+        self._write()
+        log_phase(title_of(round_.objective), round_.k, phase, entry, round_.accelerator)
+
+    def _write(self) -> None:
+        if self.round.accelerator.is_main_process:
+            write_record(self.round.directory, self.record)
+        self.round.accelerator.wait_for_everyone()
+
+    def _damage(self) -> dict[str, str]:
+        """What is wrong with the files that are still needed. A trained player needs no samples any more; that they are
+        not there, or not as they were, is said."""
+        needed: dict[str, str] = {}
+        if self.round.accelerator.is_main_process:
+            is_trained = has_reached(self.record, "TRAINED")
+            damage = find_damage(self._unremoved_files(), self.round.run.output_dir)
+            needed = {
+                name: what
+                for name, what in damage.items()
+                if not is_trained or made_in(name) not in ("GENERATED", "CACHED")
+            }
+            if rest := damage.keys() - needed:
+                tell(
+                    f"{self.round.title}: {len(rest)} files such as {min(rest)} are missing or damaged; it is trained "
+                    "and needs them no more"
+                )
+        return broadcast_object_list([needed])[0]
+
+    def _unremoved_files(self) -> dict[str, str]:
+        """The files that a round still has as they were: a finished one has removed what its samples give again, and
+        its evaluation may have been made anew by other scorers."""
+        removed = {ENCODED, KEPT, EVALUATION} if self.is_finished else {EVALUATION}
+        files = self.record["files"].items()
+        return {name: digest for name, digest in files if not removed & set(Path(name).parent.parts)}
+
+    def _go_back(self, damage: dict[str, str]) -> None:
+        """Go back to the state before the one that made the first of the damaged files, which makes them anew.
+
+        Raises:
+            Damaged: the player of a finished round.
+        """
+        below, remedy = self.round.run.output_dir, replay(self.round.directory)
+        first = min(STATES.index(made_in(name)) for name in damage)
+        errors = [Damaged(below / name, what, remedy) for name, what in damage.items()]
+        if self.is_finished:
+            raise errors[0]
+        if self.round.accelerator.is_main_process:
+            for error in errors:
+                tell_remade(error)
+                for path in _resting_on(error.path, below):
+                    path.unlink(missing_ok=True)
+        self.round.accelerator.wait_for_everyone()
+        files = self.record["files"].items()
+        self.record["files"] = {name: digest for name, digest in files if STATES.index(made_in(name)) < first}
+        self.record["state"] = STATES[first - 1]
+        self._write()
+
+
+def _resting_on(path: Path, below: Path) -> list[Path]:
+    """A damaged file of a run, and what was made of it where it holds samples: files of the same shard."""
+    if made_in(path.relative_to(below).as_posix()) != "GENERATED":
+        return [path]
+    folder = path.parent.parent
+    names = (SAMPLES, KEPT, CHOICES, ENCODED, f"{SCORES}/real", f"{SCORES}/generated")
+    return [made for name in names for made in (folder / name).glob(f"{path.stem}.*")]
+
+
+def ledger_entry(run: SelfPlay, k: int, phase: str, seconds: float, worked_on: int | None) -> LedgerEntry:
+    """The ledger's entry of a phase that took so many seconds.
+
+    Args:
+        worked_on: samples of this process; what a killed run had done before is not among them. None = nobody counted
+            them.
+    """
+    accelerator, costs = run.accelerator, run.costs
+    samples = None
+    if worked_on is not None:
+        samples = int(accelerator.reduce(torch.tensor(worked_on, device=accelerator.device)).item())
+    flops = costs.flops(k, phase, samples) if costs is not None and samples else None
+    rate = None if costs is None or flops is None or not costs.matrix_rate else flops / seconds / costs.matrix_rate
+    return {
+        "seconds": round(seconds, 3),
+        "samples": samples,
+        "samples_per_second": samples / seconds if samples else None,
+        "flops": flops,
+        "matrix_share": None if rate is None else rate / accelerator.num_processes,
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "disk_bytes": bytes_in(run.run_dir or run.output_dir) if accelerator.is_main_process else None,
+    }
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files in a folder and below it."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another process may have renamed it since
+                found += (Path(parent) / name).lstat().st_size
+    return found
 
 
 def _ask_probe(round_: Round, journal: Journal) -> None:

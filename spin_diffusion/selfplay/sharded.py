@@ -25,9 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin_diffusion.selfplay.optimizers import make_optimizer
 from spin_diffusion.selfplay.train_settings import TrainSettings
-from spin_diffusion.selfplay.trainee import Trainee
+from spin_diffusion.selfplay.trainee import Trainee, make_optimizer
 from spin_diffusion.store.input_error import InputError
 
 SHARDABLE = ("adamw", "rmsprop", "sgd")

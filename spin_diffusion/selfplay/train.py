@@ -7,31 +7,26 @@ run, or one on another number of processes with the same global batch, sees the 
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from spin_diffusion.samples.pairs import Pairs, ReadAhead
-from spin_diffusion.samples.sample import Batch
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
-from spin_diffusion.selfplay.fused import Fused
-from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.game import Game, PairScores
 from spin_diffusion.selfplay.objectives import Loss
-from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.record import AnchorRecord, TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
-from spin_diffusion.selfplay.step_metrics import LEVEL, record, summary, tracked
-from spin_diffusion.selfplay.tracking import log_step, name_axis
+from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
-from spin_diffusion.selfplay.trainee import Average, Trainee, trained_parameters
+from spin_diffusion.selfplay.trainee import Average, Fused, Trainee, trained_parameters
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
 
@@ -58,10 +53,9 @@ def train(
     pairs: Pairs,
     plan: RoundPlan,
     settings: TrainSettings,
-    accelerator: Accelerator,
     directory: Path,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
-    average: Average | None = None,
+    progress: Callable[[int, str], None],
+    average: Average | None,
 ) -> TrainingRecord:
     """Train the player for one round, from the newest checkpoint in `directory` on, and return what it came to.
 
@@ -73,10 +67,9 @@ def train(
         FloatingPointError: a loss or gradient that is not finite.
     """
     # The player with its optimizer, and how far a killed run got
+    accelerator = game.accelerator
     per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
-    trainee = _kind_of_trainee(settings, accelerator)(game, plan.learning_rate, settings, accelerator)
-    schedule = _schedule(plan, settings, trainee)
-    anchor_hash = game.opponent_hash() if settings.refresh_opponent_steps else ""
+    trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
     first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
@@ -90,8 +83,6 @@ def train(
             snapshots.take(step)
         started = time.perf_counter()
         if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
-            before = anchors[-1]["hash"] if anchors else anchor_hash
-            assert game.opponent_hash() == before, f"step {step}: the opponent changed while the player was trained"
             anchors.append({"step": step, "hash": checkpoints.new_anchor()})
         lr = trainee.optimizer.param_groups[0]["lr"]
         metrics, gradient_norm = _take_step(step, trainee, ahead, plan)
@@ -99,22 +90,14 @@ def train(
         trainee.update_averages(average)
 
         # What the step said
-        rate = {"lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
-        entry = summary(metrics) | {"grad_norm": gradient_norm} | rate
-        if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
-            distance = trainee.distance()
-            entry |= {} if distance is None else {"distance": distance}
-        history.append({"step": step + 1} | entry)
-        log_step(plan.name, tracked(entry, plan.name), step + 1, accelerator)
+        rates = {"grad_norm": gradient_norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
+        history.append(_entry(step, summary(metrics) | rates, plan, trainee, progress))
         ended = _heeded(history, plan, trainee)
-        progress(step + 1, plan.steps, f"loss {entry['loss']:.4f}  accuracy {entry['implicit_accuracy']:.2f}")
-
         if ended is not None or step + 1 == plan.steps:
             break
         if (step + 1) % settings.checkpointing_steps == 0:
             checkpoints.save(step + 1, history, anchors)
     ahead.close()
-
     # What is left of it
     kept_step = history[-1]["step"]
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
@@ -127,21 +110,30 @@ def train(
     return _came_to(first_step, history, anchors, ended, kept_step, settings)
 
 
-def _schedule(plan: RoundPlan, settings: TrainSettings, trainee: Trainee) -> LRScheduler:
-    """Of the learning rate, over the round."""
-    return get_scheduler(
+def _prepared(game: Game, plan: RoundPlan, settings: TrainSettings) -> tuple[Trainee, LRScheduler]:
+    """The player as it is laid out over the processes, and the schedule of its learning rate."""
+    sharded = wants_shards(settings, game.accelerator)
+    kind = Sharded if sharded else Fused if settings.fused_backward else Trainee
+    trainee = kind(game, plan.learning_rate, settings, game.accelerator)
+    schedule = get_scheduler(
         settings.lr_scheduler,
         optimizer=trainee.schedulable,
         num_warmup_steps=plan.warmup_steps,
         num_training_steps=plan.steps,
     )
+    return trainee, schedule
 
 
-def _kind_of_trainee(settings: TrainSettings, accelerator: Accelerator) -> type[Trainee]:
-    """How the player is laid out over the processes, and when its gradient becomes an update."""
-    if wants_shards(settings, accelerator):
-        return Sharded
-    return Fused if settings.fused_backward else Trainee
+def _entry(
+    step: int, said: dict[str, Any], plan: RoundPlan, trainee: Trainee, progress: Callable[[int, str], None]
+) -> dict[str, Any]:
+    """What is logged of a step, told to trackers and whoever waits; with the distance of the weights now and then."""
+    if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
+        distance = trainee.distance()
+        said |= {} if distance is None else {"distance": distance}
+    log_step(plan.name, tracked(said, plan.name), step + 1, trainee.accelerator)
+    progress(step + 1, f"loss {said['loss']:.4f}  accuracy {said['implicit_accuracy']:.2f}")
+    return {"step": step + 1} | said
 
 
 def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
@@ -207,16 +199,11 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
     for micro in range(settings.gradient_accumulation_steps):
         batch = ahead.batch(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
         with trainee.accumulating():
-            with torch.no_grad() if settings.two_passes else nullcontext():
-                scored = game.scores(trainee.model, batch)
-            scores = _as_leaves(scored.scores) if settings.two_passes else scored.scores
-            losses = plan.loss(scores)
+            scored = game.scores(trainee.model, batch)
+            losses = plan.loss(scored.scores)
             if step == 0 and plan.anchored_at_player:
-                _check_start(scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
-            if settings.two_passes:
-                _backward_by_sides(losses.mean(), scores, scored.generated_scale, trainee, batch)
-            else:
-                trainee.backward(losses.mean())
+                _check_start(scored.scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
+            accelerator.backward(losses.mean())
             records.append(record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
                 norm_on_device = trainee.update()
@@ -230,44 +217,6 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                     round_=plan.round_, level_name=game.level_name,
                 )  # fmt: skip
     return metrics, gradient_norm
-
-
-def _as_leaves(scores: PairScores) -> PairScores:
-    """The same scores, at which a loss's gradient is to be stopped."""
-    return PairScores(
-        scores.player_real.requires_grad_(), scores.player_generated.requires_grad_(), scores.opponent_real,
-        scores.opponent_generated,
-    )  # fmt: skip
-
-
-def _backward_by_sides(
-    loss: Tensor,
-    scores: PairScores,
-    generated_scale: Tensor | None,
-    trainee: Trainee,
-    batch: Batch,
-) -> None:
-    """The gradient of a loss of known scores, one side of the pairs after the other.
-
-    d loss = sum over sides of (d loss / d score) d score: each side is scored again, alone, so that the activations of
-    one side are in memory at a time.
-    """
-    sides = torch.autograd.grad(loss, [scores.player_real, scores.player_generated], allow_unused=True)
-    of_real, of_generated = (torch.zeros_like(scores.player_real) if side is None else side for side in sides)
-    if generated_scale is not None:
-        of_generated = of_generated * generated_scale
-    copies = len(of_real) // len(batch.ids)
-    of_real = of_real.view(len(batch.ids), copies).sum(dim=1)  # a real row has one score, however many rows it meets
-    known = {"opponent_score": scores.opponent_real.detach()[::copies]}
-    passes = [(batch.with_sides(batch.real | known, {}), of_real)]
-    if batch.generated:
-        known = {"opponent_score": scores.opponent_generated.detach()}
-        passes.append((batch.with_sides(batch.generated | known, {}, copies), of_generated))
-    for number, (side, gradient) in enumerate(passes):
-        last = number + 1 == len(passes)
-        # Gradients of several processes are gathered once, in the last of the backward passes
-        with nullcontext() if last else trainee.accelerator.no_sync(trainee.model):
-            trainee.backward((trainee.game.scores(trainee.model, side).scores.player_real * gradient).sum())
 
 
 def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world: int) -> list[int]:

@@ -93,8 +93,6 @@ class TrainSettings(Settings):
     """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more work."""
-    two_passes: bool = False
-    """Compute the gradient of one side of the pairs after the other: half the activations, one more forward pass."""
     fused_backward: bool = False
     """Update each weight in the backward pass and let its gradient go: 4 bytes a weight less. For one process, with
     --max_grad_norm 0 and no accumulation."""

@@ -23,7 +23,7 @@ from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
 from spin_diffusion.samples.shards import Part
 from spin_diffusion.samples.stored_pairs import kinds_of
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
@@ -241,12 +241,11 @@ def test_a_mixed_batch_scores_each_pair_as_it_scores_alone(base, request):
             expected = getattr(alone.scores, name)[0]
             assert getattr(together.scores, name)[place].item() == pytest.approx(expected.item(), rel=1e-4), name
         assert together.level[place] == alone.level[0]
-        assert together.generated_scale[place].item() == pytest.approx(alone.generated_scale[0].item(), rel=1e-3)
-    (together.scores.player_real * torch.arange(1.0, 7.0)).sum().backward()
+    (together.scores.margin * torch.arange(1.0, 7.0)).sum().backward()
     of_all = [p.grad.clone() for p in game.player.parameters()]
     game.player.zero_grad()
     for place in range(len(batch.ids)):
-        (game.scores(game.player, only(batch, place)).scores.player_real * (place + 1.0)).sum().backward()
+        (game.scores(game.player, only(batch, place)).scores.margin * (place + 1.0)).sum().backward()
     largest = max(grad.abs().max() for grad in of_all)
     for grad, parameter in zip(of_all, game.player.parameters(), strict=True):
         assert (grad - parameter.grad).abs().max() <= 1e-4 * largest
@@ -330,15 +329,13 @@ def test_without_kinds_the_stream_is_as_it_was():
     [{}, {"objective": "dpo"}, {"num_generated": 2, "objective": "space"}, {"real_parts": 2}],
     ids=["spin", "dpo", "space", "parts"],
 )
-@pytest.mark.parametrize("two_passes", [False, True])
-def test_rounds_with_several_sizes_are_played(two_passes, options, sdxl_dir, tmp_path):
+def test_rounds_with_several_sizes_are_played(options, sdxl_dir, tmp_path):
     game = game_of_sizes(sdxl_dir)
     losers = options.get("objective") == "dpo"
     prepare(tmp_path / "data", lambda: game.real_rows(pictures(24, losers)), {}, 4, game, game.accelerator)
     kinds = kinds_of(tmp_path / "data" / "encoded", Part())
     assert len(kinds) == 24 and len(set(kinds.tolist())) >= 3
-    training = replace(TRAINING, two_passes=two_passes)
-    records = play(game, tmp_path / "data", tmp_path, replace(ROUNDS, **options), training, game.accelerator)
+    records = play(SelfPlay(game, tmp_path / "data", tmp_path, replace(ROUNDS, **options), TRAINING, game.accelerator))
     assert [record["state"] for record in records] == ["PROMOTED"] * 2
     if losers:
         return
@@ -364,10 +361,10 @@ def test_kinds_are_those_of_the_pairs_of_a_part_and_of_candidates(sdxl_dir, tmp_
             return found
 
         patch.setattr(Pairs, "batch", watching)
-        play(
+        play(SelfPlay(
             game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=2, real_parts=2), TRAINING, game.accelerator,
             candidates=candidates,
-        )  # fmt: skip
+        ))  # fmt: skip
     sizes = {}
     for path in sorted((tmp_path / "data" / "samples").glob("*.parquet")):
         sizes |= {row["id"]: tuple(row["frame"][4:]) for row in read_rows(path)}

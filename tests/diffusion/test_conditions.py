@@ -18,7 +18,7 @@ from spin_diffusion.diffusion.settings import ImageSettings, TrajectorySettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
@@ -57,7 +57,7 @@ def play_with(game, folder, training=TRAINING, same: bool = False, candidates=No
     losers = rounds.get("objective") == "dpo"
     prepare(folder / "data", lambda: game.real_rows(pictures(losers, same)), {}, 4, game, game.accelerator)
     settings = replace(ROUNDS, **{"rounds": 1} | rounds)
-    return play(game, folder / "data", folder, settings, training, game.accelerator, candidates=candidates)
+    return play(SelfPlay(game, folder / "data", folder, settings, training, game.accelerator, candidates=candidates))
 
 
 def rows_of(folder):
@@ -174,20 +174,6 @@ def test_both_sides_reach_the_denoiser_with_the_same_inputs(rounds, options, sdx
     assert len(recorder.calls) >= 4 and len(seen) >= min(3, len(frames))
     if game.images.size_conditioning == "target":
         assert all(frame == (*frame[4:], 0, 0, *frame[4:]) for frame in seen)
-
-
-@pytest.mark.parametrize("rounds", [{"num_generated": 2, "objective": "space"}, {"objective": "dpo"}])
-def test_sides_that_are_scored_one_after_the_other_are_told_the_same(rounds, sdxl_dir, tmp_path, monkeypatch):
-    game = game_of(sdxl_dir, proportion_empty_prompts=0.4, images={"random_flip": True})
-    recorder = Recorder(game, monkeypatch)
-    play_with(game, tmp_path, replace(TRAINING, two_passes=True), **rounds)
-    copies = rounds.get("num_generated", 1)
-    whole = [scored for scored in recorder.calls if len(scored[0]["x_t"]) == 4 * copies and len(scored) == 2]
-    alone = [scored[0] for scored in recorder.calls if len(scored) == 1]
-    assert len(whole) == 4 and len(alone) == 8
-    for real, generated in zip(alone[::2], alone[1::2], strict=True):
-        for name in real.keys() - {"x_t"}:
-            assert torch.equal(real[name].repeat_interleave(copies, dim=0), generated[name]), name
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -139,10 +139,11 @@ def test_the_winner_preserving_rule_knows_which_side_is_the_real_one(sdxl_dir):
     batch = batch_of(game)
     exact = Exact(game, batch.real["latents"].float())
     exact.x_0 = torch.cat([batch.real["latents"], batch.generated["latents"]]).float()
-    off = torch.tensor([1.0] * 4 + [2.0] * 4)[:, None, None, None]  # errors of 1 everywhere, and of 2
+    off = torch.tensor([1.0] * 4 + [2.0] * 4)[:, None, None, None].requires_grad_()  # errors of 1 everywhere, and of 2
     scored = game.scores(lambda *inputs, **more: (exact(*inputs, **more)[0] + off,), batch)
-    # (1 - mu) |g_real|^2 / <g_real, g_generated> = 0.1 * 1 / 2
-    assert torch.allclose(scored.generated_scale, torch.full((4,), 0.05), rtol=1e-3)
+    (scored.scores.player_real + scored.scores.player_generated).sum().backward()
+    # Minus the errors, the generated ones times (1 - mu) |g_real|^2 / <g_real, g_generated> = 0.1 * 1 / 2
+    assert torch.allclose(off.grad.flatten(), torch.tensor([-1.0] * 4 + [-2.0 * 0.05] * 4), rtol=1e-3)
 
 
 def test_without_a_generated_side_only_the_real_one_is_scored(sdxl_dir):

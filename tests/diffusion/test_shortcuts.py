@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.shortcuts import (
 from spin_diffusion.runs.page import page_of
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.one_round import Probe
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
@@ -317,7 +317,7 @@ def play_with(base, output_dir, probe, count: int = 10, **rounds) -> list[dict]:
     prepare_data(game, output_dir / "data", count)
     settings = replace(ROUNDS, **({"rounds": 1} | rounds))
     training = replace(TRAINING, max_train_steps=1)
-    return play(game, output_dir / "data", output_dir, settings, training, game.accelerator, probe=probe)
+    return play(SelfPlay(game, output_dir / "data", output_dir, settings, training, game.accelerator, probe=probe))
 
 
 def weights_of(output_dir) -> str:
@@ -371,7 +371,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_between_probe_and_training_goes_on_with_the_same_record(sdxl_dir, tmp_path, monkeypatch):
-    from spin_diffusion.selfplay.states import trained
+    from spin_diffusion.selfplay import trained
 
     (unbroken,) = play_with(sdxl_dir, tmp_path / "unbroken", Counting())
 

@@ -14,7 +14,8 @@ from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.selfplay.rounds import RoundSettings, play
+from spin_diffusion.selfplay.round_settings import RoundSettings
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
 
 LANGUAGE = Path(__file__).resolve().parents[2] / "assets" / "toy_language"
@@ -71,7 +72,7 @@ def play_all(
     prepare_data(game, output_dir / "data", found[:count])
     if held_out:
         prepare_data(game, output_dir / "held_out", found[count:])
-    return play(
+    return play(SelfPlay(
         game, output_dir / "data", output_dir, replace(ROUNDS, **rounds), training, game.accelerator,
         held_out=output_dir / "held_out" if held_out else None,
-    )  # fmt: skip
+    ))  # fmt: skip

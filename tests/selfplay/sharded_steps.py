@@ -63,7 +63,7 @@ def main() -> None:
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
         share = x[rank * 8 // world : (rank + 1) * 8 // world]
         with trainee.accumulating():
-            trainee.backward(trainee.model(share).square().mean())
+            accelerator.backward(trainee.model(share).square().mean())
             norm = trainee.update()
         trainee.ema.step(trainee.parameters)
     state = {"norm": norm.detach()}

@@ -211,7 +211,7 @@ def test_each_pair_holds_the_tensors_of_the_chosen_images(sdxl_dir, tmp_path, sh
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("spin_diffusion.selfplay.states.trained.train", keep_pairs)
+        patch.setattr("spin_diffusion.selfplay.trained.train", keep_pairs)
         play_all(sdxl_dir, tmp_path, training, game, candidates(3, share, judge), rounds=parts, real_parts=parts)
 
     folder = tmp_path / f"round-{parts}"

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from spin_diffusion.selfplay import train as train_module
-from spin_diffusion.selfplay.fused import Fused, check_fused
 from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.selfplay.trainee import Fused, check_fused
 from spin_diffusion.store.input_error import InputError
 from tests.playing import TRAINING, make_game, play_all
 
@@ -88,7 +88,6 @@ def test_no_gradient_is_kept(sdxl_dir):
     [
         ({"max_grad_norm": 1.0}, "--max_grad_norm 1.0 cannot be kept: set it to 0"),
         ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps 2"),
-        ({"two_passes": True}, "--two_passes"),
         ({"fully_shard": True}, "several processes"),
         ({"precision": "fp16"}, "use bf16"),
         ({"processes": 2}, "several processes"),

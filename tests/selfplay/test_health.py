@@ -12,7 +12,8 @@ from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.health import Finding
 from spin_diffusion.selfplay.one_round import Judgement
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
+from spin_diffusion.selfplay.tracking import by_quarter, saturated
 from spin_diffusion.selfplay.train_settings import HealthSettings
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data
@@ -313,10 +314,10 @@ def test_a_round_rolled_back_to_its_start_is_rejected_whatever_its_evaluation_sa
     spoil(monkeypatch, 2)
     game = make_game(sdxl_dir)
     prepare_data(game, tmp_path / "data")
-    records = play(
+    records = play(SelfPlay(
         game, tmp_path / "data", tmp_path, replace(ROUNDS, rounds=1), replace(quick, health=ROLL_BACK),
         game.accelerator, lambda k, folder, parent: Judgement({"score": 1.0}),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert records[0]["state"] == "REJECTED" and "rolled back to its start" in records[0]["rejected_because"]
 
 
@@ -352,9 +353,9 @@ def test_the_distance_is_that_of_the_weights(sdxl_dir):
 
 
 def test_saturation_counts_pairs_beyond_four():
-    assert health.saturated(torch.tensor([0.1, -0.1, 0.01]), beta=50.0).tolist() == [1.0, 1.0, 0.0]
+    assert saturated(torch.tensor([0.1, -0.1, 0.01]), beta=50.0).tolist() == [1.0, 1.0, 0.0]
 
 
 def test_quarters_average_their_own_pairs():
     values, levels = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 0.2, 0.999])
-    assert health.by_quarter(values, levels) == [2.0, None, None, 5.0]
+    assert by_quarter(values, levels) == [2.0, None, None, 5.0]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, objective_of, title_of
 from spin_diffusion.selfplay.objectives import (
     bco,
@@ -25,7 +26,6 @@ from spin_diffusion.selfplay.objectives import (
     sspo,
     with_anchor,
 )
-from spin_diffusion.selfplay.pair_scores import PairScores
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
 from spin_diffusion.store.input_error import InputError
 

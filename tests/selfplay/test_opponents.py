@@ -193,11 +193,11 @@ def test_the_anchored_loss_is_what_is_trained(sdxl_dir, tmp_path):
 
 
 def test_a_rival_can_take_its_generated_side_from_the_data(sdxl_dir, tmp_path):
-    from spin_diffusion.selfplay.rounds import play
+    from spin_diffusion.selfplay.rounds import SelfPlay, play
     from tests.playing import ROUNDS, prepare_data
 
     game = make_game(sdxl_dir)
     prepare_data(game, tmp_path / "data", losers=True)
     rounds = replace(ROUNDS, rounds=1, objective="hinge", generated_from="data")
-    records = play(game, tmp_path / "data", tmp_path, rounds, TRAINING, game.accelerator)
+    records = play(SelfPlay(game, tmp_path / "data", tmp_path, rounds, TRAINING, game.accelerator))
     assert records[0]["generated"] == "data" and not (tmp_path / "round-1" / "samples").exists()

@@ -7,7 +7,7 @@ import pytest
 
 from spin_diffusion.evaluation.in_rounds import promotion
 from spin_diffusion.selfplay.one_round import Judgement
-from spin_diffusion.selfplay.rounds import play
+from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
@@ -23,7 +23,7 @@ def play_judged(sdxl_dir: Path, out: Path, rejected: set[int], rounds: int = 3) 
         (folder / "results.json").write_text(f'{{"against": {parent}}}')
         return Judgement({"score": float(k)}, k not in rejected, "the score fell" if k in rejected else "")
 
-    return play(game, out / "data", out, replace(ROUNDS, rounds=rounds), TRAINING, game.accelerator, judge)
+    return play(SelfPlay(game, out / "data", out, replace(ROUNDS, rounds=rounds), TRAINING, game.accelerator, judge))
 
 
 def weights(folder: Path) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spin_diffusion.diffusion.images import vae_hash
-from spin_diffusion.selfplay.states import trained
+from spin_diffusion.selfplay import trained
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store import run_dir

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spin_diffusion.samples.scores import mixture_score
+from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objectives import bco, bind, nca, space, spin
-from spin_diffusion.selfplay.pair_scores import PairScores
 
 ANSWERS = 16
 Loss = Callable[[PairScores], Tensor]

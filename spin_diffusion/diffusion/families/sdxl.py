@@ -5,7 +5,7 @@ from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
-from spin_diffusion.selfplay.sending import sent
+from spin_diffusion.selfplay.device import sent
 
 PIPELINE = StableDiffusionXLPipeline
 FLAGS = ("force_zeros_for_empty_prompt",)

@@ -1,6 +1,13 @@
-"""TRAINED: the player; before it, what a probe says of the samples."""
+"""The states of a round from training on, and before it what a probe says of the samples.
 
+TRAINED     the player
+EVALUATED   how good it is
+PROMOTED    it plays on, or else the round is REJECTED
+"""
+
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +20,21 @@ from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
 from spin_diffusion.selfplay.one_round import Probe, Round, StepResult
-from spin_diffusion.selfplay.record import EMA, SAMPLES, GapRecord, RoundFields, RoundRecord, TrainingRecord
+from spin_diffusion.selfplay.record import (
+    EMA,
+    EVALUATION,
+    SAMPLES,
+    GapRecord,
+    RoundFields,
+    RoundRecord,
+    TrainingRecord,
+    saved_names,
+)
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hashes, verify_hashes
+from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
 
 
 def look(round_: Round, probe: Probe) -> StepResult:
@@ -54,19 +70,9 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     run.player_is(None)
     if isinstance(game, FixedDraws) and game.fixed_draws:
         _release_opponent(round_, game, plan.steps, len(pairs.ids))
-    training = train(
-        game,
-        pairs,
-        plan,
-        # Without a generated side there is nothing to tell apart
-        replace(settings, health=replace(settings.health, saturation="ignore"))
-        if round_.source == "none"
-        else settings,
-        round_.accelerator,
-        round_.directory,
-        lambda done, total, text: bar(done, text),
-        average,
-    )
+    if round_.source == "none":  # there is nothing to tell apart
+        settings = replace(settings, health=replace(settings.health, saturation="ignore"))
+    training = train(game, pairs, plan, settings, round_.directory, bar, average)
     _check_opponent(round_, record, before, training)
     _tell_training(round_, training)
     saved = game.save(round_.directory)
@@ -175,3 +181,51 @@ def _gap(round_: Round, record: RoundRecord, loss: Loss) -> GapRecord:
         + ("" if is_above_zero(gap) else "; nothing is learnt that carries over")
     )
     return gap
+
+
+def evaluate(round_: Round, record: RoundRecord) -> StepResult:
+    """What the evaluation says of the player, and why it is rejected, if it is."""
+    gap, reason = record.get("held_out_gap"), None
+    learnt = round_.settings.stop_when_learnt and gap is not None and not is_above_zero(gap)
+    if learnt and gap is not None:
+        reason = f"its held-out gap {gap_text(gap)} is not above 0"
+    ended = record["training"]["ended_by"]
+    if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:
+        reason = f"it was rolled back to its start, {ended['rule']}: {ended['sentence']}"
+    if round_.run.evaluate is None:
+        return StepResult({"metrics": {}, "rejected_because": reason, "learnt": learnt})
+    round_.run.seat_player(round_.directory)
+    judged = round_.run.evaluate(round_.k, round_.directory / EVALUATION, round_.parent)
+    round_.accelerator.wait_for_everyone()
+    # Its files are not hashed here: they say themselves what they belong to, and are made anew when that changes
+    reason = reason or (None if judged.promote else judged.reason)
+    return StepResult({"metrics": judged.metrics, "rejected_because": reason, "learnt": learnt})
+
+
+def decide(round_: Round, record: RoundRecord) -> StepResult:
+    """Copy a promoted player to where users load it; a rejected one is set aside."""
+    if record["rejected_because"] is not None:
+        round_.accelerator.print(
+            f"round {round_.k} is rejected ({record['rejected_because']}): the player of "
+            f"{f'round {round_.parent}' if round_.parent else 'the base'} plays on"
+        )
+        return StepResult({"decision": "rejected"})
+    if round_.accelerator.is_main_process:
+        for name in saved_names(round_.directory, record):
+            target = round_.run.output_dir / name
+            shutil.copytree(round_.directory / name, part_of(target), dirs_exist_ok=True)
+            commit(target)
+    return StepResult({"decision": "promoted"})
+
+
+def mend_copy(round_: Round, record: RoundRecord) -> None:
+    """Copy anew what was damaged or removed of a promoted round's player where users load it, beside the rounds."""
+    if round_.accelerator.is_main_process:
+        saved, below = saved_names(round_.directory, record), round_.run.output_dir
+        for name, digest in record["files"].items():
+            source, target = below / name, below.joinpath(*Path(name).parts[1:])
+            if Path(name).parts[1] not in saved or is_whole(target, digest):
+                continue
+            print(f"{target} is not what round {round_.k} saved (damaged, or removed): it is copied anew")
+            write_file(target, partial(shutil.copyfile, source))
+    round_.accelerator.wait_for_everyone()
