@@ -36,6 +36,7 @@ from spin_diffusion.data.settings import DataSettings, TextDataSettings
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.evaluation.alarms import count_leaked
+from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
@@ -130,9 +131,9 @@ def _answers(folder: Path, accelerator: Accelerator) -> tuple[Any, Any, Any]:
     settings = TextDataSettings(
         dataset_name=str(folder.with_suffix(".jsonl")), num_held_out=200, held_out_by="row"
     )  # fmt: skip
-    model, tokenizer = load_language_model(str(LANGUAGE), {})
+    model, tokenizer = load_language_model(LanguageBase(str(LANGUAGE)))
     game = LanguageGame(
-        model, tokenizer, str(LANGUAGE), settings=LanguageModelSettings(max_length=128),
+        model, tokenizer, LanguageBase(str(LANGUAGE)), settings=LanguageModelSettings(max_length=128),
         generation=GenerationSettings(max_new_tokens=64), accelerator=accelerator,
     )  # fmt: skip
 

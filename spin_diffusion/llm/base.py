@@ -6,19 +6,18 @@ adapters are merged into the weights below them before anything is played.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.store.configuration import read_configuration
 from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.run_dir import file_hash
@@ -30,6 +29,14 @@ MOST_ADAPTERS = 8
 """So many may lie on each other."""
 UNSEEN = ("num_attention_heads", "hidden_act", "rms_norm_eps")
 """Keys without which a model is another one, though every tensor fits; transformers always writes them."""
+
+
+class HubOptions(TypedDict):
+    """How transformers finds a checkpoint."""
+
+    revision: str
+    trust_remote_code: bool
+    cache_dir: str | None
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,13 @@ class LanguageBase:
     cache_dir: str | None = None
     """Where what comes from the hub is kept; it decides nothing."""
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> HubOptions:
         """For `from_pretrained`."""
         return {
             "revision": self.revision or "main",
             "trust_remote_code": self.trust_remote_code,
             "cache_dir": self.cache_dir,
         }
-
-    def given(self) -> dict[str, Any]:
-        """Its fields but the name."""
-        said = asdict(self)
-        del said["name"]
-        return said
 
     def file(self, name: str) -> Path | None:
         """Where one of its files lies on this machine, downloaded if need be; None = it has none of that name."""
@@ -147,27 +148,13 @@ class LanguageBase:
         return path
 
 
-def base_of(config: LanguageConfig) -> LanguageBase:
-    """The base that the settings name."""
-    return LanguageBase(
-        str(config.model.model_name_or_path),
-        config.model.revision,
-        config.language.trust_remote_code,
-        config.data.cache_dir,
-    )
-
-
-def load_language_model(name: str, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(base: LanguageBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in fp32 with its adapters merged, and its tokenizer.
-
-    Args:
-        name, options: path or hub id, and the other fields of a `LanguageBase`.
 
     Raises:
         InputError: it does not exist, cannot be reached, or is none; it is not whole (`store.weights`), quantised, or
             not causal; an adapter that cannot be merged.
     """
-    base = LanguageBase(name, **options)
     model = load_model(base)
     with _in_one_line(base):
         tokenizer = _load_tokenizer(base)
@@ -206,9 +193,7 @@ def _merged(model: PreTrainedModel, adapter: LanguageBase) -> PreTrainedModel:
         wrapped = PeftModel.from_pretrained(model, str(path.parent))
         given = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except Exception as error:  # PEFT raises what torch and its own parsers do
-        raise InputError(
-            f"{where} cannot be put on {model.name_or_path}: {one_line(error)[:300]}; {by_hand}"
-        ) from error
+        raise InputError(f"{where} cannot be put on {model.name_or_path}: {one_line(error)}; {by_hand}") from error
     if not hasattr(wrapped, "merge_and_unload"):
         kind = wrapped.peft_config["default"].peft_type
         raise InputError(
@@ -304,6 +289,12 @@ def _logits(model: Any) -> Tensor:
     return model.eval()(input_ids=ids).logits.float()
 
 
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
 @contextmanager
 def _in_one_line(base: LanguageBase, where: str = "") -> Iterator[None]:
     where = where or base.where()
@@ -315,7 +306,7 @@ def _in_one_line(base: LanguageBase, where: str = "") -> Iterator[None]:
         if Path(base.name).is_dir() and (lacking := _lacking(Path(base.name))):
             raise InputError(f"{where}: the folder has no {' and no '.join(lacking)}") from error
         raise InputError(
-            f"{where}: {one_line(error)[:300]}; give a hub id that can be reached, or a local folder with "
+            f"{where}: {one_line(error)}; give a hub id that can be reached, or a local folder with "
             "config.json, safetensors weights and a tokenizer"
         ) from error
 

@@ -24,16 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Message, TextExample
-from spin_diffusion.llm.base import LanguageBase, load_model
+from spin_diffusion.llm.base import LanguageBase, language_model, load_model
 from spin_diffusion.llm.chat import Chat
-from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
+from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers
 from spin_diffusion.llm.logprobs import AnswerScorer, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.device import sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
-from spin_diffusion.store.files import weights_hash
+from spin_diffusion.store.files import tensors_hash, weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.run_dir import write_folder
@@ -58,16 +58,15 @@ class LanguageGame:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        base: str,
+        base: LanguageBase,
         *,
         settings: LanguageModelSettings,
         generation: GenerationSettings,
         accelerator: Accelerator,
         gradient_checkpointing: bool = False,
-        base_options: dict[str, Any] | None = None,
     ) -> None:
-        """Args: base, base_options: path or hub id that `model` was loaded from, and how."""
-        self.base = LanguageBase(base, **(base_options or {}))
+        """Args: base: what `model` was loaded from."""
+        self.base = base
         self.tokenizer, self.settings, self.generation, self.accelerator = tokenizer, settings, generation, accelerator
         # Use leaves traces in a tokenizer, and what is saved must not depend on what was done before
         self._untouched = copy.deepcopy(tokenizer)
@@ -166,7 +165,7 @@ class LanguageGame:
     def opponent_hash(self) -> str:
         """Hash of the adapter that is the opponent; without adapters, of the weights as they were at `promote`."""
         if self.settings.use_lora:
-            return _adapter_hash(self.model, OPPONENT)
+            return tensors_hash(get_peft_model_state_dict(self.model, adapter_name=OPPONENT))
         return self._opponent_hash
 
     @torch.no_grad()
@@ -181,7 +180,9 @@ class LanguageGame:
 
     def player_hash(self) -> str:
         """Hash of the weights that are trained, as they are now."""
-        return _adapter_hash(self.model, PLAYER) if self.settings.use_lora else weights_hash(self.model)
+        if self.settings.use_lora:
+            return tensors_hash(get_peft_model_state_dict(self.model, adapter_name=PLAYER))
+        return weights_hash(self.model)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
         """The player's scores of both sides in one batch, beside the opponent's that were kept."""
@@ -271,7 +272,7 @@ class LanguageGame:
                 device=self.accelerator.device.type,
                 adapter=self._folder if self.settings.use_lora else None,
                 rank=self.settings.rank,
-                base_options=self.base.options(),
+                hub=self.base.options(),
             )
             drawn = self._vllm.draw(prompts, seeds)
             done(len(drawn))
@@ -399,12 +400,3 @@ def _with_adapters(model: PreTrainedModel, settings: LanguageModelSettings) -> P
     model.add_adapter(OPPONENT, config)
     model.set_adapter(PLAYER)
     return model
-
-
-def _adapter_hash(model: PeftModel, adapter: str) -> str:
-    """SHA-256 over the adapter's names and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(get_peft_model_state_dict(model, adapter_name=adapter).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

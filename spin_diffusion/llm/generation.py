@@ -7,14 +7,14 @@ The objectives assume that an answer is drawn from the very density that scores 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -211,13 +211,13 @@ class Vllm:
         device: str = "cpu",
         adapter: Path | None = None,
         rank: int = 16,
-        base_options: dict[str, Any] | None = None,
+        hub: Mapping[str, object] | None = None,
     ) -> None:
         """
         Args:
             precision, device: as for `check_vllm`.
             rank: rank of the adapter.
-            base_options: how `checkpoint` is loaded, where it is a hub id.
+            hub: how `checkpoint` is found, where it is a hub id (`HubOptions`).
 
         Raises:
             InputError: `check_vllm`'s, or vLLM does not start with this checkpoint.
@@ -231,10 +231,9 @@ class Vllm:
         if adapter is not None:
             self.request = lora_request("opponent", 1, str(adapter))
             options = {"enable_lora": True, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
-        if base_options:
-            options["revision"] = base_options.get("revision")
-            options["trust_remote_code"] = base_options.get("trust_remote_code", False)
-            options["download_dir"] = base_options.get("cache_dir")
+        if hub is not None:
+            options |= {"revision": hub["revision"], "trust_remote_code": hub["trust_remote_code"]}
+            options["download_dir"] = hub["cache_dir"]
         self._watch = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("vllm_watch.py")), str(os.getpid())]
         )
@@ -297,9 +296,3 @@ class Vllm:
     def _end_watch(self) -> None:
         self._watch.kill()
         self._watch.wait()
-
-
-def language_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
-    unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()

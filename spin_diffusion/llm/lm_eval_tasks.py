@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from scipy.stats import t
 
+from spin_diffusion.llm.base import language_model
 from spin_diffusion.llm.game import LanguageGame
-from spin_diffusion.llm.generation import language_model
 from spin_diffusion.store.input_error import InputError, one_line
 
 PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -74,7 +74,7 @@ def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, An
                 apply_chat_template=tasks.as_chat,
             )
         except (KeyError, ValueError, OSError) as error:  # its data cannot be had, or are not as its file says
-            raise InputError(f"--lm_eval_tasks {', '.join(tasks.names)}: {one_line(error)[:300]}") from error
+            raise InputError(f"--lm_eval_tasks {', '.join(tasks.names)}: {one_line(error)}") from error
     return metrics_of(found["results"], found.get("higher_is_better", {}))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from spin_diffusion.llm.generation import language_model
+from spin_diffusion.llm.base import language_model
 
 CHUNK_LOGITS = 2**26
 """fp32 logits that are in memory at once: 256 MB."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
 from spin_diffusion.data.text import read_held_out, read_text_examples
-from spin_diffusion.llm.base import LanguageBase, base_of, load_language_model
+from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.config import LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
@@ -240,15 +240,21 @@ def _saved(config: LanguageConfig) -> str:
     return ADAPTER if config.language.use_lora else MODEL
 
 
+def base_of(config: LanguageConfig) -> LanguageBase:
+    """The base that the settings name."""
+    name, remote_code = str(config.model.model_name_or_path), config.language.trust_remote_code
+    return LanguageBase(name, config.model.revision, remote_code, config.data.cache_dir)
+
+
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
     """The base checkpoint as a game."""
-    base, options = str(config.model.model_name_or_path), base_of(config).given()
-    model, tokenizer = load_language_model(base, options)
+    base = base_of(config)
+    model, tokenizer = load_language_model(base)
     if config.model.chat_template is not None:
         tokenizer.chat_template = _template(Path(config.model.chat_template))
     if config.model.chat_template_kwargs:
         tokenizer.chat_template = with_arguments(tokenizer.chat_template, config.model.chat_template_kwargs)
-    check_sizes(model, tokenizer, base, config.language.max_length)
+    check_sizes(model, tokenizer, base.name, config.language.max_length)
     return LanguageGame(
         model,
         tokenizer,
@@ -257,7 +263,6 @@ def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:
         generation=config.generation,
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        base_options=options,
     )
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from spin_diffusion.data.rows import TextExample
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.text import read_text_examples
+from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
@@ -38,13 +39,13 @@ def make_game(
     dropout: float = 0.0, base: Path = LANGUAGE / "base", **settings: Any,
 ) -> LanguageGame:  # fmt: skip
     """A game of the language's base, or another."""
-    model, tokenizer = load_language_model(str(base), {})
+    model, tokenizer = load_language_model(LanguageBase(str(base)))
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = dropout
     return LanguageGame(
         model,
         tokenizer,
-        str(base),
+        LanguageBase(str(base)),
         settings=LanguageModelSettings(**({"max_length": 48} | settings)),
         generation=GenerationSettings(**({"max_new_tokens": 20, "generation_batch_size": 4} | (generation or {}))),
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),

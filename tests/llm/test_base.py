@@ -105,7 +105,7 @@ def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
     found: dict = {}
     exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
     # What was saved is a base itself: the player, whatever it lies on
-    again, _ = load_language_model(str(out / ("adapter" if use_lora else "model")), {})
+    again, _ = load_language_model(LanguageBase(str(out / ("adapter" if use_lora else "model"))))
     ids = torch.tensor([[1, 5, 6, 7, 8]])
     with torch.no_grad():
         logits = [model.eval()(input_ids=ids).logits for model in (printed, found["model"], again)]
@@ -179,7 +179,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(kind, tmp_path):
     spoil, words = SPOILT_ADAPTERS[kind]
     spoil(folder)
     with pytest.raises(InputError) as error:
-        load_language_model(str(folder), {})
+        load_language_model(LanguageBase(str(folder)))
     message = str(error.value)
     assert "\n" not in message and message.startswith("--model_name_or_path ") or "adapter_config.json" in message
     assert words in message and str(folder) in message
@@ -286,8 +286,8 @@ SPOILT_BASES = {
 def test_a_base_in_several_files_is_whole(tmp_path):
     folder = changed_base(tmp_path)
     assert sharded(folder).is_file()
-    model, _ = load_language_model(str(folder), {})
-    assert weights_hash(model) == weights_hash(load_language_model(str(BASE), {})[0])
+    model, _ = load_language_model(LanguageBase(str(folder)))
+    assert weights_hash(model) == weights_hash(load_language_model(LanguageBase(str(BASE)))[0])
 
 
 def test_an_adapter_on_a_quantised_base_says_where_to_name_the_whole_one(tmp_path):
@@ -297,14 +297,14 @@ def test_an_adapter_on_a_quantised_base_says_where_to_name_the_whole_one(tmp_pat
     with pytest.raises(
         InputError, match=r"on .*base: its weights are quantised \(gptq.*adapter_config.json \(base_model"
     ):
-        load_language_model(str(folder), {})
+        load_language_model(LanguageBase(str(folder)))
     change(folder / "adapter_config.json", "base_model_name_or_path", str(BASE))
-    assert load_language_model(str(folder), {})
+    assert load_language_model(LanguageBase(str(folder)))
 
 
 def test_a_folder_has_no_revisions():
     with pytest.raises(InputError, match="a folder has no revisions: leave --revision v1 out"):
-        load_language_model(str(BASE), {"revision": "v1"})
+        load_language_model(LanguageBase(str(BASE), revision="v1"))
 
 
 @pytest.mark.timeout(120)
@@ -314,7 +314,7 @@ def test_a_base_that_is_not_whole_is_refused(kind, tmp_path):
     spoil, words = SPOILT_BASES[kind]
     spoil(folder)
     with pytest.raises(InputError) as error:
-        load_language_model(str(folder), {})
+        load_language_model(LanguageBase(str(folder)))
     message = str(error.value)
     assert message.startswith(f"--model_name_or_path {folder}") and words in message and "\n" not in message
 

@@ -195,7 +195,7 @@ def vllm(monkeypatch) -> dict:
 
 def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(vllm):
     options = {"revision": "v2", "trust_remote_code": False, "cache_dir": None}
-    engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10, base_options=options)
+    engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10, hub=options)
     # Left to itself vLLM would halve fp32 weights, and take nine tenths of a GPU that holds the trained model too
     assert vllm["options"] == {"model": "model", "dtype": "float32", "share": 0.4, "revision": "v2", "lora": None}
     drawn = engine.draw([[1, 2, 3]], [2**40 + 5])

@@ -17,6 +17,7 @@ from peft import PeftModel
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
 from spin_diffusion.llm.settings import GenerationSettings
@@ -178,7 +179,7 @@ def test_an_adapter_answers_as_peft_does(tmp_path):
     asked = prompts_of(game)
     found = game.draw(asked, [0] * len(asked))
     game._forget_vllm()
-    plain, _ = load_language_model(str(base), {})
+    plain, _ = load_language_model(LanguageBase(str(base)))
     options = {
         "end_ids": game.chat.end_ids, "pad_id": game.chat.pad_id, "max_length": 48, "autocast": nullcontext,
         "settings": GenerationSettings(max_new_tokens=24, temperature=0.0),
