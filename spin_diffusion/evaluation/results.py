@@ -6,11 +6,10 @@ what is in results.json, `records` names its types.
 
 import math
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -18,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.alarms import check_alarms
-from spin_diffusion.evaluation.answer_alarms import check_answer_alarms
+from spin_diffusion.evaluation.alarms import Pictures, check_alarms
 from spin_diffusion.evaluation.breakdowns import breakdowns
 from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compare_others
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples
+from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.modalities import ANSWERS, Modality, guidance_scales, modality_of, samples_per_prompt
 from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.records import (
@@ -390,27 +389,15 @@ def _alarms(compared: _Compared, training_prompts: Sequence[str] | None) -> list
         previous = rounds[rounds.index(model) - 1] if model in rounds[1:] else None
         for scale, ids in compared.complete.items():
             base, ours = compared.samples[baseline.name, scale], compared.samples[model.name, scale]
-            told: dict[str, Any] = {
-                "baseline_scores": scores(baseline, scale),
-                "candidate_scores": scores(model, scale),
-                "roles": compared.roles,
-                "previous": scores(previous, scale) if previous is not None and previous.round_ else None,
-            }
-            if compared.modality is ANSWERS:
-                answers = (_by_prompt(each, ids, answer_of) for each in (base, ours))
-                alarms = check_answer_alarms(*answers, **told, training_prompts=training_prompts)
-            else:
-                alarms = check_alarms(
-                    **told,
-                    baseline_features=_features(base, ids),
-                    candidate_features=_features(ours, ids),
-                    baseline_photometry=_photometry(base, ids),
-                    candidate_photometry=_photometry(ours, ids),
-                    baseline_broken=_broken(base),
-                    candidate_broken=_broken(ours),
-                    prompts=list(dict.fromkeys(row["prompt"] for row in base.rows.values())),
-                    training_captions=training_prompts,
-                )
+            alarms = check_alarms(
+                _evidence(base, ids, compared.modality),
+                _evidence(ours, ids, compared.modality),
+                baseline_scores=scores(baseline, scale),
+                candidate_scores=scores(model, scale),
+                roles=compared.roles,
+                previous=scores(previous, scale) if previous is not None and previous.round_ else None,
+                training_prompts=training_prompts,
+            )
             entries += [
                 cast(AlarmEntry, {"id": alarm.id, "model": model.name, "guidance_scale": scale} | vars(alarm))
                 for alarm in alarms
@@ -418,26 +405,23 @@ def _alarms(compared: _Compared, training_prompts: Sequence[str] | None) -> list
     return entries
 
 
-def _by_prompt(of_model: Samples, ids: Sequence[str], value: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
-    """(prompts, samples) of something of each."""
-    return [[value(of_model.rows[id_, k]) for k in range(of_model.per_prompt)] for id_ in ids]
-
-
-def _features(of_model: Samples, ids: Sequence[str]) -> np.ndarray | None:
-    """(prompts, images, width) of the scorer that kept them; None when none did."""
-    for rows in of_model.scores.values():
-        if rows and next(iter(rows.values())).get("features") is not None:
-            each = [[rows[id_, k]["features"] for k in range(of_model.per_prompt)] for id_ in ids]
-            return np.array(each, dtype=np.float32)
-    return None
-
-
-def _photometry(of_model: Samples, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    return {name: np.array(_by_prompt(of_model, ids, itemgetter(name)), dtype=np.float64) for name in MEASURES}
-
-
-def _broken(of_model: Samples) -> tuple[int, int]:
-    return sum(row["state"] != "ok" for row in of_model.rows.values()), len(of_model.rows)
+def _evidence(of_model: Samples, ids: Sequence[str], modality: Modality) -> Pictures | list[list[Answer]]:
+    """What the alarms look at, of the prompts that count."""
+    rows = [[of_model.rows[id_, k] for k in range(of_model.per_prompt)] for id_ in ids]
+    if modality is ANSWERS:
+        return [[answer_of(row) for row in of_prompt] for of_prompt in rows]
+    features = None
+    for scored in of_model.scores.values():  # of the scorer that kept them
+        if scored and next(iter(scored.values())).get("features") is not None:
+            each = [[scored[id_, k].get("features") for k in range(of_model.per_prompt)] for id_ in ids]
+            features = np.array(each, dtype=np.float32)
+            break
+    return Pictures(
+        list(dict.fromkeys(row["prompt"] for row in of_model.rows.values())),
+        features,
+        {name: np.array([[row[name] for row in each] for each in rows], dtype=np.float64) for name in MEASURES},
+        (sum(row["state"] != "ok" for row in of_model.rows.values()), len(of_model.rows)),
+    )
 
 
 def _failures(compared: _Compared) -> Iterator[FailureEntry]:

@@ -7,14 +7,15 @@ from PIL import Image
 
 from spin_diffusion.evaluation.alarms import (
     Alarm,
-    Thresholds,
+    Pictures,
     aesthetics_up_alignment_down,
     broken_images,
     check_alarms,
-    count_leaked,
+    differences_of,
     diversity_over_seeds,
     goodhart,
     near_duplicates,
+    normalised,
     photometry,
     stagnation,
     style_collapse,
@@ -42,7 +43,6 @@ ROLES: dict[str, Role] = {
     "sharpness": "drift",
 }
 PROMPTS, IMAGES, WIDTH = 200, 4, 32
-LIMITS = Thresholds()
 
 
 class World:
@@ -85,19 +85,18 @@ def per_prompt(base: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dic
 
 
 def everything(world: World, scores: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> list:
+    prompts = [f"prompt {i}" for i in range(PROMPTS)]
+    features, colours, broken = (
+        [draw() for _ in range(2)] for draw in (world.features, world.photometry, world.broken)
+    )
     return check_alarms(
-        base,
-        scores,
+        Pictures(prompts, features[0], colours[0], broken[0]),
+        Pictures(prompts, features[1], colours[1], broken[1]),
+        baseline_scores=base,
+        candidate_scores=scores,
         roles=ROLES,
-        baseline_features=world.features(),
-        candidate_features=world.features(),
-        baseline_photometry=world.photometry(),
-        candidate_photometry=world.photometry(),
-        baseline_broken=world.broken(),
-        candidate_broken=world.broken(),
         previous=world.scores(),
-        prompts=[f"prompt {i}" for i in range(PROMPTS)],
-        training_captions=["another", "captions"],
+        training_prompts=["another", "captions"],
     )
 
 
@@ -124,7 +123,7 @@ def test_the_same_model_with_other_seeds_sets_off_no_more_than_2_alarms_in_60_ev
 def test_the_alarms_are_always_the_same_ones_and_speak_in_one_line() -> None:
     world = World(0)
     full = everything(world, world.scores(), world.scores())
-    empty = check_alarms({}, {}, roles=ROLES)
+    empty = check_alarms(Pictures(), Pictures(), baseline_scores={}, candidate_scores={}, roles=ROLES)
     assert [alarm.id for alarm in full] == [alarm.id for alarm in empty]
     assert len({alarm.id for alarm in full}) == 9
     assert all(alarm.state == "not run" and alarm.value is None and alarm.threshold is None for alarm in empty)
@@ -204,19 +203,19 @@ def test_beauty_against_the_prompt_is_an_alarm() -> None:
 def test_lost_diversity_over_seeds_is_an_alarm() -> None:
     world = World(5)
     base = world.features()
-    fired = diversity_over_seeds(base, world.features(variety=0.3), LIMITS)
+    fired = diversity_over_seeds(base, world.features(variety=0.3))
     assert fired.state == "alarm" and fired.value is not None and fired.value > 0.3
     assert "Vendi" in fired.explanation
-    assert diversity_over_seeds(base, world.features(), LIMITS).state == "ok"
-    gained = diversity_over_seeds(base, world.features(variety=0.6), LIMITS)
+    assert diversity_over_seeds(base, world.features()).state == "ok"
+    gained = diversity_over_seeds(base, world.features(variety=0.6))
     assert gained.state == "ok" and gained.value is not None and gained.value < 0
-    assert diversity_over_seeds(base, world.features(variety=0.385), LIMITS).state == "warn"
+    assert diversity_over_seeds(base, world.features(variety=0.385)).state == "warn"
 
 
 def test_diversity_is_one_minus_the_cosine_and_the_vendi_score_counts_pictures() -> None:
     # Two images at a right angle; then the same one twice.
     apart, same = np.eye(2)[None].repeat(6, axis=0), np.ones((6, 2, 2))
-    alarm = diversity_over_seeds(5 * apart, same, LIMITS)
+    alarm = diversity_over_seeds(5 * apart, same)
     assert alarm.state == "alarm" and alarm.value == pytest.approx(1.0)
     assert "from 1.000 to 0.000" in alarm.explanation
     assert "from 2.00 to 1.00" in alarm.explanation
@@ -225,10 +224,10 @@ def test_diversity_is_one_minus_the_cosine_and_the_vendi_score_counts_pictures()
 def test_the_same_style_for_every_prompt_is_an_alarm() -> None:
     world = World(6)
     base = world.features()
-    fired = style_collapse(base, world.features(style=0.5), LIMITS)
+    fired = style_collapse(base, world.features(style=0.5))
     assert fired.state == "alarm" and fired.value is not None and fired.value > 0.05
-    assert style_collapse(base, world.features(), LIMITS).state == "ok"
-    assert style_collapse(world.features(style=0.5), base, LIMITS).state == "ok"
+    assert style_collapse(base, world.features()).state == "ok"
+    assert style_collapse(world.features(style=0.5), base).state == "ok"
 
 
 def test_the_mean_cosine_between_prompts_is_that_of_all_pairs() -> None:
@@ -239,19 +238,19 @@ def test_the_mean_cosine_between_prompts_is_that_of_all_pairs() -> None:
         unit = features / np.linalg.norm(features, axis=2, keepdims=True)
         return np.mean([a @ b for i in range(6) for j in range(6) if i != j for a in unit[i] for b in unit[j]])
 
-    alarm = style_collapse(base, other, LIMITS)
+    alarm = style_collapse(base, other)
     assert alarm.value == pytest.approx(brute(other) - brute(base))
     assert f"from {brute(base):.3f} to {brute(other):.3f}" in alarm.explanation
 
 
-def test_the_interval_of_the_cosine_between_prompts_is_as_wide_as_its_scatter() -> None:
+def test_the_interval_of_the_cosine_between_prompts_is_as_wide_as_its_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     # Plain averages per prompt would make it half as wide, and half of these intervals would exclude the truth.
-    limits = Thresholds(style_similarity_rise=0.0)
+    monkeypatch.setattr("spin_diffusion.evaluation.alarms.STYLE_SIMILARITY_RISE", 0.0)
     fired = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
         fresh = [0.6 + rng.normal(size=(60, 2, 8)) for _ in range(2)]  # prompts of their own: nothing is shared
-        fired += style_collapse(fresh[0], fresh[1], limits).state == "alarm"
+        fired += style_collapse(fresh[0], fresh[1]).state == "alarm"
     assert fired <= 8  # 2.5 expected
 
 
@@ -260,12 +259,12 @@ def test_more_equal_pictures_are_an_alarm() -> None:
     base, other = world.features(variety=1.0), world.features(variety=1.0)  # no two pictures are alike
     copied = other.copy()
     copied[:60, 1] = copied[:60, 0] * 3  # the length of an embedding says nothing
-    fired = near_duplicates(base, copied, LIMITS)
+    fired = near_duplicates(base, copied)
     assert fired.state == "warn" and fired.value == pytest.approx(60 / 200 / 6)
     copied[:60, 2] = copied[:60, 0]
-    assert near_duplicates(base, copied, LIMITS).state == "alarm"
-    assert near_duplicates(base, other, LIMITS).state == "ok"
-    assert near_duplicates(copied, other, LIMITS).state == "ok"
+    assert near_duplicates(base, copied).state == "alarm"
+    assert near_duplicates(base, other).state == "ok"
+    assert near_duplicates(copied, other).state == "ok"
 
 
 @pytest.mark.parametrize(("name", "factor"), [("saturation", 1.8), ("clipped", 4.0), ("sharpness", 0.5)])
@@ -273,28 +272,26 @@ def test_a_shift_of_colours_exposure_or_edges_is_an_alarm(name: str, factor: flo
     world = World(9)
     base, other = world.photometry(), world.photometry()
     other[name] = other[name] * factor
-    fired = photometry(base, other, LIMITS)
+    fired = photometry(base, other)
     assert fired.state == "alarm" and fired.value is not None and fired.value > 3
     assert f"{name} from" in fired.explanation
-    assert photometry(base, world.photometry(), LIMITS).state == "ok"
+    assert photometry(base, world.photometry()).state == "ok"
 
 
 def test_a_base_that_never_clips_does_not_make_every_clipped_pixel_an_alarm() -> None:
     base, few, many = np.zeros((20, 2)), np.full((20, 2), 0.001), np.full((20, 2), 0.05)
-    assert photometry({"clipped": base}, {"clipped": base}, LIMITS).state == "ok"
-    assert photometry({"clipped": base}, {"clipped": few}, LIMITS).state == "ok"
-    assert photometry({"clipped": base}, {"clipped": many}, LIMITS).state == "alarm"
+    assert photometry({"clipped": base}, {"clipped": base}).state == "ok"
+    assert photometry({"clipped": base}, {"clipped": few}).state == "ok"
+    assert photometry({"clipped": base}, {"clipped": many}).state == "alarm"
 
 
 def test_more_broken_images_are_an_alarm_and_a_few_by_chance_a_warning() -> None:
-    assert broken_images((2, 800), (40, 800), LIMITS).state == "alarm"
-    fired = broken_images((0, 100), (2, 100), LIMITS)
+    assert broken_images((2, 800), (40, 800)).state == "alarm"
+    fired = broken_images((0, 100), (2, 100))
     assert fired.state == "warn" and "chance" in fired.explanation and fired.value == pytest.approx(0.02)
-    assert broken_images((10, 800), (15, 800), LIMITS).state == "ok"
-    assert broken_images((40, 800), (2, 800), LIMITS).state == "ok"
-    assert broken_images((0, 0), (0, 0), LIMITS).state == "not run"
-    with pytest.raises(ValueError, match="broken, all"):
-        broken_images((3, 2), (0, 2), LIMITS)
+    assert broken_images((10, 800), (15, 800)).state == "ok"
+    assert broken_images((40, 800), (2, 800)).state == "ok"
+    assert broken_images((0, 0), (0, 0)).state == "not run"
 
 
 def test_captions_leak_whatever_their_case_punctuation_and_spaces() -> None:
@@ -307,18 +304,17 @@ def test_captions_leak_whatever_their_case_punctuation_and_spaces() -> None:
         "\U0001f431",
     ]
     captions = iter(["a RED fox in  the\nsnow", "three cats", "\u65e5\u672c\u306e\u5ead", "cafe\u0301", "\U0001f98a"])
-    assert count_leaked(captions, prompts) == 4
-    assert count_leaked([], prompts) == count_leaked(["two cats"] * 3, []) == 0
-    assert count_leaked(["a cat"], ["a cat", "A cat."]) == 2
+    keys = [normalised(prompt) for prompt in prompts]
+    assert len(trained_among(captions, keys)) == 4
+    assert trained_among([], keys) == trained_among(["two cats"] * 3, []) == set()
+    assert normalised("a cat") == normalised("A cat.")
 
 
 def test_a_leaked_prompt_is_a_warning_and_many_are_an_alarm() -> None:
-    assert training_leak(0, 100, LIMITS).state == "ok"
-    assert training_leak(1, 100, LIMITS).state == "warn"
-    assert training_leak(6, 100, LIMITS).state == "alarm"
-    assert training_leak(None, 100, LIMITS).state == training_leak(0, 0, LIMITS).state == "not run"
-    with pytest.raises(ValueError, match="from 0 to the 10 prompts"):
-        training_leak(11, 10, LIMITS)
+    assert training_leak(0, 100).state == "ok"
+    assert training_leak(1, 100).state == "warn"
+    assert training_leak(6, 100).state == "alarm"
+    assert training_leak(None, 100).state == training_leak(0, 0).state == "not run"
 
 
 def test_a_round_that_changes_nothing_is_advice_to_stop() -> None:
@@ -348,16 +344,16 @@ def test_a_round_that_changes_nothing_seldom_seems_to_move_however_many_scorers_
 def test_one_image_per_prompt_leaves_out_what_needs_pairs() -> None:
     base, other = (np.random.default_rng(i).normal(size=(30, 1, 8)) for i in (0, 1))
     for check in (diversity_over_seeds, near_duplicates):
-        alarm = check(base, other, LIMITS)
+        alarm = check(base, other)
         assert alarm.state == "not run" and "one image per prompt" in alarm.explanation
-    assert style_collapse(base, other, LIMITS).state == "ok"
+    assert style_collapse(base, other).state == "ok"
 
 
 def test_of_few_prompts_pictures_of_one_prompt_are_not_judged() -> None:
     apart, same = np.eye(2)[None].repeat(6, axis=0), np.ones((6, 2, 2))
     for check in (diversity_over_seeds, near_duplicates):
-        assert check(apart, same, LIMITS).state == "alarm"
-        few = check(apart[:5], same[:5], LIMITS)
+        assert check(apart, same).state == "alarm"
+        few = check(apart[:5], same[:5])
         assert few.state == "not run" and "5 prompts are too few to tell; ask 6 or more" in few.explanation
 
 
@@ -365,7 +361,7 @@ def test_without_features_or_with_those_of_one_model_nothing_is_run() -> None:
     some = np.ones((5, 2, 3))
     for check in (diversity_over_seeds, near_duplicates, style_collapse):
         for base, other in ((None, None), (some, None), (None, some)):
-            alarm = check(base, other, LIMITS)
+            alarm = check(base, other)
             assert alarm.state == "not run" and "no scorer gave image features" in alarm.explanation
 
 
@@ -373,17 +369,9 @@ def test_constant_arrays_set_off_nothing() -> None:
     constant = np.ones((10, 3))
     scores = dict.fromkeys(ROLES, constant)
     features = np.ones((10, 3, 4))
+    pictures = Pictures([], features, {"saturation": constant}, (0, 30))
     found = check_alarms(
-        scores,
-        scores,
-        roles=ROLES,
-        baseline_features=features,
-        candidate_features=features,
-        baseline_photometry={"saturation": constant},
-        candidate_photometry={"saturation": constant},
-        baseline_broken=(0, 30),
-        candidate_broken=(0, 30),
-        previous=scores,
+        pictures, pictures, baseline_scores=scores, candidate_scores=scores, roles=ROLES, previous=scores
     )
     states = {alarm.id: alarm.state for alarm in found}
     assert states.pop("diversity_over_seeds") == "not run"  # the base has no diversity to lose
@@ -395,24 +383,17 @@ def test_constant_arrays_set_off_nothing() -> None:
 def test_arrays_that_do_not_match_are_refused() -> None:
     scores = {"hps": np.zeros((6, 2))}
     with pytest.raises(ValueError, match="hps must be of the same prompts"):
-        check_alarms(scores, {"hps": np.zeros((5, 3))}, roles=ROLES)
+        differences_of({"hps": np.zeros((5, 3))}, scores)
     with pytest.raises(ValueError, match="must have shape"):
-        diversity_over_seeds(np.ones((6, 2, 3)), np.ones((6, 2, 4)), LIMITS)
+        diversity_over_seeds(np.ones((6, 2, 3)), np.ones((6, 2, 4)))
     bad = np.ones((6, 2, 3))
     bad[3, 1] = 0
     with pytest.raises(ValueError, match="prompt number 3"):
-        near_duplicates(np.ones((6, 2, 3)), bad, LIMITS)
+        near_duplicates(np.ones((6, 2, 3)), bad)
     with pytest.raises(ValueError, match="finite"):
-        photometry({"saturation": np.zeros((6, 2))}, {"saturation": np.full((6, 2), np.nan)}, LIMITS)
+        photometry({"saturation": np.zeros((6, 2))}, {"saturation": np.full((6, 2), np.nan)})
     with pytest.raises(ValueError, match="finite"):
         goodhart({"pickscore": np.full(6, np.nan), "hps": np.zeros(6)}, ROLES)
-
-
-def test_thresholds_can_be_changed() -> None:
-    world = World(11)
-    base, other = world.features(), world.features(variety=0.385)
-    assert diversity_over_seeds(base, other, Thresholds(diversity_drop=0.02)).state == "alarm"
-    assert diversity_over_seeds(base, other, Thresholds(diversity_drop=0.5)).state == "ok"
 
 
 def test_an_alarm_is_a_value() -> None:
