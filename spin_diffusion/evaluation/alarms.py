@@ -6,9 +6,9 @@ leaves a trace that costs nothing to measure. Every alarm is a function of both 
 runs all of them for one model.
 
 An alarm goes off only when the effect is both larger than its threshold and beyond chance (95 % interval over
-prompts). An effect of half the size, beyond chance as well, is a warning. How often a model that is the same as the base
-sets one off stands in `check_alarms`. Thresholds are set by judgement: no samples of released models have been measured
-for them.
+prompts). An effect of half the size, beyond chance as well, is a warning. How often a model that is the same as the
+base sets one off stands in `check_alarms`. Thresholds are set by judgement: no samples of released models have been
+measured for them.
 
 To add an alarm, write one function here and call it in `check_alarms`.
 """
@@ -32,8 +32,8 @@ from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired
 DIVERSITY_DROP = 0.10
 """Share of the base's diversity over seeds that is lost, 0 to 1."""
 DIVERSITY_PROMPTS = 6
-"""With fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is chance in
-one case of four, and that six of six do in one of 64."""
+"""With fewer prompts neither diversity nor near duplicates are judged: that two of two change for the worse is chance
+in one case of four, and that six of six do in one of 64."""
 STYLE_SIMILARITY_RISE = 0.05
 """Rise of the mean cosine between images of different prompts, -2 to 2."""
 NEAR_DUPLICATE_COSINE = 0.97
