@@ -17,8 +17,8 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="the page's file; default: report.html in the folder")
     arguments = parser.parse_args(argv)
     # After the arguments: --help does not wait for the libraries
+    from spin_diffusion.evaluation.records import read_results
     from spin_diffusion.evaluation.report import write_report
-    from spin_diffusion.evaluation.results_file import read_results
     from spin_diffusion.store.folder import take_marked
 
     if arguments.output is None:

@@ -16,7 +16,7 @@ import yaml
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from tests.ranks import run_ranks
 from tests.tiny import write_parquet
 

@@ -23,11 +23,10 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.judges.distinct import ngrams, repeated_share, words
 from spin_diffusion.evaluation.records import AlarmState, Role
-from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
+from spin_diffusion.evaluation.statistics import Interval, decimals_of, mean_interval, paired_difference
 
 DIVERSITY_DROP = 0.10
 """Share of the base's diversity over seeds that is lost, 0 to 1."""

@@ -18,13 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.alarms import Pictures, check_alarms
-from spin_diffusion.evaluation.breakdowns import breakdowns
-from spin_diffusion.evaluation.comparison import Comparison, Row, compare, compare_others
-from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples
+from spin_diffusion.evaluation.comparison import Comparison, Row, breakdowns, compare, compare_others
+from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples, scorer_record
 from spin_diffusion.evaluation.judges import Answer
-from spin_diffusion.evaluation.modalities import ANSWERS, Modality, guidance_scales, modality_of, samples_per_prompt
-from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.records import (
+    ANSWERS,
+    SCHEMA_VERSION,
     Aggregate,
     AggregateEntry,
     AlarmEntry,
@@ -32,6 +31,7 @@ from spin_diffusion.evaluation.records import (
     CountEntry,
     FailureEntry,
     Headline,
+    Modality,
     ModelEntry,
     OfTraining,
     Protocol,
@@ -41,19 +41,15 @@ from spin_diffusion.evaluation.records import (
     ScorerEntry,
     TrainingEntries,
     VerdictEntry,
+    guidance_scales,
+    modality_of,
+    samples_per_prompt,
+    schema_problem,
 )
-from spin_diffusion.evaluation.results_file import SCHEMA_VERSION, schema_problem
-from spin_diffusion.evaluation.scoring import answer_of, scorer_record
+from spin_diffusion.evaluation.scoring import answer_of
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.evaluation.statistics import (
-    Interval,
-    best_by_average,
-    best_of_k,
-    mean_interval,
-    overall_verdict,
-    verdict,
-    win_rate,
-)
+from spin_diffusion.evaluation.statistics import Interval, best_by_average, best_of_k, mean_interval, win_rate
+from spin_diffusion.evaluation.verdicts import overall_verdict, rank, verdict
 from spin_diffusion.samples.drawn import folder_of
 from spin_diffusion.samples.photometry import MEASURES
 from spin_diffusion.store.files import write_json

@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
 from spin_diffusion.evaluation import judges, scorers, specs
-from spin_diffusion.evaluation.judges import Answer, LoadedJudge, LogLikelihood
+from spin_diffusion.evaluation.evaluated import SCORER, SampleFolder, Score, ScorerRecord, answer_key, answer_of
+from spin_diffusion.evaluation.judges import LoadedJudge, LogLikelihood
 from spin_diffusion.evaluation.scorers import LoadedScorer
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.samples.drawn import folder_of, read_index, sample_files
+from spin_diffusion.samples.drawn import read_index
 from spin_diffusion.store.files import (
     Made,
     Piece,
@@ -36,51 +37,8 @@ from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.run_dir import AGAIN, Damaged
 
-SCORER = "scorer"
-"""In the metadata of a file of scores: the key of the scorer alone."""
 BATCH = 16
 """Pictures that a scorer gets at a time; the scores do not depend on it."""
-
-
-class ScorerRecord(TypedDict):
-    """What is known of a scorer, or a judge, that was asked for, beside all of its ABOUT."""
-
-    name: str
-    state: Literal["run", "not run"]
-    reason: str
-
-
-class Score(TypedDict):
-    """One sample's score."""
-
-    id: str
-    k: int
-    sha256: str
-    score: float
-    truncated: bool
-    features: NotRequired[list[float] | None]
-    """Of a picture, where the scorer is the one that keeps them."""
-
-
-@dataclass(frozen=True)
-class SampleFolder:
-    """Where one model's samples are, and where their scores go."""
-
-    samples: Path
-    scores: Path
-    of_answers: bool = False
-
-    def files(self, scale: float | None) -> list[Path]:
-        """The shards of its samples at a guidance scale; InputError when some are missing."""
-        return sample_files(self.samples if self.of_answers else self.samples / folder_of(scale))
-
-    def scored(self, file: Path, name: str) -> Path:
-        """The file of the scores by the scorer of this name of a shard of samples."""
-        return self.scores / name / file.relative_to(self.samples).with_suffix(".parquet")
-
-    def record(self, name: str) -> Path:
-        """The file that says what is known of the scorer of this name."""
-        return self.scores / (f"{name}.json" if self.of_answers else f"{name}/scorer.json")
 
 
 def check_specs(specs_: Sequence[str]) -> None:
@@ -278,7 +236,7 @@ def _answer_piece(shard: _Shard, key: str, judge: Any, log_likelihood: LogLikeli
         return Made(_score_rows(rows, judge(answers, log_likelihood), judge.truncated(answers)), {SCORER: key})
 
     size = int(rows_metadata(shard.samples)["rows"])
-    return Piece(shard.scores, _answer_key(shard.samples, key), size, make)
+    return Piece(shard.scores, answer_key(shard.samples, key), size, make)
 
 
 def _score_rows(rows: Sequence[Mapping[str, Any]], scores: list[float], truncated: list[bool]) -> list[Score]:
@@ -286,12 +244,6 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], scores: list[float], truncate
         Score(id=row["id"], k=row["k"], sha256=row["sha256"], score=score, truncated=cut)
         for row, score, cut in zip(rows, scores, truncated, strict=True)
     ]
-
-
-def _answer_key(answers: Path, judge: str) -> str:
-    """What the scores of a file of answers depend on: some judges read the model itself, and the real answers."""
-    written = rows_metadata(answers)
-    return key_of(judge=judge, answers=written.get(KEY), texts=written.get("texts"))
 
 
 def _refusing(model: str) -> LogLikelihood:
@@ -308,31 +260,3 @@ def score_images(scorer: LoadedScorer, images: Iterable[Image.Image], prompts: S
     while part := list(islice(images, BATCH)):
         scores += scorer(part, list(prompts[len(scores) : len(scores) + len(part)])).tolist()
     return scores
-
-
-# Reading
-
-
-def answer_of(row: Mapping[str, Any]) -> Answer:
-    """The answer of a row."""
-    names = ("id", "k", "prompt", "text", "reference", "finish", "num_tokens")
-    return Answer(**{name: row[name] for name in names})
-
-
-def read_scores(folder: SampleFolder, name: str, scale: float | None) -> list[Score]:
-    """The rows of one scorer at one guidance scale, as far as the scorer of the record gave them: id, k, sha256, score,
-    truncated, of pictures also features."""
-    key = scorer_record(folder, name).get(KEY)
-    files = [(file, folder.scored(file, name)) for file in folder.files(scale)] if key is not None else []
-
-    def belongs(file: Path, scored: Path) -> bool:
-        written = rows_metadata(scored)
-        return written.get(KEY) == _answer_key(file, key) if folder.of_answers else written.get(SCORER) == key
-
-    there = [scored for file, scored in files if scored.is_file() and belongs(file, scored)]
-    return [cast(Score, row) for scored in there for row in read_rows(scored)]
-
-
-def scorer_record(folder: SampleFolder, name: str) -> Any:
-    """What is known of a scorer that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
-    return read_json(folder.record(name), ScorerRecord, AGAIN)

@@ -14,8 +14,6 @@ from spin_diffusion.diffusion.base import Base, parts_hash
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline, load_to_draw
-from spin_diffusion.evaluation.closing import closing_lines
-from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
@@ -25,6 +23,7 @@ from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
 from spin_diffusion.evaluation.specs import shortened
+from spin_diffusion.evaluation.tables import as_markdown, closing_lines, print_table
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
 from spin_diffusion.samples.drawn import (

@@ -6,20 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
-from spin_diffusion.evaluation.closing import closing_lines
-from spin_diffusion.evaluation.comparison import Comparison, as_markdown, print_table
-from spin_diffusion.evaluation.evaluated import EvaluatedModel
-from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
+from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.judges import LogLikelihood
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.evaluation.modalities import guidance_scales
-from spin_diffusion.evaluation.records import OfTraining, Results
+from spin_diffusion.evaluation.records import OfTraining, Results, guidance_scales, read_results
 from spin_diffusion.evaluation.records import Protocol as SamplingProtocol
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
-from spin_diffusion.evaluation.results_file import read_results
-from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples, scorer_record
+from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.evaluation.tables import as_markdown, closing_lines, metrics_of, print_table
+from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples

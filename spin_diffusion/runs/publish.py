@@ -12,9 +12,9 @@ from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
-from spin_diffusion.evaluation.comparison import Comparison, as_markdown
-from spin_diffusion.evaluation.records import Results
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.comparison import Comparison
+from spin_diffusion.evaluation.records import Results, read_results
+from spin_diffusion.evaluation.tables import as_markdown
 from spin_diffusion.runs.config import AnyConfig, titles_of
 from spin_diffusion.selfplay.objective_names import objective_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of

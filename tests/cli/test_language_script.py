@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.run_dir import MARKER, file_hash
 from tests.cli.test_scripts import refused, run

@@ -21,7 +21,7 @@ from spin_diffusion.cli.command import run_command
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.runs.start import round_lines
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.files import read_json, weights_hash

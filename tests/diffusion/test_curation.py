@@ -27,7 +27,7 @@ from spin_diffusion.diffusion.curation import (
 )
 from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.settings import CurationSettings
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError

@@ -24,14 +24,8 @@ from spin_diffusion.evaluation.alarms import (
 )
 from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.scorers.sharpness import sharpness
-from spin_diffusion.evaluation.statistics import (
-    holm,
-    overall_verdict,
-    paired_difference,
-    sign_test_p,
-    verdict,
-    win_tie_loss,
-)
+from spin_diffusion.evaluation.statistics import holm, paired_difference, sign_test_p, win_tie_loss
+from spin_diffusion.evaluation.verdicts import overall_verdict, verdict
 from spin_diffusion.samples.photometry import measure_image
 
 ROLES: dict[str, Role] = {

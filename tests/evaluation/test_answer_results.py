@@ -14,14 +14,13 @@ from rich.console import Console
 from scipy import stats
 
 from spin_diffusion.evaluation import protocols
-from spin_diffusion.evaluation.comparison import as_markdown, print_table
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, belonging
-from spin_diffusion.evaluation.in_rounds import metrics_of, promotion
-from spin_diffusion.evaluation.modalities import IMAGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
+from spin_diffusion.evaluation.records import IMAGES, read_results
 from spin_diffusion.evaluation.results import MAX_CURVE_POINTS, conclude
-from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.evaluation.scoring import SampleFolder, score_samples
+from spin_diffusion.evaluation.tables import as_markdown, metrics_of, print_table
+from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.samples.drawn import draw_samples, picture_shards, requests_of, sample_files
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.evaluation.scoring import read_scores, scorer_record
+from spin_diffusion.evaluation.evaluated import read_scores, scorer_record
 from spin_diffusion.samples.drawn import requests_of, sample_files
 from spin_diffusion.store.files import read_rows, rows_metadata
 from spin_diffusion.store.input_error import InputError

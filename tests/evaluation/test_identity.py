@@ -20,7 +20,7 @@ from spin_diffusion.evaluation.evaluated import first_not_run
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import part_key
 from tests.runs.test_evaluate_command import ROOT, evaluate, run, write_pictures

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from spin_diffusion.evaluation.ranking import rank
+from spin_diffusion.evaluation.verdicts import rank
 
 HPS = {"name": "hps", "title": "HPS", "role": "held-out", "state": "run"}
 CLIP = {"name": "clip", "title": "", "role": "alignment", "state": "run"}

@@ -5,25 +5,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spin_diffusion.evaluation.modalities import IMAGES
-from spin_diffusion.evaluation.records import Role
+from spin_diffusion.evaluation.records import IMAGES, Role
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,
     best_of_k,
-    expected_best_of,
     half_width,
     holm,
     mean_interval,
-    overall_verdict,
     paired_difference,
     required_prompts,
     sign_test_p,
     t_test_p,
-    verdict,
     win_rate,
     win_tie_loss,
 )
+from spin_diffusion.evaluation.verdicts import overall_verdict, verdict
 
 
 def test_the_interval_is_scipys_t_interval() -> None:
@@ -147,8 +144,6 @@ def test_wins_ties_and_losses_are_counted_by_prompt() -> None:
     a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 2.0, 3.4, 5.0])
     assert win_tie_loss(a, b) == (1, 1, 2)
     assert win_tie_loss(b, a) == (2, 1, 1)
-    assert win_tie_loss(a, b, tolerance=0.5) == (1, 2, 1)
-    assert win_tie_loss(a, b, tolerance=1.0) == (0, 4, 0)
     two_images = np.array([[0.0, 10.0], [1.0, 1.0]])
     assert win_tie_loss(two_images, np.array([[4.0, 4.0], [1.0, 1.0]])) == (1, 1, 0)
 
@@ -237,27 +232,12 @@ def test_other_unusable_arguments_are_refused() -> None:
         paired_difference(two, three)
     with pytest.raises(ValueError, match="same prompts and images"):
         win_tie_loss(np.zeros((3, 1)), np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="tolerance"):
-        win_tie_loss(two, two, tolerance=-1.0)
-    with pytest.raises(ValueError, match="tolerance"):
-        win_tie_loss(two, two, tolerance=float("nan"))
-    with pytest.raises(ValueError, match="confidence"):
-        mean_interval(two, confidence=95.0)
-    with pytest.raises(ValueError, match="negative"):
-        sign_test_p(-1, 3)
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        holm([0.5, 1.5])
-    with pytest.raises(ValueError, match="from 0 to 1"):
-        holm([0.5, float("nan")])
 
 
 def test_a_win_rate_counts_a_tie_half() -> None:
     assert win_rate(3, 2, 5).mean == pytest.approx(0.4)
     assert win_rate(0, 7, 0).mean == 0.5, "all ties"
     assert win_rate(1, 0, 0).mean == 1.0 and win_rate(0, 0, 1).mean == 0.0
-    for counts in ((0, 0, 0), (-1, 1, 1)):
-        with pytest.raises(ValueError, match="counts of at least one prompt"):
-            win_rate(*counts)
 
 
 def test_the_interval_of_a_win_rate_is_scipys_exact_one_and_never_a_point() -> None:
@@ -274,33 +254,14 @@ def test_the_interval_of_a_win_rate_is_scipys_exact_one_and_never_a_point() -> N
     assert covered >= 0.95 * 2000
 
 
-def test_the_expected_best_of_m_is_the_mean_over_all_subsets() -> None:
-    values = np.random.default_rng(9).normal(size=(7, 6))
-    values[0] = 1.5  # equal images
-    for m in range(1, 7):
-        brute = np.mean([values[:, subset].max(axis=1) for subset in itertools.combinations(range(6), m)], axis=0)
-        np.testing.assert_allclose(expected_best_of(values, m), brute)
-    np.testing.assert_allclose(expected_best_of(values, 1), values.mean(axis=1))
-    np.testing.assert_allclose(expected_best_of(values, 6), best_of_k(values))
-
-
-def test_the_expected_best_of_m_is_unbiased_and_the_best_of_k_grows_with_k() -> None:
+def test_the_best_of_k_grows_with_k() -> None:
     values = np.random.default_rng(10).normal(size=(20_000, 6))
-    # The expected maximum of 3 normal numbers is 3 / (2 sqrt(pi)).
-    assert expected_best_of(values, 3).mean() == pytest.approx(3 / (2 * np.pi**0.5), abs=0.02)
     assert best_of_k(values).mean() > best_of_k(values[:, :3]).mean() > best_of_k(values[:, :1]).mean()
-
-
-def test_the_expected_best_stays_exact_for_hundreds_of_images() -> None:
-    values = np.arange(600.0)[None]
-    # Of m numbers out of 1 to n the largest is m (n + 1) / (m + 1) on average.
-    assert expected_best_of(values, 300)[0] == pytest.approx(300 * 601 / 301 - 1)
 
 
 def test_with_one_image_per_prompt_the_best_is_that_image() -> None:
     values = np.array([[1.0], [2.0]])
     np.testing.assert_array_equal(best_of_k(values), [1.0, 2.0])
-    np.testing.assert_array_equal(expected_best_of(values, 1), [1.0, 2.0])
     np.testing.assert_array_equal(best_by_average({"a": values})["a"], [1.0, 2.0])
 
 
@@ -312,33 +273,6 @@ def test_the_best_by_average_is_one_image_for_all_scorers() -> None:
     np.testing.assert_array_equal(best["b"], [9.0, 5.0])  # of two equal images the first
     wide = best_by_average({"a": a, "b": b / 100})
     np.testing.assert_array_equal(wide["a"], [3.0, 0.0])  # raw scores: the wider scale decides
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (np.array([[1.0, np.nan]]), "finite.*prompt number 0"),
-        (np.array([1.0, 2.0]), "shape"),
-        (np.zeros((2, 0)), "shape"),
-        (np.zeros((0, 2)), "shape"),
-    ],
-)
-def test_unusable_images_are_refused_in_one_line(values: np.ndarray, message: str) -> None:
-    for call in (best_of_k, lambda v: expected_best_of(v, 1), lambda v: best_by_average({"a": v})):
-        with pytest.raises(ValueError, match=message) as caught:
-            call(values)
-        assert "\n" not in str(caught.value)
-
-
-def test_other_unusable_images_are_refused() -> None:
-    values = np.zeros((2, 3))
-    for m in (0, 4):
-        with pytest.raises(ValueError, match="from 1 to the 3 images"):
-            expected_best_of(values, m)
-    with pytest.raises(ValueError, match="same prompts and images"):
-        best_by_average({"a": values, "b": np.zeros((2, 2))})
-    with pytest.raises(ValueError, match="same prompts and images"):
-        best_by_average({})
 
 
 UP, DOWN, AROUND = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
@@ -354,9 +288,6 @@ def test_a_scorer_needs_the_interval_and_the_sign_test() -> None:
     assert verdict(Interval(0.0, 0.0, 0.0), 1.0, 0, False) == "inconclusive", "all ties"
     assert verdict(UP, 0.01, -9, False) == verdict(DOWN, 0.01, 9, False) == "inconclusive", "the two disagree"
     assert verdict(UP, 0.01, 9, True) == verdict(DOWN, 0.5, 0, True) == "drift"
-    for interval, p in ((Interval(np.nan, 0.0, 1.0), 0.5), (UP, 1.5), (UP, float("nan"))):
-        with pytest.raises(ValueError, match="finite numbers"):
-            verdict(interval, p, 9, False)
 
 
 ROLES: dict[str, Role] = {

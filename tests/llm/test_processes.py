@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.files import read_json, read_rows
 from tests.llm.playing import LANGUAGE
 from tests.test_processes import play, start

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
-from spin_diffusion.evaluation.results_file import read_results
+from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.folder import release
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import MARKER

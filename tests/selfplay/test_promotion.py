@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_diffusion.evaluation.in_rounds import promotion
+from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.selfplay.one_round import Judgement
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_json

@@ -21,12 +21,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.closing import losses_of
-from spin_diffusion.evaluation.modalities import samples_per_prompt
+from spin_diffusion.evaluation.records import samples_per_prompt
 from spin_diffusion.evaluation.report import gallery, plots, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
+from spin_diffusion.evaluation.tables import losses_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
 

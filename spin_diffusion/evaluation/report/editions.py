@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES, guidance_scales, modality_of
-from spin_diffusion.evaluation.records import Protocol, Results, Scale
+from spin_diffusion.evaluation.records import ANSWERS, IMAGES, Protocol, Results, Scale, guidance_scales, modality_of
 from spin_diffusion.evaluation.report import wording
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, read_bytes
 from spin_diffusion.store.pictures import open_picture

@@ -14,8 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.modalities import guidance_scales, modality_of
-from spin_diffusion.evaluation.records import AggregateEntry, ComparisonEntry, PlaceEntry, Results, Scale
+from spin_diffusion.evaluation.records import (
+    AggregateEntry,
+    ComparisonEntry,
+    PlaceEntry,
+    Results,
+    Scale,
+    guidance_scales,
+    modality_of,
+    read_results,
+)
 from spin_diffusion.evaluation.report.editions import SampleRow, edition_of
 from spin_diffusion.evaluation.report.wording import (
     NAME_CHARACTERS,
@@ -28,7 +36,6 @@ from spin_diffusion.evaluation.report.wording import (
     number,
     shortened,
 )
-from spin_diffusion.evaluation.results_file import read_results
 from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
 

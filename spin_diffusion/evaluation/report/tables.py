@@ -10,8 +10,7 @@ from typing import TypeVar
 import numpy as np
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.breakdowns import MIN_PROMPTS
-from spin_diffusion.evaluation.modalities import modality_of, samples_per_prompt
+from spin_diffusion.evaluation.comparison import MIN_PROMPTS
 from spin_diffusion.evaluation.records import (
     Aggregate,
     AggregateEntry,
@@ -23,6 +22,8 @@ from spin_diffusion.evaluation.records import (
     Results,
     Scale,
     ScorerEntry,
+    modality_of,
+    samples_per_prompt,
 )
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.editions import edition_of

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.records import CurveEntry, EventEntry, LedgerEntry, MeasureEntry, Results
 from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.plots import Panel
 from spin_diffusion.evaluation.report.wording import MAX_LISTED, Number, known
+from spin_diffusion.evaluation.statistics import decimals_of
 
 PHASES = {
     "generated": "draw the opponent\u2019s samples",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.digits import decimals_of
 from spin_diffusion.evaluation.records import ComparisonEntry, PartEntry, Results
+from spin_diffusion.evaluation.statistics import decimals_of
 
 MAX_LISTED = 400
 """Rows of a table that are shown."""

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from spin_diffusion.evaluation.comparison import Row, compare_others
-from spin_diffusion.evaluation.ranking import rank
 from spin_diffusion.evaluation.results import _comparison_entry
 from spin_diffusion.evaluation.statistics import (
     Interval,
@@ -25,6 +24,7 @@ from spin_diffusion.evaluation.statistics import (
     sign_test_p,
     win_tie_loss,
 )
+from spin_diffusion.evaluation.verdicts import rank
 
 SCRIPT = "</script><script>window.injected = 1</script>"
 NASTY_PROMPTS = [

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.evaluation.modalities import ANSWERS, IMAGES
+from spin_diffusion.evaluation.records import ANSWERS, IMAGES
 from spin_diffusion.evaluation.report import MAX_PAGE_BYTES, _template, build_page, training, wording, write_report
 from spin_diffusion.evaluation.report.editions import _EDITIONS
 from spin_diffusion.evaluation.report.reading import read_evaluation
