@@ -40,10 +40,9 @@ from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
+from spin_diffusion.samples.pairs import Column, Side, open_pairs
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.samples.sample import ENCODED
-from spin_diffusion.samples.shards import Part
-from spin_diffusion.samples.stored_pairs import Column, Side, open_pairs
+from spin_diffusion.samples.sample import ENCODED, Part
 
 LANGUAGE = Path(__file__).resolve().parents[1] / "assets" / "toy_language" / "base"
 

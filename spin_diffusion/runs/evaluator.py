@@ -21,7 +21,7 @@ from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
-from spin_diffusion.samples.stored_pairs import Column
+from spin_diffusion.samples.pairs import Column
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.one_round import Evaluate, Judgement
 from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record

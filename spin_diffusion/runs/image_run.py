@@ -29,10 +29,11 @@ from spin_diffusion.runs.image_plan import make_plan, settle_draws
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.run import plan_run, play_run
+from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import ENCODED
-from spin_diffusion.samples.shards import Part
-from spin_diffusion.samples.stored_pairs import Column, kinds_of
+from spin_diffusion.samples.sample import Part
+from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.selfplay.device import autocast_dtype, matrix_rate
 from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import RoundRecord

@@ -1,9 +1,9 @@
 """Samples on the disk: asked for, drawn, scored, read, paired. Whatever is drawn or scored walks this road.
 
 drawn           prompts -> what every model is asked for -> its pictures or answers; photometry: measures of pictures
-sample          one stored sample, and a batch of pairs
+sample          one stored sample, a batch of pairs, a folder of samples in shards, drawn and encoded
 real            the data's samples, prepared once
-shards          a folder of samples in parts, drawn and encoded; candidates: which of several drawn ones are played with
+candidates      which of several drawn samples are played with
 scores          the opponent's scores of them
-stored_pairs    shards -> tensors of both sides; pairs: the stream of pairs that training sees
+pairs           shards -> tensors of both sides, as the stream of pairs that training sees
 """

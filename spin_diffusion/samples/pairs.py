@@ -1,18 +1,30 @@
-"""The pairs of a round as an endless stream, whose order and randomness do not depend on the processes."""
+"""The pairs of a round: read from the disk by (shard, row) through memory maps, as an endless stream whose order and
+randomness do not depend on the processes."""
 
+import bisect
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from spin_diffusion.samples.sample import Batch
+from spin_diffusion.samples.sample import CONDITION, KIND, Batch, Part, of_side, rows_in, shards
+from spin_diffusion.store.files import read_rows
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import seed_from
 
 TOGETHER = 8
 """Pairs of one kind that lie side by side in the stream: twice as many samples make a batch that is as fast as larger
 ones."""
+IN_MEMORY = 64
+"""Shards of a kind that are read, or mapped, at a time while pairs are taken at random."""
 
 
 @dataclass
@@ -119,3 +131,208 @@ def side_by_side(order: Tensor, kinds: Tensor, before: int, generator: torch.Gen
     turns = torch.randperm(len(runs), generator=generator).tolist()
     left_over = torch.cat([rest[kind] for kind in torch.randperm(len(rest), generator=generator).tolist()])
     return torch.cat([left_over[:before], *(runs[turn] for turn in turns), left_over[before:]])
+
+
+# Pairs on the disk
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where one side of the pairs lies.
+
+    Attributes:
+        tensors: folder of its encodings.
+        scores: folder of the opponent's scores of it, if they are kept.
+        prefix: of the tensors' names, for a data set that has its own worse samples.
+        kept: folder of further tensors, which were kept when the samples were drawn.
+    """
+
+    tensors: Path
+    scores: Path | None = None
+    prefix: str = ""
+    kept: Path | None = None
+
+
+def open_pairs(
+    data: Path,
+    real: Side,
+    generated: Side | None,
+    part: Part,
+    copies: int,
+    choices: Path | None = None,
+    draws: int = 0,
+    kept_part: Callable[[int], slice] | None = None,
+) -> Pairs:
+    """The pairs of real samples and generated ones, their tensors memory-mapped.
+
+    Args:
+        generated: None = there is no such side.
+        copies: generated samples per real one.
+        choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
+            holds these alone.
+        draws: fixed draws of each pair.
+        kept_part: `Game.kept_part`.
+    """
+    kept_part = kept_part if generated is not None and generated.kept is not None else None
+    if choices is not None:
+        assert generated is not None and copies == 1
+        return _open_chosen(data, real, generated, part, choices, kept_part)
+    ids, prompts = Column(data, "id", part), Column(data, "prompt", part)
+    sides = [_Tensors(side) for side in (real, generated) if side is not None]
+    has_copies = generated is not None and not generated.prefix  # a data set's own worse samples lie in its own rows
+
+    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        kept = [ids.place_of(index) for index in indices]
+        in_data = [(number, part.index + place * part.of) for number, place in kept]
+        drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
+        found = [sides[0].rows(in_data, kept)]
+        if len(sides) == 2:
+            of_drawn = parts and [one for one in parts for _ in range(copies)]
+            found.append(sides[1].rows(drawn, drawn, of_drawn) if has_copies else sides[1].rows(in_data, kept))
+        return found[0], found[1] if len(sides) == 2 else {}
+
+    kinds = kinds_of(real.tensors, part) if CONDITION + KIND in sides[0].names else None
+    return Pairs(ids, prompts, fetch, draws, kinds, kept_part)
+
+
+def kinds_of(encoded: Path, part: Part) -> Tensor | None:
+    """The kind of each sample of a part, where its game says that samples of one kind are better scored together."""
+    found = []
+    for path in shards(encoded, ".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if CONDITION + KIND in names:
+                found.append(file.get_tensor(CONDITION + KIND)[part.places])
+            elif names:  # a shard may have no rows
+                return None
+    return torch.cat(found) if found else None
+
+
+def _open_chosen(
+    data: Path, real: Side, generated: Side, part: Part, choices: Path, kept_part: Callable[[int], slice] | None
+) -> Pairs:
+    """The pairs of candidates, and those of real samples and generated ones beside them."""
+    ids, prompts, places = [], [], []
+    in_data, drawn = _Tensors(real), _Tensors(generated)
+    folders = zip(shards(data / "samples", ".parquet"), shards(choices, ".parquet"), strict=True)
+    for number, (samples, chosen) in enumerate(folders):
+        rows = read_rows(samples, columns=["id", "prompt"])[part.places]
+        next_drawn = 0
+        for row, choice in zip(rows, read_rows(chosen), strict=True):
+            assert row["id"] == choice["id"], f"{chosen} does not answer {samples}"
+            if choice["generated"] is None:
+                continue
+            ids.append(row["id"])
+            prompts.append(row["prompt"])
+            # Of a prompt's samples the chosen ones lie there in the order of k
+            both = [k for k in (choice["real"], choice["generated"]) if k is not None]
+            lies = {k: (number, next_drawn + place) for place, k in enumerate(sorted(both))}
+            next_drawn += len(both)
+            places.append(((number, choice["place"]), lies.get(choice["real"]), lies[choice["generated"]]))
+
+    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found = []
+        for index in indices:
+            (number, place), best, _ = places[index]
+            of_data = [(number, part.index + place * part.of)]
+            if best is None:
+                found.append(in_data.rows(of_data, [(number, place)]))
+            else:  # a candidate in the place of the real sample, whose condition stays the pair's
+                found.append(drawn.rows([best], [best]) | in_data.condition(of_data))
+        others = [places[index][2] for index in indices]
+        together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
+        return together, drawn.rows(others, others, parts)
+
+    kinds = kinds_of(real.tensors, part) if CONDITION + KIND in in_data.names else None
+    if kinds is not None:
+        starts = Column(data, "id", part).starts
+        kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]
+    return Pairs(ids, prompts, fetch, kinds=kinds, kept_part=kept_part)
+
+
+class Column(Sequence[str]):
+    """A text of all real rows of a part, read from the shards when it is asked for; a few shards are in memory."""
+
+    def __init__(self, data: Path, name: str, part: Part | None = None) -> None:
+        part = part or Part()
+        paths = shards(data / "samples", ".parquet")
+        counts = [len(range(rows_in(path))[part.places]) for path in paths]
+        self.starts = [0, *itertools.accumulate(counts)]
+
+        @functools.lru_cache(maxsize=IN_MEMORY)
+        def texts(shard: int) -> list[str]:
+            return [row[name] for row in read_rows(paths[shard], columns=[name])[part.places]]
+
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """Its shard, and its place among the rows of the part there."""
+        shard = bisect.bisect_right(self.starts, index) - 1
+        return shard, index - self.starts[shard]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard, place = self.place_of(index)
+        return self.texts(shard)[place]
+
+
+def _opened(folder: Path) -> tuple[Callable[[int], Any], int]:
+    """From the number of a tensor shard in a folder to its memory map, some of which are kept; how many there are."""
+    paths = shards(folder, ".safetensors")
+    return functools.lru_cache(maxsize=IN_MEMORY)(lambda shard: safe_open(paths[shard], framework="pt")), len(paths)
+
+
+class _Tensors:
+    """Rows of tensors in a folder of safetensors shards, read through memory maps."""
+
+    def __init__(self, side: Side) -> None:
+        self.prefix = side.prefix
+        self.file, count = _opened(side.tensors)
+        self.kept = _opened(side.kept)[0] if side.kept is not None else None
+        self.score = _opened(side.scores)[0] if side.scores is not None else None
+        found = (list(self.file(shard).keys()) for shard in range(count))
+        names = next((keys for keys in found if keys), [])  # a shard may have no rows
+        self.names = sorted(of_side({name: name for name in names}, side.prefix).values())
+        if not self.names:
+            raise InputError(
+                f"{side.tensors} has no worse samples, which --objective dpo needs: give a data set with pairs"
+            )
+
+    def condition(self, places: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """The condition of the pairs at (shard, place), without their samples."""
+        names = [name for name in self.names if name.startswith(CONDITION)]
+        return {name: _stacked([self.file(s).get_slice(name)[p] for s, p in places]) for name in names}
+
+    def rows(
+        self, places: list[tuple[int, int]], scored: list[tuple[int, int]], parts: list[slice] | None = None
+    ) -> dict[str, Tensor]:
+        """The rows at (shard, place), by name without the prefix, with the scores at the places `scored`.
+
+        Rows of unequal length are filled up with 0 at their end.
+
+        Args:
+            parts: of each row's kept tensors what is read along their first axis; None = all.
+        """
+        found = {
+            name.removeprefix(self.prefix): _stacked([self.file(s).get_slice(name)[p] for s, p in places])
+            for name in self.names
+        }
+        if self.kept is not None:
+            wanted = parts or [slice(None)] * len(places)
+            for name in self.kept(places[0][0]).keys():
+                found[name] = torch.stack(
+                    [self.kept(s).get_slice(name)[p, part] for (s, p), part in zip(places, wanted, strict=True)]
+                )
+        if self.score is not None:
+            found["opponent_score"] = torch.stack([self.score(s).get_slice("opponent_score")[p] for s, p in scored])
+        return found
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)

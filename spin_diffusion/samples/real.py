@@ -7,8 +7,7 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
-from spin_diffusion.samples.sample import ENCODED, Row
-from spin_diffusion.samples.shards import Encoder, encode_shards, rows_in, shards
+from spin_diffusion.samples.sample import ENCODED, Encoder, Row, encode_shards, rows_in, shards
 from spin_diffusion.store.files import read_json, write_json, write_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -79,22 +78,19 @@ def prepare(
         found = file_hashes([directory / "samples", directory / ENCODED], directory)
         files = {name: digest for name, digest in found.items() if is_shard(name)}
         if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
-            drawn = {name: digest for name, digest in files.items() if _is_sample(name)}
-            if begun is not None:
-                left_out = begun["left_out"]
-            else:
+            drawn = sorted(digest for name, digest in files.items() if _is_sample(name))
+            if begun is None:
                 left_out = read_json(directory / "left_out.json", remedy=_prepare_anew(directory))
-            write_json(
-                directory / "manifest.json",
-                {
-                    "rows": total,
-                    "hash": f"{seed_from(*sorted(drawn.values())):016x}",
-                    "settings": settings,
-                    "left_out": left_out,
-                    "files": files,
-                },
-                sealed=True,
+            else:
+                left_out = begun["left_out"]
+            manifest = DataManifest(
+                rows=total,
+                hash=f"{seed_from(*drawn):016x}",
+                settings=settings,
+                left_out=left_out,
+                files=files,
             )
+            write_json(directory / "manifest.json", manifest, sealed=True)
     accelerator.wait_for_everyone()
     return data_manifest(directory)
 

@@ -10,9 +10,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.samples.pairs import Pairs
-from spin_diffusion.samples.sample import Batch, of_side
-from spin_diffusion.samples.shards import Part, rows_in, shards
+from spin_diffusion.samples.sample import Part, of_side, rows_in, shards
 from spin_diffusion.store.files import Made, Piece, build_together, is_built, read_tensors, write_tensors
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.run_dir import file_hash
@@ -24,15 +22,6 @@ class KeepsScores(Protocol):
 
     def opponent_scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """The opponent's score of each row, (rows,) fp32."""
-        ...
-
-
-@runtime_checkable
-class ScoresDraws(Protocol):
-    """Whoever scores pairs at draws of their own."""
-
-    def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The opponent's scores at the draws of the batch's seeds: of the real rows, of the generated ones, fp32."""
         ...
 
 
@@ -70,9 +59,9 @@ def score_shards(
 def score_draws(
     source: Path,
     target: Path,
-    pairs: Pairs,
     part: Part,
-    game: ScoresDraws,
+    scores_at: Callable[[list[int], int], tuple[Tensor, Tensor]],
+    draws: int,
     seed: int,
     round_: int,
     batch_size: int,
@@ -84,6 +73,8 @@ def score_draws(
     their fixed draws, (rows, draws), into `target`/real and `target`/generated.
 
     Args:
+        scores_at: (numbers of pairs, draw) -> the opponent's scores of their real rows and of the generated ones, fp32.
+        draws: of each pair.
         batch_size: pairs per forward pass; with the training's, both models' scores are rounded alike.
         opponent: its hash, which is stored beside them; scores by another are computed again.
     """
@@ -97,20 +88,19 @@ def score_draws(
             opponent=opponent,
             samples=file_hash(path),
             part=[part.index, part.of],
-            draws=pairs.draws,
+            draws=draws,
             seed=seed,
             round=round_,
             batch=batch_size,
         )
 
-        def scores_at(draw: int, start: int, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
-            tell((draw * rows + start) // pairs.draws)
-            indices = range(start_of_shard + start, start_of_shard + min(start + batch_size, rows))
-            return game.scores_at_draws(pairs.at_draws(list(indices), [draw] * len(indices), seed, round_))
+        def batch_scores(draw: int, start: int, tell: Callable[[int], None]) -> tuple[Tensor, Tensor]:
+            tell((draw * rows + start) // draws)
+            return scores_at(list(range(start_of_shard + start, start_of_shard + min(start + batch_size, rows))), draw)
 
         def make(tell: Callable[[int], None]) -> Made:
             starts = range(0, rows, batch_size)
-            by_draw = [[scores_at(draw, start, tell) for start in starts] for draw in range(pairs.draws)]
+            by_draw = [[batch_scores(draw, start, tell) for start in starts] for draw in range(draws)]
             by_side = []
             for side, path_of_side in enumerate((real, generated)):
                 columns = [[torch.zeros(0), *(both[side].cpu() for both in batches)] for batches in by_draw]

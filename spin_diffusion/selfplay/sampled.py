@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spin_diffusion.samples.candidates import Candidates, chosen_samples, judge_shards, summary
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores, mix_scores, score_draws, score_shards
-from spin_diffusion.samples.shards import Part, draw_shards, encode_shards, merge_shards, rows_in, shards
+from spin_diffusion.samples.sample import Part, draw_shards, encode_shards, merge_shards, rows_in, shards
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.one_round import RealSamples, Round, StepResult, mixture_hash
 from spin_diffusion.selfplay.opponents import Mixture, describe, member
@@ -233,12 +235,17 @@ def _score_draws(round_: Round, game: FixedDraws, record: RoundRecord, samples: 
     """The opponent's scores of all pairs at their fixed draws."""
     opponent = round_.seat(max(round_.anchors), record)
     title = f"{samples.title}: score {game.fixed_draws} draws of each pair"
+    pairs = round_.pairs(record, samples, scored=False)
+
+    def scores_at(indices: list[int], draw: int) -> tuple[Tensor, Tensor]:
+        return game.scores_at_draws(pairs.at_draws(indices, [draw] * len(indices), round_.settings.seed, round_.k))
+
     score_draws(
         samples.data / "samples",
         samples.folder / SCORES,
-        round_.pairs(record, samples, scored=False),
         samples.part,
-        game,
+        scores_at,
+        pairs.draws,
         round_.settings.seed,
         round_.k,
         round_.run.training.train_batch_size,

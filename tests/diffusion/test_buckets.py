@@ -18,11 +18,11 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import area_share, bucket_sizes, nearest, packed, sizes_in_words, unpacked
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.candidates import Candidates
-from spin_diffusion.samples.pairs import TOGETHER, Pairs
+from spin_diffusion.samples.pairs import TOGETHER, Pairs, kinds_of
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
-from spin_diffusion.samples.shards import Part
-from spin_diffusion.samples.stored_pairs import kinds_of
+from spin_diffusion.samples.sample import Part
+from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError

@@ -12,9 +12,8 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples import candidates as candidates_module
 from spin_diffusion.samples.candidates import Candidates, best_and_worst, choose, judge_shards, summary
-from spin_diffusion.samples.sample import CHOICES
-from spin_diffusion.samples.shards import Part, encode_shards
-from spin_diffusion.samples.stored_pairs import Side, open_pairs
+from spin_diffusion.samples.pairs import Side, open_pairs
+from spin_diffusion.samples.sample import CHOICES, Part, encode_shards
 from spin_diffusion.selfplay.train import train
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.files import read_json, read_rows, write_json, write_rows
@@ -249,7 +248,7 @@ def test_the_players_steps_are_those_of_the_chosen_pairs(sdxl_dir, tmp_path):
 def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_path, monkeypatch):
     records = play_all(sdxl_dir, tmp_path, candidates=candidates(2), rounds=1)
     assert records[0]["candidates"]["self_labelled"] == 10
-    from spin_diffusion.samples import stored_pairs as samples_module
+    from spin_diffusion.samples import pairs as samples_module
 
     asked = []
     plain = samples_module._Tensors.rows
