@@ -35,14 +35,15 @@ from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.settings import DataSettings, TextDataSettings
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.diffusion.game import example_id
-from spin_diffusion.evaluation.alarms import count_leaked
+from spin_diffusion.evaluation.alarms import normalised, trained_among
 from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.samples.pairs import Column, Side, open_pairs
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.samples.sample import ENCODED, Part
+from spin_diffusion.samples.sample import ENCODED
+from spin_diffusion.samples.shards import Part
 
 LANGUAGE = Path(__file__).resolve().parents[1] / "assets" / "toy_language" / "base"
 

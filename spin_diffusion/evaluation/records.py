@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, NotRequired, TypedDict
 
 import jsonschema
 
-from spin_diffusion.evaluation.specs import Role
 from spin_diffusion.store.input_error import InputError, one_line, read_bytes
 
 SCHEMA_VERSION = 1
@@ -27,6 +26,10 @@ _FLOATS = frozenset(
 _MAX_BYTES = 1 << 30
 Scale = float | None
 """A guidance scale; None where samples are drawn without one, or were given."""
+Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
+"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
+data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
+prompt; drift, which is good neither up nor down."""
 ScorerVerdict = Literal["improved", "inconclusive", "regressed", "drift"]
 """What one scorer says of a model against the baseline."""
 ModelVerdict = Literal["improved", "inconclusive", "regressed", "suspect"]

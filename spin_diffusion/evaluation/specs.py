@@ -5,17 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from spin_diffusion.evaluation.records import Role
 from spin_diffusion.store.input_error import InputError, file_name
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
 from spin_diffusion.store.named import load_module, load_named, raised
 
 _T = TypeVar("_T")
-Role = Literal["truth", "in-domain", "held-out", "alignment", "aesthetics", "drift"]
-"""What a score can say: the truth (an oracle of a drawn world); what a preference model thinks that was trained on the
-data the player learns from, or one that was trained on other data; agreement with the prompt; beauty, whatever the
-prompt; drift, which is good neither up nor down."""
 
 
 @dataclass(frozen=True)

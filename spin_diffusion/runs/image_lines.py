@@ -13,7 +13,8 @@ from spin_diffusion.runs.config import rivals, titles_of
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
-from spin_diffusion.samples.sample import ENCODED, Part
+from spin_diffusion.samples.sample import ENCODED
+from spin_diffusion.samples.shards import Part
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.trainee import trained_parameters
 

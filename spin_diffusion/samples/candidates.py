@@ -14,7 +14,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from spin_diffusion.samples.sample import Row, rows_in, shards
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.samples.shards import rows_in, shards
 from spin_diffusion.store.files import Made, Piece, build_together, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of

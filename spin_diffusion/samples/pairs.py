@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_diffusion.samples.sample import CONDITION, KIND, Batch, Part, of_side, rows_in, shards
+from spin_diffusion.samples.sample import CONDITION, KIND, Batch, of_side
+from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import seed_from

@@ -7,7 +7,8 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator
 
-from spin_diffusion.samples.sample import ENCODED, Encoder, Row, encode_shards, rows_in, shards
+from spin_diffusion.samples.sample import ENCODED, Row
+from spin_diffusion.samples.shards import Encoder, encode_shards, rows_in, shards
 from spin_diffusion.store.files import read_json, write_json, write_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.samples.sample import Part, of_side, rows_in, shards
+from spin_diffusion.samples.sample import of_side
+from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.files import Made, Piece, build_together, is_built, read_tensors, write_tensors
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.run_dir import file_hash

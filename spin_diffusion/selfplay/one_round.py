@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.pairs import Pairs, Side, open_pairs
-from spin_diffusion.samples.sample import Part, Row, rows_in, shards
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores
+from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.selfplay.game import FixedDraws, Game, KeepsTensors
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture

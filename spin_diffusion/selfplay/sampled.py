@@ -18,7 +18,7 @@ from torch import Tensor
 from spin_diffusion.samples.candidates import Candidates, chosen_samples, judge_shards, summary
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores, mix_scores, score_draws, score_shards
-from spin_diffusion.samples.sample import Part, draw_shards, encode_shards, merge_shards, rows_in, shards
+from spin_diffusion.samples.shards import Part, draw_shards, encode_shards, merge_shards, rows_in, shards
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.one_round import RealSamples, Round, StepResult, mixture_hash
 from spin_diffusion.selfplay.opponents import Mixture, describe, member

@@ -13,7 +13,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from spin_diffusion.samples.sample import Row, some_pairs
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.samples.shards import some_pairs
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
 from spin_diffusion.selfplay.objective_names import title_of

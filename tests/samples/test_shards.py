@@ -8,9 +8,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples import real as samples
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.samples.sample import KEPT, Part, draw_shards, merge_shards, some_pairs
-from spin_diffusion.samples.sample import shards as shards_of
+from spin_diffusion.samples.sample import KEPT
 from spin_diffusion.samples.scores import KeepsScores, score_shards
+from spin_diffusion.samples.shards import Part, draw_shards, merge_shards, some_pairs
+from spin_diffusion.samples.shards import shards as shards_of
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.store import files
 from spin_diffusion.store.files import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors

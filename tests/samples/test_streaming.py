@@ -5,7 +5,8 @@ import torch
 
 from spin_diffusion.samples import pairs as samples
 from spin_diffusion.samples.pairs import Column, Side, open_pairs
-from spin_diffusion.samples.sample import CONDITION, ENCODED, KIND, Part
+from spin_diffusion.samples.sample import CONDITION, ENCODED, KIND
+from spin_diffusion.samples.shards import Part
 from spin_diffusion.store.files import write_rows, write_tensors
 
 SIZES = (3, 1, 4, 2)

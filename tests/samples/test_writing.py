@@ -5,7 +5,7 @@ import threading
 import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.samples.sample import draw_shards
+from spin_diffusion.samples.shards import draw_shards
 from spin_diffusion.store import files
 from spin_diffusion.store.files import read_rows, write_rows
 

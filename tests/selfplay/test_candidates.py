@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from spin_diffusion.samples import candidates as candidates_module
 from spin_diffusion.samples.candidates import Candidates, best_and_worst, choose, judge_shards, summary
 from spin_diffusion.samples.pairs import Side, open_pairs
-from spin_diffusion.samples.sample import CHOICES, Part, encode_shards
+from spin_diffusion.samples.sample import CHOICES
+from spin_diffusion.samples.shards import Part, encode_shards
 from spin_diffusion.selfplay.train import train
 from spin_diffusion.store import run_dir
 from spin_diffusion.store.files import read_json, read_rows, write_json, write_rows
