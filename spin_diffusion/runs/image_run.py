@@ -33,7 +33,6 @@ from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import ENCODED
 from spin_diffusion.samples.shards import Part
-from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.selfplay.device import autocast_dtype, matrix_rate
 from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import RoundRecord

@@ -22,7 +22,6 @@ from spin_diffusion.samples.pairs import TOGETHER, Pairs, kinds_of
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
 from spin_diffusion.samples.shards import Part
-from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
