@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from spin_diffusion.evaluation.records import Role
 from spin_diffusion.store.input_error import InputError, file_name
@@ -43,17 +43,32 @@ class About:
         return place
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Part:
-    """What a spec stands for, loaded."""
+    """A scorer or judge, loaded."""
 
+    kind: ClassVar[str]
+    """What it is, for errors."""
     name: str
     about: About
-    call: Callable[..., Any]
+    score: Callable[..., Any]
     source: str
     """Where its weights came from; empty = it has none."""
-    checkpoint: dict[str, str]
+    checkpoint: dict[str, str] = field(default_factory=dict)
     """What was loaded: file -> SHA-256, say."""
+
+    @property
+    def who(self) -> str:
+        """Its kind and name, for errors."""
+        return f"{self.kind} {self.name}"
+
+    def truncated(self, samples: Sequence[Any]) -> list[bool]:
+        """Which prompts, or answers with their prompts, are longer than what it reads."""
+        truncated = getattr(self.score, "truncated", None)
+        return guarded(self.who, truncated, samples) if truncated else [False] * len(samples)
+
+
+_Part = TypeVar("_Part", bound=Part)
 
 
 def parse_spec(spec: str) -> tuple[str, str, str | None]:
@@ -107,11 +122,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def load_part(package: str, kind: str, spec: str, device: str) -> Part:
+def load_part(part: type[_Part], package: str, spec: str, device: str) -> _Part:
     """What `load(device, path)` of the module returns; a file outside of `package` may have `load(device)` alone.
-
-    Args:
-        kind: what it is, for the error.
 
     Raises:
         InputError: there is no such module, or its weights cannot be used.
@@ -120,9 +132,9 @@ def load_part(package: str, kind: str, spec: str, device: str) -> Part:
     load = load_named(package, module, "load")
     call = load(device, path) if path or not module.endswith(".py") else load(device)
     if not callable(call):
-        raise InputError(f"{kind} {name}: load({device!r}) must return a function, got {type(call).__name__}")
+        raise InputError(f"{part.kind} {name}: load({device!r}) must return a function, got {type(call).__name__}")
     about = about_part(package, spec)
-    return Part(name, about, call, path or about.checkpoint or "", getattr(call, "checkpoint", {}))
+    return part(name, about, call, path or about.checkpoint or "", getattr(call, "checkpoint", {}))
 
 
 def guarded(who: str, run: Callable[..., _T], *arguments: Any) -> _T:

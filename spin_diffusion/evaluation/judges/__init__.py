@@ -14,12 +14,12 @@ there `load(device)` is enough. Where weights come from is `NAME=PATH`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from spin_diffusion.evaluation.specs import About, check_finite, guarded, load_part, parse_spec
+from spin_diffusion.evaluation.specs import About, Part, check_finite, guarded, load_part, parse_spec
 from spin_diffusion.store.input_error import InputError
 
 __all__ = ["About", "Answer", "Judge", "LoadedJudge", "LogLikelihood", "load_judge"]
@@ -54,16 +54,11 @@ class Judge(Protocol):
     def __call__(self, answers: list[Answer], log_likelihood: LogLikelihood) -> list[float]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedJudge:
+@dataclass(eq=False)
+class LoadedJudge(Part):
     """A judge that checks what it returns and runs without gradients."""
 
-    name: str
-    about: About
-    score: Callable[[list[Answer], LogLikelihood], list[float]]
-    source: str
-    """Where its weights came from; empty = it has none."""
-    checkpoint: dict[str, str] = field(default_factory=dict)
+    kind = "judge"
 
     @torch.no_grad()
     def __call__(self, answers: list[Answer], log_likelihood: LogLikelihood) -> list[float]:
@@ -74,20 +69,15 @@ class LoadedJudge:
         """
         if not answers:
             return []
-        scores = guarded(f"judge {self.name}", self.score, answers, log_likelihood)
+        scores = guarded(self.who, self.score, answers, log_likelihood)
         if not isinstance(scores, list) or len(scores) != len(answers):
             got = f"{len(scores)} of them" if isinstance(scores, list) else type(scores).__name__
-            raise InputError(f"judge {self.name} must return a list of {len(answers)} numbers, got {got}")
+            raise InputError(f"{self.who} must return a list of {len(answers)} numbers, got {got}")
         if odd := [type(score).__name__ for score in scores if not isinstance(score, int | float)]:
-            raise InputError(f"judge {self.name} must return numbers, got {odd[0]}")
+            raise InputError(f"{self.who} must return numbers, got {odd[0]}")
         scores = [float(score) for score in scores]
-        check_finite(f"judge {self.name}", scores, [answer.prompt for answer in answers])
+        check_finite(self.who, scores, [answer.prompt for answer in answers])
         return scores
-
-    def truncated(self, answers: list[Answer]) -> list[bool]:
-        """Which answers, with their prompts, are longer than what the judge reads."""
-        truncated = getattr(self.score, "truncated", None)
-        return guarded(f"judge {self.name}", truncated, answers) if truncated else [False] * len(answers)
 
 
 def load_judge(spec: str, device: str) -> LoadedJudge:
@@ -101,5 +91,4 @@ def load_judge(spec: str, device: str) -> LoadedJudge:
     Raises:
         InputError: there is no such judge, or its weights cannot be used.
     """
-    part = guarded(f"judge {parse_spec(spec)[0]}", load_part, __name__, "judge", spec, device)
-    return LoadedJudge(part.name, part.about, part.call, part.source, part.checkpoint)
+    return guarded(f"judge {parse_spec(spec)[0]}", load_part, LoadedJudge, __name__, spec, device)

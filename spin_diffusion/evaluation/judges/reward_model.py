@@ -13,7 +13,7 @@ import torch
 
 from spin_diffusion.evaluation.judges import Answer, Judge, LogLikelihood
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ERRORS, HUB_ID
-from spin_diffusion.evaluation.scorers._precision import full_precision
+from spin_diffusion.evaluation.scorers._inputs import full_precision
 from spin_diffusion.evaluation.specs import About
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError, one_line

@@ -26,7 +26,7 @@ name it by a path that ends in ".py"; there `load(device)` is enough. Where weig
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.specs import (
     About,
+    Part,
     about_part,
     check_finite,
     guarded,
@@ -57,18 +58,13 @@ class Scorer(Protocol):
 
 
 @dataclass(eq=False)
-class LoadedScorer:
+class LoadedScorer(Part):
     """A scorer that checks what it returns, runs without gradients and gives fp32 on the CPU.
 
     Where the memory does not hold a batch, it goes on with half of it: no score depends on the batch.
     """
 
-    name: str
-    about: About
-    score: Scorer
-    source: str
-    """Where its weights came from; empty = it has none."""
-    checkpoint: dict[str, str] = field(default_factory=dict)
+    kind = "scorer"
     largest_batch: int | None = None
     """Images that the memory held at a time, once it did not hold what was asked for."""
 
@@ -80,11 +76,11 @@ class LoadedScorer:
             InputError: it failed, gave anything but one finite score per image, or no memory holds a single image.
         """
         if len(images) != len(prompts):
-            raise ValueError(f"scorer {self.name}: {len(images)} images do not match {len(prompts)} prompts")
+            raise ValueError(f"{self.who}: {len(images)} images do not match {len(prompts)} prompts")
         if not images:
             return torch.zeros(0)
-        scores = guarded(f"scorer {self.name}", self._in_batches, self._checked, images, prompts)
-        check_finite(f"scorer {self.name}", scores.tolist(), prompts)
+        scores = guarded(self.who, self._in_batches, self._checked, images, prompts)
+        check_finite(self.who, scores.tolist(), prompts)
         return scores
 
     def _checked(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
@@ -92,21 +88,16 @@ class LoadedScorer:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if shape != (len(images),):
             raise InputError(
-                f"scorer {self.name} must return a tensor of shape ({len(images)},), got {shape}; "
+                f"{self.who} must return a tensor of shape ({len(images)},), got {shape}; "
                 f"the first prompt was {shortened(prompts[0])}"
             )
         return scores.detach().float().cpu()
-
-    def truncated(self, prompts: list[str]) -> list[bool]:
-        """Which prompts are longer than what the scorer reads."""
-        truncated = getattr(self.score, "truncated", None)
-        return guarded(f"scorer {self.name}", truncated, prompts) if truncated else [False] * len(prompts)
 
     @property
     def features(self) -> Callable[[list[Image.Image]], Float[Tensor, "batch width"]] | None:
         """Image embeddings of length 1, if the scorer has any."""
         features = getattr(self.score, "features", None)
-        return features and partial(guarded, f"scorer {self.name}", self._in_batches, features)
+        return features and partial(guarded, self.who, self._in_batches, features)
 
     def _in_batches(self, compute: Callable[..., Tensor], *inputs: list) -> Tensor:
         """Rows of `compute(*inputs)`, in as many parts as the memory asks for."""
@@ -127,9 +118,9 @@ class LoadedScorer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if batch == 1:
-            raise InputError(f"scorer {self.name}: the memory does not hold a single image ({reason})")
+            raise InputError(f"{self.who}: the memory does not hold a single image ({reason})")
         if self.largest_batch is None:
-            print(f"scorer {self.name}: the memory does not hold {batch} images at a time; it goes on with fewer")
+            print(f"{self.who}: the memory does not hold {batch} images at a time; it goes on with fewer")
         self.largest_batch = batch // 2
 
 
@@ -167,7 +158,7 @@ def load_scorer(spec: str, device: str) -> LoadedScorer:
         InputError: there is no such scorer, or its weights cannot be used.
     """
     who = f"scorer {parse_spec(spec)[0]}"
-    part = guarded(who, _unless_out_of_memory, load_part, [__name__, "scorer", spec, device])
-    if isinstance(part, str):
-        raise InputError(f"{who}: the memory of {device} does not hold its weights ({part})")
-    return LoadedScorer(part.name, part.about, part.call, part.source, part.checkpoint)
+    scorer = guarded(who, _unless_out_of_memory, load_part, [LoadedScorer, __name__, spec, device])
+    if isinstance(scorer, str):
+        raise InputError(f"{who}: the memory of {device} does not hold its weights ({scorer})")
+    return scorer

@@ -8,8 +8,10 @@ weights (what else is needed lies beside it); or a hub id. Without config.json, 
 tensors, heads and activation are the recipe's. Without a tokenizer, the recipe's is taken from the hub.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -29,11 +31,14 @@ from spin_diffusion.evaluation.scorers._checkpoints import (
     open_place,
     take,
 )
-from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache, pixels_key
+from spin_diffusion.evaluation.scorers._inputs import (
+    ClipText,
+    clean_like_open_clip,
+    crop_middle_floor,
+    full_precision,
+    load_ftfy,
+)
 from spin_diffusion.evaluation.scorers._open_clip_weights import is_open_clip, to_clip_model
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
-from spin_diffusion.evaluation.scorers._precision import full_precision
-from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip, load_ftfy
 from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.pictures import to_rgb
@@ -82,6 +87,40 @@ L14 = Recipe(
     activation="quick_gelu",
     tokenizer="openai/clip-vit-large-patch14",
 )
+
+
+class FeatureCache:
+    """Features of the last `size` inputs: an image of several scorers, or a prompt of several images, is embedded
+    once."""
+
+    def __init__(self, size: int = 8192) -> None:
+        self.size = size
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(
+        self, keys: list[Hashable], compute: Callable[[list[int]], Float[Tensor, "missing width"]]
+    ) -> Float[Tensor, "batch width"]:
+        """One row per key, computed where it is not yet known.
+
+        Args:
+            compute: rows of the inputs at these positions; called once, or not at all.
+        """
+        known = {key: self._features[key] for key in keys if key in self._features}
+        # The first position of each key that is missing, so that equal inputs are computed once.
+        missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
+        if missing:
+            known |= zip(missing, compute(list(missing.values())), strict=True)
+        for key in keys:
+            self._features[key] = known[key]
+            self._features.move_to_end(key)
+        while len(self._features) > self.size:
+            self._features.popitem(last=False)
+        return torch.stack([known[key] for key in keys])
+
+
+def pixels_key(image: Image.Image) -> tuple[tuple[int, int], bytes]:
+    """Size and hash of an RGB image's pixels."""
+    return image.size, hashlib.sha256(image.tobytes()).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,44 +302,31 @@ def config_of_shapes(tensors: dict[str, Tensor], recipe: Recipe, where: str) -> 
     Raises:
         InputError: a tensor that tells a size is missing, or the sizes make no model.
     """
-    vision, text = "vision_model.embeddings.", "text_model.embeddings."
-    vision_block, text_block = "vision_model.encoder.layers.", "text_model.encoder.layers."
-    sizes = {
-        name: tuple(take(dict(tensors), name, where).shape)
-        for name in (
-            f"{vision}patch_embedding.weight",
-            f"{vision}position_embedding.weight",
-            f"{vision_block}0.mlp.fc1.weight",
-            f"{text}token_embedding.weight",
-            f"{text}position_embedding.weight",
-            f"{text_block}0.mlp.fc1.weight",
-            "visual_projection.weight",
-        )
-    }
+    names = [
+        f"{tower}_model.{part}.weight"
+        for tower, first in (("vision", "patch_embedding"), ("text", "token_embedding"))
+        for part in (f"embeddings.{first}", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")
+    ]
+    shapes = [tuple(take(dict(tensors), name, where).shape) for name in (*names, "visual_projection.weight")]
     try:
-        (vision_width, _, patch, _), (positions, _), (vision_inner, _), *rest = sizes.values()
+        (vision_width, _, patch, _), (positions, _), (vision_inner, _), *rest = shapes
         (vocabulary, text_width), (limit, _), (text_inner, _), (projection, _) = rest
+
+        def tower(name: str, width: int, inner: int, heads: int) -> dict[str, int | str]:
+            return {
+                "hidden_size": width,
+                "intermediate_size": inner,
+                "num_hidden_layers": count_blocks(tensors, f"{name}_model.encoder.layers."),
+                "num_attention_heads": heads,
+                "hidden_act": recipe.activation,
+                "projection_dim": projection,
+            }
+
+        vision = tower("vision", vision_width, vision_inner, recipe.vision_heads)
+        text = tower("text", text_width, text_inner, recipe.text_heads)
         return CLIPConfig(
-            vision_config={
-                "hidden_size": vision_width,
-                "intermediate_size": vision_inner,
-                "num_hidden_layers": count_blocks(tensors, vision_block),
-                "num_attention_heads": recipe.vision_heads,
-                "patch_size": patch,
-                "image_size": patch * round((positions - 1) ** 0.5),
-                "hidden_act": recipe.activation,
-                "projection_dim": projection,
-            },
-            text_config={
-                "hidden_size": text_width,
-                "intermediate_size": text_inner,
-                "num_hidden_layers": count_blocks(tensors, text_block),
-                "num_attention_heads": recipe.text_heads,
-                "vocab_size": vocabulary,
-                "max_position_embeddings": limit,
-                "hidden_act": recipe.activation,
-                "projection_dim": projection,
-            },
+            vision_config=vision | {"patch_size": patch, "image_size": patch * round((positions - 1) ** 0.5)},
+            text_config=text | {"vocab_size": vocabulary, "max_position_embeddings": limit},
             projection_dim=projection,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:

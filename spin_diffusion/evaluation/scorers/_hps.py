@@ -19,8 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spin_diffusion.evaluation.scorers._clip import H14, CosineScorer, load_clip
-from spin_diffusion.evaluation.scorers._pixels import letterbox, letterbox_without_antialias
-from spin_diffusion.evaluation.scorers._text import load_ftfy
+from spin_diffusion.evaluation.scorers._inputs import letterbox, letterbox_without_antialias, load_ftfy
 from spin_diffusion.store.input_error import InputError
 
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -19,7 +19,7 @@ from spin_diffusion.store.input_error import InputError
 
 if TYPE_CHECKING:
     from spin_diffusion.evaluation.scorers._blip import Blip
-    from spin_diffusion.evaluation.scorers._text import BertText
+    from spin_diffusion.evaluation.scorers._inputs import BertText
 
 ABOUT = About(
     title="ImageReward",
@@ -48,7 +48,7 @@ def load(device: str, path: str | None = None) -> Scorer:
 
     from spin_diffusion.evaluation.scorers._blip import build_blip
     from spin_diffusion.evaluation.scorers._checkpoints import load_tokenizer, open_place
-    from spin_diffusion.evaluation.scorers._text import BertText
+    from spin_diffusion.evaluation.scorers._inputs import BertText
 
     files = open_place(ABOUT.place(path))
     where, tensors = files.weights("ImageReward.pt", "model.safetensors")
@@ -74,8 +74,7 @@ class ImageReward:
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
         """One reward per image, fp32 on the CPU."""
-        from spin_diffusion.evaluation.scorers._pixels import crop_middle_round
-        from spin_diffusion.evaluation.scorers._precision import full_precision
+        from spin_diffusion.evaluation.scorers._inputs import crop_middle_round, full_precision
 
         side = self.blip.vision.config.image_size
         rewards = []

@@ -105,7 +105,7 @@ class OpenClip:
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
         """One score per image, fp32 on the CPU."""
-        from spin_diffusion.evaluation.scorers._precision import full_precision
+        from spin_diffusion.evaluation.scorers._inputs import full_precision
 
         unique = list(dict.fromkeys(prompts))
         embed = self.model.encode_text
@@ -118,8 +118,7 @@ class OpenClip:
     @torch.no_grad()
     def features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
         """Image embeddings of length 1, fp32 on the CPU."""
-        from spin_diffusion.evaluation.scorers._pixels import without_far_ends
-        from spin_diffusion.evaluation.scorers._precision import full_precision
+        from spin_diffusion.evaluation.scorers._inputs import full_precision, without_far_ends
         from spin_diffusion.store.pictures import to_rgb
 
         images = [without_far_ends(to_rgb(image)) for image in images]

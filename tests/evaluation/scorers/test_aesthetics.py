@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._clip import pooled
+from spin_diffusion.evaluation.scorers._inputs import crop_middle_floor
 from spin_diffusion.evaluation.scorers._linear_head import LinearHead, build_head
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
 from spin_diffusion.store.input_error import InputError
 from tests.evaluation.scorers.tiny_models import SIDE, head_shapes, head_tensors, pictures, rewrite, write_aesthetics
 

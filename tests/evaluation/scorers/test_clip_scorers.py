@@ -11,10 +11,16 @@ from PIL import Image
 from transformers import CLIPModel
 
 from spin_diffusion.evaluation.scorers import About, LoadedScorer, Scorer, about, load_scorer
-from spin_diffusion.evaluation.scorers._clip import H14, L14, build_clip, config_of_shapes, load_clip, pooled
-from spin_diffusion.evaluation.scorers._feature_cache import FeatureCache
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_floor
-from spin_diffusion.evaluation.scorers._precision import full_precision
+from spin_diffusion.evaluation.scorers._clip import (
+    H14,
+    L14,
+    FeatureCache,
+    build_clip,
+    config_of_shapes,
+    load_clip,
+    pooled,
+)
+from spin_diffusion.evaluation.scorers._inputs import crop_middle_floor, full_precision
 from spin_diffusion.store.input_error import InputError
 from tests import tiny
 from tests.evaluation.scorers.tiny_models import (

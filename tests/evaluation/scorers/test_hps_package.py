@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spin_diffusion.evaluation.scorers import load_scorer
-from spin_diffusion.evaluation.scorers._pixels import letterbox
-from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip
+from spin_diffusion.evaluation.scorers._inputs import ClipText, clean_like_open_clip, letterbox
 from spin_diffusion.store.input_error import InputError
 from tests import tiny
 from tests.evaluation.scorers.tiny_models import (

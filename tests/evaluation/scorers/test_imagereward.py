@@ -8,7 +8,7 @@ from transformers import BertTokenizer
 
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._blip import build_blip
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_round
+from spin_diffusion.evaluation.scorers._inputs import crop_middle_round
 from spin_diffusion.store.input_error import InputError
 from tests.evaluation.scorers.tiny_models import (
     SIDE,

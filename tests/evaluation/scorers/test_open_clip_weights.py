@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._clip import H14, ClipTowers, build_clip, config_of_shapes, load_clip, pooled
+from spin_diffusion.evaluation.scorers._inputs import letterbox
 from spin_diffusion.evaluation.scorers._open_clip_weights import to_clip_model
-from spin_diffusion.evaluation.scorers._pixels import letterbox
 from spin_diffusion.store.input_error import InputError
 from tests.evaluation.scorers.tiny_models import (
     END,

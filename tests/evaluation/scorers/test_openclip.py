@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spin_diffusion.evaluation.scorers import load_scorer
-from spin_diffusion.evaluation.scorers._pixels import crop_middle_round
+from spin_diffusion.evaluation.scorers._inputs import crop_middle_round
 from spin_diffusion.store.input_error import InputError
 from tests.evaluation.scorers.tiny_models import (
     LIMIT,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spin_diffusion.evaluation.scorers._pixels import (
+from spin_diffusion.evaluation.scorers._inputs import (
     MEAN,
     STD,
     crop_middle,

@@ -25,8 +25,8 @@ from transformers import CLIPTokenizer
 
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scorers._checkpoints import read_tensors
+from spin_diffusion.evaluation.scorers._inputs import ClipText, clean_like_open_clip
 from spin_diffusion.evaluation.scorers._linear_head import build_head
-from spin_diffusion.evaluation.scorers._text import ClipText, clean_like_open_clip
 from tests.evaluation.scorers.test_hps_package import CLAIMS_AN_END, FIXTURES, PROMPTS
 
 pytestmark = pytest.mark.weights

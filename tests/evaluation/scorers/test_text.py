@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from spin_diffusion.evaluation.scorers._text import BertText, ClipText, clean_like_open_clip
+from spin_diffusion.evaluation.scorers._inputs import BertText, ClipText, clean_like_open_clip
 from tests import tiny
 from tests.evaluation.scorers.tiny_models import END, START, write_bert_tokenizer
 
