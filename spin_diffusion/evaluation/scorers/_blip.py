@@ -76,8 +76,8 @@ def build_blip(tensors: dict[str, Tensor], where: str) -> Blip:
             raise InputError(f"{where}: key {name} is not expected; is it another model's file?")
     try:
         with torch.device("meta"):
-            vision = BlipVisionModel(_vision_config(parts[VISION], where))
-            text = BlipTextModel(_text_config(parts[TEXT], where), add_pooling_layer=False)
+            vision = BlipVisionModel(_vision_config(tensors, where))
+            text = BlipTextModel(_text_config(tensors, where), add_pooling_layer=False)
     except (TypeError, RuntimeError, StrictDataclassError) as error:
         raise InputError(f"{where}: its sizes make no BLIP: {one_line(error)}") from error
     names = {_vision_name(name): name for name in vision.state_dict()}
@@ -93,24 +93,24 @@ def _vision_name(name: str) -> str:
     return name
 
 
-def _shape(tensors: dict[str, Tensor], prefix: str, name: str, where: str, dimensions: int) -> tuple[int, ...]:
-    shape = tuple(take({prefix + key: tensor for key, tensor in tensors.items()}, prefix + name, where).shape)
+def _shape(tensors: dict[str, Tensor], name: str, where: str, dimensions: int) -> tuple[int, ...]:
+    shape = tuple(take(dict(tensors), name, where).shape)
     if len(shape) != dimensions:
-        raise InputError(f"{where}: {prefix + name} has shape {shape}, {dimensions} dimensions are expected")
+        raise InputError(f"{where}: {name} has shape {shape}, {dimensions} dimensions are expected")
     return shape
 
 
 def _vision_config(tensors: dict[str, Tensor], where: str) -> BlipVisionConfig:
-    width, _, patch, _ = _shape(tensors, VISION, "patch_embed.proj.weight", where, 4)
-    _, positions, _ = _shape(tensors, VISION, "pos_embed", where, 3)
-    inner, _ = _shape(tensors, VISION, "blocks.0.mlp.fc1.weight", where, 2)
+    width, _, patch, _ = _shape(tensors, f"{VISION}patch_embed.proj.weight", where, 4)
+    _, positions, _ = _shape(tensors, f"{VISION}pos_embed", where, 3)
+    inner, _ = _shape(tensors, f"{VISION}blocks.0.mlp.fc1.weight", where, 2)
     _check_heads(width, VISION_HEADS, where)
     if width == BASE_WIDTH:
         raise InputError(f"{where} holds BLIP's base model; ImageReward has the large one, 1024 wide")
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=inner,
-        num_hidden_layers=count_blocks(tensors, "blocks."),
+        num_hidden_layers=count_blocks(tensors, f"{VISION}blocks."),
         num_attention_heads=VISION_HEADS,
         patch_size=patch,
         image_size=patch * round((positions - 1) ** 0.5),
@@ -120,17 +120,17 @@ def _vision_config(tensors: dict[str, Tensor], where: str) -> BlipVisionConfig:
 
 
 def _text_config(tensors: dict[str, Tensor], where: str) -> BlipTextConfig:
-    vocabulary, width = _shape(tensors, TEXT, "embeddings.word_embeddings.weight", where, 2)
-    positions, _ = _shape(tensors, TEXT, "embeddings.position_embeddings.weight", where, 2)
-    inner, _ = _shape(tensors, TEXT, "encoder.layer.0.intermediate.dense.weight", where, 2)
-    _, vision_width = _shape(tensors, TEXT, "encoder.layer.0.crossattention.self.key.weight", where, 2)
+    vocabulary, width = _shape(tensors, f"{TEXT}embeddings.word_embeddings.weight", where, 2)
+    positions, _ = _shape(tensors, f"{TEXT}embeddings.position_embeddings.weight", where, 2)
+    inner, _ = _shape(tensors, f"{TEXT}encoder.layer.0.intermediate.dense.weight", where, 2)
+    _, vision_width = _shape(tensors, f"{TEXT}encoder.layer.0.crossattention.self.key.weight", where, 2)
     _check_heads(width, TEXT_HEADS, where)
     return BlipTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         encoder_hidden_size=vision_width,
         intermediate_size=inner,
-        num_hidden_layers=count_blocks(tensors, "encoder.layer."),
+        num_hidden_layers=count_blocks(tensors, f"{TEXT}encoder.layer."),
         num_attention_heads=TEXT_HEADS,
         max_position_embeddings=positions,
         hidden_act="gelu",

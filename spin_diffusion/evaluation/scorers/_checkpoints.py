@@ -212,12 +212,10 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str, in_file: 
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{where}: key {in_file(missing[0])}{more} is missing; is it another model's file?")
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise InputError(f"{where}: key {in_file(unexpected[0])}{more} is not expected; is it another model's file?")
+    for names, problem in ((missing, "missing"), (unexpected, "not expected")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{where}: key {in_file(names[0])}{more} is {problem}; is it another model's file?")
     for name, tensor in expected.items():
         if given[name].shape != tensor.shape:
             raise InputError(
