@@ -6,6 +6,7 @@ Nothing in these files is trusted: text may be anything that JSON can hold, and 
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def read_evaluation(directory: Path) -> Evaluation:
     results = read_results(directory / "results.json")
     scale = results["headline"]["guidance_scale"]
     kind = edition_of(results).row
-    columns = [field.name for field in fields(kind)]
-    table = directory / f"{modality_of(results['protocol']).plural}.parquet"
-    samples = [_row_of(kind, values) for values in _rows(table, columns, scale)]
+    columns, table = [field.name for field in fields(kind)], f"{modality_of(results['protocol']).plural}.parquet"
+    samples = [
+        kind(**{field.name: _filled(values[field.name], field.type) for field in fields(kind)})
+        for values in _rows(directory / table, columns, scale)
+    ]
     scores = {
         (row["model"], row["scorer"], str(row["id"]), int(row["k"])): float(row["score"])
         for row in _rows(directory / "scores.parquet", ["model", "scorer", "id", "k", "score"], scale)
@@ -72,18 +75,14 @@ def read_evaluation(directory: Path) -> Evaluation:
     return Evaluation(directory, results, samples, scores)
 
 
-def _row_of(kind: type, values: dict[str, Any]) -> Any:
-    """The row as a `kind`; what is missing is empty or 0, where the field cannot be None."""
-    return kind(**{field.name: _filled(values[field.name], field.type) for field in fields(kind)})
-
-
-def _filled(value: Any, kind: Any) -> Any:
-    if kind not in (str, int):
+def _filled(value: Any, type_: Any) -> Any:
+    """The value of a field; what is missing is empty or 0, where the field cannot be None."""
+    if type_ not in (str, int):
         return value
-    return kind() if value is None else kind(value)
+    return type_() if value is None else type_(value)
 
 
-def _rows(path: Path, columns: list[str], scale: float | None) -> list[dict[str, Any]]:
+def _rows(path: Path, columns: list[str], scale: float | None) -> Sequence[Mapping[str, Any]]:
     """The rows of a parquet file at one guidance scale; None stands for pictures that were given, not drawn."""
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: results.json needs it beside itself")

@@ -125,7 +125,11 @@ def measure_table(results: Results) -> MeasureTable | None:
     rows = []
     for of_name in list(_grouped(measures, lambda measure: measure["name"]).values())[:MAX_LISTED]:
         digits = _decimals(of_name)
-        numbers = {(m["model"], m["round"]): _number(m, digits) for m in of_name if m["value"] is not None}
+        numbers = {
+            (m["model"], m["round"]): wording.number(m["value"], m["low"], m["high"], digits)
+            for m in of_name
+            if m["value"] is not None
+        }
         rows.append(MeasureRow(_title(of_name[0]), _direction(of_name[0]), [numbers.get(column) for column in columns]))
     return MeasureTable(heads, rows)
 
@@ -136,15 +140,12 @@ def measure_curves(results: Results) -> list[Panel]:
     panels: list[Panel] = []
     for run, of_run in _by_run(results, measures).items():
         for of_name in _grouped(of_run, lambda measure: measure["name"]).values():
-            points = sorted(((m["round"], m) for m in of_name if m["round"] is not None), key=lambda point: point[0])
-            rounds = [round_ for round_, _ in points]
+            of_name.sort(key=lambda m: m["round"] or 0)
+            points = [(m["round"], m["value"], m["low"], m["high"]) for m in of_name]
+            rounds, *columns = zip(*points, strict=True)
             if len(set(rounds)) < 2:
                 continue
-            means, lows, highs = (
-                plots.with_gaps(column)
-                for column in zip(*((m["value"], m["low"], m["high"]) for _, m in points), strict=True)
-            )
-            lines = [plots.Line(0, rounds, means, lows, highs)]
+            lines = [plots.Line(0, list(rounds), *map(plots.with_gaps, columns))]
             chart = plots.round_curves(f"measure-{len(panels)}", "Measure over the rounds", lines, "value", zero=False)
             title = _title(of_name[0]) + (f", {wording.shortened(run, 40).short}" if run else "")
             panels.append(Panel(title, chart, direction=_direction(of_name[0])))
@@ -182,8 +183,3 @@ def _decimals(of_name: Sequence[MeasureEntry]) -> int:
     if narrowest is not None:
         return decimals_of(narrowest, 2)
     return decimals_of(max((abs(m["value"]) for m in of_name if m["value"] is not None), default=0.0), 4)
-
-
-def _number(measure: MeasureEntry, digits: int) -> Number:
-    assert measure["value"] is not None, "a measure that has no number"
-    return wording.number(measure["value"], measure["low"], measure["high"], digits)
