@@ -15,10 +15,9 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from spin_diffusion.comparing.settings import SetName
-from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.base import Base, load_to_draw
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
-from spin_diffusion.diffusion.sampling import load_to_draw
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS

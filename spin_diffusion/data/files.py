@@ -147,11 +147,8 @@ def open_parquet(name: str, files: Sequence[Path]) -> Source:
 
 
 def parquet_file(path: Path) -> TableFile:
-    """The rows of a parquet file; a text that is not UTF-8, which a writer need not check, leaves its row out.
-
-    Raises:
-        InputError: it is none; while its rows are read, it is damaged.
-    """
+    """The rows of a parquet file; a text that is not UTF-8, which a writer need not check, leaves its row out. Raises
+    InputError: it is none; while its rows are read, it is damaged."""
     try:
         with open_regular(path) as file:
             columns = tuple(pq.read_schema(file).names)
@@ -204,11 +201,8 @@ def _json_file(path: Path) -> TableFile:
 
 
 def json_records(path: Path, example: str = EXAMPLE) -> Records:
-    """The objects of a file, each with its place: "line 3", or "entry 3" of a list; both count from 1.
-
-    Args:
-        example: what a right line looks like, for messages.
-    """
+    """The objects of a file, each with its place: "line 3", or "entry 3" of a list; both count from 1. `example`: what
+    a right line looks like, for messages."""
     number, is_first = 0, True
     try:
         with open_regular(path) as raw:

@@ -36,11 +36,7 @@ def open_hub(name: str, settings: SourceSettings) -> Source:
         raise InputError(
             f"data set {name!r}, split {settings.dataset_split!r}, cannot be loaded: {one_line(error)}"
         ) from error
-    roots = [
-        settings.cache_dir,
-        datasets.config.HF_DATASETS_CACHE,
-        huggingface_hub.constants.HF_HUB_CACHE,
-    ]
+    roots = [settings.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
     read_file = _cache_reader(name, [Path(root).resolve() for root in roots if root is not None])
     return _source(f"{name}[{settings.dataset_split}]", dataset, read_file)
 

@@ -85,10 +85,8 @@ def _metadata_rows(folder: Path, metadata: list[TableFile], images: list[Path]) 
             yield Row.read(where, values, read_file)
     for path in images:
         if path not in named:
-            where = path.relative_to(folder).as_posix()
-            yield Row(
-                where, {}, file_reader(folder), LeftOut(Expected.NOT_IN_METADATA, "no metadata file names this image")
-            )
+            left_out = LeftOut(Expected.NOT_IN_METADATA, "no metadata file names this image")
+            yield Row.read(path.relative_to(folder).as_posix(), left_out, file_reader(folder))
 
 
 def _sidecar_rows(folder: Path, images: list[Path], captions: dict[Path, Path]) -> Iterator[Row]:
@@ -98,7 +96,7 @@ def _sidecar_rows(folder: Path, images: list[Path], captions: dict[Path, Path]) 
         try:
             yield Row(name, {"image": name, "text": read_caption(path, captions)}, read_file)
         except LeftOut as left_out:
-            yield Row(name, {}, read_file, left_out)
+            yield Row.read(name, left_out, read_file)
 
 
 def text_files(files: Sequence[Path]) -> dict[Path, Path]:
@@ -107,11 +105,8 @@ def text_files(files: Sequence[Path]) -> dict[Path, Path]:
 
 
 def read_caption(image: Path, captions: Mapping[Path, Path]) -> str:
-    """The text beside an image. Raises LeftOut if there is none, or it is no whole UTF-8 text.
-
-    Args:
-        captions: see `text_files`.
-    """
+    """The text beside an image. Raises LeftOut if there is none, or it is no whole UTF-8 text. `captions`: see
+    `text_files`."""
     sidecar = captions.get(image.with_suffix(""))
     if sidecar is None:
         raise LeftOut(Bad.EMPTY_CAPTION, f"there is no {image.with_suffix('.txt').name} beside it")

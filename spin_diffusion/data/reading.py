@@ -20,6 +20,7 @@ from spin_diffusion.data.rows import (
     Seen,
     Source,
     describe_columns,
+    fresh,
     require_column,
     short_hash,
     usable,
@@ -71,8 +72,6 @@ def read_examples(
         InputError: at once if the data set, a column or a setting is wrong; while reading if a file is damaged, or over
             100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row was usable.
     """
-    report = ReadReport() if report is None else report
-    assert report.read == 0, "a report counts one reading"
     source = open_source(settings)
     plan = find_layout(source.columns, settings)(source, settings, with_losers)
     columns = [*plan.columns]
@@ -80,11 +79,11 @@ def read_examples(
         columns.append(require_column(source, settings.filter_column, "--filter_column"))
     wanted, seen = tuple(dict.fromkeys(columns)), Seen()
     example_of = partial(_example, plan=plan, settings=settings, with_losers=with_losers, seen=seen)
-    return usable(source, wanted, example_of, report, settings.max_train_samples, settings.max_bad_share)
+    return usable(source, wanted, example_of, fresh(report), settings.max_train_samples, settings.max_bad_share)
 
 
 def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: Seen) -> Example:
-    """Check one row, the cheap checks first. Raises LeftOut if it is not to be used; otherwise `seen` knows it."""
+    # The cheap checks first
     if settings.filter_column is not None:
         _check_filter(row.values.get(settings.filter_column), settings)
     candidate = plan.candidate(row)
@@ -208,23 +207,19 @@ def plan_pairs(source: Source, settings: DataSettings, with_losers: bool) -> Pla
         values = row.values
         if values.get("has_label") is False:
             raise LeftOut(Expected.NO_LABEL, "has_label is false")
-        winner = winner_of(values["label_0"], values["label_1"])
+        labels = (_number(values["label_0"]), _number(values["label_1"]))
+        if labels == (0.5, 0.5):
+            raise LeftOut(Expected.TIE, "both labels are 0.5")
+        if labels not in ((1.0, 0.0), (0.0, 1.0)):
+            given = f"{values['label_0']!r} and {values['label_1']!r}"
+            raise LeftOut(Expected.NO_LABEL, f"the labels are {given}, not 1 and 0")
+        winner = labels.index(1.0)
         if with_losers and values.get("are_different") is False:
             raise LeftOut(Expected.TIE, "the two images are the same one")
         loser = values[f"jpg_{1 - winner}"] if with_losers else None
         return Candidate(values[caption_column], values[f"jpg_{winner}"], loser)
 
     return Plan((caption_column, *PAIR_COLUMNS, *flags), candidate)
-
-
-def winner_of(label_0: object, label_1: object) -> int:
-    """0 or 1: the image whose label is 1. Raises LeftOut for a tie or labels that name no winner."""
-    labels = (_number(label_0), _number(label_1))
-    if labels in ((1.0, 0.0), (0.0, 1.0)):
-        return labels.index(1.0)
-    if labels == (0.5, 0.5):
-        raise LeftOut(Expected.TIE, "both labels are 0.5")
-    raise LeftOut(Expected.NO_LABEL, f"the labels are {label_0!r} and {label_1!r}, not 1 and 0")
 
 
 def _number(value: object) -> float:

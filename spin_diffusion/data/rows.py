@@ -234,6 +234,13 @@ class TextExample:
     """For messages: "train.jsonl line 17", "train-00001.parquet row 17"."""
 
 
+def fresh(report: ReadReport | None) -> ReadReport:
+    """The report that is given, or one more; it counts one reading."""
+    report = ReadReport() if report is None else report
+    assert report.read == 0, "a report counts one reading"
+    return report
+
+
 def usable(
     source: Source,
     columns: Sequence[str],

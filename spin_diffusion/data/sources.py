@@ -163,12 +163,9 @@ def expand(pattern: str) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for name in expand_braces(pattern):
-        matching = (
-            [Path(name)] if os.path.exists(name) else [Path(path) for path in sorted(glob.glob(name, recursive=True))]
-        )
-        matching = [
-            path for path in matching if not path.is_dir()
-        ]  # what is no file either is refused where it is opened
+        names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        # What is no file either is refused where it is opened
+        matching = [Path(path) for path in names if not os.path.isdir(path)]
         if not matching:
             raise InputError(f"--dataset_name {pattern}: no file matches {name}")
         files.update(dict.fromkeys(matching))
@@ -180,8 +177,7 @@ def expand_braces(pattern: str) -> list[str]:
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    if span is not None:
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
         first, last = int(span[1]), int(span[2])
         if last < first:
             raise InputError(f"--dataset_name {pattern}: {braces[0]} counts backwards; put the smaller number first")
@@ -277,8 +273,5 @@ def split_of(path: Path) -> str | None:
     shard = re.match(r"(.+?)-\d{5}-of-\d{5}", path.name)
     if shard is not None and path.parent.name == "data":
         return shard[1]
-    words = re.findall(r"[a-z]+", path.as_posix().lower())
-    for split, aliases in SPLIT_WORDS.items():
-        if any(alias in words for alias in aliases):
-            return split
-    return None
+    words = {*re.findall(r"[a-z]+", path.as_posix().lower())}
+    return next((split for split, aliases in SPLIT_WORDS.items() if words & {*aliases}), None)

@@ -31,6 +31,7 @@ from spin_diffusion.data.rows import (
     Source,
     TextExample,
     describe_columns,
+    fresh,
     require_column,
     short_hash,
     usable,
@@ -82,12 +83,10 @@ def read_text_examples(
         InputError: at once if the data set, a column or a setting is wrong; while reading if a file is damaged, or over
             100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row was usable.
     """
-    report = ReadReport() if report is None else report
-    assert report.read == 0, "a report counts one reading"
     source = open_text_source(settings)
     if settings.rejected_column is not None:  # a misspelt one, even where it is not read
         require_column(source, settings.rejected_column, "--rejected_column")
-    return _examples(source, find_columns(source, settings, with_rejected), settings, report)
+    return _examples(source, find_columns(source, settings, with_rejected), settings, fresh(report))
 
 
 def read_held_out(settings: TextDataSettings, *, report: ReadReport | None = None) -> list[TextExample]:
@@ -103,8 +102,7 @@ def read_held_out(settings: TextDataSettings, *, report: ReadReport | None = Non
     Raises:
         InputError: as `read_text_examples`.
     """
-    report = ReadReport() if report is None else report
-    assert report.read == 0, "a report counts one reading"
+    report = fresh(report)
     if not settings.holds_out:
         return []
     if not settings.has_held_out_source:
@@ -120,11 +118,8 @@ def read_held_out(settings: TextDataSettings, *, report: ReadReport | None = Non
 
 
 def find_columns(source: Source, settings: TextDataSettings, with_rejected: bool) -> Columns:
-    """The columns that the settings name, else those that a layout has.
-
-    Raises:
-        InputError: a column does not exist or is not known; worse answers are asked for and there are none.
-    """
+    """The columns that the settings name, else those that a layout has. Raises InputError: a column does not exist or
+    is not known; worse answers are asked for and there are none."""
     columns = source.columns
     answer = settings.completion_column
     if answer is not None:
@@ -183,10 +178,9 @@ def _examples(
             raise LeftOut(Expected.HELD_OUT, f"{last_question(example.prompt)[:80]!r} is held out")
         return example
 
+    limits = settings.max_train_samples, settings.max_bad_share
     try:
-        yield from usable(
-            source, columns.names(), trained_on, report, settings.max_train_samples, settings.max_bad_share
-        )
+        yield from usable(source, columns.names(), trained_on, report, *limits)
     except InputError as error:
         if report.used or not report.left_out[Expected.HELD_OUT]:
             raise
@@ -219,9 +213,8 @@ def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[R
         if not settings.keep_repeated:
             known = short_hash(_json([example.prompt, example.completion, example.rejected]))
             if known in seen:
-                raise LeftOut(
-                    Expected.REPEATED_EXAMPLE, f"the same answer to {last_question(example.prompt)[:80]!r} was used"
-                )
+                question = last_question(example.prompt)[:80]
+                raise LeftOut(Expected.REPEATED_EXAMPLE, f"the same answer to {question!r} was used")
             seen.add(known)
         return example
 
@@ -229,7 +222,6 @@ def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[R
 
 
 def _example(row: Row, columns: Columns, settings: TextDataSettings) -> TextExample:
-    """Check one row. Raises LeftOut if it is not to be used."""
     values = row.values
     if missing := [column for column in columns.names() if column not in values]:
         raise LeftOut(Bad.OTHER_LAYOUT, f"it has no {missing[0]!r}; it has {', '.join(values) or 'nothing'}")
@@ -286,9 +278,8 @@ def _conversation(given: object, value: object, column: str, prompt_column: str)
     """The turns of a row in which the prompt or the answer is made of messages: the prompt's, then the answer's."""
     if isinstance(value, str):
         if given is None:
-            raise LeftOut(
-                Bad.OTHER_LAYOUT, f"{column!r} is plain text without a prompt: name its column: --prompt_column"
-            )
+            detail = f"{column!r} is plain text without a prompt: name its column: --prompt_column"
+            raise LeftOut(Bad.OTHER_LAYOUT, detail)
         return [*_turns(given, prompt_column), {"role": "assistant", "content": _text(value, repr(column))}]
     turns = _turns(value, column)
     if isinstance(given, str):
@@ -424,9 +415,9 @@ def _held_out_rule(settings: TextDataSettings) -> Callable[[TextExample], bool]:
         return lambda example: False
     held_out = read_held_out(settings)
     if settings.held_out_by == "prompt":
-        prompts = {_prompt_hash(example) for example in held_out}
+        prompts = {*map(_prompt_hash, held_out)}
         return lambda example: _prompt_hash(example) in prompts
-    rows = Counter(_row_hash(example) for example in held_out)
+    rows = Counter(map(_row_hash, held_out))
 
     def is_held_out(example: TextExample) -> bool:
         row = _row_hash(example)
@@ -441,11 +432,10 @@ def _held_out_rule(settings: TextDataSettings) -> Callable[[TextExample], bool]:
 
 def _prompt_hash(example: TextExample) -> bytes:
     """The hash of what is asked: system turns, white space and case do not make another prompt."""
-    if isinstance(example.prompt, str):
-        turns = [("user", example.prompt)]
-    else:
-        turns = [(turn["role"], turn["content"]) for turn in example.prompt if turn["role"] != "system"]
-    return short_hash(b"prompt", _json([(role, " ".join(text.split()).casefold()) for role, text in turns]))
+    prompt = example.prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = [(turn["role"], " ".join(turn["content"].split()).casefold()) for turn in turns if turn["role"] != "system"]
+    return short_hash(b"prompt", _json(asked))
 
 
 def _row_hash(example: TextExample) -> bytes:

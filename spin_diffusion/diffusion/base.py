@@ -4,13 +4,13 @@ Whoever goes on with a run must load the same base again.
 """
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -18,6 +18,7 @@ from torch import nn
 from spin_diffusion.diffusion.families import families
 from spin_diffusion.diffusion.noising import check_scheduler
 from spin_diffusion.diffusion.parts import CONFIG, TOKENIZERS, Part, load_encoder, load_unet, load_vae, weight_files
+from spin_diffusion.diffusion.prompts import words_of
 from spin_diffusion.store.configuration import Configuration, Keys, check_keys, read_configuration
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, is_local, one_line
@@ -84,15 +85,15 @@ def _quoted(value: str | bool) -> str:
 
 
 def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[ModuleType, Any]:
-    """A pipeline in fp32, from a local folder or a hub id, and its family.
-
-    Raises:
-        InputError: no such folder or hub id, an unsupported family or denoiser, a part that is not what its files say.
-    """
+    """A pipeline in fp32, from a local folder or a hub id, and its family. Raises InputError: no such folder or hub id,
+    an unsupported family or denoiser, a part that is not what its files say."""
     base = Base.of(base)
     folder = _folder_of(base, cache_dir)
     index = read_configuration(folder / "model_index.json", base.name)
-    family = family_of(index, base.name)
+    name, known = index.get("_class_name"), families()
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"{base.name} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
+    family = known[name]
     parts = load_parts(family, index, folder, base, cache_dir)
     try:
         return family, family.PIPELINE.from_pretrained(str(folder), **parts)
@@ -101,7 +102,7 @@ def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[
 
 
 def _folder_of(base: Base, cache_dir: str | None) -> Path:
-    """The local folder of a checkpoint; of one on the hub, where its files were downloaded to."""
+    """Where a checkpoint's files lie; those of one on the hub are downloaded."""
     flag, folder = f"--pretrained_model_name_or_path {base.name}", Path(base.name)
     if folder.is_file():
         raise InputError(f"{flag} {single_file(folder)}")
@@ -141,24 +142,13 @@ def single_file(path: Path) -> str:
     return f"{what}: convert {'it' if whole else 'a whole one'} once with diffusers, {convert}, and give FOLDER"
 
 
-def family_of(model_index: Configuration, where: str) -> ModuleType:
-    """The family of a checkpoint by its model_index.json; InputError names what is supported."""
-    name = model_index.get("_class_name")
-    known = families()
-    if not isinstance(name, str) or name not in known:
-        raise InputError(f"{where} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
-    return known[name]
-
-
 def load_parts(
     family: ModuleType, index: Configuration, folder: Path, base: Base, cache_dir: str | None
-) -> dict[str, Any]:
-    """The networks and tokenizers of a family's pipeline, and None for parts that are not loaded.
+) -> dict[str, object]:
+    """The networks and tokenizers of a family's pipeline in a folder, and None for parts that are not loaded.
 
     Args:
         index: the pipeline's model_index.json.
-        folder: of the checkpoint.
-        cache_dir: of the hub's client, where the base names a VAE on the hub.
 
     Raises:
         InputError: a part that is missing, of another class than the family's, or not what its files say.
@@ -175,7 +165,7 @@ def load_parts(
         present = sorted({str(variant) for name in names for variant in weight_files(folder / name) if variant})
         remedy = f"give --variant {' or '.join(present)}" if present else "leave --variant out"
         raise InputError(f"{base.name}: no part has weights of --variant {base.variant}: {remedy}")
-    parts: dict[str, Any] = {name: None for name in _IGNORED if name in index}
+    parts: dict[str, object] = {name: None for name in _IGNORED if name in index}
     parts["unet"] = load_unet(folder / "unet", f"{base.name}: its UNet", base.variant)
     for name, kind in family.ENCODERS.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
@@ -190,11 +180,7 @@ def load_parts(
 
 
 def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> AutoencoderKL:
-    """The VAE that stands in for the checkpoint's own.
-
-    Args:
-        name: local folder or hub id.
-    """
+    """The VAE that stands in for the checkpoint's own, from a local folder or a hub id."""
     flag, folder = f"--pretrained_vae_model_name_or_path {name}", Path(name)
     if folder.is_file():
         raise InputError(
@@ -250,7 +236,6 @@ def _class_in(index: Configuration, name: str) -> str | None:
 
 
 def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) -> None:
-    """The parts fit each other."""
     unet, vae = parts["unet"].config, parts["vae"].config
     if unet.in_channels != vae.latent_channels or unet.out_channels != unet.in_channels:
         raise InputError(
@@ -278,17 +263,17 @@ def _check_together(family: ModuleType, parts: Mapping[str, Any], where: str) ->
         )
 
 
+def load_to_draw(base: Base, device: torch.device | str) -> tuple[Any, Any]:
+    """The family and the pipeline of a base, on a device and not to be trained."""
+    family, pipeline = load_checkpoint(base)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval().to(device)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    return family, pipeline
+
+
 # What a pipeline is: hashes of the parts that decide a picture beside the denoiser
-
-
-def words_of(tokenizer: Any) -> list[Any]:
-    """What decides the tokens of a prompt."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    for name in ("truncation", "padding"):  # those of the last call, whatever it was for
-        rules.pop(name, None)
-    words = sorted(tokenizer.get_vocab().items())
-    return [words, tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules]
 
 
 def parts_hash(pipeline: Any) -> str:

@@ -147,11 +147,7 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
 
 def count_units(family: ModuleType, pipeline: Any, resolution: int) -> UnitCosts:
     """The costs of one call of each network of a pipeline, counted on copies that have shapes but no memory; the text
-    encoders are run once.
-
-    Args:
-        resolution: height and width of an image, px.
-    """
+    encoders are run once. `resolution`: height and width of an image, px."""
     config = pipeline.vae.config
     size = resolution // 2 ** (len(config.block_out_channels) - 1)
     frames = torch.tensor([target_frame((resolution, resolution))])
@@ -197,7 +193,7 @@ def _count_unet(
         unet = UNet2DConditionModel.from_config(json.loads(config))
         x_t = torch.empty(1, unet.config.in_channels, size, size, requires_grad=True)
         t = torch.zeros(1, dtype=torch.long)
-        inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(tokens), "return_dict": False}
+        inputs: dict[str, object] = {"encoder_hidden_states": torch.empty(tokens), "return_dict": False}
         if added:
             inputs["added_cond_kwargs"] = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in added}
     forward, (predicted,) = counted(lambda: unet(x_t, t, **inputs))

@@ -13,7 +13,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TypedDict
 
@@ -157,22 +157,18 @@ def choose(
         prompts: equal where the prompts are equal.
     """
     best_first = np.lexsort((ids, -scores))
-    left_out = {}
+    steps = {"": best_first}  # by rule, what it leaves
     if settings.one_per_prompt:
         _, first = np.unique(prompts[best_first], return_index=True)
-        kept = best_first[np.sort(first)]
-        left_out["--one_per_prompt"] = len(best_first) - len(kept)
-        best_first = kept
+        steps["--one_per_prompt"] = best_first = best_first[np.sort(first)]
     if settings.curation_threshold is not None:
         # Scorers return fp32: a score of 0.7 is below the 0.7 of fp64
         above = scores[best_first].astype(np.float32) >= np.float32(settings.curation_threshold)
-        kept = best_first[above]
-        left_out[f"--curation_threshold {settings.curation_threshold:g}"] = len(best_first) - len(kept)
-        best_first = kept
+        steps[f"--curation_threshold {settings.curation_threshold:g}"] = best_first = best_first[above]
     ranked = len(best_first)
     if settings.curation_top is not None:
-        best_first = best_first[: settings.curation_top]
-        left_out[f"--curation_top {settings.curation_top}"] = ranked - len(best_first)
+        steps[f"--curation_top {settings.curation_top}"] = best_first = best_first[: settings.curation_top]
+    left_out = {rule: len(before) - len(after) for (_, before), (rule, after) in pairwise(steps.items())}
     chosen = np.zeros(len(scores), dtype=np.bool_)
     chosen[best_first] = True
     return Choice(chosen, left_out, ranked)

@@ -6,14 +6,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.selfplay.device import autocast_dtype
+from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, one_line
 
@@ -94,19 +93,6 @@ class Copies:
         return load_unet(path, str(path))
 
 
-def cast_for_autocast(unet: UNet2DConditionModel, dtype: torch.dtype | None) -> None:
-    """Keep linear and convolution weights in the dtype to which autocast would cast them at every call: the same
-    numbers in half the memory. Norms stay fp32, as autocast computes them.
-
-    Args:
-        dtype: None = no autocast, all stays as it is.
-    """
-    if dtype is not None:
-        for module in unet.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(dtype)
-
-
 def compile_unet(unet: UNet2DConditionModel, how: Compile) -> None:
     """Compile in place, so that no weight changes its name; a copy of a compiled UNet is not compiled."""
     if how == "blocks":
@@ -116,11 +102,8 @@ def compile_unet(unet: UNet2DConditionModel, how: Compile) -> None:
 
 
 def enable_xformers(unet: UNet2DConditionModel) -> None:
-    """Switch to xformers' attention, where its kernels load.
-
-    Raises:
-        InputError: not installed, or not able to run here.
-    """
+    """Switch to xformers' attention, where its kernels load. Raises InputError: not installed, or not able to run
+    here."""
     try:
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # ModuleNotFoundError, ValueError and kernel errors alike

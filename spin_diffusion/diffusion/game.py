@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base, parts_hash
-from spin_diffusion.diffusion.denoiser import Copies, cast_for_autocast, compile_unet, enable_xformers
+from spin_diffusion.diffusion.denoiser import Copies, compile_unet, enable_xformers
 from spin_diffusion.diffusion.images import (
     bucket_sizes,
     encoded_once,
@@ -32,11 +32,11 @@ from spin_diffusion.diffusion.images import (
     vae_hash,
 )
 from spin_diffusion.diffusion.lora import Adapters
-from spin_diffusion.diffusion.noising import read_noising
+from spin_diffusion.diffusion.noising import draw, read_noising
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.diffusion.prompts import Prompts
+from spin_diffusion.diffusion.prompts import Prompts, move
 from spin_diffusion.diffusion.questions import MIRRORED, Question, Questions, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.sampling import SAMPLERS, draw_batches, draw_images, sampling_pipeline
+from spin_diffusion.diffusion.sampling import SAMPLERS, Drawn, all_images, draw_batches, sampling_pipeline
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageSettings,
@@ -44,9 +44,9 @@ from spin_diffusion.diffusion.settings import (
     SamplingSettings,
     TrajectorySettings,
 )
-from spin_diffusion.diffusion.trajectory import drawn_step, read_steps
+from spin_diffusion.diffusion.trajectory import read_steps
 from spin_diffusion.samples.sample import CONDITION, KEPT, KIND, Batch, Row
-from spin_diffusion.selfplay.device import autocast_dtype, sent
+from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.store.files import weights_hash
@@ -123,7 +123,6 @@ class DiffusionGame:
         self._seat_models(lora, gradient_checkpointing)
 
     def _prepare_questions(self) -> None:
-        """What scores are taken on."""
         scheduler = dict(self.pipeline.scheduler.config)
         self.noising = read_noising(scheduler, self.base.name)
         self.steps = None
@@ -137,8 +136,6 @@ class DiffusionGame:
             denoiser=self.denoiser,
             trajectory=self.trajectory,
             sizes=[(height // self.latent_px, width // self.latent_px) for height, width in self.sizes],
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
         )
 
     @property
@@ -204,36 +201,33 @@ class DiffusionGame:
     ) -> list[Row]:
         """One image by the opponent per row, in the size of the real one, stored in the codec of the real ones."""
         sizes, frames = [size_of(row) for row in rows], [self.frame_of(row) for row in rows]
-        states: dict[int, Tensor] = {}
+        made = [
+            {"id": row["id"], "prompt": row["prompt"], "drawn": True, "seed": seed, "image": b"", "frame": frame}
+            | {"sampler": self.sampler_settings}
+            for row, seed, frame in zip(rows, seeds, frames, strict=True)
+        ]
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
         with self.models.as_opponent(), ThreadPoolExecutor() as writers:
-            pipeline, how = self._drawing(self.opponent, self.sampling.guidance_scale)
-            how["keep_states"] = self.steps is not None
+            drawing = self._drawing(self.opponent, self.sampling.guidance_scale)
             for size, places in places_by_size(sizes).items():
-                prompts, of_rows = [rows[place]["prompt"] for place in places], iter(places)
-                how |= {"resolution": size, "frames": torch.tensor([frames[place] for place in places])}
-                for drawn in draw_batches(pipeline, prompts, [seeds[place] for place in places], **how):
+                batches = drawing(
+                    [rows[place]["prompt"] for place in places],
+                    [seeds[place] for place in places],
+                    resolution=size,
+                    frames=torch.tensor([frames[place] for place in places]),
+                    keep_states=self.steps is not None,
+                )
+                of_rows = iter(places)
+                for drawn in batches:
                     for number, image in enumerate(drawn.images):
                         place = next(of_rows)
                         files[place] = writers.submit(images.to_bytes, image, self.images)
                         if drawn.states is not None:
-                            states[place] = drawn.states[number]
+                            made[place][KEPT] = {"states": drawn.states[number]}
                     done(len(files))
-        made = [
-            {
-                "id": row["id"],
-                "prompt": row["prompt"],
-                "drawn": True,
-                "seed": seed,
-                "image": files[place].result(),
-                "frame": frame,
-                "sampler": self.sampler_settings,
-            }
-            for place, (row, seed, frame) in enumerate(zip(rows, seeds, frames, strict=True))
-        ]
-        for place, kept in states.items():
-            made[place][KEPT] = {"states": kept}
+        for place, written in files.items():
+            made[place]["image"] = written.result()
         return made
 
     @property
@@ -251,7 +245,8 @@ class DiffusionGame:
             encode = partial(self._latents, rows, prefix, mirrored)
             name = f"{prefix}{MIRRORED if mirrored else ''}"
             if self.shared_latents is not None:
-                how: dict[str, Any] = {"vae_round_trip": asdict(self.images) if self.images.vae_round_trip else False}
+                trip = asdict(self.images) if self.images.vae_round_trip else False
+                how: dict[str, object] = {"vae_round_trip": trip}
                 how |= {"mirrored": True} if mirrored else {}
                 how |= {"cells": self._cells} if self.has_sizes else {}
                 encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
@@ -275,7 +270,7 @@ class DiffusionGame:
         return (self.resolution // self.latent_px) ** 2
 
     def _latents(self, rows: list[Row], prefix: str, mirrored: bool) -> Tensor:
-        """The latents of one side, (rows, channels, ...) fp16 on the CPU; packed where the images differ in size."""
+        # (rows, channels, ...) fp16 on the CPU; packed where the images differ in size
         self._bring_back()
         trip = self.images.vae_round_trip and not rows[0]["drawn"]
         encoded = latents_of(self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored, round_trip=trip)
@@ -289,7 +284,7 @@ class DiffusionGame:
         return in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        """The scores of pairs of one size: the mean over what is asked of them."""
+        # The mean over what is asked of pairs of one size
         by_player, by_opponent, levels = [], [], []
         for question in self.questions.about(batch):
             if "opponent_score" in batch.real:
@@ -329,7 +324,6 @@ class DiffusionGame:
 
     @torch.no_grad()
     def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
-        """Its scores, real ones first."""
         assert self.opponent is not None
         with self.models.as_opponent(), self.models.dropping(seed_from(*batch.seeds)):
             predicted = self._predicted(self.opponent, question)
@@ -345,27 +339,24 @@ class DiffusionGame:
         models = iter([player])
 
         def ask(x_t: Tensor) -> Tensor:
-            return self._player_scores(next(models, self.player), replace(question, x_t=x_t), batch)
+            predicted = self._predicted(next(models, self.player), replace(question, x_t=x_t))
+            scores, mu = question.scores(predicted), self.denoiser.winner_preserving_mu
+            if not batch.generated or mu is None:
+                return scores
+            (eps_real, eps_generated), (real, generated) = (each.chunk(2) for each in (predicted, question.target))
+            scale = errors.winner_preserving_scale(eps_real, real, eps_generated, generated, mu)
+            of_real, of_generated = scores.chunk(2)
+            return torch.cat([of_real, errors.scale_gradient(of_generated, scale)])
 
         with self.models.dropping(seed_from(*batch.seeds)):
             again = self.trajectory.trajectory == "exact" and torch.is_grad_enabled()
             return self.models.checkpointed(ask, question.x_t) if again else ask(question.x_t)
 
-    def _player_scores(self, player: Callable[..., Any], question: Question, batch: Batch) -> Tensor:
-        eps_theta, target, pairs = self._predicted(player, question), question.target, len(batch.ids)
-        scores = question.scores(eps_theta)
-        if not batch.generated or self.denoiser.winner_preserving_mu is None:
-            return scores
-        scale = errors.winner_preserving_scale(
-            eps_theta[:pairs], target[:pairs], eps_theta[pairs:], target[pairs:], self.denoiser.winner_preserving_mu
-        )
-        return torch.cat([scores[:pairs], errors.scale_gradient(scores[pairs:], scale)])
-
     def kept_part(self, seed: int) -> slice:
         """The part of a trajectory that is kept: the two states around the step that `steps` draws; all for `exact`."""
         if self.steps is None or self.trajectory.trajectory == "exact":
             return slice(None)
-        step = drawn_step(torch.Generator().manual_seed(seed), len(self.steps))
+        step = int(draw([seed], (), len(self.steps), 0.0).t)
         return slice(step, step + 2)
 
     def promote(self) -> None:
@@ -375,15 +366,11 @@ class DiffusionGame:
     def _put_away(self) -> None:
         """Off the device with what training does not need, where prompts are kept."""
         if self.prompts.put_away():
-            self._move_vae(torch.device("cpu"))
+            move(self.pipeline.vae, device=torch.device("cpu"))
 
     def _bring_back(self) -> None:
         self.prompts.bring_back()
-        self._move_vae(self.accelerator.device)
-
-    def _move_vae(self, device: torch.device) -> None:
-        if self.pipeline.vae.device != device:  # to look through all its weights takes a twentieth of a small step
-            self.pipeline.vae.to(device)
+        move(self.pipeline.vae, device=self.accelerator.device)
 
     def release_opponent(self) -> None:
         """Free its memory; with adapters it has next to none of its own."""
@@ -441,21 +428,24 @@ class DiffusionGame:
         done: Callable[[int], None] = lambda images: None,
     ) -> list[Image.Image]:
         """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
-        pipeline, settings = self._drawing(unet, guidance_scale)
-        settings["num_inference_steps"] = num_inference_steps or self.sampling.num_inference_steps
-        return draw_images(pipeline, prompts, seeds, done=done, **settings)
+        return all_images(self._drawing(unet, guidance_scale, num_inference_steps)(prompts, seeds), done)
 
-    def _drawing(self, unet: UNet2DConditionModel, guidance_scale: float) -> tuple[Any, dict[str, Any]]:
-        """The pipeline that draws with a UNet, and how it does."""
+    def _drawing(
+        self, unet: UNet2DConditionModel | None, guidance_scale: float, num_inference_steps: int | None = None
+    ) -> Callable[..., Iterator[Drawn]]:
+        """`draw_batches` by a UNet, with the run's sampler."""
         self._bring_back()
-        return sampling_pipeline(self.pipeline, unet, self.sampling.sampler), {
-            "resolution": self.resolution,
-            "num_inference_steps": self.sampling.num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "batch_size": self.sampling.generation_batch_size,
-            "autocast": self.accelerator.autocast,
-            "eta": self.sampling.eta,
-        }
+        assert unet is not None, "it was released"
+        return partial(
+            draw_batches,
+            sampling_pipeline(self.pipeline, unet, self.sampling.sampler),
+            resolution=self.resolution,
+            num_inference_steps=num_inference_steps or self.sampling.num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=self.sampling.generation_batch_size,
+            autocast=self.accelerator.autocast,
+            eta=self.sampling.eta,
+        )
 
     def _base_pipeline(self) -> Any:
         """With the UNet as it was loaded at first, from the same files."""

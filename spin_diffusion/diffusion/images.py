@@ -91,7 +91,7 @@ def unpacked(rows: Tensor, height: int, width: int) -> Tensor:
 
 def area_share(sizes: Sequence[Size], which: Tensor) -> float:
     """Mean area of the images of these sizes, given by their places in `sizes`, in parts of the square's."""
-    areas = torch.tensor([height * width for height, width in sizes], dtype=torch.float64)
+    areas = torch.tensor(sizes, dtype=torch.float64).prod(dim=1)
     return float(areas[which.long()].mean() / areas[0])
 
 
@@ -153,10 +153,8 @@ def mirrored_frame(frame: list[int]) -> list[int]:
 def to_bytes(image: Image.Image, settings: ImageSettings) -> bytes:
     """The image in the codec that both sides of a pair share."""
     buffer = io.BytesIO()
-    if settings.image_format == "png":
-        image.save(buffer, "PNG")
-    else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    options = {"quality": JPEG_QUALITY, "subsampling": 0} if settings.image_format == "jpeg" else {}
+    image.save(buffer, settings.image_format, **options)
     return buffer.getvalue()
 
 
@@ -198,10 +196,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: Pixels, names: list[str]) -> Float
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Float[Tensor, "batch channels h w"], names: list[str]) -> Pixels:
     """Scaled latents back to pixels in [-1, 1], fp32; in parts where the device's memory does not hold them at once.
-
-    Raises:
-        FloatingPointError: a pixel that is not finite, naming the images.
-    """
+    Raises FloatingPointError: a pixel that is not finite, naming the images."""
     mean, std = _statistics(vae)
     unscaled = latents.to(vae.device, vae.dtype) * std / vae.config.scaling_factor + mean
     size = len(unscaled)
@@ -257,7 +252,7 @@ def latents_of(
     Args:
         prefix: of the rows' image.
         round_trip: pass the VAE and the codec once before.
-        mirrored: of the mirror
+        mirrored: of the mirror images.
         codec: pass the codec once more before anything else.
     """
     most = settings.vae_encode_batch_size

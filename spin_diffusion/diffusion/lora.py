@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_diffusion.diffusion.denoiser import cast_for_autocast
 from spin_diffusion.diffusion.settings import LoraSettings
+from spin_diffusion.selfplay.device import cast_for_autocast
 from spin_diffusion.store.files import read_json, tensors_hash, weights_hash
 from spin_diffusion.store.input_error import InputError, one_line
 
@@ -204,11 +204,8 @@ class Adapters:
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
     def restore(self, directory: Path | None) -> None:
-        """The player as saved below `directory`, or as it was at first; its Parameters stay the same objects.
-
-        Raises:
-            InputError: an adapter of another rank, on other layers, or of another base.
-        """
+        """The player as saved below `directory`, or as it was at first; its Parameters stay the same objects. Raises
+        InputError: an adapter of another rank, on other layers, or of another base."""
         if directory is None:
             self._load(PLAYER, self._fresh)
             return
@@ -264,11 +261,7 @@ def read_adapter(
 
 def load_adapter(pipeline: Any, folder: Path) -> None:
     """Put a saved adapter on the UNet of a pipeline, as `pipeline.load_lora_weights` does, with every tensor of its
-    file in its place.
-
-    Raises:
-        InputError: as `read_adapter`.
-    """
+    file in its place. Raises InputError: as `read_adapter`."""
     base_hash, layers = weights_hash(pipeline.unet), _layers_of(folder, pipeline.unet)
     try:
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)

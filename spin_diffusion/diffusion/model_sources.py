@@ -52,10 +52,10 @@ def read_source(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
     file_name(name, "--models")
-    folder = Path(path)
+    folder, pipeline = Path(path), ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
-            return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
+            return pipeline
         if (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "config.json").is_file():
             return ModelSource(name, path, "round", _base_of(folder), folder)
         if (folder / "unet" / "config.json").is_file():
@@ -73,7 +73,7 @@ def read_source(
         if folder.is_file():
             raise InputError(f"--models {spec!r}: {path} {single_file(folder)}")
         raise InputError(f"--models {spec!r}: {path} does not exist; give a folder, or a hub id such as owner/name")
-    return ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
+    return pipeline
 
 
 class _BaseInManifest(TypedDict):
@@ -152,9 +152,9 @@ def read_given_pictures(folder: Path) -> GivenPictures:
     elif indices:
         given = (row for index in indices for row in read_index(index, GivenRow, "restore it, or remove it"))
         entries = (
-            (row["file"], folder / row["file"], row["prompt"], row.get("category"))
+            (file, folder / file, row["prompt"], row.get("category"))
             for row in given
-            if row["file"] is not None
+            if (file := row["file"]) is not None
         )
     else:
         entries = _entries_of_text_files(listing.files, folder)

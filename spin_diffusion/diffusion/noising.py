@@ -179,11 +179,8 @@ def _is_beta(value: object) -> bool:
 
 
 def read_noising(scheduler_config: Configuration, where: str) -> Noising:
-    """The forward process of a scheduler's configuration, zero terminal SNR included.
-
-    Raises:
-        InputError: as `check_scheduler`.
-    """
+    """The forward process of a scheduler's configuration, zero terminal SNR included. Raises InputError: as
+    `check_scheduler`."""
     filled_in = scheduler_config.get("_use_default_values", ())
     given = {key: value for key, value in scheduler_config.items() if key not in filled_in}
     check_scheduler(given, f"{where}: its scheduler")
@@ -193,16 +190,16 @@ def read_noising(scheduler_config: Configuration, where: str) -> Noising:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a pair's scores; shared by both images of the pair and by both models.
+    """What is random in a pair's scores; shared by both models, and but on trajectories by both images of the pair.
 
     Attributes:
-        t: timestep of each pair.
-        eps: noise of each pair, fp32.
+        t: timestep of each pair; on trajectories, which of the sampler's steps.
+        eps: noise of each pair, fp32; on trajectories several, of the real image's forward process.
         dropped: whether the pair's caption is replaced by the empty one.
     """
 
     t: Timesteps
-    eps: Latents
+    eps: Float[Tensor, "batch ..."]
     dropped: list[bool]
 
 

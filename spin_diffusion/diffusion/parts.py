@@ -62,34 +62,18 @@ _VAE = _keys(
     "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block out_channels "
     "up_block_types",
 )
-_ENCODER = Keys(
-    (
-        "hidden_act",
-        "hidden_size",
-        "intermediate_size",
-        "layer_norm_eps",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "vocab_size",
-    ),
-    # Older versions of transformers wrote the last ones, which change nothing that is computed here
-    frozenset(
-        {
-            *CLIPTextConfig().to_dict(),
-            "dropout",
-            "torch_dtype",
-            "gradient_checkpointing",
-            "attn_implementation",
-            "use_cache",
-        }
-    ),
+_NEEDED = (
+    "hidden_act hidden_size intermediate_size layer_norm_eps max_position_embeddings num_attention_heads "
+    "num_hidden_layers vocab_size"
 )
+# Older versions of transformers wrote these, which change nothing that is computed here
+_OLD = "dropout torch_dtype gradient_checkpointing attn_implementation use_cache"
+_ENCODER = Keys(tuple(_NEEDED.split()), frozenset({*CLIPTextConfig().to_dict(), *_OLD.split()}))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A network's folder in a checkpoint."""
+    """A network's folder in a checkpoint. All methods raise InputError for what is missing or not supported."""
 
     folder: Path
     where: str
@@ -97,14 +81,7 @@ class Part:
     variant: str | None = None
 
     def config(self, class_name: str | None = None) -> Configuration:
-        """Its configuration.
-
-        Args:
-            class_name: the only class that is supported, where the file says one.
-
-        Raises:
-            InputError: there is none, or it is of another class; the weights are an adapter.
-        """
+        """Its configuration; `class_name` is the only class that is supported, where the file says one."""
         if not self.folder.is_dir():
             raise InputError(f"{self.where}: the folder {self.folder} is missing: get the whole checkpoint")
         config = read_configuration(self.folder / CONFIG, self.where)
@@ -118,7 +95,7 @@ class Part:
         return config
 
     def checked_config(self, kind: type, keys: Keys) -> Configuration:
-        """The configuration of a class of diffusers. Raises InputError as `config` and `check_keys`."""
+        """The configuration of a class of diffusers, complete and with no unknown key."""
         config, where = self.config(kind.__name__), f"{self.where}: {CONFIG}"
         check_complete(config, kind, where)
         check_keys(config, keys, where)
@@ -128,17 +105,15 @@ class Part:
         """The network: the weights of the variant if there are any, else the plain ones, as diffusers takes them."""
         variants = weight_files(self.folder)
         chosen = self.variant if self.variant in variants else None
-        if chosen not in variants:
-            if variants:
-                names = sorted(map(str, variants))
-                raise InputError(
-                    f"{self.where}: its weights are of the variant {' and '.join(names)} alone: give --variant "
-                    f"{names[0]}"
-                )
+        if not variants:
             raise InputError(
                 f"{self.where}: {self.folder} has no weights in safetensors files (pickled ones, .bin, are not "
                 "loaded): save it with save_pretrained(FOLDER, safe_serialization=True) and give FOLDER"
             )
+        if chosen not in variants:
+            names = sorted(map(str, variants))
+            alone = f"its weights are of the variant {' and '.join(names)} alone"
+            raise InputError(f"{self.where}: {alone}: give --variant {names[0]}")
         check_stored(variants[chosen], config, where=self.where)
         try:
             return load_whole(kind, str(self.folder), where=self.where, variant=chosen)
@@ -149,12 +124,8 @@ class Part:
 
 
 def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DConditionModel:
-    """The UNet in a folder, in fp32.
-
-    Raises:
-        InputError: it is not a UNet2DConditionModel of the kind that is told a prompt and a timestep alone, or not
-            what its files say.
-    """
+    """The UNet in a folder, in fp32. Raises InputError: it is not a UNet2DConditionModel of the kind that is told a
+    prompt and a timestep alone, or not what its files say."""
     part = Part(folder, where, variant)
     return part.load(UNet2DConditionModel, part.checked_config(UNet2DConditionModel, _UNET))
 
@@ -187,12 +158,7 @@ def load_vae(family: ModuleType, part: Part) -> AutoencoderKL:
 
 
 def load_encoder(kind: Any, part: Part, folder: Path, where: str) -> tuple[PreTrainedModel, CLIPTokenizer]:
-    """A text encoder and its tokenizer.
-
-    Args:
-        kind: class of the encoder.
-        folder, where: of the tokenizer.
-    """
+    """A text encoder of this class, and its tokenizer in another folder."""
     config = part.config()
     if config.get("model_type") != "clip_text_model":
         raise InputError(
@@ -201,12 +167,11 @@ def load_encoder(kind: Any, part: Part, folder: Path, where: str) -> tuple[PreTr
     if "Projection" in kind.__name__ and "projection_dim" not in config:
         refuse_missing(["projection_dim"], f"{part.where}: {CONFIG}")
     check_keys(config, _ENCODER, f"{part.where}: {CONFIG}")
-    tokenizer = _load_tokenizer(folder, config, where)
+    tokenizer = _load_tokenizer(folder, config, where)  # first: it is small
     return part.load(kind, config), tokenizer
 
 
 def _load_tokenizer(folder: Path, encoder: Configuration, where: str) -> CLIPTokenizer:
-    """A tokenizer that makes the ids which an encoder of this configuration reads."""
     config = read_configuration(folder / "tokenizer_config.json", where)
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):

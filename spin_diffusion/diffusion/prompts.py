@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from spin_diffusion.data.rows import Example, short_hash
-from spin_diffusion.diffusion.base import words_of
 from spin_diffusion.diffusion.families import Conditioning, Embedded, Frames
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.selfplay.device import sent
@@ -34,7 +33,7 @@ class CutPrompts:
     drawn or trained."""
 
     def __init__(self, pipeline: Any) -> None:
-        self.tokenizers = [tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None]
+        self.tokenizers = _those_of(pipeline, *TOKENIZERS)
         self.prompts = self.cut = self.longest = 0
         self._waiting: list[str] = []
         self._first: tuple[str, str] | None = None
@@ -56,11 +55,7 @@ class CutPrompts:
             yield example
 
     def line(self, what: str) -> str | None:
-        """A warning for people; None when none is cut.
-
-        Args:
-            what: the prompts' name in the plural.
-        """
+        """A warning for people; None when none is cut. `what`: the prompts' name in the plural."""
         self._count()
         if self._first is None:
             return None
@@ -79,8 +74,8 @@ class CutPrompts:
             return
         of_each = [tokenizer(texts, verbose=False)["input_ids"] for tokenizer in self.tokenizers]
         self.prompts += len(texts)
+        limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
         for text, *ids in zip(texts, *of_each, strict=True):
-            limits = [tokenizer.model_max_length for tokenizer in self.tokenizers]
             self.longest = max(self.longest, *map(len, ids))
             if all(len(each) < limit for each, limit in zip(ids, limits, strict=True)):
                 continue
@@ -88,12 +83,11 @@ class CutPrompts:
             read = [each[: limit - 1] for each, limit in zip(ids, limits, strict=True)]
             key = short_hash(json.dumps(read).encode())
             self._alike.setdefault(key, set()).add(short_hash(text.encode("utf-8", "surrogatepass")))
-            over = [len(each) > limit for each, limit in zip(ids, limits, strict=True)]
-            if any(over):
+            over = [place for place, limit in enumerate(limits) if len(ids[place]) > limit]
+            if over:
                 self.cut += 1
-                place = over.index(True)
-                lost = ids[place][limits[place] - 1 : -1]
-                self._first = self._first or (text, self.tokenizers[place].decode(lost))
+                lost = ids[over[0]][limits[over[0]] - 1 : -1]
+                self._first = self._first or (text, self.tokenizers[over[0]].decode(lost))
 
 
 class Prompts:
@@ -112,11 +106,8 @@ class Prompts:
         self._file: Callable[[int], Any] = lambda number: None
 
     def conditioning(self, prompts: list[str], dropped: list[bool], frames: Frames) -> Conditioning:
-        """What the denoiser is told; where `dropped`, that of the sampler's unconditional half.
-
-        Args:
-            frames: one per prompt.
-        """
+        """What the denoiser is told; where `dropped`, that of the sampler's unconditional half. `frames`: one per
+        prompt."""
         places = self._find(prompts)
         embedded = self._kept(places) if places is not None else self.family.embed(self.pipeline, prompts)
         drop = sent(torch.tensor(dropped), self.device)
@@ -171,26 +162,19 @@ class Prompts:
     def put_away(self) -> bool:
         """Free the device of the encoders if their work is kept; whether it is."""
         if len(self._hashes):
-            self._move(torch.device("cpu"))
+            move(*self._encoders(), device=torch.device("cpu"))
         return len(self._hashes) > 0
 
     def bring_back(self) -> None:
         """Put the encoders where they were."""
-        self._move(self.device)
-
-    def _move(self, device: torch.device) -> None:
-        if self.pipeline.text_encoder.device != device:
-            for encoder in self._encoders():
-                encoder.to(device)
+        move(*self._encoders(), device=self.device)
 
     def _encoders(self) -> list[Any]:
-        names = ("text_encoder", "text_encoder_2")
-        return [getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name, None) is not None]
+        return _those_of(self.pipeline, "text_encoder", "text_encoder_2")
 
     def _encoders_hash(self, dtype: torch.dtype) -> str:
         """The hash of all that decides an embedding, but the prompt."""
-        tokenizers = [getattr(self.pipeline, name, None) for name in TOKENIZERS]
-        words = [words_of(tokenizer) for tokenizer in tokenizers if tokenizer]
+        words = [words_of(tokenizer) for tokenizer in _those_of(self.pipeline, *TOKENIZERS)]
         content = [*((weights_hash(encoder), config_of(encoder)) for encoder in self._encoders()), words, str(dtype)]
         return key_of(content=content)
 
@@ -216,6 +200,28 @@ class Prompts:
             )
             for name in self._unconditional
         }
+
+
+def move(*networks: Any, device: torch.device) -> None:
+    """Put networks on a device, where the first of them is not yet: to look through all weights takes a twentieth of a
+    small step."""
+    if networks[0].device != device:
+        for network in networks:
+            network.to(device)
+
+
+def _those_of(pipeline: Any, *names: str) -> list[Any]:
+    return [part for name in names if (part := getattr(pipeline, name, None)) is not None]
+
+
+def words_of(tokenizer: Any) -> list[Any]:
+    """What decides the tokens of a prompt."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for name in ("truncation", "padding"):  # those of the last call, whatever it was for
+        rules.pop(name, None)
+    words = sorted(tokenizer.get_vocab().items())
+    return [words, tokenizer.model_max_length, str(tokenizer.special_tokens_map), rules]
 
 
 def _number(prompt: str) -> int:

@@ -5,7 +5,6 @@ Diffusion models are compared at one timestep and one noise per pair (`forward`)
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -60,13 +59,13 @@ class Question:
 
     def asked_of(self, model: Callable[..., Any]) -> Tensor:
         """What a model predicts of each image, as `target` is."""
-        inputs = {name: self._both_sides(value) for name, value in self.inputs.items()}
+        inputs = {
+            name: {key: self.of_sides(each) for key, each in value.items()}
+            if isinstance(value, dict)
+            else self.of_sides(value)
+            for name, value in self.inputs.items()
+        }
         return self.read(model(self.x_t, self.of_sides(self.t), **inputs, return_dict=False)[0])
-
-    def _both_sides(self, value: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        if isinstance(value, dict):
-            return {name: self.of_sides(tensor) for name, tensor in value.items()}
-        return self.of_sides(value)
 
     def scores(self, predicted: Tensor) -> Tensor:
         """The score of each image."""
@@ -89,8 +88,6 @@ class Questions:
         denoiser: DenoiserSettings,
         trajectory: TrajectorySettings,
         sizes: list[Size],
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """
         Args:
@@ -99,15 +96,12 @@ class Questions:
         """
         self.noising, self.steps, self.prompts = noising, steps, prompts
         self.denoiser, self.trajectory, self.sizes = denoiser, trajectory, sizes
-        self.device, self.autocast = device, autocast
+        self.device = prompts.device
         self.weights = timestep_weights(noising, denoiser.snr_gamma, denoiser.timestep_weights)
 
     def about(self, batch: Batch) -> Iterator[Question]:
         """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored.
-
-        Args:
-            batch: pairs of one size.
-        """
+        `batch`: pairs of one size."""
         if self.steps is None:
             yield self.noised(batch)
         else:
@@ -160,7 +154,7 @@ class Questions:
 
     def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
         """The denoiser's inputs beside x_t and t, as keywords of its call."""
-        with self.autocast():
+        with self.prompts.autocast():
             conditioning = self.prompts.conditioning(prompts, dropped, frames)
         added = {"added_cond_kwargs": conditioning.added} if conditioning.added else {}
         return {"encoder_hidden_states": conditioning.tokens} | added

@@ -5,7 +5,7 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditio
 from PIL import Image
 from torch import Tensor, nn
 
-from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import Size, decode_latents, to_images
 from spin_diffusion.diffusion.lora import load_adapter
@@ -24,7 +23,7 @@ from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.input_error import InputError
 
-SAMPLERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+SAMPLERS: dict[str, Callable[[Mapping[str, object]], Any]] = {
     # Latents are not confined to [-1, 1]: DDIM clips them unless told otherwise
     "ddim": lambda config: DDIMScheduler.from_config(config, clip_sample=False),
     "dpmpp": lambda config: DPMSolverMultistepScheduler.from_config(config),
@@ -44,23 +43,9 @@ def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -
     return made
 
 
-def load_to_draw(base: Base, device: torch.device | str) -> tuple[Any, Any]:
-    """The family and the pipeline of a base, on a device and not to be trained."""
-    family, pipeline = load_checkpoint(base)
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval().to(device)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    return family, pipeline
-
-
 def drawing_pipeline(pipeline: Any, sampler: str, *, unet: Path | None = None, lora: Path | None = None) -> Any:
     """A base's pipeline with another sampler, and with a saved UNet or adapter where one is given. The base's own UNet
-    stays as it is.
-
-    Args:
-        unet, lora: folders as a round saves them.
-    """
+    stays as it is. `unet`, `lora`: folders as a round saves them."""
     network = pipeline.unet if unet is None else load_unet(unet, str(unet))
     if lora is not None:
         network = copy.deepcopy(network)
@@ -161,14 +146,14 @@ def draw_images(
     done: Callable[[int], None] = lambda images: None,
     **settings: Any,
 ) -> list[Image.Image]:
-    """The images of `draw_batches`, in one list.
+    """The images of `draw_batches` with these settings; `done` is told how many there are so far."""
+    return all_images(draw_batches(pipeline, prompts, seeds, **settings), done)
 
-    Args:
-        done: is told how many there are so far.
-        settings: of `draw_batches`.
-    """
+
+def all_images(batches: Iterable[Drawn], done: Callable[[int], None]) -> list[Image.Image]:
+    """The images of all batches; `done` is told how many there are so far."""
     images: list[Image.Image] = []
-    for drawn in draw_batches(pipeline, prompts, seeds, **settings):
+    for drawn in batches:
         images += drawn.images
         done(len(images))
     return images

@@ -10,7 +10,6 @@ may see what it does not.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,19 +30,18 @@ SHARED_PAIRS = (1 + NUM_FOLDS / (NUM_FOLDS - 1)) ** 0.5
 JPEG_BLOCK_PX = 8
 
 Latents = Float[Tensor, "batch channels height width"]
+Features = Float[np.ndarray, "pairs features"]
 
 
 # What is measured on latents
 
 
-def band_edges(num_bands: int = NUM_BANDS) -> np.ndarray:
-    """Edges of the bands of radial frequency, (num_bands + 1,), in cycles per latent px; the last takes the corners."""
-    edges = np.linspace(0.0, 0.5, num_bands + 1)
-    edges[-1] = np.sqrt(0.5) + 1e-9
-    return edges
+def band_edges() -> np.ndarray:
+    """Edges of the bands of radial frequency in cycles per latent px; the last takes the corners."""
+    return np.append(np.linspace(0.0, 0.5, NUM_BANDS + 1)[:-1], np.sqrt(0.5) + 1e-9)
 
 
-def log_spectrum(latents: Latents, num_bands: int = NUM_BANDS) -> Float[np.ndarray, "batch channels bands"]:
+def log_spectrum(latents: Latents) -> Float[np.ndarray, "batch channels bands"]:
     """Mean power in each band of radial frequency, in dB, of each channel without its mean under a Hann window.
 
     A band into which no frequency of this size falls is nan.
@@ -54,10 +52,10 @@ def log_spectrum(latents: Latents, num_bands: int = NUM_BANDS) -> Float[np.ndarr
     spectrum = np.fft.fft2((x - x.mean(axis=(-2, -1), keepdims=True)) * window)
     power = np.abs(spectrum) ** 2 / (window**2).sum()
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    band = np.digitize(radius, band_edges(num_bands)) - 1
+    band = np.digitize(radius, band_edges()) - 1
     band[0, 0] = -1  # the mean
     empty = np.full(power.shape[:-2], np.nan)
-    means = [power[..., band == b].mean(axis=-1) if (band == b).any() else empty for b in range(num_bands)]
+    means = [power[..., band == b].mean(axis=-1) if (band == b).any() else empty for b in range(NUM_BANDS)]
     return 10 * np.log10(np.stack(means, axis=-1) + 1e-12)
 
 
@@ -88,7 +86,7 @@ def blocking(latents: Latents, period: int) -> Float[np.ndarray, "batch channels
     return np.log(sum(border) + 1e-12) - np.log(sum(inside) + 1e-12)
 
 
-def features(latents: Latents, latent_px: int) -> Float[np.ndarray, "batch features"]:
+def features(latents: Latents, latent_px: int) -> Features:
     """What the probe sees of an image: the measures above of every channel.
 
     Args:
@@ -106,25 +104,18 @@ def features(latents: Latents, latent_px: int) -> Float[np.ndarray, "batch featu
 # The probe
 
 
-def ridge_direction(
-    first: Float[np.ndarray, "pairs features"], second: Float[np.ndarray, "pairs features"], ridge: float = RIDGE
-) -> Float[np.ndarray, " features"]:
+def ridge_direction(first: Features, second: Features) -> Float[np.ndarray, " features"]:
     """Weights w of the features, such that `features @ w` is larger for `first`: ridge regression of the labels +1 and
-    -1 on standardised features, (X'X/n + ridge) v = X'y/n with w = v / spread."""
+    -1 on standardised features, (X'X/n + RIDGE) v = X'y/n with w = v / spread."""
     x = np.concatenate([first, second])
     y = np.repeat([1.0, -1.0], [len(first), len(second)])
     spread = x.std(axis=0)
     spread[spread < 1e-9 * (1 + np.abs(x).max(axis=0))] = np.inf  # a constant feature says nothing
     x = (x - x.mean(axis=0)) / spread
-    return np.linalg.solve(x.T @ x / len(x) + ridge * np.eye(x.shape[1]), x.T @ y / len(x)) / spread
+    return np.linalg.solve(x.T @ x / len(x) + RIDGE * np.eye(x.shape[1]), x.T @ y / len(x)) / spread
 
 
-def separability(
-    first: Float[np.ndarray, "pairs features"],
-    second: Float[np.ndarray, "pairs features"],
-    judged: Float[np.ndarray, "pairs features"] | None = None,
-    seed: int = 0,
-) -> Interval:
+def separability(first: Features, second: Features, judged: Features | None = None, seed: int = 0) -> Interval:
     """AUC of a linear probe that tells `first` from `second`, on pairs that it was not fitted to; 0.5 = not at all.
 
     Row i of all is one pair and is in one fold, so the probe has never seen the content that it is asked about. Only
@@ -207,7 +198,7 @@ class ShortcutProbe:
         """Whether a shortcut ends the run."""
         return self.settings.on_shortcut == "stop"
 
-    def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, Any]:
+    def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, object]:
         """What the probe says of pairs of stored rows, of those of the most frequent size; see `report`."""
         sizes = [size_of(row) for row in real]
         most = max(sizes, key=sizes.count, default=None)
@@ -225,7 +216,7 @@ class ShortcutProbe:
         return report(plain, passed, codec, drawn, latent_px, self.images.vae_round_trip)
 
 
-def not_run(pairs: int) -> dict[str, Any]:
+def not_run(pairs: int) -> dict[str, object]:
     """What is said of too few pairs."""
     return {
         "state": "not run",
@@ -263,7 +254,7 @@ class Spectra:
 
 def report(
     plain: Latents, passed: Latents, codec: Latents | None, drawn: Latents, latent_px: int, round_trip: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What tells the images apart: AUCs, differences of spectra, and what to do, as a JSON object.
 
     Args:
@@ -290,14 +281,16 @@ def report(
         decoder=spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
         generated=spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
     )
-    traces, remedies = [], []
-    if not round_trip and _counts(auc.decoder):
-        traces.append(f"the decoder ({_shown(auc.decoder)})")
-        remedies.append("--vae_round_trip true")
-    if auc.codec is not None and _counts(auc.codec):
-        traces.append(f"one pass of the codec ({_shown(auc.codec)})")
-        remedies.append("--image_format png")
-    if traces:
+    found = [
+        (f"{cause} ({_shown(trace)})", remedy)
+        for cause, remedy, trace in (
+            ("the decoder", "--vae_round_trip true", None if round_trip else auc.decoder),
+            ("one pass of the codec", "--image_format png", auc.codec),
+        )
+        if trace is not None and trace.mean >= ALARMING_AUC and trace.low > 0.5
+    ]
+    traces, remedies = [trace for trace, _ in found], [remedy for _, remedy in found]
+    if found:
         verdict = (
             f"traces of {' and of '.join(traces)} tell images of the same content apart over {len(plain)} pairs, so "
             f"the player can win without learning content: pass {' and '.join(remedies)}, in another --output_dir"
@@ -322,23 +315,18 @@ def report(
     }
 
 
-def _counts(auc: Interval) -> bool:
-    return auc.mean >= ALARMING_AUC and auc.low > 0.5
-
-
 def _shown(auc: Interval) -> str:
     return f"AUC {auc.mean:.2f} [{auc.low:.2f}, {auc.high:.2f}]"
 
 
 def _differences(auc: Separabilities, spectra: Spectra, round_trip: bool) -> str:
     """What else tells real from generated images, in one sentence."""
-    differences = [
+    _, channel, band, largest = max(
         (abs(interval.mean), channel, band, interval)
         for channel, bands in enumerate(spectra.generated)
         for band, interval in enumerate(bands)
         if interval is not None
-    ]
-    _, channel, band, largest = max(differences, key=lambda difference: difference[:3])
+    )
     low, high = spectra.edges[band], min(spectra.edges[band + 1], 0.5)
     return (
         f"real from generated: {_shown(auc.generated)}"

@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spin_diffusion.diffusion.noising import Latents
+from spin_diffusion.diffusion.noising import Draws, Latents, draw
 from spin_diffusion.selfplay.device import sent
 from spin_diffusion.store.input_error import InputError
 
@@ -63,11 +63,8 @@ class SamplerSteps:
 
 
 def read_steps(scheduler: DDIMScheduler, num_inference_steps: int, eta: float) -> SamplerSteps:
-    """The steps that a DDIM scheduler takes.
-
-    Raises:
-        InputError: a schedule whose first step starts from pure noise (zero terminal SNR), where a and c are infinite.
-    """
+    """The steps that a DDIM scheduler takes. Raises InputError: a schedule whose first step starts from pure noise
+    (zero terminal SNR), where a and c are infinite."""
     scheduler.set_timesteps(num_inference_steps)
     config, all_abar = scheduler.config, scheduler.alphas_cumprod.double()
     t = torch.as_tensor(scheduler.timesteps).cpu().long()
@@ -124,37 +121,12 @@ def as_noise(
     return abar.sqrt() * prediction.float() + (1 - abar).sqrt() * x_t
 
 
-@dataclass(frozen=True)
-class TrajectoryDraws:
-    """What is random in a pair's scores on trajectories; shared by both models.
-
-    Attributes:
-        step: which step of the sampler is taken, for `steps`.
-        noises: of the real side's forward process; for `steps` two, for `exact` one more than there are steps.
-        dropped: whether the pair's caption is replaced by the empty one.
-    """
-
-    step: Int[Tensor, " batch"]
-    noises: Trajectory
-    dropped: list[bool]
-
-
-def drawn_step(generator: torch.Generator, num_steps: int) -> int:
-    """Which step `steps` takes: the first thing that is drawn with a pair's seed."""
-    return int(torch.randint(num_steps, (1,), generator=generator))
-
-
 def draw_steps(
     seeds: list[int], shape: tuple[int, ...], num_steps: int, kind: Literal["steps", "exact"], drop_probability: float
-) -> TrajectoryDraws:
-    """One draw per seed, always on the CPU so that it does not depend on the device."""
-    step, noises, dropped = [], [], []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        step.append(drawn_step(generator, num_steps))
-        dropped.append(torch.rand(1, generator=generator).item() < drop_probability)
-        noises.append(torch.randn((2 if kind == "steps" else num_steps + 1, *shape), generator=generator))
-    return TrajectoryDraws(torch.tensor(step), torch.stack(noises), dropped)
+) -> Draws:
+    """One draw per seed: which step `steps` takes, and noises of the forward process, of which `steps` needs two and
+    `exact` one more than there are steps."""
+    return draw(seeds, (2 if kind == "steps" else num_steps + 1, *shape), num_steps, drop_probability)
 
 
 @dataclass(frozen=True)
@@ -172,7 +144,7 @@ class TruePair:
 
 
 def true_pairs(
-    x_0: Latents, kept: Trajectory | None, draws: TrajectoryDraws, steps: SamplerSteps, kind: Literal["steps", "exact"]
+    x_0: Latents, kept: Trajectory | None, draws: Draws, steps: SamplerSteps, kind: Literal["steps", "exact"]
 ) -> Iterator[TruePair]:
     """The steps that a batch is scored on: a drawn one for each pair, or all of them one after the other.
 
@@ -182,12 +154,12 @@ def true_pairs(
             step alone; None = there is no generated side.
     """
     rows = torch.arange(len(x_0))
-    forward = forward_trajectory(x_0, draws.noises, steps) if kind == "exact" else None
-    for step in [draws.step] if forward is None else [torch.full_like(rows, n) for n in range(len(steps))]:
+    forward = forward_trajectory(x_0, draws.eps, steps) if kind == "exact" else None
+    for step in [draws.t] if forward is None else [torch.full_like(rows, n) for n in range(len(steps))]:
         if forward is None:
             abar = _of(steps.abar, step, x_0)
-            x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * draws.noises[:, 0]
-            x_prev = posterior(x_0, x_t, draws.noises[:, 1], steps, step)
+            x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * draws.eps[:, 0]
+            x_prev = posterior(x_0, x_t, draws.eps[:, 1], steps, step)
         else:
             x_t, x_prev = forward[rows, step], forward[rows, step + 1]
         if kept is None:

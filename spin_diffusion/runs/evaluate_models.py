@@ -10,10 +10,10 @@ from typing import Any, Literal, TypedDict
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.diffusion.base import Base, parts_hash
+from spin_diffusion.diffusion.base import Base, load_to_draw, parts_hash
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.diffusion.prompts import CutPrompts
-from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline, load_to_draw
+from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spin_diffusion.diffusion import prompts
 from spin_diffusion.diffusion.images import encoded_once, vae_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game
@@ -131,7 +132,7 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
     game = make_game(base)
     batch = batch_of(game)
     moved = []
-    monkeypatch.setattr(game.prompts, "_move", lambda device: moved.append(device.type))
+    monkeypatch.setattr(prompts, "move", lambda *networks, device: moved.append(device.type))
     game.scores(game.player, batch)
     assert moved == []  # nothing is kept: they are needed
     keep(game, tmp_path, batch.prompts)

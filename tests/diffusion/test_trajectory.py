@@ -109,17 +109,17 @@ def test_the_posterior_s_noise_averages_out_of_the_implied_noise():
 def test_a_step_of_the_real_side_has_a_noise_of_its_own(kind):
     steps = read_steps(sampler(), 10, 1.0)
     draws = draw_steps([3, 4], (4, 2, 2), 10, kind, 0.0)
-    noises = draws.noises.clone()
+    noises = draws.eps.clone()
     noises[:, 0] = 0  # that of x_t, or of x_T: what is left in the step is what it adds itself
-    pair = next(true_pairs(torch.zeros(2, 4, 2, 2), None, replace(draws, noises=noises), steps, kind))
+    pair = next(true_pairs(torch.zeros(2, 4, 2, 2), None, replace(draws, eps=noises), steps, kind))
     assert (pair.x_t == 0).all()
     sigma = steps.sigma[pair.step].float()[:, None, None, None]
-    assert torch.allclose(pair.x_prev, sigma * draws.noises[:, 1]) and (sigma > 0).all()
+    assert torch.allclose(pair.x_prev, sigma * draws.eps[:, 1]) and (sigma > 0).all()
 
 
 def test_every_step_of_the_sampler_is_drawn_equally_often():
     draws = draw_steps(list(range(2000)), (1, 1, 1), 10, "steps", 0.0)
-    counts = torch.bincount(draws.step, minlength=10)
+    counts = torch.bincount(draws.t, minlength=10)
     assert len(counts) == 10 and counts.min() > 150 and counts.max() < 250  # 200, give or take 13
 
 
@@ -180,9 +180,9 @@ def gaussian_rounds(kind: str, eta: float, rounds: int, beta: float, chains: int
             seeds = [k * 10**6 + number * chains + row for row in range(chains)]
             generator = torch.Generator().manual_seed(seeds[0])
             draws = draw_steps(seeds[:1], (1, 1, 1), len(steps), "steps" if kind == "forward" else kind, 0.0)
-            noises = torch.randn(chains, draws.noises.shape[1], 1, 1, 1, generator=generator, dtype=torch.float64)
+            noises = torch.randn(chains, draws.eps.shape[1], 1, 1, 1, generator=generator, dtype=torch.float64)
             chosen = torch.randint(len(steps), (chains,), generator=generator)
-            draws = replace(draws, step=chosen, noises=noises)
+            draws = replace(draws, t=chosen, eps=noises)
             if kind == "forward":
                 abar = steps.abar[chosen][:, None, None, None]
                 both = torch.cat([x_0, generated])
@@ -265,7 +265,7 @@ def test_a_kept_trajectory_is_the_opponent_s_own(sdxl_dir):
     seen = set()
     for seed in range(20):
         scores = game.scores(game.player, replace(batch, seeds=[seed, seed + 100])).scores
-        seen |= set(draw_steps([seed, seed + 100], (4, 16, 16), 3, "steps", 0.0).step.tolist())
+        seen |= set(draw_steps([seed, seed + 100], (4, 16, 16), 3, "steps", 0.0).t.tolist())
         # Up to the rounding to fp16, which the last step, of a small c, magnifies
         assert scores.opponent_generated.abs().max() < 2e-3 < 0.1 < scores.opponent_real.abs().min()
     assert seen == {0, 1, 2}
@@ -286,7 +286,7 @@ def test_sides_and_signs(sdxl_dir):
     batch = batch_of(game)
     steps, x_0 = game.steps, batch.real["latents"].double()
     draws = draw_steps(batch.seeds, (4, 16, 16), 3, "exact", 0.0)
-    known = draws.noises[:, 0]
+    known = draws.eps[:, 0]
 
     class Knows(torch.nn.Module):
         def forward(self, x_t, t, **inputs):
