@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from spin_diffusion.data.rows import Bad, Expected, LeftOut, Message, TextExample
-from spin_diffusion.data.text import last_question
+from spin_diffusion.data.rows import Bad, Expected, LeftOut, Message
 from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError, broken_character, one_line
 
@@ -149,15 +148,6 @@ class Chat:
     def text(self, answer_ids: list[int]) -> str:
         """What an answer says, without the end token; other special tokens that a model drew are shown."""
         return self._decode(answer_ids[:-1] if answer_ids and answer_ids[-1] in self.end_ids else answer_ids)
-
-    @staticmethod
-    def prompt_text(prompt: str | list[Message]) -> str:
-        """A prompt for people: the plain text, or the last turn of the user."""
-        return last_question(prompt)
-
-    def round_trips(self, example: TextExample) -> bool:
-        """Whether the tokens of the real answer give back its text. Nothing is counted. Raises as `answer_ids`."""
-        return self._gives_back(self._written(example.prompt, example.completion))
 
     def notes(self) -> list[str]:
         """What was counted so far, a line each for people; nothing where nothing occurred."""

@@ -40,7 +40,8 @@ class _State(TypedDict):
     global_batch: int
     lr: float
     ema_steps: int
-    history: list[dict[str, Any]]
+    history: list[Any]
+    """As `health.History`; not looked into, since under fp16 a gradient's norm may be infinite."""
     anchors: list[AnchorRecord]
 
 
@@ -58,7 +59,7 @@ class Checkpoints:
         self.game, self.accelerator = trainee.game, trainee.accelerator
         self.anchor_hash = self.game.opponent_hash() if trainee.settings.refresh_opponent_steps else ""
 
-    def save(self, step: int, history: list[dict[str, Any]], anchors: list[AnchorRecord]) -> None:
+    def save(self, step: int, history: health.History, anchors: list[AnchorRecord]) -> None:
         """Write checkpoint `step` with what the log and the anchors are by now, in place of the oldest."""
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
@@ -90,7 +91,7 @@ class Checkpoints:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, wanted: str) -> tuple[int, list[dict[str, Any]], list[AnchorRecord]]:
+    def load(self, wanted: str) -> tuple[int, health.History, list[AnchorRecord]]:
         """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors.
 
         Where the newest is wanted and is not what was written, the one before it is taken, which is said.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal, TypedDict, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -108,7 +108,44 @@ def check_finite(
 WINDOW_STEPS = 20
 """Steps that a rule looks back on, and after which it says something at the earliest."""
 
-History = list[dict[str, Any]]
+Metric = Literal[
+    "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated"
+]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+"""What is logged of each pair."""
+Quarters = list[float | None]
+"""Means over the pairs in each quarter of the levels; None where it has none."""
+
+
+class StepEntry(TypedDict, total=False):
+    """A line of metrics.jsonl: what was logged of an optimizer step, means over its pairs."""
+
+    step: int
+    loss: float
+    r_real: float
+    r_generated: float
+    margin: float
+    implicit_accuracy: float
+    saturation: float
+    score_real: float
+    score_generated: float
+    r_real_by_quarter: Quarters
+    r_generated_by_quarter: Quarters
+    margin_by_quarter: Quarters
+    implicit_accuracy_by_quarter: Quarters
+    saturation_by_quarter: Quarters
+    score_real_by_quarter: Quarters
+    score_generated_by_quarter: Quarters
+    grad_norm: float
+    lr: float
+    pairs_per_second: float
+    distance: float
+    """Of the weights from the opponent's, now and then."""
+    findings: dict[str, str]
+    """What rules of health said, by their names."""
+
+
+History = list[StepEntry]
 """What was logged of each optimizer step of the round so far."""
 
 Check = Callable[[History, float, HealthSettings], str | None]

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, relu, softplus
 
 from spin_diffusion.selfplay.game import PairScores
-from spin_diffusion.selfplay.objective_names import is_file
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.named import load_named, raised
 
@@ -172,7 +171,7 @@ def loss_of(name: str) -> Callable[..., Float[Tensor, " batch"]]:
     Raises:
         InputError: a file whose `loss` does not map the scores of some pairs to one loss each.
     """
-    if not is_file(name):
+    if not name.endswith(".py"):
         return globals()[name]
     loss = load_named(__name__, name, "loss")
     zeros = torch.zeros(2)

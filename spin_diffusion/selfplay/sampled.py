@@ -200,13 +200,15 @@ def cache(round_: Round, record: RoundRecord) -> StepResult:
 
 def _encode(round_: Round, samples: RealSamples) -> int:
     """The tensors of the opponent's samples that take part in a pair; how many this process encoded."""
-    wanted: dict[str, Any] = {}
-    if round_.candidates is not None:
-        choices = samples.folder / CHOICES
-        wanted = {"rows_of": lambda path: chosen_samples(path, choices / path.name), "beside": choices}
     bar = round_.run.progress.phase(f"{samples.title}: encode", round_.num_drawn(samples))
-    source, target = samples.folder / SAMPLES, samples.folder / ENCODED
-    return encode_shards(source, target, round_.game, round_.accelerator, bar, **wanted)
+    source, target, choices = samples.folder / SAMPLES, samples.folder / ENCODED, samples.folder / CHOICES
+    if round_.candidates is None:
+        return encode_shards(source, target, round_.game, round_.accelerator, bar)
+
+    def chosen(path: Path) -> list[Row]:
+        return chosen_samples(path, choices / path.name)
+
+    return encode_shards(source, target, round_.game, round_.accelerator, bar, chosen, choices)
 
 
 def _score(round_: Round, game: KeepsScores, record: RoundRecord, samples: RealSamples) -> None:

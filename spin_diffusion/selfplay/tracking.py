@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spin_diffusion.selfplay.game import PairScores
+from spin_diffusion.selfplay.health import METRICS, StepEntry
 from spin_diffusion.store.input_error import printable
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
@@ -33,12 +34,8 @@ def by_quarter(values: Float[Tensor, " pairs"], levels: Float[Tensor, " pairs"])
     return [values[quarters == q].mean().item() if (quarters == q).any() else None for q in range(4)]
 
 
-COLUMNS = (
-    "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated",
-    "level",
-)  # fmt: skip
-"""Of a pair; the last is where on the game's scale of difficulty it was scored."""
-LEVEL = len(COLUMNS) - 1
+LEVEL = len(METRICS)
+"""The column behind those of a pair's metrics: where on the game's scale of difficulty it was scored."""
 
 
 def record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Tensor:
@@ -55,30 +52,32 @@ def record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Te
     )  # fmt: skip
 
 
-def summary(metrics: Tensor) -> dict[str, Any]:
+def summary(metrics: Tensor) -> StepEntry:
     """Means over all pairs of `record`'s rows, and over those of each quarter of the levels."""
-    entry: dict[str, Any] = {name: metrics[:, column].mean().item() for column, name in enumerate(COLUMNS[:LEVEL])}
-    for column, name in enumerate(COLUMNS[:LEVEL]):
-        if name != "loss":
-            entry[f"{name}_by_quarter"] = by_quarter(metrics[:, column], metrics[:, LEVEL])
-    return entry
+    means = {name: metrics[:, column].mean().item() for column, name in enumerate(METRICS)}
+    quarters = {
+        f"{name}_by_quarter": by_quarter(metrics[:, column], metrics[:, LEVEL])
+        for column, name in enumerate(METRICS)
+        if name != "loss"
+    }
+    return cast(StepEntry, {**means, **quarters})
 
 
-def tracked(entry: dict[str, Any], prefix: str) -> dict[str, float]:
+def tracked(entry: StepEntry, prefix: str) -> dict[str, float]:
     """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels."""
     names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
              "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
              "score_generated": "scores/generated"}  # fmt: skip
     flat: dict[str, float] = {}
     for key, value in entry.items():
-        if key.endswith("_by_quarter"):
+        if isinstance(value, list):
             name = key.removesuffix("_by_quarter")
             flat |= {
                 f"{prefix}/{names.get(name, name)}/quarter_{q + 1}": mean
                 for q, mean in enumerate(value)
                 if mean is not None
             }
-        else:
+        elif isinstance(value, int | float):
             flat[f"{prefix}/{names.get(key, key)}"] = value
     return flat
 
@@ -88,7 +87,9 @@ def tracked(entry: dict[str, Any], prefix: str) -> dict[str, float]:
 RUN_ID = "tracker_run_id"
 
 
-def start_trackers(project: str, settings: dict[str, Any], run_dir: Path, logs: Path, accelerator: Accelerator) -> None:
+def start_trackers(
+    project: str, settings: Mapping[str, object], run_dir: Path, logs: Path, accelerator: Accelerator
+) -> None:
     """Open the trackers; a run that was stopped and goes on also goes on in wandb's and trackio's run.
 
     Args:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -21,6 +20,7 @@ from spin_diffusion.samples.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.game import Game, PairScores
+from spin_diffusion.selfplay.health import METRICS, StepEntry
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.record import AnchorRecord, TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
@@ -67,15 +67,14 @@ def train(
         FloatingPointError: a loss or gradient that is not finite.
     """
     # The player with its optimizer, and how far a killed run got
-    accelerator = game.accelerator
-    per_step = check_batch(len(pairs.ids), settings, accelerator.num_processes)
+    per_step = check_batch(len(pairs.ids), settings, game.accelerator.num_processes)
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
     first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
-    ahead = ReadAhead(pairs, settings.train_batch_size * accelerator.num_processes)
-    name_axis(plan.name, accelerator)
+    ahead = ReadAhead(pairs, settings.train_batch_size * game.accelerator.num_processes)
+    name_axis(plan.name, game.accelerator)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings.health) else None
     for step in range(first_step, plan.steps):
@@ -85,12 +84,12 @@ def train(
         if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
             anchors.append({"step": step, "hash": checkpoints.new_anchor()})
         lr = trainee.optimizer.param_groups[0]["lr"]
-        metrics, gradient_norm = _take_step(step, trainee, ahead, plan)
+        metrics, norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
         trainee.update_averages(average)
 
         # What the step said
-        rates = {"grad_norm": gradient_norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
+        rates: StepEntry = {"grad_norm": norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
         history.append(_entry(step, summary(metrics) | rates, plan, trainee, progress))
         ended = _heeded(history, plan, trainee)
         if ended is not None or step + 1 == plan.steps:
@@ -98,13 +97,14 @@ def train(
         if (step + 1) % settings.checkpointing_steps == 0:
             checkpoints.save(step + 1, history, anchors)
     ahead.close()
+
     # What is left of it
     kept_step = history[-1]["step"]
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
         kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
     trainee.finish()
     health.check_weights(trained_parameters(game), plan.round_)
-    if accelerator.is_main_process:
+    if game.accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
     return _came_to(first_step, history, anchors, ended, kept_step, settings)
@@ -125,15 +125,17 @@ def _prepared(game: Game, plan: RoundPlan, settings: TrainSettings) -> tuple[Tra
 
 
 def _entry(
-    step: int, said: dict[str, Any], plan: RoundPlan, trainee: Trainee, progress: Callable[[int, str], None]
-) -> dict[str, Any]:
+    step: int, said: StepEntry, plan: RoundPlan, trainee: Trainee, progress: Callable[[int, str], None]
+) -> StepEntry:
     """What is logged of a step, told to trackers and whoever waits; with the distance of the weights now and then."""
     if (step + 1) % health.WINDOW_STEPS == 0 or step + 1 == plan.steps:
         distance = trainee.distance()
-        said |= {} if distance is None else {"distance": distance}
+        if distance is not None:
+            said["distance"] = distance
     log_step(plan.name, tracked(said, plan.name), step + 1, trainee.accelerator)
     progress(step + 1, f"loss {said['loss']:.4f}  accuracy {said['implicit_accuracy']:.2f}")
-    return {"step": step + 1} | said
+    first: StepEntry = {"step": step + 1}
+    return first | said
 
 
 def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
@@ -157,10 +159,7 @@ def _came_to(
 ) -> TrainingRecord:
     """For the round's record: how far training went, what the rules of health said, and means over the last steps."""
     last = history[-health.WINDOW_STEPS :]
-
-    def mean(name: str) -> float:
-        return sum(entry[name] for entry in last) / len(last)
-
+    means = {name: sum(entry[name] for entry in last) / len(last) for name in METRICS}
     return {
         "steps": history[-1]["step"],
         "resumed_from": first_step,
@@ -175,14 +174,14 @@ def _came_to(
         else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
         "anchors": anchors,
         "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
-        "loss": mean("loss"),
-        "r_real": mean("r_real"),
-        "r_generated": mean("r_generated"),
-        "margin": mean("margin"),
-        "implicit_accuracy": mean("implicit_accuracy"),
-        "saturation": mean("saturation"),
-        "score_real": mean("score_real"),
-        "score_generated": mean("score_generated"),
+        "loss": means["loss"],
+        "r_real": means["r_real"],
+        "r_generated": means["r_generated"],
+        "margin": means["margin"],
+        "implicit_accuracy": means["implicit_accuracy"],
+        "saturation": means["saturation"],
+        "score_real": means["score_real"],
+        "score_generated": means["score_generated"],
     }
 
 

@@ -269,7 +269,7 @@ class Fused(Trainee):
         super().save(directory)
         if self.accelerator.is_main_process:
             tensors: dict[str, Tensor] = {}
-            numbers: dict[str, Any] = {}
+            numbers: dict[str, object] = {}
             for place, (weight, optimizer) in enumerate(zip(self.parameters, self._each, strict=True)):
                 for name, value in optimizer.state[weight].items():
                     if isinstance(value, Tensor):
@@ -309,5 +309,5 @@ def save_weights(weights: list[Tensor], path: Path) -> None:
 
 def load_weights(path: Path, accelerator: Accelerator) -> list[Tensor]:
     """What `save_weights` wrote, on this process's device."""
-    found: dict[str, Any] = load_file(path)
+    found = load_file(path)
     return [found[name].to(accelerator.device) for name in sorted(found)]

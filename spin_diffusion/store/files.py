@@ -48,6 +48,8 @@ T = TypeVar("T")
 Tell = Callable[[int, str], None]
 """(steps done by all processes, text), from `store.progress.Progress.phase`."""
 JsonObject = Mapping[str, object]
+OBJECT: Any = dict[str, Any]
+"""As `store.typed.fit` knows it: a JSON object of any content."""
 SEAL = "content_sha256"
 """Key of a JSON object's own hash."""
 _ABOUT, _CONTENT = "about", "content"
@@ -87,7 +89,7 @@ def _seal_of(content: JsonObject) -> str:
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> Any:
+def read_json(path: Path, type_: Any = OBJECT, remedy: str = ELSEWHERE) -> Any:
     """The content of a JSON file of ours, which is of the type that is expected of it.
 
     Args:
@@ -106,7 +108,7 @@ def read_json(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) 
         return fitting
 
 
-def read_if_whole(path: Path, type_: Any = dict[str, Any]) -> Any | None:
+def read_if_whole(path: Path, type_: Any = OBJECT) -> Any | None:
     """The content of a JSON file that is made anew where it is not there; None then, and when it is damaged, which is
     said."""
     try:
@@ -116,7 +118,7 @@ def read_if_whole(path: Path, type_: Any = dict[str, Any]) -> Any | None:
         return None
 
 
-def read_json_lines(path: Path, type_: Any = dict[str, Any], remedy: str = ELSEWHERE) -> list[Any]:
+def read_json_lines(path: Path, type_: Any = OBJECT, remedy: str = ELSEWHERE) -> list[Any]:
     """The rows of a file of ours with a JSON value on each line, as `read_json`."""
     with _reading(path, remedy):
         # Not splitlines: a text may hold other line separators of Unicode

@@ -91,13 +91,6 @@ def file_name(name: str, what: str) -> str:
     return name
 
 
-def folder_inside(name: str, what: str) -> str:
-    """`name`, which is a relative path that stays in its folder; InputError when it leads out of it."""
-    if not name or name != printable(name) or leads_out(name):
-        raise InputError(f"{what} {printable(name)!r} leads out of the folder: give a name, such as logs")
-    return name
-
-
 # Files
 
 _KINDS = {

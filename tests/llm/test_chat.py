@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spin_diffusion.data.rows import BAD_REASONS, Bad, LeftOut, Message, TextExample
+from spin_diffusion.data.rows import BAD_REASONS, Bad, LeftOut, Message
 from spin_diffusion.llm.chat import Chat, check_template, check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.generation import until_end
 from spin_diffusion.store.input_error import InputError
@@ -464,8 +464,7 @@ def test_prompts_and_answers_without_tokens_are_left_out() -> None:
     assert made.answer_ids("a", "b!").ids == [1, 2]
     assert made.lossy_answers == 1
     assert made.notes() == ["answers that the tokenizer does not give back as they were, scored as it reads them: 1"]
-    assert not made.round_trips(TextExample("a", "b!", None, ""))
-    assert made.round_trips(TextExample("a", "ab", None, ""))
+    made.answer_ids("a", "ab")
     assert made.lossy_answers == 1
 
 
@@ -486,7 +485,8 @@ def test_an_answer_with_a_letter_that_is_read_as_the_end_token_is_left_out() -> 
 
 def test_a_space_that_is_only_seen_behind_a_prompt_is_not_lost() -> None:
     made = chat(metaspace())
-    assert made.round_trips(TextExample(asked("which hen"), "the red hen", None, ""))
+    made.answer_ids(asked("which hen"), "the red hen")
+    assert made.lossy_answers == 0
 
 
 @pytest.mark.parametrize("make", [chatml, llama])
@@ -496,11 +496,6 @@ def test_text_gives_back_an_answer_without_its_end(make) -> None:
     assert made.text(ids).strip() == "the red hen </s>"
     assert made.text(ids[:-1]) == made.text(ids), "also of a cut one"
     assert made.text([]) == made.text([made.end_ids[-1]]) == ""
-
-
-def test_prompt_text_is_the_last_question() -> None:
-    assert Chat.prompt_text("plain") == "plain"
-    assert Chat.prompt_text([{"role": "system", "content": "s"}, *asked("a", "b", "c")]) == "c"
 
 
 def test_the_pad_token_is_the_tokenizers_or_unknown_or_the_end() -> None:
