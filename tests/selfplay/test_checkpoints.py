@@ -17,6 +17,7 @@ from spin_diffusion.selfplay.checkpoints import (
     remove_checkpoints,
 )
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.trainee import Average, Trainee
 from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
@@ -133,10 +134,11 @@ def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_p
     write_json(path / "trainer.json", state | changed)
     write_json(path / "hashes.json", file_hashes([path], path))
     trainee = create_autospec(Trainee, instance=True)
-    trainee.kind, trainee.game, trainee.accelerator = (
+    trainee.kind, trainee.game, trainee.accelerator, trainee.settings = (
         "whole",
         create_autospec(Game, instance=True),
         Accelerator(cpu=True),
+        TrainSettings(),
     )
     with pytest.raises(InputError, match=said):
         Checkpoints(tmp_path, trainee, None, 4).load("latest")
