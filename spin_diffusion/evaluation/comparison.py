@@ -1,120 +1,93 @@
-"""Models side by side: each score with its interval, its difference to a baseline on the same prompts and seeds, and
-the same within parts of the prompts."""
+"""Models side by side: the difference of each score to a baseline on the same prompts and seeds, and the same within
+parts of the prompts."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 
-from spin_diffusion.evaluation.records import IMAGES, Modality, PartedBy, PartEntry, Role, Scale
+from spin_diffusion.evaluation.records import ComparisonEntry, PartedBy, PartEntry, Role, Scale
 from spin_diffusion.evaluation.statistics import (
     Interval,
     holm,
-    mean_interval,
     paired_difference,
     sign_test_p,
     t_test_p,
+    win_rate,
     win_tie_loss,
 )
+from spin_diffusion.evaluation.verdicts import verdict
 
 MIN_PROMPTS = 20
 """A part of the prompts with fewer than these gets no interval of its own."""
+Scores = Mapping[tuple[str, Scale, str], np.ndarray]
+"""(model, guidance scale, scorer) -> (prompts, samples): the same prompts and seeds in the same order for all."""
+Lost = Mapping[tuple[str, Scale], frozenset[str]]
+"""(model, guidance scale) -> ids of further prompts of which it lacks a sample or its score, so that they are in no
+model's scores."""
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """Scores of one model at one guidance scale by one scorer."""
-
-    model: str
-    guidance_scale: Scale
-    scorer: str
-    scores: np.ndarray
-    """(prompts, samples): the same prompts and seeds in the same order for every model."""
-    role: Role = "held-out"
-    """What the scorer can say; a difference of a "drift" score is never good news."""
-    modality: Modality = IMAGES
-    """What was scored."""
-    lost: frozenset[str] = frozenset()
-    """Ids of further prompts of which this model lacks a sample or its score, so that they are in no model's scores."""
+def compare(scores: Scores, baseline: str, roles: Mapping[str, Role], lost: Lost) -> list[ComparisonEntry]:
+    """Each model at each guidance scale by each scorer against the baseline; their tests are one family."""
+    return _compared([(at, baseline) for at in scores if at[0] != baseline], scores, roles, lost)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One model at one guidance scale by one scorer, against another, mostly the baseline, at the same scale."""
-
-    model: str
-    guidance_scale: Scale
-    scorer: str
-    num_prompts: int
-    num_images: int
-    """Samples per prompt."""
-    mean: Interval
-    difference: Interval | None
-    """Model minus baseline, paired by prompt. None for the baseline, and so are the fields below."""
-    wins: int | None
-    """Prompts where the model scores higher. A prompt that only the model ahead has lost counts against it."""
-    ties: int | None
-    losses: int | None
-    p: float | None
-    """The larger p-value of the sign test of wins against losses and of the t-test of the mean, both two-sided."""
-    p_holm: float | None = None
-    """The same, adjusted by Holm over all tests that were made together."""
-    role: Role = "held-out"
-    """What the scorer can say."""
-    modality: Modality = IMAGES
-    """What was scored."""
-    other: str = ""
-    """The model that it is compared with."""
+def compare_others(scores: Scores, baseline: str, roles: Mapping[str, Role], lost: Lost) -> list[ComparisonEntry]:
+    """Each pair of models but the baseline, the later one against the earlier; their tests are one family."""
+    groups: dict[tuple[Scale, str], list[str]] = {}
+    for model, scale, scorer in scores:
+        if model != baseline:
+            groups.setdefault((scale, scorer), []).append(model)
+    pairs = [
+        ((later, scale, scorer), earlier)
+        for (scale, scorer), models in groups.items()
+        for earlier, later in combinations(models, 2)
+    ]
+    return _compared(pairs, scores, roles, lost)
 
 
-def compare(rows: Sequence[Row], baseline: str) -> list[Comparison]:
-    """One Comparison with the baseline per row, in the order of the rows; their tests are one family.
-
-    Args:
-        rows: among them the baseline's at each guidance scale by each scorer.
-    """
-    of_baseline = {(row.guidance_scale, row.scorer): row for row in rows if row.model == baseline}
-    return _adjusted([_compare_row(row, of_baseline[row.guidance_scale, row.scorer]) for row in rows])
-
-
-def compare_others(rows: Sequence[Row], baseline: str) -> list[Comparison]:
-    """Each pair of models but the baseline, the later one against the earlier; their tests are one family.
-
-    Args:
-        rows: as in `compare`.
-    """
-    groups: dict[tuple[Scale, str], list[Row]] = {}
-    for row in rows:
-        if row.model != baseline:
-            groups.setdefault((row.guidance_scale, row.scorer), []).append(row)
-    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
-    return _adjusted([_compare_row(later, earlier) for earlier, later in pairs])
-
-
-def _compare_row(row: Row, base: Row) -> Comparison:
-    num_prompts, num_images = row.scores.shape
-    mean = mean_interval(row.scores)
-    difference = wins = ties = losses = p = None
-    if row is not base:
-        difference = paired_difference(row.scores, base.scores)
-        wins, ties, losses = win_tie_loss(row.scores, base.scores)
+def _compared(
+    pairs: Iterable[tuple[tuple[str, Scale, str], str]], scores: Scores, roles: Mapping[str, Role], lost: Lost
+) -> list[ComparisonEntry]:
+    """Of (model, guidance scale, scorer) and the model that each is compared with."""
+    entries: list[ComparisonEntry] = []
+    for (model, scale, scorer), other in pairs:
+        ours, theirs = scores[model, scale, scorer], scores[other, scale, scorer]
+        difference = paired_difference(ours, theirs)
+        wins, ties, losses = win_tie_loss(ours, theirs)
         # Whoever is ahead may be so because the prompts that it failed at are not compared
+        lacks, others_lack = lost.get((model, scale), frozenset()), lost.get((other, scale), frozenset())
         if wins > losses:
-            losses += len(row.lost - base.lost)
+            losses += len(lacks - others_lack)
         elif losses > wins:
-            wins += len(base.lost - row.lost)
-        p = max(sign_test_p(wins, losses), t_test_p(row.scores, base.scores))
-    compared = (num_prompts, num_images, mean, difference, wins, ties, losses, p)
-    return Comparison(
-        row.model, row.guidance_scale, row.scorer, *compared, role=row.role, modality=row.modality, other=base.model
-    )
-
-
-def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
-    """With p_holm: all of them are one family of tests."""
-    adjusted = iter(holm([c.p for c in comparisons if c.p is not None]).tolist())
-    return [c if c.p is None else replace(c, p_holm=next(adjusted)) for c in comparisons]
+            wins += len(others_lack - lacks)
+        won = win_rate(wins, ties, losses)
+        entries.append(
+            ComparisonEntry(
+                model=model,
+                baseline=other,
+                scorer=scorer,
+                guidance_scale=scale,
+                num_prompts=len(ours),
+                difference=difference.mean,
+                low=difference.low,
+                high=difference.high,
+                wins=wins,
+                ties=ties,
+                losses=losses,
+                win_rate=won.mean,
+                win_rate_low=won.low,
+                win_rate_high=won.high,
+                p=max(sign_test_p(wins, losses), t_test_p(ours, theirs)),
+                p_holm=1.0,
+                verdict="inconclusive",
+            )
+        )
+    for entry, p_holm in zip(entries, holm([entry["p"] for entry in entries]).tolist(), strict=True):
+        difference, lead = Interval(entry["difference"], entry["low"], entry["high"]), entry["wins"] - entry["losses"]
+        entry["p_holm"] = p_holm
+        entry["verdict"] = verdict(difference, p_holm, lead, roles[entry["scorer"]] == "drift")
+    return entries
 
 
 # Parts of the prompts
@@ -123,7 +96,7 @@ def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
 def breakdowns(
     models: Sequence[str],
     prompts: Mapping[Scale, Sequence[tuple[str, str]]],
-    scores: Mapping[tuple[str, Scale, str], np.ndarray],
+    scores: Scores,
     scorers: Sequence[str],
 ) -> list[PartEntry]:
     """Differences within categories of prompts, and within quarters by the prompts' length.

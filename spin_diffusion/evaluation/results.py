@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.alarms import Pictures, check_alarms
-from spin_diffusion.evaluation.comparison import Comparison, Row, breakdowns, compare, compare_others
+from spin_diffusion.evaluation.comparison import breakdowns, compare, compare_others
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples, scorer_record
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.records import (
@@ -48,8 +48,8 @@ from spin_diffusion.evaluation.records import (
 )
 from spin_diffusion.evaluation.scoring import answer_of
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.evaluation.statistics import Interval, best_by_average, best_of_k, mean_interval, win_rate
-from spin_diffusion.evaluation.verdicts import overall_verdict, rank, verdict
+from spin_diffusion.evaluation.statistics import best_by_average, best_of_k, mean_interval
+from spin_diffusion.evaluation.verdicts import overall_verdict, rank
 from spin_diffusion.samples.drawn import folder_of
 from spin_diffusion.samples.photometry import MEASURES
 from spin_diffusion.store.files import write_json
@@ -76,8 +76,8 @@ def conclude(
     training_prompts: Sequence[str] | None = None,
     in_domain: Collection[str] = (),
     **training: Unpack[OfTraining],
-) -> tuple[Results, list[Comparison]]:
-    """Write results.json and the tables of samples and scores below `root`; the results and their comparisons.
+) -> Results:
+    """Write results.json and the tables of samples and scores below `root`; the results.
 
     A prompt counts at a guidance scale when every model has all of its samples there, each with every score.
 
@@ -104,11 +104,11 @@ def conclude(
         if about[name]["role"] == "held-out":
             about[name] = about[name] | {"role": "in-domain"}
     compared = _compared(models, samples, protocol, about)
-    results, comparisons = _results(compared, title, headline_scale, training_prompts, _training(training))
+    results = _results(compared, title, headline_scale, training_prompts, _training(training))
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     _write(root, results, compared)
-    return results, comparisons
+    return results
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,17 +217,12 @@ def _results(
     headline_scale: Scale,
     training_prompts: Sequence[str] | None,
     training: TrainingEntries,
-) -> tuple[Results, list[Comparison]]:
-    """The content of results.json, and its comparisons."""
+) -> Results:
+    """The content of results.json."""
     baseline, *others = names = [model.name for model in compared.models]
     scales, roles, modality = list(compared.complete), compared.roles, compared.modality
-    rows = [
-        Row(model, scale, scorer, scores, roles[scorer], modality, compared.lost[model, scale])
-        for (model, scale, scorer), scores in compared.arrays.items()
-    ]
-    comparisons = compare(rows, baseline)
-    entries = [_comparison_entry(comparison) for comparison in comparisons if comparison.p is not None]
-    between = [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]
+    entries = compare(compared.arrays, baseline, roles, compared.lost)
+    between = compare_others(compared.arrays, baseline, roles, compared.lost)
     alarms, counts = _alarms(compared, training_prompts), _counts(compared)
     verdicts = [
         _verdict_entry(count, entries, roles, alarms, modality)
@@ -244,7 +239,7 @@ def _results(
         models=[_model_entry(model) for model in compared.models],
         samples=counts,
         scorers=compared.scorers,
-        results=_aggregates(compared, comparisons),
+        results=_aggregates(compared),
         comparisons=entries,
         verdicts=verdicts,
         alarms=alarms,
@@ -257,7 +252,7 @@ def _results(
         places = [rank(names, scale, [*entries, *between], compared.scorers, verdicts) for scale in scales]
         results["between_others"] = between
         results["ranking"] = [place for place in places if place is not None]
-    return results, comparisons
+    return results
 
 
 def _counts(compared: _Compared) -> list[CountEntry]:
@@ -296,31 +291,6 @@ def _model_entry(model: EvaluatedModel) -> ModelEntry:
     )
 
 
-def _comparison_entry(c: Comparison) -> ComparisonEntry:
-    assert c.difference is not None and c.p is not None and c.p_holm is not None, "the baseline is not compared"
-    assert c.wins is not None and c.ties is not None and c.losses is not None, "all or none of them are counted"
-    won = win_rate(c.wins, c.ties, c.losses)
-    return ComparisonEntry(
-        model=c.model,
-        baseline=c.other,
-        scorer=c.scorer,
-        guidance_scale=c.guidance_scale,
-        num_prompts=c.num_prompts,
-        difference=c.difference.mean,
-        low=c.difference.low,
-        high=c.difference.high,
-        wins=c.wins,
-        ties=c.ties,
-        losses=c.losses,
-        win_rate=won.mean,
-        win_rate_low=won.low,
-        win_rate_high=won.high,
-        p=c.p,
-        p_holm=c.p_holm,
-        verdict=verdict(c.difference, c.p_holm, c.wins - c.losses, c.role == "drift"),
-    )
-
-
 def _verdict_entry(
     count: CountEntry,
     entries: Sequence[ComparisonEntry],
@@ -339,17 +309,15 @@ def _verdict_entry(
     return {"model": model, "guidance_scale": scale, "verdict": concluded, "reason": reason}
 
 
-def _aggregates(compared: _Compared, comparisons: Sequence[Comparison]) -> list[AggregateEntry]:
+def _aggregates(compared: _Compared) -> list[AggregateEntry]:
     arrays, roles = compared.arrays, compared.roles
 
-    def entry(
-        at: tuple[str, Scale, str], aggregate: Aggregate, per_prompt: np.ndarray, mean: Interval | None = None
-    ) -> AggregateEntry:
-        interval = mean or mean_interval(per_prompt)
+    def entry(model: str, scale: Scale, scorer: str, aggregate: Aggregate, per_prompt: np.ndarray) -> AggregateEntry:
+        interval = mean_interval(per_prompt)
         return AggregateEntry(
-            model=at[0],
-            scorer=at[2],
-            guidance_scale=at[1],
+            model=model,
+            scorer=scorer,
+            guidance_scale=scale,
             aggregate=aggregate,
             num_prompts=len(per_prompt),
             mean=interval.mean,
@@ -358,18 +326,15 @@ def _aggregates(compared: _Compared, comparisons: Sequence[Comparison]) -> list[
             sd=float(per_prompt.std(ddof=1)),
         )
 
-    entries = []
-    for c in comparisons:
-        at = (c.model, c.guidance_scale, c.scorer)
-        entries.append(entry(at, "mean", arrays[at].mean(axis=1), c.mean))
+    entries = [entry(*at, "mean", scores.mean(axis=1)) for at, scores in arrays.items()]
     for model, scale, of_model in compared.each():
         if not roles or of_model.per_prompt == 1:
             continue  # the best of one is that one
         scores = {name: arrays[model.name, scale, name] for name in roles}
-        entries += [entry((model.name, scale, name), "best_of_k", best_of_k(each)) for name, each in scores.items()]
+        entries += [entry(model.name, scale, name, "best_of_k", best_of_k(each)) for name, each in scores.items()]
         judged = {name: each for name, each in scores.items() if roles[name] != "drift"}
         best = best_by_average(judged) if judged else {}
-        entries += [entry((model.name, scale, name), "best_by_average", each) for name, each in best.items()]
+        entries += [entry(model.name, scale, name, "best_by_average", each) for name, each in best.items()]
     return entries
 
 

@@ -1,14 +1,13 @@
 """Results in the terminal, in Markdown and in trackers: means and differences, and what is said below them."""
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.records import (
     AggregateEntry,
     ComparisonEntry,
@@ -16,17 +15,31 @@ from spin_diffusion.evaluation.records import (
     Scale,
     guidance_scales,
     modality_of,
+    samples_per_prompt,
     scale_in_words,
 )
 from spin_diffusion.evaluation.statistics import Interval, decimals_of
 from spin_diffusion.evaluation.verdicts import verdict
+from spin_diffusion.store.run_dir import write_file
 
-_T = TypeVar("_T")
 _STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
 _CAPTION = "Bold: mean and wins are both beyond chance (adjusted over all tables)."
+_Cells = dict[tuple[str, Scale], tuple[AggregateEntry, ComparisonEntry | None]]
+"""(model, guidance scale) -> the mean by one scorer, and the difference to the baseline, which itself has none."""
 
 
-def print_table(comparisons: Sequence[Comparison], console: Console | None = None) -> None:
+def _cells_of(results: Results) -> dict[str, _Cells]:
+    """Scorer that was run -> the cells of its table."""
+    compared = {(c["scorer"], c["model"], c["guidance_scale"]): c for c in results["comparisons"]}
+    cells: dict[str, _Cells] = {}
+    for mean in results["results"]:
+        if mean["aggregate"] == "mean":
+            at = mean["model"], mean["guidance_scale"]
+            cells.setdefault(mean["scorer"], {})[at] = mean, compared.get((mean["scorer"], *at))
+    return cells
+
+
+def print_table(results: Results, console: Console | None = None) -> None:
     """One table per scorer: a line per model, for each guidance scale its mean and its difference to the baseline.
 
     Bold and green is a difference that `verdict` calls improved, bold and red one that it calls regressed; bold alone
@@ -34,119 +47,115 @@ def print_table(comparisons: Sequence[Comparison], console: Console | None = Non
     one table per guidance scale.
     """
     console = console or Console()
-    for scorer in _distinct(c.scorer for c in comparisons):
-        of_scorer = [c for c in comparisons if c.scorer == scorer]
-        scales = _distinct(c.guidance_scale for c in of_scorer)
-        by_scale = [[c for c in of_scorer if c.guidance_scale == scale] for scale in scales]
+    unlimited = console.options.update(max_width=10_000)
+    scales = guidance_scales(results["protocol"])
+    for scorer, cells in _cells_of(results).items():
         layouts = [
-            [_rich_table(rows, separator) for rows in groups]
-            for groups in ([of_scorer], by_scale)
+            [_rich_table(results, scorer, cells, part, separator) for part in parts]
+            for parts in ([scales], [[scale] for scale in scales])
             for separator in (" ", "\n")
         ]
-        tables = next((tables for tables in layouts if all(_fits(table, console) for table in tables)), layouts[-1])
-        for table in tables:
+        fitting = (
+            tables
+            for tables in layouts
+            if all(Measurement.get(console, unlimited, table).maximum <= console.width for table in tables)
+        )
+        for table in next(fitting, layouts[-1]):
             console.print(table)
 
 
-def _fits(table: Table, console: Console) -> bool:
-    unlimited = console.options.update(max_width=10_000)
-    return Measurement.get(console, unlimited, table).maximum <= console.width
+def tell_table(results: Results, folder: Path) -> None:
+    """Print the table, and write it with what is said below it into table.md in `folder`; nothing where no scorer was
+    run."""
+    if results["results"]:
+        print_table(results)
+        markdown = as_markdown(results) + "".join(f"{line}\n\n" for line in closing_lines(results))
+        write_file(folder / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
 
 
-def _rich_table(comparisons: list[Comparison], separator: str) -> Table:
+def _rich_table(results: Results, scorer: str, cells: _Cells, scales: Sequence[Scale], separator: str) -> Table:
     """`separator` stands between a number and its interval: a line break makes columns half as wide."""
     # Text and not str: rich would read the square brackets of a model's name as markup.
-    table = Table(title=Text(_title(comparisons)), caption=Text(_CAPTION), title_justify="left", caption_justify="left")
+    cells = {at: cell for at, cell in cells.items() if at[1] in scales}
+    title = Text(_title(results, scorer, cells))
+    table = Table(title=title, caption=Text(_CAPTION), title_justify="left", caption_justify="left")
     table.add_column("model")
-    guidance_scales = _distinct(c.guidance_scale for c in comparisons)
-    for scale in guidance_scales:
-        heading = comparisons[0].modality.heading.format(scale_in_words(scale))
+    for scale in scales:
+        heading = modality_of(results["protocol"]).heading.format(scale_in_words(scale))
         table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
-    decimals = _decimals(comparisons)
-    by_cell = {(c.model, c.guidance_scale): c for c in comparisons}
-    for model in _distinct(c.model for c in comparisons):
-        cells = [Text(model)]
-        for scale in guidance_scales:
-            comparison = by_cell.get((model, scale))
-            if comparison is None:
-                cells += [Text(), Text()]
-                continue
-            mean = Text(_mean(comparison.mean, decimals, separator))
-            difference = Text(_difference(comparison.difference, decimals, separator))
-            difference.stylize(_STYLES[comparison.role == "drift"][_direction(comparison)])
-            cells += [mean, difference]
-        table.add_row(*cells)
+    drifts = any(entry["name"] == scorer and entry["role"] == "drift" for entry in results["scorers"])
+    decimals = _decimals(cells)
+    for model in dict.fromkeys(model for model, _ in cells):
+        row = [Text(model)]
+        for mean, compared in (cells[model, scale] for scale in scales):
+            row.append(Text(_mean(mean, decimals, separator)))
+            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][_direction(compared)]))
+        table.add_row(*row)
     return table
 
 
-def as_markdown(comparisons: Sequence[Comparison]) -> str:
+def as_markdown(results: Results) -> str:
     """One table per scorer with everything `print_table` shows, and wins, ties, losses and p-values."""
     parts = []
-    for scorer in _distinct(c.scorer for c in comparisons):
-        of_scorer = [c for c in comparisons if c.scorer == scorer]
-        decimals = _decimals(of_scorer)
-        columns = of_scorer[0].modality.columns
+    columns = modality_of(results["protocol"]).columns
+    for scorer, cells in _cells_of(results).items():
+        decimals = _decimals(cells)
         head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
-        parts += [f"**{_escaped(_title(of_scorer))}**", "", f"| {' | '.join(head)} |"]
+        parts += [f"**{_escaped(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
         parts.append(f"|---|{'---:|' * (len(head) - 1)}")
-        for c in of_scorer:
-            difference = _difference(c.difference, decimals, " ")
-            if _direction(c):
-                difference = f"**{difference}**"
-            counts = "" if c.wins is None else f"{c.wins} / {c.ties} / {c.losses}"
-            p = "" if c.p_holm is None else "< 0.001" if c.p_holm < 0.001 else f"{c.p_holm:.3f}"
-            mean = _mean(c.mean, decimals, " ")
-            scale = [scale_in_words(c.guidance_scale).removeprefix("guidance ") for _ in columns]
-            row = [_escaped(c.model), *scale, mean, difference, counts, p]
+        for (model, scale), (mean, compared) in cells.items():
+            difference, counts, p = _difference(compared, decimals, " "), "", ""
+            if compared is not None:
+                difference = f"**{difference}**" if _direction(compared) else difference
+                counts = f"{compared['wins']} / {compared['ties']} / {compared['losses']}"
+                p = "< 0.001" if compared["p_holm"] < 0.001 else f"{compared['p_holm']:.3f}"
+            at = [scale_in_words(scale).removeprefix("guidance ") for _ in columns]
+            row = [_escaped(model), *at, _mean(mean, decimals, " "), difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
         note = f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm."
         parts += ["", note, ""]
     return "\n".join(parts)
 
 
-def _title(comparisons: list[Comparison]) -> str:
-    sizes = _distinct(f"{c.num_prompts} prompts x {c.num_images} {c.modality.plural}" for c in comparisons)
-    return f"{comparisons[0].scorer}: {', '.join(sizes)}, 95 % t-intervals over prompts, seeds shared"
+def _title(results: Results, scorer: str, cells: _Cells) -> str:
+    what = f"{samples_per_prompt(results['protocol'])} {modality_of(results['protocol']).plural}"
+    sizes = dict.fromkeys(f"{mean['num_prompts']} prompts x {what}" for mean, _ in cells.values())
+    return f"{scorer}: {', '.join(sizes)}, 95 % t-intervals over prompts, seeds shared"
 
 
-def _mean(interval: Interval, decimals: int, separator: str) -> str:
-    return f"{interval.mean:.{decimals}f}{separator}[{interval.low:.{decimals}f}, {interval.high:.{decimals}f}]"
+def _mean(mean: AggregateEntry, decimals: int, separator: str) -> str:
+    return f"{mean['mean']:.{decimals}f}{separator}[{mean['low']:.{decimals}f}, {mean['high']:.{decimals}f}]"
 
 
-def _difference(interval: Interval | None, decimals: int, separator: str) -> str:
-    if interval is None:
+def _difference(compared: ComparisonEntry | None, decimals: int, separator: str) -> str:
+    if compared is None:
         return "baseline"
     # Adding 0 makes a difference that rounds to nothing +0.00 and never -0.00.
-    rounded = [round(value, decimals) + 0.0 for value in (interval.mean, interval.low, interval.high)]
+    rounded = [round(value, decimals) + 0.0 for value in (compared["difference"], compared["low"], compared["high"])]
     mean, low, high = (f"{value:+.{decimals}f}" for value in rounded)
     return f"{mean}{separator}[{low}, {high}]"
 
 
-def _direction(c: Comparison) -> int:
+def _direction(compared: ComparisonEntry | None) -> int:
     """1 if the score rose by the rule of `verdict`, -1 if it fell, 0 if neither is sure or there is no difference."""
-    if c.difference is None:
+    if compared is None:
         return 0
-    assert c.p_holm is not None and c.wins is not None and c.losses is not None
-    improved = verdict(c.difference, c.p_holm, c.wins - c.losses, drift=False)
-    return {"improved": 1, "regressed": -1}.get(improved, 0)
+    difference = Interval(compared["difference"], compared["low"], compared["high"])
+    said = verdict(difference, compared["p_holm"], compared["wins"] - compared["losses"], drift=False)
+    return {"improved": 1, "regressed": -1}.get(said, 0)
 
 
-def _decimals(comparisons: list[Comparison]) -> int:
+def _decimals(cells: _Cells) -> int:
     """Decimals that show two digits of the narrowest interval, the same for all numbers of a scorer; 6 at most."""
-    intervals = [interval for c in comparisons for interval in (c.mean, c.difference) if interval is not None]
-    half_widths = [(interval.high - interval.low) / 2 for interval in intervals if interval.high > interval.low]
+    intervals = [entry for cell in cells.values() for entry in cell if entry is not None]
+    half_widths = [(entry["high"] - entry["low"]) / 2 for entry in intervals if entry["high"] > entry["low"]]
     return decimals_of(min(half_widths, default=0.0), 2)
 
 
 def _escaped(text: str) -> str:
     """Text that stays inside its cell of a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-
-
-def _distinct(values: Iterable[_T]) -> list[_T]:
-    """In the order of their first appearance."""
-    return list(dict.fromkeys(values))
 
 
 # What is said below the tables, and told to trackers

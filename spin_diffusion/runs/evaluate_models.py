@@ -23,7 +23,7 @@ from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
 from spin_diffusion.evaluation.specs import shortened
-from spin_diffusion.evaluation.tables import as_markdown, closing_lines, print_table
+from spin_diffusion.evaluation.tables import closing_lines, tell_table
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
 from spin_diffusion.samples.drawn import (
@@ -85,7 +85,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     )
     if not accelerator.is_main_process:
         return
-    results, comparisons = conclude(
+    results = conclude(
         output_dir,
         models,
         protocol,
@@ -94,15 +94,11 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         headline_scale=scales[-1],
         training_prompts=captions,
     )
-    closing = closing_lines(results)
-    if comparisons:
-        print_table(comparisons)
-        markdown = as_markdown(comparisons) + "".join(f"{line}\n\n" for line in closing)
-        write_file(output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
+    tell_table(results, output_dir)
     for said in results["verdicts"]:
         at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
         print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
-    for line in closing:
+    for line in closing_lines(results):
         print(line)
     if results["failures"]:
         print(f"{len(results['failures'])} pictures are missing, broken or without a score; the report lists them")

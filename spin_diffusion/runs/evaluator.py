@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
-from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.judges import LogLikelihood
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
@@ -16,7 +15,7 @@ from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.evaluation.tables import as_markdown, closing_lines, metrics_of, print_table
+from spin_diffusion.evaluation.tables import closing_lines, metrics_of, tell_table
 from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
@@ -28,7 +27,7 @@ from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached,
 from spin_diffusion.store.files import Tell, read_json, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import AGAIN, file_hashes, write_file
+from spin_diffusion.store.run_dir import AGAIN, file_hashes
 
 
 class _Model(TypedDict):
@@ -123,7 +122,7 @@ class RunEvaluator:
         self.config, self.game, self.base_source, self.saved = config, game, base, saved
         self.output_dir, self.accelerator = Path(config.run.output_dir), game.accelerator
         self._samples = samples
-        self._last: tuple[Results, list[Comparison]] | None = None
+        self._last: Results | None = None
 
     @property
     def samples(self) -> EvaluationSamples:
@@ -267,22 +266,18 @@ class RunEvaluator:
 
         return evaluate
 
-    def tell(self) -> list[Comparison]:
+    def tell(self) -> None:
         """Print and write the table, finish the page; main process only."""
         if self._samples is None:
-            return []
+            return
         if self._last is None:
             self._report()
         assert self._last is not None, "the main process reports"
-        results, comparisons = self._last
+        results = self._last
         if entries := ledger(self.config, self.output_dir):  # the last round's is whole only now
             write_json(self.output_dir / "results.json", results | {"ledger": entries})
             write_report(self.output_dir)
-        closing = closing_lines(results)
-        if comparisons:
-            print_table(comparisons)
-            markdown = as_markdown(comparisons) + "".join(f"{line}\n\n" for line in closing)
-            write_file(self.output_dir / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
+        tell_table(results, self.output_dir)
         headline = results["headline"]
         for alarm in results["alarms"]:
             if alarm["state"] == "alarm" and alarm["guidance_scale"] == headline["guidance_scale"]:
@@ -290,11 +285,10 @@ class RunEvaluator:
         for verdict in results["verdicts"]:
             if (verdict["model"], verdict["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
                 print(f"Verdict on {verdict['model']}: {verdict['verdict']}. {verdict['reason']}")
-        for line in closing:
+        for line in closing_lines(results):
             print(line)
         print(f"Report: {self.output_dir / 'report.html'}")
         self.samples.finish(self._models())
-        return comparisons
 
     # Parts
 
@@ -336,9 +330,7 @@ class RunEvaluator:
             {model.name: log_likelihood} if log_likelihood is not None else {},
         )
 
-    def _conclude(
-        self, root: Path, models: list[EvaluatedModel], title: str, **page: Unpack[OfTraining]
-    ) -> tuple[Results, list[Comparison]]:
+    def _conclude(self, root: Path, models: list[EvaluatedModel], title: str, **page: Unpack[OfTraining]) -> Results:
         """The results of these models, the first of which is the baseline, written below `root`."""
         return conclude(
             root,

@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
-from spin_diffusion.evaluation.comparison import Comparison
 from spin_diffusion.evaluation.records import Results, read_results
 from spin_diffusion.evaluation.tables import as_markdown
 from spin_diffusion.runs.config import AnyConfig, titles_of
@@ -51,7 +50,7 @@ class Card:
     """Folder whose files are to lie at the repository's root, where the libraries look for them."""
 
 
-def write_card(output_dir: Path, config: AnyConfig, card: Card, comparisons: Sequence[Comparison]) -> None:
+def write_card(output_dir: Path, config: AnyConfig, card: Card) -> None:
     """Write README.md: base, data, settings, the table with its intervals."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
     on_hub = not Path(card.base).exists()
@@ -69,7 +68,7 @@ def write_card(output_dir: Path, config: AnyConfig, card: Card, comparisons: Seq
         plays="opponent" in generated,
         prefers="data" in generated,
         facts=[(name, _line(str(value))) for name, value in card.facts],
-        table=as_markdown(comparisons) if comparisons else "",
+        table=as_markdown(results) if results else "",
         verdict=_verdict(results),
         protocol=results["protocol"]["id"][:16] if results else "",
         samples=card.samples,

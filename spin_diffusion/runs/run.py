@@ -166,7 +166,8 @@ def play_run(setup: RunSetup) -> list[RoundRecord]:
     records = _play_with_rivals(run, output_dir, evaluator, run.costs(pairs), accelerator, progress)
     if accelerator.is_main_process:
         card = run.card(rows)
-        write_card(output_dir, config, card, evaluator.tell())
+        evaluator.tell()
+        write_card(output_dir, config, card)
         _print_loading(run, records)
         if config.run.push_to_hub:
             print(f"Uploaded to {push_to_hub(output_dir, config, card)}")

@@ -99,7 +99,7 @@ def evaluate(
     answers_per_prompt: int = 2,
     specs: Sequence[str] = ("log_likelihood", "length", "distinct"),
     **options: Any,
-) -> tuple[dict[str, Any], list[Any]]:
+) -> dict[str, Any]:
     """Draw, judge and conclude; models are (name, role, round, draw, gain of its log-likelihood)."""
     requests = requests_of(rows, answers_per_prompt, 0)
     protocol = protocol_of(requests)

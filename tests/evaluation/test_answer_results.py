@@ -16,7 +16,7 @@ from scipy import stats
 from spin_diffusion.evaluation import protocols
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, belonging
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
-from spin_diffusion.evaluation.records import IMAGES, read_results
+from spin_diffusion.evaluation.records import IMAGES, modality_of, read_results
 from spin_diffusion.evaluation.results import MAX_CURVE_POINTS, conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, score_samples
 from spin_diffusion.evaluation.tables import as_markdown, metrics_of, print_table
@@ -46,11 +46,11 @@ SCHEMA = json.loads(resources.files("spin_diffusion.evaluation").joinpath("resul
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list]:
-    """The folder of a whole evaluation, its results and comparisons; do not write into it."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a whole evaluation, and its results; do not write into it."""
     root = tmp_path_factory.mktemp("answers")
     found = evaluate(root, MODELS, rows=prompts(50), curves=CURVES, measures=MEASURES, training_prompts=["another"])
-    return root, *found
+    return root, found
 
 
 def entry(results: dict[str, Any], key: str, **wanted: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def entry(results: dict[str, Any], key: str, **wanted: Any) -> dict[str, Any]:
 
 
 def test_results_follow_the_schema_and_are_read_as_they_were_written(whole) -> None:
-    root, results, _ = whole
+    root, results = whole
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads((root / "results.json").read_text()))
     assert read_results(root / "results.json") == results
     assert {row["guidance_scale"] for key in ("results", "comparisons", "alarms") for row in results[key]} == {None}
@@ -68,7 +68,7 @@ def test_results_follow_the_schema_and_are_read_as_they_were_written(whole) -> N
 
 
 def test_numbers_are_those_of_a_plain_computation(whole) -> None:
-    root, results, _ = whole
+    root, results = whole
     rows = pq.read_table(root / "scores.parquet").to_pylist()
     by: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
@@ -103,7 +103,7 @@ def test_numbers_are_those_of_a_plain_computation(whole) -> None:
 
 
 def test_the_verdicts_follow_the_rule(whole) -> None:
-    _, results, _ = whole
+    _, results = whole
     verdicts = {row["model"]: row["verdict"] for row in results["verdicts"]}
     # 30 words after 20 are 1.5 times as many and away from the real answers: worth a warning at most, not an alarm
     states = {row["id"]: row["state"] for row in results["alarms"] if row["model"] == "round 2"}
@@ -125,14 +125,14 @@ def test_the_verdicts_follow_the_rule(whole) -> None:
 
 def test_an_alarm_makes_the_verdict_suspect(tmp_path: Path) -> None:
     models = [MODELS[0], ("round 1", "round", 1, answers_by(lambda row: "ever the same answer to all"), 5.0)]
-    results, _ = evaluate(tmp_path, models, rows=prompts(30))
+    results = evaluate(tmp_path, models, rows=prompts(30))
     (verdict,) = results["verdicts"]
     assert verdict["verdict"] == "suspect" and "diversity_over_seeds" in verdict["reason"]
     assert "so the higher scores by log_likelihood may not mean better answers" in verdict["reason"]
 
 
 def test_the_table_of_answers_has_every_answer(whole) -> None:
-    root, *_ = whole
+    root, _ = whole
     rows = pq.read_table(root / "answers.parquet").to_pylist()
     assert len(rows) == 4 * 50 * 2 and {row["state"] for row in rows} == {"ok"}
     assert set(rows[0]) == {
@@ -147,9 +147,9 @@ def test_the_table_of_answers_has_every_answer(whole) -> None:
 
 
 def test_tables_speak_of_answers(whole, capsys: pytest.CaptureFixture) -> None:
-    _, _, comparisons = whole
-    print_table(comparisons, Console(width=200))
-    printed, markdown = capsys.readouterr().out, as_markdown(comparisons)
+    _, results = whole
+    print_table(results, Console(width=200))
+    printed, markdown = capsys.readouterr().out, as_markdown(results)
     for text in (printed, markdown):
         assert "50 prompts x 2 answers" in text
         assert not any(word in text for word in ("guidance", "picture", "image"))
@@ -159,7 +159,7 @@ def test_tables_speak_of_answers(whole, capsys: pytest.CaptureFixture) -> None:
 
 def test_a_judge_that_was_not_run_for_one_model_counts_for_none(tmp_path: Path) -> None:
     rows = prompts(30)
-    results, _ = evaluate(tmp_path, MODELS[:2], rows=rows, specs=["length", "reward_model"])
+    results = evaluate(tmp_path, MODELS[:2], rows=rows, specs=["length", "reward_model"])
     said = entry(results, "scorers", name="reward_model")
     assert said["state"] == "not run" and "which reward model" in said["reason"]
     assert {row["scorer"] for row in results["results"]} == {"length"}
@@ -191,8 +191,8 @@ def test_answers_without_a_score_are_failures_and_take_their_prompt_out(tmp_path
     file.unlink()
     silent = answers_by(lambda row: "" if row["k"] else "other words")
     draw_answers(requests, tmp_path / "models/1", protocol, silent, f"{1:064x}")
-    results, comparisons = conclude(tmp_path, models, protocol, ["length"], title="")
-    assert [c.num_prompts for c in comparisons] == [8, 8]
+    results = conclude(tmp_path, models, protocol, ["length"], title="")
+    assert {row["num_prompts"] for row in (*results["results"], *results["comparisons"])} == {8}
     failures = [row for row in results["failures"] if row["model"] == "round 1"]
     assert len(failures) == 64 and failures[0]["what"] == "no score by length; its prompt is left out for every model"
     assert not [row for row in results["failures"] if row["model"] == "base"]
@@ -207,21 +207,21 @@ def test_a_score_belongs_to_the_sample_that_it_was_given_for() -> None:
 
 def test_empty_answers_count_and_are_told(tmp_path: Path) -> None:
     silent = answers_by(lambda row: "" if row["id"] == "00003" else "some words " + row["prompt"])
-    results, comparisons = evaluate(tmp_path, [MODELS[0], ("m", "candidate", None, silent, 0.0)], rows=prompts(30))
+    results = evaluate(tmp_path, [MODELS[0], ("m", "candidate", None, silent, 0.0)], rows=prompts(30))
     assert [(row["id"], row["what"]) for row in results["failures"]] == [("00003", "empty answer")] * 2
-    assert comparisons[-1].num_prompts == 30
+    assert results["comparisons"][-1]["num_prompts"] == 30
 
 
 # Training curves and measures
 
 
 def test_curves_and_measures_are_kept(whole) -> None:
-    _, results, _ = whole
+    _, results = whole
     assert results["training_curves"] == CURVES and results["measures"] == MEASURES
 
 
 def test_without_curves_and_measures_there_are_none(tmp_path: Path) -> None:
-    results, _ = evaluate(tmp_path, MODELS[:2], rows=prompts(20))
+    results = evaluate(tmp_path, MODELS[:2], rows=prompts(20))
     assert "training_curves" not in results and "measures" not in results
 
 
@@ -233,7 +233,7 @@ def test_long_curves_are_averaged_and_what_is_not_finite_is_null(tmp_path: Path)
     ]
     random.Random(0).shuffle(curve)
     measure = MEASURES[1] | {"value": nan, "low": nan}
-    results, _ = evaluate(tmp_path, MODELS[:2], rows=prompts(20), curves=curve, measures=[measure])
+    results = evaluate(tmp_path, MODELS[:2], rows=prompts(20), curves=curve, measures=[measure])
     kept = results["training_curves"]
     assert len(kept) == MAX_CURVE_POINTS and [row["step"] for row in kept[:2]] == [10, 20] and kept[-1]["step"] == 3000
     assert kept[0]["r_real"] == 5.5 and kept[0]["r_generated"] is None and kept[0]["loss"] is None
@@ -261,14 +261,14 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
         draw_samples(shards, accelerator, lambda scale, total: Progress().phase("", total))
         score_samples({name: folder}, [3.0], ["sharpness"], accelerator, Progress().phase)
         models.append(EvaluatedModel(name, "round" if place else "baseline", folder, place))
-    results, comparisons = conclude(
+    results = conclude(
         tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0, curves=CURVES, measures=MEASURES
     )
     assert read_results(tmp_path / "results.json") == results
     assert results["training_curves"] == CURVES and results["measures"] == MEASURES
-    assert {c.modality for c in comparisons} == {IMAGES}
+    assert modality_of(results["protocol"]) == IMAGES
     assert {"sharpness@3", "sharpness@3/difference"} <= metrics_of(results, "round 1").keys()
-    without, _ = conclude(tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0)
+    without = conclude(tmp_path, models, protocol, ["sharpness"], title="", headline_scale=3.0)
     assert without == {key: value for key, value in results.items() if key not in ("training_curves", "measures")}
 
 
@@ -283,7 +283,7 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_protocol_is_of_pictures_or_of_answers(whole, tmp_path: Path, changed: dict, place: str) -> None:
-    root, results, _ = whole
+    root, results = whole
     protocol = {key: value for key, value in (results["protocol"] | changed).items() if value is not None}
     (tmp_path / "results.json").write_text(json.dumps(results | {"protocol": protocol}))
     with pytest.raises(InputError, match=r"does not follow its schema at \$\." + place):

@@ -55,7 +55,7 @@ def test_the_hub_gets_model_card_and_report_and_no_more(use_lora, hub, settings,
 def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
     argv = ["--model_name_or_path", str(LANGUAGE / "base"), "--dataset_name", "rows.jsonl", "--rounds", "4"]
     config = parse_language_config([*argv, "--objective", objective])
-    write_card(tmp_path, config, card(config, tmp_path, 48), [])
+    write_card(tmp_path, config, card(config, tmp_path, 48))
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert says in text and "Diffusion" not in text
 

@@ -18,7 +18,7 @@ def config(base: str = "someone/base", *flags: str):
 
 
 def card_of(tmp_path, settings) -> ModelCard:
-    write_card(tmp_path, settings, card(settings, "StableDiffusionPipeline", tmp_path, 48), [])
+    write_card(tmp_path, settings, card(settings, "StableDiffusionPipeline", tmp_path, 48))
     return ModelCard.load(tmp_path / "README.md")
 
 
@@ -39,7 +39,7 @@ def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
     path, other = tmp_path / "README.md", config("another/base")
     path.write_text(path.read_text().replace("self-play", "my self-play", 1) if own == "edited" else own)
     before = path.read_bytes()
-    write_card(tmp_path, other, card(other, "StableDiffusionPipeline", tmp_path, 48), [])
+    write_card(tmp_path, other, card(other, "StableDiffusionPipeline", tmp_path, 48))
     assert path.read_bytes() == before and "stays as it is: delete it" in capsys.readouterr().out
     path.unlink()
     for base in ("another/base", "a/third"):  # what it wrote itself it replaces
@@ -85,7 +85,7 @@ def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, fold
     def card(*more: str) -> str:
         settings = ["--model_name_or_path", "base", "--dataset_name", "a.jsonl", "--max_train_steps", "4"]
         config = parse_language_config([*settings, *flags, *more])
-        write_card(tmp_path, config, language_run.card(config, tmp_path, 48), [])
+        write_card(tmp_path, config, language_run.card(config, tmp_path, 48))
         return (tmp_path / "README.md").read_text()
 
     # The weights, and the tokenizer beside them

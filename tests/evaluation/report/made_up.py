@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from spin_diffusion.evaluation.comparison import Row, compare_others
-from spin_diffusion.evaluation.results import _comparison_entry
+from spin_diffusion.evaluation.comparison import compare_others
 from spin_diffusion.evaluation.statistics import (
     Interval,
     best_by_average,
@@ -232,10 +231,9 @@ def _results(
         for scale in scales
         for model, *_ in models
     ]  # fmt: skip
-    rows = [Row(model, scale, s, arrays[model, s, scale], SCORERS[s]["role"])
-            for scale in scales for model, *_ in models for s in scorers]  # fmt: skip
+    compared = {(model, scale, s): arrays[model, s, scale] for scale in scales for model, *_ in models for s in scorers}
     more = {}
-    if others := [_comparison_entry(comparison) for comparison in compare_others(rows, baseline)]:
+    if others := compare_others(compared, baseline, {s: SCORERS[s]["role"] for s in scorers}, {}):
         names, known = [model for model, *_ in models], [{"name": s, "state": "run", **SCORERS[s]} for s in scorers]
         ranking = [rank(names, scale, [*comparisons, *others], known, verdicts) for scale in scales]
         more = {"between_others": others, "ranking": [place for place in ranking if place]}
