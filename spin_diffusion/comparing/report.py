@@ -11,7 +11,7 @@ from spin_diffusion.comparing.results import BudgetResult, Comparison, Differenc
 from spin_diffusion.comparing.settings import Mode
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.page import dress, environment
-from spin_diffusion.evaluation.report.plots import Line, Point
+from spin_diffusion.evaluation.report.plots import Line
 from spin_diffusion.store.run_dir import write_file
 
 
@@ -358,10 +358,10 @@ def _panel(results: Comparison, world: WorldResult, budget: BudgetResult) -> Pan
         charts.append((label, plots.round_curves(f"rounds-{name}", label, lines, scorer, zero=False)))
     for mode, called in _modes(world).items():
         scores = [(style, row["gflops"], row["scores"][mode]) for style, row in rows]
-        points = [Point(style, gflops, s["mean"], s["low"], s["high"]) for style, gflops, s in scores if s is not None]
-        if points:
+        marks = [Line(style, [at], [s["mean"]], [s["low"]], [s["high"]]) for style, at, s in scores if s is not None]
+        if marks:
             label = f"{scorer} against cost, {called}"
-            charts.append((label, plots.cost_scatter(f"cost-{mode.replace(' ', '-')}-{name}", label, points, scorer)))
+            charts.append((label, plots.cost_scatter(f"cost-{mode.replace(' ', '-')}-{name}", label, marks, scorer)))
     return Panel(
         f"Equal {budget['budget']}",
         findings(results, world, budget),

@@ -66,11 +66,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """The differences of one guidance scale over the rounds."""
+    """Means with intervals: of one guidance scale over the rounds, of one method at its cost."""
 
     style: int
-    """Which colour, marker and dash; the same number everywhere is the same guidance scale."""
-    rounds: list[int]
+    """Which colour, marker and dash; the same number everywhere is the same guidance scale or method."""
+    at: list[int] | list[float]
+    """Rounds, or GFLOPs."""
     means: list[float]
     lows: list[float]
     highs: list[float]
@@ -90,44 +91,32 @@ def round_curves(
             _rule_at_zero(axes)
         for number, line in enumerate(lines):
             # Side by side, so that no interval hides another
-            x = np.array(line.rounds) + 0.06 * (number - (len(lines) - 1) / 2)
-            means = np.array(line.means)
-            errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
-            _with_intervals(axes, line.style, x, means, errors, linestyle=_dash(line.style), markersize=4.5)
+            aside = 0.06 * (number - (len(lines) - 1) / 2)
+            _with_intervals(axes, line, aside, linestyle=_dash(line.style), markersize=4.5)
         _whole_numbers(axes, 10)
         _name_axes(axes, "round", ylabel)
 
     return _svg(key, label, draw)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A score and what it cost."""
-
-    style: int
-    gflops: float
-    mean: float
-    low: float
-    high: float
-
-
-def cost_scatter(key: str, label: str, points: Sequence[Point], ylabel: str) -> Markup:
+def cost_scatter(key: str, label: str, lines: Sequence[Line], ylabel: str) -> Markup:
     """Scores with intervals against what they cost, one mark per method."""
 
     def draw(axes: Axes) -> None:
-        for point in points:
-            errors = np.array([[point.mean - point.low], [point.high - point.mean]])
-            _with_intervals(axes, point.style, np.array([point.gflops]), np.array([point.mean]), errors, markersize=5)
+        for line in lines:
+            _with_intervals(axes, line, markersize=5)
         axes.set_xlim(left=0)
         _name_axes(axes, "GFLOPs", ylabel)
 
     return _svg(key, label, draw)
 
 
-def _with_intervals(axes: Axes, style: int, x: np.ndarray, y: np.ndarray, errors: np.ndarray, **look: Any) -> None:
-    """Marks with intervals, and the line that joins them, in the colour of a style."""
-    look |= {"color": _colour(style), "marker": _marker(style), "linewidth": 1.5}
-    axes.errorbar(x, y, yerr=errors, elinewidth=1.2, capsize=2.5, **look)
+def _with_intervals(axes: Axes, line: Line, aside: float = 0, **look: Any) -> None:
+    """Marks with intervals, and the line that joins them, in the colour of its style."""
+    means = np.array(line.means)
+    errors = np.clip([means - line.lows, np.array(line.highs) - means], 0, None)
+    look |= {"color": _colour(line.style), "marker": _marker(line.style), "linewidth": 1.5}
+    axes.errorbar(np.array(line.at) + aside, means, yerr=errors, elinewidth=1.2, capsize=2.5, **look)
 
 
 def _rule_at_zero(axes: Axes) -> None:

@@ -139,19 +139,12 @@ class ClipTowers:
     def image_features(self, images: list[Image.Image]) -> Float[Tensor, "batch width"]:
         """Embeddings of length 1, fp32 on the CPU; equal pixels are embedded once."""
         upright = [to_rgb(image) for image in images]
-
-        def compute(positions: list[int]) -> Float[Tensor, "batch width"]:
-            return self._embed(positions, self._embed_images, [upright[i] for i in positions])
-
-        return self._image_cache.get([pixels_key(image) for image in upright], compute)
+        keys: list[Hashable] = [pixels_key(image) for image in upright]
+        return self._image_cache.get(keys, lambda at: self._embed(self._embed_images, [upright[i] for i in at]))
 
     def text_features(self, prompts: list[str]) -> Float[Tensor, "batch width"]:
         """Embeddings of length 1, fp32 on the CPU; equal prompts are embedded once."""
-
-        def compute(positions: list[int]) -> Float[Tensor, "batch width"]:
-            return self._embed(positions, self._embed_texts, [prompts[i] for i in positions])
-
-        return self._text_cache.get(list(prompts), compute)
+        return self._text_cache.get(list(prompts), lambda at: self._embed(self._embed_texts, [prompts[i] for i in at]))
 
     def cosines(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
         """Cosine of each image and its prompt, in [-1, 1], computed in fp32."""
@@ -163,9 +156,9 @@ class ClipTowers:
         return self.model.logit_scale.detach().float().cpu().exp()
 
     @torch.no_grad()
-    def _embed(self, positions: list[int], embed: Callable, inputs: list) -> Float[Tensor, "batch width"]:
+    def _embed(self, embed: Callable, inputs: list) -> Float[Tensor, "batch width"]:
         with full_precision(self.device):
-            starts = range(0, len(positions), BATCH_SIZE)
+            starts = range(0, len(inputs), BATCH_SIZE)
             parts = [pooled(embed(inputs[start : start + BATCH_SIZE])).float() for start in starts]
             return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu()
 
