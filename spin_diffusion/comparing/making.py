@@ -7,32 +7,21 @@ import contextlib
 import functools
 import multiprocessing
 import os
-import queue
-import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
-from spin_diffusion.comparing.cells import (
-    Failure,
-    Task,
-    View,
-    base_pipeline,
-    is_done,
-    is_trained,
-    missing_views,
-    prompt_sets,
-    saved_player,
-    scores_path,
-    took,
-    view_key,
-)
+from spin_diffusion.comparing import cells
+from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
@@ -51,15 +40,16 @@ def make(task: Task) -> None:
     """Train and score; a failure is written down rather than raised, but for what the machine has against it."""
     folder = task.folder
     with _alone(folder):
-        if is_done(task):
+        if cells.is_done(task):
             return
         (folder / "failed.json").unlink(missing_ok=True)
         try:
             with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), _timed(folder):
                     _train(task)
-                    for view in missing_views(task):
-                        build(scores_path(folder, view), view_key(task, view), functools.partial(_scored, task, view))
+                    for view in cells.missing_views(task):
+                        path, key = cells.scores_path(folder, view), cells.view_key(task, view)
+                        build(path, key, functools.partial(_scored, task, view))
         except FloatingPointError as error:
             write_failure(folder, "diverged", str(error))
         except InputError as error:
@@ -75,7 +65,7 @@ def make(task: Task) -> None:
 
 def write_failure(folder: Path, kind: Literal["diverged", "refused", "killed"], message: str) -> None:
     """Write down why a cell has no end."""
-    failure: Failure = {"kind": kind, "message": message}
+    failure: cells.Failure = {"kind": kind, "message": message}
     write_json(folder / "failed.json", failure)
 
 
@@ -98,32 +88,32 @@ def _timed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        before = took(folder) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        before = cells.took(folder) or {"seconds": 0.0, "cpu_seconds": 0.0}
         seconds = before["seconds"] + time.perf_counter() - started
         cpu_seconds = before["cpu_seconds"] + time.process_time() - worked
         write_json(folder / "took.json", {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3)})
 
 
 def _train(task: Task) -> None:
-    if is_trained(task):
+    if cells.is_trained(task):
         return
     AcceleratorState._reset_state(reset_partial_state=True)  # the cell before may have had another precision
-    family, _ = base_pipeline(Base.of_settings(task.config.flat()))
+    family, _ = cells.base_pipeline(Base.of_settings(task.config.flat()))
     run(task.config, family.__name__.rsplit(".", 1)[-1])
 
 
 def _scored(task: Task, view: View) -> Made:
     """The rows of a view: its pictures are drawn and scored, and kept nowhere."""
     config, per_prompt = task.config, task.drawing.per_prompt(view)
-    family, pipeline = base_pipeline(Base.of_settings(config.flat()))
+    family, pipeline = cells.base_pipeline(Base.of_settings(config.flat()))
     saved: dict[str, Path] = {}
     if view.round:
         run_ = task.folder / "run"
-        for name, problem in find_damage(saved_player(run_, view.round), run_).items():
+        for name, problem in find_damage(cells.saved_player(run_, view.round), run_).items():
             raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
         kind = "lora" if (run_ / f"round-{view.round}" / "lora").is_dir() else "unet"
         saved = {kind: run_ / f"round-{view.round}" / kind}
-    wanted = prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
+    wanted = cells.prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
     prompts = [row["prompt"] for row in wanted]
     images = draw_images(
         drawing_pipeline(pipeline, config.sampling.sampler, **saved),
@@ -177,7 +167,7 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
 
     Args:
         jobs: processes; 0 = in this one.
-        done: told after every task, from one thread at a time.
+        done: told after every task.
         go_on: asked before a task is begun; False leaves the rest.
     """
     if jobs == 0:
@@ -186,83 +176,50 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
                 make(task)
                 done(task)
         return
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
-    lock = threading.Lock()
-    processes: list[_Process] = []
-    failures: list[Exception] = []
-
-    def serve() -> None:
-        process = _Process()
-        processes.append(process)
-        try:
-            while go_on() and not failures:
-                try:
-                    task = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                process.do(task)
-                with lock:
-                    done(task)
-        except Exception as error:  # a thread's own would end with the thread
-            failures.append(error)
-        process.close()
-
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(jobs, len(tasks)))]
-    for thread in threads:
-        thread.start()
+    waiting, failure = deque(tasks), None
+    free: list[tuple[Connection, BaseProcess]] = []
+    busy: dict[Connection, tuple[BaseProcess, Task]] = {}
     try:
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        for process in processes:
+        while True:
+            while waiting and len(busy) < jobs and failure is None and go_on():
+                pipe, process = free.pop() if free else _start()
+                busy[pipe] = process, waiting.popleft()
+                with contextlib.suppress(OSError):  # a process that has died is known by its pipe's end
+                    pipe.send(busy[pipe][1])
+            if not busy:
+                break
+            ready = wait(list(busy))
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                process, task = busy.pop(pipe)
+                try:
+                    failure = pipe.recv() or failure
+                    free.append((pipe, process))
+                except (EOFError, OSError):
+                    process.join()
+                    write_failure(task.folder, "killed", f"its process ended with code {process.exitcode}")
+                if failure is None:
+                    done(task)
+    finally:
+        for process, _ in busy.values():
             process.kill()
-        raise
-    if failures:
-        raise failures[0]
+        for pipe, process in free:
+            pipe.close()
+            process.join()
+    if failure is not None:
+        raise failure
 
 
-class _Process:
-    """A process that does one task after the other; it is started again when it has died."""
-
-    def __init__(self) -> None:
-        self.process: Any = None
-        self.pipe: Any = None
-
-    def do(self, task: Task) -> None:
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
-        try:
-            self.pipe.send(task)
-            failure = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            code = self.process.exitcode
-            self.process = None
-            write_failure(task.folder, "killed", f"its process ended with code {code}")
-            return
-        if failure is not None:
-            raise failure
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.pipe.close()
-            self.process.join()
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
+def _start() -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return pipe, process
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Connection) -> None:
     """What the process does: a task at a time until nobody asks any more."""
-    import torch
-
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # one process per core is faster than one thread per core
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

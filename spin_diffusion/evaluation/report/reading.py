@@ -25,18 +25,8 @@ from spin_diffusion.evaluation.records import (
     modality_of,
     read_results,
 )
+from spin_diffusion.evaluation.report import wording
 from spin_diffusion.evaluation.report.editions import SampleRow, edition_of
-from spin_diffusion.evaluation.report.wording import (
-    NAME_CHARACTERS,
-    Number,
-    Text,
-    decimals_by_scorer,
-    difference_number,
-    distinct,
-    labels,
-    number,
-    shortened,
-)
 from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
 
@@ -103,23 +93,23 @@ class Labels:
     """Short names, no two alike, and numbers with the decimals of their scorer."""
 
     def __init__(self, results: Results) -> None:
-        self.models = labels(model["name"] for model in results["models"])
-        self.decimals = decimals_by_scorer(results)
+        self.models = wording.labels(model["name"] for model in results["models"])
+        self.decimals = wording.decimals_by_scorer(results)
         self.ran = [scorer for scorer in results["scorers"] if scorer["state"] == "run"]
         """The scorers that gave scores."""
         of_rows = (row["guidance_scale"] for row in results["results"])
-        self.scales = distinct([*guidance_scales(results["protocol"]), *of_rows])
+        self.scales = wording.distinct([*guidance_scales(results["protocol"]), *of_rows])
         self._protocol, self._edition = results["protocol"], edition_of(results)
         self._titles = {scorer["name"]: scorer["title"] for scorer in results["scorers"]}
 
     def model(self, name: str) -> str:
         """The label of a model; of one that is not among the models, its shortened name."""
-        return self.models.get(name, shortened(name, NAME_CHARACTERS).short)
+        return self.models.get(name, wording.shortened(name, wording.NAME_CHARACTERS).short)
 
-    def model_text(self, name: str) -> Text:
+    def model_text(self, name: str) -> wording.Text:
         """The label of a model, and its whole name behind it where that is longer."""
-        whole = shortened(name, NAME_CHARACTERS)
-        return Text(self.models[name], whole.full, whole.note)
+        whole = wording.shortened(name, wording.NAME_CHARACTERS)
+        return wording.Text(self.models[name], whole.full, whole.note)
 
     def joined(self, names: list[str]) -> str:
         """Labels in one line; a dash for none."""
@@ -136,14 +126,14 @@ class Labels:
 
     def title(self, scorer: str, length: int = 60) -> str:
         """The title of a scorer, or its name where it has none."""
-        return shortened(self._titles[scorer] or scorer, length).short
+        return wording.shortened(self._titles[scorer] or scorer, length).short
 
-    def mean(self, row: AggregateEntry | None) -> Number | None:
+    def mean(self, row: AggregateEntry | None) -> wording.Number | None:
         """A mean with its interval."""
         if row is None:
             return None
-        return number(row["mean"], row["low"], row["high"], self.decimals[row["scorer"]])
+        return wording.number(row["mean"], row["low"], row["high"], self.decimals[row["scorer"]])
 
-    def difference(self, row: ComparisonEntry | None) -> Number | None:
+    def difference(self, row: ComparisonEntry | None) -> wording.Number | None:
         """A paired difference with its interval."""
-        return None if row is None else difference_number(row, self.decimals[row["scorer"]])
+        return None if row is None else wording.difference_number(row, self.decimals[row["scorer"]])

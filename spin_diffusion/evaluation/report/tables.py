@@ -25,22 +25,11 @@ from spin_diffusion.evaluation.records import (
     modality_of,
     samples_per_prompt,
 )
-from spin_diffusion.evaluation.report import plots
+from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.gallery import differences
 from spin_diffusion.evaluation.report.plots import Panel
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels
-from spin_diffusion.evaluation.report.wording import (
-    MAX_LISTED,
-    STATES,
-    Number,
-    State,
-    Text,
-    direction,
-    plain,
-    shortened,
-    signed,
-)
 
 MAX_PARTS = 40
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
@@ -53,26 +42,26 @@ class HeadlineRow:
     """What one scorer says of the headline's model; of a scorer that was not run there is nothing but its entry."""
 
     scorer: ScorerEntry
-    baseline: Number | None
-    candidate: Number | None
+    baseline: wording.Number | None
+    candidate: wording.Number | None
     comparison: ComparisonEntry | None
-    difference: Number | None
-    mark: State | None
+    difference: wording.Number | None
+    mark: wording.State | None
     """Set where the difference is significant."""
 
     @property
-    def verdict(self) -> State | None:
+    def verdict(self) -> wording.State | None:
         """The verdict as the page shows it: a drift that is not significant is inconclusive."""
-        return (self.mark or STATES["inconclusive"]) if self.comparison else None
+        return (self.mark or wording.STATES["inconclusive"]) if self.comparison else None
 
 
 @dataclass(frozen=True)
 class ModelCell:
     """One model at one guidance scale by one scorer."""
 
-    mean: Number | None
-    difference: Number | None
-    mark: State | None
+    mean: wording.Number | None
+    difference: wording.Number | None
+    mark: wording.State | None
     """Set where the difference is significant."""
 
 
@@ -107,13 +96,13 @@ class PartTable:
     """Kind of the parts, such as category -> its parts."""
 
 
-def mark(comparison: ComparisonEntry | None) -> State | None:
+def mark(comparison: ComparisonEntry | None) -> wording.State | None:
     """The mark of a significant difference. A drift is marked where its interval excludes 0, and never as good."""
     if comparison is None or comparison["verdict"] == "inconclusive":
         return None
     if comparison["verdict"] == "drift" and comparison["low"] <= 0 <= comparison["high"]:
         return None
-    return STATES[comparison["verdict"]]
+    return wording.STATES[comparison["verdict"]]
 
 
 def own_bar(row: ComparisonEntry) -> Markup:
@@ -127,7 +116,7 @@ def win_rate(row: ComparisonEntry) -> str:
     rate = f"{100 * row['win_rate']:.1f} %"
     if "win_rate_low" not in row:
         return rate
-    return f"{rate} [{plain(100 * row['win_rate_low'], 0)}, {plain(100 * row['win_rate_high'], 0)}]"
+    return f"{rate} [{wording.plain(100 * row['win_rate_low'], 0)}, {wording.plain(100 * row['win_rate_high'], 0)}]"
 
 
 def headline_rows(results: Results) -> list[HeadlineRow]:
@@ -161,7 +150,7 @@ def aggregate_tables(results: Results, aggregate: Aggregate) -> list[ModelTable]
     for scorer in labels.ran:
         name, rows, widest = scorer["name"], [], 0
         scales = [s for s in labels.scales if any((m["name"], name, s) in means for m in results["models"])]
-        for model in results["models"][:MAX_LISTED]:
+        for model in results["models"][: wording.MAX_LISTED]:
             keys = [(model["name"], name, scale) for scale in scales]
             if not any(key in means for key in keys):
                 continue
@@ -216,7 +205,7 @@ def curve_panels(results: Results) -> list[plots.Panel]:
         if lines:
             chart = plots.round_curves(f"curve-{number}", "Difference to the baseline over the rounds", lines)
             role = scorer["role"]
-            panels.append(plots.Panel(labels.title(scorer["name"]), chart, role, direction(role)))
+            panels.append(plots.Panel(labels.title(scorer["name"]), chart, role, wording.direction(role)))
     return panels
 
 
@@ -249,7 +238,7 @@ def part_tables(results: Results) -> list[PartTable]:
             bar = plots.interval_bar(low, mean, high, domain)
             groups[part["by"]].append(PartRow(part, part["num_prompts"] < MIN_PROMPTS, bar))
         digits = labels.decimals[scorer["name"]]
-        ends_shown = (signed(domain[0], digits), signed(domain[1], digits))
+        ends_shown = (wording.signed(domain[0], digits), wording.signed(domain[1], digits))
         tables.append(PartTable(scorer, digits, ends_shown, {by: rows for by, rows in groups.items() if rows}))
     return tables
 
@@ -285,20 +274,20 @@ def distributions(evaluation: Evaluation) -> tuple[list[Panel], list[str]]:
         values = [float(np.mean(of_prompt)) for of_prompt in by_prompt.values()]
         title, digits = labels.title(scorer["name"]), labels.decimals[scorer["name"]]
         if comparison is not None and not _agree(values, comparison):
-            mean = f"{signed(float(np.mean(values)), 6)} over {len(values)}" if values else "nothing over 0"
+            mean = f"{wording.signed(float(np.mean(values)), 6)} over {len(values)}" if values else "nothing over 0"
             doubts.append(
                 f"scores.parquet gives {mean} prompts as the mean difference by {title}, results.json "
-                f"{signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and the "
-                "gallery may be of another evaluation than the tables."
+                f"{wording.signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and "
+                "the gallery may be of another evaluation than the tables."
             )
         if not values:
             continue
-        low, middle, high = (signed(float(q), digits) for q in np.quantile(values, [0.25, 0.5, 0.75]))
-        mean = signed(float(np.mean(values)), digits)
+        low, middle, high = (wording.signed(float(q), digits) for q in np.quantile(values, [0.25, 0.5, 0.75]))
+        mean = wording.signed(float(np.mean(values)), digits)
         caption = f"{len(values)} prompts: mean {mean}, quartiles {low}, {middle}, {high}"
         role = scorer["role"]
         chart = plots.histogram(f"histogram-{number}", f"Histogram of differences, {caption}", values, role == "drift")
-        panels.append(Panel(title, chart, role, direction(role), caption))
+        panels.append(Panel(title, chart, role, wording.direction(role), caption))
     return panels, doubts
 
 
@@ -327,7 +316,7 @@ def _agree(values: list[float], comparison: ComparisonEntry) -> bool:
 # Small print
 
 
-Facts = list[tuple[str, Text]]
+Facts = list[tuple[str, wording.Text]]
 """Names and what is known under them."""
 
 
@@ -368,7 +357,7 @@ def protocol_facts(results: Results) -> Facts:
         ("rule for seeds", protocol["seed_rule"]),
         *edition_of(results).how(protocol),
     ]
-    return [(shortened(name, 60).short, shortened(value)) for name, value in facts]
+    return [(wording.shortened(name, 60).short, wording.shortened(value)) for name, value in facts]
 
 
 def scorer_facts(scorer: ScorerEntry) -> Facts:
@@ -385,4 +374,4 @@ def scorer_facts(scorer: ScorerEntry) -> Facts:
         ("licence", scorer["licence"]),
         ("citation", scorer["citation"]),
     ]
-    return [(shortened(name, 60).short, shortened(value, 300)) for name, value in facts if value]
+    return [(wording.shortened(name, 60).short, wording.shortened(value, 300)) for name, value in facts if value]
