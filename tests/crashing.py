@@ -78,7 +78,7 @@ def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
     Path("redness.py").write_text(SCORER)
     return _images(
         use_lora=True, rank=2, rounds=1, max_train_steps=3, refresh_opponent_steps=2, checkpoints_total_limit=1,
-        curation_scorer="redness.py", curation_top=3,
+        curation="{scorer: redness.py, top: 3}",
     )  # fmt: skip
 
 

@@ -16,9 +16,7 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageSettings,
-    LoraSettings,
     SamplingSettings,
-    TrajectorySettings,
 )
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
@@ -26,6 +24,7 @@ from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.run_dir import settle
 
 ROUNDS = RoundSettings(rounds=2, beta=2000.0, samples_per_shard=4, seed=1)
@@ -53,7 +52,6 @@ def make_game(
     precision: str = "no",
     accumulation: int = 1,
     sampling: SamplingSettings = SAMPLING,
-    trajectory: TrajectorySettings | None = None,
     lora: LoraSettings | None = None,
     gradient_checkpointing: bool = False,
     **denoiser: Any,
@@ -67,7 +65,6 @@ def make_game(
         images=ImageSettings(resolution=32),
         sampling=sampling,
         denoiser=DenoiserSettings(**denoiser),
-        trajectory=trajectory,
         lora=lora,
         gradient_checkpointing=gradient_checkpointing,
         accelerator=Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulation),

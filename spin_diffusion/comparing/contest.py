@@ -218,6 +218,6 @@ def _flops(
     encoded = rows * (2 if "data" in sources else 1)
     trips = encoded if config.images.vae_round_trip else 0
     real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
-    text = rows * unit.text if config.caches.cache_text_embeddings else 0
+    text = rows * unit.text
     drawn = sum(generation_flops(unit, work) for work in works)
     return real + text + drawn, [step_flops(unit, work) for work in works]

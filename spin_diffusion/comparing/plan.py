@@ -6,19 +6,19 @@ Two budgets that come to the same training settings share one cell, and a change
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
-from spin_diffusion.diffusion.config import SECTIONS, Config
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.selfplay.train_settings import TrainSettings, pairs_per_step
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
-from spin_diffusion.store.parsing import build_sections, settings_of
+from spin_diffusion.store.parsing import build, sections_of, settings_of, types_of
 from spin_diffusion.store.settings import harmless
 
-_HARMLESS = harmless(SECTIONS.values())
+_HARMLESS = harmless(sections_of(Config).values())
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 
 BASE = "base"
@@ -38,9 +38,9 @@ _PLACES = (
     "pretrained_vae_model_name_or_path",
     "dataset_name",
     "train_data_dir",
-    "candidate_scorer",
-    "curation_scorer",
 )
+_SCORERS = ("candidates", "curation")
+"""Settings with keys, one of which is a scorer."""
 
 
 def _content(place: str | None) -> str | None:
@@ -84,7 +84,9 @@ class Cell:
             given = {key: self.training[key] for key in _SPLIT if key in self.training}
             kept["pairs_per_step"] = pairs_per_step(TrainSettings(**given), 1)
         # A base, data or a scorer may be replaced under its name
-        return key_of(**{key: _content(value) if key in _PLACES else value for key, value in kept.items()})
+        kept |= {key: _content(kept[key]) for key in _PLACES if key in kept}
+        kept |= {key: kept[key] | {"scorer": _content(kept[key].get("scorer"))} for key in _SCORERS if kept.get(key)}
+        return key_of(**kept)
 
     @property
     def folder(self) -> str:
@@ -172,8 +174,7 @@ def make_plan(settings: CompareSettings) -> Plan:
     path = Path(str(settings.training_config))
     if not path.exists():
         raise InputError(f"--training_config {path} does not exist: give a YAML file of training settings")
-    known = {field.name: field.type for section in SECTIONS.values() for field in fields(section)}
-    shared = settings_of(path, known)
+    shared = settings_of(path, types_of(Config))
     plan = Plan(settings, shared | (settings.training or {}))
     for world in plan.worlds():
         _check(f"worlds: {world}", plan.training_of(world, BASE))
@@ -204,4 +205,4 @@ def parsed(training: Mapping[str, Any]) -> Config:
 
 @functools.lru_cache(maxsize=1024)  # a plan asks for the same settings again and again
 def _parsed(training: str) -> Config:
-    return Config(**build_sections(SECTIONS, json.loads(training)))
+    return build(Config, json.loads(training))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spin_diffusion.store.input_error import InputError, nearest
-from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.parsing import parse
 
 Budget = Literal["steps", "compute"]
 Mode = Literal["guidance 1", "usual", "best"]
@@ -166,4 +166,4 @@ def parse_settings(argv: Sequence[str]) -> CompareSettings:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
     lists = ("scorers", "only_worlds", "only_methods")
-    return parse_sections({"compare": CompareSettings}, argv, listed=lists)["compare"]
+    return parse(CompareSettings, argv, listed=lists)

@@ -24,7 +24,6 @@ def open_hub(name: str, settings: SourceSettings) -> Source:
             settings.dataset_config_name,
             split=settings.dataset_split,
             revision=settings.dataset_revision,
-            cache_dir=settings.cache_dir,
             streaming=settings.streaming,
         )
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -36,8 +35,8 @@ def open_hub(name: str, settings: SourceSettings) -> Source:
         raise InputError(
             f"data set {name!r}, split {settings.dataset_split!r}, cannot be loaded: {one_line(error)}"
         ) from error
-    roots = [settings.cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
-    read_file = _cache_reader(name, [Path(root).resolve() for root in roots if root is not None])
+    roots = [datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE]
+    read_file = _cache_reader(name, [Path(root).resolve() for root in roots])
     return _source(f"{name}[{settings.dataset_split}]", dataset, read_file)
 
 

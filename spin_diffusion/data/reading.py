@@ -26,7 +26,7 @@ from spin_diffusion.data.rows import (
     usable,
     whole_text,
 )
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.data.sources import open_source
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
@@ -75,8 +75,8 @@ def read_examples(
     source = open_source(settings)
     plan = find_layout(source.columns, settings)(source, settings, with_losers)
     columns = [*plan.columns]
-    if settings.filter_column is not None:
-        columns.append(require_column(source, settings.filter_column, "--filter_column"))
+    if settings.filter.column is not None:
+        columns.append(require_column(source, settings.filter.column, "--filter column"))
     wanted, seen = tuple(dict.fromkeys(columns)), Seen()
     example_of = partial(_example, plan=plan, settings=settings, with_losers=with_losers, seen=seen)
     return usable(source, wanted, example_of, fresh(report), settings.max_train_samples, settings.max_bad_share)
@@ -84,8 +84,8 @@ def read_examples(
 
 def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: Seen) -> Example:
     # The cheap checks first
-    if settings.filter_column is not None:
-        _check_filter(row.values.get(settings.filter_column), settings)
+    if settings.filter.column is not None:
+        _check_filter(row.values.get(settings.filter.column), settings.filter)
     candidate = plan.candidate(row)
     prompt = caption_text(candidate.caption)
     prompt_hash = short_hash(b"prompt", prompt.encode())
@@ -116,14 +116,14 @@ def _check_image(encoded: bytes) -> None:
         raise LeftOut(Bad.CORRUPT_IMAGE, f"{width} x {height} px is smaller than {MIN_SIDE_PX} px a side")
 
 
-def _check_filter(value: object, settings: DataSettings) -> None:
+def _check_filter(value: object, bounds: FilterSettings) -> None:
     number = _number(value)
     if math.isnan(number):
-        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {value!r}, not a number")
-    if settings.filter_max is not None and number > settings.filter_max:
-        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, above {settings.filter_max:g}")
-    if settings.filter_min is not None and number < settings.filter_min:
-        raise LeftOut(Expected.FILTERED, f"{settings.filter_column} is {number:g}, below {settings.filter_min:g}")
+        raise LeftOut(Expected.FILTERED, f"{bounds.column} is {value!r}, not a number")
+    if bounds.max is not None and number > bounds.max:
+        raise LeftOut(Expected.FILTERED, f"{bounds.column} is {number:g}, above {bounds.max:g}")
+    if bounds.min is not None and number < bounds.min:
+        raise LeftOut(Expected.FILTERED, f"{bounds.column} is {number:g}, below {bounds.min:g}")
 
 
 def image_bytes(row: Row, value: object) -> bytes:

@@ -25,12 +25,55 @@ class SourceSettings(Settings):
     """Read a hub data set as a stream, with nothing copied to the disk. Local files are always read so."""
     max_bad_share: float = setting(0.01, minimum=0, maximum=1)
     """Share (0 to 1) of rows that are damaged; more of them is an error."""
-    cache_dir: str | None = setting(None, harmless=True)
-    """Folder for what is downloaded from the hub; by default the datasets library's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_not_blank("dataset_name", self.dataset_name, "give a data set")
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """Which rows are left out by a column of numbers: those outside the bounds, and those without a number."""
+
+    column: str | None = None
+    max: float | None = None
+    """Largest value that is kept."""
+    min: float | None = None
+    """Smallest value that is kept."""
+
+    def __post_init__(self) -> None:
+        has_bound = self.min is not None or self.max is not None
+        if self.column is None and has_bound:
+            raise InputError("--filter min or max is given without a column: name the column to compare")
+        if self.column is not None and not has_bound:
+            raise InputError(f"--filter column {self.column!r} is given without a bound: add min or max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise InputError(f"--filter min {self.min} is above its max {self.max}: no row could be kept")
+
+
+@dataclass(frozen=True)
+class CurationSettings:
+    """Which real images are played with, by a scorer: of those with at least the threshold the top. The scorer is
+    in-domain for the evaluation afterwards."""
+
+    scorer: str | None = None
+    """NAME[=PATH] of the scorer that chooses, or a .py file with a `load(device)`."""
+    top: int | None = setting(None, minimum=1)
+    """Keep this many images, those with the highest scores."""
+    threshold: float | None = None
+    """Keep the images with at least this score, on the scorer's own scale."""
+
+    def __post_init__(self) -> None:
+        if self.scorer is None and self.rules:
+            needs = "needs" if len(self.rules) == 1 else "need"
+            raise InputError(
+                f"--curation {' and '.join(self.rules)} {needs} a scorer, NAME[=PATH] such as pickscore, or a .py file"
+            )
+
+    @property
+    def rules(self) -> list[str]:
+        """Those that are given."""
+        return [name for name in ("top", "threshold") if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -48,13 +91,11 @@ class DataSettings(SourceSettings):
     caption_column: str | None = None
     """Column of the caption; default: the first of text, caption, prompt, txt that exists. A list gives its first."""
     one_image_per_prompt: bool = False
-    """Keep only the first usable image of each caption."""
-    filter_column: str | None = None
-    """Column of numbers, such as an NSFW score; a row outside the bounds, or without a number, is left out."""
-    filter_max: float | None = None
-    """Largest value of filter_column that is kept."""
-    filter_min: float | None = None
-    """Smallest value of filter_column that is kept."""
+    """Keep only the first usable image of each caption; with --curation the one with the highest score."""
+    filter: FilterSettings = FilterSettings()
+    """Leave out rows by a column of numbers, such as an NSFW score: "{column: nsfw, max: 0.5}"; or min."""
+    curation: CurationSettings = CurationSettings()
+    """Play with the real images that a scorer likes best: "{scorer: pickscore, threshold: 0.21, top: 500}"."""
 
     def __post_init__(self) -> None:
         if self.dataset_name is not None and self.train_data_dir is not None:
@@ -64,18 +105,10 @@ class DataSettings(SourceSettings):
             )
         super().__post_init__()
         _check_not_blank("train_data_dir", self.train_data_dir, "give a folder")
-        has_bound = self.filter_min is not None or self.filter_max is not None
-        if self.filter_column is None and has_bound:
+        if self.curation.scorer is not None and not (self.curation.rules or self.one_image_per_prompt):
             raise InputError(
-                "--filter_min or --filter_max is given without --filter_column: name the column to compare"
-            )
-        if self.filter_column is not None and not has_bound:
-            raise InputError(
-                f"--filter_column {self.filter_column!r} is given without a bound: add --filter_min or --filter_max"
-            )
-        if self.filter_min is not None and self.filter_max is not None and self.filter_min > self.filter_max:
-            raise InputError(
-                f"--filter_min {self.filter_min} is above --filter_max {self.filter_max}: no row could be kept"
+                f"--curation scorer {self.curation.scorer} has no rule to choose by: give top, threshold or "
+                "--one_image_per_prompt"
             )
 
 

@@ -84,24 +84,24 @@ def _quoted(value: str | bool) -> str:
 # Loading
 
 
-def load_checkpoint(base: Base | str, *, cache_dir: str | None = None) -> tuple[ModuleType, Any]:
+def load_checkpoint(base: Base | str) -> tuple[ModuleType, Any]:
     """A pipeline in fp32, from a local folder or a hub id, and its family. Raises InputError: no such folder or hub id,
     an unsupported family or denoiser, a part that is not what its files say."""
     base = Base.of(base)
-    folder = _folder_of(base, cache_dir)
+    folder = _folder_of(base)
     index = read_configuration(folder / "model_index.json", base.name)
     name, known = index.get("_class_name"), families()
     if not isinstance(name, str) or name not in known:
         raise InputError(f"{base.name} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
     family = known[name]
-    parts = load_parts(family, index, folder, base, cache_dir)
+    parts = load_parts(family, index, folder, base)
     try:
         return family, family.PIPELINE.from_pretrained(str(folder), **parts)
     except Exception as error:  # diffusers raises dozens of kinds
         raise InputError(f"cannot load the model {base.name!r}: {one_line(error)}") from error
 
 
-def _folder_of(base: Base, cache_dir: str | None) -> Path:
+def _folder_of(base: Base) -> Path:
     """Where a checkpoint's files lie; those of one on the hub are downloaded."""
     flag, folder = f"--pretrained_model_name_or_path {base.name}", Path(base.name)
     if folder.is_file():
@@ -115,7 +115,7 @@ def _folder_of(base: Base, cache_dir: str | None) -> Path:
             )
         return folder
     try:
-        options = {"revision": base.revision, "variant": base.variant, "cache_dir": cache_dir}
+        options = {"revision": base.revision, "variant": base.variant}
         found = DiffusionPipeline.download(base.name, use_safetensors=True, safety_checker=None, **options)
     except Exception as error:  # the hub's client raises dozens of kinds
         raise InputError(
@@ -142,9 +142,7 @@ def single_file(path: Path) -> str:
     return f"{what}: convert {'it' if whole else 'a whole one'} once with diffusers, {convert}, and give FOLDER"
 
 
-def load_parts(
-    family: ModuleType, index: Configuration, folder: Path, base: Base, cache_dir: str | None
-) -> dict[str, object]:
+def load_parts(family: ModuleType, index: Configuration, folder: Path, base: Base) -> dict[str, object]:
     """The networks and tokenizers of a family's pipeline in a folder, and None for parts that are not loaded.
 
     Args:
@@ -172,14 +170,14 @@ def load_parts(
         part = Part(folder / name, f"{base.name}: its {name}", base.variant)
         parts[name], parts[tokenizer] = load_encoder(kind, part, folder / tokenizer, f"{base.name}: its {tokenizer}")
     if base.vae is not None:
-        parts["vae"] = _load_given_vae(family, base.vae, cache_dir)
+        parts["vae"] = _load_given_vae(family, base.vae)
     else:
         parts["vae"] = load_vae(family, Part(folder / "vae", f"{base.name}: its VAE", base.variant))
     _check_together(family, parts, base.name)
     return parts
 
 
-def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> AutoencoderKL:
+def _load_given_vae(family: ModuleType, name: str) -> AutoencoderKL:
     """The VAE that stands in for the checkpoint's own, from a local folder or a hub id."""
     flag, folder = f"--pretrained_vae_model_name_or_path {name}", Path(name)
     if folder.is_file():
@@ -192,9 +190,7 @@ def _load_given_vae(family: ModuleType, name: str, cache_dir: str | None) -> Aut
             raise InputError(f"{flag}: the folder does not exist: give the folder of a VAE, or a hub id")
         patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
         try:
-            folder = Path(
-                snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns, ignore_patterns="*.bin")
-            )
+            folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.bin"))
         except Exception as error:  # the hub's client raises dozens of kinds
             raise InputError(
                 f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"

@@ -47,8 +47,6 @@ class RoundWork:
 
     steps: int
     """Optimizer steps."""
-    prompts: int
-    """Prompts encoded for a step: its real samples; 0 where each was encoded once before, which is not counted."""
     scored: int
     """Noised images that the player scores in a step, both sides."""
     compared: int
@@ -74,10 +72,10 @@ class RoundWork:
 
 
 def step_flops(unit: UnitCosts, work: RoundWork) -> int:
-    """FLOPs of one optimizer step; the optimizer's own arithmetic is left out, it is below a thousandth."""
+    """FLOPs of one optimizer step; the optimizer's own arithmetic is left out, it is below a thousandth. Prompts were
+    encoded before."""
     backward = unit.unet_backward if work.trains_weights else unit.unet_backward_inputs
-    unet = work.scored * (work.forwards * unit.unet + backward) + work.compared * unit.unet
-    return unet + work.prompts * unit.text
+    return work.scored * (work.forwards * unit.unet + backward) + work.compared * unit.unet
 
 
 def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
@@ -113,29 +111,27 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
         steps: optimizer steps of the round.
         zeros_for_empty: the pipeline needs no embedding of the empty prompt.
     """
-    training, sampling, candidates = config.training, config.sampling, config.candidates
+    training, sampling, candidates = config.training, config.sampling, config.rounds.candidates
     batch = training.train_batch_size * training.gradient_accumulation_steps
-    exact = config.trajectory.trajectory == "exact"
+    exact = config.denoiser.trajectory == "exact"
     levels = sampling.num_inference_steps if exact else 1
     copies = config.rounds.num_generated if source == "opponent" else 1
     scored = batch * copies * (1 if source == "none" else 2) * levels
     draws = 0 if source == "none" else config.denoiser.fixed_draws
     draws = draws_worth_keeping(steps * batch / rows) if draws == "auto" else draws
     per_prompt: float = copies
-    if candidates.num_candidates:
-        share = candidates.candidate_share
-        per_prompt = candidates.num_candidates * share + copies * (1 - share)
+    if candidates.number:
+        per_prompt = candidates.number * candidates.share + copies * (1 - candidates.share)
     drawn = round(rows * per_prompt) if source == "opponent" else 0
     guided = sampling.guidance_scale > 1
     return RoundWork(
         steps=steps,
-        prompts=0 if config.caches.cache_text_embeddings else batch,
         scored=scored,
         compared=0 if source == "none" or draws else scored,
         scored_once=rows * copies * 2 * draws,
         drawn=drawn,
         # Of several candidates two are kept, whose encodings are trained on
-        encoded=min(drawn, 2 * rows) if candidates.num_candidates else drawn,
+        encoded=min(drawn, 2 * rows) if candidates.number else drawn,
         views=2 if config.images.random_flip else 1,
         decoded=drawn,
         denoisings=sampling.num_inference_steps * (2 if guided else 1),

@@ -25,14 +25,14 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, UInt64
 
 from spin_diffusion.data.rows import Example
-from spin_diffusion.diffusion.settings import CurationSettings
+from spin_diffusion.data.settings import CurationSettings
+from spin_diffusion.diffusion.settings import CandidateSettings
 from spin_diffusion.evaluation.scorers import LoadedScorer, about, load_scorer, parse_spec
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, check_specs, score_images
 from spin_diffusion.evaluation.specs import part_key
 from spin_diffusion.samples.candidates import Candidates, Judge
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.files import (
     Made,
     Piece,
@@ -58,10 +58,10 @@ Stored = Callable[[Iterable[Example]], Iterator[Row]]
 
 def check_judges(curation: CurationSettings, candidates: CandidateSettings) -> None:
     """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
-    if curation.curation_scorer is not None:
-        _check_judge("--curation_scorer", curation.curation_scorer, "it cannot choose")
-    if candidates.num_candidates and candidates.candidate_scorer is not None:
-        _check_judge("--candidate_scorer", candidates.candidate_scorer, "it has no best")
+    if curation.scorer is not None:
+        _check_judge("--curation scorer", curation.scorer, "it cannot choose")
+    if candidates.number and candidates.scorer is not None:
+        _check_judge("--candidates scorer", candidates.scorer, "it has no best")
 
 
 def _check_judge(flag: str, spec: str, why: str) -> None:
@@ -89,12 +89,12 @@ def candidates_of(settings: CandidateSettings, device: str) -> Candidates | None
     Args:
         device: where the scorer runs, such as "cpu" or "cuda:0".
     """
-    spec = settings.candidate_scorer
-    if not settings.num_candidates or spec is None:
+    spec = settings.scorer
+    if not settings.number or spec is None:
         return None
 
     judge = scorer_by_content(spec)
-    return Candidates(settings.num_candidates, settings.candidate_share, judge, lambda: scorer_as_judge(spec, device))
+    return Candidates(settings.number, settings.share, judge, lambda: scorer_as_judge(spec, device))
 
 
 def scorer_as_judge(spec: str, device: str) -> Judge:
@@ -107,8 +107,8 @@ def scorer_as_judge(spec: str, device: str) -> Judge:
 
 def content_settings(settings: CurationSettings) -> dict[str, object]:
     """What decides which images are chosen: the settings, with the hash of what is behind the scorer's name."""
-    spec = settings.curation_scorer
-    return asdict(settings) | {"curation_scorer": scorer_by_content(spec) if spec is not None else None}
+    spec = settings.scorer
+    return asdict(settings) | {"scorer": scorer_by_content(spec) if spec is not None else None}
 
 
 class Chosen(TypedDict):
@@ -121,7 +121,7 @@ class Chosen(TypedDict):
     left_out: dict[str, int]
     """Flag of a rule, with its value -> how many it left out."""
     ranked: int
-    """How many were left for `curation_top` to choose from."""
+    """How many were left for the top to choose from."""
     lowest: float
     highest: float
 
@@ -136,7 +136,7 @@ class Choice:
     Attributes:
         chosen: for each example whether it is kept.
         left_out: flag of the rule, with its value -> how many it left out.
-        ranked: how many were left for `curation_top` to choose from.
+        ranked: how many were left for the top to choose from.
     """
 
     chosen: Bool[np.ndarray, " examples"]
@@ -149,6 +149,7 @@ def choose(
     ids: UInt64[np.ndarray, " examples"],
     prompts: UInt64[np.ndarray, " examples"],
     settings: CurationSettings,
+    one_per_prompt: bool = False,
 ) -> Choice:
     """The examples to keep: the best of each prompt, of these those above the threshold, of these the top.
 
@@ -158,16 +159,16 @@ def choose(
     """
     best_first = np.lexsort((ids, -scores))
     steps = {"": best_first}  # by rule, what it leaves
-    if settings.one_per_prompt:
+    if one_per_prompt:
         _, first = np.unique(prompts[best_first], return_index=True)
-        steps["--one_per_prompt"] = best_first = best_first[np.sort(first)]
-    if settings.curation_threshold is not None:
+        steps["--one_image_per_prompt"] = best_first = best_first[np.sort(first)]
+    if settings.threshold is not None:
         # Scorers return fp32: a score of 0.7 is below the 0.7 of fp64
-        above = scores[best_first].astype(np.float32) >= np.float32(settings.curation_threshold)
-        steps[f"--curation_threshold {settings.curation_threshold:g}"] = best_first = best_first[above]
+        above = scores[best_first].astype(np.float32) >= np.float32(settings.threshold)
+        steps[f"--curation threshold {settings.threshold:g}"] = best_first = best_first[above]
     ranked = len(best_first)
-    if settings.curation_top is not None:
-        steps[f"--curation_top {settings.curation_top}"] = best_first = best_first[: settings.curation_top]
+    if settings.top is not None:
+        steps[f"--curation top {settings.top}"] = best_first = best_first[: settings.top]
     left_out = {rule: len(before) - len(after) for (_, before), (rule, after) in pairwise(steps.items())}
     chosen = np.zeros(len(scores), dtype=np.bool_)
     chosen[best_first] = True
@@ -201,6 +202,7 @@ class Curation:
         id_of, stored: how an example becomes a row.
         rows_per_shard: examples per file of scores; what a killed process loses at most.
         device: where the scorer runs.
+        one_per_prompt: keep the best of each prompt alone.
     """
 
     settings: CurationSettings
@@ -212,6 +214,7 @@ class Curation:
     stored: Stored
     rows_per_shard: int
     device: str
+    one_per_prompt: bool = False
     progress: Progress = field(default_factory=Progress)
     summary: Chosen | None = None
     """What was chosen, once `take` has been called."""
@@ -229,7 +232,7 @@ class Curation:
         """
         self.score(None)
         scores, ids, prompts = self._scored()
-        choice = choose(scores, ids, prompts, self.settings)
+        choice = choose(scores, ids, prompts, self.settings, self.one_per_prompt)
         if not choice.chosen.any():
             raise InputError(self._nothing_left(scores, prompts))
         self.summary = self._summary(scores, choice)
@@ -253,8 +256,8 @@ class Curation:
         Raises:
             InputError: a scorer that cannot run, or a data set that is not the one that was begun with.
         """
-        spec = str(self.settings.curation_scorer)
-        decides = self.decides | {"curation_scorer": content_settings(self.settings)["curation_scorer"]}
+        spec = str(self.settings.scorer)
+        decides = self.decides | {"curation_scorer": content_settings(self.settings)["scorer"]}
         complete = self.directory / COMPLETE
         is_done = is_built(complete, key_of(**decides))
         wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
@@ -264,7 +267,7 @@ class Curation:
         try:
             scorer = load_scorer(spec, self.device)
         except InputError as error:
-            raise InputError(f"--curation_scorer {spec}: {error}") from None
+            raise InputError(f"--curation scorer {spec}: {error}") from None
         checkpoint = dict(scorer.checkpoint)
         key = key_of(decides=decides, checkpoint=checkpoint)
         numbers = range(2**62)  # how many files there will be is known at the end of the data set
@@ -273,7 +276,7 @@ class Curation:
         try:
             build_pieces(pieces, bar, accelerator.num_processes if accelerator is not None else 1)
         except InputError as error:
-            blamed = f"--curation_scorer {spec}: " if str(error).startswith("scorer ") else ""
+            blamed = f"--curation scorer {spec}: " if str(error).startswith("scorer ") else ""
             raise InputError(f"{blamed}{error}") from None
         wait()
         if accelerator is None or accelerator.is_main_process:
@@ -387,7 +390,7 @@ class Curation:
     def _summary(self, scores: Float[np.ndarray, " examples"], choice: Choice) -> Chosen:
         kept = scores[choice.chosen]
         return {
-            "scorer": self.settings.curation_scorer,
+            "scorer": self.settings.scorer,
             "checkpoint": self._complete()["checkpoint"],
             "scored": len(scores),
             "kept": len(kept),
@@ -399,10 +402,10 @@ class Curation:
 
     def _nothing_left(self, scores: Float[np.ndarray, " examples"], prompts: UInt64[np.ndarray, " examples"]) -> str:
         low, middle, high = np.quantile(scores, [0, 0.5, 1])
-        of = f"the best of {len(np.unique(prompts))} prompts" if self.settings.one_per_prompt else "the real images"
+        of = f"the best of {len(np.unique(prompts))} prompts" if self.one_per_prompt else "the real images"
         return (
-            f"--curation_threshold {self.settings.curation_threshold:g} leaves none of {of}: "
-            f"{_name(self.settings.curation_scorer)} scores {len(scores)} images from {low:.4g} to {high:.4g}, the "
+            f"--curation threshold {self.settings.threshold:g} leaves none of {of}: "
+            f"{_name(self.settings.scorer)} scores {len(scores)} images from {low:.4g} to {high:.4g}, the "
             f"median is {middle:.4g}; give a lower one, their scores are kept"
         )
 
@@ -411,7 +414,7 @@ class Curation:
 
     def _has_changed(self) -> str:
         return (
-            f"the data set is not the one that was scored by --curation_scorer {self.settings.curation_scorer}: its "
+            f"the data set is not the one that was scored by --curation scorer {self.settings.scorer}: its "
             f"examples or their order have changed; delete {self.directory} to score it again"
         )
 
@@ -428,8 +431,8 @@ def curation_lines(summary: Chosen, settings: CurationSettings) -> list[str]:
     """What was chosen, and which rule left out how many."""
     lines = [curation_line(summary)]
     lines += [f"  left out by {rule}: {count}" for rule, count in summary["left_out"].items() if count]
-    if settings.curation_top is not None and summary["ranked"] < settings.curation_top:
-        lines.append(f"  --curation_top {settings.curation_top} is more than the {summary['ranked']} there are")
+    if settings.top is not None and summary["ranked"] < settings.top:
+        lines.append(f"  --curation top {settings.top} is more than the {summary['ranked']} there are")
     name = _name(summary["scorer"])
     return [*lines, f"  {name} chose what is learnt, so a rise of its score alone is no gain: judge by other scorers"]
 

@@ -9,12 +9,10 @@ from typing import Any, Literal
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast
 from spin_diffusion.store.files import weights_hash
-from spin_diffusion.store.input_error import InputError, one_line
 
 Compile = Literal["no", "blocks", "whole"]
 
@@ -50,14 +48,6 @@ class Copies:
     def as_opponent(self) -> AbstractContextManager[None]:
         """Where `opponent` is the opponent: everywhere."""
         return nullcontext()
-
-    def dropping(self, seed: int) -> AbstractContextManager[None]:
-        """Where dropout is on: nowhere."""
-        return nullcontext()
-
-    def checkpointed(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's value, to be computed again in the backward pass."""
-        return checkpoint(function, *inputs, use_reentrant=False)
 
     def pairs(self, weights: Iterable[Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Each tensor of the player, or of these weights in their place, with the opponent's."""
@@ -99,15 +89,3 @@ def compile_unet(unet: UNet2DConditionModel, how: Compile) -> None:
         unet.compile_repeated_blocks(dynamic=False)
     elif how == "whole":
         unet.compile(dynamic=False)
-
-
-def enable_xformers(unet: UNet2DConditionModel) -> None:
-    """Switch to xformers' attention, where its kernels load. Raises InputError: not installed, or not able to run
-    here."""
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except Exception as error:  # ModuleNotFoundError, ValueError and kernel errors alike
-        raise InputError(
-            f"--enable_xformers_memory_efficient_attention: xformers cannot run here ({one_line(error)}); leave the "
-            "flag out to use torch's own attention, or pip install 'spin-diffusion[xformers]' on a CUDA machine"
-        ) from error

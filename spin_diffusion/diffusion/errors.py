@@ -70,19 +70,6 @@ def min_snr(noising: Noising, gamma: float) -> Float[Tensor, " timesteps"]:
     return ratio.clamp(max=gamma) / (ratio + 1)
 
 
-def stretched(weights: list[float], num_timesteps: int) -> Float[Tensor, " timesteps"]:
-    """One weight per timestep from a few for equal sections of the schedule, the cleanest first."""
-    section = torch.arange(num_timesteps) * len(weights) // num_timesteps
-    return torch.tensor(weights)[section]
-
-
-def timestep_weights(
-    noising: Noising, snr_gamma: float | None, weights: list[float] | None
-) -> Float[Tensor, " timesteps"]:
-    """The product of both kinds of weights; 1 everywhere by default."""
-    product = torch.ones(noising.num_timesteps)
-    if snr_gamma is not None:
-        product = product * min_snr(noising, snr_gamma)
-    if weights is not None:
-        product = product * stretched(weights, noising.num_timesteps)
-    return product
+def timestep_weights(noising: Noising, snr_gamma: float | None) -> Float[Tensor, " timesteps"]:
+    """Min-SNR's weights; 1 everywhere without a gamma."""
+    return torch.ones(noising.num_timesteps) if snr_gamma is None else min_snr(noising, snr_gamma)

@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base, parts_hash
-from spin_diffusion.diffusion.denoiser import Copies, compile_unet, enable_xformers
+from spin_diffusion.diffusion.denoiser import Copies, compile_unet
 from spin_diffusion.diffusion.images import (
     bucket_sizes,
     encoded_once,
@@ -40,20 +41,19 @@ from spin_diffusion.diffusion.sampling import SAMPLERS, Drawn, all_images, draw_
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageSettings,
-    LoraSettings,
     SamplingSettings,
-    TrajectorySettings,
 )
 from spin_diffusion.diffusion.trajectory import read_steps
 from spin_diffusion.samples.sample import CONDITION, KEPT, KIND, Batch, Row
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import seed_from, write_folder
+from spin_diffusion.store.run_dir import write_folder
 from spin_diffusion.store.weights import config_of
 
 
@@ -70,7 +70,7 @@ class DiffusionGame:
     level_name = "timesteps"
     remedies = {
         "forgetting": ", or set --winner_preserving_mu 0.9",
-        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --timestep_weights",
+        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --snr_gamma 5",
     }
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
     start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
@@ -85,20 +85,20 @@ class DiffusionGame:
         sampling: SamplingSettings,
         denoiser: DenoiserSettings,
         accelerator: Accelerator,
-        trajectory: TrajectorySettings | None = None,
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
         shared_latents: Path | None = None,
+        channels_last: bool = True,
     ) -> None:
         """
         Args:
             base: what `pipeline` was loaded from.
             shared_latents: folder where runs find latents of the same images.
+            channels_last: the UNet's memory layout, faster on most hardware than the plain one.
         """
         self.family, self.pipeline, self.base = family, pipeline, Base.of(base)
         self.images, self.sampling, self.denoiser = images, sampling, denoiser
-        self.accelerator = accelerator
-        self.trajectory = trajectory or TrajectorySettings()
+        self.accelerator, self.channels_last = accelerator, channels_last
         # `auto` is settled when it is known how many pairs there are
         self.fixed_draws = 0 if denoiser.fixed_draws == "auto" else denoiser.fixed_draws
 
@@ -126,7 +126,7 @@ class DiffusionGame:
         scheduler = dict(self.pipeline.scheduler.config)
         self.noising = read_noising(scheduler, self.base.name)
         self.steps = None
-        if self.trajectory.trajectory != "forward":
+        if self.denoiser.trajectory != "forward":
             self.steps = read_steps(SAMPLERS["ddim"](scheduler), self.sampling.num_inference_steps, self.sampling.eta)
         assert not (self.has_sizes and (self.steps is not None or self.denoiser.compile != "no")), "one size only"
         self.questions = Questions(
@@ -134,8 +134,8 @@ class DiffusionGame:
             self.steps,
             self.prompts,
             denoiser=self.denoiser,
-            trajectory=self.trajectory,
             sizes=[(height // self.latent_px, width // self.latent_px) for height, width in self.sizes],
+            channels_last=self.channels_last,
         )
 
     @property
@@ -147,18 +147,14 @@ class DiffusionGame:
         """The player, and the opponent: a copy of it, or another adapter on the same UNet."""
         # Never in training mode: dropout would make the two models' scores differ at step 0
         self.player: UNet2DConditionModel = self.pipeline.unet
-        if self.denoiser.channels_last:
+        if self.channels_last:
             self.player.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.player.enable_gradient_checkpointing()
-        if self.denoiser.enable_xformers_memory_efficient_attention:
-            enable_xformers(self.player)
         self.base_hash, precision = weights_hash(self.player), self.accelerator.mixed_precision
         self.models: Copies | Adapters
         if lora is not None and lora.use_lora:
             self.models = Adapters(self.player, lora, autocast_dtype(precision), self.base_hash, self._base_pipeline)
-            if gradient_checkpointing:
-                self.player.enable_gradient_checkpointing(self.models.checkpointed)
         else:
             self.models = Copies(self.player, precision, self.denoiser.compile, self._base_pipeline)
         compile_unet(self.player, self.denoiser.compile)
@@ -261,8 +257,7 @@ class DiffusionGame:
 
     def encoder_hash(self) -> str:
         """The hash of the VAE, and of what becomes of an image before it is encoded."""
-        images = {name: value for name, value in asdict(self.images).items() if name != "vae_encode_batch_size"}
-        return key_of(vae=self.vae_hash, images=images, sizes=self.sizes)
+        return key_of(vae=self.vae_hash, images=asdict(self.images), sizes=self.sizes)
 
     @property
     def _cells(self) -> int:
@@ -273,7 +268,8 @@ class DiffusionGame:
         # (rows, channels, ...) fp16 on the CPU; packed where the images differ in size
         self._bring_back()
         trip = self.images.vae_round_trip and not rows[0]["drawn"]
-        encoded = latents_of(self.pipeline.vae, rows, self.images, prefix=prefix, mirrored=mirrored, round_trip=trip)
+        batch_size, how = self.sampling.generation_batch_size, {"mirrored": mirrored, "round_trip": trip}
+        encoded = latents_of(self.pipeline.vae, rows, self.images, batch_size, prefix=prefix, **how)
         return packed(encoded, self._cells) if self.has_sizes else torch.stack(encoded)
 
     def scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
@@ -291,7 +287,7 @@ class DiffusionGame:
                 kept = torch.cat([side["opponent_score"] for side in batch.sides])
                 by_opponent.append(sent(kept, question.x_t.device))
             else:
-                by_opponent.append(self._ask_opponent(question, batch))
+                by_opponent.append(self._ask_opponent(question))
             by_player.append(self._ask_player(player, question, batch))
             levels.append(question.level)
         player_scores, opponent_scores, level = (
@@ -309,7 +305,7 @@ class DiffusionGame:
         real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
         drawn = drawn if batch.generated else drawn[:0]
         for places, part in by_kind(batch):
-            found = self._ask_opponent(self.questions.noised(part), part)
+            found = self._ask_opponent(self.questions.noised(part))
             real[places] = found[: len(places)]
             if batch.generated:
                 drawn[places] = found[len(places) :]
@@ -323,9 +319,9 @@ class DiffusionGame:
             return question.asked_of(model)
 
     @torch.no_grad()
-    def _ask_opponent(self, question: Question, batch: Batch) -> Tensor:
+    def _ask_opponent(self, question: Question) -> Tensor:
         assert self.opponent is not None
-        with self.models.as_opponent(), self.models.dropping(seed_from(*batch.seeds)):
+        with self.models.as_opponent():
             predicted = self._predicted(self.opponent, question)
         return question.scores(predicted)
 
@@ -348,13 +344,12 @@ class DiffusionGame:
             of_real, of_generated = scores.chunk(2)
             return torch.cat([of_real, errors.scale_gradient(of_generated, scale)])
 
-        with self.models.dropping(seed_from(*batch.seeds)):
-            again = self.trajectory.trajectory == "exact" and torch.is_grad_enabled()
-            return self.models.checkpointed(ask, question.x_t) if again else ask(question.x_t)
+        again = self.denoiser.trajectory == "exact" and torch.is_grad_enabled()
+        return checkpoint(ask, question.x_t, use_reentrant=False) if again else ask(question.x_t)
 
     def kept_part(self, seed: int) -> slice:
         """The part of a trajectory that is kept: the two states around the step that `steps` draws; all for `exact`."""
-        if self.steps is None or self.trajectory.trajectory == "exact":
+        if self.steps is None or self.denoiser.trajectory == "exact":
             return slice(None)
         step = int(draw([seed], (), len(self.steps), 0.0).t)
         return slice(step, step + 2)
@@ -460,7 +455,7 @@ class DiffusionGame:
         # Before it is moved: beside the player, a card that can train it may have no room for it in fp32
         cast_for_autocast(fresh, autocast_dtype(self.accelerator.mixed_precision))
         fresh.to(self.accelerator.device)
-        if self.denoiser.channels_last:
+        if self.channels_last:
             fresh.to(memory_format=torch.channels_last)
         size = self.resolution // self.latent_px
         generator = torch.Generator().manual_seed(0)

@@ -237,10 +237,15 @@ def size_of(row: Row) -> Size:
     return height, width
 
 
+MOST_ENCODED = 8
+"""Images that pass the encoder at a time; with more it gets no faster."""
+
+
 def latents_of(
     vae: AutoencoderKL,
     rows: list[Row],
     settings: ImageSettings,
+    batch_size: int = MOST_ENCODED,
     *,
     prefix: str = "",
     round_trip: bool = False,
@@ -250,12 +255,13 @@ def latents_of(
     """The latents of each row's image, (channels, height, width) fp16 on the CPU; those of one size in batches.
 
     Args:
+        batch_size: images that are drawn at a time; as many are encoded, at most MOST_ENCODED.
         prefix: of the rows' image.
         round_trip: pass the VAE and the codec once before.
         mirrored: of the mirror images.
         codec: pass the codec once more before anything else.
     """
-    most = settings.vae_encode_batch_size
+    most = min(batch_size, MOST_ENCODED)
     encoded: dict[int, Tensor] = {}
     by_size = places_by_size(map(size_of, rows)).values()
     for places in (all_[start : start + most] for all_ in by_size for start in range(0, len(all_), most)):

@@ -21,10 +21,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.selfplay.device import cast_for_autocast
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.files import read_json, tensors_hash, weights_hash
 from spin_diffusion.store.input_error import InputError, one_line
 
@@ -73,7 +72,7 @@ class Adapters:
                     f"--lora_target_modules {target}: the UNet has no layer of this name; attentions have "
                     f"{', '.join(ATTENTION)}, and ff.net.0.proj, ff.net.2 beside them"
                 )
-        config = _config(settings.rank, settings.alpha, targets, settings.lora_dropout)
+        config = _config(settings.rank, settings.alpha, targets)
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are meant
             torch.manual_seed(0)  # every process, and every start of a run, begins with the same adapter
@@ -116,43 +115,6 @@ class Adapters:
         finally:
             self._activate(PLAYER)
 
-    @contextmanager
-    def dropping(self, seed: int) -> Iterator[None]:
-        """Dropout on, with masks from this seed: in one such context after another both adapters drop the same."""
-        if self.settings.lora_dropout == 0:
-            yield
-            return
-        with torch.random.fork_rng(), self.dropout(True):
-            torch.manual_seed(seed)
-            yield
-
-    @property
-    def drops(self) -> bool:
-        """Whether dropout is on."""
-        return any(module.training for layer in self.layers for module in layer.lora_dropout.values())
-
-    @contextmanager
-    def dropout(self, on: bool) -> Iterator[None]:
-        """Dropout on or off."""
-        before, modules = self.drops, [module for layer in self.layers for module in layer.lora_dropout.values()]
-        for module in modules:
-            module.train(on)
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.train(before)
-
-    def checkpointed(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """The function's value, to be computed again in the backward pass, with dropout as it is now."""
-        drops = self.drops
-
-        def again(*inputs: Any) -> Any:
-            with self.dropout(drops):
-                return function(*inputs)
-
-        return checkpoint(again, *inputs, use_reentrant=False)
-
     def promote(self) -> None:
         """The opponent becomes a copy of the player."""
         self._load(OPPONENT, self.weights(PLAYER))
@@ -194,7 +156,7 @@ class Adapters:
         self._write(folder, change, 2 * self.settings.rank, 2 * self.settings.alpha)
 
     def _write(self, folder: Path, weights: dict[str, Tensor], rank: int, alpha: float) -> None:
-        config = _config(rank, alpha, sorted(self.settings.lora_target_modules or ATTENTION), dropout=0.0).to_dict()
+        config = _config(rank, alpha, sorted(self.settings.lora_target_modules or ATTENTION)).to_dict()
         described = {f"unet.{key}": sorted(v) if isinstance(v, set) else v for key, v in config.items()}
         # The key that diffusers reads rank and alpha from; a second one would be written in an order of its own
         metadata = {"lora_adapter_metadata": json.dumps(described, sort_keys=True, default=str)}
@@ -219,10 +181,9 @@ class Adapters:
         return pipeline.unet
 
 
-def _config(rank: int, alpha: float, targets: list[str], dropout: float) -> LoraConfig:
-    return LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, init_lora_weights="gaussian"
-    )
+def _config(rank: int, alpha: float, targets: list[str]) -> LoraConfig:
+    # Without dropout: it would make the two models' scores differ at step 0
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, init_lora_weights="gaussian")
 
 
 def read_adapter(

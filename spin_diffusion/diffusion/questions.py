@@ -17,7 +17,7 @@ from spin_diffusion.diffusion.errors import timestep_weights
 from spin_diffusion.diffusion.images import Size, mirrored_frame, unpacked
 from spin_diffusion.diffusion.noising import Noising, draw
 from spin_diffusion.diffusion.prompts import Prompts
-from spin_diffusion.diffusion.settings import DenoiserSettings, TrajectorySettings
+from spin_diffusion.diffusion.settings import DenoiserSettings
 from spin_diffusion.diffusion.trajectory import (
     SamplerSteps,
     as_noise,
@@ -86,18 +86,19 @@ class Questions:
         prompts: Prompts,
         *,
         denoiser: DenoiserSettings,
-        trajectory: TrajectorySettings,
         sizes: list[Size],
+        channels_last: bool,
     ) -> None:
         """
         Args:
             steps: the sampler's, where scores are taken on them.
             sizes: of latents by the pairs' kind; with more than one the latents come packed.
+            channels_last: whether the UNet has this memory layout, and not the plain one.
         """
         self.noising, self.steps, self.prompts = noising, steps, prompts
-        self.denoiser, self.trajectory, self.sizes = denoiser, trajectory, sizes
+        self.denoiser, self.sizes, self.channels_last = denoiser, sizes, channels_last
         self.device = prompts.device
-        self.weights = timestep_weights(noising, denoiser.snr_gamma, denoiser.timestep_weights)
+        self.weights = timestep_weights(noising, denoiser.snr_gamma)
 
     def about(self, batch: Batch) -> Iterator[Question]:
         """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored.
@@ -131,7 +132,7 @@ class Questions:
 
     def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[Question]:
         """The opponent's kept trajectories, and the real images' posterior ones, at the sampler's own steps."""
-        kind, pairs = self.trajectory.trajectory, len(batch.ids)
+        kind, pairs = self.denoiser.trajectory, len(batch.ids)
         assert kind != "forward"
         x_0 = batch.real["latents"].float()
         draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
@@ -161,7 +162,7 @@ class Questions:
 
     def _laid_out(self, x_t: Tensor) -> Tensor:
         """In the UNet's memory layout."""
-        return x_t.contiguous(memory_format=torch.channels_last) if self.denoiser.channels_last else x_t
+        return x_t.contiguous(memory_format=torch.channels_last) if self.channels_last else x_t
 
 
 # Batches: which orientation a visit sees, several generated images to a real one, parts of one size

@@ -10,6 +10,7 @@ may see what it does not.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_diffusion.diffusion.images import latents_of, size_of
+from spin_diffusion.diffusion.images import MOST_ENCODED, latents_of, size_of
 from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
 from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
 from spin_diffusion.samples.sample import Row
@@ -169,7 +170,13 @@ def spectrum_difference(
 
 
 def encode_stored(
-    vae: AutoencoderKL, rows: list[Row], settings: ImageSettings, *, round_trip: bool = False, codec: bool = False
+    vae: AutoencoderKL,
+    rows: list[Row],
+    settings: ImageSettings,
+    batch_size: int = MOST_ENCODED,
+    *,
+    round_trip: bool = False,
+    codec: bool = False,
 ) -> Latents:
     """Latents of stored rows as scores see them (fp16 on the disk), fp32 on the CPU.
 
@@ -177,7 +184,7 @@ def encode_stored(
         round_trip: pass the VAE and the codec once before.
         codec: pass the codec once more before anything else.
     """
-    return torch.stack(latents_of(vae, rows, settings, round_trip=round_trip, codec=codec)).float()
+    return torch.stack(latents_of(vae, rows, settings, batch_size, round_trip=round_trip, codec=codec)).float()
 
 
 @dataclass(frozen=True)
@@ -187,16 +194,18 @@ class ShortcutProbe:
     vae: AutoencoderKL
     images: ImageSettings
     settings: ProbeSettings
+    batch_size: int = MOST_ENCODED
+    """Images that are encoded at a time, at most."""
 
     @property
     def samples(self) -> int:
         """The most pairs that are looked at."""
-        return self.settings.probe_samples
+        return self.settings.samples
 
     @property
     def stops(self) -> bool:
         """Whether a shortcut ends the run."""
-        return self.settings.on_shortcut == "stop"
+        return self.settings.action == "stop"
 
     def __call__(self, real: list[Row], generated: list[Row]) -> dict[str, object]:
         """What the probe says of pairs of stored rows, of those of the most frequent size; see `report`."""
@@ -208,11 +217,12 @@ class ShortcutProbe:
         if len(real) < MIN_PAIRS:
             return not_run(len(real))
         latent_px = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        plain, passed = (encode_stored(self.vae, real, self.images, round_trip=trip) for trip in (False, True))
+        encode = partial(encode_stored, self.vae, settings=self.images, batch_size=self.batch_size)
+        plain, passed = (encode(real, round_trip=trip) for trip in (False, True))
         codec = None
         if self.images.image_format == "jpeg":  # png gives the same pixels again
-            codec = encode_stored(self.vae, real, self.images, round_trip=self.images.vae_round_trip, codec=True)
-        drawn = encode_stored(self.vae, generated, self.images)
+            codec = encode(real, round_trip=self.images.vae_round_trip, codec=True)
+        drawn = encode(generated)
         return report(plain, passed, codec, drawn, latent_px, self.images.vae_round_trip)
 
 

@@ -1,8 +1,12 @@
-"""What a run measures after every round."""
+"""The settings of a run of any kind, and what it measures after every round."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from spin_diffusion.selfplay.objective_names import title_of
+from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.run_settings import RunSettings
+from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import Settings, setting
 
@@ -10,7 +14,18 @@ PromoteIf = Literal["always", "not_regressed", "improved"]
 
 
 @dataclass(frozen=True)
-class EvaluationSettings(Settings):
+class AnyEvaluationSettings(Settings):
+    """What is measured after every round."""
+
+    eval_every_round: bool = True
+    """Evaluate after every round; otherwise the base and the last round only."""
+    promote_if: PromoteIf = "always"
+    """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
+    (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(AnyEvaluationSettings):
     """What is measured after every round."""
 
     validation_prompts: str | None = setting(None, first=True)
@@ -26,11 +41,6 @@ class EvaluationSettings(Settings):
     """Denoising steps per image; default: --num_inference_steps."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers, or paths of .py files with a `load(device)`."""
-    eval_every_round: bool = True
-    """Evaluate after every round; otherwise the base and the last round only."""
-    promote_if: PromoteIf = "always"
-    """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
-    (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,3 +50,31 @@ class EvaluationSettings(Settings):
             raise InputError(f"--promote_if {self.promote_if} needs --validation_prompts and --scorers")
         if not self.eval_every_round:
             raise InputError(f"--promote_if {self.promote_if} needs --eval_every_round true")
+
+
+class RunConfig:
+    """All settings of a run, by section; a kind of run is a dataclass that adds sections of its own."""
+
+    rounds: RoundSettings
+    training: TrainSettings
+    evaluation: AnyEvaluationSettings
+    run: RunSettings
+
+    def flat(self) -> dict[str, object]:
+        """Every setting by its flag."""
+        return {key: value for section in vars(self).values() for key, value in asdict(section).items()}
+
+    @property
+    def rivals(self) -> list[str]:
+        """The objectives that the run is compared with, without its own."""
+        return [name for name in self.run.compare_with or [] if [name] != objectives_of(self.rounds)]
+
+    @property
+    def needs_losers(self) -> bool:
+        """Whether some objective takes its generated side from the data set."""
+        return "data" in {source_of(self.rounds, name) for name in (*objectives_of(self.rounds), *self.rivals)}
+
+    @property
+    def titles(self) -> str:
+        """The objectives of the run, as its header and its card call them."""
+        return ", ".join(title_of(name) for name in objectives_of(self.rounds))

@@ -36,7 +36,6 @@ class HubOptions(TypedDict):
 
     revision: str
     trust_remote_code: bool
-    cache_dir: str | None
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,10 @@ class LanguageBase:
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Whether the code that a hub model brings along is run."""
-    cache_dir: str | None = None
-    """Where what comes from the hub is kept; it decides nothing."""
 
     def options(self) -> HubOptions:
         """For `from_pretrained`."""
-        return {
-            "revision": self.revision or "main",
-            "trust_remote_code": self.trust_remote_code,
-            "cache_dir": self.cache_dir,
-        }
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
     def file(self, name: str) -> Path | None:
         """Where one of its files lies on this machine, downloaded if need be; None = it has none of that name."""
@@ -66,7 +59,6 @@ class LanguageBase:
             self.name,
             name,
             revision=self.revision or "main",
-            cache_dir=self.cache_dir,
             _raise_exceptions_for_missing_entries=False,
         )
         return Path(found) if found is not None else None
@@ -128,7 +120,7 @@ class LanguageBase:
 
     def _adapter_config(self) -> Path | None:
         """Where its adapter's configuration lies; None = it is no adapter."""
-        found = find_adapter_config_file(self.name, cache_dir=self.cache_dir, revision=self.revision)
+        found = find_adapter_config_file(self.name, revision=self.revision)
         if found is None:
             return None
         if whole := next((name for name in WHOLE if self.file(name) is not None), None):

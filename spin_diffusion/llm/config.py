@@ -1,16 +1,17 @@
 """Settings of a language-model run: frozen dataclasses, one per topic, read from YAML and the command line."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Literal
 
 from spin_diffusion.data.settings import TextDataSettings
+from spin_diffusion.evaluation.settings import AnyEvaluationSettings, RunConfig
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.objective_names import objective_of
 from spin_diffusion.selfplay.round_settings import OpponentName, RoundSettings, objectives_of
 from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.train_settings import Scheduler, TrainSettings
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.parsing import parse
 from spin_diffusion.store.settings import PerRound, Settings, setting
 
 
@@ -25,7 +26,7 @@ class CheckpointSettings(Settings):
     """Branch, tag or commit of a hub id."""
     chat_template: str | None = None
     """File with a chat template (Jinja) for a tokenizer that has none, or instead of its own."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
     """Arguments of the chat template, such as '{enable_thinking: false}': for prompts and answers, in training and
     evaluation, and in the tokenizer that is saved with the player."""
 
@@ -43,9 +44,11 @@ class LanguageRoundSettings(RoundSettings):
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated answers and anchor the score: latest, base, last_two (half each), pool
-    (all), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
+    (all), ema (a moving average of the player's weights, by --ema_decay)."""
     samples_per_shard: int = 512
     """Real answers per file, and what is drawn for them; what a killed process loses at most."""
+    stop_when_learnt: bool = False
+    """End the run with a round whose held-out gap is not above 0; that round is rejected. Needs held-out answers."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class LanguageTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class AnswerEvaluationSettings(Settings):
+class AnswerEvaluationSettings(AnyEvaluationSettings):
     """What is measured after every round, on held-out prompts."""
 
     judges: list[str] | None = None
@@ -79,11 +82,6 @@ class AnswerEvaluationSettings(Settings):
     """Distinct held-out prompts that are answered for the page; held-out scores use all held-out answers."""
     num_validation_answers: int = setting(1, minimum=1)
     """Answers per prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
-    eval_every_round: bool = True
-    """Evaluate after every round; otherwise the base and the last round only."""
-    promote_if: Literal["always", "not_regressed", "improved"] = "always"
-    """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
-    (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
     lm_eval_tasks: list[str] | None = None
     """Tasks or groups of lm-evaluation-harness, or task files (YAML), for the base and every round; needs the extra
     `lm-eval`."""
@@ -96,7 +94,7 @@ class AnswerEvaluationSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LanguageConfig:
+class LanguageConfig(RunConfig):
     """All settings of a run."""
 
     model: CheckpointSettings
@@ -111,13 +109,6 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         _check(self)
 
-    def flat(self) -> dict[str, Any]:
-        """Every setting by its flag."""
-        return {key: value for section in asdict(self).values() for key, value in section.items()}
-
-
-SECTIONS: dict[str, type] = get_type_hints(LanguageConfig)
-
 
 def parse_language_config(argv: list[str] | None = None) -> LanguageConfig:
     """The settings on the command line over those of `--config` over the defaults.
@@ -125,7 +116,7 @@ def parse_language_config(argv: list[str] | None = None) -> LanguageConfig:
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    return LanguageConfig(**parse_sections(SECTIONS, argv, listed=("judges", "lm_eval_tasks")))
+    return parse(LanguageConfig, argv, listed=("judges", "lm_eval_tasks"))
 
 
 def _check(config: LanguageConfig) -> None:
@@ -168,10 +159,11 @@ def warnings_of(config: LanguageConfig) -> list[str]:
     found = config.generation.warnings()
     rounds = config.rounds
     objectives = [objective_of(name) for name in objectives_of(rounds)]
-    if rounds.mu is not None and "space" in objectives_of(rounds) and rounds.mu != rounds.num_generated:
+    mu = (rounds.objective_options or {}).get("mu", rounds.num_generated)
+    if "space" in objectives_of(rounds) and mu != rounds.num_generated:
         found.append(
-            f"--mu {rounds.mu} is not --num_generated {rounds.num_generated}: the loss weighs the generated answers "
-            "as if there were more or fewer of them; it is still consistent, with another variance"
+            f"--objective_options mu {mu:g} is not --num_generated {rounds.num_generated}: the loss weighs the "
+            "generated answers as if there were more or fewer of them; it is still consistent, with another variance"
         )
     betas = rounds.beta if isinstance(rounds.beta, list) else [rounds.beta]
     if "spin" in objectives_of(rounds) and min(betas) <= 0.5 and any(o.generated == "opponent" for o in objectives):

@@ -390,7 +390,7 @@ def _without_dropout(model: nn.Module) -> None:
 def _with_adapters(model: PreTrainedModel, settings: LanguageModelSettings) -> PeftModel:
     """The model with two adapters, of which the player's is active and trained. Both begin as nothing."""
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
         target_modules=settings.lora_target_modules or "all-linear",
     )  # fmt: skip
     try:

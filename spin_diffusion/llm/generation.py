@@ -233,7 +233,6 @@ class Vllm:
             options = {"enable_lora": True, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
         if hub is not None:
             options |= {"revision": hub["revision"], "trust_remote_code": hub["trust_remote_code"]}
-            options["download_dir"] = hub["cache_dir"]
         self._watch = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("vllm_watch.py")), str(os.getpid())]
         )

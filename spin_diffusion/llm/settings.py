@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import Settings, setting
 
@@ -57,19 +58,11 @@ class GenerationSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LanguageModelSettings(Settings):
+class LanguageModelSettings(LoraSettings):
     """What of the language model is trained, and how it is run."""
 
     max_length: int = setting(1024, minimum=1)
     """Largest number of tokens of prompt and answer together."""
-    use_lora: bool = False
-    """Train a LoRA adapter instead of all weights; the opponent is a second adapter on the same base."""
-    rank: int = setting(16, minimum=1)
-    """Rank of the adapter."""
-    lora_alpha: int = setting(32, minimum=1)
-    """Its scale is lora_alpha / rank."""
-    lora_target_modules: list[str] | None = None
-    """Names of the layers that get an adapter; default: all linear layers but the output's."""
     score_batch_size: int = setting(16, minimum=1)
     """Answers that the opponent scores at once."""
     trust_remote_code: bool = False

@@ -36,7 +36,7 @@ class Origin(TypedDict):
 
 
 class _Begun(TypedDict):
-    base: dict[str, Any]
+    base: dict[str, object]
 
 
 def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from spin_diffusion.diffusion.settings import check_resolution
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.parsing import parse_sections
+from spin_diffusion.store.parsing import parse
 from spin_diffusion.store.settings import SEEDS, Settings, setting
 
 MAX_IMAGES_PER_PROMPT = 10_000
@@ -71,4 +71,4 @@ class EvaluateSettings(Settings):
 
 def parse_settings(argv: Sequence[str]) -> EvaluateSettings:
     """The settings on the command line over those of `--config` over the defaults."""
-    return parse_sections({"evaluate": EvaluateSettings}, argv, listed=("models", "scorers"))["evaluate"]
+    return parse(EvaluateSettings, argv, listed=("models", "scorers"))

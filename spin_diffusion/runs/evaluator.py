@@ -14,10 +14,10 @@ from spin_diffusion.evaluation.records import Protocol as SamplingProtocol
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.evaluation.tables import closing_lines, metrics_of, tell_table
 from spin_diffusion.evaluation.verdicts import promotion
-from spin_diffusion.runs.config import AnyConfig
 from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
 from spin_diffusion.samples.pairs import Column
@@ -112,7 +112,7 @@ class RunEvaluator:
 
     def __init__(
         self,
-        config: AnyConfig,
+        config: RunConfig,
         game: Game,
         base: tuple[str, str],
         saved: str,

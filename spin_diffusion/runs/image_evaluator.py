@@ -55,7 +55,7 @@ class PictureSamples:
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
         # A run's prompts that were trained on are warned of; the curator's scorer is one that was aimed at
-        curator = config.curation.curation_scorer
+        curator = config.data.curation.scorer
         self.shares_prompts, self.in_domain = False, [parse_spec(curator)[0]] if curator else []
         self.log_likelihood = None
 

@@ -9,7 +9,6 @@ from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import sizes_in_words
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.runs.config import rivals, titles_of
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
@@ -32,7 +31,7 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
-        f"Objective  {titles_of(config)}, opponent {config.rounds.opponent}, drawn at guidance "
+        f"Objective  {config.titles}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
         f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
@@ -57,15 +56,13 @@ def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
 
 def _candidate_lines(config: Config) -> str:
     """For the header: where pairs come from that have no real image, and what their scorer cannot be used for."""
-    found, scorers = config.candidates, config.evaluation.scorers or []
-    if not found.num_candidates:
+    found, scorers = config.rounds.candidates, config.evaluation.scorers or []
+    if not found.number:
         return ""
-    of = "all prompts" if found.candidate_share == 1 else f"{found.candidate_share:.0%} of the prompts"
-    line = f"Candidates {found.num_candidates} for {of}, best against worst by {found.candidate_scorer}\n"
-    if found.candidate_scorer in scorers:
-        line += (
-            f"           so {found.candidate_scorer} says what was aimed at, not what was gained: trust the others\n"
-        )
+    of = "all prompts" if found.share == 1 else f"{found.share:.0%} of the prompts"
+    line = f"Candidates {found.number} for {of}, best against worst by {found.scorer}\n"
+    if found.scorer in scorers:
+        line += f"           so {found.scorer} says what was aimed at, not what was gained: trust the others\n"
     return line
 
 
@@ -75,7 +72,7 @@ def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
         return ""
     one = trajectory_bytes(game)
     line = (
-        f"Trajectory {config.trajectory.trajectory}, "
+        f"Trajectory {config.denoiser.trajectory}, "
         f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
         f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
     )
@@ -95,7 +92,7 @@ def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
 
 def keeps_trajectories(config: Config, game: DiffusionGame) -> bool:
     """Whether an opponent draws at all, and its denoising is kept until the round is finished."""
-    objectives = (*objectives_of(config.rounds), *rivals(config))
+    objectives = (*objectives_of(config.rounds), *config.rivals)
     return game.steps is not None and "opponent" in {source_of(config.rounds, name) for name in objectives}
 
 
@@ -145,7 +142,7 @@ def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
     arguments = python_arguments(str(output_dir / folder))
     if config.run.hub_model_id:
         arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
-    curator, lora, sampling = config.curation.curation_scorer, config.lora, config.sampling
+    curator, lora, sampling = config.data.curation.scorer, config.lora, config.sampling
     chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
     how = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps of {sampling.sampler}"
     adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"

@@ -1,9 +1,9 @@
 """What an image run will take: its probe, and how often its settings ask for what."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,55 +12,32 @@ from accelerate import Accelerator
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion.config import Config
-from spin_diffusion.diffusion.cost import RoundWork, draws_worth_keeping, work_of
+from spin_diffusion.diffusion.cost import draws_worth_keeping, work_of
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.images import to_bytes
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
-from spin_diffusion.runs.config import needs_losers, rivals
 from spin_diffusion.runs.plan import (
-    PhaseSeconds,
     Rates,
+    Sizes,
+    Work,
     count_rows,
     fitting,
-    predict_disk,
-    predict_rounds,
+    make_plan,
     probe_training,
     seconds_of,
     stand_in_batch,
-    write_plan,
 )
 from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
-from spin_diffusion.selfplay.round_settings import objectives_of, source_of
-from spin_diffusion.selfplay.train_settings import check_batch, of_round, pairs_per_step, steps_of_round
+from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.train_settings import check_batch, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.store.progress import Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageRates(Rates):
-    """What the probe measured of images.
-
-    Attributes:
-        denoise: seconds of one denoising step of one image, guidance included.
-        finish: seconds of an image beside its steps: its prompt, the VAE's decoder, the codec.
-        encode: seconds of one image through the VAE's encoder.
-        image_bytes, picture_bytes, latent_bytes, prompt_bytes: of a stored training image, of one of the evaluation's
-            (PNG), of what is kept of an image and of a prompt.
-    """
-
-    denoise: float
-    finish: float
-    encode: float
-    image_bytes: int
-    picture_bytes: int
-    latent_bytes: int
-    prompt_bytes: int
-
-
-def make_plan(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> dict[str, Any]:
-    """Probe, predict, and write `plan.json` into the output folder, where the run's report finds it.
+def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> dict[str, Any]:
+    """Probe, and make the plan.
 
     Args:
         captions: counts those of the real images, while these are counted.
@@ -75,16 +52,8 @@ def make_plan(config: Config, game: DiffusionGame, captions: CutPrompts, progres
     config = settle_draws(config, accelerator, pairs)
     game.fixed_draws = int(config.denoiser.fixed_draws)
     rates = probe(config, game, few)
-    pictures = _pictures_of_evaluation(config)
-    return write_plan(
-        Path(config.run.output_dir),
-        accelerator,
-        rates,
-        rows=rows,
-        rounds=predict(config, rates, pairs, pictures, accelerator.num_processes),
-        encode_real_seconds=rows * rates.encode / accelerator.num_processes,
-        disk_bytes=disk(config, rates, rows, pictures),
-    )
+    rates = replace(rates, prepare=rates.prepare / accelerator.num_processes)  # shared out
+    return make_plan(config, accelerator, rates, Sizes(rows, 0, shown(config)), works(config, pairs))
 
 
 def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config:
@@ -103,7 +72,7 @@ def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config
 def _examples(config: Config, captions: CutPrompts, progress: Progress) -> tuple[list[Example], int]:
     """The first examples, and how many there are."""
     wanted = max(config.training.train_batch_size, 2)
-    examples = captions.passing(read_examples(config.data, with_losers=needs_losers(config)))
+    examples = captions.passing(read_examples(config.data, with_losers=config.needs_losers))
     few = list(islice(examples, wanted))
     return few, count_rows(len(few), examples, progress)
 
@@ -111,7 +80,7 @@ def _examples(config: Config, captions: CutPrompts, progress: Progress) -> tuple
 # The probe
 
 
-def probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRates:
+def probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     """Draw, encode and train one batch of each kind.
 
     Args:
@@ -121,7 +90,7 @@ def probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRates
         return _probe(config, game, few)
 
 
-def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRates:
+def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     device, batch = game.accelerator.device, config.sampling.generation_batch_size
     rows = list(game.real_rows(few))
     drawn_batch = [dict(rows[place % len(rows)]) for place in range(batch)]
@@ -149,17 +118,22 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> ImageRate
     score, pair, update, checkpoint_bytes = _probe_training(config, game, rows, encoded)
     parameters = trained_parameters(game)
     saved = game.player.parameters() if game.saved == "unet" else parameters
-    return ImageRates(
-        denoise=denoise / batch,
-        finish=finish / batch,
+    steps = config.sampling.num_inference_steps
+    steps_shown = config.evaluation.validation_num_inference_steps or steps
+    image = sum(len(row["image"]) for row in rows) // len(rows)
+    latents = sum(t.numel() * t.element_size() for t in encoded.values()) // len(rows)
+    return Rates(
+        prepare=encode / len(rows),
+        draw=(finish + steps * denoise) / batch,
+        show=(finish + steps_shown * denoise) / batch,
         encode=encode / len(rows),
+        score=score,
         pair=pair,
         update=update,
-        score=score,
-        image_bytes=sum(len(row["image"]) for row in rows) // len(rows),
-        picture_bytes=len(to_bytes(pictures[0], ImageSettings(image_format="png"))),
-        latent_bytes=sum(t.numel() * t.element_size() for t in encoded.values()) // len(rows),
-        prompt_bytes=sum(t.numel() * 2 for t in embedded.values()),
+        real_bytes=image + latents + sum(t.numel() * 2 for t in embedded.values()),
+        sample_bytes=image,
+        shown_bytes=len(to_bytes(pictures[0], ImageSettings(image_format="png"))),
+        encoded_bytes=latents,
         player_bytes=sum(p.numel() * p.element_size() for p in saved),
         checkpoint_bytes=checkpoint_bytes,
         drawing_memory=drawing_memory,
@@ -193,48 +167,23 @@ def _stand_in_states(game: DiffusionGame, latents: torch.Tensor) -> torch.Tensor
     return states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
 
 
-# From rates to a run
+# How often the settings ask for what
 
 
-def predict(config: Config, rates: ImageRates, pairs: int, pictures: int, world: int) -> list[dict[str, float | int]]:
-    """Seconds of each round's phases.
+def works(config: Config, pairs: int) -> Callable[[str, int], Work]:
+    """(objective, round) -> the work of a round of so many pairs."""
 
-    Args:
-        pairs: real samples of a round.
-        pictures: that the evaluation of a model draws.
-        world: processes.
-    """
-    image = rates.finish + config.sampling.num_inference_steps * rates.denoise
-    steps_of_pictures = config.evaluation.validation_num_inference_steps or config.sampling.num_inference_steps
+    def work(objective: str, round_: int) -> Work:
+        asked, kept = work_of(config, source_of(config.rounds, objective), pairs, 1), 0
+        if config.denoiser.trajectory != "forward":
+            kept = pairs * (config.sampling.num_inference_steps + 1)
+        scored = pairs * int(config.denoiser.fixed_draws)
+        return Work(asked.drawn, asked.encoded, asked.encoded + kept, scored)
 
-    def phases(k: int) -> PhaseSeconds:
-        source = source_of(config.rounds, of_round(config.rounds.objective, k))
-        work = work_of(config, source, pairs, 1)
-        scored = pairs * int(config.denoiser.fixed_draws) * rates.score
-        return PhaseSeconds(work.drawn * image, work.encoded * rates.encode + scored)
-
-    evaluation = pictures * (rates.finish + steps_of_pictures * rates.denoise)
-    return predict_rounds(config, rates, pairs, world, phases, evaluation)
+    return work
 
 
-def disk(config: Config, rates: ImageRates, rows: int, pictures: int) -> int:
-    """The most bytes that the output folder holds at a time, rivals included."""
-    pairs = rows // config.rounds.real_parts
-
-    def work(name: str) -> RoundWork:
-        return work_of(config, source_of(config.rounds, name), pairs, 1)
-
-    def samples(name: str) -> int:
-        return work(name).drawn * rates.image_bytes + pictures * rates.picture_bytes
-
-    working = max(work(name).encoded for name in (objectives_of(config.rounds)[0], *rivals(config)))
-    if config.trajectory.trajectory != "forward":
-        working += pairs * (config.sampling.num_inference_steps + 1)
-    data = rows * (rates.image_bytes + rates.latent_bytes + rates.prompt_bytes)
-    return predict_disk(config, rates, pairs, data, samples, working * rates.latent_bytes)
-
-
-def _pictures_of_evaluation(config: Config) -> int:
+def shown(config: Config) -> int:
     """Pictures that the evaluation of one model draws."""
     settings = config.evaluation
     if not settings.validation_prompts:

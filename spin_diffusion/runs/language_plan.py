@@ -4,10 +4,10 @@ How long answers will be is not known before they are drawn: the opponent's are 
 """
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,24 +16,22 @@ from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
-from spin_diffusion.runs.config import needs_losers, rivals
 from spin_diffusion.runs.plan import (
-    PhaseSeconds,
     Rates,
+    Sizes,
+    Work,
     count_rows,
     fitting,
-    predict_disk,
-    predict_rounds,
+    make_plan,
     probe_training,
     seconds_of,
     stand_in_batch,
-    write_plan,
 )
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.opponents import OPPONENTS
-from spin_diffusion.selfplay.round_settings import objectives_of, source_of
-from spin_diffusion.selfplay.train_settings import check_batch, of_round
+from spin_diffusion.selfplay.round_settings import source_of
+from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -44,59 +42,21 @@ SHORT, LONG = 8, 32
 """Tokens of the two answers whose times tell a token from what comes before it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnswerRates(Rates):
-    """What the probe measured of answers.
-
-    Attributes:
-        start: seconds of a batch of answers before its first token.
-        token: seconds of a token of all answers of a batch.
-        longest: tokens of the longest answer of a batch, on average.
-        tokenise: seconds of one real sample on its way to a stored row.
-        row_bytes, encoded_bytes: of a stored answer, and of its encoding.
-    """
-
-    start: float
-    token: float
-    longest: float
-    tokenise: float
-    row_bytes: int
-    encoded_bytes: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much there is: real answers, held-out answers, and the answers that an evaluation draws."""
-
-    rows: int
-    held_out: int
-    asked: int
-
-
-def make_plan(config: LanguageConfig, game: LanguageGame, progress: Progress) -> dict[str, Any]:
-    """Probe, predict, and write `plan.json` into the output folder, where the run's report finds it.
+def plan_answers(config: LanguageConfig, game: LanguageGame, progress: Progress) -> dict[str, Any]:
+    """Probe, and make the plan.
 
     Raises:
         InputError: a batch that does not fit in memory; fewer pairs than a batch.
     """
-    accelerator = game.accelerator
-    few, sizes, tokenise = _read(config, game, progress)
-    check_batch(sizes.rows // config.rounds.real_parts, config.training, accelerator.num_processes)
-    rates = replace(probe(config, game, few), tokenise=tokenise)
-    return write_plan(
-        Path(config.run.output_dir),
-        accelerator,
-        rates,
-        rows=sizes.rows,
-        rounds=predict(config, rates, sizes, accelerator.num_processes),
-        encode_real_seconds=(sizes.rows + sizes.held_out) * rates.tokenise,  # by one process
-        disk_bytes=disk(config, rates, sizes),
-    )
+    few, sizes, seconds = _read(config, game, progress)
+    check_batch(sizes.rows // config.rounds.real_parts, config.training, game.accelerator.num_processes)
+    rates = replace(probe(config, game, few), prepare=seconds)  # by one process
+    return make_plan(config, game.accelerator, rates, sizes, works(config, sizes))
 
 
 def _read(config: LanguageConfig, game: LanguageGame, progress: Progress) -> tuple[list[Row], Sizes, float]:
     """The first rows, how many of what there are, and the seconds that one takes."""
-    examples = read_text_examples(config.data, with_rejected=needs_losers(config))
+    examples = read_text_examples(config.data, with_rejected=config.needs_losers)
     first, few, started = list(islice(examples, FIRST_ROWS)), [], time.perf_counter()
     for example in first:
         with suppress(LeftOut):
@@ -119,7 +79,7 @@ def _read(config: LanguageConfig, game: LanguageGame, progress: Progress) -> tup
 # The probe
 
 
-def probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> AnswerRates:
+def probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> Rates:
     """Draw, score and train one batch of each kind.
 
     Args:
@@ -129,7 +89,7 @@ def probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> AnswerR
         return _probe(config, game, few)
 
 
-def _probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> AnswerRates:
+def _probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> Rates:
     device = game.accelerator.device
     forget_peak_memory(device)
     start, token = _probe_drawing(config, game, few)
@@ -146,16 +106,22 @@ def _probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> Answer
     pair, update, checkpoint_bytes = probe_training(config, game, stand_in_batch(config, chosen, encoded))
     saved = trained_parameters(game) if config.language.use_lora else list(game.model.parameters())
     whole = game.encode(few[: config.rounds.samples_per_shard])
-    return AnswerRates(
-        start=start,
-        token=token,
-        longest=expected_longest([len(row["tokens"]) for row in few], config.generation.generation_batch_size),
-        tokenise=0.0,
+    longest = expected_longest([len(row["tokens"]) for row in few], config.generation.generation_batch_size)
+    answer = (start + longest * token) / config.generation.generation_batch_size
+    stored = sum(_stored_bytes(row) for row in few) // len(few)
+    encoded_bytes = sum(t.numel() * t.element_size() for t in whole.values()) // len(whole["end"])
+    return Rates(
+        prepare=0.0,
+        draw=answer,
+        show=answer,
+        encode=0.0,
         score=score,
         pair=pair,
         update=update,
-        row_bytes=sum(_stored_bytes(row) for row in few) // len(few),
-        encoded_bytes=sum(t.numel() * t.element_size() for t in whole.values()) // len(whole["end"]),
+        real_bytes=stored + encoded_bytes,
+        sample_bytes=stored,
+        shown_bytes=stored,
+        encoded_bytes=encoded_bytes,
         player_bytes=sum(p.numel() * p.element_size() for p in saved),
         checkpoint_bytes=checkpoint_bytes,
         drawing_memory=drawing_memory,
@@ -204,52 +170,21 @@ def _repeated(few: list[Row], number: int) -> list[Row]:
     return [few[place % len(few)] for place in range(number)]
 
 
-# From rates to a run
+# How often the settings ask for what
 
 
-def predict(config: LanguageConfig, rates: AnswerRates, sizes: Sizes, world: int) -> list[dict[str, float | int]]:
-    """Seconds of each round's phases.
+def works(config: LanguageConfig, sizes: Sizes) -> Callable[[str, int], Work]:
+    """(objective, round) -> the work of a round."""
+    rows = sizes.rows // config.rounds.real_parts + sizes.held_out
 
-    Args:
-        world: processes.
-    """
-    pairs, held_out = sizes.rows // config.rounds.real_parts, sizes.held_out
-    answer = (rates.start + rates.longest * rates.token) / config.generation.generation_batch_size
-
-    def phases(k: int) -> PhaseSeconds:
-        drawn, scored = _work(config, of_round(config.rounds.objective, k), pairs + held_out)
+    def work(objective: str, round_: int) -> Work:
+        source = source_of(config.rounds, objective)
+        drawn = rows * config.rounds.num_generated if source == "opponent" else 0
+        scored = rows + (rows if source == "data" else drawn)
         anchors = 1
         if config.rounds.anchor == "opponent":
-            anchors = len(OPPONENTS[config.rounds.opponent](list(range(1, k))))
+            anchors = len(OPPONENTS[config.rounds.opponent](list(range(1, round_))))
         # The gap is measured on held-out pairs when a round was trained
-        gap = held_out / (pairs + held_out) * scored * rates.score
-        return PhaseSeconds(drawn * answer, anchors * scored * rates.score, gap)
+        return Work(drawn, 0, drawn, anchors * scored, sizes.held_out / rows * scored)
 
-    evaluation = sizes.asked * answer + held_out * rates.score
-    return predict_rounds(config, rates, pairs, world, phases, evaluation)
-
-
-def _work(config: LanguageConfig, objective: str, rows: int) -> tuple[int, int]:
-    """Answers that the opponent draws in a round with so many real ones, and answers that it scores."""
-    source = source_of(config.rounds, objective)
-    drawn = rows * config.rounds.num_generated if source == "opponent" else 0
-    return drawn, rows + (rows if source == "data" else drawn)
-
-
-def disk(config: LanguageConfig, rates: AnswerRates, sizes: Sizes) -> int:
-    """The most bytes that the output folder holds at a time, rivals included."""
-    pairs = sizes.rows // config.rounds.real_parts
-
-    def drawn(name: str) -> int:
-        return _work(config, name, pairs + sizes.held_out)[0]
-
-    data = (sizes.rows + sizes.held_out) * (rates.row_bytes + rates.encoded_bytes)
-    most = max(drawn(name) for name in (objectives_of(config.rounds)[0], *rivals(config)))
-    return predict_disk(
-        config,
-        rates,
-        pairs,
-        data,
-        samples=lambda name: (drawn(name) + sizes.asked) * rates.row_bytes,
-        working=most * rates.encoded_bytes,
-    )
+    return work

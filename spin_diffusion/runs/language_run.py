@@ -19,12 +19,11 @@ from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges, harness_tasks
-from spin_diffusion.runs.config import needs_losers, titles_of
 from spin_diffusion.runs.evaluator import RunEvaluator
-from spin_diffusion.runs.language_plan import FIRST_ROWS, make_plan
+from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.publish import Card, round_facts
-from spin_diffusion.runs.run import plan_run, play_run
+from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.one_round import Costs
@@ -43,21 +42,24 @@ HOPELESS_LONG_ROWS = 1000
 
 def run_language(config: LanguageConfig) -> list[RoundRecord]:
     """Play all rounds of `config` with a causal language model and return their records. Raises as `play_run`."""
-    return play_run(LanguageSetup(config))
+    return play_run(LanguageRun(config))
 
 
 def plan(config: LanguageConfig) -> None:
     """Say what a run will take, before it is started. Raises as `plan_run`."""
-    plan_run(LanguageSetup(config))
+    plan_run(LanguageRun(config))
 
 
-class LanguageSetup:
-    """A language run before its base is loaded."""
+class LanguageRun(Run):
+    """A language run."""
 
     program = "language training"
+    config: LanguageConfig
+    game: LanguageGame
 
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
+        self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
 
     def check(self) -> None:
         """Refuse benchmarks and judges that there are not."""
@@ -74,9 +76,9 @@ class LanguageSetup:
             accelerator.print(f"Warning: {warning}")
         return versions
 
-    def open(self, accelerator: Accelerator) -> "LanguageRun":
+    def open(self, accelerator: Accelerator) -> None:
         """The base checkpoint as a game."""
-        return LanguageRun(self.config, open_game(self.config, accelerator))
+        self.game = open_game(self.config, accelerator)
 
     def _check_vllm(self, accelerator: Accelerator) -> str:
         if accelerator.num_processes > 1:
@@ -93,22 +95,10 @@ class LanguageSetup:
         adapter_rank = self.config.language.rank if self.config.language.use_lora else None
         return check_vllm(accelerator.mixed_precision, accelerator.device.type, adapter_rank)
 
-
-class LanguageRun:
-    """A language run with its base."""
-
-    candidates = None
-    probe = None
-
-    def __init__(self, config: LanguageConfig, game: LanguageGame) -> None:
-        self.config, self.game = config, game
-        self.accelerator, self.output_dir = game.accelerator, Path(config.run.output_dir)
-        self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
-
     def plan(self, progress: Progress) -> list[str]:
         """The plan, and what the chat template does to the first answers."""
-        plan = make_plan(self.config, self.game, progress)
-        told = lines(plan, self.config.run.output_dir, self.accelerator.device, "judges")
+        plan = plan_answers(self.config, self.game, progress)
+        told = lines(plan, self.config.run.output_dir, self.game.accelerator.device, "judges")
         told += [f"Of the first {FIRST_ROWS} answers: {line}" for line in self.game.chat.notes()]
         if self.config.generation.engine == "vllm":
             told.append("Drawing was timed with transformers, not with vLLM")
@@ -116,21 +106,21 @@ class LanguageRun:
 
     def prepare(self, progress: Progress) -> DataManifest:
         """The manifest of the real answers, which are prepared as those that are held out are."""
-        data, with_rejected = self.config.data, needs_losers(self.config)
+        data, with_rejected = self.config.data, self.config.needs_losers
         report = ReadReport()
         warnings: list[str] = []
         answers = read_text_examples(data, with_rejected=with_rejected, report=report)
         manifest = self._prepare(self.output_dir / "data", answers, report, warnings, progress)
         if report.read:
             for line in [*warnings, *report.lines(), *self.game.chat.notes()]:
-                self.accelerator.print(line)
+                self.game.accelerator.print(line)
         if self.held_out is not None:
             aside = ReadReport()
             self.game.chat.count_anew()
             self._prepare(self.held_out, read_held_out(data, report=aside), aside, [], progress)
             if aside.read:
                 for line in [f"{aside.used} answers", *aside.lines()[1:], *self.game.chat.notes()]:
-                    self.accelerator.print(f"held out: {line.strip()}")
+                    self.game.accelerator.print(f"held out: {line.strip()}")
         return manifest
 
     def base(self) -> dict[str, Any]:
@@ -147,7 +137,7 @@ class LanguageRun:
         return (
             f"Base       {self.config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
             f"Data       {data['rows']} real answers\n"
-            f"Objective  {titles_of(self.config)}, opponent {rounds.opponent}, {rounds.num_generated} "
+            f"Objective  {self.config.titles}, opponent {rounds.opponent}, {rounds.num_generated} "
             f"generated answer{'s' if rounds.num_generated > 1 else ''} to each real one, "
             f"{self.config.generation.describe()}\n"
         )
@@ -185,18 +175,17 @@ class LanguageRun:
         settings = dataclasses.asdict(config.data) | {
             "max_length": config.language.max_length,
             "max_new_tokens": config.generation.max_new_tokens,
-            "with_rejected": needs_losers(config),
+            "with_rejected": config.needs_losers,
             "shard": config.rounds.samples_per_shard,
             **fingerprint(game.tokenizer),
         }
-        del settings["cache_dir"]
         return prepare(
             folder,
             lambda: _rows(game, answers, report, warnings),
             settings,
             config.rounds.samples_per_shard,
             game,
-            self.accelerator,
+            self.game.accelerator,
             progress,
             report.as_dict,
         )
@@ -209,7 +198,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
         rows: real answers of the run.
     """
     language, folder = config.language, output_dir / _saved(config)
-    adapter = f"LoRA of rank {language.rank}, alpha {language.lora_alpha:g}"
+    adapter = f"LoRA of rank {language.rank}, alpha {language.alpha:g}"
     blocks = {
         "uses_adapter": language.use_lora,
         "base_code": base_of(config).code(),
@@ -243,7 +232,7 @@ def _saved(config: LanguageConfig) -> str:
 def base_of(config: LanguageConfig) -> LanguageBase:
     """The base that the settings name."""
     name, remote_code = str(config.model.model_name_or_path), config.language.trust_remote_code
-    return LanguageBase(name, config.model.revision, remote_code, config.data.cache_dir)
+    return LanguageBase(name, config.model.revision, remote_code)
 
 
 def open_game(config: LanguageConfig, accelerator: Accelerator) -> LanguageGame:

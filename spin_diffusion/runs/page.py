@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.record import COUNTED, FINAL, find_record
 from spin_diffusion.selfplay.train_settings import of_round
@@ -14,7 +14,7 @@ from spin_diffusion.store.run_dir import Damaged
 
 _SHORTCUTS = {"generated": "real from generated", "decoder": "traces of the decoder in real ones"}
 """What the page shows of the shortcut probe."""
-_OVERHEAD: dict[str, Any] = dict.fromkeys(
+_OVERHEAD: dict[str, object] = dict.fromkeys(
     (
         "predicted_seconds",
         "predicted_memory_bytes",
@@ -49,12 +49,12 @@ class _Step(_Curves):
 class _Plan(TypedDict):
     """plan.json, as far as the ledger shows it."""
 
-    rounds: list[dict[str, Any]]
-    memory_bytes: dict[str, Any]
+    rounds: list[dict[str, object]]
+    memory_bytes: dict[str, object]
     disk_bytes: Any
 
 
-def round_name(config: AnyConfig, k: int) -> str:
+def round_name(config: RunConfig, k: int) -> str:
     """What the player of round k is called."""
     return f"{title_of(of_round(config.rounds.objective, k))} round {k}"
 
@@ -64,9 +64,9 @@ def rival_name(objective: str) -> str:
     return f"{objective}, same steps"
 
 
-def run_folders(config: AnyConfig, output_dir: Path) -> dict[str, Path]:
+def run_folders(config: RunConfig, output_dir: Path) -> dict[str, Path]:
     """Names of the run and of its rivals, and their folders."""
-    others = {rival_name(rival): output_dir / f"compare-{rival}" for rival in rivals(config)}
+    others = {rival_name(rival): output_dir / f"compare-{rival}" for rival in config.rivals}
     return {title_of(of_round(config.rounds.objective, 1)): output_dir} | others
 
 
@@ -79,7 +79,7 @@ def read_for_page(read: Callable[..., Any], path: Path, kind: Any) -> Any:
         return None
 
 
-def page_of(config: AnyConfig, output_dir: Path) -> dict[str, list[dict[str, Any]]]:
+def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, object]]]:
     """The lists of results.json that come from the folders of the run and its rivals: curves, events, ledger and
     measures."""
     rounds = [
@@ -95,14 +95,14 @@ def page_of(config: AnyConfig, output_dir: Path) -> dict[str, list[dict[str, Any
     }
 
 
-def _curve(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
+def _curve(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     """Every step of a round, absolute r and scores."""
     steps = read_for_page(read_json_lines, folder / "metrics.jsonl", _Step) or []
     keys = ("step", *_Curves.__annotations__)
     return [{"model": name, "round": k} | {key: step[key] for key in keys} for step in steps]
 
 
-def _events(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
+def _events(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     """What the rules of health said of a round."""
     record = find_record(folder)
     if record is None or "training" not in record:
@@ -115,13 +115,13 @@ def _events(name: str, k: int, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
+def ledger(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
     """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
     plan = read_for_page(read_json, output_dir / "plan.json", _Plan)
     plan = plan or {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
     planned = {entry["round"]: entry for entry in plan["rounds"]}
     memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
-    entries = []
+    entries: list[dict[str, object]] = []
     for name, folder in run_folders(config, output_dir).items():
         for k in range(1, config.rounds.rounds + 1):
             record = find_record(folder / f"round-{k}")
@@ -143,7 +143,7 @@ def ledger(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
+def _measures(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
     """The held-out gap and the shortcut probe of every round that has one, and of each rival's last."""
     last = config.rounds.rounds
     rounds: list[tuple[str, int | None, Path]] = [
@@ -151,7 +151,7 @@ def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
     ]
     for name, folder in list(run_folders(config, output_dir).items())[1:]:
         rounds.append((name, None, folder / f"round-{last}"))
-    entries = []
+    entries: list[dict[str, object]] = []
     for name, k, folder in rounds:
         record = find_record(folder)
         if record is None:
@@ -163,6 +163,6 @@ def _measures(config: AnyConfig, output_dir: Path) -> list[dict[str, Any]]:
             measured[f"shortcut_{key}"] = (title, auc.get(key))
         for name_, (title, interval) in measured.items():
             if interval is not None:
-                bounds: dict[str, Any] = {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
-                entries.append({"model": name, "round": k, "name": name_, "title": title, "better": "none"} | bounds)
+                bounds = {"value": interval["mean"], "low": interval["low"], "high": interval["high"]}
+                entries.append({"model": name, "round": k, "name": name_, "title": title, "better": "none", **bounds})
     return entries

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.device import wait_for
 from spin_diffusion.selfplay.game import Game
@@ -35,23 +35,57 @@ PHASES = {"generated": "draw", "cached": "encode", "trained": "train", "evaluate
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a probe measured of one process; a kind of run adds its own.
+    """What a probe measured of one process.
 
     Attributes:
+        prepare: seconds of a real sample on its way to what is trained on.
+        draw, show: seconds of a sample by the opponent, and of one for an evaluation.
+        encode: seconds of the encoding of a drawn sample.
         score: seconds of the opponent's score of a pair or of a row; 0 where none is kept.
         pair: seconds of a pair in a step, forward and backward, both models.
         update: seconds of the optimizer's part of a step.
+        real_bytes, sample_bytes, shown_bytes, encoded_bytes: what is stored of a real sample with its encodings, of a
+            drawn one, of one of an evaluation, and of an encoding.
         player_bytes, checkpoint_bytes: of what is saved of a player, and of a checkpoint within a round.
         drawing_memory, training_memory: peak bytes of the probe's parts; of the process as a whole on a CPU.
     """
 
+    prepare: float
+    draw: float
+    show: float
+    encode: float
     score: float
     pair: float
     update: float
+    real_bytes: int
+    sample_bytes: int
+    shown_bytes: int
+    encoded_bytes: int
     player_bytes: int
     checkpoint_bytes: int
     drawing_memory: int
     training_memory: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is: real samples, those of them that are held out, and samples that an evaluation draws."""
+
+    rows: int
+    held_out: int = 0
+    shown: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done in a round beside its steps: samples that are drawn, encoded, kept at a time, and scored by the
+    opponent; and scored by both models once the player is trained."""
+
+    drawn: int
+    encoded: int = 0
+    kept: int = 0
+    scored: int = 0
+    measured: float = 0.0
 
 
 def count_rows(known: int, rest: Iterator[Any], progress: Progress) -> int:
@@ -83,12 +117,9 @@ def seconds_of(call: Callable[[], Any], device: torch.device, before: Callable[[
     return best
 
 
-def probe_training(config: AnyConfig, game: Game, batch: Batch) -> tuple[float, float, int]:
+def probe_training(config: RunConfig, game: Game, batch: Batch) -> tuple[float, float, int]:
     """Seconds of a pair of this batch in a step, forward and backward, and of an update; bytes of a checkpoint."""
-    beta = of_round(config.rounds.beta, 1)
-    mu = of_round(config.rounds.mu, 1) or float(config.rounds.num_generated)
-    objective = objectives_of(config.rounds)[0]
-    loss = bind(objective, **{"beta": beta, "mu": mu} | (config.rounds.objective_options or {}))
+    loss = bind(objectives_of(config.rounds)[0], **config.rounds.numbers(1))
     # A rate so small that nothing is learnt here
     trainee = (Fused if config.training.fused_backward else Trainee)(game, 1e-12, config.training, game.accelerator)
 
@@ -121,7 +152,7 @@ def fitting(game: Game, remedies: str) -> Iterator[None]:
         ) from None
 
 
-def stand_in_batch(config: AnyConfig, rows: list[Row], encoded: dict[str, Tensor]) -> Batch:
+def stand_in_batch(config: RunConfig, rows: list[Row], encoded: dict[str, Tensor]) -> Batch:
     """A training batch of the first objective, whose generated side is made of its real samples.
 
     Args:
@@ -137,73 +168,21 @@ def stand_in_batch(config: AnyConfig, rows: list[Row], encoded: dict[str, Tensor
 # From rates to a run
 
 
-@dataclass(frozen=True)
-class PhaseSeconds:
-    """What the phases of a round take of one process; any number of them share it."""
-
-    generated: float
-    cached: float
-    measured: float = 0.0
-    """Measured of the player once it is trained."""
-
-
-def predict_rounds(
-    config: AnyConfig, rates: Rates, pairs: int, world: int, phases: Callable[[int], PhaseSeconds], evaluation: float
-) -> list[dict[str, float | int]]:
-    """Seconds of each round's phases, as the ledger names them; what scorers and judges take is not in them.
+def make_plan(
+    config: RunConfig, accelerator: Accelerator, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work]
+) -> dict[str, Any]:
+    """Predict, and write `plan.json` into the output folder, where the run's report finds it.
 
     Args:
-        pairs: real samples of a round.
-        world: processes.
-        phases: round -> what is shared.
-        evaluation: seconds that the evaluation of a player takes of one process.
+        work: (objective, round) -> the round's.
     """
-    predicted: list[dict[str, float | int]] = []
-    last, training = config.rounds.rounds, config.training
-    for k in range(1, last + 1):
-        steps, _ = steps_of_round(training, k, pairs, world)
-        visited, seconds = steps * pairs_per_step(training, 1), phases(k)
-        is_evaluated = k == last or config.evaluation.eval_every_round
-        predicted.append(
-            {
-                "round": k,
-                "generated": seconds.generated / world,
-                "cached": seconds.cached / world,
-                "trained": visited * rates.pair + steps * rates.update + seconds.measured / world,
-                "evaluated": evaluation / world if is_evaluated else 0.0,
-            }
-        )
-    return predicted
-
-
-def predict_disk(
-    config: AnyConfig, rates: Rates, pairs: int, data: int, samples: Callable[[str], int], working: int
-) -> int:
-    """The most bytes that the output folder holds at a time, rivals included.
-
-    Args:
-        data: bytes of the prepared data.
-        samples: objective -> bytes of the samples of one of its rounds, which stay.
-        working: bytes of one round at a time, beside its checkpoints and the one that is being written.
-    """
-    rounds, training = config.rounds.rounds, config.training
-    total = data + working
-    for name in (objectives_of(config.rounds)[0], *rivals(config)):
-        total += rounds * (samples(name) + rates.player_bytes) + rates.player_bytes  # the top folder's
-    steps = max(steps_of_round(training, k, pairs, 1)[0] for k in range(1, rounds + 1))
-    made = max(0, (steps - 1) // training.checkpointing_steps)
-    kept = min(made, training.checkpoints_total_limit or made) + (1 if made else 0)
-    return total + kept * rates.checkpoint_bytes
-
-
-def write_plan(output_dir: Path, accelerator: Accelerator, rates: Rates, **predicted: Any) -> dict[str, Any]:
-    """Write `plan.json` into the output folder, where the run's report finds it, and return the plan.
-
-    Args:
-        predicted: rows, rounds (each with its number and the seconds of PHASES), encode_real_seconds, disk_bytes.
-    """
+    output_dir = Path(config.run.output_dir)
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    plan = predicted | {
+    plan = {
+        "rows": sizes.rows,
+        "rounds": predict(config, rates, sizes, work, accelerator.num_processes),
+        "encode_real_seconds": (sizes.rows + sizes.held_out) * rates.prepare,
+        "disk_bytes": disk(config, rates, sizes, work),
         "rates": asdict(rates),
         "memory_bytes": {"drawing": rates.drawing_memory, "training": rates.training_memory},
         "processes": accelerator.num_processes,
@@ -213,6 +192,48 @@ def write_plan(output_dir: Path, accelerator: Accelerator, rates: Rates, **predi
     if accelerator.is_main_process:
         write_json(output_dir / "plan.json", plan)
     return plan
+
+
+def predict(
+    config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work], world: int
+) -> list[dict[str, float | int]]:
+    """Seconds of each round's phases, as the ledger names them; what scorers and judges take is not in them.
+
+    Args:
+        world: processes.
+    """
+    predicted: list[dict[str, float | int]] = []
+    training = config.training
+    last, evaluation = config.rounds.rounds, sizes.shown * rates.show + sizes.held_out * rates.score
+    for k in range(1, last + 1):
+        steps, _ = steps_of_round(training, k, sizes.rows // config.rounds.real_parts, world)
+        visited, round_ = steps * pairs_per_step(training, 1), work(of_round(config.rounds.objective, k), k)
+        is_evaluated = k == last or config.evaluation.eval_every_round
+        predicted.append(
+            {
+                "round": k,
+                "generated": round_.drawn * rates.draw / world,
+                "cached": (round_.encoded * rates.encode + round_.scored * rates.score) / world,
+                "trained": visited * rates.pair + steps * rates.update + round_.measured * rates.score / world,
+                "evaluated": evaluation / world if is_evaluated else 0.0,
+            }
+        )
+    return predicted
+
+
+def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work]) -> int:
+    """The most bytes that the output folder holds at a time, rivals included."""
+    rounds, training = config.rounds.rounds, config.training
+    works = [work(name, 1) for name in (objectives_of(config.rounds)[0], *config.rivals)]
+    total = (sizes.rows + sizes.held_out) * rates.real_bytes + max(one.kept for one in works) * rates.encoded_bytes
+    for one in works:
+        samples = one.drawn * rates.sample_bytes + sizes.shown * rates.shown_bytes
+        total += rounds * (samples + rates.player_bytes) + rates.player_bytes  # the top folder's
+    pairs = sizes.rows // config.rounds.real_parts
+    steps = max(steps_of_round(training, k, pairs, 1)[0] for k in range(1, rounds + 1))
+    made = max(0, (steps - 1) // training.checkpointing_steps)
+    kept = min(made, training.checkpoints_total_limit or made) + (1 if made else 0)
+    return total + kept * rates.checkpoint_bytes
 
 
 def lines(plan: dict[str, Any], output_dir: str, device: torch.device, judges: str) -> list[str]:

@@ -13,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
 from spin_diffusion.evaluation.records import Results, read_results
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.tables import as_markdown
-from spin_diffusion.runs.config import AnyConfig, titles_of
 from spin_diffusion.selfplay.objective_names import objective_of
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
@@ -50,7 +50,7 @@ class Card:
     """Folder whose files are to lie at the repository's root, where the libraries look for them."""
 
 
-def write_card(output_dir: Path, config: AnyConfig, card: Card) -> None:
+def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     """Write README.md: base, data, settings, the table with its intervals."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
     on_hub = not Path(card.base).exists()
@@ -105,14 +105,14 @@ def _is_as_written(path: Path) -> bool:
     return seal == _seal_of(b"".join(lines))
 
 
-def push_to_hub(output_dir: Path, config: AnyConfig, card: Card) -> str:
+def push_to_hub(output_dir: Path, config: RunConfig, card: Card) -> str:
     """Upload what a user of the model needs; return its address.
 
     Raises:
         InputError: the hub cannot be reached, or refuses. Nothing is lost, the same command tries again.
     """
     name = config.run.hub_model_id or output_dir.resolve().name
-    message = f"{titles_of(config)}, {config.rounds.rounds} rounds"
+    message = f"{config.titles}, {config.rounds.rounds} rounds"
     try:
         api = HfApi()
         repository = api.create_repo(name, exist_ok=True).repo_id
@@ -129,14 +129,14 @@ def push_to_hub(output_dir: Path, config: AnyConfig, card: Card) -> str:
     return f"https://huggingface.co/{repository}"
 
 
-def by_round(config: AnyConfig, value: Any) -> str:
+def by_round(config: RunConfig, value: Any) -> str:
     """A setting of one value, or one per round, in words."""
     values = [of_round(value, k) for k in range(1, config.rounds.rounds + 1)]
     values = [str(value) if isinstance(value, int) else f"{value:g}" for value in values]
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
-def round_facts(config: AnyConfig, rows: int, sampling: str) -> list[tuple[str, Any]]:
+def round_facts(config: RunConfig, rows: int, sampling: str) -> list[tuple[str, Any]]:
     """What every kind of run says of its rounds on the card.
 
     Args:
@@ -147,7 +147,7 @@ def round_facts(config: AnyConfig, rows: int, sampling: str) -> list[tuple[str, 
     pairs, world = rows // rounds.real_parts, int(os.environ.get("WORLD_SIZE", "1"))
     steps = [steps_of_round(training, k, pairs, world)[0] for k in range(1, rounds.rounds + 1)]
     return [
-        ("objective", f"{titles_of(config)}, beta {by_round(config, rounds.beta)}, {rounds.rounds} rounds"),
+        ("objective", f"{config.titles}, beta {by_round(config, rounds.beta)}, {rounds.rounds} rounds"),
         ("opponent", f"{rounds.opponent}, {sampling}"),
         ("optimizer steps a round", by_round(config, steps)),
         ("pairs a step and process", training.train_batch_size * training.gradient_accumulation_steps),

@@ -4,14 +4,15 @@ check -> open the base -> take the folder -> prepare the data -> play the rounds
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.runs.config import AnyConfig, rivals
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
@@ -29,6 +30,7 @@ from spin_diffusion.runs.start import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.objectives import options_for
 from spin_diffusion.selfplay.one_round import Costs, Probe
 from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
@@ -40,23 +42,29 @@ from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress
 
 
-@runtime_checkable
-class RunSetup(Protocol):
-    """What a run of one kind does in its own way before its base is loaded, in the order of the calls."""
+class Run(ABC):
+    """A run of one kind: what each does in its own way, in the order of the calls."""
+
+    program: ClassVar[str]
+    """What the run's folder is marked as."""
+    config: RunConfig
+    game: Game
+    """The two models that play; there from `open` on."""
+    candidates: Candidates | None = None
+    """How generated samples are chosen among several; None = each is taken."""
+    probe: Probe | None = None
+    """What looks for shortcuts before a round is trained; None = nothing does."""
+    held_out: Path | None = None
+    """Folder of the real samples that are never trained on."""
 
     @property
-    def config(self) -> AnyConfig:
-        """All settings of the run."""
-        ...
+    def output_dir(self) -> Path:
+        """Where everything is written."""
+        return Path(self.config.run.output_dir)
 
-    @property
-    def program(self) -> str:
-        """What the run's folder is marked as."""
-        ...
-
+    @abstractmethod
     def check(self) -> None:
         """Raises InputError for what can be refused at once."""
-        ...
 
     def launch(self, accelerator: Accelerator) -> dict[str, str]:
         """Print what the settings warn of; versions of packages that this run needs beside the usual ones.
@@ -64,93 +72,63 @@ class RunSetup(Protocol):
         Raises:
             InputError: the opponent cannot draw in the processes at hand.
         """
-        ...
+        return {}
 
-    def open(self, accelerator: Accelerator) -> "Run":
-        """The run with its base. Raises InputError when that cannot be trained as it is asked to."""
-        ...
+    @abstractmethod
+    def open(self, accelerator: Accelerator) -> None:
+        """Load the base. Raises InputError when it cannot be trained as it is asked to."""
 
-
-@runtime_checkable
-class Run(Protocol):
-    """What a run of one kind does in its own way once its base is loaded, in the order of the calls."""
-
-    @property
-    def config(self) -> AnyConfig:
-        """All settings of the run."""
-        ...
-
-    @property
-    def game(self) -> Game:
-        """The two models that play."""
-        ...
-
-    @property
-    def candidates(self) -> Candidates | None:
-        """How generated samples are chosen among several; None = each is taken."""
-        ...
-
-    @property
-    def probe(self) -> Probe | None:
-        """What looks for shortcuts before a round is trained; None = nothing does."""
-        ...
-
-    @property
-    def held_out(self) -> Path | None:
-        """Folder of the real samples that are never trained on."""
-        ...
-
+    @abstractmethod
     def plan(self, progress: Progress) -> list[str]:
         """Write `plan.json`; the plan for people, in lines."""
-        ...
 
+    @abstractmethod
     def prepare(self, progress: Progress) -> DataManifest:
         """The manifest of the real samples below the run's folder; what was left out of them is printed."""
-        ...
 
+    @abstractmethod
     def base(self) -> dict[str, Any]:
         """What the run was started from."""
-        ...
 
+    @abstractmethod
     def header(self, data: DataManifest) -> str:
         """What the run plays with, in lines."""
-        ...
 
+    @abstractmethod
     def ready(self, pairs: int, progress: Progress) -> None:
         """Make ready for rounds of so many pairs."""
-        ...
 
+    @abstractmethod
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What evaluates the base, the rounds and the rivals."""
-        ...
 
+    @abstractmethod
     def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
         """For the ledgers: (rounds of so many pairs, their folder) -> what their phases take."""
-        ...
 
+    @abstractmethod
     def card(self, rows: int) -> Card:
         """What the model card says of the model."""
-        ...
 
+    @abstractmethod
     def loading_code(self) -> tuple[Path, str]:
         """The folder of the last promoted player, and lines of Python that load it."""
-        ...
 
 
-def play_run(setup: RunSetup) -> list[RoundRecord]:
+def play_run(run: Run) -> list[RoundRecord]:
     """Play all rounds and return their records.
 
     Raises:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
-    config, output_dir = setup.config, Path(setup.config.run.output_dir)
-    check_run_folder(config, output_dir, setup.program)
-    setup.check()
-    accelerator = start(config, output_dir, setup.program)
-    versions = setup.launch(accelerator)
-    run = setup.open(accelerator)
+    config, output_dir = run.config, run.output_dir
+    check_run_folder(config, output_dir, run.program)
+    run.check()
+    accelerator = start(config, output_dir, run.program)
+    versions = run.launch(accelerator)
+    run.open(accelerator)
     check_training(config, run.game.player, accelerator)
-    take_run_folder(config, output_dir, setup.program, accelerator)
+    take_run_folder(config, output_dir, run.program, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
 
     data = run.prepare(progress)
@@ -163,7 +141,7 @@ def play_run(setup: RunSetup) -> list[RoundRecord]:
     _open_trackers(config, output_dir, accelerator)
     evaluator = run.evaluator(progress)
     evaluator.base()
-    records = _play_with_rivals(run, output_dir, evaluator, run.costs(pairs), accelerator, progress)
+    records = _play_with_rivals(run, evaluator, run.costs(pairs), accelerator, progress)
     if accelerator.is_main_process:
         card = run.card(rows)
         evaluator.tell()
@@ -174,42 +152,43 @@ def play_run(setup: RunSetup) -> list[RoundRecord]:
     return records
 
 
-def plan_run(setup: RunSetup) -> None:
+def plan_run(run: Run) -> None:
     """Say what a run will take, before it is started.
 
     Raises:
         InputError: as `play_run`; a batch that does not fit in memory.
     """
-    config, output_dir = setup.config, Path(setup.config.run.output_dir)
-    check_run_folder(config, output_dir, setup.program)
-    setup.check()
+    config, output_dir = run.config, run.output_dir
+    check_run_folder(config, output_dir, run.program)
+    run.check()
     quiet_libraries()
     accelerator = make_accelerator(config.training.mixed_precision)
     torch.backends.cuda.matmul.allow_tf32 = config.training.allow_tf32
-    run = setup.open(accelerator)
+    run.open(accelerator)
     check_training(config, run.game.player, accelerator)
     if accelerator.is_main_process:
-        take_folder(output_dir, setup.program)
+        take_folder(output_dir, run.program)
     for line in run.plan(Bars() if accelerator.is_main_process else Progress()):
         accelerator.print(line)
 
 
 def _play_with_rivals(
     run: Run,
-    output_dir: Path,
     evaluator: RunEvaluator,
     costs: Callable[[RoundSettings, Path], Costs],
     accelerator: Accelerator,
     progress: Progress,
 ) -> list[RoundRecord]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
-    config = run.config
+    config, output_dir = run.config, run.output_dir
     records: list[RoundRecord] = []
-    for rival in (None, *rivals(config)):
+    for rival in (None, *config.rivals):
         rounds, folder = config.rounds, output_dir
         if rival is not None:
             accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
-            rounds, folder = dataclasses.replace(rounds, objective=rival), output_dir / f"compare-{rival}"
+            options = options_for(rival, rounds.objective_options)
+            rounds = dataclasses.replace(rounds, objective=rival, objective_options=options)
+            folder = output_dir / f"compare-{rival}"
         played = play(
             SelfPlay(
                 run.game,
@@ -236,7 +215,7 @@ def _play_with_rivals(
     return records
 
 
-def lineage(records: list[RoundRecord]) -> list[dict[str, Any]]:
+def lineage(records: list[RoundRecord]) -> list[dict[str, object]]:
     """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
     ones anchored its scores, in the middle of the round too."""
     return [
@@ -252,7 +231,7 @@ def lineage(records: list[RoundRecord]) -> list[dict[str, Any]]:
     ]
 
 
-def _open_trackers(config: AnyConfig, output_dir: Path, accelerator: Accelerator) -> None:
+def _open_trackers(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> None:
     """The trackers of --report_to, with the settings that they can show."""
     shown = {key: value for key, value in config.flat().items() if isinstance(value, int | float | str | bool)}
     logs = output_dir / LOGS

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Collection
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
-from spin_diffusion.runs.config import AnyConfig
+from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
 from spin_diffusion.samples.real import DataManifest, forget_prepared
 from spin_diffusion.selfplay.objective_names import file_hashes
@@ -38,18 +39,29 @@ LOGS = "logs"
 """Folder of tensorboard's files; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
 
 
-def changes(old: dict[str, Any], config: AnyConfig) -> list[str]:
+def changes(old: dict[str, object], config: RunConfig) -> list[str]:
     """The settings that differ and would change a result, each as `key: old -> new`."""
     new = config.flat()
-    keys = sorted((old.keys() | new.keys()) - harmless(_sections(config)))
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+    return _differences(old, new, harmless(_sections(config)))
 
 
-def _sections(config: AnyConfig) -> list[type]:
+def _differences(old: dict[str, object], new: dict[str, object], but: Collection[str] = (), of: str = "") -> list[str]:
+    """What differs, key by key of settings that have keys."""
+    found = []
+    for key in sorted((old.keys() | new.keys()).difference(but)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, of=f"{of}{key} ")
+        elif before != after:
+            found.append(f"{of}{key}: {before!r} -> {after!r}")
+    return found
+
+
+def _sections(config: RunConfig) -> list[type]:
     return [type(section) for section in vars(config).values()]
 
 
-def write_config(config: AnyConfig, path: Any) -> None:
+def write_config(config: RunConfig, path: Any) -> None:
     """All settings as a YAML file that `--config` reads."""
     path.write_text(dump_yaml(config.flat()), encoding="utf-8")
 
@@ -57,7 +69,7 @@ def write_config(config: AnyConfig, path: Any) -> None:
 # The steps that every kind of run takes
 
 
-def check_run_folder(config: AnyConfig, output_dir: Path, program: str) -> None:
+def check_run_folder(config: RunConfig, output_dir: Path, program: str) -> None:
     """Refuse another program's folder and a run with other settings, before a model is loaded; nothing is written."""
     check_origin(config.flat(), output_dir, program)
     if check_folder(output_dir, program) and _has_begun(output_dir):
@@ -87,7 +99,7 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").disabled = True  # where it is installed accelerate loads it, asked or not
 
 
-def start(config: AnyConfig, output_dir: Path, program: str) -> Accelerator:
+def start(config: RunConfig, output_dir: Path, program: str) -> Accelerator:
     """Quiet the libraries and set the seeds. A folder in which another command works is refused; one that is not there
     yet is not made."""
     quiet_libraries()
@@ -100,7 +112,7 @@ def start(config: AnyConfig, output_dir: Path, program: str) -> Accelerator:
     return accelerator
 
 
-def take_run_folder(config: AnyConfig, output_dir: Path, program: str, accelerator: Accelerator) -> None:
+def take_run_folder(config: RunConfig, output_dir: Path, program: str, accelerator: Accelerator) -> None:
     """Make the folder this run's, put right what a killed run left in it, and write the settings; called once the base
     is known to be good."""
     if accelerator.is_main_process:
@@ -122,7 +134,7 @@ def _has_begun(output_dir: Path) -> bool:
     return (output_dir / "manifest.json").is_file()
 
 
-def _settings_before(output_dir: Path) -> dict[str, Any]:
+def _settings_before(output_dir: Path) -> dict[str, object]:
     """Settings of a command that did not get far enough for them to matter; none where they cannot be read."""
     try:
         return saved_settings(output_dir / "config.yaml")
@@ -130,13 +142,13 @@ def _settings_before(output_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _encodings_dir(config: AnyConfig) -> Path | None:
+def _encodings_dir(config: RunConfig) -> Path | None:
     """That runs share, if there is one."""
     given = config.flat().get("encodings_dir")
-    return Path(given) if given else None
+    return Path(str(given)) if given else None
 
 
-def _accelerator(config: AnyConfig, output_dir: Path) -> Accelerator:
+def _accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
     report_to = None if config.run.report_to == "none" else config.run.report_to
     # Accelerate would train on without it
     if report_to in LoggerType.list()[1:] and LoggerType(report_to) not in get_available_trackers():
@@ -174,7 +186,7 @@ def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
     return accelerator
 
 
-def check_training(config: AnyConfig, player: nn.Module, accelerator: Accelerator) -> None:
+def check_training(config: RunConfig, player: nn.Module, accelerator: Accelerator) -> None:
     """InputError names what the processes at hand, or the way of training asked for, cannot do."""
     moving_average = config.rounds.opponent == "ema"
     check_fused(config.training, accelerator)
@@ -192,7 +204,7 @@ class RunManifest(TypedDict):
     """What a run was started from."""
 
     base: BaseRecord
-    data: dict[str, Any]
+    data: dict[str, object]
     objective_files: dict[str, str]
     versions: dict[str, str]
 
@@ -201,7 +213,7 @@ def write_manifest(
     output_dir: Path,
     base: dict[str, Any],
     data: DataManifest,
-    config: AnyConfig,
+    config: RunConfig,
     accelerator: Accelerator,
     versions: dict[str, str] | None = None,
 ) -> None:
@@ -255,7 +267,7 @@ def write_manifest(
     accelerator.wait_for_everyone()
 
 
-def round_lines(config: AnyConfig, rows: int, accelerator: Accelerator) -> str:
+def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
     """For the header: the batch, and each round's steps, rate and beta."""
     training, rounds, world = config.training, config.rounds, accelerator.num_processes
     batch = pairs_per_step(training, world)

@@ -171,7 +171,7 @@ def _lost(values: list[float], beta: float) -> float | None:
 
 _HOLD_UP = (
     "Lower --learning_rate or --max_train_steps, or use an objective that holds r_real up, such as space, or give "
-    "--sft_weight"
+    "--objective_options '{sft_weight: 0.1}'"
 )
 
 

@@ -7,7 +7,7 @@ and Diffusion-DPO loss -log sigmoid(-(beta/2) [...]), so published betas (2000, 
 SD (not SDXL) DPO script leaves the 1/2 out: its `--beta_dpo 2500` is `--beta 5000` here.
 
 To add an objective, write one function PairScores -> (batch,) losses and its line in `objective_names`; or name a file
-of your own, `--objective FILE.py`, with such a function called `loss`. What it takes besides the scores, beta and mu, a
+of your own, `--objective FILE.py`, with such a function called `loss`. What it takes besides the scores and beta, a
 user sets with `--objective_options`.
 """
 
@@ -161,8 +161,8 @@ Loss = Callable[[PairScores], Float[Tensor, " batch"]]
 """An objective with its settings."""
 
 
-RUN_SETTINGS = {"beta", "mu"}
-"""What a run has a setting of its own for."""
+OF_EVERY = {"sft_weight": 0.0}
+"""What `--objective_options` can set of every objective, with its default: see `with_anchor`."""
 
 
 def loss_of(name: str) -> Callable[..., Float[Tensor, " batch"]]:
@@ -188,7 +188,13 @@ def loss_of(name: str) -> Callable[..., Float[Tensor, " batch"]]:
 def options_of(name: str) -> dict[str, float]:
     """What `--objective_options` can set of an objective, with its defaults."""
     parameters = list(inspect.signature(loss_of(name)).parameters.values())[1:]
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in RUN_SETTINGS}
+    return OF_EVERY | {one.name: one.default for one in parameters if one.name != "beta"}
+
+
+def options_for(name: str, options: dict[str, float] | None) -> dict[str, float]:
+    """Those of some options that an objective has."""
+    known = options_of(name)
+    return {key: value for key, value in (options or {}).items() if key in known}
 
 
 def bind(name: str, **settings: float) -> Loss:
@@ -207,10 +213,14 @@ def check_options(names: list[str], options: dict[str, float]) -> None:
     """Refuse options that none of the objectives has.
 
     Raises:
-        InputError: names the option and those that there are.
+        InputError: names the option and those that there are, or what its value must be.
     """
     known = {key for name in names for key in options_of(name)}
-    for key in options:
+    for key, value in options.items():
         if key not in known:
-            there = f"has {', '.join(sorted(known))}" if known else "has none"
-            raise InputError(f"--objective_options {key}: --objective {', '.join(names)} {there}")
+            there = ", ".join(sorted(known))
+            raise InputError(f"--objective_options {key}: --objective {', '.join(names)} has {there}")
+        if key == "mu" and value <= 0:
+            raise InputError(f"--objective_options mu {value:g} must be above 0")
+        if key == "sft_weight" and value < 0:
+            raise InputError(f"--objective_options sft_weight {value:g} must be at least 0")

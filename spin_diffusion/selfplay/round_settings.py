@@ -25,30 +25,24 @@ class RoundSettings(Settings):
     """The loss of a pair, or a file with a `loss` of your own. dpo takes the generated side from the data set's own
     worse samples, sft needs none, all others play the opponent."""
     objective_options: dict[str, float] | None = None
-    """Further numbers of the objective, such as {"threshold": 0.001} for dro, {"weight": 0.1} for mapo."""
+    """Further numbers of the objective, as "{threshold: 0.001}" for dro or "{weight: 0.1}" for mapo. mu weighs the
+    generated side of space; default: --num_generated, as its theorem wants it. sft_weight adds, to any of them, so many
+    times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
     generated_from: Literal["opponent", "data"] | None = None
     """Where the generated side comes from; default: the objective's own place. data = the data set's worse samples."""
     beta: PerRound[float] = setting(5000.0, above=0, maximum=MAX_BETA)
     """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
     num_generated: int = setting(1, minimum=1)
     """Samples that the opponent draws for each real one."""
-    mu: PerRound[float] | None = setting(None, above=0)
-    """Weight of the generated side in the objective `space`; default: num_generated, as its theorem wants it."""
-    sft_weight: float = setting(0.0, minimum=0)
-    """Add this times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated samples and anchor the score: latest, base, last_two (half each), pool
-    (all alike), ema (a moving average of the player's weights, by --opponent_ema_decay)."""
-    opponent_ema_decay: float = setting(0.99, minimum=0, below=1)
-    """Of the opponent ema, in [0, 1): it keeps this share of itself at every step of the player."""
+    (all alike), ema (a moving average of the player's weights, by --ema_decay)."""
     anchor: Literal["opponent", "base"] = "opponent"
     """Whose score the player's is compared with: the opponent that drew the samples, or always the base."""
     real_parts: int = setting(1, minimum=1)
     """Split the real samples into this many parts; round k plays with part k and sees it for the first time."""
     samples_per_shard: int = setting(64, minimum=1)
     """Real samples per file, and what is drawn for them; what a killed process loses at most."""
-    stop_when_learnt: bool = False
-    """End the run with a round whose held-out gap is not above 0; that round is rejected. Needs held-out samples."""
     seed: int = setting(0, minimum=0, below=SEEDS)
     """Seed of everything random in the run."""
 
@@ -69,19 +63,15 @@ class RoundSettings(Settings):
                 "part takes rows of every file"
             )
 
+    def numbers(self, round_: int) -> dict[str, float]:
+        """What the objective of a round is computed with, beside the scores."""
+        usual = {"beta": of_round(self.beta, round_), "mu": float(self.num_generated)}
+        return usual | (self.objective_options or {})
 
-@dataclass(frozen=True)
-class CandidateSettings(Settings):
-    """Pairs that the opponent makes by itself, from the best and the worst of several images by a scorer."""
-
-    num_candidates: int = 0
-    """Images that the opponent draws for a prompt, of which the best by --candidate_scorer plays the real side and the
-    worst the generated one; the real image takes no part. 0 = off, otherwise at least 2."""
-    candidate_scorer: str | None = None
-    """NAME[=PATH] of a scorer (pickscore, hps_v2_1, ...), or the path of a .py file; higher must be better."""
-    candidate_share: float = 1.0
-    """Share of the prompts, in (0, 1], whose pair is made so, chosen anew in each round; the others keep their real
-    image against one by the opponent. SAIL (arXiv 2602.05380) mixes a quarter into its seed data, against collapse."""
+    @property
+    def stop_when_learnt(self) -> bool:
+        """Whether a round whose held-out gap is not above 0 is rejected and ends the run."""
+        return False
 
 
 def objectives_of(rounds: RoundSettings) -> list[str]:

@@ -271,6 +271,5 @@ def _clean(round_: Round) -> None:
         for samples in round_.sets:
             for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
                 remove_files(samples.folder / name, is_shard)
-        if not round_.run.training.keep_checkpoints:
-            remove_checkpoints(round_.directory)
+        remove_checkpoints(round_.directory)
     round_.accelerator.wait_for_everyone()

@@ -87,8 +87,9 @@ class TrainSettings(Settings):
     """Gradients are clipped to this norm; the norm before clipping is logged. 0 = no clipping."""
     use_ema: bool = False
     """Promote an exponential moving average of the player's weights over the round instead of its last weights."""
-    ema_decay: float = setting(0.9999, above=0, maximum=1)
-    """Largest decay of that average."""
+    ema_decay: float | None = setting(None, above=0, below=1)
+    """Largest decay of that average; default: 0.9999. Of --opponent ema, which keeps this share of itself at every step
+    of the player; default: 0.99."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Default: what `accelerate launch` was told. Errors and scores are fp32 in any case."""
     gradient_checkpointing: bool = False
@@ -108,8 +109,6 @@ class TrainSettings(Settings):
     """Optimizer steps between checkpoints within a round."""
     checkpoints_total_limit: int | None = setting(None, minimum=1, harmless=True)
     """Checkpoints kept of a round in training; the oldest go first."""
-    keep_checkpoints: bool = setting(False, harmless=True)
-    """Keep a round's checkpoints after it has been promoted."""
     health: HealthSettings = HealthSettings()
     """What is done (ignore, warn, stop, roll_back) when a round goes wrong, and beyond which limit: by rule an action,
     a limit or both, as in "{forgetting: stop, distance: 0.3, saturation: [stop, 0.5]}"."""
@@ -124,6 +123,26 @@ class TrainSettings(Settings):
                 raise InputError(f"--lr_warmup_steps {steps} must be a whole number of steps, or a share below 1")
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
+
+
+@dataclass(frozen=True)
+class LoraSettings(Settings):
+    """Train a low-rank adapter in place of all weights."""
+
+    use_lora: bool = setting(False, first=True)
+    """Train an adapter; the base's weights stay as they are, and the opponent is a second adapter on them."""
+    rank: int = setting(16, minimum=1)
+    """Rank of the adapter's matrices."""
+    lora_alpha: float | None = setting(None, above=0)
+    """The adapter's change is scaled by this over the rank; default: the rank."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get an adapter; default: a UNet's attention projections (to_k, to_q, to_v, to_out.0),
+    all linear layers of a language model but the output's."""
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, or its default."""
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
 
 
 def of_round(value: Any, round_: int) -> Any:

@@ -54,7 +54,7 @@ def heed(round_: Round, probe: Probe, record: RoundRecord) -> None:
     for line in shortcut["lines"]:
         round_.accelerator.print(f"{round_.title}, before training: {line}")
     if probe.stops and shortcut["state"] == "warn":
-        raise InputError(f"{round_.title} is not trained (--on_shortcut stop): {shortcut['lines'][0]}")
+        raise InputError(f"{round_.title} is not trained (--probe action: stop): {shortcut['lines'][0]}")
 
 
 def train_player(round_: Round, record: RoundRecord) -> StepResult:
@@ -90,18 +90,13 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
 
 def _loss(round_: Round) -> Loss:
     """The round's objective with its settings."""
-    rounds = round_.settings
-    settings = {
-        "beta": of_round(rounds.beta, round_.k),
-        "mu": of_round(rounds.mu, round_.k) or float(rounds.num_generated),
-    }
-    return bind(round_.objective, **settings | (rounds.objective_options or {}))
+    return bind(round_.objective, **round_.settings.numbers(round_.k))
 
 
 def _plan(round_: Round, loss: Loss, pairs: int) -> RoundPlan:
     """What the training loop needs to know, with so many pairs to train on."""
     k, rounds, training = round_.k, round_.settings, round_.run.training
-    beta = of_round(rounds.beta, k)
+    numbers = rounds.numbers(k)
     steps, warmup_steps = steps_of_round(training, k, pairs, round_.accelerator.num_processes)
     return RoundPlan(
         name=f"{title_of(round_.objective)}/round-{k}",
@@ -110,8 +105,8 @@ def _plan(round_: Round, loss: Loss, pairs: int) -> RoundPlan:
         steps=steps,
         learning_rate=of_round(training.learning_rate, k),
         warmup_steps=warmup_steps,
-        beta=beta,
-        loss=with_anchor(loss, rounds.sft_weight * beta),
+        beta=numbers["beta"],
+        loss=with_anchor(loss, numbers.get("sft_weight", 0.0) * numbers["beta"]),
         anchored_at_player=round_.anchors == {round_.parent: 1.0}
         and (rounds.opponent != "ema" or round_.parent == 0 or rounds.anchor == "base"),
     )
@@ -158,7 +153,7 @@ def _average_so_far(round_: Round) -> Average | None:
     run.seat_opponent(round_.parent)
     folder = run.folder(round_.parent)
     run.seat_player(folder / EMA if round_.parent else folder)
-    return Average(trained_parameters(round_.game), round_.settings.opponent_ema_decay)
+    return Average(trained_parameters(round_.game), run.training.ema_decay or 0.99)
 
 
 def _save_average(round_: Round, average: Average) -> list[Path]:

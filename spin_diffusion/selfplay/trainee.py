@@ -108,7 +108,7 @@ class Trainee:
         self.game, self.settings, self.accelerator = game, settings, accelerator
         self.learning_rate = learning_rate
         self._prepare()
-        self.ema = EMAModel(self.parameters, decay=settings.ema_decay) if settings.use_ema else None
+        self.ema = EMAModel(self.parameters, decay=settings.ema_decay or 0.9999) if settings.use_ema else None
         if accelerator.scaler is not None and (fresh := type(accelerator.scaler)().state_dict()):
             accelerator.scaler.load_state_dict(fresh)  # the last round's scale must not depend on a resume
         if self.ema is not None:

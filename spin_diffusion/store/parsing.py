@@ -7,11 +7,11 @@ A word on the command line is read as the same word in the file, so nothing has 
 import difflib
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from spin_diffusion.store.input_error import InputError, nearest, printable
 from spin_diffusion.store.replaced import REPLACED
@@ -19,19 +19,20 @@ from spin_diffusion.store.settings import help_texts, rules_of
 from spin_diffusion.store.typed import Misfit, container_of, fit, shown
 from spin_diffusion.store.yaml_files import dump_yaml, parse_yaml, read_yaml
 
+T = TypeVar("T")
 
-def parse_sections(
-    sections: Mapping[str, type], argv: Sequence[str] | None, listed: Sequence[str] = ()
-) -> dict[str, Any]:
-    """One instance of each section's dataclass, from the command line over `--config` over the defaults.
+
+def parse(kind: type[T], argv: Sequence[str] | None, listed: Sequence[str] = ()) -> T:
+    """Settings from the command line over `--config` over the defaults.
 
     Args:
+        kind: a dataclass of settings, or of sections of settings.
         listed: settings that also take words one after the other (`--models a=x b=y`) or joined by commas.
 
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    known = _known(sections)
+    sections, known = sections_of(kind), types_of(kind)
     given: dict[str, Any] = {}
     files, flags = _split(list(sys.argv[1:] if argv is None else argv), known, listed)
     for path in files:
@@ -43,12 +44,12 @@ def parse_sections(
         elif name in known:
             given[name] = _over(given.get(name), _read(values[0], name, known[name]), known[name])
     if "help" in dict(flags):
-        _print_and_end("\n".join(_help_lines(sections)))
-    built = build_sections(sections, given)
+        _print_and_end("\n".join(_help_lines(sections.values())))
+    built = _build_sections(kind, given)
     if "print_config" in dict(flags):
         flat = {name: value for section in built.values() for name, value in asdict(section).items()}
         _print_and_end(dump_yaml(flat).rstrip())
-    return built
+    return built[""] if "" in built else kind(**built)
 
 
 def _over(before: Any, value: Any, type_: Any) -> Any:
@@ -57,21 +58,37 @@ def _over(before: Any, value: Any, type_: Any) -> Any:
     return before | value if is_keyed else value
 
 
-def build_sections(sections: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
-    """One instance of each section's dataclass, from settings by their flat names over the defaults.
+def build(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Settings from their flat names over the defaults.
 
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    known = _known(sections)
+    built = _build_sections(kind, given)
+    return built[""] if "" in built else kind(**built)
+
+
+def _build_sections(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = types_of(kind)
     checked = {name: _checked(value, name, known, "--") for name, value in given.items()}
     return {
         name: section(**{field.name: checked[field.name] for field in fields(section) if field.name in checked})
-        for name, section in sections.items()
+        for name, section in sections_of(kind).items()
     }
 
 
-def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def sections_of(kind: type) -> dict[str, type]:
+    """The sections of a dataclass of settings by name; one without sections is its own, without a name."""
+    found: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    return found if all(is_dataclass(type_) for type_ in found.values()) else {"": kind}
+
+
+def types_of(kind: type) -> dict[str, Any]:
+    """The type of each setting by its flat name."""
+    return {field.name: field.type for section in sections_of(kind).values() for field in fields(section)}
+
+
+def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, object]:
     """The settings in a YAML file, their names and types checked.
 
     Args:
@@ -86,10 +103,10 @@ def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
     return {name: content[name] if is_dataclass(value) else value for name, value in checked.items()}
 
 
-def saved_settings(path: Path) -> dict[str, Any]:
+def saved_settings(path: Path) -> dict[str, object]:
     """The settings that a command wrote into its folder; InputError when they cannot be read any more."""
     try:
-        content = fit(read_yaml(path), dict[str, Any])
+        content = fit(read_yaml(path), dict[str, object])
     except Misfit as error:
         raise InputError(f"{printable(path)} is damaged ({error}): {_START_ELSEWHERE}") from None
     except InputError as error:
@@ -107,7 +124,7 @@ def _print_and_end(text: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _help_lines(sections: Mapping[str, type]) -> Iterator[str]:
+def _help_lines(sections: Collection[type]) -> Iterator[str]:
     """What can be set: what people need first, then the sections, each under the first sentence of its docstring."""
     yield f"usage: {Path(sys.argv[0]).name} --config CONFIG.yaml [--SETTING VALUE ...]"
     yield ""
@@ -117,14 +134,14 @@ def _help_lines(sections: Mapping[str, type]) -> Iterator[str]:
     yield "      Print all settings as they are, as a file for --config, and end."
     first = [
         line
-        for section in sections.values()
+        for section in sections
         for name, rules in rules_of(section).items()
         if rules.first
         for line in _setting_lines(section, name)
     ]
     if first:
         yield from ("", "Needed first:", *first)
-    for section in sections.values():
+    for section in sections:
         yield ""
         yield " ".join((section.__doc__ or "").split()).removesuffix(".") + ":"
         for name, rules in rules_of(section).items():
@@ -157,10 +174,6 @@ def _placeholder(type_: Any) -> str:
     if container_of(type_) is dict:
         return "MAPPING"
     return {bool: "true|false", int: "INT", float: "NUMBER"}.get(type_, "TEXT")
-
-
-def _known(sections: Mapping[str, type]) -> dict[str, Any]:
-    return {field.name: field.type for section in sections.values() for field in fields(section)}
 
 
 def _split(

@@ -19,6 +19,7 @@ _WORDS = {
     str: "a text",
     NoneType: "null",
     Any: "any",
+    object: "any",
 }
 
 
@@ -35,7 +36,7 @@ def fit(value: Any, type_: Any, at: str = "") -> Any:
     Raises:
         Misfit: another type, a key that is missing, a number that is not finite, or a text with a NUL in it.
     """
-    if type_ is Any:
+    if type_ in (Any, object):
         return value
     kind, parts = get_origin(type_), get_args(type_)
     if kind in (Union, UnionType):

@@ -89,7 +89,7 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], at: Callable[[yaml.M
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
             entries.append(_value(event, events, at, depth + 1))
         return entries
-    mapping: dict[str, Any] = {}
+    mapping: dict[str, object] = {}
     lines: dict[str, str] = {}
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         name, line = _value(event, events, at, depth + 1), at(event.start_mark)

@@ -32,9 +32,14 @@ def scorer(tmp_path) -> Path:
 @pytest.fixture
 def asked(settings, scorer) -> dict:  # noqa: F811
     return settings | {
-        "num_candidates": 3, "candidate_scorer": str(scorer), "validation_prompts": None, "scorers": None,
+        "candidates": {"number": 3, "scorer": str(scorer)}, "validation_prompts": None, "scorers": None,
         "samples_per_shard": 8,
     }  # fmt: skip
+
+
+def with_(asked: dict, **changed) -> dict:
+    """The settings with other candidates."""
+    return asked | {"candidates": asked["candidates"] | changed}
 
 
 def rows_of(folder) -> list[dict]:
@@ -42,7 +47,8 @@ def rows_of(folder) -> list[dict]:
 
 
 def test_one_command_plays_with_candidates_and_a_scorer_of_ones_own(asked, scorer, tmp_path, capsys):
-    assert play(tmp_path, asked | {"candidate_share": 0.5, "compare_with": ["sft"]}) == 0
+    half = with_(asked, share=0.5) | {"compare_with": ["sft"]}
+    assert play(tmp_path, half) == 0
     printed = capsys.readouterr().out
     assert "Candidates 3 for 50% of the prompts, best against worst by" in printed
     assert "spin round 1: candidates' best" in printed
@@ -59,11 +65,11 @@ def test_one_command_plays_with_candidates_and_a_scorer_of_ones_own(asked, score
     assert said["judge"].startswith(f"{scorer} (SHA-256 ") and said["mean_best"] > said["mean_worst"]
     assert not (tmp_path / "out" / "compare-sft" / "round-1" / "choices").exists()
     # Once more: nothing to do. With another number, share or scorer: refused with the difference
-    assert play(tmp_path, asked | {"candidate_share": 0.5, "compare_with": ["sft"]}) == 0
+    assert play(tmp_path, half) == 0
     capsys.readouterr()
-    for change in ({"num_candidates": 4}, {"candidate_share": 0.75}, {"candidate_scorer": "pickscore"}):
-        code = play(tmp_path, asked | {"candidate_share": 0.5, "compare_with": ["sft"]} | change)
-        refused(capsys, code, "other settings", next(iter(change)), "->")
+    for change in ({"number": 4}, {"share": 0.75}, {"scorer": "pickscore"}):
+        code = play(tmp_path, with_(half, **change))
+        refused(capsys, code, "other settings", f"candidates {next(iter(change))}", "->")
 
 
 def test_a_scorer_of_the_evaluation_is_said_to_be_no_witness(asked, scorer, tiny_prompts, tmp_path, capsys):
@@ -73,20 +79,20 @@ def test_a_scorer_of_the_evaluation_is_said_to_be_no_witness(asked, scorer, tiny
 
 
 @pytest.mark.parametrize("change, parts", [
-    ({"candidate_scorer": None}, ["--num_candidates 3 needs --candidate_scorer"]),
-    ({"num_candidates": 0}, ["--candidate_scorer", "needs --num_candidates 2 or more"]),
-    ({"num_candidates": 0, "candidate_scorer": None, "candidate_share": 0.5}, ["--candidate_share 0.5 needs"]),
-    ({"num_candidates": 1}, ["--num_candidates 1 must be at least 2"]),
-    ({"num_candidates": -2}, ["--num_candidates -2 must be at least 2"]),
-    ({"candidate_share": 0}, ["--candidate_share 0", "above 0 and at most 1"]),
-    ({"candidate_share": 1.5}, ["--candidate_share 1.5", "above 0 and at most 1"]),
-    ({"num_generated": 2}, ["--num_generated 2 and --num_candidates 3 exclude each other"]),
-    ({"objective": "dpo"}, ["--num_candidates 3", "--objective dpo has not"]),
+    ({"candidates": {"number": 3}}, ["--candidates number 3 needs a scorer"]),
+    ({"candidates": {"scorer": "pickscore"}}, ["--candidates scorer pickscore needs a number of 2 or more"]),
+    ({"candidates": {"share": 0.5}}, ["--candidates share 0.5 needs"]),
+    ({"candidates": {"number": 1}}, ["--candidates number 1 must be at least 2"]),
+    ({"candidates": {"number": -2}}, ["--candidates number -2 must be at least 2"]),
+    ({"candidates": {"number": 3, "scorer": "x.py", "share": 0}}, ["--candidates share 0", "above 0 and at most 1"]),
+    ({"candidates": {"number": 3, "scorer": "pickscore", "share": 1.5}}, ["share 1.5", "above 0 and at most 1"]),
+    ({"num_generated": 2}, ["--num_generated 2 and --candidates number 3 exclude each other"]),
+    ({"objective": "dpo"}, ["--candidates number 3", "--objective dpo has not"]),
     ({"objective": ["spin", "sft"], "rounds": 2}, ["--objective sft has not"]),
     ({"generated_from": "data"}, ["--objective spin with --generated_from data has not"]),
-    ({"candidate_scorer": "pickscor"}, ["--candidate_scorer pickscor: there is no 'pickscor'", "pickscore?"]),
-    ({"candidate_scorer": "nowhere.py"}, ["--candidate_scorer nowhere.py: nowhere.py does not exist"]),
-    ({"candidate_scorer": "sharpness"}, ["--candidate_scorer sharpness", "drift"]),
+    ({"candidates": {"number": 3, "scorer": "pickscor"}}, ["scorer pickscor: there is no 'pickscor'", "pickscore?"]),
+    ({"candidates": {"number": 3, "scorer": "nowhere.py"}}, ["--candidates scorer nowhere.py: ", "does not exist"]),
+    ({"candidates": {"number": 3, "scorer": "sharpness"}}, ["--candidates scorer sharpness", "drift"]),
 ])  # fmt: skip
 def test_what_cannot_be_played_is_refused_before_anything_is_written(asked, tmp_path, capsys, change, parts):
     refused(capsys, play(tmp_path, asked | change), *parts)
@@ -94,7 +100,7 @@ def test_what_cannot_be_played_is_refused_before_anything_is_written(asked, tmp_
 
 
 def test_a_scorer_without_weights_is_refused_before_anything_is_drawn(asked, tmp_path, capsys):
-    refused(capsys, play(tmp_path, asked | {"candidate_scorer": f"pickscore={tmp_path / 'nowhere'}"}), "nowhere")
+    refused(capsys, play(tmp_path, with_(asked, scorer=f"pickscore={tmp_path / 'nowhere'}")), "nowhere")
     assert not (tmp_path / "out" / "round-1" / "samples").exists()
 
 
@@ -142,7 +148,7 @@ def test_a_file_that_changed_between_the_rounds_is_refused(asked, scorer, tmp_pa
 
 def test_two_processes_choose_the_same_as_one(asked, tmp_path):
     for count in (1, 2):
-        settings_ = asked | {"train_batch_size": 4 // count, "candidate_share": 0.5}
+        settings_ = with_(asked, share=0.5) | {"train_batch_size": 4 // count}
         play_in_processes(settings_, tmp_path / str(count), count)
     one, two = (tmp_path / str(count) / "out" / "round-1" for count in (1, 2))
     names = sorted(path.relative_to(one) for folder in ("samples", "choices") for path in (one / folder).iterdir())
@@ -154,10 +160,10 @@ def test_two_processes_choose_the_same_as_one(asked, tmp_path):
 
 
 def test_a_language_model_has_no_such_setting(tmp_path, capsys):
-    refused(capsys, run("train_space_llm.py", "--num_candidates", "3"), "unknown setting 'num_candidates'")
+    refused(capsys, run("train_space_llm.py", "--candidates", "{number: 3}"), "unknown setting 'candidates'")
 
 
 def test_the_resolved_settings_read_back(asked, tmp_path):
     assert play(tmp_path, asked) == 0
     saved = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert (saved["num_candidates"], saved["candidate_share"]) == (3, 1.0)
+    assert (saved["candidates"]["number"], saved["candidates"]["share"]) == (3, 1.0)

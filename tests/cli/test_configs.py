@@ -54,7 +54,7 @@ NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
         (["--resolution", "80000000"], "--resolution 80000000 must be a multiple of 8, and at most 10,000"),
         (["--adam_beta1", "1"], "--adam_beta1 1.0 must be at least 0 and below 1"),
         (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 must be at least 0 and below 1"),
-        (["--ema_decay", "1.5"], "--ema_decay 1.5 must be above 0 and at most 1"),
+        (["--ema_decay", "1.5"], "--ema_decay 1.5 must be above 0 and below 1"),
         (["--lr_scheduler", "cosin"], "did you mean 'cosine'?"),
         (["--lr_warmup_steps", "1.5"], "--lr_warmup_steps 1.5 must be a whole number of steps, or a share below 1"),
         (["--lr_warmup_steps", "[5, -0.1]"], "--lr_warmup_steps -0.1 must be at least 0"),

@@ -157,7 +157,7 @@ def test_an_adapter_is_saved_as_peft_reads_it(unevaluated, tmp_path):
         (["--lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
         (["--model_name_or_path", "nowhere/at-all"], ["nowhere/at-all"]),
         (["--dataset_name", "nowhere.jsonl"], ["nowhere.jsonl"]),
-        (["--mu", "0"], ["--mu", "above 0"]),
+        (["--objective_options", "{mu: 0}"], ["--objective_options mu 0", "above 0"]),
         (["--num_generated", "0"], ["--num_generated 0", "at least 1"]),
         (["--temperature", "-1"], ["--temperature"]),
         (["--max_new_tokens", "48"], ["--max_new_tokens 48", "--max_length 48"]),

@@ -4,7 +4,7 @@ import json
 import runpy
 import shutil
 import threading
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,12 @@ from spin_diffusion.comparing.plan import make_plan, parsed
 from spin_diffusion.comparing.report import findings, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
 from spin_diffusion.diffusion.base import load_checkpoint
-from spin_diffusion.diffusion.config import SECTIONS
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
 from tests.runs.test_evaluate_command import SCORER, refused
 from tests.store.test_folder import take_elsewhere
@@ -304,8 +305,6 @@ def test_what_a_run_encodes_before_its_first_step_is_counted(config):
 
     a_step = 2 * (10 + 20)
     assert flops() == 8 * (3 + 1) + 4 * a_step
-    # Not kept, the prompts are encoded at every step
-    assert flops(cache_text_embeddings=False) == 8 * 3 + 4 * (a_step + 2 * 1)
     # Through the VAE and back before they are encoded
     assert flops(vae_round_trip=True) == 8 * (3 + 3 + 5 + 1) + 4 * a_step
     # The worse images of a data set of pairs are encoded too
@@ -704,7 +703,7 @@ def test_a_base_data_or_scorer_that_is_replaced_under_its_name_makes_another_cel
     shutil.copytree(sdxl_dir, base)
     shutil.copyfile(tiny_parquet, data)
     scorer = tmp_path / "redness.py"
-    more = {"pretrained_model_name_or_path": str(base), "dataset_name": str(data), "curation_scorer": str(scorer)}
+    more = {"pretrained_model_name_or_path": str(base), "dataset_name": str(data), "curation": {"scorer": str(scorer)}}
     plan = make_plan(settings_of(config))
     cells_ = [plan.cell("tiny", "spin", 1e-4, 0, 2), plan.base("tiny", 0)]
     trained, alone = (replace(cell, training=cell.training | more) for cell in cells_)
@@ -743,7 +742,7 @@ def test_every_world_and_method_of_the_files_is_one_that_can_be_trained(name, mo
     monkeypatch.chdir(ROOT)
     settings = parse_settings(["--config", f"evaluation/configs/{name}.yaml"])
     assert len(settings.methods) >= 8 and len(settings.all_seeds) >= 3
-    known = {field.name for section in SECTIONS.values() for field in fields(section)}
+    known = types_of(Config)
     methods = [name for name, given in settings.methods.items() if given.keys() - {"about", "learning_rates"} <= known]
     worlds = [name for name, given in settings.worlds.items() if Path(given["pretrained_model_name_or_path"]).is_dir()]
     assert len(methods) >= 8 and {"sloppy", "plateau"} <= set(worlds)

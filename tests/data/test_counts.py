@@ -5,7 +5,7 @@ import pytest
 
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import MAX_KEPT_ROWS, ReadReport
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 
@@ -21,7 +21,7 @@ def table(tmp_path: Path, rows: list[tuple], **more) -> DataSettings:
 def test_the_filter_keeps_what_is_within_its_bounds_and_counts_the_rest(tmp_path: Path) -> None:
     scores = [0.1, 0.5, 0.50001, 0.2, None, float("nan"), 0.19]
     rows = [(RED, f"{index}", score) for index, score in enumerate(scores)]
-    bounds = {"filter_column": "score", "filter_max": 0.5, "filter_min": 0.2}
+    bounds = {"filter": FilterSettings("score", 0.5, 0.2)}
     examples, report = read(table(tmp_path, rows, max_bad_share=0.0, **bounds))
     assert [example.prompt for example in examples] == ["1", "3"]
     assert counts(report) == {"filtered": 5}
@@ -32,7 +32,7 @@ def test_the_filter_keeps_what_is_within_its_bounds_and_counts_the_rest(tmp_path
 
 
 def test_a_filtered_row_is_not_looked_at_further(tmp_path: Path) -> None:
-    settings = table(tmp_path, [(RED, "a", 0.0), (b"no image", "b", 1.0)], filter_column="score", filter_max=0.5)
+    settings = table(tmp_path, [(RED, "a", 0.0), (b"no image", "b", 1.0)], filter=FilterSettings("score", 0.5))
     assert counts(read(settings)[1]) == {"filtered": 1}
 
 
@@ -93,7 +93,7 @@ def test_who_allows_every_bad_row_is_not_stopped_early(tmp_path: Path) -> None:
 
 
 def test_no_usable_row_is_an_error_that_says_what_was_read_and_why(tmp_path: Path) -> None:
-    settings = table(tmp_path, [(RED, "a", 0.9)] * 3, filter_column="score", filter_max=0.5)
+    settings = table(tmp_path, [(RED, "a", 0.9)] * 3, filter=FilterSettings("score", 0.5))
     with pytest.raises(InputError, match=r"a.parquet: read 3 rows and none can be used: 3 filtered$"):
         read(settings)
 
@@ -123,14 +123,24 @@ def test_a_report_counts_every_row_and_keeps_the_first_hundred(tmp_path: Path) -
         ({"dataset_name": " "}, "--dataset_name is empty"),
         ({"max_train_samples": 0}, "--max_train_samples 0 must be at least 1"),
         ({"max_bad_share": 1.5}, "--max_bad_share 1.5 must be between 0 and 1"),
-        ({"filter_max": 0.5}, "without --filter_column"),
-        ({"filter_column": "score"}, "'score' is given without a bound"),
-        ({"filter_column": "score", "filter_min": 0.6, "filter_max": 0.5}, "0.6 is above --filter_max 0.5"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(given: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         DataSettings(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max": 0.5}, "without a column"),
+        ({"column": "score"}, "'score' is given without a bound"),
+        ({"column": "score", "min": 0.6, "max": 0.5}, "0.6 is above its max 0.5"),
+    ],
+)
+def test_a_filter_that_contradicts_itself_is_refused(given: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FilterSettings(**given)
 
 
 def test_no_data_set_at_all_is_an_error() -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 
@@ -54,7 +54,7 @@ def test_images_and_captions_come_in_the_order_of_the_metadata(folder: Path, kin
 
 def test_a_filter_reads_the_numbers_of_a_csv(folder: Path) -> None:
     (folder / "metadata.csv").write_text("file_name,text,nsfw\nsub/dog.jpg,a dog,0.9\ncat.png,a cat,1e-3\n")
-    examples, report = read(settings(folder, filter_column="nsfw", filter_max=0.5))
+    examples, report = read(settings(folder, filter=FilterSettings("nsfw", max=0.5)))
     assert [example.prompt for example in examples] == ["a cat"]
     assert counts(report) == {"filtered": 1}
 

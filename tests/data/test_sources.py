@@ -8,7 +8,7 @@ import pytest
 
 from spin_diffusion.data import reading
 from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.data.sources import expand_braces, looks_like_a_path, split_of
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table, write_tar
@@ -134,9 +134,7 @@ def test_a_hub_data_set_gives_the_bytes_as_they_are(streaming: bool, monkeypatch
         return loaded.to_iterable_dataset() if more["streaming"] else loaded
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    given = settings(
-        "user/set", streaming=streaming, dataset_config_name="small", dataset_revision="v1", cache_dir="/c"
-    )
+    given = settings("user/set", streaming=streaming, dataset_config_name="small", dataset_revision="v1")
     examples, report = read(DataSettings(**{**given.__dict__, "max_bad_share": 0.5}))
     assert [(example.image, example.prompt, example.where) for example in examples] == [
         (BLUE, "a", "user/set[train] row 0")
@@ -147,7 +145,6 @@ def test_a_hub_data_set_gives_the_bytes_as_they_are(streaming: bool, monkeypatch
         "name": "small",
         "split": "train",
         "revision": "v1",
-        "cache_dir": "/c",
         "streaming": streaming,
     }
 
@@ -155,7 +152,7 @@ def test_a_hub_data_set_gives_the_bytes_as_they_are(streaming: bool, monkeypatch
 def test_a_hub_webdataset_with_a_json_has_its_keys_as_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"jpg": BLUE, "json": {"caption": "a", "nsfw": 0.1}}, {"jpg": BLUE, "json": {"caption": "b", "nsfw": 0.9}}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: datasets.Dataset.from_list(rows))
-    assert prompts(settings("user/set", filter_column="nsfw", filter_max=0.5)) == ["a"]
+    assert prompts(settings("user/set", filter=FilterSettings("nsfw", max=0.5))) == ["a"]
 
 
 def test_a_stream_that_declares_no_columns_shows_them_in_its_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +198,8 @@ def test_a_hub_data_set_reads_files_of_the_cache_and_no_others(tmp_path: Path, m
         return dataset({"image": str(tmp_path / folder / "red.png"), "text": "a"})
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: load("cache"))
-    given = settings("user/set", cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = settings("user/set")
     assert [example.image for example in read(given)[0]] == [RED]
     for folder in ("home", "cache/../home"):
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, folder=folder, **more: load(folder))

@@ -7,7 +7,7 @@ from PIL import ImageFile
 
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import ReadReport
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.store import pictures
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_table
@@ -63,8 +63,8 @@ def test_a_missing_column_is_an_error_with_the_columns_there_are_and_the_nearest
         read_examples(settings(path, caption_column="capton"))
     with pytest.raises(InputError, match=r"no column 'imge' \(--image_column\).*nearest is 'image'"):
         read_examples(settings(path, image_column="imge", caption_column="captions"))
-    with pytest.raises(InputError, match=r"no column 'idd' \(--filter_column\).*nearest is 'id'"):
-        read_examples(settings(path, caption_column="captions", filter_column="idd", filter_max=1.0))
+    with pytest.raises(InputError, match=r"no column 'idd' \(--filter column\).*nearest is 'id'"):
+        read_examples(settings(path, caption_column="captions", filter=FilterSettings("idd", 1.0)))
 
 
 def test_of_a_list_of_captions_the_first_is_used(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_only_the_needed_columns_are_read(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     path = write_table(tmp_path / "a.parquet", [{"image": RED, "text": "a", "big": BLUE, "score": 0.1}])
-    read(settings(path, filter_column="score", filter_max=1.0))
+    read(settings(path, filter=FilterSettings("score", 1.0)))
     assert asked == [["image", "text", "score"]]
 
 

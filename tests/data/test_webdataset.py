@@ -8,7 +8,7 @@ import pytest
 
 from spin_diffusion.data import files
 from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.settings import DataSettings
+from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, cut_short, picture, read, write_tar
 
@@ -39,7 +39,7 @@ def test_the_keys_of_a_json_are_columns(tmp_path: Path) -> None:
     members = [("0.json", json.dumps(document).encode()), ("0.jpg", BLUE)]
     members += [("1.json", json.dumps(document | {"nsfw": 0.9}).encode()), ("1.jpg", BLUE)]
     path = write_tar(tmp_path / "0.tar", members)
-    examples, report = read(settings(path, filter_column="nsfw", filter_max=0.5))
+    examples, report = read(settings(path, filter=FilterSettings("nsfw", max=0.5)))
     assert [(example.prompt, example.image) for example in examples] == [("from json", BLUE)]
     assert counts(report) == {"filtered": 1}
     assert read(settings(path, caption_column="short"))[0][0].prompt == "fox"

@@ -14,7 +14,7 @@ from spin_diffusion.diffusion import game as game_module
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.sampling import Drawn
-from spin_diffusion.diffusion.settings import ImageSettings, TrajectorySettings
+from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
@@ -47,9 +47,10 @@ def game_of(base, trajectory: str = "forward", lossless: bool = False, images: d
     """A game at 32 px whose pictures are larger, smaller and of other shapes."""
     made = make_game(base, sampling=replace(SAMPLING, guidance_scale=3.0, num_inference_steps=2), **denoiser)
     return DiffusionGame(
-        made.family, made.pipeline, made.base, sampling=made.sampling, denoiser=made.denoiser,
+        made.family, made.pipeline, made.base, sampling=made.sampling,
+        denoiser=replace(made.denoiser, trajectory=trajectory),
         images=replace(made.images, image_format="png" if lossless else "jpeg", **images or {}),
-        accelerator=made.accelerator, trajectory=TrajectorySettings(trajectory),
+        accelerator=made.accelerator,
     )  # fmt: skip
 
 

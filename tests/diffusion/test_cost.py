@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spin_diffusion.diffusion.config import SECTIONS, Config
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import (
     RoundWork,
     UnitCosts,
@@ -15,14 +15,14 @@ from spin_diffusion.diffusion.cost import (
     work_of,
 )
 from spin_diffusion.samples.sample import Batch
-from spin_diffusion.store.parsing import build_sections
+from spin_diffusion.store.parsing import build
 from tests.playing import asked, make_game
 
 
 def config(**flags) -> Config:
     """Settings of a run: batches of 3, images in 2 guided steps."""
-    few = {"train_batch_size": 3, "num_inference_steps": 2, "guidance_scale": 3.0, "cache_text_embeddings": False}
-    return Config(**build_sections(SECTIONS, {"pretrained_model_name_or_path": "base", **few, **flags}))
+    few = {"train_batch_size": 3, "num_inference_steps": 2, "guidance_scale": 3.0}
+    return build(Config, {"pretrained_model_name_or_path": "base", **few, **flags})
 
 
 def batch_of(game, sides: int) -> Batch:
@@ -42,7 +42,8 @@ def test_an_optimizer_step_costs_what_the_counter_counts(family, request):
         expected = step_flops(unit, work_of(config(), source, 10, 1))
         # Fine-tuning's pass of the frozen model is for the logs, and is not charged
         logs = 3 * unit.unet if source == "none" else 0
-        assert counter.get_total_flops() == expected + logs
+        # These prompts were not encoded before
+        assert counter.get_total_flops() == expected + logs + 3 * unit.text
     # A network's backward pass takes about two forward ones, and about one where its weights stand still
     assert 1.5 < unit.unet_backward / unit.unet < 2.2
     assert 0.6 < unit.unet_backward_inputs / unit.unet < 1.3
@@ -65,30 +66,30 @@ def test_a_rounds_images_cost_what_the_counter_counts(family, guidance_scale, re
 
 def test_the_arithmetic_of_a_round():
     unit = UnitCosts(unet=10, unet_backward=20, unet_backward_inputs=11, text=1, vae_encode=3, vae_decode=5)
-    work = RoundWork(7, prompts=2, scored=4, compared=4, drawn=6, encoded=6, decoded=6, denoisings=8)
-    assert step_flops(unit, work) == 4 * (10 + 20) + 4 * 10 + 2
+    work = RoundWork(7, scored=4, compared=4, drawn=6, encoded=6, decoded=6, denoisings=8)
+    assert step_flops(unit, work) == 4 * (10 + 20) + 4 * 10
     assert generation_flops(unit, work) == 6 * (8 * 10 + 1 + 3 + 5)
     assert work_of(config(), "data", 10, 1).drawn == 0
     assert work_of(config(num_generated=2), "opponent", 10, 1).drawn == 20
     # Four candidates for half of the prompts, one for the others; two of each are encoded at most
-    candidates = work_of(config(num_candidates=4, candidate_scorer="pickscore", candidate_share=0.5), "opponent", 10, 1)
+    candidates = work_of(config(candidates={"number": 4, "scorer": "pickscore", "share": 0.5}), "opponent", 10, 1)
     assert (candidates.drawn, candidates.encoded) == (25, 20)
     flipped = work_of(config(random_flip=True), "opponent", 10, 1)
     assert generation_flops(unit, flipped) - generation_flops(unit, work_of(config(), "opponent", 10, 1)) == 10 * 3
     again = work_of(config(gradient_checkpointing=True), "opponent", 10, 1)
-    assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10 + 3
+    assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10
     # A pipeline whose empty prompt is zeros encodes one prompt an image
     assert [work_of(config(), "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
     assert unit.of_area(2.0) == UnitCosts(20, 40, 22, 1, 6, 10)
     # All noise levels of a trajectory, whose activations are computed twice
     exact = work_of(config(trajectory="exact", sampler="ddim"), "opponent", 10, 1)
     assert exact.scored == 2 * 2 * 3 and exact.forwards == 2
-    assert step_flops(unit, work_of(config(use_lora=True), "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10 + 3
+    assert step_flops(unit, work_of(config(use_lora=True), "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10
     # Fixed draws: the opponent's forward passes are made once, before the first step
-    fixed = work_of(config(fixed_draws=3, cache_text_embeddings=True), "opponent", 10, 7)
-    assert (fixed.compared, fixed.scored_once, fixed.prompts) == (0, 10 * 2 * 3, 0)
+    fixed = work_of(config(fixed_draws=3), "opponent", 10, 7)
+    assert (fixed.compared, fixed.scored_once) == (0, 10 * 2 * 3)
     # 7 steps visit each of 10 pairs 7 * 3 / 10 times, half of which may be fixed draws
-    by_itself = work_of(config(fixed_draws="auto", cache_text_embeddings=True), "opponent", 10, 7)
+    by_itself = work_of(config(fixed_draws="auto"), "opponent", 10, 7)
     assert by_itself.scored_once == 10 * 2 * (7 * 3 // 20)
     assert step_flops(unit, fixed) == 6 * (10 + 20)
     assert generation_flops(unit, fixed) == generation_flops(unit, work_of(config(), "opponent", 10, 7)) + 60 * 10

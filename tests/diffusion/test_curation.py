@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from spin_diffusion.data.rows import Example
+from spin_diffusion.data.settings import CurationSettings, DataSettings
 from spin_diffusion.diffusion import curation as curation_module
 from spin_diffusion.diffusion.curation import (
     Curation,
@@ -26,9 +27,8 @@ from spin_diffusion.diffusion.curation import (
     curation_lines,
 )
 from spin_diffusion.diffusion.game import example_id
-from spin_diffusion.diffusion.settings import CurationSettings
+from spin_diffusion.diffusion.settings import CandidateSettings
 from spin_diffusion.evaluation.records import read_results
-from spin_diffusion.selfplay.round_settings import CandidateSettings
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
@@ -101,12 +101,12 @@ def reference(scores, ids, prompts, one_per_prompt, threshold, top) -> set[int]:
 @pytest.mark.parametrize("top", [None, 3, 100])
 def test_the_chosen_are_those_of_the_plain_rules(one_per_prompt, threshold, top):
     rng = np.random.default_rng(0)
-    settings = CurationSettings("any", top, threshold, one_per_prompt) if one_per_prompt or threshold or top else None
-    for _ in range(50 if settings else 0):
+    settings = CurationSettings("any", top, threshold)
+    for _ in range(50):
         scores = rng.integers(0, 5, 20).astype(np.float64)  # many ties
         ids = rng.permutation(20).astype(np.uint64)
         prompts = rng.integers(0, 8, 20).astype(np.uint64)
-        choice = choose(scores, ids, prompts, settings)
+        choice = choose(scores, ids, prompts, settings, one_per_prompt)
         expected = reference(scores, ids, prompts, one_per_prompt, threshold, top)
         assert set(np.flatnonzero(choice.chosen).tolist()) == expected
         assert sum(choice.left_out.values()) == 20 - len(expected)
@@ -115,9 +115,9 @@ def test_the_chosen_are_those_of_the_plain_rules(one_per_prompt, threshold, top)
 def test_one_per_prompt_comes_before_the_threshold_and_the_top():
     scores = np.array([9.0, 8.0, 3.0, 2.0])
     ids, prompts = np.arange(4, dtype=np.uint64), np.array([0, 0, 1, 2], np.uint64)
-    choice = choose(scores, ids, prompts, CurationSettings("any", 2, 2.5, True))
+    choice = choose(scores, ids, prompts, CurationSettings("any", 2, 2.5), True)
     assert choice.chosen.tolist() == [True, False, True, False]
-    assert choice.left_out == {"--one_per_prompt": 1, "--curation_threshold 2.5": 1, "--curation_top 2": 0}
+    assert choice.left_out == {"--one_image_per_prompt": 1, "--curation threshold 2.5": 1, "--curation top 2": 0}
 
 
 def test_of_equal_scores_the_lower_id_wins_whatever_the_order_of_the_data():
@@ -125,7 +125,7 @@ def test_of_equal_scores_the_lower_id_wins_whatever_the_order_of_the_data():
     for ids in ([4, 3, 2, 1], [1, 2, 3, 4], [2**63 + 1, 2**63, 2**63 + 2, 2**63 + 3]):
         ids = np.array(ids, np.uint64)
         assert ids[choose(scores, ids, prompts, CurationSettings("any", 1)).chosen] == [min(ids)]
-        assert ids[choose(scores, ids, prompts, CurationSettings("any", None, None, True)).chosen] == [min(ids)]
+        assert ids[choose(scores, ids, prompts, CurationSettings("any"), True).chosen] == [min(ids)]
 
 
 def test_a_score_at_the_threshold_is_kept_though_scorers_return_fp32():
@@ -178,10 +178,18 @@ def rows_of(examples):
         yield {"id": example_id(example), "prompt": example.prompt, "image": example.image}
 
 
-def make(tmp_path: Path, data: Data, scorer: str, shard: int = 4, decides: dict | None = None, **rules) -> Curation:
+def make(
+    tmp_path: Path,
+    data: Data,
+    scorer: str,
+    shard: int = 4,
+    decides: dict | None = None,
+    one_per_prompt: bool = False,
+    **rules,
+) -> Curation:
     return Curation(
         CurationSettings(scorer, **rules), tmp_path / "curation", tmp_path / "data" / "curation.parquet",
-        decides or {}, data, example_id, rows_of, shard, "cpu",
+        decides or {}, data, example_id, rows_of, shard, "cpu", one_per_prompt,
     )  # fmt: skip
 
 
@@ -191,7 +199,7 @@ def levels(examples: Iterator[Example]) -> list[int]:
 
 def test_the_chosen_examples_come_in_the_order_of_the_data_set(brightness, tmp_path):
     data = Data(LEVELS)
-    curation = make(tmp_path, data, brightness, curation_top=4)
+    curation = make(tmp_path, data, brightness, top=4)
     assert levels(curation.take(data)) == [200, 130, 250, 180]
     table = pq.read_table(tmp_path / "data" / "curation.parquet").to_pylist()
     assert [row["score"] for row in table] == [float(level) for level in LEVELS]
@@ -200,15 +208,15 @@ def test_the_chosen_examples_come_in_the_order_of_the_data_set(brightness, tmp_p
         "id": example_id(list(data())[3]), "prompt": "prompt 1", "score": 130.0, "chosen": True,
     }  # fmt: skip
     assert curation_line(curation.summary) == "curated by brightness: 4 of 11 kept (scores 130 to 250)"
-    assert curation_lines(curation.summary, curation.settings)[1:] == ["  left out by --curation_top 4: 7", WARNING]
+    assert curation_lines(curation.summary, curation.settings)[1:] == ["  left out by --curation top 4: 7", WARNING]
 
 
 def test_a_top_larger_than_the_set_is_a_note(brightness, tmp_path):
     data = Data(LEVELS)
-    curation = make(tmp_path, data, brightness, curation_top=100, one_per_prompt=True)
+    curation = make(tmp_path, data, brightness, top=100, one_per_prompt=True)
     assert levels(curation.take(data)) == [200, 130, 250, 70, 180, 20]
     assert curation_lines(curation.summary, curation.settings)[1:] == [
-        "  left out by --one_per_prompt: 5", "  --curation_top 100 is more than the 6 there are", WARNING,
+        "  left out by --one_image_per_prompt: 5", "  --curation top 100 is more than the 6 there are", WARNING,
     ]  # fmt: skip
 
 
@@ -216,7 +224,7 @@ def test_memory_does_not_grow_with_the_data_set(brightness, tmp_path):
     most = []
     for count in (40, 400):
         data = Data([number * 7 % 256 for number in range(count)])
-        curation = make(tmp_path / str(count), data, brightness, shard=64, curation_threshold=128.0)
+        curation = make(tmp_path / str(count), data, brightness, shard=64, threshold=128.0)
         assert sum(1 for _ in curation.take(data)) == sum(level >= 128 for level in data.levels)
         most.append(data.most_alive)
     assert most[0] == most[1] <= curation_module.BATCH + 2
@@ -226,7 +234,7 @@ def test_memory_does_not_grow_with_the_data_set(brightness, tmp_path):
 @pytest.mark.parametrize("killed_at", [0, 3, 6, 10])
 def test_a_killed_scoring_goes_on_where_it_was(brightness, tmp_path, count, killed_at, monkeypatch):
     plain = Data(LEVELS[:count])
-    whole = levels(make(tmp_path / "whole", plain, brightness, curation_threshold=60.0, decides={"a": 1}).take(plain)) \
+    whole = levels(make(tmp_path / "whole", plain, brightness, threshold=60.0, decides={"a": 1}).take(plain)) \
         if max(LEVELS[:count]) >= 60 else None  # fmt: skip
     stop = {"at": killed_at}
 
@@ -236,7 +244,7 @@ def test_a_killed_scoring_goes_on_where_it_was(brightness, tmp_path, count, kill
                 raise KeyboardInterrupt
             yield example
 
-    killed = make(tmp_path / "killed", dying, brightness, curation_threshold=60.0, decides={"a": 1})
+    killed = make(tmp_path / "killed", dying, brightness, threshold=60.0, decides={"a": 1})
     if killed_at < count:
         with pytest.raises(KeyboardInterrupt):
             list(killed.take(dying))
@@ -259,46 +267,46 @@ def test_a_killed_scoring_goes_on_where_it_was(brightness, tmp_path, count, kill
 
 def test_files_of_a_longer_data_set_are_not_taken_for_scores(brightness, tmp_path):
     """As two processes leave them that are killed: the later file is there, the one before it is not."""
-    whole = make(tmp_path, Data(LEVELS), brightness, curation_top=2)
+    whole = make(tmp_path, Data(LEVELS), brightness, top=2)
     whole.score(None)
     (whole.directory / "complete.json").unlink()
     (whole.directory / "00001.parquet").unlink()
     shorter = Data(LEVELS[:7])  # three in the file that is scored anew, and three in the one behind it
     with pytest.raises(InputError, match="is not the one that was scored"):
-        make(tmp_path, shorter, brightness, curation_top=2).take(shorter)
+        make(tmp_path, shorter, brightness, top=2).take(shorter)
     assert not (whole.directory / "complete.json").exists()
 
 
 def test_what_is_scored_is_not_scored_again_when_the_rules_change(brightness, tmp_path, monkeypatch):
     data = Data(LEVELS)
     with pytest.raises(InputError) as error:
-        make(tmp_path, data, brightness, curation_threshold=251.0).take(data)
+        make(tmp_path, data, brightness, threshold=251.0).take(data)
     assert str(error.value) == (
-        "--curation_threshold 251 leaves none of the real images: brightness scores 11 images from 10 to 250, the "
+        "--curation threshold 251 leaves none of the real images: brightness scores 11 images from 10 to 250, the "
         "median is 90; give a lower one, their scores are kept"
     )
     monkeypatch.setattr(curation_module, "load_scorer", lambda *_: pytest.fail("it was scored already"))
-    assert levels(make(tmp_path, data, brightness, curation_threshold=200.0).take(data)) == [200, 250]
+    assert levels(make(tmp_path, data, brightness, threshold=200.0).take(data)) == [200, 250]
     assert data.read == 2  # once to score, once to take
-    curation = make(tmp_path, data, brightness, curation_threshold=200.0)
+    curation = make(tmp_path, data, brightness, threshold=200.0)
     curation.forget()
     assert not curation.directory.exists()
 
 
 def test_other_data_settings_or_another_scorer_are_scored_again(brightness, tmp_path):
     data = Data(LEVELS)
-    list(make(tmp_path, data, brightness, decides={"resolution": 8}, curation_top=2).take(data))
+    list(make(tmp_path, data, brightness, decides={"resolution": 8}, top=2).take(data))
     Path(brightness).with_name("darkness.py").write_text(BRIGHTNESS.replace("float(np", "-float(np"))
     darkness = str(Path(brightness).with_name("darkness.py"))
-    assert levels(make(tmp_path, data, darkness, decides={"resolution": 8}, curation_top=2).take(data)) == [10, 20]
+    assert levels(make(tmp_path, data, darkness, decides={"resolution": 8}, top=2).take(data)) == [10, 20]
     brighter = Data([5, *LEVELS[1:]])
-    again = make(tmp_path, brighter, darkness, decides={"resolution": 16}, curation_top=2)
+    again = make(tmp_path, brighter, darkness, decides={"resolution": 16}, top=2)
     assert levels(again.take(brighter)) == [5, 10]
 
 
 def test_other_weights_behind_the_same_name_score_everything_again(brightness, tmp_path, monkeypatch):
     data, scored, batch, load = Data(LEVELS), [], Curation._scored_batch, curation_module.load_scorer
-    curation = make(tmp_path, data, brightness, curation_top=2)
+    curation = make(tmp_path, data, brightness, top=2)
     curation.score(None)
     (curation.directory / "complete.json").unlink()  # as a kill at the end leaves it
 
@@ -317,11 +325,11 @@ def test_other_weights_behind_the_same_name_score_everything_again(brightness, t
 def test_a_data_set_that_changes_in_between_is_refused(brightness, tmp_path):
     data = Data(LEVELS)
     for number, changed in enumerate(([1, *LEVELS[1:]], LEVELS[:-1], [*LEVELS, 7], LEVELS[::-1])):
-        curation = make(tmp_path / str(number), data, brightness, curation_top=2)
+        curation = make(tmp_path / str(number), data, brightness, top=2)
         with pytest.raises(InputError, match=r"have changed; delete .*curation"):
             list(curation.take(Data(changed)))
     # While it is still being scored
-    curation = make(tmp_path / "scoring", data, brightness, curation_top=2)
+    curation = make(tmp_path / "scoring", data, brightness, top=2)
     list(curation.take(data))
     (curation.directory / "complete.json").unlink()
     with pytest.raises(InputError, match="have changed"):
@@ -334,17 +342,15 @@ def test_a_data_set_that_changes_in_between_is_refused(brightness, tmp_path):
 @pytest.mark.parametrize(
     ("rules", "parts"),
     [
-        ({"curation_top": 5}, ["--curation_top needs --curation_scorer"]),
-        ({"curation_top": 5, "curation_threshold": 0.2}, ["--curation_top and --curation_threshold need "]),
-        ({"one_per_prompt": True}, ["--one_per_prompt needs", "--one_image_per_prompt keeps the first"]),
-        ({"curation_scorer": "pickscore"}, ["pickscore has no rule", "--curation_top"]),
-        ({"curation_scorer": "pickscore", "curation_top": 0}, ["--curation_top 0 must be at least 1"]),
-        ({"curation_scorer": "pickscore", "curation_threshold": float("nan")}, ["must be a finite number"]),
+        ({"top": 5}, ["--curation top needs a scorer"]),
+        ({"top": 5, "threshold": 0.2}, ["--curation top and threshold need a scorer"]),
+        ({"scorer": "pickscore"}, ["pickscore has no rule", "give top"]),
+        ({"scorer": "pickscore", "top": 0}, ["--curation top 0 must be at least 1"]),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(rules, parts):
     with pytest.raises(InputError) as error:
-        CurationSettings(**rules)
+        DataSettings(curation=CurationSettings(**rules))
     for part in parts:
         assert part in str(error.value)
 
@@ -356,7 +362,7 @@ def test_rules_that_make_no_sense_are_refused(rules, parts):
 def test_a_scorer_that_cannot_choose_is_refused_before_anything_is_loaded(spec, part):
     with pytest.raises(InputError, match=part) as error:
         check_judges(CurationSettings(spec, 5), CandidateSettings())
-    assert str(error.value).startswith(f"--curation_scorer {spec}: ")
+    assert str(error.value).startswith(f"--curation scorer {spec}: ")
     check_judges(CurationSettings(), CandidateSettings())
     check_judges(CurationSettings("pickscore", 5), CandidateSettings())
 
@@ -368,12 +374,12 @@ def test_a_scorer_that_fails_is_named_by_its_flag(tmp_path):
     )
     data = Data(LEVELS)
     with pytest.raises(
-        InputError, match=r"--curation_scorer .*broken.py: scorer broken returned nan for the prompt 'pro"
+        InputError, match=r"--curation scorer .*broken.py: scorer broken returned nan for the prompt 'pro"
     ):
-        make(tmp_path, data, str(path), curation_top=1).take(data)
+        make(tmp_path, data, str(path), top=1).take(data)
     spec = f"pickscore={tmp_path / 'nowhere'}"
-    with pytest.raises(InputError, match=r"--curation_scorer pickscore=.*nowhere: "):
-        make(tmp_path, data, spec, curation_top=1).take(data)
+    with pytest.raises(InputError, match=r"--curation scorer pickscore=.*nowhere: "):
+        make(tmp_path, data, spec, top=1).take(data)
 
 
 def test_the_hash_of_a_users_own_scorer_is_part_of_the_settings(brightness):
@@ -382,7 +388,7 @@ def test_the_hash_of_a_users_own_scorer_is_part_of_the_settings(brightness):
     assert content_settings(CurationSettings(brightness, 5)) != before
     # Of a scorer that comes along, too: its code may change with the version
     assert re.fullmatch(
-        r"pickscore \(SHA-256 [0-9a-f]{16}\)", content_settings(CurationSettings("pickscore", 5))["curation_scorer"]
+        r"pickscore \(SHA-256 [0-9a-f]{16}\)", content_settings(CurationSettings("pickscore", 5))["scorer"]
     )
 
 
@@ -404,7 +410,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, brightness, tmp_path) -> dict
         "guidance_scale": 1,
         "samples_per_shard": 5,
         "report_to": "none",
-        "curation_scorer": brightness,
+        "curation": {"scorer": brightness},
         "output_dir": str(tmp_path / "out"),
     }
 
@@ -424,8 +430,8 @@ def refused(capsys, code: int, *parts: str) -> None:
 
 
 def test_the_script_plays_with_the_brightest_images_as_they_are_stored(settings, tiny_prompts, tmp_path, capsys):
-    settings |= {"validation_prompts": str(tiny_prompts), "scorers": [settings["curation_scorer"]]}
-    assert play(tmp_path, settings, "--curation_top", "6") == 0
+    settings |= {"validation_prompts": str(tiny_prompts), "scorers": [settings["curation"]["scorer"]]}
+    assert play(tmp_path, settings, "--curation", "{top: 6}") == 0
     out = tmp_path / "out"
     # Of four colours the yellow ones are the brightest, and there are six of them
     rows = [row for path in sorted((out / "data" / "samples").iterdir()) for row in read_rows(path)]
@@ -441,9 +447,9 @@ def test_the_script_plays_with_the_brightest_images_as_they_are_stored(settings,
     )
     printed = capsys.readouterr().out
     assert "curated by brightness: 6 of 24 kept (scores " in printed
-    assert "left out by --curation_top 6: 18" in printed and "Data       6 pairs, curated by" in printed
+    assert "left out by --curation top 6: 18" in printed and "Data       6 pairs, curated by" in printed
     curated = read_json(out / "manifest.json")["data"]["left_out"]["curation"]
-    assert (curated["scored"], curated["kept"], curated["left_out"]) == (24, 6, {"--curation_top 6": 18})
+    assert (curated["scored"], curated["kept"], curated["left_out"]) == (24, 6, {"--curation top 6": 18})
     assert not (out / "curation").exists()
     assert ", chosen by brightness" in (out / "README.md").read_text()
     # What chose is no independent judge
@@ -451,23 +457,25 @@ def test_the_script_plays_with_the_brightest_images_as_they_are_stored(settings,
     assert [(scorer["name"], scorer["role"]) for scorer in scorers] == [("brightness", "in-domain")]
     # The same command again: nothing is scored
     weights = file_hash(out / "unet" / "diffusion_pytorch_model.safetensors")
-    assert play(tmp_path, settings, "--curation_top", "6") == 0
+    assert play(tmp_path, settings, "--curation", "{top: 6}") == 0
     assert "Data       6 pairs, curated by" in capsys.readouterr().out
     assert file_hash(out / "unet" / "diffusion_pytorch_model.safetensors") == weights
     # Other rules, or another scorer under the same name
-    refused(capsys, play(tmp_path, settings, "--curation_top", "7"), "curation_top: 6 -> 7", "another --output_dir")
-    Path(settings["curation_scorer"]).write_text(BRIGHTNESS + "\n# another\n")
-    code = play(tmp_path, settings, "--curation_top", "6")
-    refused(capsys, code, "prepared with other settings (curation_scorer)")
+    refused(capsys, play(tmp_path, settings, "--curation", "{top: 7}"), "curation top: 6 -> 7", "another --output_dir")
+    Path(settings["curation"]["scorer"]).write_text(BRIGHTNESS + "\n# another\n")
+    code = play(tmp_path, settings, "--curation", "{top: 6}")
+    refused(capsys, code, "prepared with other settings (curation)")
 
 
 def test_two_processes_score_the_same_as_one_and_share_the_work(settings, tmp_path):
-    scorer = Path(settings["curation_scorer"])
+    scorer = Path(settings["curation"]["scorer"])
     scorer.write_text(BRIGHTNESS + NOTES)
     found = []
     for count in (1, 2):
         folder = tmp_path / str(count)
-        play_in_processes(settings | {"train_batch_size": 2 // count, "curation_top": 6}, folder, count)
+        play_in_processes(
+            settings | {"train_batch_size": 2 // count, "curation": {"scorer": str(scorer), "top": 6}}, folder, count
+        )
         by_process = {path: sum(map(int, path.read_text().split())) for path in tmp_path.glob("*.scored")}
         assert len(by_process) == count and sum(by_process.values()) == 24
         for path in by_process:
@@ -480,22 +488,23 @@ def test_two_processes_score_the_same_as_one_and_share_the_work(settings, tmp_pa
 
 def test_of_a_human_pair_the_winner_is_scored(settings, tmp_path, capsys):
     # The losers are grey and brighter than the winners but for the yellow and green ones
-    assert play(tmp_path, settings, "--objective", "dpo", "--curation_top", "6") == 0
+    assert play(tmp_path, settings, "--objective", "dpo", "--curation", "{top: 6}") == 0
     rows = [row for path in (tmp_path / "out" / "data" / "samples").iterdir() for row in read_rows(path)]
     assert len(rows) == 6 and all("yellow" in row["prompt"] and row["loser_image"] for row in rows)
 
 
 def test_a_threshold_that_leaves_nothing_can_be_corrected_in_the_same_folder(settings, tmp_path, capsys):
-    refused(capsys, play(tmp_path, settings, "--curation_threshold", "250"), "--curation_threshold 250 leaves none")
-    path = Path(settings["curation_scorer"])
-    assert play(tmp_path, settings, "--curation_threshold", "150") == 0
+    refused(capsys, play(tmp_path, settings, "--curation", "{threshold: 250}"), "--curation threshold 250 leaves none")
+    path = Path(settings["curation"]["scorer"])
+    assert play(tmp_path, settings, "--curation", "{threshold: 150}") == 0
     assert "curated by brightness" in capsys.readouterr().out and path.is_file()
 
 
 def test_bad_rules_are_refused_before_the_folder_is_made(settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings), "has no rule to choose by")
-    refused(capsys, play(tmp_path, settings, "--one_per_prompt", "--one_image_per_prompt"), "give one of them")
     refused(
-        capsys, play(tmp_path, settings | {"curation_scorer": "sharpness"}, "--curation_top", "3"), "score of drift"
+        capsys,
+        play(tmp_path, settings | {"curation": {"scorer": "sharpness"}}, "--curation", "{top: 3}"),
+        "score of drift",
     )
     assert not (tmp_path / "out").exists()

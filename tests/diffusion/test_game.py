@@ -272,4 +272,4 @@ def test_an_optimizer_that_lays_weights_out_plainly_gets_them_so(optimizer, sdxl
     )  # fmt: skip
     game = open_game(config, Accelerator(cpu=True))
     laid_out = game.player.conv_in.weight.is_contiguous()
-    assert laid_out == (optimizer == "adamw_8bit") == (not game.denoiser.channels_last)
+    assert laid_out == (optimizer == "adamw_8bit") == (not game.channels_last)

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, load_adapter
-from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.runs.image_lines import trained_line
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.files import read_json, weights_hash, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
 from tests.diffusion.test_game import batch_of
 from tests.playing import TRAINING, make_game, play_all
 
-LORA = LoraSettings(use_lora=True, rank=4, lora_alpha=6.0, lora_dropout=0.2)
+LORA = LoraSettings(use_lora=True, rank=4, lora_alpha=6.0)
 QUICK = replace(TRAINING, learning_rate=1e-3)
 
 
@@ -133,7 +133,7 @@ def test_the_player_s_parameters_stay_the_same_objects(sdxl_dir, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_every_r_is_zero_with_dropout_on_in_the_first_and_a_later_round(sdxl_dir, precision):
+def test_every_r_is_zero_in_the_first_and_a_later_round(sdxl_dir, precision):
     game = make_game(sdxl_dir, precision, lora=LORA, proportion_empty_prompts=0.5)
     wrapped = game.accelerator.prepare_model(game.player)
     for _ in range(2):
@@ -144,33 +144,8 @@ def test_every_r_is_zero_with_dropout_on_in_the_first_and_a_later_round(sdxl_dir
         game.promote()
 
 
-def test_dropout_drops_in_scores_alone_and_depends_on_the_pairs(sdxl_dir):
-    game = make_game(sdxl_dir, lora=LORA)
-    move(game)
-    batch = batch_of(game)
-    one, again = (game.scores(game.player, batch).scores.player_real for _ in range(2))
-    assert torch.equal(one, again)
-    still = make_game(sdxl_dir, lora=replace(LORA, lora_dropout=0.0))
-    move(still)
-    assert not torch.allclose(still.scores(still.player, batch).scores.player_real, one)
-    assert torch.equal(prediction(game.player, game), prediction(still.player, still))
-
-
-def test_the_masks_are_a_function_of_the_seed(sdxl_dir):
-    game = make_game(sdxl_dir, lora=LORA)
-    move(game)
-
-    def predicted(seed: int) -> torch.Tensor:
-        with game.models.dropping(seed):
-            return prediction(game.player, game)
-
-    first = predicted(1)
-    torch.rand(3)  # whatever else was drawn in between
-    assert torch.equal(predicted(1), first) and not torch.allclose(predicted(2), first)
-
-
 def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
-    game = make_game(sdxl_dir, lora=replace(LORA, lora_dropout=0.0))
+    game = make_game(sdxl_dir, lora=LORA)
     first, base = game.opponent_hash(), prediction(game.player, game)
     move(game)
     game.promote()

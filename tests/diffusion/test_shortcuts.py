@@ -252,13 +252,13 @@ def real_and_drawn(game, pairs: int) -> tuple[list[Row], list[Row]]:
 def test_it_looks_at_the_latents_that_scores_see(sdxl_dir, round_trip):
     game = make_game(sdxl_dir)
     game.images = replace(game.images, vae_round_trip=round_trip)
-    game.images = replace(game.images, vae_encode_batch_size=2)
+    game.sampling = replace(game.sampling, generation_batch_size=2)
     real, drawn = real_and_drawn(game, 5)
     vae = game.pipeline.vae
-    seen = encode_stored(vae, real, game.images, round_trip=round_trip)
+    seen = encode_stored(vae, real, game.images, 2, round_trip=round_trip)
     assert torch.equal(seen, game.encode(real)["latents"].float())
-    assert torch.equal(encode_stored(vae, drawn, game.images), game.encode(drawn)["latents"].float())
-    assert not torch.equal(seen, encode_stored(vae, real, game.images, round_trip=not round_trip))
+    assert torch.equal(encode_stored(vae, drawn, game.images, 2), game.encode(drawn)["latents"].float())
+    assert not torch.equal(seen, encode_stored(vae, real, game.images, 2, round_trip=not round_trip))
 
 
 def test_png_is_a_codec_without_a_trace(sdxl_dir):
@@ -289,12 +289,12 @@ def test_an_untrained_vae_leaves_a_trace_that_the_round_trip_takes_away(sdxl_dir
 
 
 def test_settings_are_flags_and_too_few_samples_are_refused():
-    config = parse_config(["--pretrained_model_name_or_path", "x", "--max_train_steps", "1", "--on_shortcut", "stop"])
-    assert config.probe == ProbeSettings(256, "stop")
+    config = parse_config(["--pretrained_model_name_or_path", "x", "--probe", "{action: stop}"])
+    assert config.rounds.probe == ProbeSettings(256, "stop")
     for number in (-1, MIN_PAIRS - 1):
-        with pytest.raises(InputError, match=f"--probe_samples {number} must be 0 .off. or at least {MIN_PAIRS}"):
+        with pytest.raises(InputError, match=f"--probe samples {number} must be 0 .off. or at least {MIN_PAIRS}"):
             ProbeSettings(number)
-    assert ProbeSettings(0).probe_samples == 0
+    assert ProbeSettings(0).samples == 0
 
 
 # In a round

@@ -8,7 +8,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from spin_diffusion.diffusion.settings import TrajectorySettings
 from spin_diffusion.diffusion.trajectory import (
     SamplerSteps,
     as_noise,
@@ -228,7 +227,7 @@ def test_rounds_converge_to_the_target_of_a_gaussian_world(kind, eta, beta):
 
 def trajectory_game(base, kind: str, eta: float = 0.0, guidance: float = 1.0, **more):
     sampling = replace(SAMPLING, eta=eta, guidance_scale=guidance, num_inference_steps=3)
-    return make_game(base, sampling=sampling, trajectory=TrajectorySettings(kind), **more)
+    return make_game(base, sampling=sampling, trajectory=kind, **more)
 
 
 def batch_of(game, pairs: int = 2) -> Batch:
@@ -342,7 +341,7 @@ def test_the_gradient_does_not_depend_on_what_is_computed_again(sdxl_dir, monkey
         return [parameter.grad.clone() for parameter in game.player.parameters() if parameter.grad is not None]
 
     recomputed = gradients()
-    monkeypatch.setattr("spin_diffusion.diffusion.denoiser.checkpoint", lambda f, *args, use_reentrant: f(*args))
+    monkeypatch.setattr("spin_diffusion.diffusion.game.checkpoint", lambda f, *args, use_reentrant: f(*args))
     for one, other in itertools.zip_longest(recomputed, gradients()):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 

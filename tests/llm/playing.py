@@ -11,16 +11,16 @@ from spin_diffusion.data.rows import TextExample
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.text import read_text_examples
 from spin_diffusion.llm.base import LanguageBase
+from spin_diffusion.llm.config import LanguageRoundSettings
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
 
 LANGUAGE = Path(__file__).resolve().parents[2] / "assets" / "toy_language"
-ROUNDS = RoundSettings(rounds=2, objective="space", beta=1.0, samples_per_shard=8, seed=1)
+ROUNDS = LanguageRoundSettings(rounds=2, objective="space", beta=1.0, samples_per_shard=8, seed=1)
 TRAINING = TrainSettings(
     max_train_steps=4, train_batch_size=4, learning_rate=1e-3, checkpointing_steps=2, optimizer="rmsprop"
 )

@@ -161,7 +161,7 @@ def vllm(monkeypatch) -> dict:
     class LLM:
         def __init__(
             self, model, *, skip_tokenizer_init=False, max_model_len=None, dtype="auto", gpu_memory_utilization=0.9,
-            enable_lora=False, max_lora_rank=16, revision=None, trust_remote_code=False, download_dir=None,
+            enable_lora=False, max_lora_rank=16, revision=None, trust_remote_code=False,
         ):  # fmt: skip
             calls["options"] = {"model": model, "dtype": dtype, "share": gpu_memory_utilization, "revision": revision,
                                 "lora": max_lora_rank if enable_lora else None}  # fmt: skip
@@ -194,7 +194,7 @@ def vllm(monkeypatch) -> dict:
 
 
 def test_vllm_gets_token_ids_seeds_and_limits_and_gives_the_same_records(vllm):
-    options = {"revision": "v2", "trust_remote_code": False, "cache_dir": None}
+    options = {"revision": "v2", "trust_remote_code": False}
     engine = Vllm("model", GenerationSettings(max_new_tokens=12), end_ids=END, max_length=10, hub=options)
     # Left to itself vLLM would halve fp32 weights, and take nine tenths of a GPU that holds the trained model too
     assert vllm["options"] == {"model": "model", "dtype": "float32", "share": 0.4, "revision": "v2", "lora": None}

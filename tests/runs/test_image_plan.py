@@ -6,15 +6,15 @@ from PIL import Image
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.runs import image_plan
-from spin_diffusion.runs.image_plan import ImageRates, disk, predict, probe
-from spin_diffusion.runs.plan import lines
+from spin_diffusion.runs.image_plan import probe, shown, works
+from spin_diffusion.runs.plan import Rates, Sizes, disk, lines, predict
 from spin_diffusion.store.input_error import InputError
 from tests.playing import examples, make_game
 
 GB = 10**9
-RATES = ImageRates(
-    denoise=0.1, finish=1.0, encode=0.5, pair=2.0, update=3.0, score=0.25, image_bytes=10, picture_bytes=20,
-    latent_bytes=100, prompt_bytes=7, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
+RATES = Rates(
+    prepare=0.5, draw=2.0, show=2.0, encode=0.5, score=0.25, pair=2.0, update=3.0, real_bytes=117, sample_bytes=10,
+    shown_bytes=20, encoded_bytes=100, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
 )  # fmt: skip
 
 
@@ -25,36 +25,46 @@ def config(*flags: str):
     )  # fmt: skip
 
 
+def seconds(settings, world: int = 1, pictures: int = 6) -> list[dict[str, float | int]]:
+    """What is predicted of the rounds of twelve images."""
+    return predict(settings, RATES, Sizes(12, 0, pictures), works(settings, 12), world)
+
+
+def size(settings) -> int:
+    """What is predicted of the folder of a run with twelve images."""
+    return disk(settings, RATES, Sizes(12, 0, 6), works(settings, 12))
+
+
 def test_seconds_are_rates_times_how_often_the_settings_ask():
-    first, second = predict(config(), RATES, pairs=12, pictures=6, world=1)
-    assert first["generated"] == pytest.approx(12 * (1.0 + 10 * 0.1))
+    first, second = seconds(config(), 1, 6)
+    assert first["generated"] == pytest.approx(12 * 2.0)
     assert first["cached"] == pytest.approx(12 * 0.5) and first["evaluated"] == pytest.approx(6 * 2.0)
     assert first["trained"] == pytest.approx(4 * 2 * 2.0 + 4 * 3.0)
     assert second == first | {"round": 2}
 
 
 def test_processes_share_the_images_and_each_trains_its_own_pairs():
-    alone, shared = (predict(config(), RATES, pairs=12, pictures=6, world=world)[0] for world in (1, 4))
+    alone, shared = (seconds(config(), world, 6)[0] for world in (1, 4))
     assert shared["generated"] == pytest.approx(alone["generated"] / 4)
     assert shared["trained"] == alone["trained"]
 
 
 def test_the_errors_at_fixed_draws_are_shared_out_as_well():
     fixed = config("--fixed_draws", "2")
-    alone, shared = (predict(fixed, RATES, pairs=12, pictures=0, world=world)[0]["cached"] for world in (1, 4))
+    alone, shared = (seconds(fixed, world, 0)[0]["cached"] for world in (1, 4))
     assert shared == pytest.approx(alone / 4)
 
 
 def test_the_last_round_is_evaluated_even_if_the_others_are_not():
-    rounds = predict(config("--eval_every_round", "false"), RATES, pairs=12, pictures=6, world=1)
+    rounds = seconds(config("--eval_every_round", "false"), 1, 6)
     assert [entry["evaluated"] for entry in rounds] == [0, pytest.approx(6 * 2.0)]
 
 
 def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(tiny_prompts):
     flags = ["--validation_prompts", str(tiny_prompts), "--num_validation_images", "3"]
-    assert image_plan._pictures_of_evaluation(config(*flags)) == 4 * 3
-    assert image_plan._pictures_of_evaluation(config(*flags, "--validation_guidance_scales", "[1, 3]")) == 4 * 3 * 2
-    assert image_plan._pictures_of_evaluation(config()) == 0
+    assert shown(config(*flags)) == 4 * 3
+    assert shown(config(*flags, "--validation_guidance_scales", "[1, 3]")) == 4 * 3 * 2
+    assert shown(config()) == 0
 
 
 @pytest.mark.parametrize(
@@ -62,12 +72,12 @@ def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(
     [
         (["--objective", "sft"], 0, 0, 0),
         (["--num_generated", "3"], 36, 36, 0),
-        (["--num_candidates", "4", "--candidate_scorer", "pickscore", "--candidate_share", "0.5"], 30, 24, 0),
+        (["--candidates", "{number: 4, scorer: pickscore, share: 0.5}"], 30, 24, 0),
         (["--fixed_draws", "2"], 12, 12, 12 * 2),
     ],
 )
 def test_every_source_of_images_is_counted(flags, drawn, encoded, scored):
-    entry = predict(config(*flags), RATES, pairs=12, pictures=0, world=1)[0]
+    entry = seconds(config(*flags), 1, 0)[0]
     assert entry["generated"] == pytest.approx(drawn * 2.0)
     assert entry["cached"] == pytest.approx(encoded * 0.5 + scored * 0.25)
 
@@ -75,18 +85,17 @@ def test_every_source_of_images_is_counted(flags, drawn, encoded, scored):
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     settings = config("--checkpointing_steps", "1")
     data, rounds = 12 * (10 + 100 + 7), 2 * (12 * 10 + 6 * 20 + 1000) + 1000
-    assert disk(settings, RATES, 12, 6) == data + rounds + 12 * 100 + (3 + 1) * 3000
+    assert size(settings) == data + rounds + 12 * 100 + (3 + 1) * 3000
     limited = config("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
-    assert disk(settings, RATES, 12, 6) - disk(limited, RATES, 12, 6) == 2 * 3000
+    assert size(settings) - size(limited) == 2 * 3000
     candidates = config(
-        "--checkpointing_steps", "1", "--num_candidates", "4", "--candidate_scorer", "pickscore",
-        "--candidate_share", "0.5",
+        "--checkpointing_steps", "1", "--candidates", "{number: 4, scorer: pickscore, share: 0.5}",
     )  # fmt: skip
-    assert disk(candidates, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (30 - 12) * 10 + (24 - 12) * 100
+    assert size(candidates) - size(settings) == 2 * (30 - 12) * 10 + (24 - 12) * 100
     steps = config("--checkpointing_steps", "1", "--trajectory", "steps", "--sampler", "ddim")
-    assert disk(steps, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 12 * 100 * 11  # ten steps have eleven states
+    assert size(steps) - size(settings) == 12 * 100 * 11  # ten steps have eleven states
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
-    assert disk(rival, RATES, 12, 6) - disk(settings, RATES, 12, 6) == 2 * (6 * 20 + 1000) + 1000
+    assert size(rival) - size(settings) == 2 * (6 * 20 + 1000) + 1000
 
 
 @pytest.mark.parametrize(("fixed_draws", "flags"), [(0, ()), (1, ()), (0, ("--fused_backward", "true"))])
@@ -95,10 +104,10 @@ def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fi
     before = game.player_hash()
     settings = config("--fixed_draws", str(fixed_draws), "--generation_batch_size", "2", "--max_grad_norm", "0", *flags)
     rates = probe(settings, game, list(examples(2)))
-    assert min(rates.denoise, rates.encode, rates.pair, rates.update) > 0 and (rates.score > 0) == (fixed_draws > 0)
+    assert min(rates.draw, rates.encode, rates.pair, rates.update) > 0 and (rates.score > 0) == (fixed_draws > 0)
     weights = 4 * sum(parameter.numel() for parameter in game.player.parameters())
     assert rates.player_bytes == weights and 3 * weights <= rates.checkpoint_bytes < 3.1 * weights
-    assert rates.latent_bytes == 2 * 4 * 16 * 16 + 4 * 6
+    assert rates.encoded_bytes == 2 * 4 * 16 * 16 + 4 * 6
     moved = max(
         (one - other).abs().max().item()
         for one, other in zip(game.player.parameters(), make_game(sdxl_dir).player.parameters(), strict=True)
@@ -112,8 +121,9 @@ def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch)
     monkeypatch.setattr(image_plan, "seconds_of", lambda call, device: call() and 5.0 + 2.0 * asked[-1])
     monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
     monkeypatch.setattr(image_plan, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
-    rates = probe(config("--generation_batch_size", "2"), game, list(examples(2)))
-    assert (rates.denoise, rates.finish) == (2.0 / 2, 5.0 / 2)
+    settings = config("--generation_batch_size", "2", "--validation_num_inference_steps", "20")
+    rates = probe(settings, game, list(examples(2)))
+    assert (rates.draw, rates.show) == (5.0 / 2 + 10 * 2.0 / 2, 5.0 / 2 + 20 * 2.0 / 2)
 
 
 def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):
@@ -127,7 +137,7 @@ def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):
 
 def test_what_does_not_fit_is_said():
     plan = {
-        "encode_real_seconds": 1.0, "rounds": predict(config(), RATES, 12, 6, 1), "rows": 12, "processes": 1,
+        "encode_real_seconds": 1.0, "rounds": seconds(config()), "rows": 12, "processes": 1,
         "disk_bytes": 3 * GB, "free_bytes": 2 * GB, "memory_bytes": {"drawing": GB, "training": 2 * GB},
         "device_bytes": 8 * GB,
     }  # fmt: skip

@@ -1,24 +1,24 @@
 """The plan of a language run: its arithmetic, and what its probe measures on a real model."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.runs import language_plan
-from spin_diffusion.runs.language_plan import AnswerRates, Sizes, disk, expected_longest, predict, probe
+from spin_diffusion.runs.language_plan import expected_longest, probe, works
+from spin_diffusion.runs.plan import Rates, Sizes, disk, predict
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from tests.llm.playing import LANGUAGE, examples, make_game
 
-RATES = AnswerRates(
-    start=2.0, token=0.5, longest=12.0, tokenise=0.1, score=0.25, pair=2.0, update=3.0, row_bytes=10, encoded_bytes=100,
-    player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
+ANSWER = 2.0
+RATES = Rates(
+    prepare=0.1, draw=ANSWER, show=ANSWER, encode=0.0, score=0.25, pair=2.0, update=3.0, real_bytes=110,
+    sample_bytes=10, shown_bytes=10, encoded_bytes=100, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1,
+    training_memory=2,
 )  # fmt: skip
-ANSWER = (2.0 + 12 * 0.5) / 4
-SIZES = Sizes(rows=12, held_out=0, asked=0)
+SIZES = Sizes(rows=12)
 
 
 def config(*flags: str):
@@ -29,15 +29,25 @@ def config(*flags: str):
     )  # fmt: skip
 
 
+def seconds(settings, sizes: Sizes = SIZES, world: int = 1) -> list[dict[str, float | int]]:
+    """What is predicted of the rounds."""
+    return predict(settings, RATES, sizes, works(settings, sizes), world)
+
+
+def size(settings, sizes: Sizes = SIZES) -> int:
+    """What is predicted of the run's folder."""
+    return disk(settings, RATES, sizes, works(settings, sizes))
+
+
 def test_seconds_are_rates_times_how_often_the_settings_ask():
-    rounds = predict(config(), RATES, SIZES, world=1)
+    rounds = seconds(config())
     assert [entry.pop("round") for entry in rounds] == [1, 2, 3]
     each = {"generated": 12 * ANSWER, "cached": 24 * 0.25, "trained": 4 * 2 * 2.0 + 4 * 3.0, "evaluated": 0}
     assert all(entry == pytest.approx(each) for entry in rounds)
 
 
 def test_processes_share_the_answers_and_each_trains_its_own_pairs():
-    alone, shared = (predict(config(), RATES, SIZES, world=world)[0] for world in (1, 4))
+    alone, shared = (seconds(config(), world=world)[0] for world in (1, 4))
     assert shared["generated"] == pytest.approx(alone["generated"] / 4)
     assert shared["cached"] == pytest.approx(alone["cached"] / 4) and shared["trained"] == alone["trained"]
 
@@ -52,7 +62,7 @@ def test_processes_share_the_answers_and_each_trains_its_own_pairs():
     ],
 )
 def test_every_source_of_answers_is_counted(flags, drawn, scored):
-    entry = predict(config(*flags), RATES, SIZES, world=1)[0]
+    entry = seconds(config(*flags))[0]
     assert entry["generated"] == pytest.approx(drawn * ANSWER) and entry["cached"] == pytest.approx(scored * 0.25)
 
 
@@ -62,18 +72,18 @@ def test_every_member_of_a_mixture_scores_and_together_they_draw_once():
         (["--opponent", "pool"], [1, 2, 3]),
         (["--opponent", "pool", "--anchor", "base"], [1, 1, 1]),
     ):
-        rounds = predict(config(*flags), RATES, SIZES, world=1)
+        rounds = seconds(config(*flags))
         assert [entry["cached"] for entry in rounds] == pytest.approx([24 * 0.25 * number for number in anchors])
         assert [entry["generated"] for entry in rounds] == pytest.approx([12 * ANSWER] * 3)
 
 
 def test_held_out_answers_are_drawn_for_scored_told_apart_and_evaluated():
-    without, held = (predict(config(), RATES, replace(SIZES, held_out=number, asked=number), 1)[0] for number in (0, 8))
+    without, held = (seconds(config(), Sizes(12, number, number))[0] for number in (0, 8))
     assert held["generated"] - without["generated"] == pytest.approx(8 * ANSWER)
     assert held["cached"] - without["cached"] == pytest.approx(16 * 0.25)
     assert held["trained"] - without["trained"] == pytest.approx(16 * 0.25)
     assert held["evaluated"] == pytest.approx(8 * ANSWER + 8 * 0.25)
-    seldom = predict(config("--eval_every_round", "false"), RATES, replace(SIZES, held_out=8, asked=8), 1)
+    seldom = seconds(config("--eval_every_round", "false"), Sizes(12, 8, 8))
     assert [entry["evaluated"] > 0 for entry in seldom] == [False, False, True]
 
 
@@ -87,13 +97,13 @@ def test_the_longest_of_a_batch_is_what_drawing_batches_gives():
 
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     settings = config("--checkpointing_steps", "1")
-    assert disk(settings, RATES, SIZES) == 12 * 110 + 3 * (12 * 10 + 1000) + 1000 + 12 * 100 + (3 + 1) * 3000
+    assert size(settings) == 12 * 110 + 3 * (12 * 10 + 1000) + 1000 + 12 * 100 + (3 + 1) * 3000
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
-    assert disk(rival, RATES, SIZES) - disk(settings, RATES, SIZES) == 3 * 1000 + 1000
+    assert size(rival) - size(settings) == 3 * 1000 + 1000
     seldom = config("--checkpointing_steps", "4")
-    assert disk(settings, RATES, SIZES) - disk(seldom, RATES, SIZES) == 4 * 3000
-    held = replace(SIZES, held_out=8, asked=4)
-    assert disk(settings, RATES, held) - disk(settings, RATES, SIZES) == 8 * 110 + 3 * (8 + 4) * 10 + 8 * 100
+    assert size(settings) - size(seldom) == 4 * 3000
+    held = Sizes(12, 8, 4)
+    assert size(settings, held) - size(settings) == 8 * 110 + 3 * (8 + 4) * 10 + 8 * 100
 
 
 @pytest.mark.parametrize("flags", [(), ("--num_generated", "2"), ("--objective", "sft"), ("--use_lora", "true")])
@@ -103,8 +113,7 @@ def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(flags):
     before = [parameter.detach().clone() for parameter in player]
     rows = [game.real_row(example) for example in examples(3)]
     rates = probe(config(*flags), game, rows)
-    assert min(rates.token, rates.score, rates.pair, rates.update) > 0 and rates.start >= 0
-    assert max(len(row["tokens"]) for row in rows) >= rates.longest > 0
+    assert min(rates.draw, rates.score, rates.pair, rates.update) > 0
     trained = 4 * sum(parameter.numel() for parameter in player)
     assert rates.player_bytes == trained and 2 * trained <= rates.checkpoint_bytes < 2.1 * trained
     tokens = max(len(row["prompt_ids"] + row["tokens"]) for row in rows)
@@ -131,8 +140,8 @@ def test_the_time_of_a_token_is_what_longer_answers_take_more(monkeypatch):
 
 def test_rows_that_cannot_be_used_are_not_planned_for():
     game = make_game(max_length=48)
-    few, sizes, seconds = language_plan._read(config("--max_train_samples", "30"), game, Progress())
-    assert (len(few), sizes.rows, sizes.asked) == (30, 30, 0) and seconds > 0
+    few, sizes, took = language_plan._read(config("--max_train_samples", "30"), game, Progress())
+    assert (len(few), sizes.rows, sizes.shown) == (30, 30, 0) and took > 0
     short = make_game(max_length=2)
     with pytest.raises(InputError, match="of the first 30 rows none has a prompt within --max_length 48"):
         language_plan._read(config("--max_train_samples", "30"), short, Progress())

@@ -1,5 +1,7 @@
 """What a run with changed settings is held against."""
 
+import re
+
 import pytest
 from accelerate import Accelerator
 
@@ -8,6 +10,8 @@ from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder
 from spin_diffusion.store.files import write_json
 from spin_diffusion.store.folder import check_folder
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.parsing import sections_of, types_of
+from spin_diffusion.store.replaced import REPLACED
 from spin_diffusion.store.run_dir import MARKER
 from spin_diffusion.store.settings import harmless
 
@@ -21,22 +25,37 @@ def test_a_setting_is_changed_whichever_side_knows_it():
 
 
 def test_no_setting_of_the_game_itself_is_harmless():
-    names = {name: harmless([section]) for name, section in config.SECTIONS.items() if harmless([section])}
+    names = {name: harmless([section]) for name, section in sections_of(config.Config).items() if harmless([section])}
     assert names.pop("run") == {
         "output_dir", "report_to", "tracker_project_name", "push_to_hub",
-        "hub_model_id", "debug",
+        "hub_model_id", "debug", "encodings_dir",
     }  # fmt: skip
     assert names.pop("training") == {
-        "checkpointing_steps", "checkpoints_total_limit", "keep_checkpoints", "resume_from_checkpoint",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
         "train_batch_size", "gradient_accumulation_steps",
     }  # fmt: skip
     assert names == {
-        "rounds": {"rounds"},
-        "images": {"vae_encode_batch_size"},
-        "caches": {"encodings_dir"},
-        "probe": {"probe_samples", "on_shortcut"},
-        "data": {"cache_dir"},
+        "rounds": {"rounds", "probe"},
     }
+
+
+def test_every_old_setting_is_answered_with_what_to_use_instead():
+    base = ["--pretrained_model_name_or_path", "base"]
+    known = set(types_of(config.Config))
+    for old, instead in REPLACED.items():
+        with pytest.raises(InputError) as error:
+            config.parse_config([*base, f"--{old}", "1"])
+        assert str(error.value) == f"unknown setting {old!r}: {instead}" and "\n" not in instead
+        assert not (named := set(re.findall(r"--([a-z_]+)", instead)) - known), named
+
+
+def test_the_keys_that_differ_are_named():
+    def of(*flags):
+        return config.parse_config(["--pretrained_model_name_or_path", "base", *flags])
+
+    old, new = of("--candidates", "{number: 2, scorer: a.py}"), of("--candidates", "{number: 3, scorer: a.py}")
+    assert changes(old.flat(), new) == ["candidates number: 2 -> 3"]
+    assert changes(old.flat(), of("--candidates", "{number: 2, scorer: a.py}", "--probe", "{samples: 64}")) == []
 
 
 def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):

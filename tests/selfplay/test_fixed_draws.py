@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.diffusion.settings import LoraSettings
 from spin_diffusion.runs.image_plan import settle_draws
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.train import Pairs
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
@@ -129,8 +129,7 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
         (["--fixed_draws", "-1"], "at least 0"),
         (["--fixed_draws", "1", "--refresh_opponent_steps", "5"], "leave one of them out"),
         (["--fixed_draws", "1", "--trajectory", "steps", "--sampler", "ddim"], "of --trajectory forward"),
-        (["--fixed_draws", "1", "--use_lora", "true", "--lora_dropout", "0.1"], "set it to 0"),
-        (["--fixed_draws", "1", "--num_candidates", "2", "--candidate_scorer", "pickscore"], "not made for candidates"),
+        (["--fixed_draws", "1", "--candidates", "{number: 2, scorer: pickscore}"], "not made for candidates"),
     ],
 )
 def test_what_would_not_be_the_same_is_refused(flags, message):

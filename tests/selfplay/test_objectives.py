@@ -1,6 +1,7 @@
 """Objectives against closed forms and the plain formulas in fp64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from spin_diffusion.selfplay.objectives import (
     loss_of,
     mapo,
     nca,
+    options_for,
     options_of,
     sft,
     space,
@@ -203,12 +205,25 @@ def test_the_anchor_adds_the_real_sides_loss():
 
 
 def test_options_are_those_of_the_objectives_that_are_played():
-    assert options_of("mapo") == {"weight": 0.1, "snr": 0.5, "steps": 1000.0} and options_of("spin") == {}
+    assert options_of("mapo") == {"weight": 0.1, "snr": 0.5, "steps": 1000.0, "sft_weight": 0.0}
+    assert options_of("spin") == {"sft_weight": 0.0} and options_of("space") == {"mu": 1.0, "sft_weight": 0.0}
     check_options(["spin", "dro"], {"threshold": 0.01})
-    with pytest.raises(InputError, match="--objective_options treshold: --objective spin, dro has threshold"):
+    with pytest.raises(InputError, match="treshold: --objective spin, dro has sft_weight, threshold"):
         check_options(["spin", "dro"], {"treshold": 0.01})
-    with pytest.raises(InputError, match="--objective spin has none"):
+    with pytest.raises(InputError, match="--objective spin has sft_weight"):
         check_options(["spin"], {"threshold": 0.01})
+    for options, words in (({"mu": 0.0}, "mu 0 must be above 0"), ({"sft_weight": -1.0}, "-1 must be at least 0")):
+        with pytest.raises(InputError, match=words):
+            check_options(["space"], options)
+
+
+def test_a_rival_is_played_with_those_options_that_it_has():
+    rounds = RoundSettings(objective="space", objective_options={"mu": 2.0, "sft_weight": 0.5})
+    assert rounds.numbers(1) == {"beta": 5000.0, "mu": 2.0, "sft_weight": 0.5}
+    for name, options in (("spin", {"sft_weight": 0.5}), ("space", rounds.objective_options)):
+        assert options_for(name, rounds.objective_options) == options
+        replace(rounds, objective=name, objective_options=options)
+    assert options_for("sft", None) == {} and RoundSettings(num_generated=3).numbers(1)["mu"] == 3.0
 
 
 # An objective of a file
@@ -230,7 +245,7 @@ def test_an_objective_of_a_file_is_bound_like_any_other(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     s = scores()
     assert torch.equal(bind(path, beta=3.0, mu=1.0, power=1.0)(s), (3 * s.player_real).abs())
-    assert options_of(path) == {"power": 2.0}
+    assert options_of(path) == {"power": 2.0, "sft_weight": 0.0}
     assert objective_of(path) == Objective("none", "my method", "1234.56789") and title_of(path) == "mine"
     settings = RoundSettings(objective=["spin", path], objective_options={"power": 1.0})
     assert objectives_of(settings) == ["spin", path] and source_of(settings, path) == "none"

@@ -101,7 +101,7 @@ def test_the_average_is_the_plain_recurrence():
 
 
 def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, rounds=2, opponent="ema", opponent_ema_decay=0.5)
+    records = play_all(sdxl_dir, tmp_path, replace(TRAINING, ema_decay=0.5), rounds=2, opponent="ema")
 
     def load(*folder):
         return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
@@ -120,8 +120,8 @@ def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_pat
 
 
 def test_the_average_goes_on_from_the_round_before(sdxl_dir, tmp_path):
-    one_step = replace(TRAINING, max_train_steps=1, lr_warmup_steps=0)
-    play_all(sdxl_dir, tmp_path, one_step, rounds=3, opponent="ema", opponent_ema_decay=0.75)
+    one_step = replace(TRAINING, max_train_steps=1, lr_warmup_steps=0, ema_decay=0.75)
+    play_all(sdxl_dir, tmp_path, one_step, rounds=3, opponent="ema")
 
     def load(*folder):
         return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
@@ -137,12 +137,13 @@ def test_the_average_goes_on_from_the_round_before(sdxl_dir, tmp_path):
 
 @pytest.mark.parametrize("kill_at", [1, 3])
 def test_a_killed_run_with_an_averaged_opponent_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
-    play_all(sdxl_dir, tmp_path / "whole", rounds=2, opponent="ema", opponent_ema_decay=0.5)
+    training = replace(TRAINING, ema_decay=0.5)
+    play_all(sdxl_dir, tmp_path / "whole", training, rounds=2, opponent="ema")
     with monkeypatch.context() as patch:
         kill_after(patch, kill_at)
         with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path / "killed", rounds=2, opponent="ema", opponent_ema_decay=0.5)
-    play_all(sdxl_dir, tmp_path / "killed", rounds=2, opponent="ema", opponent_ema_decay=0.5)
+            play_all(sdxl_dir, tmp_path / "killed", training, rounds=2, opponent="ema")
+    play_all(sdxl_dir, tmp_path / "killed", training, rounds=2, opponent="ema")
     for name in ("unet", "round-1/ema/unet", "round-2/ema/unet"):
         name += "/diffusion_pytorch_model.safetensors"
         assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name)
@@ -186,7 +187,7 @@ def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_d
 def test_the_anchored_loss_is_what_is_trained(sdxl_dir, tmp_path):
     first = replace(TRAINING, max_train_steps=1)
     plain = play_all(sdxl_dir, tmp_path / "plain", first, rounds=1)
-    anchored = play_all(sdxl_dir, tmp_path / "anchored", first, rounds=1, sft_weight=0.5)
+    anchored = play_all(sdxl_dir, tmp_path / "anchored", first, rounds=1, objective_options={"sft_weight": 0.5})
     score = entries(tmp_path / "plain" / "round-1")[0]["score_real"]
     difference = anchored[0]["training"]["loss"] - plain[0]["training"]["loss"]
     assert difference == pytest.approx(-0.5 * 2000.0 * score, rel=1e-5)

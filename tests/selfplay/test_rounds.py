@@ -10,6 +10,7 @@ import torch
 
 from spin_diffusion.diffusion.images import vae_hash
 from spin_diffusion.selfplay import trained
+from spin_diffusion.selfplay.rounds import STEPS_FROM_TRAINING_ON
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store import run_dir
@@ -165,11 +166,17 @@ def test_resuming_is_exact_with_every_kind_of_state(changed, sdxl_dir, tmp_path,
     assert file_hash(tmp_path / "a" / weights) == file_hash(tmp_path / "b" / weights)
 
 
-def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_path):
-    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=2, keep_checkpoints=True)
+def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_path, monkeypatch):
+    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=2)
+    left = []
+
+    def decide(round_, record):
+        left.extend(sorted(path.name for path in round_.directory.glob("checkpoint-*")))
+        return trained.decide(round_, record)
+
+    monkeypatch.setitem(STEPS_FROM_TRAINING_ON, "PROMOTED", decide)
     play_all(sdxl_dir, tmp_path, training, rounds=1)
-    assert sorted(p.name for p in (tmp_path / "round-1").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    play_all(sdxl_dir, tmp_path, replace(training, keep_checkpoints=False), rounds=1)
+    assert left == ["checkpoint-2", "checkpoint-3"]
     assert not list((tmp_path / "round-1").glob("checkpoint-*"))
 
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import pytest
 
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.parsing import parse_sections, saved_settings
+from spin_diffusion.store.parsing import parse as parse_settings
+from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.settings import Settings as Section
 from spin_diffusion.store.settings import setting
 from spin_diffusion.store.yaml_files import dump_yaml
@@ -41,7 +42,7 @@ class Settings(Section):
 
 
 def parse(*words: str) -> Settings:
-    return parse_sections({"all": Settings}, words, listed=("names",))["all"]
+    return parse_settings(Settings, words, listed=("names",))
 
 
 def from_file(tmp_path, text: str, *words: str) -> Settings:
