@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-llm install lint test test-slow compare-toy rounds-toy
+.PHONY: demo demo-llm plateau install lint test test-slow compare-toy rounds-toy
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
@@ -15,6 +15,10 @@ demo-llm: install
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
 		--config training/configs/toy_llm.yaml
 	$(BIN)/python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
+
+## Where self-play wins and where fine-tuning does, on a world of known density; in runs/plateau (two minutes)
+plateau: install
+	OMP_NUM_THREADS=1 $(BIN)/python assets/exact_plateau/play.py --output_dir runs/plateau
 
 ## Methods against each other on the toy world: equal steps, equal compute, each at its best rate; in runs/comparison-toy
 compare-toy: install

@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from plane import CLASSES, World
 from torch import Tensor
-
-from world import CLASSES, World
 
 UNCONDITIONAL = CLASSES
 """The label of a point whose class is not told."""

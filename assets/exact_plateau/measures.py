@@ -10,9 +10,8 @@
 from dataclasses import dataclass
 
 import torch
+from plane import CLASSES, World
 from torch import Tensor
-
-from world import CLASSES, World
 
 MEASURES = {
     "outside": "outside the data",

@@ -25,13 +25,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from denoiser import Denoisers, Features, Question, ask, draw, fit, random_question
 from measures import MEASURES, Measures
-from world import CLASSES, World
+from plane import CLASSES, World
 
 from spin_diffusion.diffusion.errors import scale_gradient, score, winner_preserving_scale
 from spin_diffusion.evaluation.statistics import paired_difference
 from spin_diffusion.selfplay.objectives import Loss, bind
-from spin_diffusion.selfplay.pair_scores import PairScores
+from spin_diffusion.selfplay.game import PairScores
 
+BASE, SFT = "base", "SFT, rate 3e-4"
 MODELS, HIDDEN = 10, 128
 ROUNDS, STEPS, BATCH, RATE = 8, 80, 128, 3e-4
 OPPONENT_SAMPLES = 1_024
@@ -39,7 +40,7 @@ OPPONENT_SAMPLES = 1_024
 SAMPLER_STEPS = 24
 EVALUATED = 6_000
 """Points drawn from each denoiser to judge it."""
-UNFINISHED_STEPS = 300
+UNFINISHED_STEPS = 20
 """Steps of Adam from nothing after which the bases of the second panel were stopped."""
 
 
@@ -54,7 +55,10 @@ class Free(NamedTuple):
 FREE_SETTINGS = [
     Free(steps, scale, guidance) for steps in (24, 48) for scale in (1.0, 1.03, 1.06) for guidance in (1.0, 1.5)
 ]
-PANELS = {"finished": "the exact optimum of its class", "unfinished": "stopped early"}
+PANELS = {
+    "finished": "the exact optimum of its class",
+    "unfinished": f"stopped after {UNFINISHED_STEPS} steps of training",
+}
 
 
 @dataclass(frozen=True)
@@ -189,11 +193,11 @@ def best_free_setting(panel: str, world: World, measures: Measures) -> Free:
     """The setting of FREE_SETTINGS at which other bases, made in the same way, have the smallest JS divergence."""
     others = make_base(panel, world, seed=900)
     js = list(MEASURES).index("js")
-    return min(FREE_SETTINGS, key=lambda free: measured(others, measures, free, points=2_000)[:, js].mean())
+    return min(FREE_SETTINGS, key=lambda free: measured(others, measures, free, points=1_000)[:, js].mean())
 
 
 class Result(NamedTuple):
-    """A trained method (or the base): its measures as drawn plainly and at the free setting, and one model's samples."""
+    """What one row shows: measures as drawn plainly and at the free setting, and the samples of the first model."""
 
     plain: np.ndarray
     free: np.ndarray
@@ -208,7 +212,9 @@ def result_of(panel: str, name: str, free: Free) -> Result:
     model = make_base(panel, world, seed=1)
     if name != BASE:
         model = train(model, world, next(method for method in METHODS if method.name == name), seed=100)
-    first = draw(model, torch.arange(EVALUATED).remainder(CLASSES).expand(MODELS, -1), torch.Generator().manual_seed(7), *Free())[0]
+    first = draw(
+        model, torch.arange(EVALUATED).remainder(CLASSES).expand(MODELS, -1), torch.Generator().manual_seed(7), *Free()
+    )[0]
     return Result(measured(model, measures, Free()), measured(model, measures, free), first.numpy())
 
 
@@ -238,8 +244,8 @@ def table(panel: str, results: dict[str, Result], free: Free) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"\\* drawn with {free.steps} steps, prediction times {free.prediction_scale:g}, guidance {free.guidance:g}: where "
-        "other bases, untouched, have the smallest JS divergence. All else is drawn with "
+        f"\\* drawn with {free.steps} steps, prediction times {free.prediction_scale:g}, guidance {free.guidance:g}: "
+        "where other bases, untouched, have the smallest JS divergence. All else is drawn with "
         f"{SAMPLER_STEPS} steps, without scale or guidance.",
     ]
     return "\n".join(lines)
@@ -256,7 +262,9 @@ def picture(results: dict[str, Result], path: Path) -> None:
     world = World()
     data = world.draw(labels, torch.Generator().manual_seed(8)).numpy()
     shown = {"data": data, "base, fully trained": results[BASE].samples}
-    shown |= {f"after {name}": results[full].samples for name, full in (("fine-tuning", SFT), ("self-play (SPIN)", "SPIN"))}
+    shown |= {
+        f"after {name}": results[full].samples for name, full in (("fine-tuning", SFT), ("self-play (SPIN)", "SPIN"))
+    }
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     for panel, (title, points) in zip(panels, shown.items(), strict=True):
         outside = np.zeros(len(points), dtype=bool)
@@ -265,7 +273,14 @@ def picture(results: dict[str, Result], path: Path) -> None:
             outside[where] = (world.log_density(torch.from_numpy(points[where]), label) < reference.threshold).numpy()
         panel.scatter(*points[~outside].T, s=0.6, color="#0072b2", linewidths=0)
         panel.scatter(*points[outside].T, s=0.9, color="#d55e00", linewidths=0)
-        panel.set(title=f"{title}\n{outside.mean():.0%} outside the data", xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xticks=[], yticks=[])
+        panel.set(
+            title=f"{title}\n{outside.mean():.0%} outside the data",
+            xlim=(-3, 3),
+            ylim=(-3, 3),
+            aspect="equal",
+            xticks=[],
+            yticks=[],
+        )
     figure.savefig(path, dpi=110)
 
 
@@ -290,7 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     (args.output_dir / "table.md").write_text(text + "\n")
     picture(results["finished"], args.output_dir / "samples.png")
     print(text)
-    print(f"\nOne method of self-play and one of fine-tuning cost {forward_passes_of_self_play():,} passes each and model.")
+    print(
+        f"\nEach row cost each model {forward_passes_of_self_play():,} passes of a point; a backward pass counts two."
+    )
     print(f"Look at {args.output_dir / 'samples.png'}; the table is in {args.output_dir / 'table.md'}")
     return 0
 

@@ -27,7 +27,7 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "spin": Objective("opponent", "SPIN", "2401.01335"),
     "space": Objective("opponent", "SPACE", "2512.07175"),
-    "bco": Objective("opponent", "BCO", "2404.04656"),
+    "ddo": Objective("opponent", "DDO", "2503.01103"),
     "nca": Objective("opponent", "NCA", "2402.05369"),
     "hinge": Objective("opponent", "SPIN with a hinge loss", "2401.01335"),
     "ipo": Objective("opponent", "IPO", "2310.12036"),

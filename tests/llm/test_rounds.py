@@ -51,7 +51,7 @@ def test_the_first_step_of_a_round_has_the_loss_of_r_0(unbroken):
     assert entries(unbroken)[-1]["r_real"] != 0
 
 
-@pytest.mark.parametrize("objective", ["space", "spin", "bco", "nca", "dpo", "sft"])
+@pytest.mark.parametrize("objective", ["space", "spin", "ddo", "nca", "dpo", "sft"])
 def test_every_objective_plays(objective, tmp_path):
     play_all(tmp_path, rejected=objective == "dpo", objective=objective, held_out=8)
     assert all(entry["loss"] == entry["loss"] for entry in entries(tmp_path, 2))

@@ -9,9 +9,9 @@ import torch
 from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, objective_of, title_of
 from spin_diffusion.selfplay.objectives import (
-    bco,
     bind,
     check_options,
+    ddo,
     dpo,
     dro,
     hinge,
@@ -68,11 +68,12 @@ def test_space_is_binary_cross_entropy_with_logit_r_minus_ln_mu():
 
 
 @pytest.mark.parametrize("beta", [0.5, 3.0])
-def test_bco_and_nca_are_their_papers_sums_of_log_sigmoids(beta):
+def test_ddo_and_nca_are_their_papers_sums_of_log_sigmoids(beta):
     s = scores(scale=2.0)
     real, generated = (beta * r.double() for r in (s.r_real, s.r_generated))
     for_real, against_real, against_generated = (-torch.log(torch.sigmoid(x)) for x in (real, -real, -generated))
-    assert torch.allclose(bco(s, beta).double(), for_real + against_generated, atol=1e-5)
+    for alpha in (0.5, 1.0, 4.0):
+        assert torch.allclose(ddo(s, alpha, beta).double(), for_real + alpha * against_generated, atol=1e-5)
     assert torch.allclose(nca(s, beta).double(), for_real + (against_real + against_generated) / 2, atol=1e-5)
 
 
@@ -99,7 +100,7 @@ def test_swapping_real_and_generated_negates_the_margin():
     assert torch.equal(swapped.margin, -s.margin)
 
 
-@pytest.mark.parametrize("name", ["spin", "space", "dpo", "hinge", "ipo", "kto", "bco", "nca", "dro"])
+@pytest.mark.parametrize("name", ["spin", "space", "dpo", "hinge", "ipo", "kto", "ddo", "nca", "dro"])
 def test_gradients_raise_the_real_score_and_lower_the_generated_one(name):
     real, generated = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     bind(name, beta=2.0, mu=1.0)(PairScores(real, generated, torch.zeros(4), torch.zeros(4))).sum().backward()

@@ -400,7 +400,7 @@ def test_several_samples_a_mixture_and_parts_of_the_real_ones(sdxl_dir, tmp_path
 
 
 def test_a_list_of_objectives_is_one_for_each_round(sdxl_dir, tmp_path):
-    play_all(sdxl_dir, tmp_path, objective=["sft", "bco"])
+    play_all(sdxl_dir, tmp_path, objective=["sft", "ddo"])
     losses = [
         json.loads((tmp_path / f"round-{k}" / "metrics.jsonl").read_text().splitlines()[0])["loss"] for k in (1, 2)
     ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spin_diffusion.samples.scores import mixture_score
 from spin_diffusion.selfplay.game import PairScores
-from spin_diffusion.selfplay.objectives import bco, bind, nca, space, spin
+from spin_diffusion.selfplay.objectives import bind, ddo, nca, space, spin
 
 ANSWERS = 16
 Loss = Callable[[PairScores], Tensor]
@@ -107,9 +107,9 @@ def test_the_first_gradient_of_space_is_a_share_of_fine_tunings(mu):
     assert torch.allclose(gradients[0], mu / (1 + mu) * gradients[1], atol=1e-14)
 
 
-def test_space_with_one_generated_answer_is_bco():
+def test_space_with_one_generated_answer_is_ddo_at_alpha_1():
     scores = PairScores(*torch.randn(4, 100, generator=torch.Generator().manual_seed(5)))
-    assert torch.allclose(space(scores, mu=1.0, beta=0.7), bco(scores, beta=0.7))
+    assert torch.allclose(space(scores, mu=1.0, beta=0.7), ddo(scores, beta=0.7))
 
 
 @pytest.mark.parametrize(
