@@ -29,8 +29,8 @@ from plane import CLASSES, World
 
 from spin_diffusion.diffusion.errors import scale_gradient, score, winner_preserving_scale
 from spin_diffusion.evaluation.statistics import paired_difference
-from spin_diffusion.selfplay.objectives import Loss, bind
 from spin_diffusion.selfplay.game import PairScores
+from spin_diffusion.selfplay.objectives import Loss, bind
 
 BASE, SFT = "base", "SFT, rate 3e-4"
 MODELS, HIDDEN = 10, 128
