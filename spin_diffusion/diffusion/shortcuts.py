@@ -277,33 +277,34 @@ def report(
         state "ok" or "warn"; samples; remedies; lines to print; `auc` (`Separabilities`) and `spectrum` (`Spectra`).
     """
     trained = passed if round_trip else plain
-    seen = {name: features(x, latent_px) for name, x in (("plain", plain), ("passed", passed), ("drawn", drawn))}
-    real = seen["passed" if round_trip else "plain"]
+    of_plain, of_passed, of_drawn = (features(latents, latent_px) for latents in (plain, passed, drawn))
+    of_trained = of_passed if round_trip else of_plain
     auc = Separabilities(
-        decoder=separability(seen["plain"], seen["passed"]),
-        codec=None if codec is None else separability(real, features(codec, latent_px)),
-        generated=separability(real, seen["drawn"]),
-        content=separability(seen["passed"], seen["drawn"]),
-        decoder_on_generated=separability(seen["plain"], seen["passed"], seen["drawn"]),
+        decoder=separability(of_plain, of_passed),
+        codec=None if codec is None else separability(of_trained, features(codec, latent_px)),
+        generated=separability(of_trained, of_drawn),
+        content=separability(of_passed, of_drawn),
+        decoder_on_generated=separability(of_plain, of_passed, of_drawn),
     )
     spectra = Spectra(
         band_edges().tolist(),
         decoder=spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
         generated=spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
     )
-    found = [
-        (f"{cause} ({_shown(trace)})", remedy)
-        for cause, remedy, trace in (
-            ("the decoder", "--vae_round_trip true", None if round_trip else auc.decoder),
-            ("one pass of the codec", "--image_format png", auc.codec),
-        )
+    suspects = (
+        ("the decoder", "--vae_round_trip true", None if round_trip else auc.decoder),
+        ("one pass of the codec", "--image_format png", auc.codec),
+    )
+    traces = {
+        f"{cause} ({_shown(trace)})": remedy
+        for cause, remedy, trace in suspects
         if trace is not None and trace.mean >= ALARMING_AUC and trace.low > 0.5
-    ]
-    traces, remedies = [trace for trace, _ in found], [remedy for _, remedy in found]
-    if found:
+    }
+    if traces:
         verdict = (
             f"traces of {' and of '.join(traces)} tell images of the same content apart over {len(plain)} pairs, so "
-            f"the player can win without learning content: pass {' and '.join(remedies)}, in another --output_dir"
+            f"the player can win without learning content: pass {' and '.join(traces.values())}, in another "
+            "--output_dir"
         )
     elif round_trip:
         verdict = (
@@ -316,9 +317,9 @@ def report(
             f"({_shown(auc.decoder)} over {len(plain)} pairs; it warns from {ALARMING_AUC} on)"
         )
     return {
-        "state": "warn" if remedies else "ok",
+        "state": "warn" if traces else "ok",
         "samples": len(plain),
-        "remedies": remedies,
+        "remedies": [*traces.values()],
         "lines": [verdict, _differences(auc, spectra, round_trip)],
         "auc": asdict(auc),
         "spectrum": asdict(spectra),
