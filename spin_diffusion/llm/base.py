@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -86,10 +86,10 @@ class LanguageBase:
             chain.append(replace(self, name=below, revision=said.get("revision")))
         return chain
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """For the manifest: name, revision, and the adapters that are merged into what, by their bytes."""
         *adapters, root = self.adapters()
-        said: dict[str, Any] = {"name": self.name, "revision": self.revision}
+        said: dict[str, object] = {"name": self.name, "revision": self.revision}
         if adapters:
             said["adapters"] = [
                 {"name": base.name, "revision": base.revision, "sha256": file_hash(base._adapter_weights())}
@@ -279,12 +279,6 @@ def _logits(model: Any) -> Tensor:
     rows = len(model.get_input_embeddings().weight)
     ids = torch.tensor([[place % rows for place in (1, 2, 3, 4, last)] for last in (5, 6)], device=model.device)
     return model.eval()(input_ids=ids).logits.float()
-
-
-def language_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
-    unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
 
 
 @contextmanager

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from spin_diffusion.llm.base import language_model
 from spin_diffusion.llm.game import LanguageGame
-from spin_diffusion.llm.logprobs import answer_logprobs, applies_head_to_hidden_states
+from spin_diffusion.llm.logprobs import answer_logprobs, applies_head_to_hidden_states, language_model
 from spin_diffusion.samples.shards import shards
 from spin_diffusion.selfplay.device import autocast_dtype, counted, matrix_rate
 from spin_diffusion.selfplay.one_round import Costs

@@ -24,10 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Message, TextExample
-from spin_diffusion.llm.base import LanguageBase, language_model, load_model
+from spin_diffusion.llm.base import LanguageBase, load_model
 from spin_diffusion.llm.chat import Chat
 from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers
-from spin_diffusion.llm.logprobs import AnswerScorer, places_of
+from spin_diffusion.llm.logprobs import AnswerScorer, language_model, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.device import sent

@@ -226,7 +226,7 @@ class Vllm:
         vllm, lora_request = _import_vllm()
         self.settings, self.end_ids, self.max_length = settings, end_ids, max_length
         self.parameters = vllm.SamplingParams
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         self.request = None
         if adapter is not None:
             self.request = lora_request("opponent", 1, str(adapter))

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from scipy.stats import t
 
-from spin_diffusion.llm.base import language_model
 from spin_diffusion.llm.game import LanguageGame
+from spin_diffusion.llm.logprobs import language_model
 from spin_diffusion.store.input_error import InputError, one_line
 
 PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -36,12 +36,24 @@ class HarnessTasks:
     """Whether prompts go through the chat template."""
 
 
+class Measure(TypedDict):
+    """A metric of a task, as a run's page shows it."""
+
+    title: str
+    value: float
+    low: float | None
+    high: float | None
+    """The 95 % interval; None where the harness gives no error."""
+    better: str
+    """ "higher", "lower", or "none" where it is not said."""
+
+
 def check_tasks(tasks: HarnessTasks) -> None:
     """Raises InputError if the harness is not installed, the folder has no task files, or a task is not known."""
     _index(tasks.names, tasks.folder)
 
 
-def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, dict[str, Any]]:
+def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, Measure]:
     """Each task's metrics by "task/metric": value, and a 95 % t-interval from the harness's own standard error.
 
     Raises:
@@ -84,14 +96,14 @@ _BETTER: dict[Any, str] = {True: "higher", False: "lower"}
 
 def metrics_of(
     results: Mapping[str, Mapping[str, Any]], higher_is_better: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Measure]:
     """The harness's results as a run's measures.
 
     Args:
         results: by task or group, metrics as "name,filter" beside "name_stderr,filter" and other things it says.
         higher_is_better: by task and metric; None or absent = not said.
     """
-    found = {}
+    found: dict[str, Measure] = {}
     for task, said in results.items():
         for key, value in said.items():
             metric, is_metric, kind = key.partition(",")

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from spin_diffusion.llm.base import language_model
-
 CHUNK_LOGITS = 2**26
 """fp32 logits that are in memory at once: 256 MB."""
+
+
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, below PEFT's wrapping; active adapters are inside of its layers."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 def answer_logprobs(

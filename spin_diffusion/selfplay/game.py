@@ -29,7 +29,7 @@ class PairScores:
 
     @classmethod
     def of_real(cls, player: Float[Tensor, " batch"], opponent: Float[Tensor, " batch"]) -> "PairScores":
-        """Of real samples alone, for an objective without a generated side."""
+        """Scores of real samples alone, for an objective without a generated side."""
         nothing = torch.zeros_like(opponent)
         return cls(player, nothing, opponent, nothing)
 

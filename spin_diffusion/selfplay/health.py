@@ -140,7 +140,7 @@ class StepEntry(TypedDict, total=False):
     lr: float
     pairs_per_second: float
     distance: float
-    """Of the weights from the opponent's, now and then."""
+    """How far the weights are from the opponent's, now and then."""
     findings: dict[str, str]
     """What rules of health said, by their names."""
 

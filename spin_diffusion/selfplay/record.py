@@ -38,7 +38,7 @@ class OpponentRecord(TypedDict):
     round: int
     """The newest self that anchors the scores."""
     hash: str
-    """Of the one that draws, or of the mixture."""
+    """The hash of the one that draws, or of the mixture."""
     members: list[SelfRecord]
     anchors: list[SelfRecord]
 
@@ -104,13 +104,13 @@ class LedgerEntry(TypedDict):
 
     seconds: float
     samples: int | None
-    """Of all processes."""
+    """Those of all processes."""
     samples_per_second: float | None
     flops: int | None
     matrix_share: float | None
-    """Of the rate of all devices' large matrix products, in [0, 1]."""
+    """Share of the rate of all devices' large matrix products, in [0, 1]."""
     peak_memory_bytes: int
-    """Of this process: torch's peak of the phase on a GPU, the resident memory's peak so far on a CPU."""
+    """This process's: torch's peak of the phase on a GPU, the resident memory's peak so far on a CPU."""
     disk_bytes: int | None
     """That the run's folder held afterwards."""
 

@@ -101,7 +101,7 @@ class Sharded(Trainee):
         return whole(super().update())
 
     def distance(self) -> float | None:
-        """Of the whole weights, one tensor at a time."""
+        """The distance of the whole weights, one tensor at a time."""
         return self.game.distance(part.detach() for part in self._whole())
 
     def _whole(self) -> Iterator[Tensor]:
@@ -126,7 +126,11 @@ class Sharded(Trainee):
 
     def save(self, directory: Path) -> None:
         """Every process writes its parts, as safetensors that any number of processes can read."""
-        self._store(lambda state: dcp.save(state, storage_writer=_writer(directory)))
+        self._store(
+            lambda state: dcp.save(
+                state, storage_writer=dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+            )
+        )
 
     def load(self, directory: Path) -> None:
         """Every process reads its parts."""
@@ -170,7 +174,3 @@ def whole(tensor: Tensor) -> Tensor:
 def _block_names(player: nn.Module) -> set[str]:
     """Classes of the blocks that a model is to be shared out by, as the models themselves know them."""
     return {name for module in player.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-
-
-def _writer(directory: Path) -> dcp.HuggingFaceStorageWriter:
-    return dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)

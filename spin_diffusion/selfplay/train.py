@@ -225,7 +225,7 @@ def _positions(step: int, micro: int, settings: TrainSettings, rank: int, world:
 
 
 def _ids_everywhere(pairs: Pairs, step: int, plan: RoundPlan, settings: TrainSettings, world: int) -> list[str]:
-    """Of a step, in the order in which the processes' metrics are gathered."""
+    """The ids of a step's pairs, in the order in which the processes' metrics are gathered."""
     return [
         id_
         for rank in range(world)

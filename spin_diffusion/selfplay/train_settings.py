@@ -162,7 +162,7 @@ def steps_of_round(settings: TrainSettings, round_: int, pairs: int, world: int)
 
 
 def pairs_per_step(settings: TrainSettings, world: int) -> int:
-    """Of all processes together."""
+    """Pairs in an optimizer step of all processes together."""
     return settings.train_batch_size * settings.gradient_accumulation_steps * world
 
 

@@ -224,7 +224,7 @@ class _Updates(torch.optim.Optimizer):
         """Nothing is left to do."""
 
     def gradient_norm(self) -> Tensor:
-        """Of all gradients since the last call, on their device."""
+        """The norm of all gradients since the last call, on their device."""
         total = torch.stack(self.squares).sum().sqrt() if self.squares else torch.zeros(())
         self.squares.clear()
         return total
@@ -260,7 +260,7 @@ class Fused(Trainee):
         return self.optimizer.gradient_norm()
 
     def optimizer_state(self) -> list[Tensor]:
-        """Of all weights."""
+        """What the optimizers of all weights keep."""
         states = (kept for optimizer in self._each for kept in optimizer.state.values())
         return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 

@@ -101,7 +101,7 @@ def check_whole(model: nn.Module, report: LoadReport, where: str) -> None:
 _ABOUT_THE_FILE = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
-def config_of(part: Any) -> dict[str, Any]:
+def config_of(part: Any) -> dict[str, object]:
     """A part's configuration, which decides what its weights do not show: how it computes with them.
 
     Args:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
-from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers, language_model
+from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers
+from spin_diffusion.llm.logprobs import language_model
 from spin_diffusion.llm.settings import GenerationSettings
 from spin_diffusion.runs.language_run import load_language_model
 from spin_diffusion.store.files import read_json
