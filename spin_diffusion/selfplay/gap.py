@@ -77,9 +77,7 @@ def held_out_gap(
     gaps, r_real, r_generated = zip(*by_place.values(), strict=True)
     mean = clustered_mean(gaps, [of_place[place] for place in by_place])
     return {
-        "mean": mean["mean"],
-        "low": mean["low"],
-        "high": mean["high"],
+        **mean,
         "r_real": sum(r_real) / len(gaps),
         "r_generated": sum(r_generated) / len(gaps),
         "num_samples": len(gaps),
