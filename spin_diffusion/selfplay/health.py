@@ -17,35 +17,37 @@ from typing import Literal, TypedDict, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.train_settings import Action, HealthSettings
 
 
 def check_start(
-    r_real: Float[Tensor, " batch"],
-    r_generated: Float[Tensor, " batch"],
+    scores: PairScores,
     losses: Float[Tensor, " batch"],
-    losses_at_zero: Float[Tensor, " batch"],
+    loss: Callable[[PairScores], Float[Tensor, " batch"]],
     tolerance: float,
-    scale: float,
+    beta: float,
 ) -> None:
-    """Assert that player and opponent agree before the first step of a round: every r is 0.
+    """Assert that player and opponent agree before the first step of a round: every r is 0, and the loss its value
+    there (ln 2 for SPIN, ln(1 + mu) + mu ln(1 + 1/mu) for SPACE).
 
     Args:
-        losses_at_zero: the objective at r = 0 with the same player_real: ln 2 for SPIN, ln(1 + mu) + mu ln(1 + 1/mu)
-            for SPACE.
-        tolerance: largest |r| that is rounding.
-        scale: the objective's beta; a tolerance on r is one of beta times it on the loss.
+        loss: the objective, of which `losses` are those of `scores`.
+        tolerance: largest |r| that is rounding, relative to max(1, |score|).
+        beta: the objective's; a tolerance on r is one of beta times it on the loss.
 
     Raises:
         AssertionError: dropout left on, two dtypes, other noise, a wrong adapter or a stale cache.
     """
-    worst = max(r_real.abs().max().item(), r_generated.abs().max().item())
+    player = (scores.player_real.detach(), scores.player_generated.detach())
+    tolerance *= max(1.0, *(score.abs().max().item() for score in player))
+    worst = max(r.abs().max().item() for r in (scores.r_real, scores.r_generated))
     assert worst <= tolerance, (
         f"step 0: player and opponent disagree by {worst:.3g} on the same sample (at most {tolerance:g} is rounding); "
         "look for dropout, dtypes, noise that is not shared, a wrong adapter or a stale cache"
     )
-    off = (losses - losses_at_zero).abs().max().item()
-    assert off <= max(1.0, 2 * scale) * tolerance, f"step 0: the loss is off its value at r = 0 by {off:.3g}"
+    off = (losses.detach() - loss(PairScores(*player, *player))).abs().max().item()
+    assert off <= max(1.0, 2 * beta) * tolerance, f"step 0: the loss is off its value at r = 0 by {off:.3g}"
 
 
 def check_weights(parameters: Iterable[Tensor], round_: int) -> None:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from spin_diffusion.samples.pairs import Pairs, ReadAhead
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
-from spin_diffusion.selfplay.game import Game, PairScores
+from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.health import METRICS, StepEntry
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.record import AnchorRecord, TrainingRecord
@@ -201,7 +201,8 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
             scored = game.scores(trainee.model, batch)
             losses = plan.loss(scored.scores)
             if step == 0 and plan.anchored_at_player:
-                _check_start(scored.scores, losses, plan, game.start_tolerance[accelerator.mixed_precision])
+                tolerance = game.start_tolerance[accelerator.mixed_precision]
+                health.check_start(scored.scores, losses, plan.loss, tolerance, plan.beta)
             accelerator.backward(losses.mean())
             records.append(record(scored.scores, losses, scored.level, plan.beta))
             if accelerator.sync_gradients:
@@ -232,20 +233,3 @@ def _ids_everywhere(pairs: Pairs, step: int, plan: RoundPlan, settings: TrainSet
         for micro in range(settings.gradient_accumulation_steps)
         for id_ in pairs.ids_at(_positions(step, micro, settings, rank, world), plan.seed, plan.round_)
     ]
-
-
-def _check_start(scores: PairScores, losses: Tensor, plan: RoundPlan, tolerance: float) -> None:
-    """Assert that every r is 0 and the loss its value there.
-
-    Args:
-        tolerance: largest |r| that is rounding, relative to max(1, |score|).
-    """
-    at_zero = PairScores(
-        scores.player_real.detach(), scores.player_generated.detach(),
-        scores.player_real.detach(), scores.player_generated.detach(),
-    )  # fmt: skip
-    size = max(1.0, scores.player_real.abs().max().item(), scores.player_generated.abs().max().item())
-    health.check_start(
-        scores.r_real.detach(), scores.r_generated.detach(), losses.detach(), plan.loss(at_zero), tolerance * size,
-        plan.beta,
-    )  # fmt: skip

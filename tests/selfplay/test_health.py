@@ -10,6 +10,7 @@ import torch
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay import train as train_module
+from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.health import Finding
 from spin_diffusion.selfplay.one_round import Judgement
 from spin_diffusion.selfplay.rounds import SelfPlay, play
@@ -21,7 +22,8 @@ from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data
 
 def start(r: float = 0.0, loss: float = math.log(2), beta: float = 5000.0) -> None:
     zero, rs = torch.zeros(4), torch.full((4,), r)
-    health.check_start(rs, zero, torch.full((4,), loss), torch.full((4,), math.log(2)), 1e-5, beta)
+    scores = PairScores(rs, zero, zero, zero)
+    health.check_start(scores, torch.full((4,), loss), lambda at_zero: torch.full((4,), math.log(2)), 1e-5, beta)
 
 
 def test_a_round_that_starts_with_equal_models_passes():
@@ -35,9 +37,10 @@ def test_a_round_that_starts_with_unequal_models_is_stopped(r, loss):
 
 
 def test_the_generated_side_counts_at_the_start_and_rounding_does_not():
-    at_zero = torch.full((4,), math.log(2))
+    at_zero, zero = torch.full((4,), math.log(2)), torch.zeros(4)
+    scores = PairScores(zero, torch.full((4,), 1e-3), zero, zero)
     with pytest.raises(AssertionError, match="disagree by 0.001"):
-        health.check_start(torch.zeros(4), torch.full((4,), 1e-3), at_zero, at_zero, 1e-5, 5000.0)
+        health.check_start(scores, at_zero, lambda scores: at_zero, 1e-5, 5000.0)
     start(loss=math.log(2) + 5e-6, beta=0.01)  # a small beta makes the loss no more exact than fp32 is
 
 
