@@ -10,8 +10,6 @@ from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import Settings, setting
 
-PromoteIf = Literal["always", "not_regressed", "improved"]
-
 
 @dataclass(frozen=True)
 class AnyEvaluationSettings(Settings):
@@ -19,7 +17,7 @@ class AnyEvaluationSettings(Settings):
 
     eval_every_round: bool = True
     """Evaluate after every round; otherwise the base and the last round only."""
-    promote_if: PromoteIf = "always"
+    promote_if: Literal["always", "not_regressed", "improved"] = "always"
     """Promote a round's player always; when no truth, held-out or alignment score fell against its opponent
     (not_regressed); or only when it is improved. Otherwise the round is rejected and its opponent plays on."""
 

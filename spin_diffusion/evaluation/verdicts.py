@@ -1,6 +1,7 @@
 """What is concluded: of a model by one scorer, by all of them together, of several models, and of a round's player."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 from spin_diffusion.evaluation.records import (
     IMAGES,
@@ -19,7 +20,6 @@ from spin_diffusion.evaluation.records import (
     modality_of,
     scale_in_words,
 )
-from spin_diffusion.evaluation.settings import PromoteIf
 from spin_diffusion.evaluation.statistics import SIGNIFICANCE, Interval
 from spin_diffusion.store.input_error import InputError
 
@@ -221,7 +221,7 @@ def _sentence(places: Sequence[PlaceEntry], winner: str | None, by: str) -> str:
     return f"A tie by {by}: {listed(names)} are not told apart{ahead}."
 
 
-def promotion(results: Results, promote_if: PromoteIf) -> tuple[bool, str]:
+def promotion(results: Results, promote_if: Literal["always", "not_regressed", "improved"]) -> tuple[bool, str]:
     """Whether a player is promoted by its comparison with its opponent, and why.
 
     It counts at every guidance scale: one where the player fell is enough to reject it; to be improved it must be at

@@ -1,6 +1,6 @@
 """What every kind of run does before, between and after its rounds.
 
-run            a run from its settings to the upload of its model, and the plan of one; config: what every run sets
+run            a run from its settings to the upload of its model, and the plan of one
 start          its folder, its processes, its manifest; plan: the arithmetic of time, memory and disk
 evaluator      base, rounds and rivals by the same code; page: what the page shows beside their scores
 publish        the model card and the upload

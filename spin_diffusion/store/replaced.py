@@ -50,6 +50,7 @@ REPLACED = {
     "probe_samples": "give --probe '{samples: NUMBER}'",
     "on_shortcut": "give --probe '{action: stop}'",
     "stop_when_learnt": "it needs held-out samples, which language runs alone set aside",
+    "two_passes": "give --gradient_checkpointing, or fewer pairs at a time (--train_batch_size)",
     "attention_kernel": "torch chooses its kernel",
     "trajectory_weights": "all steps weigh the same",
 }
