@@ -34,10 +34,9 @@ def direct(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "rounds",
     [
-        {"objective": "spin"},
-        {"objective": "space", "num_generated": 2},
-        {"objective": "dpo"},
-        {"objective": "sft"},
+        {"objective": "space", "num_generated": 2, "rounds": 1},
+        {"objective": "dpo", "rounds": 1},
+        {"objective": "sft", "rounds": 1},
         {"objective": "spin", "real_parts": 2},
         {"objective": "spin", "anchor": "base"},
         {"objective": "spin", "opponent": "ema"},
@@ -104,7 +103,7 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
     class Killed(BaseException):
         pass
 
-    play_all(sdxl_dir, tmp_path / "whole", game=make_game(sdxl_dir, fixed_draws=2))
+    play_all(sdxl_dir, tmp_path / "whole", game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
     folder = tmp_path / "killed"
     for method, calls in (("scores_at_draws", 5), ("scores", 3)):
         with monkeypatch.context() as patch:
@@ -118,8 +117,8 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
 
             patch.setattr(DiffusionGame, method, dies)
             with pytest.raises(Killed):
-                play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2))
-    play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2))
+                play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
+    play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
     assert file_hash(folder / SAVED) == file_hash(tmp_path / "whole" / SAVED)
 
 

@@ -18,6 +18,8 @@ from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
+ONE_STEP = replace(TRAINING, max_train_steps=1, lr_warmup_steps=0)
+
 
 class Killed(BaseException):
     """Stands for a SIGKILL: no handler may catch it."""
@@ -66,7 +68,7 @@ def test_a_mixtures_score_is_the_logarithm_of_its_density():
 
 
 def test_each_sample_of_a_pool_says_who_drew_it(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, rounds=3, opponent="pool")
+    records = play_all(sdxl_dir, tmp_path, ONE_STEP, rounds=3, opponent="pool")
     members = records[2]["opponent"]["members"]
     assert [found["round"] for found in members] == [0, 1, 2]
     known = {found["hash"] for found in members}
@@ -100,28 +102,37 @@ def test_the_average_is_the_plain_recurrence():
     assert torch.allclose(average.weights[0], torch.tensor([0.9 * 0.1 + 0.2, 0.9 * (0.9 + 0.1) + 0.2]))
 
 
-def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, replace(TRAINING, ema_decay=0.5), rounds=2, opponent="ema")
+AVERAGED = {"training": replace(TRAINING, ema_decay=0.5), "rounds": 2, "opponent": "ema"}
 
-    def load(*folder):
-        return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
+
+@pytest.fixture(scope="module")
+def averaged(sdxl_dir, tmp_path_factory):
+    """The folder of a run with an averaged opponent, and its records."""
+    folder = tmp_path_factory.mktemp("averaged")
+    return folder, play_all(sdxl_dir, folder, **AVERAGED)
+
+
+def test_an_averaged_opponent_follows_the_player_across_rounds(sdxl_dir, averaged):
+    folder, records = averaged
+
+    def load(*below):
+        return load_file(folder.joinpath(*below, "unet", "diffusion_pytorch_model.safetensors"))
 
     base = make_game(sdxl_dir).player.state_dict()
     player, average = load("round-1"), load("round-1", "ema")
     # Between where the round began and where it ended
     for name in ("conv_in.weight", "conv_out.weight"):
         assert 0 < (average[name] - base[name]).norm() < (player[name] - base[name]).norm()
-    assert weights_of(tmp_path) == weights_of(tmp_path / "round-2")
-    assert not (tmp_path / "ema").exists()
+    assert weights_of(folder) == weights_of(folder / "round-2")
+    assert not (folder / "ema").exists()
     # The second round's opponent is the average, its player goes on from the player
     assert records[1]["opponent"]["members"][0]["hash"] != records[0]["opponent"]["hash"]
-    second = entries(tmp_path / "round-2")[0]
+    second = entries(folder / "round-2")[0]
     assert second["r_real"] != 0 or second["r_generated"] != 0
 
 
 def test_the_average_goes_on_from_the_round_before(sdxl_dir, tmp_path):
-    one_step = replace(TRAINING, max_train_steps=1, lr_warmup_steps=0, ema_decay=0.75)
-    play_all(sdxl_dir, tmp_path, one_step, rounds=3, opponent="ema")
+    play_all(sdxl_dir, tmp_path, replace(ONE_STEP, ema_decay=0.75), rounds=3, opponent="ema")
 
     def load(*folder):
         return load_file(tmp_path.joinpath(*folder, "unet", "diffusion_pytorch_model.safetensors"))
@@ -135,18 +146,16 @@ def test_the_average_goes_on_from_the_round_before(sdxl_dir, tmp_path):
         assert apart < 1e-3 * moved, k
 
 
-@pytest.mark.parametrize("kill_at", [1, 3])
-def test_a_killed_run_with_an_averaged_opponent_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
-    training = replace(TRAINING, ema_decay=0.5)
-    play_all(sdxl_dir, tmp_path / "whole", training, rounds=2, opponent="ema")
-    with monkeypatch.context() as patch:
-        kill_after(patch, kill_at)
-        with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path / "killed", training, rounds=2, opponent="ema")
-    play_all(sdxl_dir, tmp_path / "killed", training, rounds=2, opponent="ema")
+def test_a_killed_run_with_an_averaged_opponent_ends_with_the_same_bytes(sdxl_dir, averaged, tmp_path, monkeypatch):
+    for kill_at in (1, 3):
+        with monkeypatch.context() as patch:
+            kill_after(patch, kill_at)
+            with pytest.raises(Killed):
+                play_all(sdxl_dir, tmp_path, **AVERAGED)
+    play_all(sdxl_dir, tmp_path, **AVERAGED)
     for name in ("unet", "round-1/ema/unet", "round-2/ema/unet"):
         name += "/diffusion_pytorch_model.safetensors"
-        assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name)
+        assert file_hash(averaged[0] / name) == file_hash(tmp_path / name)
 
 
 REFRESHED = replace(TRAINING, max_train_steps=7, refresh_opponent_steps=3, checkpointing_steps=2)
@@ -165,15 +174,14 @@ def test_a_refreshed_opponent_is_the_player_of_that_step(sdxl_dir, tmp_path):
     assert not (tmp_path / "round-1" / "anchor").exists()
 
 
-@pytest.mark.parametrize("kill_at", [2, 3, 4, 5, 6, 8])
-def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch, kill_at):
-    # The checkpoint at step 8 has two anchors behind it
-    training = replace(REFRESHED, max_train_steps=9) if kill_at == 8 else REFRESHED
+def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):
+    training = replace(REFRESHED, max_train_steps=9)
     play_all(sdxl_dir, tmp_path / "whole", training, rounds=1)
-    with monkeypatch.context() as patch:
-        kill_after(patch, kill_at)
-        with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
+    for kill_at in (2, 3, 4, 5, 6, 8):  # the checkpoint at step 8 has two anchors behind it
+        with monkeypatch.context() as patch:
+            kill_after(patch, kill_at)
+            with pytest.raises(Killed):
+                play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
     records = play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
     whole = read_json(tmp_path / "whole" / "round-1" / "round.json")
