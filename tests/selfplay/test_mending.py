@@ -66,8 +66,9 @@ def change_a_digit(path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", list(DAMAGES))
-@pytest.mark.parametrize("state", ["GENERATED", "CACHED"])
+@pytest.mark.parametrize(
+    ("state", "damage"), [*(("GENERATED", damage) for damage in DAMAGES), ("CACHED", "flipped"), ("CACHED", "gone")]
+)
 def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damage, capsys):
     taken_back(copied, state)
     shutil.rmtree(copied / "round-2" / "unet")

@@ -1,7 +1,6 @@
 """Rounds: states, resume after a fault at every write, and what is refused."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ from spin_diffusion.selfplay import trained
 from spin_diffusion.selfplay.rounds import STEPS_FROM_TRAINING_ON
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
-from spin_diffusion.store import run_dir
 from spin_diffusion.store.files import read_json, read_rows, rows_metadata, write_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
@@ -64,55 +62,6 @@ def test_a_finished_run_runs_again_without_changing_a_file(unbroken, sdxl_dir):
     before = {path: (path.stat().st_mtime_ns) for path in unbroken.rglob("*") if path.is_file()}
     play_all(sdxl_dir, unbroken)
     assert {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()} == before
-
-
-def count_commits(sdxl_dir, tmp_path, monkeypatch) -> int:
-    commits = 0
-    plain = os.replace
-
-    def counting(*args):
-        nonlocal commits
-        commits += 1
-        plain(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_dir.os, "replace", counting)
-        play_all(sdxl_dir, tmp_path / "counted")
-    return commits
-
-
-def test_a_kill_before_or_after_any_rename_changes_nothing_in_the_end(sdxl_dir, unbroken, tmp_path, monkeypatch):
-    total = count_commits(sdxl_dir, tmp_path, monkeypatch)
-    assert total > 20
-    plain = os.replace
-    output_dir = tmp_path / "killed"
-    # One run is killed again and again, at its first to seventh rename in turn (a state takes up to five in one go);
-    # half of the kills come right after the rename, half right before it with the file cut short.
-    kills = 0
-    for attempt in range(3 * total):
-        done = 0
-
-        def dying(source, target, attempt=attempt):
-            nonlocal done
-            done += 1
-            if done == attempt % 7 + 1:
-                if attempt % 2 and os.path.isfile(source):
-                    with open(source, "r+b") as file:
-                        file.truncate(max(0, os.path.getsize(source) // 2))
-                elif attempt % 2 == 0:
-                    plain(source, target)
-                raise Killed
-            plain(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(run_dir.os, "replace", dying)
-            try:
-                play_all(sdxl_dir, output_dir)
-                break
-            except Killed:
-                kills += 1
-    assert kills >= 15
-    assert final_hashes(output_dir) == final_hashes(unbroken)
 
 
 def test_a_kill_between_steps_resumes_from_the_checkpoint_with_the_same_bits(sdxl_dir, unbroken, tmp_path, monkeypatch):
