@@ -13,13 +13,13 @@ import runpy
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate.state
 import torch
 import torch.utils._device
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda", 0)
 # index_put is what autograd adds gradients up with, in zeros that it makes where the tensor really lies
@@ -104,7 +104,7 @@ def _wait(what: str) -> None:
 def _run(func, args, kwargs):
     """An operation where its tensors really lie; its results are on the device where they would be."""
     name = func.overloadpacket.__name__
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    tensors = list(_tensors((*args, *kwargs.values())))
     on_gpu = [isinstance(tensor, OnGpu) for tensor in tensors]
     by_mask = name in INDEXED_FROM_ANYWHERE and any(tensor.dtype == torch.bool for tensor in tensors[1:])
     if any(on_gpu) and (name in WAITING or by_mask):
@@ -128,13 +128,22 @@ def _run(func, args, kwargs):
         raise RuntimeError(f"{func}: of generator and tensor one is on cuda:0 and one is not")
     with torch._C._DisableTorchDispatch():
         found = func(*args, **kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {}))
-    given = {id(tensor) for tensor in tensors}
+    return _placed(found, {id(tensor) for tensor in tensors}) if result_on_gpu else found
 
-    def placed(value):
-        plain = type(value) is torch.Tensor and id(value) not in given
-        return OnGpu(value) if plain and result_on_gpu else value
 
-    return tree_map(placed, found)
+def _tensors(values) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _placed(value, given: set[int]):
+    """The tensors of a result on the GPU, but for those that were given."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_placed(one, given) for one in value])
+    return OnGpu(value) if type(value) is torch.Tensor and id(value) not in given else value
 
 
 def _brought_back(tensor, dtype=None):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = [
     "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
     "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "2", "--rounds", "2",
-    "--num_inference_steps", "2",
+    "--num_inference_steps", "2", "--validation_guidance_scales", "[3.0]",
     "--compare_with", "[]", "--report_to", "none", "--lr_warmup_steps", "0",
 ]  # fmt: skip
 UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
@@ -37,6 +37,7 @@ WAYS = {
     "evaluate": [
         "evaluation/evaluate.py", "--config", "evaluation/configs/toy.yaml", "--models", "base=assets/toy_world/sloppy",
         "plus=assets/toy_world/plateau", "--max_prompts", "2", "--num_inference_steps", "2",
+        "--guidance_scale", "[3.0]",
     ],
     "plan": ["training/plan.py", "--config", "training/configs/toy_sdxl.yaml"],
     "plan_answers": ["training/plan.py", "--config", "training/configs/toy_llm.yaml"],
