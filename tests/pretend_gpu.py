@@ -21,6 +21,8 @@ import torch
 import torch.utils._device
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spin_diffusion.selfplay import device as devices
+
 GPU = torch.device("cuda", 0)
 # index_put is what autograd adds gradients up with, in zeros that it makes where the tensor really lies
 CROSS_DEVICES = {"_to_copy", "copy_", "set_", "set_data", "_has_compatible_shallow_copy_type", "index_put"}
@@ -212,6 +214,7 @@ def pretend() -> None:
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.cuda._lazy_init = torch.cuda.synchronize = torch.cuda.reset_peak_memory_stats = lambda *args: None
     torch.cuda.max_memory_allocated = lambda *args: 2**30
+    devices.MATRIX_ON_A_GPU = 64  # the true one takes minutes of a CPU
     torch.cuda.get_device_properties = lambda *args: types.SimpleNamespace(total_memory=80 * 2**30)
 
     state, begin = accelerate.state.PartialState, accelerate.state.PartialState.__init__

@@ -48,10 +48,14 @@ def counted(call: Callable[[], T]) -> tuple[int, T]:
     return counter.get_total_flops(), result
 
 
+MATRIX_ON_A_GPU = 8192
+"""Rows and columns that it takes to keep a GPU busy."""
+
+
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product, the best of 10; measured once in a process."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = MATRIX_ON_A_GPU if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(10):
