@@ -19,7 +19,7 @@ from spin_diffusion.data.rows import (
     Row,
     Seen,
     Source,
-    describe_columns,
+    find_column,
     fresh,
     require_column,
     short_hash,
@@ -162,22 +162,9 @@ def plan_table(source: Source, settings: DataSettings, with_losers: bool) -> Pla
             f"{source.name} has no worse images: pairs need Pick-a-Pic's columns {', '.join(PAIR_COLUMNS)}; "
             f"its columns are {', '.join(source.columns)}"
         )
-    image = _find_column(source, settings.image_column, IMAGE_COLUMNS, "--image_column")
-    caption = _find_column(source, settings.caption_column, CAPTION_COLUMNS, "--caption_column")
+    image = find_column(source, settings.image_column, IMAGE_COLUMNS, "--image_column")
+    caption = find_column(source, settings.caption_column, CAPTION_COLUMNS, "--caption_column")
     return Plan((image, caption), lambda row: Candidate(row.values.get(caption), row.values.get(image)))
-
-
-def _find_column(source: Source, given: str | None, names: tuple[str, ...], flag: str) -> str:
-    """The column given, else the first of `names` that exists. Raises InputError with the columns there are."""
-    if given is not None:
-        return require_column(source, given, flag)
-    for name in names:
-        if name in source.columns:
-            return name
-    raise InputError(
-        f"{source.name} has none of the columns {', '.join(names)}; {describe_columns(source.columns, names)}; "
-        f"name the right one with {flag}"
-    )
 
 
 def caption_text(value: object) -> str:

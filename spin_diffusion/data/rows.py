@@ -187,6 +187,19 @@ def require_column(source: Source, column: str, flag: str) -> str:
     return column
 
 
+def find_column(source: Source, given: str | None, names: Sequence[str], flag: str) -> str:
+    """The column given, else the first of `names` that exists. Raises InputError with the columns there are."""
+    if given is not None:
+        return require_column(source, given, flag)
+    for name in names:
+        if name in source.columns:
+            return name
+    raise InputError(
+        f"{source.name} has none of the columns {', '.join(names)}; {describe_columns(source.columns, names)}; "
+        f"name the right one with {flag}"
+    )
+
+
 def describe_columns(columns: Sequence[str], wanted: Sequence[str]) -> str:
     """The columns that exist and the one most like any of `wanted`, for an error."""
     if not columns:

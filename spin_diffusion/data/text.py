@@ -31,6 +31,7 @@ from spin_diffusion.data.rows import (
     Source,
     TextExample,
     describe_columns,
+    find_column,
     fresh,
     require_column,
     short_hash,
@@ -121,19 +122,9 @@ def find_columns(source: Source, settings: TextDataSettings, with_rejected: bool
     """The columns that the settings name, else those that a layout has. Raises InputError: a column does not exist or
     is not known; worse answers are asked for and there are none."""
     columns = source.columns
-    answer = settings.completion_column
-    if answer is not None:
-        require_column(source, answer, "--completion_column")
-    else:
-        known = [name for name in ANSWER_COLUMNS if name in columns]
-        if with_rejected and settings.rejected_column is None:
-            known = [name for name in known if REJECTED_BESIDE.get(name, "rejected") in columns] or known
-        if not known:
-            raise InputError(
-                f"{source.name} has none of the columns {', '.join(ANSWER_COLUMNS)}; "
-                f"{describe_columns(columns, ANSWER_COLUMNS)}; name the right one with --completion_column"
-            )
-        answer = known[0]
+    pairs = [name for name in ANSWER_COLUMNS if {name, REJECTED_BESIDE.get(name, "rejected")} <= {*columns}]
+    first = pairs if with_rejected and settings.rejected_column is None else []
+    answer = find_column(source, settings.completion_column, (*first, *ANSWER_COLUMNS), "--completion_column")
     prompt = settings.prompt_column
     if prompt is not None:
         require_column(source, prompt, "--prompt_column")
