@@ -4,7 +4,7 @@ Whoever goes on with a run must load the same base again.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -114,14 +114,17 @@ def _folder_of(base: Base) -> Path:
                 "stabilityai/stable-diffusion-xl-base-1.0"
             )
         return folder
+    options = {"revision": base.revision, "variant": base.variant, "use_safetensors": True, "safety_checker": None}
+    return _downloaded(flag, DiffusionPipeline.download, base.name, **options)
+
+
+def _downloaded(flag: str, download: Callable[..., Any], name: str, **options: Any) -> Path:
     try:
-        options = {"revision": base.revision, "variant": base.variant}
-        found = DiffusionPipeline.download(base.name, use_safetensors=True, safety_checker=None, **options)
+        return Path(download(name, **options))
     except Exception as error:  # the hub's client raises dozens of kinds
         raise InputError(
             f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
         ) from error
-    return Path(found)
 
 
 def single_file(path: Path) -> str:
@@ -189,12 +192,7 @@ def _load_given_vae(family: ModuleType, name: str) -> AutoencoderKL:
         if is_local(name):
             raise InputError(f"{flag}: the folder does not exist: give the folder of a VAE, or a hub id")
         patterns = [CONFIG, "model_index.json", "diffusion_pytorch_model*"]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.bin"))
-        except Exception as error:  # the hub's client raises dozens of kinds
-            raise InputError(
-                f"{flag}: neither a local folder nor a hub id that can be reached ({one_line(error)})"
-            ) from error
+        folder = _downloaded(flag, snapshot_download, name, allow_patterns=patterns, ignore_patterns="*.bin")
     if (folder / "model_index.json").is_file():
         raise InputError(f"{flag} is a whole pipeline: give its VAE, {folder / 'vae'}")
     variants = weight_files(folder)
