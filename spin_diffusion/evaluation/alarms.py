@@ -148,41 +148,47 @@ def check_alarms(
     """
     differences = differences_of(candidate_scores, baseline_scores)
     if isinstance(baseline, Pictures):
-        prompts: Sequence[str] = baseline.prompts
+        prompts, what = baseline.prompts, "training captions"
     else:
-        prompts = list(dict.fromkeys(row[0].prompt for row in baseline))
+        prompts, what = list(dict.fromkeys(row[0].prompt for row in baseline)), "training prompts"
     keys = [normalised(prompt) for prompt in prompts]
     trained = None if training_prompts is None else trained_among(training_prompts, keys)
-    num_leaked = None if trained is None else sum(key in trained for key in keys)
     if isinstance(baseline, Pictures):
         assert isinstance(candidate, Pictures)
-        of_samples = [
-            aesthetics_up_alignment_down(differences, roles),
-            diversity_over_seeds(baseline.features, candidate.features),
-            style_collapse(baseline.features, candidate.features),
-            near_duplicates(baseline.features, candidate.features),
-            photometry(baseline.photometry or {}, candidate.photometry or {}),
-            broken_images(baseline.broken, candidate.broken),
-        ]
+        of_samples = [aesthetics_up_alignment_down(differences, roles), *_picture_alarms(baseline, candidate)]
     else:
         assert not isinstance(candidate, Pictures)
-        if [len(row) for row in baseline] != [len(row) for row in candidate]:
-            raise ValueError("baseline and candidate must have the same numbers of answers to the same prompts")
-        of_samples = [
-            answer_length(baseline, candidate),
-            repetition(baseline, candidate),
-            answer_diversity(baseline, candidate),
-            same_answers(baseline, candidate),
-            cut_answers(baseline, candidate),
-            empty_answers(baseline, candidate),
-            copied_answers(baseline, candidate, trained),
-        ]
-    what = "training captions" if isinstance(baseline, Pictures) else "training prompts"
+        of_samples = _answer_alarms(baseline, candidate, trained)
+    num_leaked = None if trained is None else sum(key in trained for key in keys)
     return [
         goodhart(differences, roles),
         *of_samples,
         training_leak(num_leaked, len(prompts), what),
         stagnation(candidate_scores, previous, roles),
+    ]
+
+
+def _picture_alarms(baseline: Pictures, candidate: Pictures) -> list[Alarm]:
+    return [
+        diversity_over_seeds(baseline.features, candidate.features),
+        style_collapse(baseline.features, candidate.features),
+        near_duplicates(baseline.features, candidate.features),
+        photometry(baseline.photometry or {}, candidate.photometry or {}),
+        broken_images(baseline.broken, candidate.broken),
+    ]
+
+
+def _answer_alarms(baseline: Answers, candidate: Answers, trained: set[str] | None) -> list[Alarm]:
+    if [len(row) for row in baseline] != [len(row) for row in candidate]:
+        raise ValueError("baseline and candidate must have the same numbers of answers to the same prompts")
+    return [
+        answer_length(baseline, candidate),
+        repetition(baseline, candidate),
+        answer_diversity(baseline, candidate),
+        same_answers(baseline, candidate),
+        cut_answers(baseline, candidate),
+        empty_answers(baseline, candidate),
+        copied_answers(baseline, candidate, trained),
     ]
 
 
@@ -249,8 +255,7 @@ def count_rises(
     wrong together, which the test does not know.
 
     Args:
-        baseline: (samples in that state, all samples), at least one.
-        candidate: likewise.
+        baseline, candidate: (samples in that state, all samples), at least one.
         threshold: of the rise of the share, 0 to 1; below it nothing is said.
         what: the samples in that state, at the beginning of a sentence.
     """
@@ -275,26 +280,13 @@ def too_few_to_pair(per_prompt: int, num_prompts: int, min_prompts: int, sample:
 
 def signed(interval: Interval) -> str:
     """A difference and its interval in a sentence."""
-    size = max(abs(interval.low), abs(interval.high), abs(interval.mean))
     # Three digits of the largest number: scorers differ in scale by a factor of 100
-    decimals = decimals_of(size, 3)
-    mean, low, high = (round(value, decimals) + 0.0 for value in (interval.mean, interval.low, interval.high))
-    return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    return interval.signed(decimals_of(max(abs(interval.low), abs(interval.high), abs(interval.mean)), 3))
 
 
-def differences_of(candidate: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scorer that both have -> (prompts,) candidate minus base, over the mean of the images."""
-    differences = {}
-    for name in candidate:
-        if name not in base:
-            continue
-        a, b = np.asarray(candidate[name], dtype=np.float64), np.asarray(base[name], dtype=np.float64)
-        if a.shape != b.shape:
-            raise ValueError(
-                f"{name} must be of the same prompts and images for both models, got {a.shape} and {b.shape}"
-            )
-        differences[name] = a - b if a.ndim == 1 else (a - b).mean(axis=1)
-    return differences
+def differences_of(candidate: Scores, base: Scores) -> dict[str, np.ndarray]:
+    """Scorer that both have -> (prompts,) candidate minus base, over the mean of the samples."""
+    return {name: (scores - base[name]).mean(axis=1) for name, scores in candidate.items() if name in base}
 
 
 # Scores and prompts, of pictures and of answers
@@ -305,19 +297,13 @@ def goodhart(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -
 
     Args:
         differences: scorer -> (prompts,) model minus base.
-        roles: scorer -> its role. Judged against "in-domain" are "truth", "held-out" and "alignment".
     """
     what = "The model pleases {up} more, which was trained on the same preferences, but is worse by {down}"
     return _opposed("goodhart", differences, roles, "in-domain", ("truth", "held-out", "alignment"), what)
 
 
 def aesthetics_up_alignment_down(differences: Mapping[str, np.ndarray], roles: Mapping[str, Role]) -> Alarm:
-    """Images get more beautiful and show less of what the prompt asks for.
-
-    Args:
-        differences: scorer -> (prompts,) model minus base.
-        roles: scorer -> its role.
-    """
+    """Images get more beautiful and show less of what the prompt asks for; the arguments are those of `goodhart`."""
     what = "Images are more beautiful by {up} and match their prompts less by {down}"
     return _opposed("aesthetics_up_alignment_down", differences, roles, "aesthetics", ("alignment",), what)
 
@@ -400,11 +386,7 @@ def stagnation(
     """No scorer tells this round from the one before. A reason to stop, not to distrust: "warn" at most.
 
     The value is the number of scorers that see a difference, by intervals that hold together at 95 % (Bonferroni).
-
-    Args:
-        candidate: scorer -> (prompts, images).
-        previous: the same of the round before.
-        roles: scorer -> its role; "drift" is left out.
+    Scorers of the role "drift" are left out.
     """
     if previous is None:
         return not_run("stagnation", "there is no round before this one to compare with")
@@ -476,10 +458,6 @@ def photometry(baseline: Mapping[str, np.ndarray], candidate: Mapping[str, np.nd
     """Saturation, clipped luma or sharpness move far from where the base's images lie.
 
     The shift of the mean is measured in median absolute deviations of the base over prompts; the value is the largest.
-
-    Args:
-        baseline: name of the measure -> (prompts, images).
-        candidate: the same shapes.
     """
     names = [name for name in candidate if name in baseline]
     if not names:

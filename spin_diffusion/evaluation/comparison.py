@@ -49,7 +49,7 @@ def compare_others(scores: Scores, baseline: str, roles: Mapping[str, Role], los
 def _compared(
     pairs: Iterable[tuple[tuple[str, Scale, str], str]], scores: Scores, roles: Mapping[str, Role], lost: Lost
 ) -> list[ComparisonEntry]:
-    """Of (model, guidance scale, scorer) and the model that each is compared with."""
+    """An entry for each (model, guidance scale, scorer) and the model that it is compared with."""
     entries: list[ComparisonEntry] = []
     for (model, scale, scorer), other in pairs:
         ours, theirs = scores[model, scale, scorer], scores[other, scale, scorer]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from spin_diffusion.evaluation.judges import Answer
-from spin_diffusion.evaluation.records import ModelKind, ModelRole, Scale
-from spin_diffusion.samples.drawn import folder_of, read_index, sample_files
+from spin_diffusion.evaluation.records import ModelKind, ModelRole, Scale, ScorerRecord
+from spin_diffusion.samples.drawn import Sample, folder_of, read_index, sample_files
 from spin_diffusion.store.files import read_json, read_rows, rows_metadata
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
@@ -20,8 +20,8 @@ Key = tuple[str, int]
 """(id of the prompt, number of the sample)."""
 
 
-class ScorerRecord(TypedDict):
-    """What is known of a scorer, or a judge, that was asked for, beside all of its ABOUT."""
+class WasRun(TypedDict):
+    """What a `ScorerRecord` must say to be read."""
 
     name: str
     state: Literal["run", "not run"]
@@ -37,7 +37,7 @@ class Score(TypedDict):
     score: float
     truncated: bool
     features: NotRequired[list[float] | None]
-    """Of a picture, where the scorer is the one that keeps them."""
+    """A picture's embedding, where the scorer is the one that keeps them."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,18 @@ class EvaluatedModel:
     weights_sha256: str | None = None
 
 
+class EvaluatedSample(Sample):
+    """A sample as it is stored, with a state for an answer too."""
+
+    there: bool
+    """Whether there is a sample at all."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """The samples of one model at one guidance scale."""
 
-    rows: dict[Key, dict[str, Any]]
-    """Each as it is stored (`samples.drawn.Sample`), with its `state` ("ok" or what is wrong with it) and `there`:
-    whether there is a sample at all."""
+    rows: dict[Key, EvaluatedSample]
     scores: dict[str, dict[Key, Score]]
     """Scorer -> rows with score and truncated; only those that belong to the samples."""
 
@@ -112,15 +117,15 @@ def read_scores(folder: SampleFolder, name: str, scale: float | None) -> list[Sc
 
     def belongs(file: Path, scored: Path) -> bool:
         written = rows_metadata(scored)
-        return written.get(KEY) == answer_key(file, key) if folder.of_answers else written.get(SCORER) == key
+        return written.get(KEY) == answer_key(file, str(key)) if folder.of_answers else written.get(SCORER) == key
 
     there = [scored for file, scored in files if scored.is_file() and belongs(file, scored)]
     return [cast(Score, row) for scored in there for row in read_rows(scored)]
 
 
-def scorer_record(folder: SampleFolder, name: str) -> Any:
+def scorer_record(folder: SampleFolder, name: str) -> ScorerRecord:
     """What is known of a scorer that was asked for: state, reason, source, checkpoint and all of its ABOUT."""
-    return read_json(folder.record(name), ScorerRecord, AGAIN)
+    return read_json(folder.record(name), WasRun, AGAIN)
 
 
 def read_samples(
@@ -131,7 +136,7 @@ def read_samples(
     Raises:
         InputError: samples that are missing, or answers of another protocol.
     """
-    rows: dict[Key, dict[str, Any]] = {}
+    rows: dict[Key, EvaluatedSample] = {}
     for path in folder.files(scale):
         if not folder.of_answers:
             for row in read_index(path):
@@ -142,7 +147,7 @@ def read_samples(
             raise InputError(f"{path} holds answers of another protocol: run the same command again")
         for row in read_rows(path):
             state = "ok" if row["text"].strip() else "empty answer"
-            rows[row["id"], row["k"]] = row | {"state": state, "there": True}
+            rows[row["id"], row["k"]] = cast(EvaluatedSample, row | {"state": state, "there": True})
     return Samples(rows, {name: belonging(rows, read_scores(folder, name, scale)) for name in scorers})
 
 
@@ -152,9 +157,10 @@ def belonging(rows: Mapping[Key, Mapping[str, Any]], scores: Sequence[Score]) ->
     return {key: row for key, row in by_key.items() if rows.get(key, {}).get("sha256") == row["sha256"]}
 
 
-def first_not_run(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def first_not_run(records: Sequence[ScorerRecord]) -> ScorerRecord:
     """What is known of a scorer, of what each model's folder says of it: run only if it was run for all, and was the
     same scorer each time."""
     if len({record.get(KEY) for record in records if record["state"] == "run"}) > 1:
-        return records[0] | {"state": "not run", "reason": "not every model was scored by the same version of it"}
+        reason = "not every model was scored by the same version of it"
+        return {**records[0], "state": "not run", "reason": reason}
     return next((record for record in records if record["state"] == "not run"), records[0])

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from spin_diffusion.evaluation.scoring import ScorerRecord
+from spin_diffusion.evaluation.scoring import WasRun
 from spin_diffusion.samples.drawn import read_index
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, tell_remade
@@ -77,5 +77,5 @@ def _read(path: Path) -> Any:
     if path.suffix != ".json" or path.name == "results.json":  # the results are written from the rest each time
         return None
     types = {"model.json": ModelRecord, "protocol.json": _Protocol, "held_out.json": dict[str, Any]}
-    kind = types.get(path.name, ScorerRecord if "scores" in path.parts[-4:] else dict[str, Any])
+    kind = types.get(path.name, WasRun if "scores" in path.parts[-4:] else dict[str, Any])
     return read_json(path, kind, AGAIN)

@@ -100,11 +100,16 @@ class ModelEntry(TypedDict):
     weights_sha256: str | None
 
 
-class CountEntry(TypedDict):
-    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
+class _Said(TypedDict):
+    """What is said of one model at one guidance scale."""
 
     model: str
     guidance_scale: Scale
+
+
+class CountEntry(_Said):
+    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
+
     asked: int
     missing: int
     unscored: int
@@ -112,8 +117,8 @@ class CountEntry(TypedDict):
     prompts_lost: int
 
 
-class ScorerEntry(TypedDict):
-    """A scorer or judge that was asked for; `reason` says why it was not run."""
+class ScorerRecord(TypedDict):
+    """What is known of a scorer or judge that was asked for; `reason` says why it was not run."""
 
     name: str
     title: str
@@ -128,15 +133,18 @@ class ScorerEntry(TypedDict):
     text: str
     licence: str
     citation: str
+
+
+class ScorerEntry(ScorerRecord):
+    """The same, and how many prompts were longer than what it reads."""
+
     truncated_prompts: int
 
 
-class AggregateEntry(TypedDict):
+class AggregateEntry(_Said):
     """The mean over prompts of one model by one scorer, or another aggregate of its samples."""
 
-    model: str
     scorer: str
-    guidance_scale: Scale
     aggregate: Aggregate
     num_prompts: int
     mean: float
@@ -145,13 +153,11 @@ class AggregateEntry(TypedDict):
     sd: float
 
 
-class ComparisonEntry(TypedDict):
+class ComparisonEntry(_Said):
     """The paired difference of a model to another (`baseline`) by one scorer."""
 
-    model: str
     baseline: str
     scorer: str
-    guidance_scale: Scale
     num_prompts: int
     difference: float
     low: float
@@ -186,46 +192,38 @@ class RankingEntry(TypedDict):
     places: list[PlaceEntry]
 
 
-class VerdictEntry(TypedDict):
+class VerdictEntry(_Said):
     """What is concluded of one model."""
 
-    model: str
-    guidance_scale: Scale
     verdict: ModelVerdict
     reason: str
 
 
-class AlarmEntry(TypedDict):
+class AlarmEntry(_Said):
     """What one alarm says of one model."""
 
     id: str
-    model: str
-    guidance_scale: Scale
     state: AlarmState
     value: float | None
     threshold: float | None
     explanation: str
 
 
-class PartEntry(TypedDict):
+class PartEntry(_Said):
     """The paired difference within a part of the prompts; too few prompts have no interval."""
 
     by: PartedBy
     value: str
-    model: str
     scorer: str
-    guidance_scale: Scale
     num_prompts: int
     difference: float
     low: float | None
     high: float | None
 
 
-class FailureEntry(TypedDict):
+class FailureEntry(_Said):
     """A sample that is missing, broken or not scored."""
 
-    model: str
-    guidance_scale: Scale
     id: str
     prompt: str
     what: str
@@ -286,18 +284,13 @@ class LedgerEntry(TypedDict):
 
 
 class OfTraining(TypedDict, total=False):
-    """What is told of training beside the models' samples."""
+    """What is told of training beside the models' samples, as in the entries of these names."""
 
     curves: Sequence[Mapping[str, Any]] | None
-    """{"model", "round", "step", "r_real", "r_generated"} and other numbers, by step."""
+    """By step; other numbers may stand beside those of a `CurveEntry`."""
     measures: Sequence[Mapping[str, Any]] | None
-    """{"model", "round", "name", "title", "value", "low", "high", "better": "higher", "lower" or "none"}, what else was
-    measured; low and high may be None."""
     events: Sequence[Mapping[str, Any]] | None
-    """{"model", "round", "step", "rule", "action", "sentence", "weights_from_step" or None}, what the rules of health
-    said."""
     ledger: Sequence[Mapping[str, Any]] | None
-    """What each phase of each round took, as in the schema."""
 
 
 class TrainingEntries(TypedDict, total=False):

@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.evaluation.alarms import Pictures, check_alarms
 from spin_diffusion.evaluation.comparison import breakdowns, compare, compare_others
-from spin_diffusion.evaluation.evaluated import EvaluatedModel, Samples, first_not_run, read_samples, scorer_record
+from spin_diffusion.evaluation.evaluated import (
+    EvaluatedModel,
+    Samples,
+    answer_of,
+    first_not_run,
+    read_samples,
+    scorer_record,
+)
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.records import (
     ANSWERS,
@@ -39,6 +46,7 @@ from spin_diffusion.evaluation.records import (
     Role,
     Scale,
     ScorerEntry,
+    ScorerRecord,
     TrainingEntries,
     VerdictEntry,
     guidance_scales,
@@ -46,7 +54,6 @@ from spin_diffusion.evaluation.records import (
     samples_per_prompt,
     schema_problem,
 )
-from spin_diffusion.evaluation.scoring import answer_of
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.evaluation.statistics import best_by_average, best_of_k, mean_interval
 from spin_diffusion.evaluation.verdicts import overall_verdict, rank
@@ -102,7 +109,7 @@ def conclude(
     about = {name: first_not_run([scorer_record(model.folder, name) for model in models]) for name in names}
     for name in about.keys() & set(in_domain):
         if about[name]["role"] == "held-out":
-            about[name] = about[name] | {"role": "in-domain"}
+            about[name] = {**about[name], "role": "in-domain"}
     compared = _compared(models, samples, protocol, about)
     results = _results(compared, title, headline_scale, training_prompts, _training(training))
     problem = schema_problem(results)
@@ -150,12 +157,12 @@ def _compared(
     models: Sequence[EvaluatedModel],
     samples: dict[tuple[str, Scale], Samples],
     protocol: Protocol,
-    about: Mapping[str, Mapping[str, Any]],
+    about: Mapping[str, ScorerRecord],
 ) -> _Compared:
     """The scores of the prompts that count; InputError when there are fewer than 2."""
     scales, baseline, per_prompt = guidance_scales(protocol), models[0].name, samples_per_prompt(protocol)
     scorers = [
-        cast(ScorerEntry, dict(entry) | {"truncated_prompts": _truncated_prompts(samples.values(), name)})
+        ScorerEntry(**entry, truncated_prompts=_truncated_prompts(samples.values(), name))
         for name, entry in about.items()
     ]
     roles = {scorer["name"]: scorer["role"] for scorer in scorers if scorer["state"] == "run"}
@@ -185,7 +192,9 @@ def _lost(baseline: Samples, of_model: Samples, per_prompt: int, ran: Sequence[s
         id_
         for id_ in {id_ for id_, _ in baseline.rows}
         for key in [(id_, k) for k in range(per_prompt)]
-        if not of_model.rows.get(key, {}).get("there") or any(key not in of_model.scores[name] for name in ran)
+        if key not in of_model.rows
+        or not of_model.rows[key]["there"]
+        or any(key not in of_model.scores[name] for name in ran)
     )
 
 
@@ -380,7 +389,7 @@ def _evidence(of_model: Samples, ids: Sequence[str], modality: Modality) -> Pict
     return Pictures(
         list(dict.fromkeys(row["prompt"] for row in of_model.rows.values())),
         features,
-        {name: np.array([[row[name] for row in each] for each in rows], dtype=np.float64) for name in MEASURES},
+        {name: np.array([[row.get(name) for row in each] for each in rows], dtype=np.float64) for name in MEASURES},
         (sum(row["state"] != "ok" for row in of_model.rows.values()), len(of_model.rows)),
     )
 
@@ -413,14 +422,14 @@ def _training(training: OfTraining) -> TrainingEntries:
     return cast(TrainingEntries, {name: rows for name, rows in entries.items() if rows})
 
 
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(row: Mapping[str, Any]) -> dict[str, object]:
     """The row, None where a number is not finite: JSON has no others."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
-def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
     """At most MAX_CURVE_POINTS of each model and round: means over windows, each at the step where it ends."""
     by_curve: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in curves:
@@ -434,10 +443,10 @@ def _thinned(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:
+def _mean_row(window: list[dict[str, object]]) -> dict[str, object]:
     mean = dict(window[-1])
     for name in mean.keys() - {"model", "round", "step"}:
-        values = [row[name] for row in window if row.get(name) is not None]
+        values = [cast(float, row[name]) for row in window if row.get(name) is not None]
         mean[name] = float(np.mean(values)) if values else None
     return mean
 
@@ -448,11 +457,11 @@ def _mean_row(window: list[dict[str, Any]]) -> dict[str, Any]:
 def _write(root: Path, results: Results, compared: _Compared) -> None:
     """Write the table of samples, scores.parquet and, last of all, results.json below `root`."""
     shared, own = (_OF_ANSWER, _ANSWER) if compared.modality is ANSWERS else (_OF_IMAGE, _IMAGE)
-    samples: list[dict[str, Any]] = []
-    scores: list[dict[str, Any]] = []
+    samples: list[dict[str, object]] = []
+    scores: list[dict[str, object]] = []
     for model, scale, of_model in compared.each():
         for key, row in of_model.rows.items():
-            samples.append(row | {"model": model.name, "guidance_scale": scale})
+            samples.append({**row, "model": model.name, "guidance_scale": scale})
             scores += [
                 samples[-1] | {"scorer": scorer, "score": scored[key]["score"], "truncated": scored[key]["truncated"]}
                 for scorer, scored in of_model.scores.items()

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from spin_diffusion.evaluation import judges, scorers, specs
-from spin_diffusion.evaluation.evaluated import SCORER, SampleFolder, Score, ScorerRecord, answer_key, answer_of
+from spin_diffusion.evaluation.evaluated import SCORER, SampleFolder, Score, WasRun, answer_key, answer_of
 from spin_diffusion.evaluation.judges import LoadedJudge, LogLikelihood
 from spin_diffusion.evaluation.scorers import LoadedScorer
 from spin_diffusion.evaluation.specs import parse_spec
@@ -117,7 +117,7 @@ class _Scoring:
 
     @property
     def key(self) -> str:
-        """Of the scorer as it is now."""
+        """The key of the scorer as it is now."""
         return specs.part_key(self.package, self.spec)
 
     def load(self, device: str) -> LoadedScorer | LoadedJudge:
@@ -175,7 +175,7 @@ def _run_and_record(scoring: _Scoring, accelerator: Accelerator, bar: Callable[[
     if accelerator.num_processes > 1:
         said = gather_object(said)
     if said and accelerator.is_main_process:
-        reason = "; ".join(dict.fromkeys(one["reason"] for one in said if one["reason"]))
+        reason = "; ".join(dict.fromkeys(str(one["reason"]) for one in said if one["reason"]))
         if reason and known is not None and scoring.one_key() == known:
             print(f"scorer {described['name']} cannot be run now ({reason}): the scores that it gave before stay")
         else:
@@ -196,7 +196,7 @@ def _is_recorded(scoring: _Scoring) -> bool:
     key = scoring.key
     if all(_says(record, key) for record in scoring.records):
         return not scoring.missing(scoring.shards, key)
-    known = [read_json(path, ScorerRecord, AGAIN) for path in scoring.records if path.is_file()]
+    known = [read_json(path, WasRun, AGAIN) for path in scoring.records if path.is_file()]
     return len(known) == len(scoring.records) and all(record["state"] == "not run" for record in known)
 
 

@@ -83,7 +83,7 @@ def about_part(package: str, spec: str) -> About:
     return getattr(load_module(package, module), "ABOUT", About(title=name, scale="as its file says"))
 
 
-def describe(package: str, spec: str) -> dict[str, Any]:
+def describe(package: str, spec: str) -> dict[str, object]:
     """The entry for results.json, as far as it is known without its weights."""
     name, _, path = parse_spec(spec)
     entry = asdict(about_part(package, spec))

@@ -131,10 +131,7 @@ def _mean(mean: AggregateEntry, decimals: int, separator: str) -> str:
 def _difference(compared: ComparisonEntry | None, decimals: int, separator: str) -> str:
     if compared is None:
         return "baseline"
-    # Adding 0 makes a difference that rounds to nothing +0.00 and never -0.00.
-    rounded = [round(value, decimals) + 0.0 for value in (compared["difference"], compared["low"], compared["high"])]
-    mean, low, high = (f"{value:+.{decimals}f}" for value in rounded)
-    return f"{mean}{separator}[{low}, {high}]"
+    return Interval(compared["difference"], compared["low"], compared["high"]).signed(decimals, separator)
 
 
 def _direction(compared: ComparisonEntry | None) -> int:

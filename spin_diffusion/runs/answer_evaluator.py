@@ -1,22 +1,24 @@
 """What a language run is evaluated by: held-out prompts answered by the present player, judged; held-out likelihood."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.protocols import answer_protocol, precision_of
+from spin_diffusion.evaluation.records import MeasureEntry
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
-from spin_diffusion.evaluation.scoring import SampleFolder, are_scored
+from spin_diffusion.evaluation.scoring import are_scored
 from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
+from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.drawn import DrawnAnswer, Request, Shards, answer_shards, requests_of
 from spin_diffusion.selfplay.gap import clustered_mean
@@ -69,22 +71,21 @@ def answer_samples(config: LanguageConfig, game: LanguageGame, progress: Progres
     return AnswerSamples(config, game, examples, progress) if examples else None
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def _measured(path: Path) -> dict[str, dict[str, object]]:
     """What else is measured of a model; empty where that cannot be read."""
-    return read_for_page(read_json, path, dict[str, Any]) or {}
+    found: dict[str, dict[str, object]] = read_for_page(read_json, path, dict[str, object]) or {}
+    return {name: measured for name, measured in found.items() if name != KEY}
 
 
-class AnswerSamples:
+class AnswerSamples(EvaluationSamples):
     """The answers to a run's held-out prompts."""
 
     def __init__(
         self, config: LanguageConfig, game: LanguageGame, examples: list[TextExample], progress: Progress
     ) -> None:
-        self.config, self.game, self.examples, self.progress = config, game, examples, progress
-        self.accelerator, self.specs = game.accelerator, config.evaluation.judges or ["log_likelihood"]
+        self.config, self.game, self.examples, self.accelerator = config, game, examples, game.accelerator
         # Where single answers are held out, prompts are shared on purpose
-        self.shares_prompts, self.in_domain = config.data.held_out_by == "row", list[str]()
-        self.headline_scale = None
+        self.shares_prompts = config.data.held_out_by == "row"
         self._tokens: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self.chats = {transcript(example.prompt): example.prompt for example in self.examples}
         firsts: dict[str, TextExample] = {}
@@ -101,7 +102,7 @@ class AnswerSamples:
         generation = config.generation
         # Another engine has other answers to the same seeds
         engine = {} if generation.engine == "transformers" else {"engine": generation.engine}
-        self.protocol = answer_protocol(
+        protocol = answer_protocol(
             self.requests,
             name="held-out prompts",
             seed=config.rounds.seed,
@@ -114,12 +115,10 @@ class AnswerSamples:
             **fingerprint(game.tokenizer),
             **engine,
         )
+        super().__init__(config.evaluation.judges or ["log_likelihood"], protocol, progress, self._shards)
+        self.log_likelihood = self._log_likelihood
 
-    def place(self, folder: Path) -> SampleFolder:
-        """The folders of answers and scores."""
-        return SampleFolder(folder / "answers", folder / "scores", of_answers=True)
-
-    def shards(self, model: EvaluatedModel) -> Shards:
+    def _shards(self, model: EvaluatedModel) -> Shards:
         """The player's answers to the held-out prompts."""
         weights = model.weights_sha256 or ""
         return answer_shards(self.requests, model.folder.samples, self.protocol, weights, self._answer)
@@ -128,7 +127,7 @@ class AnswerSamples:
         """The held-out likelihood and the benchmarks."""
         if self.accelerator.is_main_process:
             path, key = self._measures_file(model), self._held_out_key(model)
-            build(path, key, lambda: Made(self._held_out_nll() | self._lm_eval()))
+            build(path, key, lambda: Made({**self._held_out_nll(), **self._lm_eval()}))
         self.accelerator.wait_for_everyone()
 
     def is_measured(self, model: EvaluatedModel) -> bool:
@@ -148,20 +147,13 @@ class AnswerSamples:
         weights, protocol = model.weights_sha256, self.protocol["id"]
         return key_of(weights=weights, protocol=protocol, asked=asked, tasks=tasks_, files=files)
 
-    def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
+    def measures(self, models: list[EvaluatedModel]) -> list[MeasureEntry]:
         """The held-out likelihood and the benchmarks of each model."""
         return [
-            {"model": model.name, "round": model.round_, "name": name} | measured
+            cast(MeasureEntry, {"model": model.name, "round": model.round_, "name": name} | measured)
             for model in models
             for name, measured in _measured(self._measures_file(model)).items()
-            if name != KEY
         ]
-
-    def show(self, title: str, folder: Path) -> None:
-        """Nothing: trackers get numbers alone."""
-
-    def finish(self, models: list[EvaluatedModel]) -> None:
-        """Nothing: the page shows the answers."""
 
     def _answer(self, rows: list[Request], done: Callable[[int], None]) -> list[DrawnAnswer]:
         prompts = [self.game.chat.prompt_ids(self.chats[row["prompt"]]) for row in rows]
@@ -171,7 +163,7 @@ class AnswerSamples:
             for answer in drawn
         ]
 
-    def log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def _log_likelihood(self, prompts: list[str], completions: list[str]) -> list[float]:
         """log p(completion and end token | prompt) by the present player, in nats."""
         tokens = [self._tokenised(prompt, answer) for prompt, answer in zip(prompts, completions, strict=True)]
         return self.game.log_likelihood([prompt for prompt, _ in tokens], [answer for _, answer in tokens])
@@ -186,15 +178,15 @@ class AnswerSamples:
             self._tokens[prompt, completion] = self.game.chat.prompt_ids(chat), answer.ids
         return self._tokens[prompt, completion]
 
-    def _held_out_nll(self) -> dict[str, Any]:
+    def _held_out_nll(self) -> dict[str, Mapping[str, object]]:
         """The mean over all held-out answers, not only one per prompt, in nats per answer; interval over prompts."""
         prompts = [transcript(example.prompt) for example in self.examples]
-        scores = self.log_likelihood(prompts, [example.completion for example in self.examples])
+        scores = self._log_likelihood(prompts, [example.completion for example in self.examples])
         mean = clustered_mean([-score for score in scores], prompts)
-        bounds = {"value": mean["mean"], "low": mean["low"], "high": mean["high"]}
         title = "held-out negative log-likelihood, nats per answer"
-        return {"held_out_nll": {"title": title, "better": "lower"} | bounds}
+        bounds = {"value": mean["mean"], "low": mean["low"], "high": mean["high"]}
+        return {"held_out_nll": {"title": title, "better": "lower", **bounds}}
 
-    def _lm_eval(self) -> dict[str, Any]:
+    def _lm_eval(self) -> Mapping[str, Mapping[str, object]]:
         tasks = harness_tasks(self.config)
         return run_tasks(self.game, tasks) if tasks is not None else {}

@@ -331,7 +331,7 @@ def _take_pictures(
     """Copy pictures that were given, as they are, beside those that are drawn. A missing one is a failure."""
     theirs = Path(source.path) / "protocol.json"
     theirs = theirs if theirs.is_file() else Path(source.path).parent / "protocol.json"
-    known = read_json(theirs, dict[str, Any], "restore it, or remove it") if theirs.is_file() else None
+    known = read_json(theirs, dict[str, object], "restore it, or remove it") if theirs.is_file() else None
     drawn_alike = known is not None and known.get("id") == protocol["id"]
     if protocol["guidance_scales"] != [None] and not drawn_alike and not settings.allow_unequal_protocol:
         said = "by another protocol" if known else "by a protocol that nobody recorded"

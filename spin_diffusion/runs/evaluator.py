@@ -1,16 +1,25 @@
 """The evaluations of a run of any kind: base, rounds and rivals by the same code; table, page, curves, promotion."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
+from typing import Any, TypedDict, Unpack
 
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.judges import LogLikelihood
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
-from spin_diffusion.evaluation.records import OfTraining, Results, guidance_scales, read_results
-from spin_diffusion.evaluation.records import Protocol as SamplingProtocol
+from spin_diffusion.evaluation.records import (
+    ANSWERS,
+    MeasureEntry,
+    OfTraining,
+    Protocol,
+    Results,
+    ScorerRecord,
+    guidance_scales,
+    modality_of,
+    read_results,
+)
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
@@ -38,72 +47,60 @@ class _Model(TypedDict):
     round_: int | None
 
 
-@runtime_checkable
-class EvaluationSamples(Protocol):
-    """What every model of a run is asked for, pictures or answers, and what is told of them."""
+class EvaluationSamples:
+    """What every model of a run is asked for, pictures or answers, and what is told of them.
 
-    @property
-    def specs(self) -> Sequence[str]:
-        """NAME[=PATH] of what scores the samples."""
-        ...
+    Attributes:
+        specs: NAME[=PATH] of what scores the samples.
+        protocol: how they are drawn.
+        progress: told how far drawing and scoring are.
+        shards: the files of a model's samples, drawn by the present player where they are missing.
+    """
 
-    @property
-    def protocol(self) -> SamplingProtocol:
-        """How they are drawn."""
-        ...
+    headline_scale: float | None = None
+    """Guidance scale of the verdict at the top of the page."""
+    in_domain: Sequence[str] = ()
+    """Scorers that chose what was trained on."""
+    shares_prompts = False
+    """Whether prompts of training are asked on purpose, so that nobody needs to be warned of them."""
+    log_likelihood: LogLikelihood | None = None
+    """The present player's, where judges may ask it."""
 
-    @property
-    def progress(self) -> Progress:
-        """Told how far drawing and scoring are."""
-        ...
-
-    @property
-    def headline_scale(self) -> float | None:
-        """Guidance scale of the verdict at the top of the page."""
-        ...
-
-    @property
-    def in_domain(self) -> list[str]:
-        """Scorers that chose what was trained on."""
-        ...
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether prompts of training are asked on purpose, so that nobody needs to be warned of them."""
-        ...
-
-    @property
-    def log_likelihood(self) -> LogLikelihood | None:
-        """Of the present player, where judges may ask it."""
-        ...
+    def __init__(
+        self,
+        specs: Sequence[str],
+        protocol: Protocol,
+        progress: Progress,
+        shards: Callable[[EvaluatedModel], Shards],
+    ) -> None:
+        self.specs, self.protocol, self.progress, self.shards = specs, protocol, progress, shards
 
     def place(self, folder: Path) -> SampleFolder:
         """Where samples and scores lie in the folder of an evaluation."""
-        ...
-
-    def shards(self, model: EvaluatedModel) -> Shards:
-        """The files of the model's samples, drawn by the present player where they are missing."""
-        ...
+        of_answers = modality_of(self.protocol) is ANSWERS
+        return SampleFolder(folder / ("answers" if of_answers else "images"), folder / "scores", of_answers)
 
     def measure(self, model: EvaluatedModel) -> None:
         """Whatever else only the present player can say; what is there already stays."""
-        ...
 
     def is_measured(self, model: EvaluatedModel) -> bool:
         """Whether nothing is missing that only the model can say."""
-        ...
+        return True
 
-    def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
+    def measures(self, models: list[EvaluatedModel]) -> list[MeasureEntry]:
         """What else was measured of the models, for the page."""
-        ...
+        return []
 
     def show(self, title: str, folder: Path) -> None:
         """Samples to the trackers; main process only."""
-        ...
 
     def finish(self, models: list[EvaluatedModel]) -> None:
         """What is made of the samples of all models in the end; main process only."""
-        ...
+
+
+def _place_of(model: EvaluatedModel) -> Path:
+    """The folder of a model's evaluation."""
+    return model.folder.scores.parent
 
 
 class RunEvaluator:
@@ -141,7 +138,7 @@ class RunEvaluator:
         self._renew()
         promote_if = self.config.evaluation.promote_if
         if promote_if != "always":
-            for scorer in self._scorers(self.output_dir / "base"):
+            for scorer in self._scorers(self.samples.place(self.output_dir / "base")):
                 if scorer["state"] != "run":
                     raise InputError(
                         f"--promote_if {promote_if} needs every scorer, and {scorer['name']} cannot be run: "
@@ -158,8 +155,8 @@ class RunEvaluator:
                 remove_damaged(directory / EVALUATION)
         self.accelerator.wait_for_everyone()
         whole = {
-            folder
-            for folder, model in self._evaluated()
+            _place_of(model)
+            for model in self._models()
             if are_drawn(self.samples.shards(model)) and self.samples.is_measured(model)
         }
         self.accelerator.wait_for_everyone()  # all have looked before one of them changes something
@@ -169,33 +166,32 @@ class RunEvaluator:
                 source = f"{directory.relative_to(self.output_dir)}/{self.saved}"
                 self.game.restore(directory)
                 self._evaluate(name, directory / EVALUATION, role, k, source, "round")
-        self._score_again(self._models())
+        self._score_again()
         for _, directory, role, _ in places:
             if role == "round" and directory / EVALUATION not in whole:
                 self._conclude_round(directory)
 
-    def _scorers(self, folder: Path) -> list[dict[str, Any]]:
+    def _scorers(self, folder: SampleFolder) -> list[ScorerRecord]:
         """What is known of every scorer in an evaluation."""
-        return [scorer_record(self.samples.place(folder), parse_spec(spec)[0]) for spec in self.samples.specs]
+        return [scorer_record(folder, parse_spec(spec)[0]) for spec in self.samples.specs]
 
     def _was_evaluated(self, directory: Path) -> bool:
         """Whether a round's evaluation is behind it."""
         record = find_record(directory) if (directory / EVALUATION).is_dir() else None
         return record is not None and has_reached(record, "EVALUATED")
 
-    def _score_again(self, models: Sequence[EvaluatedModel]) -> None:
+    def _score_again(self) -> None:
         """Score those of the models whose scores are by other scorers than are there now."""
-        folders = {model.name: folder for folder, model in self._evaluated()}
 
-        def states(folder: Path) -> list[str]:
+        def states(folder: SampleFolder) -> list[str]:
             return [scorer["state"] for scorer in self._scorers(folder)]
 
-        now = states(self.output_dir / "base")  # a scorer may run now that could not before
-        scales = guidance_scales(self.samples.protocol)
+        now = states(self.samples.place(self.output_dir / "base"))  # a scorer may run now that could not before
+        scales, specs = guidance_scales(self.samples.protocol), self.samples.specs
         stale = [
             model
-            for model in models
-            if not are_scored(model.folder, scales, self.samples.specs) or states(folders[model.name]) != now
+            for model in self._models()
+            if not are_scored(model.folder, scales, specs) or states(model.folder) != now
         ]
         self.accelerator.wait_for_everyone()
         for model in stale:
@@ -204,7 +200,7 @@ class RunEvaluator:
                 "scored anew" + ("; what was decided by the old ones stays" if model.round_ else "")
             )
             self._score(model, None)
-            self._note(model, folders[model.name])
+            self._note(model)
         for model in stale:
             if model.role == "round" and model.round_:
                 self._conclude_round(self.output_dir / f"round-{model.round_}")
@@ -219,7 +215,7 @@ class RunEvaluator:
                 return Judgement({})
             name = round_name(self.config, k)
             self._evaluate(name, folder, "round", k, f"round-{k}/{self.saved}", "round")
-            self._score_again(self._models())
+            self._score_again()
             if self.accelerator.is_main_process:
                 self._conclude_round(folder.parent, parent)
                 self._report()
@@ -244,7 +240,7 @@ class RunEvaluator:
         if not self.accelerator.is_main_process:
             return
         parent = read_record(directory)["parent"] if parent is None else parent
-        player = next(model for folder, model in self._evaluated() if folder == directory / EVALUATION)
+        player = next(model for model in self._models() if _place_of(model) == directory / EVALUATION)
         opponent = self._read_model(parent) or self._read_model(0)
         assert opponent is not None
         models = [dataclasses.replace(opponent, role="baseline"), dataclasses.replace(player, role="candidate")]
@@ -260,7 +256,7 @@ class RunEvaluator:
             if k == self.config.rounds.rounds:
                 source = f"compare-{objective}/round-{k}/{self.saved}"
                 self._evaluate(rival_name(objective), folder, "rival", None, source, "round")
-                self._score_again(self._models())
+                self._score_again()
                 self._report()
             return Judgement({})
 
@@ -312,7 +308,7 @@ class RunEvaluator:
         draw_samples(self.samples.shards(model), self.accelerator, partial(self._drawing, name))
         self._score(model, self.samples.log_likelihood)
         self.samples.measure(model)
-        self._note(model, folder)
+        self._note(model)
 
     def _drawing(self, name: str, scale: float | None, total: int) -> Tell:
         """The phase of a model's samples."""
@@ -344,9 +340,10 @@ class RunEvaluator:
             **page,
         )
 
-    def _note(self, model: EvaluatedModel, folder: Path) -> None:
+    def _note(self, model: EvaluatedModel) -> None:
         """Write down whose samples lie in a folder, and what its files are now."""
         if self.accelerator.is_main_process:
+            folder = _place_of(model)
             fields = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
             write_json(folder / "model.json", fields | {"files": file_hashes(records_in(folder), folder)})
         self.accelerator.wait_for_everyone()
@@ -360,16 +357,12 @@ class RunEvaluator:
 
     def _models(self) -> list[EvaluatedModel]:
         """The models that were evaluated so far, the base first."""
-        return [model for _, model in self._evaluated()]
-
-    def _evaluated(self) -> list[tuple[Path, EvaluatedModel]]:
-        """The same with the folder of each."""
         models = []
         for folder in [self.output_dir / "base", *(directory / EVALUATION for _, directory, *_ in self._places())]:
             if (folder / "model.json").is_file():
                 fields = read_json(folder / "model.json", _Model, AGAIN)
                 fields.pop("files", None)
-                models.append((folder, EvaluatedModel(folder=self.samples.place(folder), **fields)))
+                models.append(EvaluatedModel(folder=self.samples.place(folder), **fields))
         return models
 
     def _read_model(self, k: int) -> EvaluatedModel | None:
@@ -379,7 +372,7 @@ class RunEvaluator:
         if not self.accelerator.is_main_process:
             return
         models, page = self._models(), page_of(self.config, self.output_dir)
-        page["measures"] += self.samples.measures(models)
+        page["measures"] += [dict(measure) for measure in self.samples.measures(models)]
         title = f"Self-play run {self.output_dir.name}"
         self._last = self._conclude(self.output_dir, models, title, **page)
         write_report(self.output_dir)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,8 +13,8 @@ from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.protocols import precision_of, protocol_of
 from spin_diffusion.evaluation.records import Protocol
-from spin_diffusion.evaluation.scoring import SampleFolder
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
@@ -44,47 +43,28 @@ def picture_protocol(config: Config, prompts: PromptSet, resolution: int, precis
     return protocol, sampling.guidance_scale if sampling.guidance_scale in scales else scales[-1]
 
 
-class PictureSamples:
+class PictureSamples(EvaluationSamples):
     """The pictures of a run's validation prompts."""
 
     def __init__(self, config: Config, prompts: PromptSet, game: DiffusionGame, progress: Progress) -> None:
-        self.config, self.prompts, self.game, self.progress = config, prompts, game, progress
-        self.accelerator, self.specs = game.accelerator, config.evaluation.scorers or []
-        precision = precision_of(self.accelerator.mixed_precision, config.training.allow_tf32)
-        self.protocol, self.headline_scale = picture_protocol(config, prompts, game.resolution, precision)
+        precision = precision_of(game.accelerator.mixed_precision, config.training.allow_tf32)
+        protocol, self.headline_scale = picture_protocol(config, prompts, game.resolution, precision)
+        super().__init__(config.evaluation.scorers or [], protocol, progress, self._shards)
+        self.config, self.prompts, self.game, self.accelerator = config, prompts, game, game.accelerator
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
-        # A run's prompts that were trained on are warned of; the curator's scorer is one that was aimed at
-        curator = config.data.curation.scorer
-        self.shares_prompts, self.in_domain = False, [parse_spec(curator)[0]] if curator else []
-        self.log_likelihood = None
+        curator = config.data.curation.scorer  # it was aimed at
+        self.in_domain = [parse_spec(curator)[0]] if curator else []
 
-    def place(self, folder: Path) -> SampleFolder:
-        """The folders of pictures and scores."""
-        return SampleFolder(folder / "images", folder / "scores")
-
-    def shards(self, model: EvaluatedModel) -> Shards:
+    def _shards(self, model: EvaluatedModel) -> Shards:
         """The player's images of the run's prompts."""
-        steps, drawn_by = (
-            self.protocol["num_inference_steps"],
-            key_of(base=self.drawn_with, weights=model.weights_sha256),
-        )
+        steps = self.protocol["num_inference_steps"]
+        drawn_by = key_of(base=self.drawn_with, weights=model.weights_sha256)
 
         def draw(prompts: list[str], seeds: list[int], scale: float, done: Callable[[int], None]) -> list[Image.Image]:
             return self.game.draw(self.game.player, prompts, seeds, scale, steps, done)
 
         return picture_shards(self.wanted, model.folder.samples, self.protocol, drawn_by, draw)
-
-    def measure(self, model: EvaluatedModel) -> None:
-        """Nothing beside the scores."""
-
-    def is_measured(self, model: EvaluatedModel) -> bool:
-        """Pictures can be scored without the model."""
-        return True
-
-    def measures(self, models: list[EvaluatedModel]) -> list[dict[str, Any]]:
-        """Nothing beside the scores."""
-        return []
 
     def show(self, title: str, folder: Path) -> None:
         """The gallery's images to TensorBoard, wandb or trackio."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from accelerate import Accelerator
 
@@ -125,13 +125,22 @@ def chosen_samples(samples: Path, choices: Path) -> list[Row]:
     return [row for row in read_rows(samples) if (row["place"], row["k"]) in kept]
 
 
-def summary(choices: Path) -> dict[str, Any]:
-    """What a folder of choices comes to.
+class Summary(TypedDict):
+    """What a folder of choices comes to."""
 
-    Returns:
-        pairs: that are trained on. self_labelled: prompts with candidates; ties_left_out: the share of them that is
-        left out. mean_best, mean_worst: scores over all of them, ties included; None without any.
-    """
+    pairs: int
+    """Those that are trained on."""
+    self_labelled: int
+    """Prompts with candidates."""
+    ties_left_out: float
+    """The share of them that is left out."""
+    mean_best: float | None
+    """Scores over all of them, ties included; None without any."""
+    mean_worst: float | None
+
+
+def summary(choices: Path) -> Summary:
+    """What a folder of choices comes to."""
     rows = [row for path in shards(choices, ".parquet") for row in read_rows(path)]
     scores = [row["scores"] for row in rows if row["scores"] is not None]
     ties = sum(row["generated"] is None for row in rows)

@@ -63,7 +63,7 @@ class Sample(Request):
     """A stored sample: what was asked for, and what a model made of it, a picture or an answer."""
 
     sha256: str | None
-    """Of the picture's file, or of the text; None = there is none."""
+    """Hash of the picture's file, or of the text; None = there is none."""
     state: NotRequired[str]
     """"ok", or what is wrong with a picture."""
     file: NotRequired[str | None]

@@ -30,7 +30,7 @@ class DataManifest(TypedDict):
 
     rows: int
     hash: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     left_out: dict[str, Any]
     files: dict[str, str]
 
@@ -38,12 +38,12 @@ class DataManifest(TypedDict):
 def prepare(
     directory: Path,
     rows: Callable[[], Iterator[Row]],
-    settings: dict[str, Any],
+    settings: dict[str, object],
     rows_per_shard: int,
     game: Encoder,
     accelerator: Accelerator,
     progress: Progress | None = None,
-    report: Callable[[], dict[str, Any]] = dict,
+    report: Callable[[], dict[str, object]] = dict,
 ) -> DataManifest:
     """Write the real samples as shards with their encodings and return their manifest; what is there and whole stays.
 
@@ -107,7 +107,7 @@ def _is_sample(name: str) -> bool:
     return name.startswith("samples/")
 
 
-def _differs(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
+def _differs(directory: Path, old: dict[str, object], new: dict[str, object]) -> str:
     changed = [key for key in new if old.get(key) != new[key]]
     if changed == ["encoder"]:
         return (
@@ -128,9 +128,9 @@ def _write_real(
     directory: Path,
     rows: Iterator[Row],
     rows_per_shard: int,
-    report: Callable[[], dict[str, Any]],
+    report: Callable[[], dict[str, object]],
     progress: Progress,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     make_folder(directory)
     bar = progress.phase("read the real samples", 0)
     shard: list[Row] = []
