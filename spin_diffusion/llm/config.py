@@ -6,8 +6,7 @@ from typing import Literal
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.evaluation.settings import AnyEvaluationSettings, RunConfig
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
-from spin_diffusion.selfplay.objective_names import objective_of
-from spin_diffusion.selfplay.round_settings import OpponentName, RoundSettings, objectives_of
+from spin_diffusion.selfplay.round_settings import OpponentName, RoundSettings, objective_of, objectives_of
 from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.train_settings import Scheduler, TrainSettings
 from spin_diffusion.store.input_error import InputError

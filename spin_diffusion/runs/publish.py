@@ -15,8 +15,7 @@ import spin_diffusion
 from spin_diffusion.evaluation.records import Results, read_results
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.tables import as_markdown
-from spin_diffusion.selfplay.objective_names import objective_of
-from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.selfplay.round_settings import objective_of, objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError, read_bytes
 from spin_diffusion.store.run_dir import write_file

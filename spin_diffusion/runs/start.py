@@ -21,8 +21,7 @@ from torch import nn
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
 from spin_diffusion.samples.real import DataManifest, forget_prepared
-from spin_diffusion.selfplay.objective_names import file_hashes
-from spin_diffusion.selfplay.round_settings import objectives_of
+from spin_diffusion.selfplay.round_settings import file_hashes, objectives_of
 from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import check_fused

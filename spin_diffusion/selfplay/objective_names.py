@@ -5,11 +5,7 @@ file that defines `loss(scores, ...) -> (batch,)` as those functions are, and ma
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-
-from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import code_hash
-from spin_diffusion.store.named import load_module
+from typing import Literal, NamedTuple
 
 Generated = Literal["opponent", "data", "none"]
 
@@ -48,19 +44,3 @@ def is_file(name: str) -> bool:
 def title_of(name: str) -> str:
     """An objective's name for people, trackers and records: of a file without its folder and ending."""
     return Path(name).stem if is_file(name) else name
-
-
-def objective_of(name: str) -> Objective:
-    """What is known of an objective; InputError for a file that cannot be imported or says what cannot be."""
-    if not is_file(name):
-        return OBJECTIVES[name]
-    module = load_module(__name__, name)
-    generated: Any = getattr(module, "GENERATED", "opponent")
-    if generated not in get_args(Generated):
-        raise InputError(f"{name}: GENERATED is {generated!r}: give one of {', '.join(get_args(Generated))}")
-    return Objective(generated, str(getattr(module, "METHOD", title_of(name))), str(getattr(module, "PAPER", "")))
-
-
-def file_hashes(names: list[str]) -> dict[str, str]:
-    """The content of the files among some objectives, with what lies beside them and is imported, by path."""
-    return {name: code_hash(Path(name)) for name in names if is_file(name)}

@@ -1,11 +1,14 @@
 """How the rounds are played: the settings, and what of them holds in a round."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from spin_diffusion.selfplay.objective_names import OBJECTIVES, is_file, objective_of
+from spin_diffusion.selfplay.objective_names import OBJECTIVES, Generated, Objective, is_file, title_of
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.keys import code_hash
+from spin_diffusion.store.named import load_module
 from spin_diffusion.store.settings import SEEDS, PerRound, Settings, setting
 
 OpponentName = Literal["latest", "base", "last_two", "pool", "ema"]
@@ -72,6 +75,22 @@ class RoundSettings(Settings):
     def stop_when_learnt(self) -> bool:
         """Whether a round whose held-out gap is not above 0 is rejected and ends the run."""
         return False
+
+
+def objective_of(name: str) -> Objective:
+    """What is known of an objective; InputError for a file that cannot be imported or says what cannot be."""
+    if not is_file(name):
+        return OBJECTIVES[name]
+    module = load_module(__name__, name)
+    generated: Any = getattr(module, "GENERATED", "opponent")
+    if generated not in get_args(Generated):
+        raise InputError(f"{name}: GENERATED is {generated!r}: give one of {', '.join(get_args(Generated))}")
+    return Objective(generated, str(getattr(module, "METHOD", title_of(name))), str(getattr(module, "PAPER", "")))
+
+
+def file_hashes(names: list[str]) -> dict[str, str]:
+    """The content of the files among some objectives, with what lies beside them and is imported, by path."""
+    return {name: code_hash(Path(name)) for name in names if is_file(name)}
 
 
 def objectives_of(rounds: RoundSettings) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin_diffusion.selfplay.game import PairScores
-from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, objective_of, title_of
+from spin_diffusion.selfplay.objective_names import OBJECTIVES, Objective, title_of
 from spin_diffusion.selfplay.objectives import (
     bind,
     check_options,
@@ -28,7 +28,7 @@ from spin_diffusion.selfplay.objectives import (
     sspo,
     with_anchor,
 )
-from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
+from spin_diffusion.selfplay.round_settings import RoundSettings, objective_of, objectives_of, source_of
 from spin_diffusion.store.input_error import InputError
 
 
