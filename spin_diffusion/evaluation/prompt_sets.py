@@ -126,9 +126,7 @@ PUBLISHED = {
 """Sets that papers use, by name."""
 
 
-def load_prompts(
-    spec: str, limit: int | None = None, prompt_column: str | None = None, category_column: str | None = None
-) -> PromptSet:
+def load_prompts(spec: str, limit: int | None = None) -> PromptSet:
     """The prompts of a file or of a named set, in their order, each once.
 
     White space around a prompt is dropped; nothing else is changed. A JSON file is a list of strings or of objects, or
@@ -137,9 +135,6 @@ def load_prompts(
     Args:
         spec: path of a file; or the name of a set in `PUBLISHED`, or of one of our own in `OWN_SETS`.
         limit: only the first ones of those that are left when repeated ones are gone. None = all.
-        prompt_column: column or key of the prompt. Default: the first of `PROMPT_COLUMNS`, in any case.
-        category_column: likewise of the category; PartiPrompts also has "Challenge". Default: one of
-            `CATEGORY_COLUMNS`, if there is one.
 
     Raises:
         InputError: no such file or set, a set that cannot be downloaded, a line that cannot be read, or fewer than
@@ -147,11 +142,11 @@ def load_prompts(
     """
     if limit is not None and limit < 2:
         raise InputError(f"{limit} prompts are too few to compare models, give 2 or more (200 say more)")
-    place, columns = _find(spec), _Columns(prompt_column, category_column)
+    place = _find(spec)
     prompts: dict[str, str | None] = {}
     total = broken = 0
     for file, category_of_file in place.files:
-        for where, prompt, category in _read(file, columns):
+        for where, prompt, category in _read(file):
             total += 1
             if isinstance(prompt, str) and broken_character(prompt) is not None:
                 broken += 1
@@ -243,49 +238,35 @@ _Rows = Iterator[tuple[str, object, str | None]]
 """(where, prompt as it was written, category) of every row."""
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The columns, or keys, that were asked for; None = the first usual one, in any case."""
-
-    prompt: str | None
-    category: str | None
-
-    def of(self, names: Sequence[str]) -> tuple[str | None, str | None]:
-        """Those of the prompt and of the category among `names`; None = there is none."""
-        return _column(names, self.prompt, PROMPT_COLUMNS), _column(names, self.category, CATEGORY_COLUMNS)
-
-    def required_of(self, path: Path, names: Sequence[str]) -> tuple[str, str | None]:
-        """The same of a table; InputError where it lacks the prompt, or a category that was asked for."""
-        prompt, category = self.of(names)
-        if prompt is None:
-            wanted = repr(self.prompt) if self.prompt else f"of the prompt ({', '.join(PROMPT_COLUMNS)})"
-            raise InputError(f"{path} has no column {wanted}; its columns are {', '.join(names) or 'none'}")
-        if self.category is not None and category is None:
-            raise InputError(f"{path} has no column {self.category!r}; its columns are {', '.join(names)}")
-        return prompt, category
-
-
-def _column(names: Sequence[str], asked: str | None, usual: tuple[str, ...]) -> str | None:
-    if asked is not None:
-        return asked if asked in names else None
+def _column(names: Sequence[str], usual: tuple[str, ...]) -> str | None:
+    """The first usual one of these columns or keys, whatever its case."""
     by_folded = {name.strip().casefold(): name for name in reversed(names)}
     return next((by_folded[name] for name in usual if name in by_folded), None)
 
 
-def _read(path: Path, columns: _Columns) -> _Rows:
+def _columns(path: Path, names: Sequence[str]) -> tuple[str, str | None]:
+    """The columns of the prompt and of the category of a table; InputError where it lacks the prompt."""
+    prompt = _column(names, PROMPT_COLUMNS)
+    if prompt is None:
+        wanted = f"of the prompt ({', '.join(PROMPT_COLUMNS)})"
+        raise InputError(f"{path} has no column {wanted}; its columns are {', '.join(names) or 'none'}")
+    return prompt, _column(names, CATEGORY_COLUMNS)
+
+
+def _read(path: Path) -> _Rows:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files")
     if suffix == ".parquet":
-        return _read_parquet(path, columns)
+        return _read_parquet(path)
     text = _text(path)
     if suffix == ".txt":
         return ((f"{path} line {n}", line, None) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
     if suffix == ".jsonl":
-        return _read_objects(_json_lines(path, text), columns)
+        return _read_objects(_json_lines(path, text))
     if suffix == ".json":
-        return _read_json(path, text, columns)
-    return _read_table(path, text, columns)
+        return _read_json(path, text)
+    return _read_table(path, text)
 
 
 def _text(path: Path) -> str:
@@ -310,12 +291,12 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
                 ) from None
 
 
-def _read_json(path: Path, text: str, columns: _Columns) -> _Rows:
+def _read_json(path: Path, text: str) -> _Rows:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            return _read_objects(_json_lines(path, text), columns)
+            return _read_objects(_json_lines(path, text))
         raise InputError(f"{path} is not JSON: {one_line(error)}") from error
     if isinstance(value, dict) and value and all(isinstance(item, list) for item in value.values()):
         return (
@@ -325,28 +306,27 @@ def _read_json(path: Path, text: str, columns: _Columns) -> _Rows:
         )
     entries = value if isinstance(value, list) else [value]
     named = ((f"{path} entry {number}", item) for number, item in enumerate(entries, start=1))
-    return _read_objects(named, columns)
+    return _read_objects(named)
 
 
-def _read_objects(values: Iterator[tuple[str, object]], columns: _Columns) -> _Rows:
+def _read_objects(values: Iterator[tuple[str, object]]) -> _Rows:
     for where, value in values:
         if isinstance(value, str):
             yield where, value, None
         elif isinstance(value, dict):
-            prompt, category = columns.of(list(value))
+            prompt, category = _column(list(value), PROMPT_COLUMNS), _column(list(value), CATEGORY_COLUMNS)
             if prompt is None:
-                wanted = columns.prompt or "prompt"
-                raise InputError(f'{where} has no {wanted!r}: expected an object such as {{"{wanted}": "a red fox"}}')
+                raise InputError(f'{where} has no \'prompt\': expected an object such as {{"prompt": "a red fox"}}')
             # Not every object needs a category
             yield where, value[prompt], None if category is None else _category(value[category])
         else:
             raise InputError(f'{where}: expected a string or an object such as {{"prompt": "a red fox"}}')
 
 
-def _read_table(path: Path, text: str, columns: _Columns) -> _Rows:
+def _read_table(path: Path, text: str) -> _Rows:
     lines = _tsv_lines(text) if path.suffix.lower() == ".tsv" else _csv_lines(path, text)
     _, header = next(lines, (0, []))
-    prompt, category = columns.required_of(path, header)
+    prompt, category = _columns(path, header)
     for number, fields in lines:
         where = f"{path} line {number}"
         if len(fields) > len(header):
@@ -389,11 +369,11 @@ def _unquoted(field: str) -> str:
     return inner.replace('""', '"') if quoted else field
 
 
-def _read_parquet(path: Path, columns: _Columns) -> _Rows:
+def _read_parquet(path: Path) -> _Rows:
     try:
         with open_regular(path) as file:
             schema = pq.read_schema(file)
-            prompt, category = columns.required_of(path, schema.names)
+            prompt, category = _columns(path, schema.names)
             table = pq.read_table(file, columns=list(dict.fromkeys(filter(None, (prompt, category)))))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable parquet file: {one_line(error)}") from error

@@ -101,7 +101,6 @@ def test_a_tsv_of_partiprompts_keeps_its_quotes(tmp_path: Path) -> None:
         ('a sign that says "no"', "Signs"),
         ('a "quoted" field', "Signs"),
     ]
-    assert {row.category for row in load_prompts(path, category_column="Challenge").rows} == {"Writing", "Basic"}
 
 
 def test_a_csv_may_quote_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
@@ -123,15 +122,10 @@ def test_parquet_has_captions_and_may_have_class_numbers(tmp_path: Path) -> None
     assert pairs_of(load_prompts(str(path))) == [("a fox", "1"), ("two cats", "0")]
 
 
-def test_columns_can_be_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.csv", "prompt,long,challenge\na,a longer fox,easy\nb,two longer cats,hard\n")
-    found = load_prompts(path, prompt_column="long", category_column="challenge")
-    assert pairs_of(found) == [("a longer fox", "easy"), ("two longer cats", "hard")]
-    assert "no column 'wide'" in refused(path, prompt_column="wide") and "long" in refused(path, prompt_column="wide")
-    assert "no column 'kind'" in refused(path, category_column="kind")
-    lines = write(tmp_path / "x.jsonl", '{"prompt": "a", "kind": "x"}\n{"prompt": "b"}')
-    assert pairs_of(load_prompts(lines, category_column="kind")) == [("a", "x"), ("b", None)]
-    assert "line 1 has no 'long'" in refused(lines, prompt_column="long")
+def test_a_prompt_and_a_category_are_keys_in_any_case_and_a_category_may_be_missing(tmp_path: Path) -> None:
+    lines = write(tmp_path / "x.jsonl", '{"Prompt": "a", "Tag": "x"}\n{"caption": "b"}')
+    assert pairs_of(load_prompts(lines)) == [("a", "x"), ("b", None)]
+    assert "line 1 has no 'prompt'" in refused(write(tmp_path / "y.jsonl", '{"long": "a"}\n{"prompt": "b"}'))
 
 
 def test_repeated_prompts_count_once_and_are_counted(tmp_path: Path) -> None:

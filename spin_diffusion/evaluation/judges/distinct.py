@@ -42,7 +42,7 @@ def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     return list(zip(*(found[start:] for start in range(n)), strict=False))
 
 
-def repeated_share(text: str, n: int = 3) -> float:
-    """Share of the runs of `n` words that occurred before, 0 to 1; 0 for a text of fewer words."""
-    runs = ngrams(text, n)
+def repeated_share(text: str) -> float:
+    """Share of the runs of three words that occurred before, 0 to 1; 0 for a text of fewer words."""
+    runs = ngrams(text, 3)
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
