@@ -19,6 +19,7 @@ from spin_diffusion.comparing.report import write_reports
 from spin_diffusion.comparing.results import Comparison
 from spin_diffusion.comparing.settings import CompareSettings
 from spin_diffusion.evaluation.scoring import check_specs
+from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.input_error import InputError
 
 
@@ -187,7 +188,7 @@ def _run(contest: Contest, name: str, tasks: list[Task]) -> bool:
                 bar.write(f"{task.folder.name} {failure['kind']}: {failure['message']}")
             bar.update(sizes[task.folder])
 
-        run_all(left, contest.settings.jobs, done, lambda: _has_time(contest))
+        run_all(left, run, contest.settings.jobs, done, lambda: _has_time(contest))
     return all(is_done(task) or cells.last_failure(task.folder) is not None for task in left)
 
 

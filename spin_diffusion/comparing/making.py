@@ -23,20 +23,24 @@ from accelerate.state import AcceleratorState
 from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images
 from spin_diffusion.evaluation.specs import parse_spec, part_key
-from spin_diffusion.runs.image_run import run
 from spin_diffusion.selfplay.record import replay
 from spin_diffusion.store.files import Made, build, write_json
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import Damaged, find_damage, settle, trouble_of
 
+Train = Callable[[Config, str], object]
+"""(settings of a run, name of its family): plays the run, as `runs.image_run.run` does. A function that a process can
+be sent."""
 
-def make(task: Task) -> None:
+
+def make(task: Task, train: Train) -> None:
     """Train and score; a failure is written down rather than raised, but for what the machine has against it."""
     folder = task.folder
     with _alone(folder):
@@ -46,7 +50,8 @@ def make(task: Task) -> None:
         try:
             with open(folder / "log.txt", "a", encoding="utf-8") as log:
                 with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), _timed(folder):
-                    _train(task)
+                    if not cells.is_trained(task):
+                        _train(task, train)
                     for view in cells.missing_views(task):
                         path, key = cells.scores_path(folder, view), cells.view_key(task, view)
                         build(path, key, functools.partial(_scored, task, view))
@@ -94,12 +99,10 @@ def _timed(folder: Path) -> Iterator[None]:
         write_json(folder / "took.json", {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3)})
 
 
-def _train(task: Task) -> None:
-    if cells.is_trained(task):
-        return
+def _train(task: Task, train: Train) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # the cell before may have had another precision
     family, _ = cells.base_pipeline(Base.of_settings(task.config.flat()))
-    run(task.config, family.__name__.rsplit(".", 1)[-1])
+    train(task.config, family.__name__.rsplit(".", 1)[-1])
 
 
 def _scored(task: Task, view: View) -> Made:
@@ -162,7 +165,9 @@ def mean_distances(features: np.ndarray) -> np.ndarray:
 # Processes
 
 
-def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_on: Callable[[], bool]) -> None:
+def run_all(
+    tasks: Sequence[Task], train: Train, jobs: int, done: Callable[[Task], None], go_on: Callable[[], bool]
+) -> None:
     """Run the tasks, in their order as processes become free.
 
     Args:
@@ -173,7 +178,7 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
     if jobs == 0:
         for task in tasks:
             if go_on():
-                make(task)
+                make(task, train)
                 done(task)
         return
     waiting, failure = deque(tasks), None
@@ -182,7 +187,7 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
     try:
         while True:
             while waiting and len(busy) < jobs and failure is None and go_on():
-                pipe, process = free.pop() if free else _start()
+                pipe, process = free.pop() if free else _start(train)
                 busy[pipe] = process, waiting.popleft()
                 with contextlib.suppress(OSError):  # a process that has died is known by its pipe's end
                     pipe.send(busy[pipe][1])
@@ -209,16 +214,16 @@ def run_all(tasks: Sequence[Task], jobs: int, done: Callable[[Task], None], go_o
         raise failure
 
 
-def _start() -> tuple[Connection, BaseProcess]:
+def _start(train: Train) -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, train), daemon=True)
     process.start()
     theirs.close()
     return pipe, process
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, train: Train) -> None:
     """What the process does: a task at a time until nobody asks any more."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # one process per core is faster than one thread per core
@@ -230,7 +235,7 @@ def _serve(pipe: Connection) -> None:
             return
         failure = None
         try:
-            make(task)
+            make(task, train)
         except KeyboardInterrupt:
             return
         except Exception as error:

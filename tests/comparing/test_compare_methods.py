@@ -28,6 +28,7 @@ from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
+from spin_diffusion.runs.image_run import run as train
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
@@ -495,15 +496,13 @@ def test_every_round_is_tested_against_the_reference_after_as_many_rounds(config
 
 
 def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypatch):
-    train = making._train
-
-    def diverges(task: Task) -> None:
-        plays = task.rounds and task.config.rounds.objective == "spin"
-        if plays and (task.seed == 1 or task.config.training.learning_rate == 1e-4):
+    def diverges(run_config: Config, family: str) -> None:
+        plays = run_config.rounds.objective == "spin"
+        if plays and (run_config.rounds.seed == 1 or run_config.training.learning_rate == 1e-4):
             raise FloatingPointError("step 2: loss nan")
-        train(task)
+        train(run_config, family)
 
-    monkeypatch.setattr(making, "_train", diverges)
+    monkeypatch.setattr(compare, "run", diverges)
     assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
     out = tmp_path / "out"
     results = json.loads((out / "comparison.json").read_text())
@@ -515,9 +514,9 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
     assert "loss nan" in (out / "comparison.html").read_text()
 
     # It is not run again unless that is asked for; then it takes its place in the table
-    monkeypatch.setattr(making, "_train", lambda task: pytest.fail("run again"))
+    monkeypatch.setattr(compare, "run", lambda run_config, family: pytest.fail("run again"))
     assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
-    monkeypatch.setattr(making, "_train", train)
+    monkeypatch.setattr(compare, "run", train)
     argv = ["--config", str(config), "--budget", "steps", "--every_round", "false", "--retry_failed"]
     assert run(*argv) == 0
     results = json.loads((out / "comparison.json").read_text())
@@ -525,14 +524,12 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
 
 
 def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_path, monkeypatch, capsys):
-    train = making._train
-
-    def diverges(task: Task) -> None:
-        if task.rounds and task.config.rounds.objective == "spin":
+    def diverges(run_config: Config, family: str) -> None:
+        if run_config.rounds.objective == "spin":
             raise FloatingPointError("loss nan")
-        train(task)
+        train(run_config, family)
 
-    monkeypatch.setattr(making, "_train", diverges)
+    monkeypatch.setattr(compare, "run", diverges)
     why = "seed 0 diverged: loss nan"
     refused(capsys, run("--config", str(config), "--seeds", "[0]"), "lacks results", "steps, spin: rate 1e-05", why)
     markdown = (tmp_path / "out" / "comparison.md").read_text()
@@ -608,14 +605,14 @@ def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
     scorer.write_text("import os\ndef load(device):\n    os._exit(7)\n")
     deadly = replace(task, folder=tmp_path / "deadly", drawing=replace(task.drawing, scorers=[str(scorer)]))
     done: list[Task] = []
-    making.run_all([deadly, task], 1, done.append, lambda: True)
+    making.run_all([deadly, task], train, 1, done.append, lambda: True)
     assert done == [deadly, task]
     assert cells.last_failure(tmp_path / "deadly") == {"kind": "killed", "message": "its process ended with code 7"}
     assert cells.is_done(task) and not cells.is_done(deadly)
     assert cells.read_view(task.folder, task.views[0]) is not None
     # A process of its own gives the same bytes as this one
     here = replace(task, folder=tmp_path / "here")
-    make(here)
+    make(here, train)
     name = f"scores/{task.views[0].name}.parquet"
     assert (here.folder / name).read_bytes() == (task.folder / name).read_bytes()
 
@@ -671,7 +668,7 @@ def test_one_process_at_a_time_works_on_a_cell(tmp_path):
 def test_another_drawing_is_scored_again(config):
     contest = Contest(settings_of(config))
     task = task_of(config, contest)
-    make(task)
+    make(task, train)
     assert cells.is_done(task)
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
     scorer = Path(task.drawing.scorers[0])
@@ -688,7 +685,7 @@ def test_another_drawing_is_scored_again(config):
 def test_scores_that_do_not_say_what_they_depend_on_are_made_anew(config):
     contest = Contest(settings_of(config))
     task = task_of(config, contest)
-    make(task)
+    make(task, train)
     path = cells.scores_path(task.folder, task.views[0])
     pq.write_table(pq.read_table(path).replace_schema_metadata({"drawing": "[]"}), path)
     assert not cells.is_done(task)
@@ -726,8 +723,8 @@ def test_a_cell_is_the_run_that_the_training_command_makes(config, tmp_path):
     contest = Contest(settings_of(config))
     cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 1)
     task = contest.task(cell, [])
-    make(contest.task(contest.plan.cell("tiny", "sft", 1e-4, 0, 1), []))  # another cell before it
-    make(task)
+    make(contest.task(contest.plan.cell("tiny", "sft", 1e-4, 0, 1), []), train)  # another cell before it
+    make(task, train)
     assert cells.is_trained(task)
     content = cell.training | {"output_dir": str(tmp_path / "by-command")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
