@@ -347,9 +347,9 @@ def _cost(contest: Contest, entry: Entry) -> tuple[float, float, float]:
     return float(np.mean(flops)) / 1e9, float(np.mean(seconds)), float(np.mean(steps))
 
 
-def _all_rows(contest: Contest) -> list[dict[str, Any]]:
+def _all_rows(contest: Contest) -> list[dict[str, object]]:
     """One row for every scored image of every cell that the report rests on."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for folder, cell in {contest.folder(cell): cell for cell in contest.cells()}.items():
         about_cell = {
             "world": cell.world,

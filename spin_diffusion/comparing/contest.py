@@ -174,7 +174,7 @@ class Contest:
 
     def took(self) -> TookAll | None:
         """What the processes of all runs took; None where not all have noted it."""
-        taken = [cells.took(folder) for folder in {self.folder(cell) for cell in self.cells()}]
+        taken = [cells.took(folder) for folder in dict.fromkeys(map(self.folder, self.cells()))]
         noted = [one for one in taken if one is not None]
         if len(noted) < len(taken):
             return None
