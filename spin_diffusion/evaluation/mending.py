@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from spin_diffusion.evaluation.scoring import WasRun
+from spin_diffusion.evaluation.evaluated import WasRun
 from spin_diffusion.samples.drawn import read_index
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.run_dir import AGAIN, Damaged, find_damage, tell_remade

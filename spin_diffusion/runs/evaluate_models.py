@@ -347,22 +347,18 @@ def _take_pictures(
             print(f"--models {source.name}={source.path}{pictures.note()}")
         for row in pictures.rows:
             by_prompt.setdefault(row["prompt"], []).append(row["path"])
-        given = key_of(pictures=[_hash_of(_given(row, by_prompt)) for row in wanted])
+        paths = [next(iter(by_prompt.get(row["prompt"], [])[row["k"] :]), None) for row in wanted]
+        given = key_of(pictures=[_hash_of(path) for path in paths])
         for scale in protocol["guidance_scales"]:
             folder = directory / folder_of(scale)
 
             def take(tell: Callable[[int], None], folder: Path = folder) -> Made:
-                return Made([_take(row, by_prompt, folder) for row in wanted])
+                return Made([_take(row, path, folder) for row, path in zip(wanted, paths, strict=True)])
 
             index = folder / f"{shard_name(0, 1)}.jsonl"
             piece = index_piece(index, picture_key(protocol, scale, given), wanted, take)
             build_pieces([piece], lambda done, text: None, 1)
     accelerator.wait_for_everyone()
-
-
-def _given(row: Request, by_prompt: dict[str, list[Path]]) -> Path | None:
-    paths = by_prompt.get(row["prompt"], [])
-    return paths[row["k"]] if row["k"] < len(paths) else None
 
 
 def _hash_of(path: Path | None) -> str | None:
@@ -372,8 +368,7 @@ def _hash_of(path: Path | None) -> str | None:
         return None
 
 
-def _take(row: Request, by_prompt: dict[str, list[Path]], folder: Path) -> Sample:
-    path = _given(row, by_prompt)
+def _take(row: Request, path: Path | None, folder: Path) -> Sample:
     if path is None:
         return without_picture(row, "there is no such picture")
     try:
