@@ -265,16 +265,14 @@ class Spectra:
 def report(
     plain: Latents, passed: Latents, codec: Latents | None, drawn: Latents, latent_px: int, round_trip: bool
 ) -> dict[str, object]:
-    """What tells the images apart: AUCs, differences of spectra, and what to do, as a JSON object.
+    """What tells the images apart, as a JSON object: state ("ok" or "warn"), samples, remedies, lines to print, `auc`
+    (`Separabilities`) and `spectrum` (`Spectra`).
 
     Args:
         plain, passed: the real images as stored, and after a pass of the VAE.
         codec: those that are trained on, after a further pass of the codec before anything else; None = lossless.
         drawn: the generated images.
         round_trip: whether `passed` are trained on, not `plain`.
-
-    Returns:
-        state "ok" or "warn"; samples; remedies; lines to print; `auc` (`Separabilities`) and `spectrum` (`Spectra`).
     """
     trained = passed if round_trip else plain
     of_plain, of_passed, of_drawn = (features(latents, latent_px) for latents in (plain, passed, drawn))
