@@ -19,6 +19,7 @@ from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.evaluation.prompt_sets import load_prompts
 from spin_diffusion.runs.plan import (
+    Plan,
     Rates,
     Sizes,
     Work,
@@ -29,6 +30,7 @@ from spin_diffusion.runs.plan import (
     seconds_of,
     stand_in_batch,
 )
+from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import check_batch, pairs_per_step, steps_of_round
@@ -36,7 +38,7 @@ from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.store.progress import Progress
 
 
-def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> dict[str, Any]:
+def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> Plan:
     """Probe, and make the plan.
 
     Args:
@@ -142,7 +144,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
 
 
 def _probe_training(
-    config: Config, game: DiffusionGame, rows: list[dict[str, Any]], encoded: dict[str, torch.Tensor]
+    config: Config, game: DiffusionGame, rows: list[Row], encoded: dict[str, torch.Tensor]
 ) -> tuple[float, float, float, int]:
     """Seconds of a pair's errors at a fixed draw, of a pair, and of an update; bytes of a checkpoint."""
     size, device = config.training.train_batch_size, game.accelerator.device

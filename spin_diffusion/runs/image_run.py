@@ -2,9 +2,8 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -130,7 +129,7 @@ class ImageRun(Run):
             curation.forget()
         return manifest
 
-    def base(self) -> dict[str, Any]:
+    def base(self) -> Mapping[str, object]:
         """The base with what it is loaded with, and the hash of its weights."""
         return self.game.base.as_dict() | {"weights": self.game.base_hash, "parts": self.game.parts_hash}
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
 from spin_diffusion.runs.plan import (
+    Plan,
     Rates,
     Sizes,
     Work,
@@ -42,7 +42,7 @@ SHORT, LONG = 8, 32
 """Tokens of the two answers whose times tell a token from what comes before it."""
 
 
-def plan_answers(config: LanguageConfig, game: LanguageGame, progress: Progress) -> dict[str, Any]:
+def plan_answers(config: LanguageConfig, game: LanguageGame, progress: Progress) -> Plan:
     """Probe, and make the plan.
 
     Raises:

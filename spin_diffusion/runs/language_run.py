@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,7 +122,7 @@ class LanguageRun(Run):
                     self.game.accelerator.print(f"held out: {line.strip()}")
         return manifest
 
-    def base(self) -> dict[str, Any]:
+    def base(self) -> Mapping[str, object]:
         """The base with the adapters that were merged into it, and the hash of its weights."""
         model = self.game.model
         return self.game.base.identity() | {"weights": weights_hash(model), "parts": key_of(config=config_of(model))}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -86,6 +86,20 @@ class Work:
     kept: int = 0
     scored: int = 0
     measured: float = 0.0
+
+
+class Plan(TypedDict):
+    """What plan.json holds, for the run's report; seconds of a round by the ledger's phases."""
+
+    rows: int
+    rounds: list[dict[str, float | int]]
+    encode_real_seconds: float
+    disk_bytes: int
+    rates: dict[str, float | int]
+    memory_bytes: dict[str, int]
+    processes: int
+    free_bytes: int
+    device_bytes: int
 
 
 def count_rows(known: int, rest: Iterator[Any], progress: Progress) -> int:
@@ -170,7 +184,7 @@ def stand_in_batch(config: RunConfig, rows: list[Row], encoded: dict[str, Tensor
 
 def make_plan(
     config: RunConfig, accelerator: Accelerator, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work]
-) -> dict[str, Any]:
+) -> Plan:
     """Predict, and write `plan.json` into the output folder, where the run's report finds it.
 
     Args:
@@ -178,7 +192,7 @@ def make_plan(
     """
     output_dir = Path(config.run.output_dir)
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    plan = {
+    plan: Plan = {
         "rows": sizes.rows,
         "rounds": predict(config, rates, sizes, work, accelerator.num_processes),
         "encode_real_seconds": (sizes.rows + sizes.held_out) * rates.prepare,
@@ -236,7 +250,7 @@ def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int
     return total + kept * rates.checkpoint_bytes
 
 
-def lines(plan: dict[str, Any], output_dir: str, device: torch.device, judges: str) -> list[str]:
+def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> list[str]:
     """The plan for people.
 
     Args:

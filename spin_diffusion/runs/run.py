@@ -5,9 +5,9 @@ check -> open the base -> take the folder -> prepare the data -> play the rounds
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -87,7 +87,7 @@ class Run(ABC):
         """The manifest of the real samples below the run's folder; what was left out of them is printed."""
 
     @abstractmethod
-    def base(self) -> dict[str, Any]:
+    def base(self) -> Mapping[str, object]:
         """What the run was started from."""
 
     @abstractmethod

@@ -4,11 +4,11 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import diffusers
 import torch
@@ -206,11 +206,12 @@ class RunManifest(TypedDict):
     data: dict[str, object]
     objective_files: dict[str, str]
     versions: dict[str, str]
+    pairs_per_step: NotRequired[int]
 
 
 def write_manifest(
     output_dir: Path,
-    base: dict[str, Any],
+    base: Mapping[str, object],
     data: DataManifest,
     config: RunConfig,
     accelerator: Accelerator,
@@ -225,15 +226,16 @@ def write_manifest(
     """
     path = output_dir / "manifest.json"
     packages = ("torch", "diffusers", "transformers", "accelerate", "datasets", "peft", "spin-diffusion")
-    content: dict[str, Any] = {
+    objective_files = file_hashes(objectives_of(config.rounds))
+    per_step = pairs_per_step(config.training, accelerator.num_processes)
+    installed = {name: version(name) for name in packages} | {"python": platform.python_version()} | (versions or {})
+    content = {
         "base": base,
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
-        "continued_from": origin_of(output_dir, base["weights"]),
-        "objective_files": file_hashes(objectives_of(config.rounds)),
-        "pairs_per_step": pairs_per_step(config.training, accelerator.num_processes),
-        "versions": {name: version(name) for name in packages}
-        | {"python": platform.python_version()}
-        | (versions or {}),
+        "continued_from": origin_of(output_dir, str(base["weights"])),
+        "objective_files": objective_files,
+        "pairs_per_step": per_step,
+        "versions": installed,
     }
     if path.is_file():
         begun = read_json(path, RunManifest, "delete it and run the same command again, which writes it anew")
@@ -243,22 +245,22 @@ def write_manifest(
                 "start in another --output_dir"
             )
         # Another version of a library may know keys of a configuration more
-        libraries = [{name: said["versions"].get(name) for name in packages[:3]} for said in (begun, content)]
+        libraries = [{name: said.get(name) for name in packages[:3]} for said in (begun["versions"], installed)]
         if begun["base"].get("parts", base["parts"]) != base["parts"] and libraries[0] == libraries[1]:
             raise InputError(
                 f"{base['name']} is not what this run was started with (its weights are, its configuration or another "
                 "of its parts is not): restore it, or start in another --output_dir"
             )
         for name, known in begun["objective_files"].items():
-            if content["objective_files"].get(name) != known:
+            if objective_files.get(name) != known:
                 raise InputError(
                     f"--objective {name} is not the file that this run was started with, or what it imports is not: "
                     "restore it, or start in another --output_dir"
                 )
-        if begun.get("pairs_per_step", content["pairs_per_step"]) != content["pairs_per_step"]:
+        if begun.get("pairs_per_step", per_step) != per_step:
             raise InputError(
                 f"{output_dir} was started with {begun['pairs_per_step']} pairs in each optimizer step, this command "
-                f"has {content['pairs_per_step']}: change --train_batch_size, --gradient_accumulation_steps or the "
+                f"has {per_step}: change --train_batch_size, --gradient_accumulation_steps or the "
                 "number of processes to keep their product, or start in another --output_dir"
             )
     elif accelerator.is_main_process:
