@@ -739,7 +739,7 @@ def test_every_world_and_method_of_the_files_is_one_that_can_be_trained(name, mo
     monkeypatch.chdir(ROOT)
     settings = parse_settings(["--config", f"evaluation/configs/{name}.yaml"])
     assert len(settings.methods) >= 8 and len(settings.all_seeds) >= 3
-    known = types_of(Config)
+    known = set(types_of(Config))
     methods = [name for name, given in settings.methods.items() if given.keys() - {"about", "learning_rates"} <= known]
     worlds = [name for name, given in settings.worlds.items() if Path(given["pretrained_model_name_or_path"]).is_dir()]
     assert len(methods) >= 8 and {"sloppy", "plateau"} <= set(worlds)
