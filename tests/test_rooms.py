@@ -25,7 +25,7 @@ BELOW = {
     "cli": {"store", "data", "samples", "selfplay", "evaluation", "llm", "diffusion", "runs", "comparing"},
 }
 """Room -> the rooms that it may import."""
-DEEPEST = 17
+DEEPEST = 12
 """Modules in the longest chain of imports."""
 
 
