@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -170,8 +171,16 @@ def train(base: Denoisers, world: World, method: Method, seed: int) -> Denoisers
     return base
 
 
-def make_base(panel: str, world: World, seed: int) -> Denoisers:
+@cache
+def measures_of_world() -> Measures:
+    """The measures, whose reference takes a second; one process makes several rows."""
+    return Measures(World())
+
+
+@cache
+def make_base(panel: str, seed: int) -> Denoisers:
     """Models of new features: at the exact optimum of their class, or after UNFINISHED_STEPS of Adam towards it."""
+    world = World()
     features = Features.random(MODELS, HIDDEN, torch.Generator().manual_seed(seed))
     base = fit(features, world, 150_000, torch.Generator().manual_seed(seed + 1))
     if panel == "finished":
@@ -189,9 +198,10 @@ def measured(denoisers: Denoisers, measures: Measures, free: Free, points: int =
     return np.mean(by_class, axis=0)
 
 
-def best_free_setting(panel: str, world: World, measures: Measures) -> Free:
+def best_free_setting(panel: str) -> Free:
     """The setting of FREE_SETTINGS at which other bases, made in the same way, have the smallest JS divergence."""
-    others = make_base(panel, world, seed=900)
+    torch.set_num_threads(1)
+    others, measures = make_base(panel, seed=900), measures_of_world()
     js = list(MEASURES).index("js")
     return min(FREE_SETTINGS, key=lambda free: measured(others, measures, free, points=1_000)[:, js].mean())
 
@@ -207,22 +217,12 @@ class Result(NamedTuple):
 def result_of(panel: str, name: str, free: Free) -> Result:
     """Train one method in one panel and judge it; run in a process of its own."""
     torch.set_num_threads(1)
-    world = World()
-    measures = Measures(world)
-    model = make_base(panel, world, seed=1)
+    model, measures = make_base(panel, seed=1), measures_of_world()
     if name != BASE:
-        model = train(model, world, next(method for method in METHODS if method.name == name), seed=100)
-    first = draw(
-        model, torch.arange(EVALUATED).remainder(CLASSES).expand(MODELS, -1), torch.Generator().manual_seed(7), *Free()
-    )[0]
-    return Result(measured(model, measures, Free()), measured(model, measures, free), first.numpy())
-
-
-def free_setting_of(panel: str) -> Free:
-    """`best_free_setting` in a process of its own."""
-    torch.set_num_threads(1)
-    world = World()
-    return best_free_setting(panel, world, Measures(world))
+        model = train(model, World(), next(method for method in METHODS if method.name == name), seed=100)
+    labels = torch.arange(EVALUATED).remainder(CLASSES).expand(MODELS, -1)
+    samples = draw(model, labels, torch.Generator().manual_seed(7), *Free())[0].numpy()
+    return Result(measured(model, measures, Free()), measured(model, measures, free), samples)
 
 
 def table(panel: str, results: dict[str, Result], free: Free) -> str:
@@ -265,10 +265,10 @@ def picture(results: dict[str, Result], path: Path) -> None:
     shown |= {
         f"after {name}": results[full].samples for name, full in (("fine-tuning", SFT), ("self-play (SPIN)", "SPIN"))
     }
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.7), layout="constrained")
     for panel, (title, points) in zip(panels, shown.items(), strict=True):
         outside = np.zeros(len(points), dtype=bool)
-        for label, reference in enumerate(Measures(world).references):
+        for label, reference in enumerate(measures_of_world().references):
             where = labels.numpy() == label
             outside[where] = (world.log_density(torch.from_numpy(points[where]), label) < reference.threshold).numpy()
         panel.scatter(*points[~outside].T, s=0.6, color="#0072b2", linewidths=0)
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     args = parser.parse_args(argv)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        free = dict(zip(PANELS, pool.map(free_setting_of, PANELS), strict=True))
+        free = dict(zip(PANELS, pool.map(best_free_setting, PANELS), strict=True))
         names = [BASE, *(method.name for method in METHODS)]
         waiting = {
             pool.submit(result_of, panel, name, free[panel]): (panel, name) for panel in PANELS for name in names
