@@ -154,7 +154,7 @@ def test_rounds_of_two_runs_are_two_panels_and_runs_without_numbers_none(tmp_pat
     models = [("base", "baseline", 0, babble(0), 0.0), ("a 1", "round", 1, babble(1), 0.0)]
     models += [("b 1", "round", 1, babble(2), 0.0)]
     nothing = [row | {"r_real": float("nan"), "r_generated": None} for row in curves(("sft", 1))]
-    results, _ = evaluate(
+    results = evaluate(
         tmp_path, models, rows=prompts(20), curves=[*curves(("a 1", 1), ("b 1", 1)), *nothing],
         measures=[measure("a 1", 1, 0.1), measure("b 1", 1, None), measure("run c", 1, 1.0), measure("run c", 2, 2.0)],
     )  # fmt: skip
@@ -200,7 +200,7 @@ def test_what_the_rules_of_health_said_is_on_the_page(tmp_path: Path) -> None:
 def test_results_carry_what_the_rules_of_health_said(tmp_path: Path) -> None:
     event = {"model": "space", "round": 1, "step": 3, "rule": "spike", "action": "warn", "sentence": "it jumped"}
     models = [("base", "baseline", 0, babble(0), 0.0)]
-    results, _ = evaluate(
+    results = evaluate(
         tmp_path, models, rows=prompts(5), specs=["length"], events=[event | {"weights_from_step": None}]
     )
     assert results["training_events"] == [event | {"weights_from_step": None}]
