@@ -34,6 +34,7 @@ from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objectives import Loss, bind
 
 BASE, SFT = "base", "SFT, rate 3e-4"
+ALSO_AT_THE_FREE_SETTING = (BASE, SFT, "SPIN", "SPACE")
 MODELS, HIDDEN = 10, 128
 ROUNDS, STEPS, BATCH, RATE = 8, 80, 128, 3e-4
 OPPONENT_SAMPLES = 1_024
@@ -210,7 +211,7 @@ class Result(NamedTuple):
     """What one row shows: measures as drawn plainly and at the free setting, and the samples of the first model."""
 
     plain: np.ndarray
-    free: np.ndarray
+    free: np.ndarray | None
     samples: np.ndarray
 
 
@@ -222,7 +223,8 @@ def result_of(panel: str, name: str, free: Free) -> Result:
         model = train(model, World(), next(method for method in METHODS if method.name == name), seed=100)
     labels = torch.arange(EVALUATED).remainder(CLASSES).expand(MODELS, -1)
     samples = draw(model, labels, torch.Generator().manual_seed(7), *Free())[0].numpy()
-    return Result(measured(model, measures, Free()), measured(model, measures, free), samples)
+    at_free = measured(model, measures, free) if name in ALSO_AT_THE_FREE_SETTING else None
+    return Result(measured(model, measures, Free()), at_free, samples)
 
 
 def table(panel: str, results: dict[str, Result], free: Free) -> str:
@@ -237,7 +239,7 @@ def table(panel: str, results: dict[str, Result], free: Free) -> str:
         "| base | " + " | ".join(f"{value:.3f}" for value in base.mean(axis=0)) + " |",
     ]
     plain = [(name, result.plain) for name, result in results.items() if name != BASE]
-    finer = [(f"{name} *", result.free) for name, result in results.items()]
+    finer = [(f"{name} *", result.free) for name, result in results.items() if result.free is not None]
     for name, values in plain + finer:
         intervals = [paired_difference(values[:, k], base[:, k]) for k in range(len(MEASURES))]
         cells = [f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]" for i in intervals]

@@ -73,6 +73,8 @@ def play(method: str, data: str, seed: int, args: argparse.Namespace) -> list[fl
     known = folder / "kl.json"
     if known.is_file():
         return json.loads(known.read_text())
+    # This process is not the one that holds the folder of the comparison
+    take_folder(folder, "language training", inside=True)
     log = folder.with_suffix(".log")
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         run_language(parse_language_config(settings(method, data, seed, args)))

@@ -1,5 +1,6 @@
 """The toy language: its probabilities, its exact judge, and what the build wrote beside them."""
 
+import argparse
 import hashlib
 import importlib.util
 import itertools
@@ -7,6 +8,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_diffusion.evaluation.judges import Answer, load_judge
+from spin_diffusion.store.folder import FORMAT, MARKER
 from spin_diffusion.store.input_error import InputError
 
 TOY_LANGUAGE = Path(__file__).resolve().parents[2] / "assets" / "toy_language"
@@ -280,6 +283,22 @@ def test_hashes_match_the_files():
     assert found == hashes
     assert sum(p.stat().st_size for p in files if p.parent.name == "base") < 2_000_000
     assert sum(p.stat().st_size for p in files if p.parent.name == "data") < 3_000_000
+
+
+def test_the_comparison_s_runs_are_played_by_its_workers_in_its_folder(tmp_path) -> None:
+    args = ["--rounds", "1", "--seeds", "0", "--real_answers", "40", "--epochs", "1", "--workers", "1"]
+    for method, data in itertools.product(compare.METHODS, compare.DATA):
+        folder = compare.folder_of(method, data, 0, argparse.Namespace(output_dir=tmp_path / "out"))
+        if (method, data) != ("SFT", "fixed"):
+            folder.mkdir(parents=True)
+            (folder / "kl.json").write_text("[2.0, 1.0]")
+    (tmp_path / "out" / MARKER).write_text(json.dumps({"program": "comparison on the toy language", "format": FORMAT}))
+    script = [sys.executable, str(TOY_LANGUAGE / "compare.py"), "--output_dir", str(tmp_path / "out"), *args]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=TOY_LANGUAGE.parents[1])
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = json.loads((tmp_path / "out/fixed-sft-0/kl.json").read_text())
+    assert 0 < after < before
+    assert (tmp_path / "out/comparison.png").is_file() and "| SFT |" in done.stdout
 
 
 def test_the_known_limits_stand_beside_the_comparison(tmp_path, capsys, monkeypatch) -> None:
