@@ -249,7 +249,10 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(how, 
     assert "the same command goes on from there" in complained and "Traceback" not in complained.split("torch/dist")[0]
     assert f"exitcode  : -9 (pid: {killed})" in complained  # the launcher names the one that died
     names = {path.name for path in next(training.glob("checkpoint-*[0-9]")).iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl", "trainer.json"} <= names
+    # Every process leaves its own: its part of the weights, or its random state beside the whole ones
+    file = "shard-0000{}-model-00001-of-00001.safetensors" if in_parts else "random_states_{}.pkl"
+    own = {file.format(rank + in_parts) for rank in (0, 1)}
+    assert own | {"trainer.json"} <= names, names
     assert in_parts or {"optimizer.bin", "unet"} <= names
     # The same global batch on other numbers of processes; one in parts needs a launcher, below
     shared = {"two_again": (2, 2), "four": (4, 1)} if how != "whole" else {"one": (1, 4), "four": (4, 1)}
