@@ -32,6 +32,8 @@ from spin_diffusion.diffusion.errors import scale_gradient, score, winner_preser
 from spin_diffusion.evaluation.statistics import paired_difference
 from spin_diffusion.selfplay.game import PairScores
 from spin_diffusion.selfplay.objectives import Loss, bind
+from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
 
 BASE, SFT = "base", "SFT, rate 3e-4"
 ALSO_AT_THE_FREE_SETTING = (BASE, SFT, "SPIN", "SPACE")
@@ -292,6 +294,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/plateau"))
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     args = parser.parse_args(argv)
+    try:
+        take_folder(args.output_dir, "exact plateau")
+    except InputError as error:
+        parser.error(str(error))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         free = dict(zip(PANELS, pool.map(best_free_setting, PANELS), strict=True))
         names = [BASE, *(method.name for method in METHODS)]
@@ -302,7 +308,6 @@ def main(argv: list[str] | None = None) -> int:
         for done in tqdm(as_completed(waiting), total=len(waiting), desc="train and judge", dynamic_ncols=True):
             found[waiting[done]] = done.result()
     results = {panel: {name: found[panel, name] for name in names} for panel in PANELS}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(table(panel, results[panel], free[panel]) for panel in PANELS)
     (args.output_dir / "table.md").write_text(text + "\n")
     picture(results["finished"], args.output_dir / "samples.png")

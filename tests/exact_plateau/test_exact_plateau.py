@@ -169,3 +169,12 @@ def test_the_table_says_the_base_and_the_differences_to_it():
     assert "| base | 0.300 | 0.300 | 0.300 | 0.300 |" in text
     assert "| SPIN | -0.100 [-0.1" in text
     assert "48 steps, prediction times 1.03, guidance 1.5" in text
+
+
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(play, "ProcessPoolExecutor", None)
+    (tmp_path / "table.md").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        play.main(["--output_dir", str(tmp_path)])
+    assert ended.value.code == 2 and "is somebody else's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"] and (tmp_path / "table.md").read_text() == "mine"
