@@ -22,6 +22,9 @@ import numpy as np
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
+from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
+
 WORLD = Path(__file__).resolve().parent.parent / "assets" / "toy_world"
 SHAPES = ((96, 96), (128, 128), (96, 128), (128, 96), (192, 128), (96, 160))
 """Heights and widths, px. The scene fills the short side; along the long one there is background."""
@@ -58,7 +61,7 @@ def write_data(folder: Path, pictures: int) -> None:
     """`careful` and `sloppy` below `folder`: image folders of other captions."""
     world, rng = load_world(), np.random.default_rng(0)
     for style in ("careful", "sloppy"):
-        (folder / style).mkdir(parents=True, exist_ok=True)
+        take_folder(folder / style, "toy pictures", "FOLDER")
         lines = []
         while len(lines) < pictures:
             caption, number = world.sample_caption(rng), len(lines)
@@ -75,13 +78,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=192, help="of each style")
     args = parser.parse_args()
-    if args.what == "data":
-        write_data(args.folder, args.pictures)
+    try:
+        write(args.what, args.folder, args.pictures)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def write(what: str, folder: Path, pictures: int) -> None:
+    """The pictures, or the second base, in folders of their own below `folder`; InputError where others' files are."""
+    if what == "data":
+        write_data(folder, pictures)
     else:
-        unet = UNet2DConditionModel.from_pretrained(args.folder / "told" / "unet")
-        StableDiffusionXLPipeline.from_pretrained(WORLD / "sloppy", unet=unet).save_pretrained(
-            args.folder / "told-base"
-        )
+        take_folder(folder / "told-base", "toy base", "FOLDER")
+        unet = UNet2DConditionModel.from_pretrained(folder / "told" / "unet")
+        StableDiffusionXLPipeline.from_pretrained(WORLD / "sloppy", unet=unet).save_pretrained(folder / "told-base")
 
 
 if __name__ == "__main__":
