@@ -260,6 +260,17 @@ def test_samples_of_another_opponent_are_not_trained_on(copied, sdxl_dir):
         play_all(sdxl_dir, copied)
 
 
+def test_what_another_opponent_drew_by_the_same_settings_is_drawn_anew(copied, unbroken, sdxl_dir, tmp_path):
+    play_all(sdxl_dir, tmp_path / "other", replace(TRAINING, learning_rate=3e-4), rounds=2)
+    shutil.rmtree(copied / "round-2" / "samples")
+    shutil.copytree(tmp_path / "other" / "round-2" / "samples", copied / "round-2" / "samples")
+    back_to_generated(copied)
+    record = read_json(copied / "round-2" / "round.json")
+    (copied / "round-2" / "round.json").write_text(json.dumps(record | {"state": "OPPONENT", "files": {}}))
+    play_all(sdxl_dir, copied)
+    assert final_hashes(copied) == final_hashes(unbroken)
+
+
 def test_a_half_drawn_set_of_samples_is_completed_not_drawn_again(copied, unbroken, sdxl_dir):
     back_to_generated(copied)
     record = read_json(copied / "round-2" / "round.json")
