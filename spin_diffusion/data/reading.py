@@ -7,7 +7,7 @@ which columns to read, and how a row becomes a Candidate; it raises InputError f
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from spin_diffusion.data.rows import (
@@ -80,6 +80,12 @@ def read_examples(
     wanted, seen = tuple(dict.fromkeys(columns)), Seen()
     example_of = partial(_example, plan=plan, settings=settings, with_losers=with_losers, seen=seen)
     return usable(source, wanted, example_of, fresh(report), settings.max_train_samples, settings.max_bad_share)
+
+
+def with_held_out(settings: DataSettings) -> DataSettings:
+    """The settings by which all examples are read, those to train on and those to hold out."""
+    limit = settings.max_train_samples
+    return replace(settings, max_train_samples=limit and limit + settings.num_held_out)
 
 
 def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: Seen) -> Example:

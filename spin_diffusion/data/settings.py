@@ -23,12 +23,20 @@ class SourceSettings(Settings):
     """Stop after this many usable examples, in the order of the data set; fewer are no error."""
     streaming: bool = False
     """Read a hub data set as a stream, with nothing copied to the disk. Local files are always read so."""
+    num_held_out: int = setting(0, minimum=0)
+    """Real samples that are never trained on, nor any other sample of their prompts. The opponent draws for them too,
+    and every round is asked how well its player tells the two apart: the held-out gap."""
     max_bad_share: float = setting(0.01, minimum=0, maximum=1)
     """Share (0 to 1) of rows that are damaged; more of them is an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_not_blank("dataset_name", self.dataset_name, "give a data set")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any samples are held out."""
+        return self.num_held_out > 0
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,11 @@ Other names are given by --prompt_column, --completion_column and --rejected_col
 add the answer's column to `ANSWER_COLUMNS`.
 """
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 from pathlib import Path
 
+from spin_diffusion.data.held_out import Aside, as_json, prompt_hash
 from spin_diffusion.data.rows import (
     Bad,
     Expected,
@@ -108,9 +106,9 @@ def read_held_out(settings: TextDataSettings, *, report: ReadReport | None = Non
         return []
     if not settings.has_held_out_source:
         limit = settings.max_train_samples and settings.max_train_samples + settings.num_held_out
-        return _chosen(_all_examples(settings, limit, report), settings)
+        return _aside(settings).choose(_all_examples(settings, limit, report))
     try:
-        return _chosen(_all_examples(_held_out_source(settings), None, report), settings)
+        return _aside(settings).choose(_all_examples(_held_out_source(settings), None, report))
     except InputError as error:
         message = str(error).replace("--dataset_split", "--held_out_split")
         if settings.held_out_dataset_name is not None:
@@ -202,7 +200,7 @@ def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[R
             kinds = ("plain text", "messages") if isinstance(example.prompt, str) else ("messages", "plain text")
             raise LeftOut(Bad.OTHER_LAYOUT, f"it is {kinds[0]}, and {first[0].where} is {kinds[1]}")
         if not settings.keep_repeated:
-            known = short_hash(_json([example.prompt, example.completion, example.rejected]))
+            known = short_hash(as_json([example.prompt, example.completion, example.rejected]))
             if known in seen:
                 question = last_question(example.prompt)[:80]
                 raise LeftOut(Expected.REPEATED_EXAMPLE, f"the same answer to {question!r} was used")
@@ -347,10 +345,6 @@ def _check_not_blank(text: str, reason: Bad, detail: str) -> None:
         raise LeftOut(reason, detail)
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8")
-
-
 # Held out
 
 
@@ -374,60 +368,16 @@ def _held_out_source(settings: TextDataSettings) -> TextDataSettings:
     )
 
 
-def _chosen(examples: Iterable[TextExample], settings: TextDataSettings) -> list[TextExample]:
-    """`num_held_out` examples, whole prompts (or rows) of the smallest hashes; 0 = all of them, in their order."""
-    if not settings.num_held_out:
-        return list(examples)
-    chosen: dict[bytes, list[TextExample]] = {}
-    largest: list[int] = []  # the hashes of `chosen`, negative, as a heap
-    number, seen, copies = 0, Seen(), Counter[bytes]()
-    for example in examples:
-        if settings.held_out_by == "prompt":
-            key = _prompt_hash(example)
-        else:
-            row = _row_hash(example)
-            if row in seen:  # copies of a row are chosen one by one
-                copies[row] += 1
-            seen.add(row)
-            key = short_hash(row, str(1 + copies[row]).encode())
-        if key not in chosen:
-            heappush(largest, -int.from_bytes(key))
-        chosen.setdefault(key, []).append(example)
-        number += 1
-        while number - len(chosen[(-largest[0]).to_bytes(16)]) >= settings.num_held_out:
-            number -= len(chosen.pop((-heappop(largest)).to_bytes(16)))
-    examples = [example for key in sorted(chosen) for example in sorted(chosen[key], key=_row_hash)]
-    return examples[: settings.num_held_out]
-
-
 def _held_out_rule(settings: TextDataSettings) -> Callable[[TextExample], bool]:
     """Whether an example of the training data is held out, to be asked of each once, in order."""
     if not settings.holds_out or (settings.has_held_out_source and settings.held_out_by == "row"):
         return lambda example: False
-    held_out = read_held_out(settings)
-    if settings.held_out_by == "prompt":
-        prompts = {*map(_prompt_hash, held_out)}
-        return lambda example: _prompt_hash(example) in prompts
-    rows = Counter(map(_row_hash, held_out))
-
-    def is_held_out(example: TextExample) -> bool:
-        row = _row_hash(example)
-        if not rows[row]:
-            return False
-        if settings.keep_repeated:
-            rows[row] -= 1  # the other copies are trained on
-        return True
-
-    return is_held_out
+    return _aside(settings).rule(read_held_out(settings), settings.keep_repeated)
 
 
-def _prompt_hash(example: TextExample) -> bytes:
-    """The hash of what is asked: system turns, white space and case do not make another prompt."""
-    prompt = example.prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    asked = [(turn["role"], " ".join(turn["content"].split()).casefold()) for turn in turns if turn["role"] != "system"]
-    return short_hash(b"prompt", _json(asked))
+def _aside(settings: TextDataSettings) -> Aside[TextExample]:
+    return Aside(settings.num_held_out, settings.held_out_by, lambda example: prompt_hash(example.prompt), _row_hash)
 
 
 def _row_hash(example: TextExample) -> bytes:
-    return short_hash(b"row", _json([example.prompt, example.completion]))
+    return short_hash(b"row", as_json([example.prompt, example.completion]))

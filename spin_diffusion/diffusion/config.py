@@ -69,6 +69,11 @@ def _check(config: Config) -> None:
         raise InputError("--pretrained_model_name_or_path is missing: give a hub id or a local folder")
     if config.denoiser.trajectory != "forward":
         _check_trajectory(config)
+    if config.data.num_held_out and config.training.refresh_opponent_steps:
+        raise InputError(
+            f"--num_held_out {config.data.num_held_out}: the held-out gap is measured from the round's opponent, which "
+            f"--refresh_opponent_steps {config.training.refresh_opponent_steps} replaces: leave one of the two out"
+        )
     if config.images.max_aspect_ratio > 1:
         _check_sizes(config)
     if config.rounds.candidates.number:

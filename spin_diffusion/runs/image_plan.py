@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.reading import read_examples, with_held_out
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import draws_worth_keeping, work_of
@@ -49,13 +49,15 @@ def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progr
     """
     accelerator = game.accelerator
     few, rows = _examples(config, captions, progress)
+    held_out = min(config.data.num_held_out, rows)
+    rows -= held_out
     pairs = rows // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)
     config = settle_draws(config, accelerator, pairs)
     game.fixed_draws = int(config.denoiser.fixed_draws)
     rates = probe(config, game, few)
     rates = replace(rates, prepare=rates.prepare / accelerator.num_processes)  # shared out
-    return make_plan(config, accelerator, rates, Sizes(rows, 0, shown(config)), works(config, pairs))
+    return make_plan(config, accelerator, rates, Sizes(rows, held_out, shown(config)), works(config, pairs + held_out))
 
 
 def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config:
@@ -74,7 +76,7 @@ def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config
 def _examples(config: Config, captions: CutPrompts, progress: Progress) -> tuple[list[Example], int]:
     """The first examples, and how many there are."""
     wanted = max(config.training.train_batch_size, 2)
-    examples = captions.passing(read_examples(config.data, with_losers=config.needs_losers))
+    examples = captions.passing(read_examples(with_held_out(config.data), with_losers=config.needs_losers))
     few = list(islice(examples, wanted))
     return few, count_rows(len(few), examples, progress)
 

@@ -1,15 +1,17 @@
 """An image run: how its base, its real images, its evaluation and its costs come about. `run` does the rest."""
 
 import dataclasses
+import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from spin_diffusion.data.reading import read_examples
-from spin_diffusion.data.rows import Example, ReadReport
+from spin_diffusion.data.held_out import images_aside
+from spin_diffusion.data.reading import read_examples, with_held_out
+from spin_diffusion.data.rows import Example, Expected, ReadReport
 from spin_diffusion.data.settings import CurationSettings, DataSettings
 from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments
 from spin_diffusion.diffusion.config import Config
@@ -34,7 +36,7 @@ from spin_diffusion.samples.sample import ENCODED
 from spin_diffusion.samples.shards import Part
 from spin_diffusion.selfplay.device import autocast_dtype, matrix_rate
 from spin_diffusion.selfplay.one_round import Costs
-from spin_diffusion.selfplay.record import RoundRecord
+from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
@@ -62,6 +64,7 @@ class ImageRun(Run):
     def __init__(self, config: Config, family_name: str | None = None) -> None:
         """Args: family_name: the only family that is allowed."""
         self.config, self.family_name = config, family_name
+        self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
         self.prompts: PromptSet | None = None
 
     def check(self) -> None:
@@ -103,23 +106,26 @@ class ImageRun(Run):
         config, game, data = self.config, self.game, self.output_dir / "data"
         report, with_losers = ReadReport(), config.needs_losers
         curation = self._curation(with_losers, progress)
-
-        def read() -> Iterator[Example]:
-            return read_examples(self._source(), with_losers=with_losers, report=report)
-
+        trained_on, held_out = self._sides(curation, with_losers, report)
         # `prepare` asks the main process alone for the real samples
         if curation and not any((data / name).exists() for name in ("left_out.json", "manifest.json")):
             curation.score(self.game.accelerator)
+        settings = self._data_settings(with_losers) | {"curation": content_settings(config.data.curation)}
         manifest = prepare(
             data,
-            lambda: game.real_rows(curation.take(read) if curation else read()),
-            self._data_settings(with_losers) | {"curation": content_settings(config.data.curation)},
+            lambda: game.real_rows(trained_on()),
+            settings,
             config.rounds.samples_per_shard,
             game,
             self.game.accelerator,
             progress,
             lambda: report.as_dict() | ({"curation": curation.summary} if curation else {}),
         )
+        if self.held_out is not None:
+            of_shard = config.rounds.samples_per_shard
+            prepare(
+                self.held_out, lambda: game.real_rows(held_out()), settings, of_shard, game, game.accelerator, progress
+            )
         if report.read:
             cut = CutPrompts(game.pipeline).add(Column(data, "prompt")).line("captions")
             chosen = curation_lines(curation.summary, config.data.curation) if curation and curation.summary else []
@@ -151,7 +157,8 @@ class ImageRun(Run):
         self._check_room(pairs)
         folder = Path(config.run.encodings_dir or self.output_dir / "encodings") / "prompts"
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
-        game.prompts.keep(folder, Column(self.output_dir / "data", "prompt"), self.game.accelerator, dtype, progress)
+        captions = Column(self.output_dir / "data", "prompt", beside=self.held_out)
+        game.prompts.keep(folder, captions, self.game.accelerator, dtype, progress)
 
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""
@@ -208,10 +215,35 @@ class ImageRun(Run):
 
     def _source(self) -> DataSettings:
         """What is read of the data set; where a scorer chooses it sees all images of a prompt."""
-        data = self.config.data
+        data = with_held_out(self.config.data)
         if data.curation.scorer is None:
             return data
         return dataclasses.replace(data, one_image_per_prompt=False, curation=CurationSettings())
+
+    def _sides(
+        self, curation: Curation | None, with_losers: bool, report: ReadReport
+    ) -> tuple[Callable[[], Iterator[Example]], Callable[[], list[Example]]]:
+        """What reads the examples to train on, and what gives those that are held out, without worse images.
+
+        Args:
+            report: of the examples to train on.
+        """
+        aside = images_aside(self.config.data.num_held_out)
+
+        def examples(report: ReadReport) -> Iterator[Example]:
+            def read() -> Iterator[Example]:
+                return read_examples(self._source(), with_losers=with_losers, report=report)
+
+            return curation.take(read) if curation else read()
+
+        @functools.cache
+        def held_out() -> list[Example]:
+            return aside.choose(examples(ReadReport())) if self.held_out is not None else []
+
+        return (
+            lambda: _trained_on(examples(report), aside.rule(held_out()), report),
+            lambda: [dataclasses.replace(example, loser=None) for example in held_out()],
+        )
 
     def _curation(self, with_losers: bool, progress: Progress) -> Curation | None:
         """What chooses the real images; None = all of them are used."""
@@ -244,6 +276,23 @@ class ImageRun(Run):
                 f"{free / 1e9:,.1f} GB are free in {self.output_dir}: make room, or give fewer images "
                 "(--max_train_samples, --real_parts)"
             )
+
+
+def _trained_on(
+    examples: Iterable[Example], is_held_out: Callable[[Example], bool], report: ReadReport
+) -> Iterator[Example]:
+    """The examples that are not held out; the others are counted where the reader counts."""
+    held_out = used = 0
+    for example in examples:
+        if is_held_out(example):
+            held_out += 1
+            report.leave_out(example.where, Expected.HELD_OUT, f"{example.prompt[:80]!r} is held out")
+        else:
+            used += 1
+            yield example
+    report.used -= held_out
+    if not used:
+        raise InputError(f"all {held_out} images that can be used are held out: hold out fewer (--num_held_out)")
 
 
 def open_game(config: Config, accelerator: Accelerator, family_name: str | None = None) -> DiffusionGame:

@@ -254,9 +254,11 @@ def _open_chosen(
 class Column(Sequence[str]):
     """A text of all real rows of a part, read from the shards when it is asked for; a few shards are in memory."""
 
-    def __init__(self, data: Path, name: str, part: Part | None = None) -> None:
+    def __init__(self, data: Path, name: str, part: Part | None = None, beside: Path | None = None) -> None:
+        """Args: beside: other prepared data, whose rows follow."""
         part = part or Part()
-        paths = shards(data / "samples", ".parquet")
+        folders = [data] if beside is None else [data, beside]
+        paths = [path for folder in folders for path in shards(folder / "samples", ".parquet")]
         counts = [len(range(rows_in(path))[part.places]) for path in paths]
         self.starts = [0, *itertools.accumulate(counts)]
 

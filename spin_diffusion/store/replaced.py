@@ -49,7 +49,7 @@ REPLACED = {
     "filter_min": "give --filter '{column: COLUMN, min: NUMBER}'",
     "probe_samples": "give --probe '{samples: NUMBER}'",
     "on_shortcut": "give --probe '{action: stop}'",
-    "stop_when_learnt": "it needs held-out samples, which language runs alone set aside",
+    "stop_when_learnt": "language runs alone end so; give --num_held_out, which measures the gap that it waits for",
     "two_passes": "give --gradient_checkpointing, or fewer pairs at a time (--train_batch_size)",
     "attention_kernel": "torch chooses its kernel",
     "trajectory_weights": "all steps weigh the same",

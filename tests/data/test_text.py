@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.data import text as reading_text
+from spin_diffusion.data import held_out
 from spin_diffusion.data.files import PEEK_LINES
-from spin_diffusion.data.rows import ReadReport, Seen, TextExample
+from spin_diffusion.data.rows import ReadReport, Seen, TextExample, short_hash
 from spin_diffusion.data.settings import TextDataSettings
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.store.input_error import InputError
@@ -635,10 +635,12 @@ def test_settings_that_cannot_be_meant_are_refused(given: dict, message: str) ->
 
 
 def test_choosing_single_rows_keeps_eight_bytes_of_each_of_the_others(monkeypatch) -> None:
-    monkeypatch.setattr(reading_text, "Seen", lambda: Seen(most_fresh=256))
-    asked = settings("rows", num_held_out=20, held_out_by="row")
+    monkeypatch.setattr(held_out, "Seen", lambda: Seen(most_fresh=256))
+    aside = held_out.Aside(
+        20, "row", lambda example: b"", lambda example: short_hash(example.prompt.encode(), example.completion.encode())
+    )
     tracemalloc.start()
-    found = reading_text._chosen((TextExample(f"prompt {n}", f"answer {n}", None, "") for n in range(5_000)), asked)
+    found = aside.choose(TextExample(f"prompt {n}", f"answer {n}", None, "") for n in range(5_000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(found) == 20 and peak < 350_000

@@ -1,0 +1,59 @@
+"""What is learnt of a player on samples that it is not trained on: the held-out gap of an image run."""
+
+from pathlib import Path
+
+import pytest
+
+from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.evaluation.records import read_results
+from spin_diffusion.runs.image_run import run
+from spin_diffusion.store.files import read_json, read_rows
+
+SCORER = """
+import torch
+def load(device):
+    def score(images, prompts):
+        return torch.tensor([float(image.convert("L").resize((1, 1)).getpixel((0, 0))) for image in images])
+    return score
+"""
+
+
+@pytest.fixture
+def settings(sdxl_dir, tiny_parquet, tmp_path) -> dict:
+    return {
+        "pretrained_model_name_or_path": sdxl_dir, "dataset_name": tiny_parquet, "resolution": 32, "rounds": 1,
+        "max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2,
+        "sampler": "ddim", "guidance_scale": 3, "samples_per_shard": 8, "num_held_out": 6, "report_to": "none",
+        "output_dir": tmp_path / "out",
+    }  # fmt: skip
+
+
+def play(settings: dict) -> Path:
+    """The folder of a run."""
+    run(parse_config([word for name, value in settings.items() for word in (f"--{name}", str(value))]), "sdxl")
+    return settings["output_dir"]
+
+
+def prompts(folder: Path) -> list[str]:
+    return [row["prompt"] for path in sorted((folder / "samples").glob("*")) for row in read_rows(path)]
+
+
+def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, tmp_path):
+    out = play(settings | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
+    held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
+    assert len(held_out) == 6 and len(trained_on) == 18 and not {*held_out} & {*trained_on}
+    record = read_json(out / "round-1" / "round.json")
+    assert sorted(prompts(out / "round-1" / "held_out")) == sorted(held_out)
+    assert record["held_out_gap"]["num_samples"] == 6 and record["held_out_gap"]["low"] is not None
+    assert "held-out gap" in (out / "report.html").read_text()
+    measures = {entry["name"]: entry["value"] for entry in read_results(out / "results.json")["measures"]}
+    assert measures["held_out_gap"] == record["held_out_gap"]["mean"]
+
+
+def test_held_out_pictures_are_of_those_that_the_curation_keeps(settings, tmp_path):
+    scorer = tmp_path / "redness.py"
+    scorer.write_text(SCORER)
+    limits = {"max_train_samples": 10, "max_train_steps": 1}
+    out = play(settings | limits | {"curation": f"{{scorer: {scorer}, top: 12}}"})
+    chosen = {row["prompt"] for row in read_rows(out / "data" / "curation.parquet") if row["chosen"]}
+    assert len(chosen) == 12 and {*prompts(out / "held_out")} | {*prompts(out / "data")} == chosen
