@@ -77,7 +77,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
 def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
     Path("redness.py").write_text(SCORER)
     return _images(
-        use_lora=True, rank=2, rounds=1, max_train_steps=3, refresh_opponent_steps=2, checkpoints_total_limit=1,
+        use_lora=True, rank=2, rounds=1, max_train_steps=3, checkpoints_total_limit=1,
         curation="{scorer: redness.py, top: 3}",
     )  # fmt: skip
 

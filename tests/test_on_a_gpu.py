@@ -27,7 +27,7 @@ ANSWERS = [
 WAYS = {
     "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--use_ema", "true"],
     "adapter": [*IMAGES, *UNSEEN, "--use_lora", "true", "--objective", "space", "--fixed_draws", "2"],
-    "trajectories": [*IMAGES, *UNSEEN, "--sampler", "ddim", "--trajectory", "exact", "--eta", "1.0"],
+    "noisy_steps": [*IMAGES, *UNSEEN, "--sampler", "ddim", "--eta", "1.0"],
     "options": [
         *IMAGES, *UNSEEN, "--opponent", "pool", "--snr_gamma", "5", "--vae_round_trip", "true",
         "--proportion_empty_prompts", "0.5", "--random_flip", "true", "--gradient_checkpointing", "true",

@@ -4,7 +4,7 @@ curation     real images -> those that are played with, and the opponent's own: 
 families     prompt -> the denoiser's inputs (the only place where SD and SDXL differ); prompts keeps them
 sampling     prompt -> the opponent's image
 images       image -> what is stored -> latents, in sizes of buckets
-noising      latents -> noised at level t, and what the denoiser should say; trajectory: the sampler's own steps instead
+noising      latents -> noised at level t, and what the denoiser should say
 denoiser     the player and its frozen copy, the opponent; lora: two adapters on one UNet
 questions    pairs -> what both models are asked about them
 errors       prediction -> denoising error -> score, and how much each level counts

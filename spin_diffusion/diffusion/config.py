@@ -67,13 +67,6 @@ def _check(config: Config) -> None:
     """Ranges and rules across settings. Each message names the flags and their values."""
     if not config.model.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing: give a hub id or a local folder")
-    if config.denoiser.trajectory != "forward":
-        _check_trajectory(config)
-    if config.data.num_held_out and config.training.refresh_opponent_steps:
-        raise InputError(
-            f"--num_held_out {config.data.num_held_out}: the held-out gap is measured from the round's opponent, which "
-            f"--refresh_opponent_steps {config.training.refresh_opponent_steps} replaces: leave one of the two out"
-        )
     if config.images.max_aspect_ratio > 1:
         _check_sizes(config)
     if config.rounds.candidates.number:
@@ -97,37 +90,8 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def _check_trajectory(config: Config) -> None:
-    flag = f"--trajectory {config.denoiser.trajectory}"
-    if config.sampling.sampler != "ddim":
-        raise InputError(
-            f"{flag} is made of the steps of --sampler ddim, not of {config.sampling.sampler}: give --sampler ddim"
-        )
-    if config.rounds.opponent in ("last_two", "pool"):
-        raise InputError(f"{flag} keeps the trajectories of one opponent, not of --opponent {config.rounds.opponent}")
-    if config.rounds.candidates.number:
-        raise InputError(f"{flag} has no way for the real side of candidates: leave --candidates out")
-    if config.images.random_flip:
-        raise InputError(f"{flag} keeps the denoising steps of images as they were drawn: leave --random_flip out")
-    if config.images.max_aspect_ratio > 1:
-        raise InputError(f"{flag} keeps the denoising steps of images of one size: leave --max_aspect_ratio out")
-    for name in objectives_of(config.rounds) + [name for name in config.run.compare_with or []]:
-        if source_of(config.rounds, name) == "data":
-            raise InputError(
-                f"{flag} needs the generated side's denoising steps, which the data set's worse images of --objective "
-                f"{name} do not have: take --trajectory forward, or --generated_from opponent"
-            )
-
-
 def _check_fixed_draws(config: Config) -> None:
     flag = f"--fixed_draws {config.denoiser.fixed_draws}"
-    if config.denoiser.trajectory != "forward":
-        raise InputError(f"{flag} are of --trajectory forward, not of {config.denoiser.trajectory}")
-    if config.training.refresh_opponent_steps:
-        raise InputError(
-            f"{flag} keep the errors of one opponent, which --refresh_opponent_steps "
-            f"{config.training.refresh_opponent_steps} changes in the middle of a round: leave one of them out"
-        )
     if config.rounds.candidates.number:
         raise InputError(f"{flag} are not made for candidates: leave --candidates out")
 

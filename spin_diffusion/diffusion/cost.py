@@ -113,10 +113,8 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
     """
     training, sampling, candidates = config.training, config.sampling, config.rounds.candidates
     batch = training.train_batch_size * training.gradient_accumulation_steps
-    exact = config.denoiser.trajectory == "exact"
-    levels = sampling.num_inference_steps if exact else 1
     copies = config.rounds.num_generated if source == "opponent" else 1
-    scored = batch * copies * (1 if source == "none" else 2) * levels
+    scored = batch * copies * (1 if source == "none" else 2)
     draws = 0 if source == "none" else config.denoiser.fixed_draws
     draws = draws_worth_keeping(steps * batch / rows) if draws == "auto" else draws
     per_prompt: float = copies
@@ -136,7 +134,7 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
         decoded=drawn,
         denoisings=sampling.num_inference_steps * (2 if guided else 1),
         prompts_per_image=1 if zeros_for_empty or not guided else 2,
-        forwards=2 if exact or training.gradient_checkpointing else 1,
+        forwards=2 if training.gradient_checkpointing else 1,
         trains_weights=not config.lora.use_lora,
     )
 

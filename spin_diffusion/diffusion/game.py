@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
@@ -33,18 +32,17 @@ from spin_diffusion.diffusion.images import (
     vae_hash,
 )
 from spin_diffusion.diffusion.lora import Adapters
-from spin_diffusion.diffusion.noising import draw, read_noising
+from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import Prompts, move
 from spin_diffusion.diffusion.questions import MIRRORED, Question, Questions, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.sampling import SAMPLERS, Drawn, all_images, draw_batches, sampling_pipeline
+from spin_diffusion.diffusion.sampling import all_images, draw_batches, sampling_pipeline
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageSettings,
     SamplingSettings,
 )
-from spin_diffusion.diffusion.trajectory import read_steps
-from spin_diffusion.samples.sample import CONDITION, KEPT, KIND, Batch, Row
+from spin_diffusion.samples.sample import CONDITION, KIND, Batch, Row
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
@@ -123,15 +121,10 @@ class DiffusionGame:
         self._seat_models(lora, gradient_checkpointing)
 
     def _prepare_questions(self) -> None:
-        scheduler = dict(self.pipeline.scheduler.config)
-        self.noising = read_noising(scheduler, self.base.name)
-        self.steps = None
-        if self.denoiser.trajectory != "forward":
-            self.steps = read_steps(SAMPLERS["ddim"](scheduler), self.sampling.num_inference_steps, self.sampling.eta)
-        assert not (self.has_sizes and (self.steps is not None or self.denoiser.compile != "no")), "one size only"
+        self.noising = read_noising(dict(self.pipeline.scheduler.config), self.base.name)
+        assert not (self.has_sizes and self.denoiser.compile != "no"), "one size only"
         self.questions = Questions(
             self.noising,
-            self.steps,
             self.prompts,
             denoiser=self.denoiser,
             sizes=[(height // self.latent_px, width // self.latent_px) for height, width in self.sizes],
@@ -178,10 +171,10 @@ class DiffusionGame:
             image = open_picture(example.image)
             size = nearest(self.sizes, image.height, image.width)
             place = 0.5 if self.images.center_crop else int(row["id"][:8], 16) / 0xFFFFFFFF
-            cropped, row["frame"] = images.crop(image, size, place, self.images)
+            cropped, row["frame"] = images.crop(image, size, place)
             row["image"] = images.to_bytes(cropped, self.images)
             if example.loser is not None:
-                loser, _ = images.crop(open_picture(example.loser), size, place, self.images)
+                loser, _ = images.crop(open_picture(example.loser), size, place)
                 row["loser_image"] = images.to_bytes(loser, self.images)
             yield row
 
@@ -212,15 +205,11 @@ class DiffusionGame:
                     [seeds[place] for place in places],
                     resolution=size,
                     frames=torch.tensor([frames[place] for place in places]),
-                    keep_states=self.steps is not None,
                 )
                 of_rows = iter(places)
                 for drawn in batches:
-                    for number, image in enumerate(drawn.images):
-                        place = next(of_rows)
-                        files[place] = writers.submit(images.to_bytes, image, self.images)
-                        if drawn.states is not None:
-                            made[place][KEPT] = {"states": drawn.states[number]}
+                    for image in drawn:
+                        files[next(of_rows)] = writers.submit(images.to_bytes, image, self.images)
                     done(len(files))
         for place, written in files.items():
             made[place]["image"] = written.result()
@@ -280,23 +269,18 @@ class DiffusionGame:
         return in_order([self._scores(player, part) for _, part in parts], [places for places, _ in parts])
 
     def _scores(self, player: Callable[..., Any], batch: Batch) -> ScoredBatch:
-        # The mean over what is asked of pairs of one size
-        by_player, by_opponent, levels = [], [], []
-        for question in self.questions.about(batch):
-            if "opponent_score" in batch.real:
-                kept = torch.cat([side["opponent_score"] for side in batch.sides])
-                by_opponent.append(sent(kept, question.x_t.device))
-            else:
-                by_opponent.append(self._ask_opponent(question))
-            by_player.append(self._ask_player(player, question, batch))
-            levels.append(question.level)
-        player_scores, opponent_scores, level = (
-            torch.stack(found).mean(dim=0) for found in (by_player, by_opponent, levels)
-        )
+        # Pairs of one size
+        question = self.questions.about(batch)
+        if "opponent_score" in batch.real:
+            kept = torch.cat([side["opponent_score"] for side in batch.sides])
+            opponent_scores = sent(kept, question.x_t.device)
+        else:
+            opponent_scores = self._ask_opponent(question)
+        player_scores = self._ask_player(player, question)
         if not batch.generated:
-            return ScoredBatch(PairScores.of_real(player_scores, opponent_scores), level)
+            return ScoredBatch(PairScores.of_real(player_scores, opponent_scores), question.level)
         pairs = len(batch.ids)
-        return ScoredBatch(PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs)), level)
+        return ScoredBatch(PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs)), question.level)
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""
@@ -305,7 +289,7 @@ class DiffusionGame:
         real, drawn = torch.empty(2, len(batch.ids), device=self.accelerator.device)
         drawn = drawn if batch.generated else drawn[:0]
         for places, part in by_kind(batch):
-            found = self._ask_opponent(self.questions.noised(part))
+            found = self._ask_opponent(self.questions.about(part))
             real[places] = found[: len(places)]
             if batch.generated:
                 drawn[places] = found[len(places) :]
@@ -325,34 +309,16 @@ class DiffusionGame:
             predicted = self._predicted(self.opponent, question)
         return question.scores(predicted)
 
-    def _ask_player(self, player: Callable[..., Any], question: Question, batch: Batch) -> Tensor:
-        """Its scores, real ones first.
-
-        Of `exact` one step at a time is held in memory: its activations are computed again in the backward pass.
-        """
-        # The second time, in the backward pass, the module itself: the wrapper that gathers gradients over several
-        # processes must not be entered while it does so
-        models = iter([player])
-
-        def ask(x_t: Tensor) -> Tensor:
-            predicted = self._predicted(next(models, self.player), replace(question, x_t=x_t))
-            scores, mu = question.scores(predicted), self.denoiser.winner_preserving_mu
-            if not batch.generated or mu is None:
-                return scores
-            (eps_real, eps_generated), (real, generated) = (each.chunk(2) for each in (predicted, question.target))
-            scale = errors.winner_preserving_scale(eps_real, real, eps_generated, generated, mu)
-            of_real, of_generated = scores.chunk(2)
-            return torch.cat([of_real, errors.scale_gradient(of_generated, scale)])
-
-        again = self.denoiser.trajectory == "exact" and torch.is_grad_enabled()
-        return checkpoint(ask, question.x_t, use_reentrant=False) if again else ask(question.x_t)
-
-    def kept_part(self, seed: int) -> slice:
-        """The part of a trajectory that is kept: the two states around the step that `steps` draws; all for `exact`."""
-        if self.steps is None or self.denoiser.trajectory == "exact":
-            return slice(None)
-        step = int(draw([seed], (), len(self.steps), 0.0).t)
-        return slice(step, step + 2)
+    def _ask_player(self, player: Callable[..., Any], question: Question) -> Tensor:
+        """Its scores, real ones first."""
+        predicted = self._predicted(player, question)
+        scores, mu = question.scores(predicted), self.denoiser.winner_preserving_mu
+        if mu is None or len(scores) == len(question.t):  # the real side alone
+            return scores
+        (eps_real, eps_generated), (real, generated) = (each.chunk(2) for each in (predicted, question.target))
+        scale = errors.winner_preserving_scale(eps_real, real, eps_generated, generated, mu)
+        of_real, of_generated = scores.chunk(2)
+        return torch.cat([of_real, errors.scale_gradient(of_generated, scale)])
 
     def promote(self) -> None:
         """The opponent becomes a frozen copy of the player."""
@@ -427,7 +393,7 @@ class DiffusionGame:
 
     def _drawing(
         self, unet: UNet2DConditionModel | None, guidance_scale: float, num_inference_steps: int | None = None
-    ) -> Callable[..., Iterator[Drawn]]:
+    ) -> Callable[..., Iterator[list[Image.Image]]]:
         """`draw_batches` by a UNet, with the run's sampler."""
         self._bring_back()
         assert unet is not None, "it was released"

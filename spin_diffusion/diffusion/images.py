@@ -106,7 +106,7 @@ def sizes_in_words(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
 # From an image to its stored bytes and pixels
 
 
-def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings) -> tuple[Image.Image, list[int]]:
+def crop(image: Image.Image, target: Size, place: float) -> tuple[Image.Image, list[int]]:
     """The image, resized until it just covers the target and cropped to it; and its frame.
 
     Args:
@@ -121,14 +121,13 @@ def crop(image: Image.Image, target: Size, place: float, settings: ImageSettings
     covering = _covering(height, width, target)
     top, left = (round((side - wanted) * place) for side, wanted in zip(covering, target, strict=True))
     box = (left, top, left + target[1], top + target[0])
-    how = Image.Resampling[settings.image_interpolation_mode.upper()]
     if math.prod(covering) > MAX_RESIZED * math.prod(target):
         # The part of a long strip that is cropped to, alone: its place in px of the source, not rounded
         x_scale, y_scale = width / covering[1], height / covering[0]
         part = (box[0] * x_scale, box[1] * y_scale, min(box[2] * x_scale, width), min(box[3] * y_scale, height))
-        return image.resize((target[1], target[0]), how, part), [height, width, top, left, *target]
+        return image.resize((target[1], target[0]), Image.Resampling.LANCZOS, part), [height, width, top, left, *target]
     if covering != (height, width):
-        image = image.resize((covering[1], covering[0]), how)
+        image = image.resize((covering[1], covering[0]), Image.Resampling.LANCZOS)
     return image.crop(box), [height, width, top, left, *target]
 
 

@@ -190,16 +190,16 @@ def read_noising(scheduler_config: Configuration, where: str) -> Noising:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a pair's scores; shared by both models, and but on trajectories by both images of the pair.
+    """What is random in a pair's scores; shared by both models and both images of the pair.
 
     Attributes:
-        t: timestep of each pair; on trajectories, which of the sampler's steps.
-        eps: noise of each pair, fp32; on trajectories several, of the real image's forward process.
+        t: timestep of each pair.
+        eps: noise of each pair, fp32.
         dropped: whether the pair's caption is replaced by the empty one.
     """
 
     t: Timesteps
-    eps: Float[Tensor, "batch ..."]
+    eps: Latents
     dropped: list[bool]
 
 

@@ -1,12 +1,9 @@
-"""What player and opponent are both asked about a batch: noised images, and what their answers are compared with.
-
-Diffusion models are compared at one timestep and one noise per pair (`forward`), or at the sampler's own steps: see
-`trajectory`.
+"""What player and opponent are both asked about a batch: images noised at one timestep with one noise per pair, and
+what their answers are compared with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +15,6 @@ from spin_diffusion.diffusion.images import Size, mirrored_frame, unpacked
 from spin_diffusion.diffusion.noising import Noising, draw
 from spin_diffusion.diffusion.prompts import Prompts
 from spin_diffusion.diffusion.settings import DenoiserSettings
-from spin_diffusion.diffusion.trajectory import (
-    SamplerSteps,
-    as_noise,
-    draw_steps,
-    implied_noise,
-    true_pairs,
-)
 from spin_diffusion.samples.sample import KIND, Batch
 from spin_diffusion.selfplay.device import sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
@@ -44,7 +34,6 @@ class Question:
         x_t, target: one row for each image.
         t: timestep of each pair.
         inputs: the denoiser's other inputs by the keywords of its call, tensors with one row for each pair.
-        read: from what the denoiser says to what is compared with `target`, fp32.
         weight: what the scores of each pair are multiplied with.
         level: noise level of each pair, in [0, 1).
     """
@@ -52,20 +41,20 @@ class Question:
     x_t: Tensor
     t: Tensor
     inputs: dict[str, Tensor | dict[str, Tensor]]
-    read: Callable[[Tensor], Tensor]
     target: Tensor
     weight: Tensor
     level: Tensor
 
     def asked_of(self, model: Callable[..., Any]) -> Tensor:
-        """What a model predicts of each image, as `target` is."""
+        """What a model predicts of each image, fp32."""
         inputs = {
             name: {key: self.of_sides(each) for key, each in value.items()}
             if isinstance(value, dict)
             else self.of_sides(value)
             for name, value in self.inputs.items()
         }
-        return self.read(model(self.x_t, self.of_sides(self.t), **inputs, return_dict=False)[0])
+        predicted: Tensor = model(self.x_t, self.of_sides(self.t), **inputs, return_dict=False)[0]
+        return predicted.float()
 
     def scores(self, predicted: Tensor) -> Tensor:
         """The score of each image."""
@@ -82,7 +71,6 @@ class Questions:
     def __init__(
         self,
         noising: Noising,
-        steps: SamplerSteps | None,
         prompts: Prompts,
         *,
         denoiser: DenoiserSettings,
@@ -91,25 +79,16 @@ class Questions:
     ) -> None:
         """
         Args:
-            steps: the sampler's, where scores are taken on them.
             sizes: of latents by the pairs' kind; with more than one the latents come packed.
             channels_last: whether the UNet has this memory layout, and not the plain one.
         """
-        self.noising, self.steps, self.prompts = noising, steps, prompts
+        self.noising, self.prompts = noising, prompts
         self.denoiser, self.sizes, self.channels_last = denoiser, sizes, channels_last
         self.device = prompts.device
         self.weights = timestep_weights(noising, denoiser.snr_gamma)
 
-    def about(self, batch: Batch) -> Iterator[Question]:
-        """One at one (t, eps) per pair, shared by its images; on trajectories one for each step that is scored.
-        `batch`: pairs of one size."""
-        if self.steps is None:
-            yield self.noised(batch)
-        else:
-            yield from self._on_trajectories(batch, self.steps)
-
-    def noised(self, batch: Batch) -> Question:
-        """All images of a batch, noised by the forward process."""
+    def about(self, batch: Batch) -> Question:
+        """All images of a batch, noised by the forward process at one (t, eps) per pair. `batch`: pairs of one size."""
         batch = as_visited(batch)
         x_0 = sent(torch.cat([side["latents"] for side in batch.sides]), self.device).float()
         if len(self.sizes) > 1:
@@ -124,34 +103,10 @@ class Questions:
             x_t=self._laid_out(x_t),
             t=t,
             inputs=self.inputs(batch.prompts, draws.dropped, batch.condition["frame"]),
-            read=Tensor.float,
             target=target,
             weight=sent(self.weights, self.device)[t],
             level=t / self.noising.num_timesteps,
         )
-
-    def _on_trajectories(self, batch: Batch, steps: SamplerSteps) -> Iterator[Question]:
-        """The opponent's kept trajectories, and the real images' posterior ones, at the sampler's own steps."""
-        kind, pairs = self.denoiser.trajectory, len(batch.ids)
-        assert kind != "forward"
-        x_0 = batch.real["latents"].float()
-        draws = draw_steps(batch.seeds, x_0.shape[1:], len(steps), kind, self.denoiser.proportion_empty_prompts)
-        inputs = self.inputs(batch.prompts, draws.dropped, batch.condition["frame"])
-        for pair in true_pairs(x_0, batch.generated.get("states"), draws, steps, kind):
-            x_t, step = sent(pair.x_t, self.device), pair.step[:pairs]  # one for both images
-            target = implied_noise(x_t, sent(pair.x_prev, self.device), steps, pair.step)
-            x_t = self._laid_out(x_t)
-            yield Question(
-                x_t=x_t,
-                t=sent(steps.t[step], self.device),
-                inputs=inputs,
-                read=partial(
-                    as_noise, x_t=x_t, steps=steps, step=pair.step, prediction_type=self.noising.prediction_type
-                ),
-                target=target,
-                weight=sent(self.weights[steps.t[step]], self.device),
-                level=sent(steps.t[step] / self.noising.num_timesteps, self.device),
-            )
 
     def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
         """The denoiser's inputs beside x_t and t, as keywords of its call."""

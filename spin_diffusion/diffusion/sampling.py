@@ -7,7 +7,6 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +53,6 @@ def drawing_pipeline(pipeline: Any, sampler: str, *, unet: Path | None = None, l
     return sampling_pipeline(pipeline, network, sampler)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A batch of images.
-
-    Attributes:
-        states: each image's latents x_T, ..., x_0, (images, steps + 1, channels, height, width) in fp16 on the CPU;
-            None unless they were asked for.
-    """
-
-    images: list[Image.Image]
-    states: Tensor | None = None
-
-
 def draw_batches(
     pipeline: Any,
     prompts: list[str],
@@ -79,8 +65,7 @@ def draw_batches(
     autocast: Callable[[], AbstractContextManager[Any]],
     eta: float = 0.0,
     frames: Frames | None = None,
-    keep_states: bool = False,
-) -> Iterator[Drawn]:
+) -> Iterator[list[Image.Image]]:
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
 
     Args:
@@ -88,7 +73,6 @@ def draw_batches(
         guidance_scale: 1 or less = without guidance.
         frames: what SDXL is told of size and crop, with guidance in both halves alike; None = what users tell it, who
             leave it to diffusers: the size that is drawn and no crop.
-        keep_states: for samplers that do not scale the UNet's input, such as DDIM.
 
     Raises:
         FloatingPointError: an image that is not finite.
@@ -102,7 +86,7 @@ def draw_batches(
         count = len(part)
         if is_compiled(unet):
             part += [part[-1]] * (batch_size - count)  # every other size of a batch would be compiled anew
-        stand_in = _StandIn(unet, len(part), frames[part] if frames is not None else None, keep_states)
+        stand_in = _StandIn(unet, len(part), frames[part] if frames is not None else None)
         pipeline.unet = stand_in
         try:
             with torch.no_grad(), autocast():
@@ -114,14 +98,12 @@ def draw_batches(
                     guidance_scale=guidance_scale,
                     generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
                     eta=eta,
-                    callback_on_step_end=stand_in.after_step if keep_states else None,
                     output_type="latent",
                 ).images[:count]
         finally:
             pipeline.unet = unet
-        states = torch.stack(stand_in.states, dim=1)[:count] if keep_states else None
         pixels = decode_latents(pipeline.vae, latents.float(), [repr(prompts[place][:60]) for place in part[:count]])
-        yield Drawn(to_images(pixels), states)
+        yield to_images(pixels)
 
 
 def _check_steps(scheduler: Any, steps: int) -> None:
@@ -150,39 +132,28 @@ def draw_images(
     return all_images(draw_batches(pipeline, prompts, seeds, **settings), done)
 
 
-def all_images(batches: Iterable[Drawn], done: Callable[[int], None]) -> list[Image.Image]:
+def all_images(batches: Iterable[list[Image.Image]], done: Callable[[int], None]) -> list[Image.Image]:
     """The images of all batches; `done` is told how many there are so far."""
     images: list[Image.Image] = []
     for drawn in batches:
-        images += drawn.images
+        images += drawn
         done(len(images))
     return images
 
 
 class _StandIn:
-    """A pipeline's UNet for one batch: it tells each image its own frame, where diffusers has one for all of them, and
-    takes down the latents x_T, ..., x_0. A compiled UNet would not ask a hook."""
+    """A pipeline's UNet for one batch: it tells each image its own frame, where diffusers has one for all of them. A
+    compiled UNet would not ask a hook."""
 
-    def __init__(self, unet: UNet2DConditionModel, images: int, frames: Frames | None, keep_states: bool) -> None:
-        self.unet, self.images, self.frames, self.keep_states = unet, images, frames, keep_states
-        self.states: list[Tensor] = []
+    def __init__(self, unet: UNet2DConditionModel, images: int, frames: Frames | None) -> None:
+        self.unet, self.images, self.frames = unet, images, frames
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unet, name)
 
     def __call__(self, x_t: Tensor, t: Tensor, **inputs: Any) -> Any:
-        if self.keep_states and not self.states:
-            self._keep(x_t[: self.images])  # with guidance the batch is there twice
         added = inputs.get("added_cond_kwargs")
         if self.frames is not None and added and "time_ids" in added:
             frames = self.frames.repeat(len(x_t) // self.images, 1)
             inputs["added_cond_kwargs"] = added | {"time_ids": sent(frames.float(), x_t.device)}
         return self.unet(x_t, t, **inputs)
-
-    def after_step(self, pipeline: Any, number: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """For the pipeline's `callback_on_step_end`."""
-        self._keep(tensors["latents"])
-        return {}
-
-    def _keep(self, latents: Tensor) -> None:
-        self.states.append(latents.detach().half().cpu())

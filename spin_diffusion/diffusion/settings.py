@@ -41,8 +41,6 @@ class ImageSettings(Settings):
     random_flip: bool = False
     """Mirror both images of a pair at half of its visits; both orientations are encoded. Not where left and right
     matter, as in writing."""
-    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear"] = "lanczos"
-    """How images are resized."""
     image_format: Literal["jpeg", "png"] = "jpeg"
     """Codec of both sides of a pair. png is larger and leaves no trace."""
     vae_round_trip: bool = False
@@ -80,10 +78,6 @@ class SamplingSettings(Settings):
 class DenoiserSettings(Settings):
     """How the denoiser is scored and run."""
 
-    trajectory: Literal["forward", "steps", "exact"] = "forward"
-    """What a score is taken on. forward = both images noised by the forward process. steps = the opponent's own
-    denoising steps, one at random for each pair. exact = all steps of a pair in one logit, at the cost of as many
-    passes."""
     proportion_empty_prompts: float = setting(0.0, minimum=0, maximum=1)
     """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
     winner_preserving_mu: float | None = setting(None, minimum=0, below=1)

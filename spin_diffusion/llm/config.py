@@ -127,11 +127,6 @@ def _check(config: LanguageConfig) -> None:
             raise InputError(
                 f"--objective {name} is made for denoising errors, not for log-probabilities: give another"
             )
-    if config.training.refresh_opponent_steps:
-        raise InputError(
-            "--refresh_opponent_steps: the opponent's scores of answers are computed once in a round; play shorter "
-            "rounds instead (--max_train_steps)"
-        )
     if config.data.dataset_name is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
     if config.rounds.stop_when_learnt and not config.data.holds_out:

@@ -1,6 +1,5 @@
 """What an image run says of itself: before its rounds what it plays with, after them how its model is loaded."""
 
-import math
 from pathlib import Path
 
 from spin_diffusion.diffusion.base import Base, python_arguments
@@ -14,7 +13,6 @@ from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.samples.sample import ENCODED
 from spin_diffusion.samples.shards import Part
-from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.trainee import trained_parameters
 
 
@@ -33,7 +31,6 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
         f"{_sizes_line(game, output_dir)}"
         f"Objective  {config.titles}, opponent {config.rounds.opponent}, drawn at guidance "
         f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
-        f"{_trajectory_line(config, game, manifest['rows'] // config.rounds.real_parts)}"
         f"{_candidate_lines(config)}"
     )
 
@@ -64,41 +61,6 @@ def _candidate_lines(config: Config) -> str:
     if found.scorer in scorers:
         line += f"           so {found.scorer} says what was aimed at, not what was gained: trust the others\n"
     return line
-
-
-def _trajectory_line(config: Config, game: DiffusionGame, pairs: int) -> str:
-    """For the header: what is kept of the opponent's denoising, and how large it gets."""
-    if not keeps_trajectories(config, game):
-        return ""
-    one = trajectory_bytes(game)
-    line = (
-        f"Trajectory {config.denoiser.trajectory}, "
-        f"{' x '.join(str(length) for length in _trajectory_shape(game))} in fp16 = {one / 1e6:.3g} MB an image, "
-        f"{one * pairs * config.rounds.num_generated / 1e6:,.0f} MB until a round is finished\n"
-    )
-    if config.sampling.guidance_scale > 1:
-        line += (
-            "           drawn with guidance, its steps are not those of the opponent's own distribution, which the "
-            "theory speaks of: that is --guidance_scale 1\n"
-        )
-    return line
-
-
-def _trajectory_shape(game: DiffusionGame) -> tuple[int, int, int, int]:
-    """The shape of one image's trajectory: states, channels, height, width."""
-    size = game.resolution // game.latent_px
-    return game.sampling.num_inference_steps + 1, game.pipeline.vae.config.latent_channels, size, size
-
-
-def keeps_trajectories(config: Config, game: DiffusionGame) -> bool:
-    """Whether an opponent draws at all, and its denoising is kept until the round is finished."""
-    objectives = (*objectives_of(config.rounds), *config.rivals)
-    return game.steps is not None and "opponent" in {source_of(config.rounds, name) for name in objectives}
-
-
-def trajectory_bytes(game: DiffusionGame) -> int:
-    """What is kept of the denoising of one image, in fp16."""
-    return 2 * math.prod(_trajectory_shape(game))
 
 
 def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:

@@ -151,8 +151,6 @@ def _probe_training(
     """Seconds of a pair's errors at a fixed draw, of a pair, and of an update; bytes of a checkpoint."""
     size, device = config.training.train_batch_size, game.accelerator.device
     batch = stand_in_batch(config, rows[:size], {name: tensor[:size] for name, tensor in encoded.items()})
-    if game.steps is not None and batch.generated:
-        batch.generated["states"] = _stand_in_states(game, batch.real["latents"])
     score = 0.0
     if game.fixed_draws:
         known: list[Any] = []
@@ -165,12 +163,6 @@ def _probe_training(
     return score, *probe_training(config, game, batch)
 
 
-def _stand_in_states(game: DiffusionGame, latents: torch.Tensor) -> torch.Tensor:
-    """Trajectories of the right shape."""
-    states = latents[:, None].expand(-1, game.sampling.num_inference_steps + 1, *latents.shape[1:])
-    return states + 0.1 * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))
-
-
 # How often the settings ask for what
 
 
@@ -178,11 +170,9 @@ def works(config: Config, pairs: int) -> Callable[[str, int], Work]:
     """(objective, round) -> the work of a round of so many pairs."""
 
     def work(objective: str, round_: int) -> Work:
-        asked, kept = work_of(config, source_of(config.rounds, objective), pairs, 1), 0
-        if config.denoiser.trajectory != "forward":
-            kept = pairs * (config.sampling.num_inference_steps + 1)
+        asked = work_of(config, source_of(config.rounds, objective), pairs, 1)
         scored = pairs * int(config.denoiser.fixed_draws)
-        return Work(asked.drawn, asked.encoded, asked.encoded + kept, scored)
+        return Work(asked.drawn, asked.encoded, asked.encoded, scored)
 
     return work
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.image_evaluator import PictureSamples
-from spin_diffusion.runs.image_lines import card, header, keeps_trajectories, loading_code, trajectory_bytes
+from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.publish import Card
@@ -82,11 +81,6 @@ class ImageRun(Run):
     def open(self, accelerator: Accelerator) -> None:
         """The base checkpoint as a game."""
         config = self.config
-        if wants_shards(config.training, accelerator) and config.denoiser.trajectory == "exact":
-            raise InputError(
-                "--trajectory exact computes its scores again in the backward pass, which needs whole weights on every "
-                "process: take --trajectory steps, or launch with training/accelerate/eight_gpus.yaml"
-            )
         self.game = game = open_game(config, accelerator, self.family_name)
         self.candidates = candidates_of(config.rounds.candidates, str(self.game.accelerator.device))
         self.probe = ShortcutProbe(
@@ -144,7 +138,7 @@ class ImageRun(Run):
         return header(self.config, self.game, data, self.output_dir)
 
     def ready(self, pairs: int, progress: Progress) -> None:
-        """Settle how many draws are fixed, see whether the disk has room, and keep the prompts' embeddings."""
+        """Settle how many draws are fixed, and keep the prompts' embeddings."""
         if (line := self._cut_prompts()) is not None:
             self.game.accelerator.print(line)
         if self.prompts is not None and self.prompts.broken:
@@ -154,7 +148,6 @@ class ImageRun(Run):
         self.config = settle_draws(self.config, self.game.accelerator, pairs)
         config, game = self.config, self.game
         game.fixed_draws = int(config.denoiser.fixed_draws)
-        self._check_room(pairs)
         folder = Path(config.run.encodings_dir or self.output_dir / "encodings") / "prompts"
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
         captions = Column(self.output_dir / "data", "prompt", beside=self.held_out)
@@ -263,19 +256,6 @@ class ImageRun(Run):
             config.data.one_image_per_prompt,
             progress,
         )
-
-    def _check_room(self, pairs: int) -> None:
-        """Raises InputError when a round's trajectories do not fit on the disk."""
-        if not keeps_trajectories(self.config, self.game):
-            return
-        needed = trajectory_bytes(self.game) * pairs * self.config.rounds.num_generated
-        free = shutil.disk_usage(self.output_dir).free
-        if needed > free:
-            raise InputError(
-                f"--trajectory {self.config.denoiser.trajectory} keeps {needed / 1e9:,.1f} GB in a round, and "
-                f"{free / 1e9:,.1f} GB are free in {self.output_dir}: make room, or give fewer images "
-                "(--max_train_samples, --real_parts)"
-            )
 
 
 def _trained_on(

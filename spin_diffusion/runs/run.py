@@ -217,14 +217,13 @@ def _play_with_rivals(
 
 def lineage(records: list[RoundRecord]) -> list[dict[str, object]]:
     """For the manifest: whose player each round went on with, which selves drew how many of its samples, and which
-    ones anchored its scores, in the middle of the round too."""
+    ones anchored its scores."""
     return [
         {
             "round": record["round"],
             "started_from": record["parent"],
             "opponent": record["opponent"],
             "drawn": record.get("drawn", {}),
-            "anchors_within_the_round": record["training"]["anchors"],
             "decision": record["decision"] if record["state"] == "PROMOTED" else record["rejected_because"],
         }
         for record in records

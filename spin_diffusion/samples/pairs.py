@@ -34,15 +34,13 @@ class Pairs:
 
     ids: Sequence[str]
     prompts: Sequence[str]
-    fetch: Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]
-    """Places of pairs -> tensors of both sides; with `kept_part` also what it says of each pair's seed."""
+    fetch: Callable[[list[int]], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    """Places of pairs -> tensors of both sides."""
     draws: int = 0
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
     kinds: Tensor | None = None
     """The kind of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
-    kept_part: Callable[[int], slice] | None = None
-    """`Game.kept_part`, where something was kept of the generated samples."""
     epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
@@ -52,8 +50,7 @@ class Pairs:
             visits = [position // len(self.ids) for position in positions]
             return self.at_draws(indices, [visit % self.draws for visit in visits], seed, round_)
         seeds = [seed_from(seed, "pair", round_, position) for position in positions]
-        parts = () if self.kept_part is None else ([self.kept_part(one) for one in seeds],)
-        real, generated = self.fetch(indices, *parts)
+        real, generated = self.fetch(indices)
         return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
 
     def at_draws(self, indices: list[int], draws: list[int], seed: int, round_: int) -> Batch:
@@ -145,13 +142,11 @@ class Side:
         tensors: folder of its encodings.
         scores: folder of the opponent's scores of it, if they are kept.
         prefix: of the tensors' names, for a data set that has its own worse samples.
-        kept: folder of further tensors, which were kept when the samples were drawn.
     """
 
     tensors: Path
     scores: Path | None = None
     prefix: str = ""
-    kept: Path | None = None
 
 
 def open_pairs(
@@ -162,7 +157,6 @@ def open_pairs(
     copies: int,
     choices: Path | None = None,
     draws: int = 0,
-    kept_part: Callable[[int], slice] | None = None,
 ) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
@@ -172,28 +166,25 @@ def open_pairs(
         choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
             holds these alone.
         draws: fixed draws of each pair.
-        kept_part: `Game.kept_part`.
     """
-    kept_part = kept_part if generated is not None and generated.kept is not None else None
     if choices is not None:
         assert generated is not None and copies == 1
-        return _open_chosen(data, real, generated, part, choices, kept_part)
+        return _open_chosen(data, real, generated, part, choices)
     ids, prompts = Column(data, "id", part), Column(data, "prompt", part)
     sides = [_Tensors(side) for side in (real, generated) if side is not None]
     has_copies = generated is not None and not generated.prefix  # a data set's own worse samples lie in its own rows
 
-    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kept = [ids.place_of(index) for index in indices]
         in_data = [(number, part.index + place * part.of) for number, place in kept]
         drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
         found = [sides[0].rows(in_data, kept)]
         if len(sides) == 2:
-            of_drawn = parts and [one for one in parts for _ in range(copies)]
-            found.append(sides[1].rows(drawn, drawn, of_drawn) if has_copies else sides[1].rows(in_data, kept))
+            found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
     kinds = kinds_of(real.tensors, part) if CONDITION + KIND in sides[0].names else None
-    return Pairs(ids, prompts, fetch, draws, kinds, kept_part)
+    return Pairs(ids, prompts, fetch, draws, kinds)
 
 
 def kinds_of(encoded: Path, part: Part) -> Tensor | None:
@@ -209,9 +200,7 @@ def kinds_of(encoded: Path, part: Part) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _open_chosen(
-    data: Path, real: Side, generated: Side, part: Part, choices: Path, kept_part: Callable[[int], slice] | None
-) -> Pairs:
+def _open_chosen(data: Path, real: Side, generated: Side, part: Part, choices: Path) -> Pairs:
     """The pairs of candidates, and those of real samples and generated ones beside them."""
     ids, prompts, places = [], [], []
     in_data, drawn = _Tensors(real), _Tensors(generated)
@@ -231,7 +220,7 @@ def _open_chosen(
             next_drawn += len(both)
             places.append(((number, choice["place"]), lies.get(choice["real"]), lies[choice["generated"]]))
 
-    def fetch(indices: list[int], parts: list[slice] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         found = []
         for index in indices:
             (number, place), best, _ = places[index]
@@ -242,13 +231,13 @@ def _open_chosen(
                 found.append(drawn.rows([best], [best]) | in_data.condition(of_data))
         others = [places[index][2] for index in indices]
         together = {name: _stacked([tensors[name][0] for tensors in found]) for name in found[0]}
-        return together, drawn.rows(others, others, parts)
+        return together, drawn.rows(others, others)
 
     kinds = kinds_of(real.tensors, part) if CONDITION + KIND in in_data.names else None
     if kinds is not None:
         starts = Column(data, "id", part).starts
         kinds = kinds[torch.tensor([starts[number] + place for (number, place), _, _ in places])]
-    return Pairs(ids, prompts, fetch, kinds=kinds, kept_part=kept_part)
+    return Pairs(ids, prompts, fetch, kinds=kinds)
 
 
 class Column(Sequence[str]):
@@ -297,7 +286,6 @@ class _Tensors:
     def __init__(self, side: Side) -> None:
         self.prefix = side.prefix
         self.file, count = _opened(side.tensors)
-        self.kept = _opened(side.kept)[0] if side.kept is not None else None
         self.score = _opened(side.scores)[0] if side.scores is not None else None
         found = (list(self.file(shard).keys()) for shard in range(count))
         names = next((keys for keys in found if keys), [])  # a shard may have no rows
@@ -312,26 +300,15 @@ class _Tensors:
         names = [name for name in self.names if name.startswith(CONDITION)]
         return {name: _stacked([self.file(s).get_slice(name)[p] for s, p in places]) for name in names}
 
-    def rows(
-        self, places: list[tuple[int, int]], scored: list[tuple[int, int]], parts: list[slice] | None = None
-    ) -> dict[str, Tensor]:
+    def rows(self, places: list[tuple[int, int]], scored: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The rows at (shard, place), by name without the prefix, with the scores at the places `scored`.
 
         Rows of unequal length are filled up with 0 at their end.
-
-        Args:
-            parts: of each row's kept tensors what is read along their first axis; None = all.
         """
         found = {
             name.removeprefix(self.prefix): _stacked([self.file(s).get_slice(name)[p] for s, p in places])
             for name in self.names
         }
-        if self.kept is not None:
-            wanted = parts or [slice(None)] * len(places)
-            for name in self.kept(places[0][0]).keys():
-                found[name] = torch.stack(
-                    [self.kept(s).get_slice(name)[p, part] for (s, p), part in zip(places, wanted, strict=True)]
-                )
         if self.score is not None:
             found["opponent_score"] = torch.stack([self.score(s).get_slice("opponent_score")[p] for s, p in scored])
         return found

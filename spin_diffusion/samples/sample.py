@@ -12,8 +12,6 @@ Row = dict[str, Any]
 
 CHOICES, ENCODED = "choices", "encoded"
 """Folders beside one of samples: which of several candidates make the pairs, and the tensors that scoring needs."""
-KEPT = "kept"
-"""Key of a row that `Game.generate` returns: tensors by name, for the training of this round alone."""
 
 CONDITION = "condition_"
 """Before the names of encoded tensors that say under what a sample is scored, or was drawn, beside its prompt: size and

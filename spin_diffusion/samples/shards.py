@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from spin_diffusion.samples.sample import KEPT, Row
-from spin_diffusion.store.files import Made, Piece, build_together, is_built, read_rows, rows_metadata, write_tensors
+from spin_diffusion.samples.sample import Row
+from spin_diffusion.store.files import Made, Piece, build_together, read_rows, rows_metadata
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import KEY, key_of
+from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.run_dir import AGAIN, file_hash
 
 
@@ -79,28 +78,21 @@ def draw_shards(
 
     Args:
         ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
-        draw: what it keeps of a sample for training (`game.KEPT`) goes into a folder beside `target`.
         metadata: all that decides the samples, beside the shard's own rows.
     """
     key = key_of(**metadata)
     made = 0
 
     def piece_of(path: Path) -> Piece:
-        out, kept = target / path.name, target.parent / KEPT / f"{path.stem}.safetensors"
         asked = ask(read_rows(path, columns=list(columns)))
 
         def make(tell: Callable[[int], None]) -> Made:
             nonlocal made
             drawn = draw(asked, tell)
             made += len(drawn)
-            of_samples = [row.pop(KEPT) for row in drawn if KEPT in row]
-            if not of_samples:
-                return Made(drawn, metadata)
-            tensors = {name: torch.stack([each[name] for each in of_samples]) for name in of_samples[0]}
-            write_tensors(kept, tensors, {KEY: key})  # before the rows, whose file says that the shard is complete
-            return Made(drawn, metadata | {KEPT: "yes"})
+            return Made(drawn, metadata)
 
-        return Piece(out, key, len(asked), make, lambda: KEPT not in rows_metadata(out) or is_built(kept, key))
+        return Piece(target / path.name, key, len(asked), make)
 
     build_together(shards(source / "samples", ".parquet"), piece_of, accelerator, progress)
     return made

@@ -1,10 +1,9 @@
-"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to, its last anchor.
+"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to.
 
 Each appears whole or not at all, and a checkpoint is read only if every byte of it is as it was written.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.record import AnchorRecord, replay
+from spin_diffusion.selfplay.record import replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
@@ -28,7 +27,7 @@ from spin_diffusion.store.run_dir import (
     writing,
 )
 
-CHECKPOINT, ANCHOR, HEALTHY = "checkpoint-", "anchor", "healthy"
+CHECKPOINT, HEALTHY = "checkpoint-", "healthy"
 _AVERAGE, _EMA, _HASHES, _TRAINER = "average.safetensors", "ema.safetensors", "hashes.json", "trainer.json"
 
 
@@ -42,11 +41,10 @@ class _State(TypedDict):
     ema_steps: int
     history: list[Any]
     """As `health.History`; not looked into, since under fp16 a gradient's norm may be infinite."""
-    anchors: list[AnchorRecord]
 
 
 class Checkpoints:
-    """A round's checkpoints and its last anchor.
+    """A round's checkpoints.
 
     Args:
         average: the opponent's moving average, which a checkpoint holds as well.
@@ -57,10 +55,9 @@ class Checkpoints:
         self.directory, self.trainee, self.average = directory, trainee, average
         self.global_batch = global_batch
         self.game, self.accelerator = trainee.game, trainee.accelerator
-        self.anchor_hash = self.game.opponent_hash() if trainee.settings.refresh_opponent_steps else ""
 
-    def save(self, step: int, history: health.History, anchors: list[AnchorRecord]) -> None:
-        """Write checkpoint `step` with what the log and the anchors are by now, in place of the oldest."""
+    def save(self, step: int, history: health.History) -> None:
+        """Write checkpoint `step` with the log as it is by now, in place of the oldest."""
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
         if main:
@@ -72,8 +69,6 @@ class Checkpoints:
             if main:
                 if self.average is not None:
                     save_weights(self.average.weights, part / _AVERAGE)
-                if anchors:
-                    shutil.copytree(self.directory / ANCHOR, part / ANCHOR, dirs_exist_ok=True)
                 state = {
                     "step": step,
                     "kind": self.trainee.kind,
@@ -81,7 +76,6 @@ class Checkpoints:
                     "lr": self.trainee.optimizer.param_groups[0]["lr"],
                     "ema_steps": ema.optimization_step if ema is not None else 0,
                     "history": history,
-                    "anchors": anchors,
                 }
                 (part / _TRAINER).write_text(json.dumps(state))
                 _commit_listed(part, path)
@@ -91,14 +85,14 @@ class Checkpoints:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, wanted: str) -> tuple[int, health.History, list[AnchorRecord]]:
-        """Take up the wanted checkpoint, if there is one: its step (or 0), log and anchors.
+    def load(self, wanted: str) -> tuple[int, health.History]:
+        """Take up the wanted checkpoint, if there is one: its step (or 0) and log.
 
         Where the newest is wanted and is not what was written, the one before it is taken, which is said.
         """
         path = _first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
         if path is None:
-            return 0, [], []
+            return 0, []
         state = read_json(path / _TRAINER, _State)
         if state["global_batch"] != self.global_batch:
             raise InputError(
@@ -111,8 +105,6 @@ class Checkpoints:
                 f"{path} holds the player {state['kind']}, this run trains it {self.trainee.kind}: launch it as "
                 f"before until the round is done, or delete all {CHECKPOINT}* in {self.directory}"
             )
-        if state["anchors"]:
-            self._seat_anchor(path, state["anchors"][-1]["hash"])
         self.trainee.load(path)
         for group in self.trainee.optimizer.param_groups:
             group["lr"] = state["lr"]
@@ -121,31 +113,7 @@ class Checkpoints:
         if self.average is not None:
             self.average.weights = load_weights(path / _AVERAGE, self.accelerator)
         self.accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
-        return state["step"], state["history"], state["anchors"]
-
-    def new_anchor(self) -> str:
-        """The player of this moment anchors the scores from here on; its hash. Its weights are kept for a resume."""
-        assert self.game.opponent_hash() == self.anchor_hash, "the opponent changed while the player was trained"
-        self.trainee.gather()
-        part = part_of(self.directory / ANCHOR)
-        self.game.save(part, prove=False)
-        if self.accelerator.is_main_process:
-            _commit_listed(part, self.directory / ANCHOR)
-        self.accelerator.wait_for_everyone()
-        self.game.promote()
-        self.anchor_hash = self.game.opponent_hash()
-        return self.anchor_hash
-
-    def _seat_anchor(self, checkpoint: Path, expected: str) -> None:
-        """Seat the opponent that anchored the scores when a checkpoint was made, in place of the round's first."""
-        self.game.restore(checkpoint / ANCHOR)
-        self.game.promote()
-        self.anchor_hash = self.game.opponent_hash()
-        assert self.anchor_hash == expected, f"{checkpoint}: its anchor is not the one that it was made with"
-        if self.accelerator.is_main_process:
-            shutil.copytree(checkpoint / ANCHOR, part_of(self.directory / ANCHOR), dirs_exist_ok=True)
-            commit(self.directory / ANCHOR)
-        self.accelerator.wait_for_everyone()
+        return state["step"], state["history"]
 
 
 class Snapshots:
@@ -247,9 +215,9 @@ _ANOTHER = "give another --resume_from_checkpoint, or latest"
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Delete a round's checkpoints, snapshots and last anchor, which are of no use once its player is saved."""
+    """Delete a round's checkpoints and snapshots, which are of no use once its player is saved."""
     snapshots = directory / HEALTHY
-    for path in [*_checkpoints(directory), directory / ANCHOR, *(snapshots.iterdir() if snapshots.is_dir() else [])]:
+    for path in [*_checkpoints(directory), *(snapshots.iterdir() if snapshots.is_dir() else [])]:
         _remove(path)
     remove_files(snapshots, lambda name: False)
 

@@ -183,13 +183,3 @@ class FixedDraws(Protocol):
     def release_opponent(self) -> None:
         """Nobody asks for the opponent until the next `promote`."""
         ...
-
-
-@runtime_checkable
-class KeepsTensors(Protocol):
-    """A game that keeps tensors of what it generates, for the training of the round alone."""
-
-    def kept_part(self, seed: int) -> slice:
-        """Which places along the first axis of each kept tensor `scores` asks for at this seed; the others are not
-        read."""
-        ...

@@ -154,9 +154,9 @@ def mapo(scores: PairScores, weight: float = 0.1, snr: float = 0.5, steps: float
 def dro(scores: PairScores, threshold: float = 0.001) -> Float[Tensor, " batch"]:
     """Denoising ranking (Diffusion-DRO, arXiv 2510.18353): max(0, threshold + d_real - d_generated), no sigmoid.
 
-    d = -2 r is how much larger the player's denoising error is than the reference's. The paper takes the generated side
-    on the policy's own denoising steps, with its own prediction as the target, and the base as the reference: that is
-    `--trajectory steps --anchor base`, with short rounds in place of a new rollout at every step.
+    d = -2 r is how much larger the player's denoising error is than the reference's, which in the paper is the base
+    (`--anchor base`). The paper takes the generated side on the policy's own denoising steps, rolled out anew at every
+    step, with its own prediction as the target; here both sides are noised by the forward process.
 
     Args:
         threshold: difference of the errors that is enough; the paper's code has 0.001.

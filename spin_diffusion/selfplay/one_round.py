@@ -14,7 +14,7 @@ from spin_diffusion.samples.pairs import Pairs, Side, open_pairs
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores
 from spin_diffusion.samples.shards import Part, rows_in, shards
-from spin_diffusion.selfplay.game import FixedDraws, Game, KeepsTensors
+from spin_diffusion.selfplay.game import FixedDraws, Game
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture
 from spin_diffusion.selfplay.record import (
@@ -22,7 +22,6 @@ from spin_diffusion.selfplay.record import (
     EMA,
     ENCODED,
     HELD_OUT,
-    KEPT,
     SAMPLES,
     SCORES,
     RoundFields,
@@ -241,9 +240,8 @@ class Round:
         def scores(side: str) -> Path | None:
             return samples.folder / SCORES / side if self.scores_kept and scored else None
 
-        kept = samples.folder / KEPT
         generated = {
-            "opponent": Side(samples.folder / ENCODED, scores("generated"), kept=kept if kept.is_dir() else None),
+            "opponent": Side(samples.folder / ENCODED, scores("generated")),
             "data": Side(samples.data / ENCODED, scores("generated"), "loser_"),
             "none": None,
         }[self.source]
@@ -257,7 +255,6 @@ class Round:
             self.settings.num_generated,
             samples.folder / CHOICES if self.candidates is not None else None,
             self.fixed_draws,
-            self.game.kept_part if isinstance(self.game, KeepsTensors) else None,
         )
 
     def _check_samples(self, record: RoundRecord, folder: Path) -> None:

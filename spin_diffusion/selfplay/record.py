@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from spin_diffusion.samples.sample import CHOICES, ENCODED, KEPT
+from spin_diffusion.samples.sample import CHOICES, ENCODED
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.run_dir import Damaged
 
@@ -13,7 +13,7 @@ STATES: tuple[State, ...] = get_args(State)[:-1]
 FINAL: tuple[State, ...] = ("PROMOTED", "REJECTED")
 
 SAMPLES, SCORES = "samples", "scores"
-"""Folders of a round, and of `held_out` in it, with a file for each shard of samples, as ENCODED, CHOICES and KEPT."""
+"""Folders of a round, and of `held_out` in it, with a file for each shard of samples, as ENCODED and CHOICES."""
 HELD_OUT, EVALUATION, EMA = "held_out", "evaluation", "ema"
 """Other folders of a round."""
 
@@ -43,13 +43,6 @@ class OpponentRecord(TypedDict):
     anchors: list[SelfRecord]
 
 
-class AnchorRecord(TypedDict):
-    """A player that became the anchor of the scores in the middle of a round."""
-
-    step: int
-    hash: str
-
-
 class FindingRecord(TypedDict):
     """What a rule of health said."""
 
@@ -76,7 +69,6 @@ class TrainingRecord(TypedDict):
     stopped_early: bool
     health: list[FindingRecord]
     ended_by: EndRecord | None
-    anchors: list[AnchorRecord]
     distance: float | None
     loss: float
     r_real: float
@@ -190,7 +182,7 @@ def made_in(name: str) -> State:
     """The state that makes the file of a name in a record, such as round-1/held_out/samples/00000-of-00001.parquet."""
     inside = Path(name).parts[1:]
     folder = inside[1] if inside[0] == HELD_OUT else inside[0]
-    if folder in (SAMPLES, KEPT, CHOICES):
+    if folder in (SAMPLES, CHOICES):
         return "GENERATED"
     return "CACHED" if folder in (ENCODED, SCORES) else "TRAINED"
 
@@ -199,7 +191,7 @@ def saved_names(directory: Path, record: RoundRecord) -> list[str]:
     """Top-level names in the round's folder that the game wrote of the player, as users load it."""
     prefix = f"{directory.name}/"
     names = {name.removeprefix(prefix).split("/")[0] for name in record["files"] if name.startswith(prefix)}
-    return sorted(names - {SAMPLES, CHOICES, ENCODED, KEPT, SCORES, HELD_OUT, EMA, EVALUATION})
+    return sorted(names - {SAMPLES, CHOICES, ENCODED, SCORES, HELD_OUT, EMA, EVALUATION})
 
 
 def replay(directory: Path) -> str:

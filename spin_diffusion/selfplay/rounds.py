@@ -25,7 +25,6 @@ from spin_diffusion.selfplay.record import (
     ENCODED,
     EVALUATION,
     FINAL,
-    KEPT,
     SAMPLES,
     SCORES,
     STATES,
@@ -184,7 +183,7 @@ class Journal:
     def _unremoved_files(self) -> dict[str, str]:
         """The files that a round still has as they were: a finished one has removed what its samples give again, and
         its evaluation may have been made anew by other scorers."""
-        removed = {ENCODED, KEPT, EVALUATION} if self.is_finished else {EVALUATION}
+        removed = {ENCODED, EVALUATION} if self.is_finished else {EVALUATION}
         files = self.record["files"].items()
         return {name: digest for name, digest in files if not removed & set(Path(name).parent.parts)}
 
@@ -216,7 +215,7 @@ def _resting_on(path: Path, below: Path) -> list[Path]:
     if made_in(path.relative_to(below).as_posix()) != "GENERATED":
         return [path]
     folder = path.parent.parent
-    names = (SAMPLES, KEPT, CHOICES, ENCODED, f"{SCORES}/real", f"{SCORES}/generated")
+    names = (SAMPLES, CHOICES, ENCODED, f"{SCORES}/real", f"{SCORES}/generated")
     return [made for name in names for made in (folder / name).glob(f"{path.stem}.*")]
 
 
@@ -265,11 +264,10 @@ def _ask_probe(round_: Round, journal: Journal) -> None:
 
 
 def _clean(round_: Round) -> None:
-    """Remove what a finished round does not need: encodings, which the samples give again, what was kept for its
-    training alone, and checkpoints."""
+    """Remove what a finished round does not need: encodings, which the samples give again, and checkpoints."""
     if round_.accelerator.is_main_process:
         for samples in round_.sets:
-            for name in (ENCODED, KEPT, DRAWN_BY, SCORED_BY):
+            for name in (ENCODED, DRAWN_BY, SCORED_BY):
                 remove_files(samples.folder / name, is_shard)
         remove_checkpoints(round_.directory)
     round_.accelerator.wait_for_everyone()

@@ -25,7 +25,6 @@ from spin_diffusion.selfplay.opponents import Mixture, describe, member
 from spin_diffusion.selfplay.record import (
     CHOICES,
     ENCODED,
-    KEPT,
     SAMPLES,
     SCORES,
     RoundFields,
@@ -82,7 +81,7 @@ def generate(round_: Round, record: RoundRecord) -> StepResult:
         judge = candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
     worked_on = sum(_draw_set(round_, record, samples, metadata) for samples in round_.sets)
     fields: RoundFields = {"generated": round_.source, "drawn": _drawn_by_self(round_, record)}
-    files = round_.hashes(SAMPLES) | round_.hashes(KEPT)
+    files = round_.hashes(SAMPLES)
     if candidates is not None and judge is not None:
         for samples in round_.sets:
             title = f"{samples.title}: judge the candidates"

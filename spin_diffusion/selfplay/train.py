@@ -22,7 +22,7 @@ from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.health import METRICS, StepEntry
 from spin_diffusion.selfplay.objectives import Loss
-from spin_diffusion.selfplay.record import AnchorRecord, TrainingRecord
+from spin_diffusion.selfplay.record import TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
@@ -70,7 +70,7 @@ def train(
     per_step = check_batch(len(pairs.ids), settings, game.accelerator.num_processes)
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
-    first_step, history, anchors = checkpoints.load(settings.resume_from_checkpoint)
+    first_step, history = checkpoints.load(settings.resume_from_checkpoint)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
     ahead = ReadAhead(pairs, settings.train_batch_size * game.accelerator.num_processes)
@@ -81,8 +81,6 @@ def train(
         if snapshots is not None and step % health.WINDOW_STEPS == 0:
             snapshots.take(step)
         started = time.perf_counter()
-        if settings.refresh_opponent_steps and step and step % settings.refresh_opponent_steps == 0:
-            anchors.append({"step": step, "hash": checkpoints.new_anchor()})
         lr = trainee.optimizer.param_groups[0]["lr"]
         metrics, norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
@@ -95,7 +93,7 @@ def train(
         if ended is not None or step + 1 == plan.steps:
             break
         if (step + 1) % settings.checkpointing_steps == 0:
-            checkpoints.save(step + 1, history, anchors)
+            checkpoints.save(step + 1, history)
     ahead.close()
 
     # What is left of it
@@ -107,7 +105,7 @@ def train(
     if game.accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
-    return _came_to(first_step, history, anchors, ended, kept_step, settings)
+    return _came_to(first_step, history, ended, kept_step, settings)
 
 
 def _prepared(game: Game, plan: RoundPlan, settings: TrainSettings) -> tuple[Trainee, LRScheduler]:
@@ -152,7 +150,6 @@ def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> healt
 def _came_to(
     first_step: int,
     history: health.History,
-    anchors: list[AnchorRecord],
     ended: health.Finding | None,
     kept_step: int,
     settings: TrainSettings,
@@ -172,7 +169,6 @@ def _came_to(
         "ended_by": None
         if ended is None
         else {"rule": ended.rule, "action": ended.action, "sentence": ended.sentence, "kept_step": kept_step},
-        "anchors": anchors,
         "distance": next((entry["distance"] for entry in reversed(history) if "distance" in entry), None),
         "loss": means["loss"],
         "r_real": means["r_real"],

@@ -102,9 +102,6 @@ class TrainSettings(Settings):
     accelerate config for FSDP says so as well."""
     allow_tf32: bool = False
     """TF32 matrix products on Ampere and later GPUs."""
-    refresh_opponent_steps: int | None = setting(None, minimum=1)
-    """Every so many optimizer steps of a round its player becomes the one that anchors the scores; the samples stay.
-    (New samples as well: shorter rounds.)"""
     checkpointing_steps: int = setting(500, minimum=1, harmless=True)
     """Optimizer steps between checkpoints within a round."""
     checkpoints_total_limit: int | None = setting(None, minimum=1, harmless=True)

@@ -73,7 +73,7 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     if round_.source == "none":  # there is nothing to tell apart
         settings = replace(settings, health=replace(settings.health, saturation="ignore"))
     training = train(game, pairs, plan, settings, round_.directory, bar, average)
-    _check_opponent(round_, record, before, training)
+    _check_opponent(round_, record, before)
     _tell_training(round_, training)
     saved = game.save(round_.directory)
     round_.accelerator.wait_for_everyone()
@@ -122,14 +122,11 @@ def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -
     round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
 
 
-def _check_opponent(round_: Round, record: RoundRecord, before: str | None, training: TrainingRecord) -> None:
-    """It is what it was, whose hash was `before` (None = its scores were kept), or what it was refreshed to."""
+def _check_opponent(round_: Round, record: RoundRecord, before: str | None) -> None:
+    """It is what it was, whose hash was `before` (None = its scores were kept)."""
     if before is None:
         verify_hashes(record["files"], round_.run.output_dir)  # the kept scores are among them
         return
-    if training["anchors"]:
-        round_.run.opponent_has_moved()
-        before = training["anchors"][-1]["hash"]
     now = round_.game.opponent_hash()
     assert now == before, f"round {round_.k}: the opponent changed while the player was trained"
 

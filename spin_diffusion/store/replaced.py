@@ -52,5 +52,8 @@ REPLACED = {
     "stop_when_learnt": "language runs alone end so; give --num_held_out, which measures the gap that it waits for",
     "two_passes": "give --gradient_checkpointing, or fewer pairs at a time (--train_batch_size)",
     "attention_kernel": "torch chooses its kernel",
-    "trajectory_weights": "all steps weigh the same",
+    "trajectory_weights": "both images are noised by the forward process",
+    "trajectory": "both images are noised by the forward process, which every measured run preferred",
+    "refresh_opponent_steps": "play shorter rounds (--max_train_steps), whose opponent draws anew",
+    "image_interpolation_mode": "images are resized by lanczos",
 }

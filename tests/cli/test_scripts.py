@@ -345,22 +345,12 @@ def test_more_rounds_may_be_added_to_a_finished_run(unevaluated, tmp_path):
         (["--use_lora", "true", "--lora_target_modules", "[to_x]"], ["--lora_target_modules to_x", "to_out.0"]),
         (["--health", "{distance: rollback}"], ["health", "distance: expected", "roll_back"]),
         (["--health", "{distance: [-1, stop]}"], ["--health distance -1", "at least 0"]),
-        (["--trajectory", "exactly"], ["--trajectory exactly", "exact"]),
-        (["--trajectory", "exact", "--sampler", "dpmpp"], ["--trajectory exact", "--sampler ddim", "dpmpp"]),
-        (["--trajectory", "exact", "--opponent", "pool"], ["--trajectory exact", "--opponent pool"]),
-        (["--trajectory", "steps", "--sampler", "ddim", "--random_flip", "true"], ["--trajectory", "--random_flip"]),
-        (["--trajectory", "steps", "--sampler", "ddim", "--max_aspect_ratio", "2"], ["--trajectory", "one size"]),
         (["--max_aspect_ratio", "0.5"], ["--max_aspect_ratio 0.5", "at least 1"]),
         (["--max_aspect_ratio", "2", "--compile", "blocks"], ["--max_aspect_ratio 2", "--compile blocks"]),
         (
             ["--max_aspect_ratio", "2", "--fully_shard", "true", "--train_batch_size", "2"],
             ["--max_aspect_ratio 2", "--train_batch_size 1"],
         ),
-        (
-            ["--trajectory", "steps", "--candidates", "{number: 2, scorer: sharpness}"],
-            ["--trajectory steps", "--candidates"],
-        ),
-        (["--trajectory", "steps", "--objective", "dpo"], ["--trajectory steps", "--objective dpo"]),
         (["--eta", "2"], ["--eta 2", "between 0 and 1"]),
         (["--eta", "1", "--sampler", "dpmpp"], ["--eta 1", "--sampler ddim"]),
         (["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
@@ -369,15 +359,6 @@ def test_more_rounds_may_be_added_to_a_finished_run(unevaluated, tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(argv, parts, settings, tmp_path, capsys):
     refused(capsys, play(tmp_path, settings, *argv), *parts)
-
-
-@pytest.mark.parametrize(("kind", "eta"), [("steps", 0), ("exact", 1)])
-def test_trajectories_are_predicted_kept_and_trained_on(kind, eta, settings, tmp_path, capsys):
-    assert play(tmp_path, settings, "--trajectory", kind, "--eta", str(eta), "--validation_prompts", "null") == 0
-    printed = capsys.readouterr().out
-    assert f"Trajectory {kind}, 3 x 4 x 16 x 16 in fp16 = 0.00614 MB an image" in printed
-    assert "that is --guidance_scale 1" in printed
-    assert (tmp_path / "out" / "unet").is_dir() and not (tmp_path / "out" / "round-1" / "kept").exists()
 
 
 def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
@@ -441,20 +422,6 @@ def test_an_adapter_is_trained_saved_and_evaluated(settings, tmp_path, capsys):
     assert runpy.run_path(str(ROOT / "evaluation" / "evaluate.py"))["main"](argv) == 0
     models = json.loads((tmp_path / "evaluated" / "results.json").read_text())["models"]
     assert len({model["weights_sha256"] for model in models}) == 2
-
-
-def test_a_disk_too_small_for_the_trajectories_is_said_beforehand(settings, tmp_path, capsys, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10_000))
-    refused(capsys, play(tmp_path, settings, "--trajectory", "exact"), "0.0 GB are free", "--max_train_samples")
-    assert not (tmp_path / "out" / "round-1" / "samples").exists()
-
-
-def test_a_schedule_without_signal_has_no_trajectories(settings, sd2_dir, tmp_path, capsys):
-    settings |= {"pretrained_model_name_or_path": str(sd2_dir), "trajectory": "steps"}
-    refused_by = play(tmp_path, settings, script="train_spin_sd.py")
-    refused(capsys, refused_by, "zero terminal SNR", "--trajectory forward")
 
 
 def test_an_unknown_key_in_the_file_names_the_nearest(settings, tmp_path, capsys):

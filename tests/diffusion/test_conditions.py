@@ -13,7 +13,7 @@ from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import game as game_module
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
-from spin_diffusion.diffusion.sampling import Drawn
+from spin_diffusion.diffusion.sampling import SAMPLERS
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
@@ -43,12 +43,12 @@ def pictures(losers: bool = False, same: bool = False, count: int = 12):
         yield Example(f"picture {number}", better, worse if losers else None, f"row {number}")
 
 
-def game_of(base, trajectory: str = "forward", lossless: bool = False, images: dict | None = None, **denoiser):
+def game_of(base, lossless: bool = False, images: dict | None = None, **denoiser):
     """A game at 32 px whose pictures are larger, smaller and of other shapes."""
     made = make_game(base, sampling=replace(SAMPLING, guidance_scale=3.0, num_inference_steps=2), **denoiser)
     return DiffusionGame(
         made.family, made.pipeline, made.base, sampling=made.sampling,
-        denoiser=replace(made.denoiser, trajectory=trajectory),
+        denoiser=made.denoiser,
         images=replace(made.images, image_format="png" if lossless else "jpeg", **images or {}),
         accelerator=made.accelerator,
     )  # fmt: skip
@@ -143,8 +143,6 @@ def frames_of(game, folder) -> dict[tuple[int, ...], str]:
         ({"objective": "space", "num_generated": 3}, {"images": {"random_flip": True}}),
         ({}, {"images": {"max_aspect_ratio": 4.0, "random_flip": True}, "winner_preserving_mu": 0.5}),
         ({}, {"images": {"center_crop": False, "random_flip": True}}),
-        ({}, {"trajectory": "steps"}),
-        ({}, {"trajectory": "exact"}),
         ({"objective": "dpo"}, {"fixed_draws": 2, "images": {"max_aspect_ratio": 4.0}}),
         ({"num_generated": 2}, {"fixed_draws": 2, "images": {"random_flip": True}}),
         ({"opponent": "pool", "rounds": 2}, {}),
@@ -158,8 +156,6 @@ def frames_of(game, folder) -> dict[tuple[int, ...], str]:
         "space",
         "sizes",
         "crops",
-        "steps",
-        "exact",
         "dpo_draws",
         "draws",
         "pool",
@@ -208,7 +204,7 @@ def test_each_image_is_drawn_as_diffusers_draws_it_with_its_frame(size_condition
     assert len({tuple(row["frame"]) for row in rows}) == len(SHAPES)
     drawn = game.generate(rows, list(range(len(rows))))
     pipeline = type(game.pipeline)(**dict(game.pipeline.components))
-    pipeline.scheduler = game_module.SAMPLERS["ddim"](dict(pipeline.scheduler.config))
+    pipeline.scheduler = SAMPLERS["ddim"](dict(pipeline.scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     for place, (row, made) in enumerate(zip(rows, drawn, strict=True)):
         frame = game.frame_of(row)
@@ -293,7 +289,7 @@ def test_of_pairs_whose_pictures_are_the_same_nothing_can_be_learnt(
     proof, *_ = real.values()
 
     def draws_the_real_ones(pipeline, prompts, seeds, **how):
-        yield Drawn([real.get(prompt, proof) for prompt in prompts])
+        yield [real.get(prompt, proof) for prompt in prompts]
 
     monkeypatch.setattr(game_module, "draw_batches", draws_the_real_ones)
     # Not Adam, whose division by the gradient's size would make steps of its rounding

@@ -81,9 +81,6 @@ def test_the_arithmetic_of_a_round():
     # A pipeline whose empty prompt is zeros encodes one prompt an image
     assert [work_of(config(), "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
     assert unit.of_area(2.0) == UnitCosts(20, 40, 22, 1, 6, 10)
-    # All noise levels of a trajectory, whose activations are computed twice
-    exact = work_of(config(trajectory="exact", sampler="ddim"), "opponent", 10, 1)
-    assert exact.scored == 2 * 2 * 3 and exact.forwards == 2
     assert step_flops(unit, work_of(config(use_lora=True), "opponent", 10, 1)) == 6 * (10 + 11) + 6 * 10
     # Fixed draws: the opponent's forward passes are made once, before the first step
     fixed = work_of(config(fixed_draws=3), "opponent", 10, 7)

@@ -8,7 +8,6 @@ from PIL import Image
 
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, phase_flops
 from spin_diffusion.diffusion.images import crop, encode_pixels, mirrored_frame, to_pixels
-from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.store.pictures import open_picture
 from tests.diffusion.test_caches import shared
 from tests.diffusion.test_game import batch_of
@@ -37,12 +36,11 @@ def test_a_mirrored_latent_is_that_of_the_mirrored_image(sdxl_dir):
 @pytest.mark.parametrize("size", [(90, 40), (40, 90), (33, 32), (32, 32)])
 def test_the_mirrored_frame_is_that_of_a_crop_of_the_mirror_image(size, place):
     image = Image.effect_noise(size, 50)
-    settings = ImageSettings(image_interpolation_mode="bilinear")
-    square, frame = crop(image, (32, 32), place, settings)
+    square, frame = crop(image, (32, 32), place)
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # From the other side the same crop lies at the rest of the way
     wide = size[0] > size[1]
-    other, other_frame = crop(flipped, (32, 32), 1 - place if wide else place, settings)
+    other, other_frame = crop(flipped, (32, 32), 1 - place if wide else place)
     assert mirrored_frame(frame) == other_frame
     assert other.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == square.tobytes()
 

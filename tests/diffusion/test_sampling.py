@@ -1,7 +1,6 @@
 """Drawing: the default sampler, files written beside it, memory that does not hold a batch, a compiled UNet."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -101,12 +100,6 @@ def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):
     for found, other in zip(drawn, expected, strict=True):
         difference = images.to_pixels([open_picture(found["image"])]) - images.to_pixels([open_picture(other["image"])])
         assert found["id"] == other["id"] and difference.abs().mean() < 0.01  # the batch changes rounding only
-
-
-def test_drawing_does_not_keep_states_that_nobody_asked_for(sdxl_dir, monkeypatch):
-    game = make_game(sdxl_dir)
-    monkeypatch.setattr("spin_diffusion.diffusion.sampling._StandIn._keep", partial(pytest.fail, "states were kept"))
-    assert len(game.generate(asked("a fox"), [3])) == 1
 
 
 @pytest.mark.parametrize(("sampler", "offset", "steps"), [("ddim", 0, 1001), ("ddim", 1, 1000), ("dpmpp", 0, 1001)])

@@ -92,8 +92,6 @@ def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
         "--checkpointing_steps", "1", "--candidates", "{number: 4, scorer: pickscore, share: 0.5}",
     )  # fmt: skip
     assert size(candidates) - size(settings) == 2 * (30 - 12) * 10 + (24 - 12) * 100
-    steps = config("--checkpointing_steps", "1", "--trajectory", "steps", "--sampler", "ddim")
-    assert size(steps) - size(settings) == 12 * 100 * 11  # ten steps have eleven states
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
     assert size(rival) - size(settings) == 2 * (6 * 20 + 1000) + 1000
 

@@ -8,12 +8,10 @@ from accelerate import Accelerator
 
 from spin_diffusion.samples import real as samples
 from spin_diffusion.samples.real import prepare
-from spin_diffusion.samples.sample import KEPT
 from spin_diffusion.samples.scores import KeepsScores, score_shards
-from spin_diffusion.samples.shards import Part, draw_shards, merge_shards, some_pairs
+from spin_diffusion.samples.shards import Part, merge_shards, some_pairs
 from spin_diffusion.samples.shards import shards as shards_of
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.store import files
 from spin_diffusion.store.files import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
 from spin_diffusion.store.input_error import InputError
 
@@ -36,18 +34,6 @@ def test_a_folder_that_lacks_a_shard_is_refused(data):
         shards_of(data / "samples", ".parquet")
     with pytest.raises(InputError, match="it has 0 of its shards"):
         shards_of(data / "nowhere", ".parquet")
-
-
-def test_what_is_kept_for_training_is_there_before_the_rows_that_say_so(data, monkeypatch):
-    kept = data / "round-1" / KEPT / f"{NAMES[0]}.safetensors"
-    there = []
-    monkeypatch.setattr(files, "write_rows", lambda path, rows, metadata: there.append(kept.is_file()))
-    draw_shards(
-        data, data / "round-1" / "samples", lambda rows: rows,
-        lambda rows, done: [row | {KEPT: {"states": torch.ones(2)}} for row in rows], {}, ("id",),
-        Accelerator(cpu=True), lambda done, text: None,
-    )  # fmt: skip
-    assert there == [True] * 3
 
 
 def test_shards_that_were_merged_for_another_opponent_are_merged_again(tmp_path):

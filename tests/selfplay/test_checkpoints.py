@@ -30,7 +30,6 @@ def folder(tmp_path) -> Path:
         "checkpoint-9",
         "checkpoint-10",
         "checkpoint-11.spin-part",
-        "anchor",
         "healthy",
         "unet",
         "checkpoint-notes",
@@ -51,7 +50,7 @@ def test_the_newest_whole_checkpoint_is_taken_up_or_the_one_that_is_named(folder
 
 
 def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays_but_what_is_its_users(folder):
-    written = [folder / "checkpoint-9", folder / "checkpoint-10", folder / "anchor", folder / "healthy" / "20"]
+    written = [folder / "checkpoint-9", folder / "checkpoint-10", folder / "healthy" / "20"]
     for path in written:
         (path / "deep").mkdir(parents=True)
         (path / "deep" / "weights").write_text("")
@@ -113,12 +112,12 @@ def test_going_back_passes_by_a_snapshot_that_is_damaged(tmp_path, capsys):
 
 
 def test_what_a_killed_attempt_listed_is_not_listed_again(tmp_path):
-    part = tmp_path / "anchor.spin-part"
+    part = tmp_path / "checkpoint-1.spin-part"
     part.mkdir()
     (part / "weights").write_text("w")
     write_json(part / "hashes.json", {"weights": "of before"})
-    _commit_listed(part, tmp_path / "anchor")
-    assert _first_whole([tmp_path / "anchor"], Accelerator(cpu=True)) == tmp_path / "anchor"
+    _commit_listed(part, tmp_path / "checkpoint-1")
+    assert _first_whole([tmp_path / "checkpoint-1"], Accelerator(cpu=True)) == tmp_path / "checkpoint-1"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_what_a_killed_attempt_listed_is_not_listed_again(tmp_path):
 )
 def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_path):
     path = tmp_path / "checkpoint-1"
-    state = {"step": 1, "kind": "whole", "global_batch": 4, "lr": 1e-4, "ema_steps": 0, "history": [], "anchors": []}
+    state = {"step": 1, "kind": "whole", "global_batch": 4, "lr": 1e-4, "ema_steps": 0, "history": []}
     write_json(path / "trainer.json", state | changed)
     write_json(path / "hashes.json", file_hashes([path], path))
     trainee = create_autospec(Trainee, instance=True)

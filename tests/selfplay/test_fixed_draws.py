@@ -126,8 +126,6 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
     ("flags", "message"),
     [
         (["--fixed_draws", "-1"], "at least 0"),
-        (["--fixed_draws", "1", "--refresh_opponent_steps", "5"], "leave one of them out"),
-        (["--fixed_draws", "1", "--trajectory", "steps", "--sampler", "ddim"], "of --trajectory forward"),
         (["--fixed_draws", "1", "--candidates", "{number: 2, scorer: pickscore}"], "not made for candidates"),
     ],
 )

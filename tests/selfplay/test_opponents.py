@@ -14,7 +14,7 @@ from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.opponents import OPPONENTS, pool
 from spin_diffusion.selfplay.round_settings import OpponentName
 from spin_diffusion.selfplay.train import Average
-from spin_diffusion.store.files import read_json, read_rows
+from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.run_dir import file_hash
 from tests.playing import TRAINING, make_game, play_all
 
@@ -156,40 +156,6 @@ def test_a_killed_run_with_an_averaged_opponent_ends_with_the_same_bytes(sdxl_di
     for name in ("unet", "round-1/ema/unet", "round-2/ema/unet"):
         name += "/diffusion_pytorch_model.safetensors"
         assert file_hash(averaged[0] / name) == file_hash(tmp_path / name)
-
-
-REFRESHED = replace(TRAINING, max_train_steps=7, refresh_opponent_steps=3, checkpointing_steps=2)
-
-
-def test_a_refreshed_opponent_is_the_player_of_that_step(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, REFRESHED, rounds=2)
-    anchors = records[0]["training"]["anchors"]
-    assert [found["step"] for found in anchors] == [3, 6]
-    assert len({found["hash"] for found in anchors} | {records[0]["opponent"]["hash"]}) == 3
-    r_real = [entry["r_real"] for entry in entries(tmp_path / "round-1")]
-    assert [place for place, value in enumerate(r_real) if value == 0] == [0, 3, 6]
-    # The next round's opponent is the player that was promoted
-    assert records[1]["opponent"]["round"] == 1
-    assert entries(tmp_path / "round-2")[0]["r_real"] == 0
-    assert not (tmp_path / "round-1" / "anchor").exists()
-
-
-def test_a_killed_round_with_refreshed_opponents_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):
-    training = replace(REFRESHED, max_train_steps=9)
-    play_all(sdxl_dir, tmp_path / "whole", training, rounds=1)
-    for kill_at in (2, 3, 4, 5, 6, 8):  # the checkpoint at step 8 has two anchors behind it
-        with monkeypatch.context() as patch:
-            kill_after(patch, kill_at)
-            with pytest.raises(Killed):
-                play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
-    records = play_all(sdxl_dir, tmp_path / "killed", training, rounds=1)
-    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "killed")
-    whole = read_json(tmp_path / "whole" / "round-1" / "round.json")
-    assert records[0]["training"]["anchors"] == whole["training"]["anchors"]
-    runs = [entries(tmp_path / run / "round-1") for run in ("whole", "killed")]
-    for entry in (entry for run in runs for entry in run):
-        del entry["pairs_per_second"]
-    assert runs[0] == runs[1]
 
 
 def test_the_anchored_loss_is_what_is_trained(sdxl_dir, tmp_path):
