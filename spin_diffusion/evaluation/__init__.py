@@ -2,7 +2,8 @@
 
 prompt_sets     the prompts, each set with its hash and licence
 protocols       what must be equal for two evaluations to be comparable
-scorers         pictures -> scores; judges: answers -> scores; specs: what both say of themselves; scoring: runs them
+scorers         pictures -> scores; judges: answers -> scores; embeddings: pictures -> features; specs: what they say of
+                themselves; scoring: runs them
 evaluated       the samples of a model, read back with their scores
 distribution    features of pictures -> distances to real ones, how much of them is covered
 statistics      scores -> intervals and tests; comparison: models side by side

@@ -28,7 +28,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -58,15 +58,46 @@ class Scorer(Protocol):
 
 
 @dataclass(eq=False)
-class LoadedScorer(Part):
-    """A scorer that checks what it returns, runs without gradients and gives fp32 on the CPU.
+class PicturePart(Part):
+    """A part that looks at pictures. Where the memory does not hold a batch, it goes on with half of it: nothing that
+    is said of a picture depends on the batch."""
 
-    Where the memory does not hold a batch, it goes on with half of it: no score depends on the batch.
-    """
-
-    kind = "scorer"
     largest_batch: int | None = None
     """Images that the memory held at a time, once it did not hold what was asked for."""
+
+    def _in_batches(self, compute: Callable[..., Tensor], *inputs: list) -> Tensor:
+        """Rows of `compute(*inputs)`, in as many parts as the memory asks for."""
+        size, start = len(inputs[0]), 0
+        rows = []
+        while start < size:
+            batch = min(self.largest_batch or size, size - start)
+            result = _unless_out_of_memory(compute, [given[start : start + batch] for given in inputs])
+            if isinstance(result, str):
+                self._shrink(batch, result)
+            else:
+                rows.append(result)
+                start += batch
+        return torch.cat(rows)
+
+    def _shrink(self, batch: int, reason: str) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if batch == 1:
+            raise InputError(f"{self.who}: the memory does not hold a single image ({reason})")
+        if self.largest_batch is None:
+            print(f"{self.who}: the memory does not hold {batch} images at a time; it goes on with fewer")
+        self.largest_batch = batch // 2
+
+
+_PicturePart = TypeVar("_PicturePart", bound=PicturePart)
+
+
+@dataclass(eq=False)
+class LoadedScorer(PicturePart):
+    """A scorer that checks what it returns, runs without gradients and gives fp32 on the CPU."""
+
+    kind = "scorer"
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Float[Tensor, " batch"]:
@@ -98,30 +129,6 @@ class LoadedScorer(Part):
         """Image embeddings of length 1, if the scorer has any."""
         features = getattr(self.score, "features", None)
         return features and partial(guarded, self.who, self._in_batches, features)
-
-    def _in_batches(self, compute: Callable[..., Tensor], *inputs: list) -> Tensor:
-        """Rows of `compute(*inputs)`, in as many parts as the memory asks for."""
-        size, start = len(inputs[0]), 0
-        rows = []
-        while start < size:
-            batch = min(self.largest_batch or size, size - start)
-            result = _unless_out_of_memory(compute, [given[start : start + batch] for given in inputs])
-            if isinstance(result, str):
-                self._shrink(batch, result)
-            else:
-                rows.append(result)
-                start += batch
-        return torch.cat(rows)
-
-    def _shrink(self, batch: int, reason: str) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if batch == 1:
-            raise InputError(f"{self.who}: the memory does not hold a single image ({reason})")
-        if self.largest_batch is None:
-            print(f"{self.who}: the memory does not hold {batch} images at a time; it goes on with fewer")
-        self.largest_batch = batch // 2
 
 
 def _unless_out_of_memory(run: Callable[..., Any], arguments: list) -> Any | str:
@@ -157,8 +164,13 @@ def load_scorer(spec: str, device: str) -> LoadedScorer:
     Raises:
         InputError: there is no such scorer, or its weights cannot be used.
     """
-    who = f"scorer {parse_spec(spec)[0]}"
-    scorer = guarded(who, _unless_out_of_memory, load_part, [LoadedScorer, __name__, spec, device])
-    if isinstance(scorer, str):
-        raise InputError(f"{who}: the memory of {device} does not hold its weights ({scorer})")
-    return scorer
+    return load_picture_part(LoadedScorer, __name__, spec, device)
+
+
+def load_picture_part(kind: type[_PicturePart], package: str, spec: str, device: str) -> _PicturePart:
+    """A part that looks at pictures, by its `NAME[=PATH]` in `package`. Raises InputError as `load_scorer`."""
+    who = f"{kind.kind} {parse_spec(spec)[0]}"
+    loaded = guarded(who, _unless_out_of_memory, load_part, [kind, package, spec, device])
+    if isinstance(loaded, str):
+        raise InputError(f"{who}: the memory of {device} does not hold its weights ({loaded})")
+    return loaded

@@ -21,6 +21,8 @@ from torch import Tensor
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import to_rgb
 
+Colour = tuple[float, float, float]
+"""Red, green and blue, in units of white."""
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and deviation of CLIP's training images, per channel, in units of white."""
@@ -34,8 +36,11 @@ def without_far_ends(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def crop_middle(image: Image.Image, side: int, offset: Literal["floor", "round"]) -> Float[Tensor, "3 side side"]:
-    """RGB, short side to `side` px (Pillow's bicubic), middle square, normalised with CLIP's mean and deviation.
+def crop_middle(
+    image: Image.Image, side: int, offset: Literal["floor", "round"], mean: Colour = MEAN, std: Colour = STD
+) -> Float[Tensor, "3 side side"]:
+    """RGB, short side to `side` px (Pillow's bicubic), middle square, normalised, by default with CLIP's mean and
+    deviation.
 
     Args:
         offset: how half of an odd margin is made whole: "floor" as in transformers (CLIP, PickScore), "round" to even
@@ -48,7 +53,7 @@ def crop_middle(image: Image.Image, side: int, offset: Literal["floor", "round"]
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = ((length - side) // 2 if offset == "floor" else round((length - side) / 2) for length in size)
-    return _normalised(_to_unit(image.crop((left, top, left + side, top + side))))
+    return _normalised(_to_unit(image.crop((left, top, left + side, top + side))), mean, std)
 
 
 def crop_middle_floor(image: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
@@ -91,8 +96,10 @@ def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
     return pixels.permute(2, 0, 1).contiguous().float() / 255
 
 
-def _normalised(unit: Float[Tensor, "3 height width"]) -> Float[Tensor, "3 height width"]:
-    return (unit - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+def _normalised(
+    unit: Float[Tensor, "3 height width"], mean: Colour = MEAN, std: Colour = STD
+) -> Float[Tensor, "3 height width"]:
+    return (unit - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
