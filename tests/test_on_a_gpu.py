@@ -29,7 +29,7 @@ WAYS = {
     "adapter": [*IMAGES, *UNSEEN, "--use_lora", "true", "--objective", "space", "--fixed_draws", "2"],
     "noisy_steps": [*IMAGES, *UNSEEN, "--sampler", "ddim", "--eta", "1.0"],
     "options": [
-        *IMAGES, *UNSEEN, "--opponent", "pool", "--snr_gamma", "5", "--vae_round_trip", "true",
+        *IMAGES, *UNSEEN, "--opponent", "pool", "--score_weighting", "min_snr", "--vae_round_trip", "true",
         "--proportion_empty_prompts", "0.5", "--random_flip", "true", "--gradient_checkpointing", "true",
     ],
     "answers": ANSWERS,

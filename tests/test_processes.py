@@ -147,11 +147,20 @@ def test_pictures_and_scores_of_the_base_are_the_same_bytes_and_every_round_is_j
     assert (two / "report.html").is_file()
 
 
+UNUSUAL = {
+    "timestep_sampling": "sections", "score_weighting": "v",
+    "dropped_captions": "real", "proportion_empty_prompts": 0.5,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("mode", "saved"),
     [
-        ({"fixed_draws": 1}, "unet/diffusion_pytorch_model.safetensors"),
-        ({"use_lora": True, "rank": 2, "gradient_checkpointing": True}, "lora/pytorch_lora_weights.safetensors"),
+        ({"fixed_draws": 1, **UNUSUAL}, "unet/diffusion_pytorch_model.safetensors"),
+        (
+            {"use_lora": True, "rank": 2, "gradient_checkpointing": True, **UNUSUAL},
+            "lora/pytorch_lora_weights.safetensors",
+        ),
         (
             {
                 "fully_shard": True,

@@ -4,11 +4,14 @@ And how much each noise level counts: a weight multiplies a score, not a loss. F
 objective it is the beta_t of SPIN-Diffusion (arXiv 2402.10210), which stands inside the sigmoid.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spin_diffusion.diffusion.noising import Noising
+from spin_diffusion.store.input_error import InputError
 
 Images = Float[Tensor, "batch channels height width"]
 
@@ -51,25 +54,40 @@ def scale_gradient(values: Float[Tensor, " batch"], scale: Float[Tensor, " batch
 
 # Weights of noise levels
 
+MIN_SNR_GAMMA = 5.0
+"""The paper's."""
+SPACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "epsilon": lambda abar: abar,
+    "v": torch.ones_like,
+    "x0": lambda abar: 1 - abar,
+    "min_snr": lambda abar: torch.minimum(abar, MIN_SNR_GAMMA * (1 - abar)),
+}
+"""By the names of `--score_weighting`: how large a squared error is in a space, in parts of the same error in v.
 
-def snr(abar: Float[Tensor, " timesteps"]) -> Float[Tensor, " timesteps"]:
-    """Signal-to-noise ratio abar / (1 - abar), 0 at the last timestep of a schedule with zero terminal SNR."""
-    return abar / (1 - abar)
+x_t is given to the denoiser, so its errors obey sqrt(abar) d_x0 = -sqrt(1 - abar) d_eps, and with v = sqrt(abar) eps -
+sqrt(1 - abar) x_0 (arXiv 2202.00512) d_eps = sqrt(abar) d_v and d_x0 = -sqrt(1 - abar) d_v. min_snr is min(SNR, 5)
+d_x0^2 (arXiv 2303.09556, section 3.4), where SNR = abar / (1 - abar).
+"""
 
 
-def min_snr(noising: Noising, gamma: float) -> Float[Tensor, " timesteps"]:
-    """Min-SNR weights (arXiv 2303.09556, section 3.4), in (0, 1]: min(SNR, gamma) of the error in x_0.
+def timestep_weights(noising: Noising, weighting: str | None) -> Float[Tensor, " timesteps"]:
+    """What the squared error of the model's own prediction is multiplied with to count as in the space `weighting`.
 
-    An error in epsilon is SNR times one in x_0, an error in v is SNR + 1 times one, so the weights here are
-    min(SNR, gamma) / SNR and min(SNR, gamma) / (SNR + 1).
+    1 everywhere by default (None), and in the space that the model predicts in. Not normalised, so that a space means
+    the same score for every model and schedule, with its beta: a mean of 1 over the timesteps would not keep the size
+    of r, as errors of the clean levels and of the noisy ones differ by more than the weights do.
+
+    Raises:
+        InputError: v or x0 of a model that predicts the noise, on a schedule that leaves no signal at its end (zero
+            terminal SNR): there an error in the noise says nothing of them, and the weight would be infinite. Of a
+            model that predicts v all weights are finite; at the end epsilon and min_snr weigh 0, x0 weighs 1.
     """
-    ratio = snr(noising.abar)
-    if noising.prediction_type == "epsilon":
-        # Also at SNR = 0, where the quotient min(SNR, gamma) / SNR has the limit 1
-        return (gamma / ratio.clamp(min=gamma)).clamp(max=1)
-    return ratio.clamp(max=gamma) / (ratio + 1)
-
-
-def timestep_weights(noising: Noising, snr_gamma: float | None) -> Float[Tensor, " timesteps"]:
-    """Min-SNR's weights; 1 everywhere without a gamma."""
-    return torch.ones(noising.num_timesteps) if snr_gamma is None else min_snr(noising, snr_gamma)
+    own = {"epsilon": "epsilon", "v_prediction": "v"}[noising.prediction_type]
+    abar = noising.abar.double().clamp(min=1e-300)  # for the limits of 0 / 0; what has none is beyond fp32
+    weights = (SPACES[weighting or own](abar) / SPACES[own](abar)).float()
+    if not weights.isfinite().all():
+        raise InputError(
+            f"--score_weighting {weighting}: the model predicts the noise, and its last level leaves nothing of the "
+            "image (zero terminal SNR), where an error in the noise says nothing of it: give epsilon or min_snr"
+        )
+    return weights

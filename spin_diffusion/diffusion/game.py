@@ -68,7 +68,7 @@ class DiffusionGame:
     level_name = "timesteps"
     remedies = {
         "forgetting": ", or set --winner_preserving_mu 0.9",
-        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --snr_gamma 5",
+        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --score_weighting min_snr",
     }
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
     start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
@@ -279,8 +279,9 @@ class DiffusionGame:
         player_scores = self._ask_player(player, question)
         if not batch.generated:
             return ScoredBatch(PairScores.of_real(player_scores, opponent_scores), question.level)
-        pairs = len(batch.ids)
-        return ScoredBatch(PairScores(*player_scores.split(pairs), *opponent_scores.split(pairs)), question.level)
+        (real, generated), (known_real, known_generated) = player_scores.chunk(2), opponent_scores.chunk(2)
+        generated = torch.where(question.real_alone, known_generated, generated)
+        return ScoredBatch(PairScores(real, generated, known_real, known_generated), question.level)
 
     def scores_at_draws(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The opponent's scores of both sides at the batch's draws."""

@@ -203,15 +203,48 @@ class Draws:
     dropped: list[bool]
 
 
-def draw(seeds: list[int], shape: tuple[int, ...], num_timesteps: int, drop_probability: float) -> Draws:
+def draw_t(
+    num_timesteps: int, generator: torch.Generator, sampling: str, section: Float[Tensor, "2"]
+) -> Int[Tensor, " 1"]:
+    """A timestep by one of the rules of `--timestep_sampling`.
+
+    uniform: all alike. logit_normal: floor(T u) with logit u standard normal, the density of SD3 (arXiv 2403.03206,
+    section 3.1, with m = 0 and s = 1) over the share of the schedule. sections: floor(T u) with u uniform in `section`.
+    How often a level is asked weighs its losses, outside of the sigmoid; the weights of `errors` stand inside.
+
+    Args:
+        section: from where to where, in [0, 1].
+    """
+    if sampling == "uniform":
+        return torch.randint(num_timesteps, (1,), generator=generator)
+    if sampling == "logit_normal":
+        share = torch.randn(1, generator=generator, dtype=torch.float64).sigmoid()
+    else:
+        start, end = section.double()
+        share = start + (end - start) * torch.rand(1, generator=generator, dtype=torch.float64)
+    return (share * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def draw(
+    seeds: list[int],
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    drop_probability: float,
+    sampling: str = "uniform",
+    sections: Float[Tensor, "batch 2"] | None = None,
+) -> Draws:
     """One (t, eps, dropped) per seed, always on the CPU so that they do not depend on the device.
 
     Sharing t and eps between the real and the generated image is a variance reduction (the objective does not need it).
+
+    Args:
+        sampling, sections: as of `draw_t`; None = each pair's section is the whole schedule.
     """
     ts, noises, dropped = [], [], []
-    for seed in seeds:
+    sections = torch.tensor([[0.0, 1.0]]).expand(len(seeds), 2) if sections is None else sections
+    for seed, section in zip(seeds, sections, strict=True):
         generator = torch.Generator().manual_seed(seed)
-        ts.append(torch.randint(num_timesteps, (1,), generator=generator))
+        ts.append(draw_t(num_timesteps, generator, sampling, section))
         dropped.append(torch.rand(1, generator=generator).item() < drop_probability)
         noises.append(torch.randn(shape, generator=generator))
     return Draws(torch.cat(ts), torch.stack(noises), dropped)

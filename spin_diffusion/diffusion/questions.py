@@ -15,7 +15,7 @@ from spin_diffusion.diffusion.images import Size, mirrored_frame, unpacked
 from spin_diffusion.diffusion.noising import Noising, draw
 from spin_diffusion.diffusion.prompts import Prompts
 from spin_diffusion.diffusion.settings import DenoiserSettings
-from spin_diffusion.samples.sample import KIND, Batch
+from spin_diffusion.samples.sample import KIND, SECTION, Batch
 from spin_diffusion.selfplay.device import sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.store.run_dir import seed_from
@@ -36,6 +36,7 @@ class Question:
         inputs: the denoiser's other inputs by the keywords of its call, tensors with one row for each pair.
         weight: what the scores of each pair are multiplied with.
         level: noise level of each pair, in [0, 1).
+        real_alone: whether the generated side of each pair is left out.
     """
 
     x_t: Tensor
@@ -44,6 +45,7 @@ class Question:
     target: Tensor
     weight: Tensor
     level: Tensor
+    real_alone: Tensor
 
     def asked_of(self, model: Callable[..., Any]) -> Tensor:
         """What a model predicts of each image, fp32."""
@@ -85,7 +87,7 @@ class Questions:
         self.noising, self.prompts = noising, prompts
         self.denoiser, self.sizes, self.channels_last = denoiser, sizes, channels_last
         self.device = prompts.device
-        self.weights = timestep_weights(noising, denoiser.snr_gamma)
+        self.weights = timestep_weights(noising, denoiser.score_weighting)
 
     def about(self, batch: Batch) -> Question:
         """All images of a batch, noised by the forward process at one (t, eps) per pair. `batch`: pairs of one size."""
@@ -94,7 +96,12 @@ class Questions:
         if len(self.sizes) > 1:
             x_0 = unpacked(x_0, *self.sizes[int(batch.condition[KIND][0])])
         draws = draw(
-            batch.seeds, tuple(x_0.shape[1:]), self.noising.num_timesteps, self.denoiser.proportion_empty_prompts
+            batch.seeds,
+            tuple(x_0.shape[1:]),
+            self.noising.num_timesteps,
+            self.denoiser.proportion_empty_prompts,
+            self.denoiser.timestep_sampling,
+            batch.condition.get(SECTION),
         )
         t, eps = sent(draws.t, self.device), sent(draws.eps, self.device)
         sides = len(batch.sides)
@@ -106,6 +113,7 @@ class Questions:
             target=target,
             weight=sent(self.weights, self.device)[t],
             level=t / self.noising.num_timesteps,
+            real_alone=sent(torch.tensor(draws.dropped), self.device) & (self.denoiser.dropped_captions == "real"),
         )
 
     def inputs(self, prompts: list[str], dropped: list[bool], frames: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:

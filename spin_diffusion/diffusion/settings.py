@@ -80,10 +80,17 @@ class DenoiserSettings(Settings):
 
     proportion_empty_prompts: float = setting(0.0, minimum=0, maximum=1)
     """Share of pairs, in [0, 1], whose caption is dropped, for both sides alike."""
+    dropped_captions: Literal["both", "real"] = "both"
+    """Which sides of these pairs count. real = the generated one is left out, so that the model without a prompt, which
+    guidance needs, learns from real images alone."""
     winner_preserving_mu: float | None = setting(None, minimum=0, below=1)
     """Rescale the generated side's gradient so that the real side keeps this share of its descent (Diffusion-SDPO)."""
-    snr_gamma: float | None = setting(None, above=0)
-    """Weigh scores by min-SNR with this gamma; 5 is its paper's."""
+    score_weighting: Literal["epsilon", "v", "x0", "min_snr"] | None = None
+    """In which space the squared errors of a score count, whatever the model predicts; beta is in its unit. Default: in
+    that of the model's prediction. min_snr = x0 times min(SNR, 5)."""
+    timestep_sampling: Literal["uniform", "logit_normal", "sections"] = "uniform"
+    """How often each noise level is asked: all alike; the middle ones more, by SD3's density; or all alike, where each
+    pair of an optimizer step has an equal section of the levels."""
     fixed_draws: int | Literal["auto"] = setting(0, minimum=0)
     """Noise each pair at this many fixed draws of (timestep, noise) alone. The opponent's errors at them are computed
     once, and it is not in memory while the player is trained. 0 = a fresh draw at every visit; auto = as many as are

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_diffusion.samples.sample import CONDITION, KIND, Batch, of_side
+from spin_diffusion.samples.sample import CONDITION, KIND, SECTION, Batch, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
@@ -39,6 +39,8 @@ class Pairs:
     draws: int = 0
     """0: each visit of a pair has its own randomness. K: visit v has that of draw v mod K, at which the opponent's
     scores are kept as (rows, K)."""
+    per_step: int = 1
+    """Pairs of an optimizer step, each of which has a section of the levels of its own."""
     kinds: Tensor | None = None
     """The kind of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
     epochs: dict[int, Tensor] = field(default_factory=dict)
@@ -50,11 +52,11 @@ class Pairs:
             visits = [position // len(self.ids) for position in positions]
             return self.at_draws(indices, [visit % self.draws for visit in visits], seed, round_)
         seeds = [seed_from(seed, "pair", round_, position) for position in positions]
-        real, generated = self.fetch(indices)
-        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
+        sections = [position % self.per_step for position in positions]
+        return self._batch(indices, self.fetch(indices), seeds, sections, self.per_step)
 
     def at_draws(self, indices: list[int], draws: list[int], seed: int, round_: int) -> Batch:
-        """These pairs, each at one of its own draws."""
+        """These pairs, each at one of its own draws, which share the sections of the levels out among them."""
         real, generated = self.fetch(indices)
         for side in (real, generated):
             if "opponent_score" in side:
@@ -62,7 +64,23 @@ class Pairs:
                 places = torch.tensor(draws).repeat_interleave(len(kept) // len(draws))
                 side["opponent_score"] = kept.gather(1, places[:, None]).squeeze(1)
         seeds = [seed_from(seed, "draw", round_, self.ids[i], k) for i, k in zip(indices, draws, strict=True)]
-        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], real, generated, seeds)
+        # Each pair begins at a section of its own: all are at draw k in the same epoch
+        first = [seed_from(seed, "section", round_, self.ids[i]) for i in indices]
+        sections = [(start + k) % self.draws for start, k in zip(first, draws, strict=True)]
+        return self._batch(indices, (real, generated), seeds, sections, self.draws)
+
+    def _batch(
+        self,
+        indices: list[int],
+        sides: tuple[dict[str, Tensor], dict[str, Tensor]],
+        seeds: list[int],
+        sections: list[int],
+        num_sections: int,
+    ) -> Batch:
+        """These pairs, with their sections by number."""
+        of = torch.tensor(sections, dtype=torch.float64)
+        condition = {SECTION: torch.stack([of, of + 1], dim=1) / num_sections}
+        return Batch([self.ids[i] for i in indices], [self.prompts[i] for i in indices], *sides, seeds, condition)
 
     def ids_at(self, positions: list[int], seed: int, round_: int) -> list[str]:
         """The ids of the pairs at these positions."""
@@ -184,7 +202,7 @@ def open_pairs(
         return found[0], found[1] if len(sides) == 2 else {}
 
     kinds = kinds_of(real.tensors, part) if CONDITION + KIND in sides[0].names else None
-    return Pairs(ids, prompts, fetch, draws, kinds)
+    return Pairs(ids, prompts, fetch, draws, kinds=kinds)
 
 
 def kinds_of(encoded: Path, part: Part) -> Tensor | None:

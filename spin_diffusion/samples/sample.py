@@ -21,6 +21,10 @@ KIND = "kind"
 """Name of a tensor of the condition that a game may write, (rows,) of whole numbers: pairs of one kind are scored in
 one pass, those of several kinds in several."""
 
+SECTION = "section"
+"""Name of the condition's tensor that says, (rows, 2) in [0, 1], from where to where of the game's levels a pair's may
+be drawn, so that those of an optimizer step cover them all."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -6,6 +6,10 @@ log-likelihood of a unit-variance Gaussian per element. That 1/2 makes `spin(sco
 and Diffusion-DPO loss -log sigmoid(-(beta/2) [...]), so published betas (2000, 5000) carry over unchanged. diffusers'
 SD (not SDXL) DPO script leaves the 1/2 out: its `--beta_dpo 2500` is `--beta 5000` here.
 
+With `--dropped_captions real` the player's score of the generated side of a pair without its caption is taken to be
+the opponent's, so r_generated is 0 there and has no gradient: `spin` is softplus(-beta r_real), `space` and `ddo` lose
+their second term but for a constant (DDO's alpha = 0 on such pairs), and at r = 0 every loss is what it always is.
+
 To add an objective, write one function PairScores -> (batch,) losses and its line in `objective_names`; or name a file
 of your own, `--objective FILE.py`, with such a function called `loss`. What it takes besides the scores and beta, a
 user sets with `--objective_options`.
@@ -67,8 +71,8 @@ def ddo(scores: PairScores, alpha: float = 1.0, beta: float = 1.0) -> Float[Tens
     softplus(-beta r_real) + alpha softplus(beta r_generated), which is (1 + alpha) ln 2 at r = 0. At alpha = 1 it is
     `space` at mu = 1 and BCO (arXiv 2404.04656) without its running shift of the reward. Above that the generated
     samples are pushed down alpha times as hard as the real ones are held up, which sharpens faster and misses more of
-    the data. The paper sums the squared error over channels, height and width, where our score is -1/2 of its mean: its
-    beta times 2 * channels * height * width is ours.
+    the data. The paper sums the squared error of v (`--score_weighting v`) over channels, height and width, where our
+    score is -1/2 of its mean: its beta times 2 * channels * height * width is ours.
 
     Args:
         alpha: weight of the generated side, >= 0; the paper's runs have 0.5 to 6.

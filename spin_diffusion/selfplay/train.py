@@ -7,7 +7,7 @@ run, or one on another number of processes with the same global batch, sees the 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def train(
     first_step, history = checkpoints.load(settings.resume_from_checkpoint)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
-    ahead = ReadAhead(pairs, settings.train_batch_size * game.accelerator.num_processes)
+    ahead = ReadAhead(replace(pairs, per_step=per_step), settings.train_batch_size * game.accelerator.num_processes)
     name_axis(plan.name, game.accelerator)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings.health) else None

@@ -103,7 +103,9 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
     class Killed(BaseException):
         pass
 
-    play_all(sdxl_dir, tmp_path / "whole", game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
+    unusual = {"fixed_draws": 2, "timestep_sampling": "sections", "dropped_captions": "real"}
+    unusual |= {"proportion_empty_prompts": 0.5, "score_weighting": "v"}
+    play_all(sdxl_dir, tmp_path / "whole", game=make_game(sdxl_dir, **unusual), rounds=1)
     folder = tmp_path / "killed"
     for method, calls in (("scores_at_draws", 5), ("scores", 3)):
         with monkeypatch.context() as patch:
@@ -117,8 +119,8 @@ def test_killed_while_scoring_and_while_training_it_ends_in_the_same_bytes(sdxl_
 
             patch.setattr(DiffusionGame, method, dies)
             with pytest.raises(Killed):
-                play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
-    play_all(sdxl_dir, folder, game=make_game(sdxl_dir, fixed_draws=2), rounds=1)
+                play_all(sdxl_dir, folder, game=make_game(sdxl_dir, **unusual), rounds=1)
+    play_all(sdxl_dir, folder, game=make_game(sdxl_dir, **unusual), rounds=1)
     assert file_hash(folder / SAVED) == file_hash(tmp_path / "whole" / SAVED)
 
 
