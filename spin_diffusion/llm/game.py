@@ -280,9 +280,16 @@ class LanguageGame:
         trained = self.model.training
         self.model.eval()  # the cache is off while activations are recomputed
         drawn = draw_answers(
-            language_model(self.model), prompts, seeds, self.generation, end_ids=self.chat.end_ids,
-            pad_id=self.chat.pad_id, max_length=self.settings.max_length, autocast=self.accelerator.autocast, done=done,
-        )  # fmt: skip
+            language_model(self.model),
+            prompts,
+            seeds,
+            self.generation,
+            end_ids=self.chat.end_ids,
+            pad_id=self.chat.pad_id,
+            max_length=self.settings.max_length,
+            autocast=self.accelerator.autocast,
+            done=done,
+        )
         self.model.train(trained)
         return drawn
 
@@ -390,9 +397,12 @@ def _without_dropout(model: nn.Module) -> None:
 def _with_adapters(model: PreTrainedModel, settings: LanguageModelSettings) -> PeftModel:
     """The model with two adapters, of which the player's is active and trained. Both begin as nothing."""
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
         target_modules=settings.lora_target_modules or "all-linear",
-    )  # fmt: skip
+    )
     try:
         model = get_peft_model(model, config, adapter_name=PLAYER)
     except ValueError as error:

@@ -21,9 +21,13 @@ _FROM = "from.json"
 _PLAYERS = ("unet", "lora", "model", "adapter")
 """What a run of any kind keeps its last promoted player in."""
 _SAME = (
-    "pretrained_model_name_or_path", "model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path",
+    "pretrained_model_name_or_path",
+    "model_name_or_path",
+    "revision",
+    "variant",
+    "pretrained_vae_model_name_or_path",
     "use_lora",
-)  # fmt: skip
+)
 _SAME_ADAPTER = ("rank", "lora_alpha", "lora_target_modules")
 
 

@@ -45,11 +45,18 @@ def record(scores: PairScores, losses: Tensor, level: Tensor, beta: float) -> Te
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
     return torch.stack(
         [
-            losses.detach(), scores.r_real.detach(), scores.r_generated.detach(), margin, accuracy,
-            saturated(margin, beta), scores.player_real.detach(), scores.player_generated.detach(), level,
+            losses.detach(),
+            scores.r_real.detach(),
+            scores.r_generated.detach(),
+            margin,
+            accuracy,
+            saturated(margin, beta),
+            scores.player_real.detach(),
+            scores.player_generated.detach(),
+            level,
         ],
         dim=1,
-    )  # fmt: skip
+    )
 
 
 def summary(metrics: Tensor) -> StepEntry:
@@ -65,9 +72,15 @@ def summary(metrics: Tensor) -> StepEntry:
 
 def tracked(entry: StepEntry, prefix: str) -> dict[str, float]:
     """Tracker names: TRL's for what it has a name for, one scalar for each quarter of the levels."""
-    names = {"r_real": "rewards/real", "r_generated": "rewards/generated", "margin": "rewards/margins",
-             "implicit_accuracy": "rewards/accuracies", "loss": "train_loss", "score_real": "scores/real",
-             "score_generated": "scores/generated"}  # fmt: skip
+    names = {
+        "r_real": "rewards/real",
+        "r_generated": "rewards/generated",
+        "margin": "rewards/margins",
+        "implicit_accuracy": "rewards/accuracies",
+        "loss": "train_loss",
+        "score_real": "scores/real",
+        "score_generated": "scores/generated",
+    }
     flat: dict[str, float] = {}
     for key, value in entry.items():
         if isinstance(value, list):

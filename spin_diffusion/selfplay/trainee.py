@@ -36,9 +36,13 @@ def make_optimizer(
         from transformers.optimization import Adafactor
 
         return Adafactor(
-            parameters, lr=learning_rate, weight_decay=settings.adam_weight_decay, scale_parameter=False,
-            relative_step=False, warmup_init=False,
-        )  # fmt: skip
+            parameters,
+            lr=learning_rate,
+            weight_decay=settings.adam_weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=learning_rate, eps=EPSILON, weight_decay=settings.adam_weight_decay)
     if settings.optimizer == "sgd":
@@ -51,13 +55,20 @@ def make_optimizer(
                 "--optimizer adamw_8bit needs bitsandbytes: pip install 'spin-diffusion[8bit]', or use adafactor"
             ) from None
         return bitsandbytes.optim.AdamW8bit(
-            parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay,
+            parameters,
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=settings.adam_weight_decay,
             eps=EPSILON,
-        )  # fmt: skip
+        )
     return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=settings.adam_weight_decay, eps=EPSILON,
+        parameters,
+        lr=learning_rate,
+        betas=betas,
+        weight_decay=settings.adam_weight_decay,
+        eps=EPSILON,
         fused=parameters[0].device.type in ("cuda", "cpu"),  # one kernel for all weights
-    )  # fmt: skip
+    )
 
 
 _STATE, _NUMBERS = "optimizer.safetensors", "optimizer.json"

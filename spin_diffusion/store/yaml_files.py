@@ -109,8 +109,11 @@ def _plain(word: str, line: str) -> Any:
     if word in _WORDS:
         return _WORDS[word]
     if _LEADING_ZERO.fullmatch(word):
-        _refuse(line, f"{word} is read as octal by some programs and as decimal by others: write the number without "
-                "its leading 0, or put a text into quotes")  # fmt: skip
+        _refuse(
+            line,
+            f"{word} is read as octal by some programs and as decimal by others: write the number without "
+            "its leading 0, or put a text into quotes",
+        )
     for form, base in _INTEGERS.items():
         if form.fullmatch(word):
             if len(word) > 1000:
