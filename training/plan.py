@@ -2,9 +2,11 @@
 
     python training/plan.py --config training/configs/sdxl_pickapic.yaml
     accelerate launch --multi_gpu --num_processes 8 training/plan.py --config ...
+    accelerate launch training/plan.py --plateau --config ...
 
 Takes the settings of the training scripts as they are, those of images and those of language. The run's report shows
-the plan beside what it really took.
+the plan beside what it really took. With --plateau it says whether the base is one that self-play can improve: it
+fine-tunes for one round in OUTPUT_DIR-plateau and asks whether held-out real samples have gained by it.
 """
 
 import importlib
@@ -21,15 +23,17 @@ misspelt flag is not answered only when all libraries are there."""
 
 
 def predict(argv: list[str]) -> None:
-    """Probe with the first kind of run whose settings these are."""
-    errors = []
+    """Probe, or fine-tune, with the first kind of run whose settings these are."""
+    errors, question = [], "plan"
+    if "--plateau" in argv:
+        argv, question = [word for word in argv if word != "--plateau"], "plateau"
     for parse, module in KINDS:
         try:
             config = parse(argv)
         except InputError as error:
             errors.append(error)
             continue
-        importlib.import_module(module).plan(config)
+        getattr(importlib.import_module(module), question)(config)
         return
     # A setting that one kind of run does not know at all says nothing of the others
     raise next((error for error in errors if "unknown setting" not in str(error)), errors[0])

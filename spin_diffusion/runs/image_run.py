@@ -19,6 +19,7 @@ from spin_diffusion.diffusion.curation import Curation, candidates_of, check_jud
 from spin_diffusion.diffusion.game import DiffusionGame, example_id
 from spin_diffusion.diffusion.images import area_share
 from spin_diffusion.diffusion.prompts import CutPrompts
+from spin_diffusion.diffusion.settings import CandidateSettings
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
@@ -27,6 +28,7 @@ from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
+from spin_diffusion.runs.plateau import ask_plateau, fine_tuning
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.pairs import Column, kinds_of
@@ -51,6 +53,13 @@ def run(config: Config, family_name: str) -> list[RoundRecord]:
 def plan(config: Config) -> None:
     """Say what a run will take, before it is started. Raises as `plan_run`."""
     plan_run(ImageRun(config))
+
+
+def plateau(config: Config) -> None:
+    """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
+    rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
+    evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None)
+    ask_plateau(ImageRun(fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)))
 
 
 class ImageRun(Run):

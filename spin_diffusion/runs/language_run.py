@@ -21,6 +21,7 @@ from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges, h
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
+from spin_diffusion.runs.plateau import ask_plateau, fine_tuning
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
@@ -47,6 +48,15 @@ def run_language(config: LanguageConfig) -> list[RoundRecord]:
 def plan(config: LanguageConfig) -> None:
     """Say what a run will take, before it is started. Raises as `plan_run`."""
     plan_run(LanguageRun(config))
+
+
+def plateau(config: LanguageConfig) -> None:
+    """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
+    rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
+    evaluation = dataclasses.replace(
+        config.evaluation, promote_if="always", judges=[], max_validation_prompts=1, lm_eval_tasks=None
+    )
+    ask_plateau(LanguageRun(fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)))
 
 
 class LanguageRun(Run):

@@ -1,0 +1,62 @@
+"""Whether supervised training has finished with a base, asked before its rounds: one round of fine-tuning with the
+run's own steps and rate, judged on real samples that it does not see.
+
+Self-play has something to add where maximum likelihood has nothing left to gain; before that, fine-tuning is the better
+buy (`assets/exact_plateau` shows both).
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from spin_diffusion.evaluation.settings import RunConfig
+from spin_diffusion.runs.run import Run, play_run
+from spin_diffusion.selfplay.gap import gap_text
+from spin_diffusion.selfplay.train_settings import of_round
+
+NUM_HELD_OUT = 128
+"""Real samples that are set aside where the settings set none aside."""
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
+def fine_tuning(config: AnyConfig, data: Any, **sections: Any) -> AnyConfig:
+    """The settings of one round of fine-tuning with a run's steps and rate, in the folder OUTPUT_DIR-plateau.
+
+    Args:
+        data: the section of that name.
+        sections: those in which this kind of run turns off what fine-tuning alone has no use for.
+    """
+    rounds = dataclasses.replace(
+        sections.pop("rounds", config.rounds), rounds=1, objective="sft", objective_options=None, generated_from=None
+    )
+    folder = config.run.output_dir.rstrip("/") + "-plateau"
+    run = dataclasses.replace(config.run, output_dir=folder, compare_with=None, push_to_hub=False)
+    data = data if data.holds_out else dataclasses.replace(data, num_held_out=NUM_HELD_OUT)
+    return dataclasses.replace(config, rounds=rounds, run=run, data=data, **sections)
+
+
+def ask_plateau(run: Run) -> None:
+    """Fine-tune, and print what it gained on the held-out samples. Raises as `play_run`."""
+    [record] = play_run(run)
+    gap, training = record["held_out_gap"], run.config.training
+    steps, rate = record["training"]["steps"], of_round(training.learning_rate, 1)
+    print(
+        f"Fine-tuning, {steps} steps at rate {rate:g}: the score of {gap['num_samples']} held-out real samples "
+        f"changed by {gap_text(gap)}.\n{verdict(gap['low'], gap['high'])}"
+    )
+
+
+def verdict(low: float | None, high: float | None) -> str:
+    """What the interval of the gain means for self-play; None = there is none."""
+    if low is None or high is None:
+        return "That says nothing yet: hold out more samples (--num_held_out)."
+    if low > 0:
+        return (
+            "It still gains, so supervised training has not finished with this base: fine-tune first (--objective sft) "
+            "until this is 0. Self-play pays after it."
+        )
+    loses = "It loses: this rate is too high to tell, so ask again at a lower one. " if high < 0 else ""
+    return loses or (
+        "It gains nothing beyond chance: at this rate supervised training has finished with this base, which is where "
+        "self-play pays. More held-out samples (--num_held_out) make the question sharper."
+    )
