@@ -55,8 +55,12 @@ def verdict(low: float | None, high: float | None) -> str:
             "It still gains, so supervised training has not finished with this base: fine-tune first (--objective sft) "
             "until this is 0. Self-play pays after it."
         )
-    loses = "It loses: this rate is too high to tell, so ask again at a lower one. " if high < 0 else ""
-    return loses or (
+    if high < 0:
+        return (
+            "It loses: at this rate, with these real samples, supervised training only forgets, so it has finished "
+            "with this base, or a lower rate would still gain. Ask again at a tenth of it."
+        )
+    return (
         "It gains nothing beyond chance: at this rate supervised training has finished with this base, which is where "
         "self-play pays. More held-out samples (--num_held_out) make the question sharper."
     )

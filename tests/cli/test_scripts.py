@@ -77,6 +77,23 @@ def refused(capsys, code: int, *parts: str) -> None:
         assert part in error[0]
 
 
+def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs(settings, tmp_path, capsys):
+    settings |= {
+        "num_held_out": 8,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "candidates": {"number": 2, "scorer": "sharpness"},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert run("plan.py", "--plateau", "--config", str(config)) == 0
+    said = capsys.readouterr().out
+    record = read_json(tmp_path / "out-plateau" / "round-1" / "round.json")
+    assert not (tmp_path / "out").exists() and record["training"]["steps"] == 6
+    assert record["held_out_gap"]["low"] > 0, "a base of noise has everything to learn"
+    assert "It still gains, so supervised training has not finished" in said and "of 8 held-out real samples" in said
+
+
 def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard", "num_validation_images": 2}
     settings["validation_guidance_scales"] = [1, 3]
