@@ -59,7 +59,8 @@ def plateau(config: Config) -> None:
     """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
     rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
     evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None)
-    ask_plateau(ImageRun(fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)))
+    sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
+    ask_plateau(ImageRun(dataclasses.replace(config, **sections)))
 
 
 class ImageRun(Run):

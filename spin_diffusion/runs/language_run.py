@@ -54,9 +54,10 @@ def plateau(config: LanguageConfig) -> None:
     """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
     rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
     evaluation = dataclasses.replace(
-        config.evaluation, promote_if="always", judges=[], max_validation_prompts=1, lm_eval_tasks=None
+        config.evaluation, promote_if="always", judges=[], max_validation_prompts=2, lm_eval_tasks=None
     )
-    ask_plateau(LanguageRun(fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)))
+    sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
+    ask_plateau(LanguageRun(dataclasses.replace(config, **sections)))
 
 
 class LanguageRun(Run):

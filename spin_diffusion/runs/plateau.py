@@ -6,7 +6,7 @@ buy (`assets/exact_plateau` shows both).
 """
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.run import Run, play_run
@@ -16,11 +16,10 @@ from spin_diffusion.selfplay.train_settings import of_round
 NUM_HELD_OUT = 128
 """Real samples that are set aside where the settings set none aside."""
 
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
-
-def fine_tuning(config: AnyConfig, data: Any, **sections: Any) -> AnyConfig:
-    """The settings of one round of fine-tuning with a run's steps and rate, in the folder OUTPUT_DIR-plateau.
+def fine_tuning(config: RunConfig, data: Any, **sections: Any) -> dict[str, Any]:
+    """The sections in which the settings of one round of fine-tuning, with a run's steps and rate and in the folder
+    OUTPUT_DIR-plateau, differ from the run's.
 
     Args:
         data: the section of that name.
@@ -32,7 +31,7 @@ def fine_tuning(config: AnyConfig, data: Any, **sections: Any) -> AnyConfig:
     folder = config.run.output_dir.rstrip("/") + "-plateau"
     run = dataclasses.replace(config.run, output_dir=folder, compare_with=None, push_to_hub=False)
     data = data if data.holds_out else dataclasses.replace(data, num_held_out=NUM_HELD_OUT)
-    return dataclasses.replace(config, rounds=rounds, run=run, data=data, **sections)
+    return sections | {"rounds": rounds, "run": run, "data": data}
 
 
 def ask_plateau(run: Run) -> None:
