@@ -28,7 +28,7 @@ from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import ask_plateau, fine_tuning
+from spin_diffusion.runs.plateau import fine_tuning, tell_gain
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.pairs import Column, kinds_of
@@ -60,7 +60,7 @@ def plateau(config: Config) -> None:
     rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
     evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None)
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    ask_plateau(ImageRun(dataclasses.replace(config, **sections)))
+    tell_gain(config, play_run(ImageRun(dataclasses.replace(config, **sections))))
 
 
 class ImageRun(Run):

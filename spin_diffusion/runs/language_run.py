@@ -21,7 +21,7 @@ from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges, h
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import ask_plateau, fine_tuning
+from spin_diffusion.runs.plateau import fine_tuning, tell_gain
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
@@ -57,7 +57,7 @@ def plateau(config: LanguageConfig) -> None:
         config.evaluation, promote_if="always", judges=[], max_validation_prompts=2, lm_eval_tasks=None
     )
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    ask_plateau(LanguageRun(dataclasses.replace(config, **sections)))
+    tell_gain(config, play_run(LanguageRun(dataclasses.replace(config, **sections))))
 
 
 class LanguageRun(Run):

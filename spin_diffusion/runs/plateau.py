@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 from spin_diffusion.evaluation.settings import RunConfig
-from spin_diffusion.runs.run import Run, play_run
 from spin_diffusion.selfplay.gap import gap_text
+from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.train_settings import of_round
 
 NUM_HELD_OUT = 128
@@ -34,14 +34,12 @@ def fine_tuning(config: RunConfig, data: Any, **sections: Any) -> dict[str, Any]
     return sections | {"rounds": rounds, "run": run, "data": data}
 
 
-def ask_plateau(run: Run) -> None:
-    """Fine-tune, and print what it gained on the held-out samples. Raises as `play_run`."""
-    [record] = play_run(run)
-    gap, training = record["held_out_gap"], run.config.training
-    steps, rate = record["training"]["steps"], of_round(training.learning_rate, 1)
+def tell_gain(config: RunConfig, records: list[RoundRecord]) -> None:
+    """Print what the round of fine-tuning gained on the held-out samples, and what that means for self-play."""
+    gap, steps = records[0]["held_out_gap"], records[0]["training"]["steps"]
     print(
-        f"Fine-tuning, {steps} steps at rate {rate:g}: the score of {gap['num_samples']} held-out real samples "
-        f"changed by {gap_text(gap)}.\n{verdict(gap['low'], gap['high'])}"
+        f"Fine-tuning, {steps} steps at rate {of_round(config.training.learning_rate, 1):g}: the score of "
+        f"{gap['num_samples']} held-out real samples changed by {gap_text(gap)}.\n{verdict(gap['low'], gap['high'])}"
     )
 
 
