@@ -21,6 +21,7 @@ from spin_diffusion.diffusion.cost import count_units
 from spin_diffusion.diffusion.denoiser import compile_unet
 from spin_diffusion.diffusion.sampling import draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
+from spin_diffusion.samples.sampling import precision_of
 from spin_diffusion.selfplay.device import matrix_rate
 
 
@@ -50,13 +51,12 @@ def main() -> None:
     stock.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     compile_unet(pipeline.unet, args.compile)
-    made = sampling_pipeline(pipeline, pipeline.unet, SamplingSettings().sampler)
+    settings = SamplingSettings(num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+    sampling = settings.record(resolution, precision_of(accelerator.mixed_precision))
+    made = sampling_pipeline(pipeline, pipeline.unet, sampling.sampler)
 
     def ours() -> None:
-        draw_images(
-            made, prompts, list(range(count)), resolution=resolution, num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale, batch_size=args.batch_size, autocast=accelerator.autocast,
-        )  # fmt: skip
+        draw_images(made, prompts, list(range(count)), sampling, batch_size=args.batch_size)
 
     def diffusers() -> None:
         for part in [prompts] if args.reference_batched else [[prompt] for prompt in prompts]:
@@ -67,7 +67,7 @@ def main() -> None:
 
     seconds = alternate({"ours": ours, "diffusers": diffusers}, args.repeats, accelerator.device, warmup=1)
     unit = count_units(family_of(pipeline), pipeline, resolution)
-    flops = args.num_inference_steps * (2 if args.guidance_scale > 1 else 1) * unit.unet + unit.vae_decode
+    flops = sampling.passes * unit.unet + unit.vae_decode
     peak = matrix_rate(accelerator.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     report(
         {

@@ -8,7 +8,7 @@ CELL/log.txt                                    what the run said
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -19,11 +19,12 @@ from spin_diffusion.diffusion.base import Base, load_to_draw
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
-from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import parse_spec, part_key
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
+from spin_diffusion.samples.sampling import Sampling, precision_of
 from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record
 from spin_diffusion.store.files import is_built, read_if_whole, read_rows, write_json
 from spin_diffusion.store.input_error import InputError
@@ -75,10 +76,14 @@ class Task:
     drawing: Drawing
     retry_failed: bool = False
 
-    @property
-    def num_inference_steps(self) -> int:
-        """Denoising steps of its pictures."""
-        return self.drawing.num_inference_steps or self.config.sampling.num_inference_steps
+    def sampling(self, view: View) -> Sampling:
+        """How the pictures of a view are drawn."""
+        config = self.config
+        return replace(
+            config.sampling.record(config.images.resolution, precision_of("no")),
+            num_inference_steps=self.drawing.num_inference_steps or config.sampling.num_inference_steps,
+            guidance_scale=view.guidance_scale,
+        )
 
 
 def prompt_sets(drawing: Drawing) -> dict[SetName, PromptSet]:
@@ -164,12 +169,8 @@ def view_key(task: Task, view: View) -> str:
         prompt_sets(task.drawing)[view.prompts],
         images_per_prompt=task.drawing.per_prompt(view),
         seed=task.seed,
-        sampler=config.sampling.sampler,
-        num_inference_steps=task.num_inference_steps,
+        sampling=task.sampling(view),
         guidance_scales=[view.guidance_scale],
-        resolution=config.images.resolution,  # None = the base's own
-        eta=config.sampling.eta,
-        precision=precision_of("no"),
     )
     return key_of(
         protocol=protocol["id"],

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -118,16 +119,13 @@ def _scored(task: Task, view: View) -> Made:
         saved = {kind: run_ / f"round-{view.round}" / kind}
     wanted = cells.prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
     prompts = [row["prompt"] for row in wanted]
+    sampling = task.sampling(view)
     images = draw_images(
-        drawing_pipeline(pipeline, config.sampling.sampler, **saved),
+        drawing_pipeline(pipeline, sampling.sampler, **saved),
         prompts,
         [row["seed"] for row in wanted],
-        resolution=config.images.resolution or family.RESOLUTION,
-        num_inference_steps=task.num_inference_steps,
-        guidance_scale=view.guidance_scale,
+        replace(sampling, resolution=sampling.resolution or family.RESOLUTION),
         batch_size=config.sampling.generation_batch_size,
-        eta=config.sampling.eta,
-        autocast=contextlib.nullcontext,
     )
     columns: dict[str, list[float]] = {}
     distances: list[float | None] = [None] * len(wanted)

@@ -36,13 +36,14 @@ from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.parts import load_unet
 from spin_diffusion.diffusion.prompts import Prompts, move
 from spin_diffusion.diffusion.questions import MIRRORED, Question, Questions, by_kind, in_order, one_to_one
-from spin_diffusion.diffusion.sampling import all_images, draw_batches, sampling_pipeline
+from spin_diffusion.diffusion.sampling import draw_batches, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageSettings,
     SamplingSettings,
 )
 from spin_diffusion.samples.sample import CONDITION, KIND, Batch, Row
+from spin_diffusion.samples.sampling import OWN_SIZE, REAL_SIZE, Sampling, precision_of
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
@@ -198,12 +199,16 @@ class DiffusionGame:
         files: dict[int, Future[bytes]] = {}
         # Files are compressed while the next images are drawn
         with self.models.as_opponent(), ThreadPoolExecutor() as writers:
-            drawing = self._drawing(self.opponent, self.sampling.guidance_scale)
+            sampling = self.opponent_sampling
+            pipeline = self._pipeline(self.opponent, sampling)
             for size, places in places_by_size(sizes).items():
-                batches = drawing(
+                batches = draw_batches(
+                    pipeline,
                     [rows[place]["prompt"] for place in places],
                     [seeds[place] for place in places],
-                    resolution=size,
+                    sampling,
+                    batch_size=self.sampling.generation_batch_size,
+                    size=size,
                     frames=torch.tensor([frames[place] for place in places]),
                 )
                 of_rows = iter(places)
@@ -216,10 +221,16 @@ class DiffusionGame:
         return made
 
     @property
+    def opponent_sampling(self) -> Sampling:
+        """How the opponent's images are drawn."""
+        precision = precision_of(self.accelerator.mixed_precision, torch.backends.cuda.matmul.allow_tf32)
+        told = REAL_SIZE if self.images.size_conditioning == "real" else OWN_SIZE
+        return self.sampling.record(self.resolution, precision, told)
+
+    @property
     def sampler_settings(self) -> str:
         """How the opponent's images are drawn, as JSON."""
-        how = {"resolution": self.resolution, "size_conditioning": self.images.size_conditioning}
-        return json.dumps(asdict(self.sampling) | how, sort_keys=True)
+        return json.dumps(asdict(self.opponent_sampling), sort_keys=True)
 
     def encode(self, rows: list[Row]) -> dict[str, Tensor]:
         """Latents (fp16: a thousandth of their spread is far below the noise they get) of stored images; with the frame
@@ -385,29 +396,18 @@ class DiffusionGame:
         unet: UNet2DConditionModel,
         prompts: list[str],
         seeds: list[int],
-        guidance_scale: float,
-        num_inference_steps: int | None = None,
+        sampling: Sampling,
         done: Callable[[int], None] = lambda images: None,
     ) -> list[Image.Image]:
-        """One image per prompt and seed by any UNet of this checkpoint, with the run's sampler."""
-        return all_images(self._drawing(unet, guidance_scale, num_inference_steps)(prompts, seeds), done)
+        """One image per prompt and seed by any UNet of this checkpoint."""
+        batch_size = self.sampling.generation_batch_size
+        return draw_images(self._pipeline(unet, sampling), prompts, seeds, sampling, batch_size=batch_size, done=done)
 
-    def _drawing(
-        self, unet: UNet2DConditionModel | None, guidance_scale: float, num_inference_steps: int | None = None
-    ) -> Callable[..., Iterator[list[Image.Image]]]:
-        """`draw_batches` by a UNet, with the run's sampler."""
+    def _pipeline(self, unet: UNet2DConditionModel | None, sampling: Sampling) -> Any:
+        """The base's pipeline with a UNet, ready to draw."""
         self._bring_back()
         assert unet is not None, "it was released"
-        return partial(
-            draw_batches,
-            sampling_pipeline(self.pipeline, unet, self.sampling.sampler),
-            resolution=self.resolution,
-            num_inference_steps=num_inference_steps or self.sampling.num_inference_steps,
-            guidance_scale=guidance_scale,
-            batch_size=self.sampling.generation_batch_size,
-            autocast=self.accelerator.autocast,
-            eta=self.sampling.eta,
-        )
+        return sampling_pipeline(self.pipeline, unet, sampling.sampler)
 
     def _base_pipeline(self) -> Any:
         """With the UNet as it was loaded at first, from the same files."""
@@ -437,4 +437,4 @@ class DiffusionGame:
         difference = (theirs - ours).abs().max().item()
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
-        self.draw(fresh, ["a proof"], [0], self.sampling.guidance_scale, num_inference_steps=2)
+        self.draw(fresh, ["a proof"], [0], replace(self.opponent_sampling, num_inference_steps=2))

@@ -5,8 +5,7 @@ not depend on the images drawn beside it; the batch changes a picture by roundin
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import Size, decode_latents, to_images
 from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.parts import load_unet
-from spin_diffusion.selfplay.device import sent
+from spin_diffusion.samples.sampling import Sampling
+from spin_diffusion.selfplay.device import autocast_dtype, sent
 from spin_diffusion.store.input_error import InputError
 
 SAMPLERS: dict[str, Callable[[Mapping[str, object]], Any]] = {
@@ -57,20 +57,17 @@ def draw_batches(
     pipeline: Any,
     prompts: list[str],
     seeds: list[int],
+    sampling: Sampling,
     *,
-    resolution: int | Size,
-    num_inference_steps: int,
-    guidance_scale: float,
     batch_size: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    eta: float = 0.0,
+    size: Size | None = None,
     frames: Frames | None = None,
 ) -> Iterator[list[Image.Image]]:
     """One image per prompt and seed, drawn in batches of `batch_size` in the order given.
 
     Args:
-        resolution: height and width, px; one number for both, or two.
-        guidance_scale: 1 or less = without guidance.
+        pipeline: with the sampler that the record names, as `sampling_pipeline` gives it.
+        size: height and width, px; None = a square of the record's resolution.
         frames: what SDXL is told of size and crop, with guidance in both halves alike; None = what users tell it, who
             leave it to diffusers: the size that is drawn and no crop.
 
@@ -78,26 +75,27 @@ def draw_batches(
         FloatingPointError: an image that is not finite.
         InputError: more steps than the model's noise has.
     """
-    _check_steps(pipeline.scheduler, num_inference_steps)
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    unet = pipeline.unet
+    _check_steps(pipeline.scheduler, sampling.num_inference_steps)
+    height, width = (sampling.resolution, sampling.resolution) if size is None else size
+    unet, dtype = pipeline.unet, autocast_dtype(sampling.precision.split()[0])
     for start in range(0, len(prompts), batch_size):
         part = list(range(start, min(start + batch_size, len(prompts))))
         count = len(part)
         if is_compiled(unet):
             part += [part[-1]] * (batch_size - count)  # every other size of a batch would be compiled anew
-        stand_in = _StandIn(unet, len(part), frames[part] if frames is not None else None)
+        of_part = frames[part] if frames is not None else None
+        stand_in = _StandIn(pipeline, len(part), of_part, sampling.prediction_scale)
         pipeline.unet = stand_in
         try:
-            with torch.no_grad(), autocast():
+            with torch.no_grad(), torch.autocast(unet.device.type, dtype, enabled=dtype is not None):
                 latents = pipeline(
                     [prompts[place] for place in part],
                     height=height,
                     width=width,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
+                    num_inference_steps=sampling.num_inference_steps,
+                    guidance_scale=sampling.guidance_scale,
                     generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
-                    eta=eta,
+                    eta=sampling.eta,
                     output_type="latent",
                 ).images[:count]
         finally:
@@ -124,29 +122,26 @@ def draw_images(
     pipeline: Any,
     prompts: list[str],
     seeds: list[int],
+    sampling: Sampling,
     *,
+    batch_size: int,
     done: Callable[[int], None] = lambda images: None,
-    **settings: Any,
 ) -> list[Image.Image]:
-    """The images of `draw_batches` with these settings; `done` is told how many there are so far."""
-    return all_images(draw_batches(pipeline, prompts, seeds, **settings), done)
-
-
-def all_images(batches: Iterable[list[Image.Image]], done: Callable[[int], None]) -> list[Image.Image]:
-    """The images of all batches; `done` is told how many there are so far."""
+    """The images of `draw_batches`, each told its own size; `done` is told how many there are so far."""
     images: list[Image.Image] = []
-    for drawn in batches:
+    for drawn in draw_batches(pipeline, prompts, seeds, sampling, batch_size=batch_size):
         images += drawn
         done(len(images))
     return images
 
 
 class _StandIn:
-    """A pipeline's UNet for one batch: it tells each image its own frame, where diffusers has one for all of them. A
-    compiled UNet would not ask a hook."""
+    """A pipeline's UNet for one batch: it tells each image its own frame, where diffusers has one for all of them, and
+    scales what the UNet predicts. A compiled UNet would not ask a hook."""
 
-    def __init__(self, unet: UNet2DConditionModel, images: int, frames: Frames | None) -> None:
-        self.unet, self.images, self.frames = unet, images, frames
+    def __init__(self, pipeline: Any, images: int, frames: Frames | None, prediction_scale: float) -> None:
+        self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
+        self.images, self.frames, self.prediction_scale = images, frames, prediction_scale
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unet, name)
@@ -156,4 +151,15 @@ class _StandIn:
         if self.frames is not None and added and "time_ids" in added:
             frames = self.frames.repeat(len(x_t) // self.images, 1)
             inputs["added_cond_kwargs"] = added | {"time_ids": sent(frames.float(), x_t.device)}
-        return self.unet(x_t, t, **inputs)
+        (predicted,) = self.unet(x_t, t, **inputs)  # pipelines ask for a tuple
+        return (self._scaled(predicted, x_t, t),)
+
+    def _scaled(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        # Both halves of guidance alike, which scales what is guided. epsilon = sqrt(abar_t) v + sqrt(1 - abar_t) x_t
+        scale = self.prediction_scale
+        if scale == 1 or self.scheduler.config.prediction_type == "epsilon":
+            return scale * predicted
+        abar_t = float(self.scheduler.alphas_cumprod[int(t)])
+        if abar_t == 0:
+            return predicted  # x_t is noise alone, whatever is predicted
+        return scale * predicted + (scale - 1) * ((1 - abar_t) / abar_t) ** 0.5 * x_t

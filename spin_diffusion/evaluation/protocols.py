@@ -1,18 +1,24 @@
 """The protocol of an evaluation: what must be equal for two results to be comparable, with its hash as `id`.
 
-It is all that decides a sample but the model. Versions of libraries, devices and the number of samples in a batch,
-which change the last bits, are not in it.
+It is all that decides a sample but the model.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import cast
 
 from spin_diffusion.evaluation.prompt_sets import PromptSet, prompts_hash
 from spin_diffusion.evaluation.records import PromptSetEntry, Protocol
 from spin_diffusion.samples.drawn import SEED_RULE, Request
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.input_error import InputError
+
+AS_GIVEN = dict.fromkeys(field.name for field in fields(Sampling) if field.name != "guidance_scale") | {
+    "sampler": "as given"
+}
+"""What the protocol of given pictures has in place of a `Sampling`."""
 
 
 def protocol_of(
@@ -20,30 +26,20 @@ def protocol_of(
     *,
     images_per_prompt: int,
     seed: int,
-    sampler: str,
-    num_inference_steps: int | None,
+    sampling: Sampling | None,
     guidance_scales: Sequence[float | None],
-    resolution: int | None,
-    eta: float | None,
-    precision: str | None,
 ) -> Protocol:
     """The protocol of pictures.
 
     Args:
-        sampler, num_inference_steps, resolution, eta, precision: as `draw_batches` has them; of given pictures the
-            first is "as given" and the others are None.
-        precision: of the denoiser, see `precision_of`.
+        sampling: how they are drawn at each of the guidance scales, which stand for its own; None = as they are given.
     """
-    asked = {"images_per_prompt": images_per_prompt, "seed": seed, "seed_rule": SEED_RULE.format(sample="image")}
-    sampling = {
-        "sampler": sampler,
-        "num_inference_steps": num_inference_steps,
+    how = AS_GIVEN if sampling is None else sampling.in_protocol()
+    asked = {
+        "images_per_prompt": images_per_prompt,
+        "seed": seed,
+        "seed_rule": SEED_RULE.format(sample="image"),
         "guidance_scales": list(guidance_scales),
-        "resolution": resolution,
-        "eta": eta,
-        "precision": precision,
-        # A model that is told an image's size is told that of the whole picture, as pipelines do by themselves
-        "size_condition": None if resolution is None else "the picture's own, not cropped",
     }
     prompt_set = PromptSetEntry(
         name=prompts.name,
@@ -52,7 +48,7 @@ def protocol_of(
         licence=prompts.licence,
         source=prompts.source,
     )
-    return _with_id(prompt_set, asked | sampling)
+    return _with_id(prompt_set, asked | how)
 
 
 def answer_protocol(
@@ -105,8 +101,3 @@ def _with_id(prompt_set: PromptSetEntry, rest: dict[str, object]) -> Protocol:
 
 def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def precision_of(mixed_precision: str, allow_tf32: bool = False) -> str:
-    """The protocol's word for a precision: "fp32", "fp16" or "bf16", and whether products may be rounded to TF32."""
-    return ("fp32" if mixed_precision == "no" else mixed_precision) + (" with TF32" if allow_tf32 else "")

@@ -76,6 +76,7 @@ class Protocol(TypedDict):
     eta: NotRequired[float | None]
     precision: NotRequired[str | None]
     size_condition: NotRequired[str | None]
+    prediction_scale: NotRequired[float | None]
     answers_per_prompt: NotRequired[int]
     sampling: NotRequired[Sampling]
     references_sha256: NotRequired[str]

@@ -9,7 +9,7 @@ from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.text import TextExample, read_held_out
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
-from spin_diffusion.evaluation.protocols import answer_protocol, precision_of
+from spin_diffusion.evaluation.protocols import answer_protocol
 from spin_diffusion.evaluation.records import MeasureEntry
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ID
 from spin_diffusion.evaluation.scoring import are_scored
@@ -21,6 +21,7 @@ from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
 from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.drawn import DrawnAnswer, Request, Shards, answer_shards, requests_of
+from spin_diffusion.samples.sampling import precision_of
 from spin_diffusion.selfplay.gap import clustered_mean
 from spin_diffusion.store.files import Made, build, is_built, read_json
 from spin_diffusion.store.input_error import InputError

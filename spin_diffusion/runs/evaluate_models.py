@@ -17,7 +17,7 @@ from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
-from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
@@ -34,11 +34,11 @@ from spin_diffusion.samples.drawn import (
     draw_samples,
     folder_of,
     index_piece,
-    picture_key,
     picture_shards,
     save_bytes,
     without_picture,
 )
+from spin_diffusion.samples.sampling import Sampling, precision_of
 from spin_diffusion.store.files import Made, build_pieces, read_json, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
@@ -142,17 +142,22 @@ def _pictures(
     drawn = [source for source in sources if source.kind != "images"]
     scales: list[Any] = settings.guidance_scales if drawn else [None]
     drawer = _Drawer(settings, prompts, accelerator)
-    resolution = settings.resolution or (drawer.resolution(drawn[0]) if drawn else None)
+    sampling = None
+    if drawn:
+        sampling = Sampling(
+            sampler=settings.sampler,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=scales[-1],
+            resolution=settings.resolution or drawer.resolution(drawn[0]),
+            precision=precision_of(accelerator.mixed_precision),
+            prediction_scale=settings.prediction_scale,
+        )
     protocol = protocol_of(
         prompts,
         images_per_prompt=settings.images_per_prompt,
         seed=settings.seed,
-        sampler=settings.sampler if drawn else "as given",
-        num_inference_steps=settings.num_inference_steps if drawn else None,
+        sampling=sampling,
         guidance_scales=scales,
-        resolution=resolution,
-        eta=0.0 if drawn else None,
-        precision=precision_of(accelerator.mixed_precision) if drawn else None,
     )
     wanted = prompts.requests(settings.images_per_prompt, settings.seed)
     accelerator.print(
@@ -168,7 +173,7 @@ def _pictures(
         if source.kind == "images":
             _take_pictures(source, wanted, folder.samples, protocol, settings, accelerator)
         else:
-            draw, weights, drawn_by = drawer.open(source, resolution)
+            draw, weights, drawn_by = drawer.open(source)
         if accelerator.is_main_process:
             write_json(folder.samples / "model.json", {"path": source.path, "weights_sha256": weights})
         if draw is not None:
@@ -283,24 +288,15 @@ class _Drawer:
         self._load(source)
         return self.family.RESOLUTION
 
-    def open(self, source: ModelSource, resolution: int | None) -> tuple[Draw, str, str]:
+    def open(self, source: ModelSource) -> tuple[Draw, str, str]:
         """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
         self._load(source)
         pipeline = drawing_pipeline(self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora)
         digest = weights_hash(pipeline.unet)
+        batch_size = self.settings.generation_batch_size
 
-        def draw(prompts, seeds, scale, done):
-            return draw_images(
-                pipeline,
-                prompts,
-                seeds,
-                resolution=resolution,
-                guidance_scale=scale,
-                done=done,
-                num_inference_steps=self.settings.num_inference_steps,
-                autocast=self.accelerator.autocast,
-                batch_size=self.settings.generation_batch_size,
-            )
+        def draw(prompts, seeds, sampling, done):
+            return draw_images(pipeline, prompts, seeds, sampling, batch_size=batch_size, done=done)
 
         return draw, digest, key_of(weights=digest, unet=config_of(pipeline.unet), parts=self.parts)
 
@@ -356,7 +352,7 @@ def _take_pictures(
                 return Made([_take(row, path, folder) for row, path in zip(wanted, paths, strict=True)])
 
             index = folder / f"{shard_name(0, 1)}.jsonl"
-            piece = index_piece(index, picture_key(protocol, scale, given), wanted, take)
+            piece = index_piece(index, given, wanted, take)
             build_pieces([piece], lambda done, text: None, 1)
     accelerator.wait_for_everyone()
 

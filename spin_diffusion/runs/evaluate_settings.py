@@ -40,6 +40,8 @@ class EvaluateSettings(Settings):
     """Guidance scale, or several to compare at each; the last is the headline's."""
     sampler: Literal["checkpoint", "ddim", "dpmpp"] = "ddim"
     """checkpoint = the scheduler that each model names."""
+    prediction_scale: float = setting(1.0, above=0)
+    """Factor of the noise that the denoiser predicts; above 1 the sampler is colder."""
     resolution: int | None = None
     """Image size, px; default: the family's."""
     generation_batch_size: int = setting(8, minimum=1, harmless=True)

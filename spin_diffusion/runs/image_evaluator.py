@@ -1,6 +1,7 @@
 """What an image run is evaluated by: pictures of the player at every guidance scale, their scores, a gallery."""
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.prompt_sets import PromptSet
-from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
+from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
@@ -24,21 +26,25 @@ GALLERY_PROMPTS = 6
 """Prompts shown in samples.png."""
 
 
-def picture_protocol(config: Config, prompts: PromptSet, resolution: int, precision: str) -> tuple[Protocol, float]:
+def picture_protocol(config: Config, prompts: PromptSet, sampling: Sampling) -> tuple[Protocol, float]:
     """How the pictures of a run's evaluations are drawn, and the guidance scale of its headline; what is not set is
-    that of the opponent's samples."""
-    settings, sampling = config.evaluation, config.sampling
+    that of the opponent's samples.
+
+    Args:
+        sampling: of the opponent.
+    """
+    settings = config.evaluation
     scales = settings.validation_guidance_scales or [sampling.guidance_scale]
     protocol = protocol_of(
         prompts,
         images_per_prompt=settings.num_validation_images,
         seed=config.rounds.seed,
-        sampler=sampling.sampler,
-        num_inference_steps=settings.validation_num_inference_steps or sampling.num_inference_steps,
+        sampling=replace(
+            sampling,
+            num_inference_steps=settings.validation_num_inference_steps or sampling.num_inference_steps,
+            size_condition=OWN_SIZE,
+        ),
         guidance_scales=scales,
-        resolution=resolution,
-        eta=sampling.eta,
-        precision=precision,
     )
     return protocol, sampling.guidance_scale if sampling.guidance_scale in scales else scales[-1]
 
@@ -47,8 +53,7 @@ class PictureSamples(EvaluationSamples):
     """The pictures of a run's validation prompts."""
 
     def __init__(self, config: Config, prompts: PromptSet, game: DiffusionGame, progress: Progress) -> None:
-        precision = precision_of(game.accelerator.mixed_precision, config.training.allow_tf32)
-        protocol, self.headline_scale = picture_protocol(config, prompts, game.resolution, precision)
+        protocol, self.headline_scale = picture_protocol(config, prompts, game.opponent_sampling)
         super().__init__(config.evaluation.scorers or [], protocol, progress, self._shards)
         self.config, self.prompts, self.game, self.accelerator = config, prompts, game, game.accelerator
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
@@ -58,12 +63,9 @@ class PictureSamples(EvaluationSamples):
 
     def _shards(self, model: EvaluatedModel) -> Shards:
         """The player's images of the run's prompts."""
-        steps = self.protocol["num_inference_steps"]
         drawn_by = key_of(base=self.drawn_with, weights=model.weights_sha256)
 
-        def draw(prompts: list[str], seeds: list[int], scale: float, done: Callable[[int], None]) -> list[Image.Image]:
-            return self.game.draw(self.game.player, prompts, seeds, scale, steps, done)
-
+        draw = partial(self.game.draw, self.game.player)
         return picture_shards(self.wanted, model.folder.samples, self.protocol, drawn_by, draw)
 
     def show(self, title: str, folder: Path) -> None:

@@ -105,7 +105,8 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     short, long = 1, 3
 
     def draw(steps: int) -> list[Any]:
-        return game.draw(game.player, prompts, list(range(batch)), config.sampling.guidance_scale, steps)
+        sampling = replace(game.opponent_sampling, num_inference_steps=steps)
+        return game.draw(game.player, prompts, list(range(batch)), sampling)
 
     pictures = draw(short)
     by_length = [seconds_of(partial(draw, steps), device) for steps in (short, long)]

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path, PureWindowsPath
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.samples.photometry import measure_image
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.files import Made, Piece, Tell, build_together, read_json, read_json_lines, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, known_hash
@@ -84,8 +86,8 @@ class DrawnAnswer(TypedDict):
     num_tokens: int
 
 
-Draw = Callable[[list[str], list[int], float, Callable[[int], None]], list[Image.Image]]
-"""(prompts, seeds, guidance scale, told the number drawn so far) -> images by the model."""
+Draw = Callable[[list[str], list[int], Sampling, Callable[[int], None]], list[Image.Image]]
+"""(prompts, seeds, how they are drawn, told the number drawn so far) -> images by the model."""
 DrawAnswers = Callable[[list[Request], Callable[[int], None]], list[DrawnAnswer]]
 """(requests, told the number drawn so far) -> the answer to each."""
 Shards = dict[float | None, list[Piece]]
@@ -175,26 +177,27 @@ def picture_shards(
         drawn_by: hash of the model, with all of its parts.
     """
 
-    def piece_of(scale: float, folder: Path, name: str, rows: list[Request]) -> Piece:
+    def piece_of(sampling: Sampling, folder: Path, name: str, rows: list[Request]) -> Piece:
         def make(tell: Callable[[int], None]) -> Made:
-            pictures = _draw_all(draw, rows, scale, tell)
+            pictures = _draw_all(draw, rows, sampling, tell)
             return Made([save_picture(row, image, folder) for row, image in zip(rows, pictures, strict=True)])
 
-        return index_piece(folder / f"{name}.jsonl", picture_key(protocol, scale, drawn_by), rows, make)
+        key = key_of(sampling=asdict(sampling), drawn_by=drawn_by)
+        return index_piece(folder / f"{name}.jsonl", key, rows, make)
 
+    samplings = {scale: Sampling.of_protocol(protocol, scale) for scale in protocol["guidance_scales"]}
     return {
-        scale: [piece_of(scale, directory / folder_of(scale), name, rows) for name, rows in _in_shards(wanted)]
-        for scale in protocol["guidance_scales"]
+        scale: [piece_of(sampling, directory / folder_of(scale), name, rows) for name, rows in _in_shards(wanted)]
+        for scale, sampling in samplings.items()
     }
 
 
-def picture_key(protocol: Mapping[str, Any], scale: float | None, drawn_by: str) -> str:
-    """What all pictures of a model at a guidance scale depend on, beside what was asked for."""
-    return key_of(protocol=protocol["id"], scale=scale, drawn_by=drawn_by)
-
-
 def index_piece(index: Path, key: str, wanted: list[Request], make: Callable[[Callable[[int], None]], Made]) -> Piece:
-    """An index file with the pictures beside it, which `make` writes."""
+    """An index file with the pictures beside it, which `make` writes.
+
+    Args:
+        key: what all of its pictures depend on, beside what was asked for.
+    """
     return Piece(index, key, len(wanted), make, lambda: _has_pictures(index, wanted))
 
 
@@ -228,15 +231,17 @@ def claim(directory: Path, protocol: Mapping[str, Any], accelerator: Accelerator
     accelerator.wait_for_everyone()
 
 
-def _draw_all(draw: Draw, rows: list[Request], scale: float, told: Callable[[int], None]) -> list[Image.Image | None]:
+def _draw_all(
+    draw: Draw, rows: list[Request], sampling: Sampling, told: Callable[[int], None]
+) -> list[Image.Image | None]:
     """The pictures of a shard; None for one that is not finite."""
     try:
-        return list(draw([row["prompt"] for row in rows], [row["seed"] for row in rows], scale, told))
+        return list(draw([row["prompt"] for row in rows], [row["seed"] for row in rows], sampling, told))
     except FloatingPointError:
         pictures: list[Image.Image | None] = []
         for row in rows:  # one by one, to lose no more than what is broken
             try:
-                pictures += draw([row["prompt"]], [row["seed"]], scale, lambda images: None)
+                pictures += draw([row["prompt"]], [row["seed"]], sampling, lambda images: None)
             except FloatingPointError:
                 pictures.append(None)
             told(len(pictures))

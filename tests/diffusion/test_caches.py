@@ -138,7 +138,7 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
     keep(game, tmp_path, batch.prompts)
     game.scores(game.player, batch)
     assert moved == ["cpu"]
-    game.draw(game.player, ["a fox"], [0], 1.0)
+    game.draw(game.player, ["a fox"], [0], game.opponent_sampling)
     assert moved == ["cpu", "cpu"]
 
 

@@ -18,6 +18,7 @@ from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Batch
+from spin_diffusion.samples.sampling import OWN_SIZE, REAL_SIZE
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
@@ -208,7 +209,8 @@ def test_each_image_is_drawn_as_diffusers_draws_it_with_its_frame(size_condition
     pipeline.set_progress_bar_config(disable=True)
     for place, (row, made) in enumerate(zip(rows, drawn, strict=True)):
         frame = game.frame_of(row)
-        assert made["frame"] == frame and f'"size_conditioning": "{size_conditioning}"' in made["sampler"]
+        told = {"real": REAL_SIZE, "target": OWN_SIZE}[size_conditioning]
+        assert made["frame"] == frame and f'"size_condition": "{told}"' in made["sampler"]
         height, width = row["frame"][4:]
         expected = pipeline(
             row["prompt"], height=height, width=width, num_inference_steps=2, guidance_scale=guidance_scale,
@@ -226,7 +228,7 @@ def test_pictures_of_an_evaluation_are_told_what_users_tell(sdxl_dir):
     game.player.register_forward_pre_hook(
         lambda unet, given, named: told.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
-    game.draw(game.player, ["a fox"], [0], 3.0)
+    game.draw(game.player, ["a fox"], [0], game.opponent_sampling)
     assert told and all((time_ids == torch.tensor([32, 32, 0, 0, 32, 32])).all() for time_ids in told)
 
 
@@ -288,7 +290,7 @@ def test_of_pairs_whose_pictures_are_the_same_nothing_can_be_learnt(
     real = {row["prompt"]: open_picture(row["image"]) for row in game.real_rows(pictures())}
     proof, *_ = real.values()
 
-    def draws_the_real_ones(pipeline, prompts, seeds, **how):
+    def draws_the_real_ones(pipeline, prompts, seeds, sampling, **how):
         yield [real.get(prompt, proof) for prompt in prompts]
 
     monkeypatch.setattr(game_module, "draw_batches", draws_the_real_ones)

@@ -178,8 +178,8 @@ def test_a_picture_depends_on_its_own_seed_up_to_rounding(base):
     import numpy as np
 
     game = make_game(base)
-    together = game.draw(game.player, ["a", "b"], [1, 2], 3.0)
-    alone = game.draw(game.player, ["b"], [2], 3.0)
+    together = game.draw(game.player, ["a", "b"], [1, 2], game.opponent_sampling)
+    alone = game.draw(game.player, ["b"], [2], game.opponent_sampling)
     difference = np.abs(np.asarray(together[1], dtype=int) - np.asarray(alone[0], dtype=int))
     assert difference.max() <= 2
 

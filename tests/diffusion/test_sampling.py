@@ -1,6 +1,7 @@
 """Drawing: the default sampler, files written beside it, memory that does not hold a batch, a compiled UNet."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_the_files_are_the_drawn_images_in_the_order_of_the_rows(sdxl_dir):
     rows = asked(*(f"fox {number}" for number in range(5)))
     told: list[int] = []
     made = game.generate(rows, [7, 8, 9, 10, 11], told.append)
-    drawn = game.draw(game.opponent, [row["prompt"] for row in rows], [7, 8, 9, 10, 11], 3.0)
+    drawn = game.draw(game.opponent, [row["prompt"] for row in rows], [7, 8, 9, 10, 11], game.opponent_sampling)
     assert [row["image"] for row in made] == [images.to_bytes(image, game.images) for image in drawn]
     assert [row["seed"] for row in made] == [7, 8, 9, 10, 11] and told == [2, 4, 5]
     assert json.loads(made[0]["sampler"])["num_inference_steps"] == 2
@@ -107,6 +108,40 @@ def test_more_steps_than_the_noise_has_are_refused_before_anything_is_drawn(samp
     game = make_game(sdxl_dir)
     pipeline = sampling_pipeline(game.pipeline, game.opponent, sampler)
     pipeline.scheduler.register_to_config(steps_offset=offset)
-    rest = dict(resolution=64, guidance_scale=1.0, batch_size=1, autocast=game.accelerator.autocast)
+    sampling = replace(game.opponent_sampling, sampler=sampler, num_inference_steps=steps)
     with pytest.raises(InputError, match=f"^{steps} denoising steps are too many .* trained with 1000: give fewer$"):
-        draw_images(pipeline, ["a fox"], [1], num_inference_steps=steps, **rest)
+        draw_images(pipeline, ["a fox"], [1], sampling, batch_size=1)
+
+
+@pytest.mark.parametrize(("base", "guidance_scale"), [("sdxl_dir", 3.0), ("sdxl_dir", 1.0), ("sd2_dir", 3.0)])
+def test_a_scaled_prediction_is_epsilon_scaled_in_a_ddim_loop_written_out(base, guidance_scale, request):
+    """Guided first and scaled then, in fp64; where a v model gets noise alone, there is nothing to scale."""
+    game = make_game(request.getfixturevalue(base))
+    sampling = replace(game.opponent_sampling, num_inference_steps=5, guidance_scale=guidance_scale)
+    factor, scheduler = 1.2, SAMPLERS["ddim"](dict(game.pipeline.scheduler.config))
+    scheduler.set_timesteps(sampling.num_inference_steps)
+    inputs = game.questions.inputs(["a fox", "a fox"], [False, True], torch.tensor([[32, 32, 0, 0, 32, 32]] * 2))
+    side = 32 // game.latent_px
+    x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(3)).double()
+    abars = scheduler.alphas_cumprod.double()
+    for t, before in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        with torch.no_grad():
+            predicted = game.player(x.float().repeat(2, 1, 1, 1), t, **inputs, return_dict=False)[0].double()
+        wanted, dropped = predicted.chunk(2)
+        guided = dropped + guidance_scale * (wanted - dropped)
+        a, b = abars[t].sqrt(), (1 - abars[t]).sqrt()
+        eps = guided if game.noising.prediction_type == "epsilon" else a * guided + b * x
+        if a == 0:
+            x_0 = -guided
+        else:
+            eps = factor * eps
+            x_0 = (x - b * eps) / a
+        abar = abars[before] if before is not None else scheduler.final_alpha_cumprod.double()
+        x = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
+    expected = images.decode_latents(game.pipeline.vae, x.float(), ["a fox"])
+
+    def apart(scale: float) -> float:
+        drawn = game.draw(game.player, ["a fox"], [3], replace(sampling, prediction_scale=scale))
+        return (images.to_pixels(drawn) - images.to_pixels(images.to_images(expected))).abs().max().item()
+
+    assert apart(factor) <= 2.5 / 127.5 < apart(1.0)

@@ -22,6 +22,7 @@ from spin_diffusion.evaluation.scoring import SampleFolder, score_samples
 from spin_diffusion.evaluation.tables import as_markdown, metrics_of, print_table
 from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.samples.drawn import draw_samples, picture_shards, requests_of, sample_files
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
 from tests.evaluation.made_up_answers import answers_by, babble, draw_answers, evaluate, folder_of, prompts, protocol_of
@@ -245,14 +246,13 @@ def test_results_of_pictures_have_curves_too(tmp_path: Path) -> None:
     texts = [f"prompt {i}" for i in range(20)]
     set_ = PromptSet("p", tuple(PromptRow(f"{i:05d}", text) for i, text in enumerate(texts)), "0" * 64, "", "")
     protocol = protocols.protocol_of(
-        set_, images_per_prompt=1, seed=0, sampler="none", num_inference_steps=None, guidance_scales=[3.0],
-        resolution=8, eta=0.0, precision="fp32",
-    )  # fmt: skip
+        set_, images_per_prompt=1, seed=0, sampling=Sampling("ddim", 1, 3.0, 8), guidance_scales=[3.0]
+    )
     accelerator, models = Accelerator(cpu=True), []
     for place, name in enumerate(("base", "round 1")):
         folder = SampleFolder(tmp_path / name / "images", tmp_path / name / "scores")
 
-        def draw(prompts_: list[str], seeds: list[int], scale: float, done: Any, place: int = place) -> list:
+        def draw(prompts_: list[str], seeds: list[int], sampling: Sampling, done: Any, place: int = place) -> list:
             rngs = [np.random.default_rng([seed % 1000, place]) for seed in seeds]
             return [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for rng in rngs]
 

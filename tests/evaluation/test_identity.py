@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from spin_diffusion.diffusion.base import load_checkpoint, parts_hash
 from spin_diffusion.evaluation.evaluated import first_not_run
 from spin_diffusion.evaluation.judges import __name__ as JUDGES
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet
-from spin_diffusion.evaluation.protocols import precision_of, protocol_of
+from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import part_key
+from spin_diffusion.samples.sampling import REAL_SIZE, Sampling, precision_of
 from tests.runs.test_evaluate_command import ROOT, evaluate, run, write_pictures
 
 PROMPTS = [f"picture {n}" for n in range(5)]
@@ -226,17 +228,20 @@ def torch_ones(value: float) -> dict:
 
 # Who drew a picture, and by which protocol
 
-REST = {"images_per_prompt": 2, "seed": 0, "sampler": "ddim", "num_inference_steps": 4, "guidance_scales": [3.0],
-        "resolution": 32, "eta": 0.0, "precision": "fp32"}  # fmt: skip
+SAMPLING = Sampling("ddim", num_inference_steps=4, guidance_scale=3.0, resolution=32)
+REST = {"images_per_prompt": 2, "seed": 0, "sampling": SAMPLING, "guidance_scales": [3.0]}
 
 
 def test_everything_that_decides_a_picture_but_the_model_is_in_the_protocols_id():
     prompts = PromptSet("p", (PromptRow("00000", "a fox"), PromptRow("00001", "a hen")), "0" * 64, "", "")
     id_ = protocol_of(prompts, **REST)["id"]
-    others = {"images_per_prompt": 1, "seed": 1, "sampler": "dpmpp", "num_inference_steps": 5,
-              "guidance_scales": [3.0, 1.0], "resolution": 64, "eta": 0.5, "precision": "bf16"}  # fmt: skip
-    ids = {protocol_of(prompts, **REST | {name: value})["id"] for name, value in others.items()}
-    assert others.keys() == REST.keys() and len({id_, *ids}) == 1 + len(others)
+    others = [{"images_per_prompt": 1}, {"seed": 1}, {"guidance_scales": [3.0, 1.0]}]
+    drawing = {"sampler": "dpmpp", "num_inference_steps": 5, "resolution": 64, "eta": 0.5, "precision": "bf16",
+               "size_condition": REAL_SIZE, "prediction_scale": 1.04}  # fmt: skip
+    others += [{"sampling": replace(SAMPLING, **{name: value})} for name, value in drawing.items()]
+    ids = {protocol_of(prompts, **REST | other)["id"] for other in others}
+    assert {*drawing, "guidance_scale"} == {field.name for field in fields(Sampling)}
+    assert len({id_, *ids}) == 1 + len(others)
     assert protocol_of(prompts, **REST)["id"] == id_
     words = {precision_of(kind, tf32) for kind in ("no", "fp16", "bf16") for tf32 in (False, True)}
     assert len(words) == 6 and precision_of("no") == "fp32"

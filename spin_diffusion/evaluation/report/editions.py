@@ -163,10 +163,11 @@ def _temperature(protocol: Protocol, scale: Scale) -> str:
 
 
 def _how_drawn(protocol: Protocol) -> list[tuple[str, str]]:
-    given, steps = "as the pictures were given", protocol["num_inference_steps"]
+    given, steps, scale = "as given", protocol["num_inference_steps"], protocol.get("prediction_scale")
     return [
         ("sampler", protocol["sampler"]),
         ("denoising steps", given if steps is None else str(steps)),
+        ("prediction times", given if scale is None else f"{scale:g}"),
         ("guidance scales", ", ".join("as given" if s is None else f"{s:g}" for s in guidance_scales(protocol))),
         ("resolution", given if protocol["resolution"] is None else f"{protocol['resolution']} px"),
     ]
