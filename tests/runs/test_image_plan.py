@@ -116,7 +116,9 @@ def test_the_probe_measures_a_real_game_and_leaves_its_player_alone(sdxl_dir, fi
 def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch):
     game, asked = make_game(sdxl_dir), []
     monkeypatch.setattr(game, "draw", lambda *given: asked.append(given[-1]) or [Image.new("RGB", (32, 32))] * 2)
-    monkeypatch.setattr(image_plan, "seconds_of", lambda call, device: call() and 5.0 + 2.0 * asked[-1].num_inference_steps)
+    monkeypatch.setattr(
+        image_plan, "seconds_of", lambda call, device: call() and 5.0 + 2.0 * asked[-1].num_inference_steps
+    )
     monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
     monkeypatch.setattr(image_plan, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
     settings = config("--generation_batch_size", "2", "--validation_num_inference_steps", "20")
