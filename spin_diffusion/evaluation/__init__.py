@@ -9,6 +9,7 @@ distribution    features of pictures -> distances to real ones, how much of them
 statistics      scores -> intervals and tests; comparison: models side by side
 alarms          signs that scores were won without better samples
 verdicts        what is concluded of a model, of several, and of a round's player
+features        embeddings of pictures, kept; how far they are from real ones
 results         all of it -> results.json; records: its parts as types, and its reader
 tables          results in the terminal and in Markdown
 report          results.json -> the page; gallery: a contact sheet

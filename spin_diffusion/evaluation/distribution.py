@@ -24,16 +24,16 @@ evaluation are.
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy import linalg, stats
 
+from spin_diffusion.evaluation.records import Metric
 from spin_diffusion.evaluation.statistics import Interval
 
-Metric = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 MANIFOLD_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """Which nearest other picture a ball reaches to: those of the papers."""
@@ -301,5 +301,6 @@ def interval(metric: Metric, model: Replicates, other: Replicates | None = None,
     value = model.whole
     if metric == "fd":
         value -= sum((GROUPS - 1) * (float(side.mean()) - model.whole) for side in sides)
-    reach = stats.t.ppf((1 + confidence) / 2, GROUPS - 1) * math.sqrt(sum((GROUPS - 1) * side.var() for side in sides))
+    variance = sum((GROUPS - 1) * float(side.var()) for side in sides)
+    reach = float(stats.t.ppf((1 + confidence) / 2, GROUPS - 1)) * math.sqrt(variance)
     return Interval(value, value - reach, value + reach)

@@ -21,7 +21,7 @@ from spin_diffusion.store.input_error import InputError, one_line, read_bytes
 SCHEMA_VERSION = 1
 _FLOATS = frozenset(
     "guidance_scale guidance_scales mean low high sd difference win_rate win_rate_low win_rate_high p p_holm value "
-    "threshold r_real r_generated loss".split()
+    "threshold r_real r_generated loss difference_low difference_high".split()
 )
 _MAX_BYTES = 1 << 30
 Scale = float | None
@@ -36,6 +36,8 @@ ModelVerdict = Literal["improved", "inconclusive", "regressed", "suspect"]
 """What all scorers and alarms together say of it."""
 AlarmState = Literal["ok", "warn", "alarm", "not run"]
 """State of an alarm: nothing seen; worth a look; believe no verdict before it is explained; could not be computed."""
+Metric = Literal["fd", "kid", "precision", "recall", "density", "coverage"]
+"""What is measured of the distribution of a model's pictures, see `distribution`."""
 ModelRole = Literal["baseline", "round", "rival", "candidate"]
 ModelKind = Literal["pipeline", "model", "round", "images"]
 Aggregate = Literal["mean", "best_of_k", "best_by_average"]
@@ -230,6 +232,34 @@ class FailureEntry(_Said):
     what: str
 
 
+class DistanceEntry(_Said):
+    """A metric of the distribution of a model's pictures; of the baseline there is no difference."""
+
+    metric: Metric
+    better: Literal["higher", "lower"]
+    value: float
+    low: float
+    high: float
+    difference: NotRequired[float]
+    difference_low: NotRequired[float]
+    difference_high: NotRequired[float]
+
+
+class DistributionEntry(TypedDict):
+    """What the models' pictures were compared with, in which features, and what came out."""
+
+    embedding: str
+    title: str
+    source: str
+    checkpoint: dict[str, str]
+    width: int
+    real: str
+    num_real: int
+    num_images: int
+    left_out: str
+    distances: list[DistanceEntry]
+
+
 class CurveEntry(TypedDict):
     """A point of a training curve; None = not finite."""
 
@@ -319,6 +349,7 @@ class Results(TrainingEntries):
     between_others: NotRequired[list[ComparisonEntry]]
     ranking: NotRequired[list[RankingEntry]]
     verdicts: list[VerdictEntry]
+    distribution: NotRequired[DistributionEntry]
     alarms: list[AlarmEntry]
     breakdowns: list[PartEntry]
     failures: list[FailureEntry]

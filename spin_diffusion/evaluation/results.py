@@ -27,6 +27,7 @@ from spin_diffusion.evaluation.evaluated import (
     read_samples,
     scorer_record,
 )
+from spin_diffusion.evaluation.features import Comparison, distances, missed
 from spin_diffusion.evaluation.judges import Answer
 from spin_diffusion.evaluation.records import (
     ANSWERS,
@@ -36,6 +37,7 @@ from spin_diffusion.evaluation.records import (
     AlarmEntry,
     ComparisonEntry,
     CountEntry,
+    DistributionEntry,
     FailureEntry,
     Headline,
     Modality,
@@ -82,6 +84,7 @@ def conclude(
     headline_scale: Scale = None,
     training_prompts: Sequence[str] | None = None,
     in_domain: Collection[str] = (),
+    real: Comparison | None = None,
     **training: Unpack[OfTraining],
 ) -> Results:
     """Write results.json and the tables of samples and scores below `root`; the results.
@@ -95,6 +98,7 @@ def conclude(
         training_prompts: to find evaluation prompts that were trained on, and answers learnt by heart.
         in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
             that the choice was learnt.
+        real: the real pictures that the models' are compared with, in features that are kept already.
         training: for the page of a whole run.
 
     Raises:
@@ -111,7 +115,10 @@ def conclude(
         if about[name]["role"] == "held-out":
             about[name] = {**about[name], "role": "in-domain"}
     compared = _compared(models, samples, protocol, about)
-    results = _results(compared, title, headline_scale, training_prompts, _training(training))
+    against_real = None
+    if real is not None:
+        against_real = distances(real, models, compared.complete, samples_per_prompt(protocol))
+    results = _results(compared, title, headline_scale, training_prompts, against_real, _training(training))
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     _write(root, results, compared)
@@ -225,6 +232,7 @@ def _results(
     title: str,
     headline_scale: Scale,
     training_prompts: Sequence[str] | None,
+    against_real: DistributionEntry | None,
     training: TrainingEntries,
 ) -> Results:
     """The content of results.json."""
@@ -233,6 +241,8 @@ def _results(
     entries = compare(compared.arrays, baseline, roles, compared.lost)
     between = compare_others(compared.arrays, baseline, roles, compared.lost)
     alarms, counts = _alarms(compared, training_prompts), _counts(compared)
+    if against_real is not None:
+        alarms += missed(against_real)
     verdicts = [
         _verdict_entry(count, entries, roles, alarms, modality)
         for count in counts
@@ -257,6 +267,8 @@ def _results(
         environment=versions | {"python": platform.python_version()},
         **training,
     )
+    if against_real is not None:
+        results["distribution"] = against_real
     if between:
         places = [rank(names, scale, [*entries, *between], compared.scorers, verdicts) for scale in scales]
         results["between_others"] = between

@@ -39,6 +39,9 @@ class EvaluationSettings(AnyEvaluationSettings):
     """Denoising steps per image; default: --num_inference_steps."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers, or paths of .py files with a `load(device)`."""
+    distribution_features: str | None = None
+    """NAME[=PATH] of an embedding (dinov2, clip_l14), or path of a .py file: compare the distribution of each model's
+    images with that of the real ones (those held out, if there are 100, else those trained on). It takes 100 images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

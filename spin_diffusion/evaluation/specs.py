@@ -151,13 +151,13 @@ def guarded(who: str, run: Callable[..., _T], *arguments: Any) -> _T:
         raise InputError(f"{who} failed: {raised(error)}") from error
 
 
-def check_specs(package: str, specs: Sequence[str]) -> None:
-    """InputError when two specs have one name, or one does not exist; no weights are read."""
+def check_specs(package: str, specs: Sequence[str], flag: str = "--scorers") -> None:
+    """InputError when two specs of a flag have one name, or one does not exist; no weights are read."""
     names = [parse_spec(spec)[0] for spec in specs]
     for name in names:
-        file_name(name, "--scorers")
+        file_name(name, flag)
         if names.count(name) > 1:
-            raise InputError(f"--scorers has {name!r} twice: one result could not be told from the other")
+            raise InputError(f"{flag} has {name!r} twice: one result could not be told from the other")
     for spec in specs:
         load_named(package, parse_spec(spec)[1], "load")
 

@@ -11,6 +11,9 @@ from rich.text import Text
 from spin_diffusion.evaluation.records import (
     AggregateEntry,
     ComparisonEntry,
+    DistanceEntry,
+    DistributionEntry,
+    Metric,
     Results,
     Scale,
     guidance_scales,
@@ -62,6 +65,82 @@ def print_table(results: Results, console: Console | None = None) -> None:
         )
         for table in next(fitting, layouts[-1]):
             console.print(table)
+    if "distribution" in results and results["distribution"]["distances"]:
+        console.print(_distance_table(results["distribution"]))
+
+
+def direction_of(entry: DistanceEntry) -> int:
+    """1 if the interval of the difference to the baseline says better, -1 if it says worse, 0 if it holds 0 or if this
+    is the baseline."""
+    sign = -1 if entry["better"] == "lower" else 1
+    return sign * ((entry.get("difference_low", 0.0) > 0) - (entry.get("difference_high", 0.0) < 0))
+
+
+def distance_decimals(distances: Sequence[DistanceEntry]) -> dict[Metric, int]:
+    """Decimals that show two digits of each metric's narrowest interval."""
+    widths: dict[Metric, list[float]] = {}
+    for entry in distances:
+        widths.setdefault(entry["metric"], []).append((entry["high"] - entry["low"]) / 2)
+    return {metric: decimals_of(min((w for w in all_ if w > 0), default=0.0), 2) for metric, all_ in widths.items()}
+
+
+def distribution_title(compared: DistributionEntry) -> str:
+    """What is compared with what."""
+    return (
+        f"Distribution of {compared['num_images']} pictures against {compared['num_real']} real ones "
+        f"({compared['real']}), in {compared['width']} features of {compared['title']}"
+    )
+
+
+def _distance_rows(compared: DistributionEntry) -> dict[tuple[str, Scale], list[DistanceEntry]]:
+    """(model, guidance scale) -> its metrics."""
+    rows: dict[tuple[str, Scale], list[DistanceEntry]] = {}
+    for entry in compared["distances"]:
+        rows.setdefault((entry["model"], entry["guidance_scale"]), []).append(entry)
+    return rows
+
+
+def _distance_table(compared: DistributionEntry) -> Table:
+    """A line per model and guidance scale; bold green and red where the interval of the difference excludes 0."""
+    decimals, rows = distance_decimals(compared["distances"]), _distance_rows(compared)
+    caption = "fd, kid: lower is better. Coloured: the interval of the difference to the baseline excludes 0."
+    title = Text(distribution_title(compared))
+    table = Table(title=title, caption=Text(caption), title_justify="left", caption_justify="left")
+    table.add_column("model")
+    table.add_column("guidance", justify="right")
+    for metric in decimals:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for (model, scale), entries in rows.items():
+        numbers = [
+            Text(f"{entry['value']:.{decimals[entry['metric']]}f}", _STYLES[False][direction_of(entry)])
+            for entry in entries
+        ]
+        table.add_row(Text(model), "given" if scale is None else f"{scale:g}", *numbers)
+    return table
+
+
+def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
+    """A table with each metric and, in brackets behind it, its difference to the baseline."""
+    decimals = distance_decimals(compared["distances"])
+    head = ["model", "guidance", *decimals]
+    parts = [f"**{_escaped(distribution_title(compared))}**", "", f"| {' | '.join(head)} |"]
+    parts.append(f"|---|{'---:|' * (len(head) - 1)}")
+    for (model, scale), entries in _distance_rows(compared).items():
+        cells = []
+        for entry in entries:
+            digits = decimals[entry["metric"]]
+            cell = f"{entry['value']:.{digits}f}"
+            if "difference" in entry:
+                apart = Interval(entry["difference"], entry["difference_low"], entry["difference_high"]).signed(digits)
+                cell += f" (**{apart}**)" if direction_of(entry) else f" ({apart})"
+            cells.append(cell)
+        at = "given" if scale is None else f"{scale:g}"
+        parts.append(f"| {_escaped(model)} | {at} | {' | '.join(cells)} |")
+    note = (
+        "fd, kid: lower is better; the others: higher. In brackets the difference to the baseline with its 95 % "
+        "jackknife interval, bold where it excludes 0."
+    )
+    return [*parts, "", note, ""]
 
 
 def tell_table(results: Results, folder: Path) -> None:
@@ -115,6 +194,8 @@ def as_markdown(results: Results) -> str:
             parts.append(f"| {' | '.join(row)} |")
         note = f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm."
         parts += ["", note, ""]
+    if "distribution" in results and results["distribution"]["distances"]:
+        parts += _distances_as_markdown(results["distribution"])
     return "\n".join(parts)
 
 
@@ -165,7 +246,16 @@ def closing_lines(results: Results) -> list[str]:
         at = "" if scale is None else f"At guidance {scale:g}: "
         lines += [at + place["sentence"] for place in results.get("ranking", []) if place["guidance_scale"] == scale]
         lines += losses_of(results, scale)
+    compared = results.get("distribution")
+    if compared is not None and compared["left_out"]:
+        lines.append(not_told(compared))
     return lines
+
+
+def not_told(compared: DistributionEntry) -> str:
+    """Why metrics of the distribution are not there."""
+    told = "all but fd is told" if compared["distances"] else "nothing is told"
+    return f"Of the distribution {told}: {compared['left_out']}."
 
 
 def losses_of(results: Results, scale: Scale) -> list[str]:
@@ -207,4 +297,8 @@ def metrics_of(results: Results, model: str) -> dict[str, float]:
         if compared["model"] == model:
             metrics[f"{name(compared)}/difference"] = compared["difference"]
             metrics[f"{name(compared)}/win_rate"] = compared["win_rate"]
+    for distance in results["distribution"]["distances"] if "distribution" in results else ():
+        if distance["model"] == model:
+            scale = distance["guidance_scale"]
+            metrics[distance["metric"] + at_key.format("given" if scale is None else f"{scale:g}")] = distance["value"]
     return metrics

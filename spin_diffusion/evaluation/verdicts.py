@@ -25,6 +25,8 @@ from spin_diffusion.store.input_error import InputError
 
 _QUALITY: tuple[Role, ...] = ("truth", "in-domain", "held-out", "alignment", "aesthetics")
 """Roles of scorers that can tell better from worse."""
+_OF_COVER = frozenset({"recall", "coverage"})
+"""Alarms that say that less of what is real is drawn."""
 _MIRRORED: dict[ScorerVerdict, ScorerVerdict] = {"improved": "regressed", "regressed": "improved"}
 
 
@@ -68,7 +70,8 @@ def overall_verdict(
 
     1. regressed: a scorer of the role truth, held-out or alignment regressed; or any other that can tell better from
        worse did, none improved, and an alarm is in state "alarm". A fall wins over an alarm.
-    2. suspect: any alarm is in state "alarm"; scores that rise beside it may be won by cheating.
+    2. suspect: any alarm is in state "alarm"; scores that rise beside it may be won by cheating, or by drawing fewer
+       kinds of pictures (recall or coverage fell).
     3. improved: the truth improved; or no scorer knows the truth and a held-out one improved.
     4. inconclusive: anything else. An in-domain scorer judges what the model was trained to please, an aesthetics
        scorer does not read the prompt, and an alignment scorer guards against harm: none of them is enough alone.
@@ -91,6 +94,14 @@ def overall_verdict(
         beside = f", although {listed(rose)} improved" if rose else ""
         also = f"; {alarm} too" if fired else ""
         return "regressed", f"The model is worse than the baseline by {listed(judges or fell)}{beside}{also}."
+    if fired and set(fired) <= _OF_COVER:
+        what = f"its {modality.plural} cover less of the real ones than the baseline's: {listed(fired)} fell"
+        if not rose:
+            return "suspect", f"No score is clearly better, and {what}."
+        return "suspect", (
+            f"The model is better than the baseline by {listed(rose)}, but {what}. It may draw good {modality.plural} "
+            "of fewer kinds, which no score of a single one sees."
+        )
     if fired:
         if rose:
             worse = f", and {listed(fell)} got worse" if fell else ""

@@ -15,6 +15,7 @@ from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictu
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
+from spin_diffusion.evaluation.features import check_embedding, embed
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
@@ -25,6 +26,7 @@ from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_s
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.evaluation.tables import closing_lines, tell_table
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
+from spin_diffusion.runs.real_pictures import check_place, of_place
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
 from spin_diffusion.samples.drawn import (
     Draw,
@@ -83,6 +85,12 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         accelerator,
         lambda scorer, total: progress.phase(f"score by {scorer}", total),
     )
+    real = None
+    if settings.distribution_features is not None and settings.reference_images is not None:
+        spec, place = settings.distribution_features, settings.reference_images
+        real = of_place(spec, place, protocol["resolution"], output_dir)
+        folders = {model.name: model.folder for model in models}
+        embed(real, folders, scales, accelerator, partial(progress.phase, "features of the pictures"))
     if not accelerator.is_main_process:
         return
     results = conclude(
@@ -93,6 +101,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         title=f"{', '.join(model.name for model in models)}",
         headline_scale=scales[-1],
         training_prompts=captions,
+        real=real,
     )
     tell_table(results, output_dir)
     for said in results["verdicts"]:
@@ -113,6 +122,9 @@ def _checked_input(
     """The models, the prompts and the training set's captions, before anything is written."""
     sources = _sources(settings)
     check_specs(settings.scorers or [])
+    if settings.distribution_features is not None and settings.reference_images is not None:
+        check_embedding(settings.distribution_features)
+        check_place(settings.reference_images)
     _check_output_dir(settings, output_dir)
     for source in sources:
         _check_known(source, output_dir)

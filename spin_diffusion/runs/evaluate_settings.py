@@ -34,6 +34,12 @@ class EvaluateSettings(Settings):
     """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity."""
     scorers: list[str] | None = setting(None, harmless=True)
     """NAME[=PATH] of scorers, joined by commas."""
+    distribution_features: str | None = setting(None, harmless=True)
+    """NAME[=PATH] of an embedding (dinov2, clip_l14), or path of a .py file: compare the distribution of each model's
+    images with that of --reference_images. It takes 100 of either."""
+    reference_images: str | None = setting(None, harmless=True)
+    """Folder of real pictures, or data set of them as --dataset_name of training takes it, for --distribution_features;
+    they are cropped to the size of the drawn ones."""
     num_inference_steps: int = setting(50, minimum=1)
     """Denoising steps per image."""
     guidance_scale: float | list[float] = setting(7.5, minimum=0)
@@ -64,6 +70,8 @@ class EvaluateSettings(Settings):
         if not self.guidance_scales or len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise InputError(f"--guidance_scale {self.guidance_scale} must have at least one value, and none twice")
         check_resolution(self.resolution)
+        if (self.distribution_features is None) != (self.reference_images is None):
+            raise InputError("--distribution_features and --reference_images need each other: give both, or neither")
 
     @property
     def guidance_scales(self) -> list[float]:

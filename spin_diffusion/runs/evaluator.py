@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
+from spin_diffusion.evaluation.features import Comparison, embed
 from spin_diffusion.evaluation.judges import LogLikelihood
 from spin_diffusion.evaluation.mending import records_in, remove_damaged
 from spin_diffusion.evaluation.records import (
@@ -61,6 +62,8 @@ class EvaluationSamples:
     """Guidance scale of the verdict at the top of the page."""
     in_domain: Sequence[str] = ()
     """Scorers that chose what was trained on."""
+    real: Comparison | None = None
+    """The real pictures that the models' are compared with."""
     shares_prompts = False
     """Whether prompts of training are asked on purpose, so that nobody needs to be warned of them."""
     log_likelihood: LogLikelihood | None = None
@@ -181,7 +184,15 @@ class RunEvaluator:
         return record is not None and has_reached(record, "EVALUATED")
 
     def _score_again(self) -> None:
-        """Score those of the models whose scores are by other scorers than are there now."""
+        """Score those of the models whose scores are by other scorers than are there now, and keep all features."""
+        if self.samples.real is not None:
+            embed(
+                self.samples.real,
+                {model.name: model.folder for model in self._models()},
+                guidance_scales(self.samples.protocol),
+                self.accelerator,
+                lambda total: self.samples.progress.phase("features of the pictures", total),
+            )
 
         def states(folder: SampleFolder) -> list[str]:
             return [scorer["state"] for scorer in self._scorers(folder)]
@@ -337,6 +348,7 @@ class RunEvaluator:
             headline_scale=self.samples.headline_scale,
             training_prompts=None if self.samples.shares_prompts else Column(self.output_dir / "data", "prompt"),
             in_domain=self.samples.in_domain,
+            real=self.samples.real,
             **page,
         )
 

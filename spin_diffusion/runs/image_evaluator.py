@@ -16,6 +16,7 @@ from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.evaluator import EvaluationSamples
+from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
 from spin_diffusion.store.keys import key_of
@@ -52,13 +53,17 @@ def picture_protocol(config: Config, prompts: PromptSet, sampling: Sampling) -> 
 class PictureSamples(EvaluationSamples):
     """The pictures of a run's validation prompts."""
 
-    def __init__(self, config: Config, prompts: PromptSet, game: DiffusionGame, progress: Progress) -> None:
+    def __init__(
+        self, config: Config, prompts: PromptSet, game: DiffusionGame, progress: Progress, held_out: Path | None
+    ) -> None:
+        """Args: held_out: folder of the real images that are not trained on."""
         protocol, self.headline_scale = picture_protocol(config, prompts, game.opponent_sampling)
         super().__init__(config.evaluation.scorers or [], protocol, progress, self._shards)
         self.config, self.prompts, self.game, self.accelerator = config, prompts, game, game.accelerator
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
         curator = config.data.curation.scorer  # it was aimed at
+        self.real = of_run(config, held_out, game.resolution)
         self.in_domain = [parse_spec(curator)[0]] if curator else []
 
     def _shards(self, model: EvaluatedModel) -> Shards:

@@ -21,6 +21,7 @@ from spin_diffusion.diffusion.images import area_share
 from spin_diffusion.diffusion.prompts import CutPrompts
 from spin_diffusion.diffusion.settings import CandidateSettings
 from spin_diffusion.diffusion.shortcuts import ShortcutProbe
+from spin_diffusion.evaluation.features import check_embedding
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.runs.evaluator import RunEvaluator
@@ -86,6 +87,8 @@ class ImageRun(Run):
         check_judges(config.data.curation, config.rounds.candidates)
         if config.evaluation.validation_prompts:
             check_specs(config.evaluation.scorers or [])
+            if config.evaluation.distribution_features is not None:
+                check_embedding(config.evaluation.distribution_features)
             self.prompts = load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
 
     def open(self, accelerator: Accelerator) -> None:
@@ -166,7 +169,7 @@ class ImageRun(Run):
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""
         prompts, config, game = self.prompts, self.config, self.game
-        samples = PictureSamples(config, prompts, game, progress) if prompts is not None else None
+        samples = PictureSamples(config, prompts, game, progress, self.held_out) if prompts is not None else None
         return RunEvaluator(config, game, (str(game.base), "pipeline"), game.saved, samples)
 
     def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:

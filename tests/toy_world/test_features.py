@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import ImageFilter
 
-from spin_diffusion.evaluation.distribution import Metric, Replicates, interval, measure
+from spin_diffusion.evaluation.distribution import Replicates, interval, measure
 from spin_diffusion.evaluation.embeddings import load_embedding
+from spin_diffusion.evaluation.records import Metric
 
 TOY_WORLD = Path(__file__).resolve().parents[2] / "assets" / "toy_world"
 NUMBER = 120

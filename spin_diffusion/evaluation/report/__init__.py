@@ -101,6 +101,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "notices": [*losses_of(results, headline["guidance_scale"]), *doubts],
         "shortened": "",
         "headline": tables.headline_rows(results),
+        "distances": tables.distance_tables(results),
         "alarms": alarms,
         "other_alarms": other_alarms[: wording.MAX_LISTED],
         "models": tables.model_tables(results),
@@ -146,6 +147,7 @@ def _template() -> jinja2.Template:
     made.globals |= {
         "states": wording.STATES,
         "phases": training.PHASES,
+        "metrics": wording.METRICS,
         "min_prompts": tables.MIN_PROMPTS,
         "max_parts": tables.MAX_PARTS,
         "max_listed": wording.MAX_LISTED,

@@ -5,6 +5,7 @@ To add a section: its content in `_sections` of the package's `__init__`, its ma
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from spin_diffusion.evaluation.records import (
     AggregateEntry,
     AlarmEntry,
     ComparisonEntry,
+    Metric,
     ModelEntry,
     PartEntry,
     RankingEntry,
@@ -30,6 +32,7 @@ from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.gallery import differences
 from spin_diffusion.evaluation.report.plots import Panel
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels
+from spin_diffusion.evaluation.tables import direction_of, distance_decimals, distribution_title, not_told
 
 MAX_PARTS = 40
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
@@ -74,6 +77,30 @@ class ModelTable:
     rows: list[tuple[ModelEntry, list[ModelCell]]]
     wide: bool
     """Too wide to stand beside another table."""
+
+
+@dataclass(frozen=True)
+class DistanceCell:
+    """A metric of the distribution of one model's pictures; of the baseline there is no difference."""
+
+    metric: Metric
+    better: str
+    value: wording.Number
+    difference: wording.Number | None
+    mark: wording.State | None
+    """Set where the interval of the difference excludes 0."""
+    bar: Markup
+
+
+@dataclass(frozen=True)
+class DistanceTables:
+    """What is compared; each metric of the baseline and of the headline's model (None without one); all metrics, and
+    the cells of every model at every guidance scale, where there are more than these two."""
+
+    title: str
+    headline: list[tuple[DistanceCell, DistanceCell | None]]
+    metrics: list[Metric]
+    models: list[tuple[tuple[str, Scale], list[DistanceCell]]]
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,35 @@ def headline_rows(results: Results) -> list[HeadlineRow]:
         row = HeadlineRow(scorer, baseline, ours, comparison, labels.difference(comparison), mark(comparison))
         rows.append(row)
     return rows
+
+
+def distance_tables(results: Results) -> DistanceTables | None:
+    """How far the distribution of the models' pictures is from that of real ones; None where it was not asked."""
+    compared, headline = results.get("distribution"), results["headline"]
+    if compared is None:
+        return None
+    digits = distance_decimals(compared["distances"])
+    by_model: dict[tuple[str, Scale], list[DistanceCell]] = {}
+    for entry in compared["distances"]:
+        decimals = digits[entry["metric"]]
+        value = wording.number(entry["value"], entry["low"], entry["high"], decimals)
+        difference, bar = None, Markup()
+        if "difference" in entry:
+            low, mean, high = entry["difference_low"], entry["difference"], entry["difference_high"]
+            difference = wording.number(mean, low, high, decimals, wording.signed)
+            reach = 1.1 * max(abs(low), abs(high))
+            bar = plots.interval_bar(low, mean, high, (-reach, reach))
+        mark = {1: wording.BETTER, -1: wording.WORSE}.get(direction_of(entry))
+        cell = DistanceCell(entry["metric"], entry["better"], value, difference, mark, bar)
+        by_model.setdefault((entry["model"], entry["guidance_scale"]), []).append(cell)
+    scale = headline["guidance_scale"]
+    candidate = by_model.get((headline["model"] or "", scale), [])
+    return DistanceTables(
+        distribution_title(compared) + (f". {not_told(compared)}" if compared["left_out"] else "."),
+        list(zip_longest(by_model.get((results["baseline"], scale), []), candidate)),
+        list(digits),
+        list(by_model.items()) if len(by_model) > 2 else [],
+    )
 
 
 def model_tables(results: Results) -> list[ModelTable]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.records import ComparisonEntry, PartEntry, Results
+from spin_diffusion.evaluation.records import ComparisonEntry, Metric, PartEntry, Results
 from spin_diffusion.evaluation.statistics import decimals_of
 
 MAX_LISTED = 400
@@ -57,6 +57,19 @@ STATES = {
     "alarm": State("alarm", "!!", "bad"),
     "not run": State("not run", "\u2013", "quiet"),
 }
+
+
+BETTER, WORSE = State("better", "\u25b2", "good"), State("worse", "\u25bc", "bad")
+"""Of a metric whose difference has an interval that excludes 0."""
+METRICS: dict[Metric, tuple[str, str]] = {
+    "fd": ("FD", "Fr\u00e9chet distance; its bias is taken off, so it may be below 0"),
+    "kid": ("KID", "kernel distance, unbiased: about 0 or below where there is none"),
+    "precision": ("Precision", "share of the pictures that lie among real ones"),
+    "recall": ("Recall", "share of the real ones that lie among the pictures"),
+    "density": ("Density", "how thickly the pictures lie where real ones do"),
+    "coverage": ("Coverage", "share of the real ones that have a picture near them"),
+}
+"""Title and meaning."""
 
 
 def clean(text: str) -> str:
