@@ -25,6 +25,7 @@ from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
 from spin_diffusion.selfplay.train_settings import LoraSettings
+from spin_diffusion.selfplay.watching import Judge, Preview
 from spin_diffusion.store.run_dir import settle
 
 ROUNDS = RoundSettings(rounds=2, beta=2000.0, samples_per_shard=4, seed=1)
@@ -76,9 +77,10 @@ def asked(*prompts: str) -> list[Row]:
     return [{"id": str(n), "prompt": prompt, "frame": [32, 32, 0, 0, 32, 32]} for n, prompt in enumerate(prompts)]
 
 
-def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: bool = False) -> None:
-    """The examples as prepared data."""
-    prepare(directory, lambda: game.real_rows(examples(count, losers)), {}, 4, game, game.accelerator)
+def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: bool = False, first: int = 0) -> None:
+    """The examples from a number on as prepared data."""
+    found = list(examples(first + count, losers))[first:]
+    prepare(directory, lambda: game.real_rows(found), {}, 4, game, game.accelerator)
 
 
 def play_all(
@@ -87,6 +89,9 @@ def play_all(
     training: TrainSettings = TRAINING,
     game: DiffusionGame | None = None,
     candidates: Candidates | None = None,
+    held_out: int = 0,
+    judge: Judge | None = None,
+    preview: Preview | None = None,
     **rounds: Any,
 ) -> list[dict[str, Any]]:
     """Prepare and play as a fresh process would, and return the rounds' records."""
@@ -96,5 +101,11 @@ def play_all(
     losers = rounds.get("objective") == "dpo"
     prepare_data(game, output_dir / "data", losers=losers)
     rounds_ = replace(ROUNDS, **rounds)
-    run = SelfPlay(game, output_dir / "data", output_dir, rounds_, training, game.accelerator, candidates=candidates)
+    run = SelfPlay(
+        game, output_dir / "data", output_dir, rounds_, training, game.accelerator, candidates=candidates,
+        judge=judge, preview=preview,
+    )  # fmt: skip
+    if held_out:
+        run.held_out = output_dir / "held_out"
+        prepare_data(game, run.held_out, held_out, first=10)
     return play(run)

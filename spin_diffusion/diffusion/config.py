@@ -13,7 +13,7 @@ from spin_diffusion.diffusion.settings import (
     ImageSettings,
     SamplingSettings,
 )
-from spin_diffusion.evaluation.settings import EvaluationSettings, RunConfig
+from spin_diffusion.evaluation.settings import EvaluationSettings, RunConfig, check_selection
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import LoraSettings, TrainSettings
 from spin_diffusion.store.input_error import InputError
@@ -67,6 +67,7 @@ def _check(config: Config) -> None:
     """Ranges and rules across settings. Each message names the flags and their values."""
     if not config.model.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing: give a hub id or a local folder")
+    check_selection(config, config.data.holds_out)
     if config.images.max_aspect_ratio > 1:
         _check_sizes(config)
     if config.rounds.candidates.number:

@@ -87,12 +87,14 @@ def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
 
 def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pairs_per_step: int) -> int | None:
     """FLOPs of a phase of a round in which so many samples were worked on: images `generated`, images encoded
-    (`cached`), pairs `trained`; None for another phase."""
+    (`cached`), pairs `trained`, held-out pairs `judged` by the gap; None for another phase."""
     if phase == "generated":
         return samples * (work.denoisings * unit.unet + work.prompts_per_image * unit.text + unit.vae_decode)
     if phase == "cached":
         scored = round(work.scored_once * unit.unet * samples / max(work.encoded, 1))
         return samples * work.views * unit.vae_encode + scored
+    if phase == "judged":
+        return (work.scored + work.compared) * unit.unet * samples // pairs_per_step
     return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
 
 

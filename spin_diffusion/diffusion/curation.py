@@ -56,8 +56,10 @@ Stored = Callable[[Iterable[Example]], Iterator[Row]]
 """Examples as the rows that are stored of them."""
 
 
-def check_judges(curation: CurationSettings, candidates: CandidateSettings) -> None:
+def check_judges(curation: CurationSettings, candidates: CandidateSettings, select_by: str = "gap") -> None:
     """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
+    if select_by != "gap":
+        _check_judge("--select_by", select_by, "no step is its best")
     if curation.scorer is not None:
         _check_judge("--curation scorer", curation.scorer, "it cannot choose")
     if candidates.number and candidates.scorer is not None:

@@ -301,7 +301,7 @@ class LedgerEntry(TypedDict):
 
     model: str
     round: int
-    phase: Literal["generated", "cached", "probed", "trained", "evaluated", "overhead"]
+    phase: Literal["generated", "cached", "probed", "trained", "judged", "previewed", "evaluated", "overhead"]
     seconds: float
     predicted_seconds: float | None
     samples: int | None

@@ -53,6 +53,21 @@ class EvaluationSettings(AnyEvaluationSettings):
             raise InputError(f"--promote_if {self.promote_if} needs --eval_every_round true")
 
 
+def check_selection(config: "RunConfig", holds_out: bool) -> None:
+    """InputError where there is nothing to select a step by."""
+    every, by = config.training.select_every, config.training.select_by
+    if every is None:
+        if by != "gap":
+            raise InputError(f"--select_by {by} needs --select_every, the steps from one judgement to the next")
+    elif not holds_out:
+        raise InputError(f"--select_every {every} judges the player on held-out samples: give --num_held_out")
+    elif by == "gap" and config.needs_losers:
+        raise InputError(
+            "--select_by gap needs generated samples that are not trained on, and the data set's own worse ones, of "
+            "--objective dpo say, all are: leave --select_every out"
+        )
+
+
 class RunConfig:
     """All settings of a run, by section; a kind of run is a dataclass that adds sections of its own."""
 

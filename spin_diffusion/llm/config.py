@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.data.settings import TextDataSettings
-from spin_diffusion.evaluation.settings import AnyEvaluationSettings, RunConfig
+from spin_diffusion.evaluation.settings import AnyEvaluationSettings, RunConfig, check_selection
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.selfplay.round_settings import OpponentName, RoundSettings, objective_of, objectives_of
 from spin_diffusion.selfplay.run_settings import RunSettings
@@ -129,6 +129,11 @@ def _check(config: LanguageConfig) -> None:
             )
     if config.data.dataset_name is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
+    if config.training.select_by != "gap":
+        raise InputError(
+            f"--select_by {config.training.select_by}: the steps of a language model are judged by their gap alone"
+        )
+    check_selection(config, config.data.holds_out)
     if config.rounds.stop_when_learnt and not config.data.holds_out:
         raise InputError("--stop_when_learnt needs held-out answers: give --num_held_out or --held_out_dataset_name")
     if config.evaluation.lm_eval_tasks and not config.data.holds_out:

@@ -125,6 +125,8 @@ def ledger_costs(
                 sides.append((1.0, lengths_of(output_dir / "data" / "samples", "loser_tokens")))
             if phase == "generated":
                 return round(samples * unit.drawing(sides[1][1]))
+            if phase == "judged":  # the opponent's scores are kept
+                return round(samples * sum(copies * unit.scoring(lengths) for copies, lengths in sides))
             if phase == "cached":  # counted in generated answers
                 anchors = len(read_record(directory)["opponent"]["anchors"])
                 pair = sum(copies * unit.scoring(lengths) for copies, lengths in sides)

@@ -30,6 +30,7 @@ from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.plateau import fine_tuning, tell_gain
+from spin_diffusion.runs.player_pictures import PlayerPictures
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.pairs import Column, kinds_of
@@ -84,7 +85,7 @@ class ImageRun(Run):
             raise InputError(
                 "give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir"
             )
-        check_judges(config.data.curation, config.rounds.candidates)
+        check_judges(config.data.curation, config.rounds.candidates, config.training.select_by)
         if config.evaluation.validation_prompts:
             check_specs(config.evaluation.scorers or [])
             if config.evaluation.distribution_features is not None:
@@ -165,6 +166,10 @@ class ImageRun(Run):
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
         captions = Column(self.output_dir / "data", "prompt", beside=self.held_out)
         game.prompts.keep(folder, captions, self.game.accelerator, dtype, progress)
+        by = config.training.select_by
+        if self.held_out is not None and config.training.select_every is not None and by != "gap":
+            pictures = PlayerPictures(config, game)
+            self.judge = pictures.judge(by, Column(self.held_out, "prompt"), config.rounds.seed)
 
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""
@@ -188,6 +193,8 @@ class ImageRun(Run):
 
         def of(rounds: RoundSettings, folder: Path) -> Costs:
             def flops(k: int, phase: str, samples: int) -> int | None:
+                if phase == "previewed" or phase == "judged" and config.training.select_by != "gap":
+                    phase = "generated"
                 source = source_of(rounds, of_round(rounds.objective, k))
                 steps, _ = steps_of_round(config.training, k, pairs, world)
                 return phase_flops(unit, work_of(config, source, pairs, steps, zeros), phase, samples, batch)

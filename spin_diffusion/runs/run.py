@@ -37,6 +37,7 @@ from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.selfplay.watching import Judge
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress
@@ -56,6 +57,8 @@ class Run(ABC):
     """What looks for shortcuts before a round is trained; None = nothing does."""
     held_out: Path | None = None
     """Folder of the real samples that are never trained on."""
+    judge: Judge | None = None
+    """Who judges the steps of a round, where it is not the gap; there from `ready` on."""
 
     @property
     def output_dir(self) -> Path:
@@ -203,6 +206,7 @@ def _play_with_rivals(
                 run.candidates,
                 run.probe if rival is None else None,
                 costs(rounds, folder),
+                run.judge,
                 run_dir=output_dir,
                 start=start_of(output_dir),
             )

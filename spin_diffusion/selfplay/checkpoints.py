@@ -1,4 +1,5 @@
-"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to.
+"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to. A checkpoint holds
+the best player so far as well (`watching`).
 
 Each appears whole or not at all, and a checkpoint is read only if every byte of it is as it was written.
 """
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.selfplay import health
-from spin_diffusion.selfplay.record import replay
+from spin_diffusion.selfplay.record import BEST, SelectionState, replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
@@ -28,7 +29,8 @@ from spin_diffusion.store.run_dir import (
 )
 
 CHECKPOINT, HEALTHY = "checkpoint-", "healthy"
-_AVERAGE, _EMA, _HASHES, _TRAINER = "average.safetensors", "ema.safetensors", "hashes.json", "trainer.json"
+AVERAGE = "average.safetensors"
+_EMA, _HASHES, _TRAINER = "ema.safetensors", "hashes.json", "trainer.json"
 
 
 class _State(TypedDict):
@@ -41,6 +43,7 @@ class _State(TypedDict):
     ema_steps: int
     history: list[Any]
     """As `health.History`; not looked into, since under fp16 a gradient's norm may be infinite."""
+    selection: SelectionState | None
 
 
 class Checkpoints:
@@ -56,8 +59,8 @@ class Checkpoints:
         self.global_batch = global_batch
         self.game, self.accelerator = trainee.game, trainee.accelerator
 
-    def save(self, step: int, history: health.History) -> None:
-        """Write checkpoint `step` with the log as it is by now, in place of the oldest."""
+    def save(self, step: int, history: health.History, selection: SelectionState | None) -> None:
+        """Write checkpoint `step` with log and judgements as they are by now, in place of the oldest."""
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
         part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
         if main:
@@ -68,7 +71,9 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if main:
                 if self.average is not None:
-                    save_weights(self.average.weights, part / _AVERAGE)
+                    save_weights(self.average.weights, part / AVERAGE)
+                if _has_best(selection):
+                    shutil.copytree(self.directory / BEST, part / BEST, dirs_exist_ok=True)
                 state = {
                     "step": step,
                     "kind": self.trainee.kind,
@@ -76,23 +81,24 @@ class Checkpoints:
                     "lr": self.trainee.optimizer.param_groups[0]["lr"],
                     "ema_steps": ema.optimization_step if ema is not None else 0,
                     "history": history,
+                    "selection": selection,
                 }
                 (part / _TRAINER).write_text(json.dumps(state))
-                _commit_listed(part, path)
+                commit_listed(part, path)
         if main and limit is not None:  # only now: with a limit of 1 there would be none while this one was written
             others = [old for old in _checkpoints(self.directory) if old != path]
             for old in others[: len(others) + 1 - limit]:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, wanted: str) -> tuple[int, health.History]:
-        """Take up the wanted checkpoint, if there is one: its step (or 0) and log.
+    def load(self, wanted: str) -> tuple[int, health.History, SelectionState | None]:
+        """Take up the wanted checkpoint, if there is one: its step (or 0), log and judgements.
 
         Where the newest is wanted and is not what was written, the one before it is taken, which is said.
         """
-        path = _first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
+        path = first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
         if path is None:
-            return 0, []
+            return 0, [], None
         state = read_json(path / _TRAINER, _State)
         if state["global_batch"] != self.global_batch:
             raise InputError(
@@ -105,15 +111,19 @@ class Checkpoints:
                 f"{path} holds the player {state['kind']}, this run trains it {self.trainee.kind}: launch it as "
                 f"before until the round is done, or delete all {CHECKPOINT}* in {self.directory}"
             )
+        if self.accelerator.is_main_process and _has_best(state["selection"]):
+            shutil.copytree(path / BEST, part_of(self.directory / BEST), dirs_exist_ok=True)
+            commit(self.directory / BEST)
+        self.accelerator.wait_for_everyone()
         self.trainee.load(path)
         for group in self.trainee.optimizer.param_groups:
             group["lr"] = state["lr"]
         if self.trainee.ema is not None:
             self.trainee.ema.optimization_step = state["ema_steps"]
         if self.average is not None:
-            self.average.weights = load_weights(path / _AVERAGE, self.accelerator)
+            self.average.weights = load_weights(path / AVERAGE, self.accelerator)
         self.accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
-        return state["step"], state["history"]
+        return state["step"], state["history"], state["selection"]
 
 
 class Snapshots:
@@ -135,8 +145,8 @@ class Snapshots:
                 if ema is not None:
                     save_weights(ema.shadow_params, part / _EMA)
                 if self.average is not None:
-                    save_weights(self.average.weights, part / _AVERAGE)
-                _commit_listed(part, target)
+                    save_weights(self.average.weights, part / AVERAGE)
+                commit_listed(part, target)
         if self.accelerator.is_main_process:
             for old in self._steps():
                 if 0 < old <= step - 3 * health.WINDOW_STEPS:
@@ -150,7 +160,7 @@ class Snapshots:
             Damaged: none of them is as it was written.
         """
         earlier = [self.folder / str(step) for step in self._steps() if step <= max(before, 0)]
-        source, ema = _first_whole(earlier[::-1], self.accelerator), self.trainee.ema
+        source, ema = first_whole(earlier[::-1], self.accelerator), self.trainee.ema
         if source is None:
             raise Damaged(self.folder / "0", "no snapshot to go back to is whole", replay(self.folder.parent))
         self.game.restore(source)
@@ -158,13 +168,19 @@ class Snapshots:
         if ema is not None:
             ema.shadow_params = load_weights(source / _EMA, self.accelerator)
         if self.average is not None:
-            self.average.weights = load_weights(source / _AVERAGE, self.accelerator)
+            self.average.weights = load_weights(source / AVERAGE, self.accelerator)
         self.accelerator.wait_for_everyone()
         return int(source.name)
 
     def _steps(self) -> list[int]:
         found = self.folder.iterdir() if self.folder.is_dir() else []
         return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def _has_best(selection: SelectionState | None) -> bool:
+    """Whether a best player was kept so far, which a checkpoint holds a copy of: later steps replace it."""
+    curve = selection["curve"] if selection is not None else []
+    return any(entry["step"] > 0 and entry["mean"] is not None for entry in curve)
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -187,7 +203,7 @@ def _wanted_checkpoints(directory: Path, wanted: str) -> list[Path]:
     return named
 
 
-def _first_whole(folders: list[Path], accelerator: Accelerator, stop: bool = False) -> Path | None:
+def first_whole(folders: list[Path], accelerator: Accelerator, stop: bool = False) -> Path | None:
     """The first of the folders of which every byte is as it was written; all processes take the one that the main one
     finds. Those that are not are said.
 
@@ -215,14 +231,14 @@ _ANOTHER = "give another --resume_from_checkpoint, or latest"
 
 
 def remove_checkpoints(directory: Path) -> None:
-    """Delete a round's checkpoints and snapshots, which are of no use once its player is saved."""
+    """Delete a round's checkpoints, snapshots and best player, which are of no use once its player is saved."""
     snapshots = directory / HEALTHY
-    for path in [*_checkpoints(directory), *(snapshots.iterdir() if snapshots.is_dir() else [])]:
+    for path in [*_checkpoints(directory), directory / BEST, *(snapshots.iterdir() if snapshots.is_dir() else [])]:
         _remove(path)
     remove_files(snapshots, lambda name: False)
 
 
-def _commit_listed(part: Path, path: Path) -> None:
+def commit_listed(part: Path, path: Path) -> None:
     """Commit a folder with the hashes of its files in it, by which they are known when they are removed."""
     (part / _HASHES).unlink(missing_ok=True)  # of an attempt that ended before the commit: it does not list itself
     (part / _HASHES).write_text(json.dumps(file_hashes([part], part), indent=2))

@@ -6,6 +6,7 @@ this opponent cannot be told from the data any more, or that the round only lear
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -47,11 +48,25 @@ def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> MeanInterv
     return {"mean": mean, "low": low if low is None else float(low), "high": high if high is None else float(high)}
 
 
+@dataclass(frozen=True)
+class Told:
+    """How each held-out sample is told apart, in the order of the pairs.
+
+    Attributes:
+        gaps: loss(r = 0) - loss, in the loss's unit.
+    """
+
+    gaps: Sequence[float]
+    r_real: Sequence[float]
+    r_generated: Sequence[float]
+    prompts: Sequence[str]
+
+
 @torch.no_grad()
-def held_out_gap(
+def tell_apart(
     game: Game, pairs: Pairs, loss: Loss, batch_size: int, seed: int, round_: int, accelerator: Accelerator
-) -> GapRecord:
-    """Mean of loss(r = 0) - loss over held-out samples, in the loss's unit, with its 95 % t-interval over prompts.
+) -> Told:
+    """Let all processes tell held-out samples apart with the game's player, each pair at one noise that is its own.
 
     Args:
         batch_size: real samples per forward pass.
@@ -75,21 +90,26 @@ def held_out_gap(
     by_place = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
     of_place = {place: prompt for _, part in gathered for place, prompt in part.items()}
     gaps, r_real, r_generated = zip(*by_place.values(), strict=True)
-    mean = clustered_mean(gaps, [of_place[place] for place in by_place])
+    return Told(gaps, r_real, r_generated, [of_place[place] for place in by_place])
+
+
+def gap_of(told: Told) -> GapRecord:
+    """The mean gap, with its 95 % t-interval over prompts."""
+    number = len(told.gaps)
     return {
-        **mean,
-        "r_real": sum(r_real) / len(gaps),
-        "r_generated": sum(r_generated) / len(gaps),
-        "num_samples": len(gaps),
+        **clustered_mean(told.gaps, told.prompts),
+        "r_real": sum(told.r_real) / number,
+        "r_generated": sum(told.r_generated) / number,
+        "num_samples": number,
     }
 
 
-def is_above_zero(gap: GapRecord) -> bool:
+def is_above_zero(gap: MeanInterval) -> bool:
     """Whether its interval is; where it has none, whether it is itself."""
     return (gap["mean"] if gap["low"] is None else gap["low"]) > 0
 
 
-def gap_text(gap: GapRecord) -> str:
+def gap_text(gap: MeanInterval) -> str:
     """The gap with its interval, or why it has none."""
     if gap["low"] is None:
         return f"{gap['mean']:+.4f} (no interval: its prompts are one, or all alike)"

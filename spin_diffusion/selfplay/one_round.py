@@ -31,6 +31,7 @@ from spin_diffusion.selfplay.record import (
 )
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
+from spin_diffusion.selfplay.watching import Judge, Preview, Took
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -104,6 +105,10 @@ class SelfPlay:
     probe: Probe | None = None
     """Is shown pairs of each round that has an opponent's samples; what it says is kept as `shortcut`."""
     costs: Costs | None = None
+    judge: Judge | None = None
+    """Judges the steps of a round where --select_by names anything but the gap."""
+    preview: Preview | None = None
+    """Draws previews while a round is trained."""
     run_dir: Path | None = None
     """The run's whole folder, whose bytes the ledgers count; None = output_dir."""
     start: Path = Path()
@@ -165,6 +170,8 @@ class StepResult:
     """SHA-256 of the files that it made, by their paths relative to the run's folder."""
     worked_on: int | None = None
     """Samples that this process worked on; None = nobody counted them."""
+    within: dict[str, Took] = field(default_factory=dict)
+    """What other phases of the ledger took meanwhile, by their names; the same ones on every process."""
 
 
 class Round:

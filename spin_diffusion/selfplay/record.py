@@ -1,7 +1,7 @@
 """A round's record, `round.json`: what each state of the round has left in it."""
 
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from spin_diffusion.samples.sample import CHOICES, ENCODED
 from spin_diffusion.store.files import read_json, write_json
@@ -14,11 +14,13 @@ FINAL: tuple[State, ...] = ("PROMOTED", "REJECTED")
 
 SAMPLES, SCORES = "samples", "scores"
 """Folders of a round, and of `held_out` in it, with a file for each shard of samples, as ENCODED and CHOICES."""
-HELD_OUT, EVALUATION, EMA = "held_out", "evaluation", "ema"
+HELD_OUT, EVALUATION, EMA, JUDGED, PREVIEWS = "held_out", "evaluation", "ema", "judged", "previews"
 """Other folders of a round."""
+BEST = "best"
+"""Folder of the best player so far, while a round is trained."""
 
 
-COUNTED = ("generated", "cached", "probed", "trained", "evaluated")
+COUNTED = ("generated", "cached", "probed", "trained", "judged", "previewed", "evaluated")
 """Phases that do a round's work; the rest of its time is overhead."""
 
 
@@ -61,6 +63,34 @@ class EndRecord(TypedDict):
     kept_step: int
 
 
+class StepValue(TypedDict):
+    """How much better the player of a step was judged than that of the round's start, with the 95 % interval; mean is
+    None where it spoilt a sample."""
+
+    step: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+class SelectionState(TypedDict):
+    """What a checkpoint holds of the judgements so far."""
+
+    key: str
+    """What decides a judgement."""
+    start: list[float | None]
+    """Of each held-out sample, by the player of the round's start."""
+    curve: list[StepValue]
+
+
+class SelectionRecord(TypedDict):
+    """The judgements of a round, and the step whose player was kept; None = that which training ended with."""
+
+    by: str
+    step: int | None
+    curve: list[StepValue]
+
+
 class TrainingRecord(TypedDict):
     """What training came to; the means over the last steps stand beside these, by the names of `step_metrics`."""
 
@@ -70,6 +100,7 @@ class TrainingRecord(TypedDict):
     health: list[FindingRecord]
     ended_by: EndRecord | None
     distance: float | None
+    selection: NotRequired[SelectionRecord]
     loss: float
     r_real: float
     r_generated: float
@@ -191,7 +222,7 @@ def saved_names(directory: Path, record: RoundRecord) -> list[str]:
     """Top-level names in the round's folder that the game wrote of the player, as users load it."""
     prefix = f"{directory.name}/"
     names = {name.removeprefix(prefix).split("/")[0] for name in record["files"] if name.startswith(prefix)}
-    return sorted(names - {SAMPLES, CHOICES, ENCODED, SCORES, HELD_OUT, EMA, EVALUATION})
+    return sorted(names - {SAMPLES, CHOICES, ENCODED, SCORES, HELD_OUT, EMA, EVALUATION, JUDGED, PREVIEWS})
 
 
 def replay(directory: Path) -> str:

@@ -147,14 +147,19 @@ class Journal:
         between = self.record["seconds"].get(BETWEEN, 0.0) + started - self.marked
         result = step(round_, self.record)
         self.marked = time.perf_counter()
-        entry = ledger_entry(run, round_.k, phase, self.marked - started, result.worked_on)
-        self.record["seconds"] |= {phase: entry["seconds"], BETWEEN: round(between, 3)}
-        self.record["ledger"] = self.record.get("ledger", {}) | {phase: entry}
+        aside = sum(took.seconds for took in result.within.values())
+        entries = {phase: ledger_entry(run, round_.k, phase, self.marked - started - aside, result.worked_on)}
+        for other, took in result.within.items():
+            entries[other] = ledger_entry(run, round_.k, other, took.seconds, took.samples)
+        self.record["seconds"] |= {name: entry["seconds"] for name, entry in entries.items()}
+        self.record["seconds"][BETWEEN] = round(between, 3)
+        self.record["ledger"] = self.record.get("ledger", {}) | entries
         self.record["files"] |= result.files
         self.record.update(result.fields)
         self.record["state"] = "REJECTED" if result.fields.get("decision") == "rejected" else state
         self._write()
-        log_phase(title_of(round_.objective), round_.k, phase, entry, round_.accelerator)
+        for name, entry in entries.items():
+            log_phase(title_of(round_.objective), round_.k, name, entry, round_.accelerator)
 
     def _write(self) -> None:
         if self.round.accelerator.is_main_process:

@@ -6,6 +6,7 @@ casts the opponent's, so that the two models' scores stay comparable. The game's
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ class Sharded(Trainee):
         """Whole weights into the game's player, on every process."""
         for kept, found in zip(self.game.player.parameters(), self._whole(), strict=True):
             kept.copy_(found)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """As of whole weights; meanwhile every process has all of them on its device."""
+        with super().shown():
+            self.game.player.to(self.accelerator.device)
+            try:
+                yield
+            finally:
+                self.game.player.to("cpu")
 
     @torch.no_grad()
     def scatter(self) -> None:

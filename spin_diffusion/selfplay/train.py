@@ -27,6 +27,7 @@ from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Fused, Trainee, trained_parameters
+from spin_diffusion.selfplay.watching import Looks, Selection, Watch
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
 
@@ -56,11 +57,13 @@ def train(
     directory: Path,
     progress: Callable[[int, str], None],
     average: Average | None,
+    watch: Watch,
 ) -> TrainingRecord:
     """Train the player for one round, from the newest checkpoint in `directory` on, and return what it came to.
 
     Args:
         average: follows the player's weights, step by step.
+        watch: who looks at the player now and then; with a judge its best step is what is left.
 
     Raises:
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
@@ -70,13 +73,17 @@ def train(
     per_step = check_batch(len(pairs.ids), settings, game.accelerator.num_processes)
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
-    first_step, history = checkpoints.load(settings.resume_from_checkpoint)
+    first_step, history, judged = checkpoints.load(settings.resume_from_checkpoint)
+    selection = Selection(directory, trainee, average, watch.judge, judged) if watch.judge is not None else None
+    looks = Looks(watch, directory, trainee, plan.name, settings.select_every or 1, selection)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
     ahead = ReadAhead(replace(pairs, per_step=per_step), settings.train_batch_size * game.accelerator.num_processes)
     name_axis(plan.name, game.accelerator)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings.health) else None
+    if first_step == 0:
+        looks.after(0)
     for step in range(first_step, plan.steps):
         if snapshots is not None and step % health.WINDOW_STEPS == 0:
             snapshots.take(step)
@@ -90,10 +97,13 @@ def train(
         rates: StepEntry = {"grad_norm": norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
         history.append(_entry(step, summary(metrics) | rates, plan, trainee, progress))
         ended = _heeded(history, plan, trainee)
-        if ended is not None or step + 1 == plan.steps:
+        is_last = ended is not None or step + 1 == plan.steps
+        if ended is None or ended.action != "roll_back":
+            looks.after(step + 1, is_last)
+        if is_last:
             break
         if (step + 1) % settings.checkpointing_steps == 0:
-            checkpoints.save(step + 1, history)
+            checkpoints.save(step + 1, history, selection.state if selection is not None else None)
     ahead.close()
 
     # What is left of it
@@ -101,11 +111,15 @@ def train(
     if ended is not None and ended.action == "roll_back" and snapshots is not None:
         kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
     trainee.finish()
+    best = selection.put_back(until=kept_step) if selection is not None else None
     health.check_weights(trained_parameters(game), plan.round_)
     if game.accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
-    return _came_to(first_step, history, ended, kept_step, settings)
+    came_to = _came_to(first_step, history, ended, kept_step, settings)
+    if selection is not None:
+        came_to["selection"] = {"by": selection.judge.name, "step": best, "curve": selection.state["curve"]}
+    return came_to
 
 
 def _prepared(game: Game, plan: RoundPlan, settings: TrainSettings) -> tuple[Trainee, LRScheduler]:

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import some_pairs
 from spin_diffusion.selfplay.game import FixedDraws
-from spin_diffusion.selfplay.gap import gap_text, held_out_gap, is_above_zero
+from spin_diffusion.selfplay.gap import Told, gap_of, gap_text, is_above_zero, tell_apart
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
 from spin_diffusion.selfplay.one_round import Probe, Round, StepResult
@@ -27,12 +27,14 @@ from spin_diffusion.selfplay.record import (
     GapRecord,
     RoundFields,
     RoundRecord,
+    SelectionRecord,
     TrainingRecord,
     saved_names,
 )
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
+from spin_diffusion.selfplay.watching import Judge, Judged, Watch, best_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
 
@@ -72,7 +74,8 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
         _release_opponent(round_, game, plan.steps, len(pairs.ids))
     if round_.source == "none":  # there is nothing to tell apart
         settings = replace(settings, health=replace(settings.health, saturation="ignore"))
-    training = train(game, pairs, plan, settings, round_.directory, bar, average)
+    watch = Watch(_judge(round_, record, loss), run.preview)
+    training = train(game, pairs, plan, settings, round_.directory, bar, average, watch)
     _check_opponent(round_, record, before)
     _tell_training(round_, training)
     saved = game.save(round_.directory)
@@ -80,12 +83,12 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     run.player_is(round_.directory)
     fields: RoundFields = {"training": training}
     if len(round_.sets) > 1:
-        fields["held_out_gap"] = _gap(round_, record, loss)
+        fields["held_out_gap"] = _gap(round_, _told(round_, record, loss))
     if average is not None:
         saved = [*saved, *_save_average(round_, average)]
     steps_here = training["steps"] - training["resumed_from"]
     pairs_here = steps_here * settings.train_batch_size * settings.gradient_accumulation_steps
-    return StepResult(fields, file_hashes(saved, run.output_dir), pairs_here)
+    return StepResult(fields, file_hashes(saved, run.output_dir), pairs_here, watch.took)
 
 
 def _loss(round_: Round) -> Loss:
@@ -131,6 +134,19 @@ def _check_opponent(round_: Round, record: RoundRecord, before: str | None) -> N
     assert now == before, f"round {round_.k}: the opponent changed while the player was trained"
 
 
+def _judge(round_: Round, record: RoundRecord, loss: Loss) -> Judge | None:
+    """Who judges the steps; None = nobody."""
+    settings = round_.run.training
+    if settings.select_every is None or settings.select_by != "gap":
+        return round_.run.judge
+
+    def judge(folder: Path) -> Judged:
+        told = _told(round_, record, loss)
+        return Judged(told.gaps, told.prompts, len(told.gaps) if round_.accelerator.is_main_process else 0)
+
+    return Judge("gap", "gap", judge)
+
+
 def _tell_training(round_: Round, training: TrainingRecord) -> None:
     ended, how = training["ended_by"], ""
     if ended is not None:
@@ -140,6 +156,25 @@ def _tell_training(round_: Round, training: TrainingRecord) -> None:
         f"{round_.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
         f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
     )
+    if (selection := training.get("selection")) is not None:
+        round_.accelerator.print(f"{round_.title}: {_best_in_words(selection)}")
+
+
+def _best_in_words(selection: SelectionRecord) -> str:
+    """The best step, in a line."""
+    best = best_of(selection["curve"])
+    if best is None or best["mean"] is None:
+        return f"no step could be judged by {selection['by']}"
+    gained = gap_text({"mean": best["mean"], "low": best["low"], "high": best["high"]})
+    return f"best step {best['step']} of {selection['curve'][-1]['step']}, by {selection['by']} {gained}"
+
+
+def _not_better(selection: SelectionRecord | None) -> str | None:
+    """Why a round is rejected of which no step is better than its start; None = one is, or nobody looked."""
+    best = best_of(selection["curve"]) if selection is not None else None
+    if selection is None or best is not None and best["mean"] is not None and best["mean"] > 0:
+        return None
+    return f"no step is better than its start: {_best_in_words(selection)}"
 
 
 def _average_so_far(round_: Round) -> Average | None:
@@ -163,11 +198,16 @@ def _save_average(round_: Round, average: Average) -> list[Path]:
     return saved
 
 
-def _gap(round_: Round, record: RoundRecord, loss: Loss) -> GapRecord:
-    """How well the player tells held-out samples apart."""
+def _told(round_: Round, record: RoundRecord, loss: Loss) -> Told:
+    """How the present player tells the held-out samples apart."""
     pairs, settings = round_.pairs(record, round_.sets[1]), round_.settings
     batch_size = round_.run.training.train_batch_size
-    gap = held_out_gap(round_.game, pairs, loss, batch_size, settings.seed, round_.k, round_.accelerator)
+    return tell_apart(round_.game, pairs, loss, batch_size, settings.seed, round_.k, round_.accelerator)
+
+
+def _gap(round_: Round, told: Told) -> GapRecord:
+    """How well the player tells held-out samples apart."""
+    gap = gap_of(told)
     round_.accelerator.print(
         f"{round_.title}: held-out gap {gap_text(gap)} nats over {gap['num_samples']} samples"
         + ("" if is_above_zero(gap) else "; nothing is learnt that carries over")
@@ -181,6 +221,7 @@ def evaluate(round_: Round, record: RoundRecord) -> StepResult:
     learnt = round_.settings.stop_when_learnt and gap is not None and not is_above_zero(gap)
     if learnt and gap is not None:
         reason = f"its held-out gap {gap_text(gap)} is not above 0"
+    reason = _not_better(record["training"].get("selection")) or reason
     ended = record["training"]["ended_by"]
     if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:
         reason = f"it was rolled back to its start, {ended['rule']}: {ended['sentence']}"

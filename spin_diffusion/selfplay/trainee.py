@@ -9,7 +9,8 @@ them before the first update, such as clipping by their norm, is not possible th
 """
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,27 @@ class Trainee:
     def distance(self) -> float | None:
         """`Game.distance` of the player as it is now; called on all processes."""
         return self.game.distance()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within it the game's player is what would be promoted now: whole, and its average with --use_ema. Weights and
+        random states are as before afterwards. Called on all processes."""
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._swap_with_ema()
+            self.gather()
+            try:
+                yield
+            finally:
+                self._swap_with_ema()
+
+    @torch.no_grad()
+    def _swap_with_ema(self) -> None:
+        if self.ema is not None:
+            for parameter, average in zip(self.parameters, self.ema.shadow_params, strict=True):
+                kept = parameter.detach().clone()
+                parameter.copy_(average)
+                average.copy_(kept)
 
     def gather(self) -> None:
         """Make the game's player what is in training; called on all processes."""

@@ -16,6 +16,8 @@ PHASES = {
     "cached": "encode them",
     "probed": "look for shortcuts",
     "trained": "train the player",
+    "judged": "judge its steps",
+    "previewed": "draw previews",
     "evaluated": "evaluate",
     "overhead": "everything else",
 }
