@@ -247,7 +247,8 @@ def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int
     steps = max(steps_of_round(training, k, pairs, 1)[0] for k in range(1, rounds + 1))
     made = max(0, (steps - 1) // training.checkpointing_steps)
     kept = min(made, training.checkpoints_total_limit or made) + (1 if made else 0)
-    return total + kept * rates.checkpoint_bytes
+    best = rates.player_bytes if training.select_every else 0  # in each checkpoint, and beside them
+    return total + kept * (rates.checkpoint_bytes + best) + best
 
 
 def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> list[str]:

@@ -79,5 +79,3 @@ class PlayerPictures:
             )
 
         return Judge(name, scorer_by_content(spec), judge)
-
-

@@ -1,10 +1,11 @@
-"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to. A checkpoint holds
-the best player so far as well (`watching`).
+"""What a round leaves behind while it is trained: checkpoints to resume from, snapshots to go back to. A checkpoint
+holds the best player so far as well (`watching`).
 
 Each appears whole or not at all, and a checkpoint is read only if every byte of it is as it was written.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, TypedDict
 

@@ -145,6 +145,18 @@ def test_the_held_out_gap_is_that_of_the_plain_formula(unbroken):
     assert gap["low"] < gap["mean"] < gap["high"]
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_step_with_the_widest_held_out_gap_is_promoted(use_lora, tmp_path):
+    training = replace(TRAINING, select_every=2, max_train_steps=5, num_train_epochs=None, learning_rate=1e-2)
+    game = make_game(use_lora=use_lora, rank=2) if use_lora else None
+    (record,) = play_all(tmp_path / "selected", training, game, held_out=8, rounds=1)
+    selection, gap = record["training"]["selection"], record["held_out_gap"]
+    best = max(selection["curve"][1:], key=lambda entry: entry["mean"])
+    assert [entry["step"] for entry in selection["curve"]] == [0, 2, 4, 5] and selection["step"] == best["step"]
+    assert gap["mean"] == pytest.approx(best["mean"], rel=1e-4, abs=1e-4)
+    assert record["state"] == ("PROMOTED" if best["mean"] > 0 else "REJECTED")
+
+
 def test_a_round_that_learnt_nothing_ends_the_run(tmp_path):
     training = replace(TRAINING, learning_rate=1e-12)
     records = play_all(tmp_path, training, held_out=8, rounds=3, stop_when_learnt=True)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation.records import read_results
@@ -57,3 +59,24 @@ def test_held_out_pictures_are_of_those_that_the_curation_keeps(settings, tmp_pa
     out = play(settings | limits | {"curation": f"{{scorer: {scorer}, top: 12}}"})
     chosen = {row["prompt"] for row in read_rows(out / "data" / "curation.parquet") if row["chosen"]}
     assert len(chosen) == 12 and {*prompts(out / "held_out")} | {*prompts(out / "data")} == chosen
+
+
+def test_by_a_scorer_the_best_step_of_the_pictures_of_held_out_captions_is_promoted(settings, tmp_path, capsys):
+    scorer = tmp_path / "brightness.py"
+    scorer.write_text(SCORER)
+    selecting = {"select_every": 2, "select_by": scorer, "max_train_steps": 5, "learning_rate": 1e-3}
+    out = play(settings | selecting)
+    record = read_json(out / "round-1" / "round.json")
+    selection = record["training"]["selection"]
+    assert [entry["step"] for entry in selection["curve"]] == [0, 2, 4, 5] and selection["by"] == "brightness"
+    best = max(selection["curve"][1:], key=lambda entry: entry["mean"])
+    assert selection["step"] == best["step"] and (record["state"] == "PROMOTED") == (best["mean"] > 0)
+    # What was drawn lies there, and gives the same numbers again
+    means = {}
+    for step in (0, best["step"]):
+        pictures = sorted((out / "round-1" / "judged" / f"step-{step:06d}" / "images" / "guidance-3").glob("*.png"))
+        assert len(pictures) == 6
+        means[step] = np.mean([Image.open(path).convert("L").resize((1, 1)).getpixel((0, 0)) for path in pictures])
+    assert best["mean"] == pytest.approx(means[best["step"]] - means[0])
+    assert record["ledger"]["judged"]["samples"] == 4 * 6 and record["ledger"]["judged"]["flops"] > 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "by brightness" in line]

@@ -11,9 +11,9 @@ from diffusers.training_utils import EMAModel
 from spin_diffusion.selfplay.checkpoints import (
     Checkpoints,
     Snapshots,
-    _commit_listed,
-    _first_whole,
     _wanted_checkpoints,
+    commit_listed,
+    first_whole,
     remove_checkpoints,
 )
 from spin_diffusion.selfplay.game import Game
@@ -116,8 +116,8 @@ def test_what_a_killed_attempt_listed_is_not_listed_again(tmp_path):
     part.mkdir()
     (part / "weights").write_text("w")
     write_json(part / "hashes.json", {"weights": "of before"})
-    _commit_listed(part, tmp_path / "checkpoint-1")
-    assert _first_whole([tmp_path / "checkpoint-1"], Accelerator(cpu=True)) == tmp_path / "checkpoint-1"
+    commit_listed(part, tmp_path / "checkpoint-1")
+    assert first_whole([tmp_path / "checkpoint-1"], Accelerator(cpu=True)) == tmp_path / "checkpoint-1"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,15 @@ def test_what_a_killed_attempt_listed_is_not_listed_again(tmp_path):
 )
 def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_path):
     path = tmp_path / "checkpoint-1"
-    state = {"step": 1, "kind": "whole", "global_batch": 4, "lr": 1e-4, "ema_steps": 0, "history": []}
+    state = {
+        "step": 1,
+        "kind": "whole",
+        "global_batch": 4,
+        "lr": 1e-4,
+        "ema_steps": 0,
+        "selection": None,
+        "history": [],
+    }
     write_json(path / "trainer.json", state | changed)
     write_json(path / "hashes.json", file_hashes([path], path))
     trainee = create_autospec(Trainee, instance=True)
