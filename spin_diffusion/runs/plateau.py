@@ -31,7 +31,8 @@ def fine_tuning(config: RunConfig, data: Any, **sections: Any) -> dict[str, Any]
     folder = config.run.output_dir.rstrip("/") + "-plateau"
     run = dataclasses.replace(config.run, output_dir=folder, compare_with=None, push_to_hub=False)
     data = data if data.holds_out else dataclasses.replace(data, num_held_out=NUM_HELD_OUT)
-    return sections | {"rounds": rounds, "run": run, "data": data}
+    training = dataclasses.replace(config.training, select_every=None, select_by="gap")  # the best of many flatters
+    return sections | {"rounds": rounds, "run": run, "data": data, "training": training}
 
 
 def tell_gain(config: RunConfig, records: list[RoundRecord]) -> None:

@@ -1,20 +1,20 @@
 """Pictures by the player of an image run while it is trained: judged by a scorer, to find a round's best step, or shown
 as previews. They are drawn as the opponent draws, by the road of all pictures, and stay in the round's folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import scorer_by_content
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
-from spin_diffusion.evaluation.protocols import precision_of
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.drawn import Request, draw_samples, picture_shards, requests_of
+from spin_diffusion.samples.sampling import OWN_SIZE
 from spin_diffusion.selfplay.watching import Judge, Judged
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
@@ -35,20 +35,15 @@ class PlayerPictures:
 
     def __init__(self, config: Config, game: DiffusionGame) -> None:
         self.game, self.accelerator, self.scale = game, game.accelerator, config.sampling.guidance_scale
-        precision = precision_of(self.accelerator.mixed_precision, config.training.allow_tf32)
-        self.protocol = {
-            "id": key_of(sampler=game.sampler_settings, precision=precision),
-            "guidance_scales": [self.scale],
-        }
+        sampling = replace(game.opponent_sampling, size_condition=OWN_SIZE)
+        self.protocol = sampling.in_protocol() | {"guidance_scales": [self.scale]}
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
 
     def draw(self, requests: list[Request], folder: Path) -> SampleFolder:
         """Draw what is asked for into a folder; what this very player drew there already stays."""
 
-        def draw(prompts: list[str], seeds: list[int], scale: float, done: Callable[[int], None]) -> list[Image.Image]:
-            return self.game.draw(self.game.player, prompts, seeds, scale, done=done)
-
         drawn_by = key_of(base=self.drawn_with, weights=self.game.player_hash())
+        draw = partial(self.game.draw, self.game.player)
         shards = picture_shards(requests, folder / "images", self.protocol, drawn_by, draw)
         draw_samples(shards, self.accelerator, quietly)
         return SampleFolder(folder / "images", folder / "scores")
