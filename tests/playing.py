@@ -21,11 +21,11 @@ from spin_diffusion.diffusion.settings import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Row
+from spin_diffusion.selfplay.looks import Judge, Preview
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
 from spin_diffusion.selfplay.train_settings import LoraSettings
-from spin_diffusion.selfplay.watching import Judge, Preview
 from spin_diffusion.store.run_dir import settle
 
 ROUNDS = RoundSettings(rounds=2, beta=2000.0, samples_per_shard=4, seed=1)

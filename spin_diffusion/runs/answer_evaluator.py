@@ -22,7 +22,7 @@ from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.drawn import DrawnAnswer, Request, Shards, answer_shards, requests_of
 from spin_diffusion.samples.sampling import precision_of
-from spin_diffusion.selfplay.gap import clustered_mean
+from spin_diffusion.selfplay.clustered import clustered_mean
 from spin_diffusion.store.files import Made, build, is_built, read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of, place_hash

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from spin_diffusion.evaluation.settings import RunConfig
-from spin_diffusion.selfplay.gap import gap_text
+from spin_diffusion.selfplay.clustered import interval_text
 from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.train_settings import of_round
 
@@ -40,7 +40,8 @@ def tell_gain(config: RunConfig, records: list[RoundRecord]) -> None:
     gap, steps = records[0]["held_out_gap"], records[0]["training"]["steps"]
     print(
         f"Fine-tuning, {steps} steps at rate {of_round(config.training.learning_rate, 1):g}: the score of "
-        f"{gap['num_samples']} held-out real samples changed by {gap_text(gap)}.\n{verdict(gap['low'], gap['high'])}"
+        f"{gap['num_samples']} held-out real samples changed by {interval_text(gap)}.\n"
+        f"{verdict(gap['low'], gap['high'])}"
     )
 
 

@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.drawn import Request, draw_samples, picture_shards, requests_of
 from spin_diffusion.samples.sampling import OWN_SIZE
-from spin_diffusion.selfplay.watching import Judge, Judged
+from spin_diffusion.selfplay.looks import Judge, Judged
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of

@@ -30,6 +30,7 @@ from spin_diffusion.runs.start import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.looks import Judge
 from spin_diffusion.selfplay.objectives import options_for
 from spin_diffusion.selfplay.one_round import Costs, Probe
 from spin_diffusion.selfplay.record import RoundRecord
@@ -37,7 +38,6 @@ from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
-from spin_diffusion.selfplay.watching import Judge
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress

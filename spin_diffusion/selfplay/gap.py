@@ -7,45 +7,16 @@ this opponent cannot be told from the data any more, or that the round only lear
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from scipy.stats import sem, t
 
 from spin_diffusion.samples.pairs import Pairs
+from spin_diffusion.selfplay.clustered import clustered_mean
 from spin_diffusion.selfplay.game import Game, PairScores
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.record import GapRecord
-
-
-class MeanInterval(TypedDict):
-    """A mean and its interval."""
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def clustered_mean(values: Sequence[float], groups: Sequence[str]) -> MeanInterval:
-    """Mean of all values, and its 95 % t-interval over groups: values of one group say much the same.
-
-    Args:
-        values: finite.
-        groups: of each value, such as its prompt.
-
-    Returns:
-        mean, low, high; the last two are None where there is no spread between groups to estimate them from.
-    """
-    mean = float(np.mean(values))
-    number = {group: place for place, group in enumerate(dict.fromkeys(groups))}
-    # As many numbers as groups, whose mean is 0 and which are what each group adds to the mean's deviation
-    sums = np.bincount([number[group] for group in groups], np.asarray(values) - mean)
-    error = float(sem(sums)) * len(number) / len(values) if len(number) > 1 else 0.0
-    low, high = t.interval(0.95, len(number) - 1, mean, error) if error > 0 else (None, None)
-    return {"mean": mean, "low": low if low is None else float(low), "high": high if high is None else float(high)}
 
 
 @dataclass(frozen=True)
@@ -102,15 +73,3 @@ def gap_of(told: Told) -> GapRecord:
         "r_generated": sum(told.r_generated) / number,
         "num_samples": number,
     }
-
-
-def is_above_zero(gap: MeanInterval) -> bool:
-    """Whether its interval is; where it has none, whether it is itself."""
-    return (gap["mean"] if gap["low"] is None else gap["low"]) > 0
-
-
-def gap_text(gap: MeanInterval) -> str:
-    """The gap with its interval, or why it has none."""
-    if gap["low"] is None:
-        return f"{gap['mean']:+.4f} (no interval: its prompts are one, or all alike)"
-    return f"{gap['mean']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]"

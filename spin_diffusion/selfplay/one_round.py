@@ -15,6 +15,7 @@ from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.selfplay.game import FixedDraws, Game
+from spin_diffusion.selfplay.looks import Judge, Preview, Took
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.opponents import OPPONENTS, Mixture
 from spin_diffusion.selfplay.record import (
@@ -31,7 +32,6 @@ from spin_diffusion.selfplay.record import (
 )
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
-from spin_diffusion.selfplay.watching import Judge, Preview, Took
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress

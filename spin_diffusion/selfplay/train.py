@@ -21,13 +21,14 @@ from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.checkpoints import Checkpoints, Snapshots
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.health import METRICS, StepEntry
+from spin_diffusion.selfplay.looks import Watch
 from spin_diffusion.selfplay.objectives import Loss
 from spin_diffusion.selfplay.record import TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Fused, Trainee, trained_parameters
-from spin_diffusion.selfplay.watching import Looks, Selection, Watch
+from spin_diffusion.selfplay.watching import Looks, Selection
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
 

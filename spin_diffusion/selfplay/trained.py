@@ -15,8 +15,10 @@ from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import some_pairs
+from spin_diffusion.selfplay.clustered import interval_text, is_above_zero
 from spin_diffusion.selfplay.game import FixedDraws
-from spin_diffusion.selfplay.gap import Told, gap_of, gap_text, is_above_zero, tell_apart
+from spin_diffusion.selfplay.gap import Told, gap_of, tell_apart
+from spin_diffusion.selfplay.looks import Judge, Judged, Watch
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.objectives import Loss, bind, with_anchor
 from spin_diffusion.selfplay.one_round import Probe, Round, StepResult
@@ -34,7 +36,7 @@ from spin_diffusion.selfplay.record import (
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
-from spin_diffusion.selfplay.watching import Judge, Judged, Watch, best_of
+from spin_diffusion.selfplay.watching import best_of
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
 
@@ -165,7 +167,7 @@ def _best_in_words(selection: SelectionRecord) -> str:
     best = best_of(selection["curve"])
     if best is None or best["mean"] is None:
         return f"no step could be judged by {selection['by']}"
-    gained = gap_text({"mean": best["mean"], "low": best["low"], "high": best["high"]})
+    gained = interval_text({"mean": best["mean"], "low": best["low"], "high": best["high"]})
     return f"best step {best['step']} of {selection['curve'][-1]['step']}, by {selection['by']} {gained}"
 
 
@@ -209,7 +211,7 @@ def _gap(round_: Round, told: Told) -> GapRecord:
     """How well the player tells held-out samples apart."""
     gap = gap_of(told)
     round_.accelerator.print(
-        f"{round_.title}: held-out gap {gap_text(gap)} nats over {gap['num_samples']} samples"
+        f"{round_.title}: held-out gap {interval_text(gap)} nats over {gap['num_samples']} samples"
         + ("" if is_above_zero(gap) else "; nothing is learnt that carries over")
     )
     return gap
@@ -220,7 +222,7 @@ def evaluate(round_: Round, record: RoundRecord) -> StepResult:
     gap, reason = record.get("held_out_gap"), None
     learnt = round_.settings.stop_when_learnt and gap is not None and not is_above_zero(gap)
     if learnt and gap is not None:
-        reason = f"its held-out gap {gap_text(gap)} is not above 0"
+        reason = f"its held-out gap {interval_text(gap)} is not above 0"
     reason = _not_better(record["training"].get("selection")) or reason
     ended = record["training"]["ended_by"]
     if ended is not None and ended["action"] == "roll_back" and ended["kept_step"] == 0:

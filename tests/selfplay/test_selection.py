@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from spin_diffusion.selfplay.watching import Judge, Judged, best_of, gain
+from spin_diffusion.selfplay.looks import Judge, Judged
+from spin_diffusion.selfplay.watching import best_of, gain
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash

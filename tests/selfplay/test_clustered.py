@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spin_diffusion.selfplay.gap import clustered_mean, gap_text, is_above_zero
+from spin_diffusion.selfplay.clustered import clustered_mean, interval_text, is_above_zero
 
 
 def test_of_one_sample_per_prompt_it_is_the_t_interval() -> None:
@@ -35,6 +35,6 @@ def test_the_interval_over_prompts_holds_the_mean_where_one_over_samples_would_n
 def test_without_a_spread_between_prompts_there_is_no_interval() -> None:
     for values, prompts in (([0.5], ["a"]), ([0.5, 0.7], ["a", "a"]), ([0.5, 0.5], ["a", "b"])):
         found = clustered_mean(values, prompts)
-        assert found["low"] is found["high"] is None and "no interval" in gap_text(found) and is_above_zero(found)
+        assert found["low"] is found["high"] is None and "no interval" in interval_text(found) and is_above_zero(found)
     assert not is_above_zero(clustered_mean([0.0, 0.0], ["a", "b"]))
     assert not is_above_zero(clustered_mean([-1.0, 1.5, 1.0], ["a", "b", "c"])), "its interval holds 0"
