@@ -248,6 +248,12 @@ def believable(prompts: int, images: int, real: int, width: int) -> tuple[list[M
     return list(METRICS), ""
 
 
+def groups_of(number: int) -> Int[np.ndarray, " number"]:
+    """The group of each of so many prompts or real pictures: at random, and the same each time. Neighbours in a list
+    often differ by a rule, such as two kinds in turn, and groups by place would be of one kind each."""
+    return np.random.default_rng(0).permutation(number) % GROUPS
+
+
 def measure(x: Float[np.ndarray, "prompts images width"], y: Others) -> dict[Metric, Replicates]:
     """All metrics of a model's pictures against real ones, with their replicates.
 
@@ -259,7 +265,7 @@ def measure(x: Float[np.ndarray, "prompts images width"], y: Others) -> dict[Met
     """
     centre = y.mean(axis=0, dtype=np.float64)
     prompts, images, width = x.shape
-    of_prompts, of_y = np.arange(prompts) % GROUPS, np.arange(len(y)) % GROUPS
+    of_prompts, of_y = groups_of(prompts), groups_of(len(y))
     of_x = np.repeat(of_prompts, images)
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     kernel, all_, but = _Kernel(x, of_prompts, y, of_y), np.ones(GROUPS), 1 - np.eye(GROUPS)
@@ -303,4 +309,8 @@ def interval(metric: Metric, model: Replicates, other: Replicates | None = None,
         value -= sum((GROUPS - 1) * (float(side.mean()) - model.whole) for side in sides)
     variance = sum((GROUPS - 1) * float(side.var()) for side in sides)
     reach = float(stats.t.ppf((1 + confidence) / 2, GROUPS - 1)) * math.sqrt(variance)
+    if other is None and metric not in ("fd", "kid"):
+        return Interval(
+            value, max(0.0, value - reach), value + reach if metric == "density" else min(1.0, value + reach)
+        )
     return Interval(value, value - reach, value + reach)

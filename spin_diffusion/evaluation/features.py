@@ -179,7 +179,8 @@ def _read(path: Path) -> Features:
 
 
 _MISSED: dict[Metric, str] = {
-    "recall": "real pictures that the baseline's come close to are out of reach of this model's",
+    "recall": "fewer of the real pictures are within the reach of the model's own (a baseline whose pictures stray "
+    "reaches far: read it beside coverage)",
     "coverage": "more of the real pictures have none of the model's near them",
 }
 """What it means when the share of the real pictures that is covered falls."""

@@ -3,7 +3,15 @@ import pytest
 from scipy import linalg
 from scipy.spatial.distance import cdist
 
-from spin_diffusion.evaluation.distribution import GROUPS, METRICS, believable, frechet_distance, interval, measure
+from spin_diffusion.evaluation.distribution import (
+    GROUPS,
+    METRICS,
+    believable,
+    frechet_distance,
+    groups_of,
+    interval,
+    measure,
+)
 
 
 def gaussian(seed: int, *shape: int) -> np.ndarray:
@@ -65,7 +73,7 @@ def test_metrics_and_their_replicates_are_those_of_the_definitions() -> None:
     for name in METRICS:
         assert measured[name].whole == pytest.approx(expected[name], abs=1e-9), name
     for group in (0, GROUPS - 1):
-        kept, kept_y = prompt_of % GROUPS != group, np.arange(530) % GROUPS != group
+        kept, kept_y = np.repeat(groups_of(270), 2) != group, groups_of(530) != group
         without_prompts = by_definition(flat[kept], prompt_of[kept], y)
         without_real = by_definition(flat, prompt_of, y[kept_y])
         for name in METRICS:
@@ -113,6 +121,19 @@ def test_a_mode_that_is_lost_is_seen_in_recall_and_coverage_alone() -> None:
     assert moved["precision"].low > 0
     assert moved["recall"].high < 0 and moved["coverage"].high < 0
     assert moved["fd"].low > 0 and moved["kid"].low > 0  # both are distances
+
+
+def test_kinds_that_take_turns_do_not_bias_the_distance() -> None:
+    """Groups by place would be of one kind each, and leaving one out would shift the balance of the kinds."""
+
+    def in_turn(seed: int) -> np.ndarray:
+        kinds = np.random.default_rng(seed).integers(0, 2, 200)
+        turn = np.argsort(np.where(kinds, np.cumsum(kinds), np.cumsum(1 - kinds)), kind="stable")
+        return gaussian(seed, 200, 4) + 6 * kinds[turn][:, None]
+
+    found = [interval("fd", measure(in_turn(seed)[:, None], in_turn(50 + seed))["fd"]) for seed in range(12)]
+    assert abs(np.mean([each.mean for each in found])) < 0.2
+    assert sum(each.low < 0 < each.high for each in found) >= 11
 
 
 def test_too_few_pictures_are_told_in_a_sentence() -> None:
