@@ -20,8 +20,8 @@ from spin_diffusion.store.input_error import InputError, one_line, read_bytes
 
 SCHEMA_VERSION = 1
 _FLOATS = frozenset(
-    "guidance_scale guidance_scales mean low high sd difference win_rate win_rate_low win_rate_high p p_holm value "
-    "threshold r_real r_generated loss difference_low difference_high".split()
+    "guidance_scale guidance_scales prediction_scale mean low high sd difference win_rate win_rate_low win_rate_high p "
+    "p_holm value threshold r_real r_generated loss difference_low difference_high".split()
 )
 _MAX_BYTES = 1 << 30
 Scale = float | None
@@ -314,6 +314,39 @@ class LedgerEntry(TypedDict):
     predicted_disk_bytes: NotRequired[int | None]
 
 
+class DifferenceEntry(TypedDict):
+    """A paired difference with its 95 % interval over prompts."""
+
+    difference: float
+    low: float
+    high: float
+
+
+class SweptSetting(TypedDict):
+    """Settings of a sampler that are free to choose, what they cost and what they scored."""
+
+    guidance_scale: float
+    num_inference_steps: int
+    prediction_scale: float
+    passes: int
+    mean: float
+
+
+class SweepEntry(TypedDict):
+    """What a sweep of a model's sampler says: all settings, the default first, on the prompts that choose; what the
+    chosen one (its place) gains over the default on the other prompts; and to the baseline at its own chosen one."""
+
+    model: str
+    scorer: str
+    baseline: str | None
+    num_selection: int
+    num_held_out: int
+    settings: list[SweptSetting]
+    chosen: int
+    gain: DifferenceEntry
+    to_baseline: DifferenceEntry | None
+
+
 class OfTraining(TypedDict, total=False):
     """What is told of training beside the models' samples, as in the entries of these names."""
 
@@ -353,6 +386,7 @@ class Results(TrainingEntries):
     alarms: list[AlarmEntry]
     breakdowns: list[PartEntry]
     failures: list[FailureEntry]
+    sweep: NotRequired[list[SweepEntry]]
     environment: dict[str, str]
 
 

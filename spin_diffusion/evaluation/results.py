@@ -49,6 +49,7 @@ from spin_diffusion.evaluation.records import (
     Scale,
     ScorerEntry,
     ScorerRecord,
+    SweepEntry,
     TrainingEntries,
     VerdictEntry,
     guidance_scales,
@@ -85,6 +86,7 @@ def conclude(
     training_prompts: Sequence[str] | None = None,
     in_domain: Collection[str] = (),
     real: Comparison | None = None,
+    sweep: Sequence[SweepEntry] = (),
     **training: Unpack[OfTraining],
 ) -> Results:
     """Write results.json and the tables of samples and scores below `root`; the results.
@@ -99,6 +101,7 @@ def conclude(
         in_domain: scorers that chose what was trained on. A held-out one is in-domain here: its gain alone says
             that the choice was learnt.
         real: the real pictures that the models' are compared with, in features that are kept already.
+        sweep: what free settings of the sampler gain.
         training: for the page of a whole run.
 
     Raises:
@@ -119,6 +122,8 @@ def conclude(
     if real is not None:
         against_real = distances(real, models, compared.complete, samples_per_prompt(protocol))
     results = _results(compared, title, headline_scale, training_prompts, against_real, _training(training))
+    if sweep:
+        results["sweep"] = list(sweep)
     problem = schema_problem(results)
     assert problem is None, f"results.json would not follow its schema at {problem}"
     _write(root, results, compared)

@@ -1,6 +1,7 @@
 """Results in the terminal, in Markdown and in trackers: means and differences, and what is said below them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,11 +12,14 @@ from rich.text import Text
 from spin_diffusion.evaluation.records import (
     AggregateEntry,
     ComparisonEntry,
+    DifferenceEntry,
     DistanceEntry,
     DistributionEntry,
     Metric,
     Results,
     Scale,
+    SweepEntry,
+    SweptSetting,
     guidance_scales,
     modality_of,
     samples_per_prompt,
@@ -23,6 +27,7 @@ from spin_diffusion.evaluation.records import (
 )
 from spin_diffusion.evaluation.statistics import Interval, decimals_of
 from spin_diffusion.evaluation.verdicts import verdict
+from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.store.run_dir import write_file
 
 _STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
@@ -196,7 +201,63 @@ def as_markdown(results: Results) -> str:
         parts += ["", note, ""]
     if "distribution" in results and results["distribution"]["distances"]:
         parts += _distances_as_markdown(results["distribution"])
+    for table in sweep_tables(results):
+        parts += [f"**{_escaped(table.title)}**", "", f"| {' | '.join(table.head)} |", "|---|" + "---:|" * 2]
+        parts += [f"| {' | '.join(row)} |" for row in table.rows] + [""]
     return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A sweep of a model's sampler as words."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    """The default first."""
+    sentence: str
+    """What the chosen setting gains on the prompts that did not choose it."""
+
+
+def sweep_tables(results: Results) -> list[SweepTable]:
+    """The table of each model's sweep."""
+    return [_sweep_table(entry) for entry in results.get("sweep", [])]
+
+
+def _sweep_table(entry: SweepEntry) -> SweepTable:
+    default, best = entry["settings"][0], entry["settings"][entry["chosen"]]
+    notes = {entry["chosen"]: " (chosen)", 0: " (default, chosen)" if entry["chosen"] == 0 else " (default)"}
+    gain, other = entry["gain"], entry["to_baseline"]
+    decimals = decimals_of((gain["high"] - gain["low"]) / 2, 2)
+    rows = [
+        [_free(row) + notes.get(place, ""), str(row["passes"]), f"{row['mean']:.{decimals}f}"]
+        for place, row in enumerate(entry["settings"])
+    ]
+    on = f"on the {entry['num_held_out']} prompts that did not choose"
+    if entry["chosen"] == 0:
+        sentence = (
+            f"{entry['model']}: no setting of the sampler beats the default ({_free(default)}) by {entry['scorer']}"
+        )
+    else:
+        sentence = (
+            f"{entry['model']} gains {_signed(gain, decimals)} by {entry['scorer']} for nothing but {_free(best)} in "
+            f"place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the passes"
+        )
+    if other is not None:
+        sentence += (
+            f"; at its best it is {_signed(other, decimals)} to {entry['baseline']} at its own best, which is what "
+            f"training gained"
+        )
+    title = f"{entry['model']}: settings of the sampler, {entry['num_selection']} prompts that choose"
+    return SweepTable(title, ["setting", "passes", entry["scorer"]], rows, sentence + ".")
+
+
+def _free(setting: SweptSetting) -> str:
+    return free_in_words(setting["guidance_scale"], setting["num_inference_steps"], setting["prediction_scale"])
+
+
+def _signed(entry: DifferenceEntry, decimals: int) -> str:
+    return Interval(entry["difference"], entry["low"], entry["high"]).signed(decimals)
 
 
 def _title(results: Results, scorer: str, cells: _Cells) -> str:
@@ -240,7 +301,7 @@ def _escaped(text: str) -> str:
 
 
 def closing_lines(results: Results) -> list[str]:
-    """Sentences for every guidance scale: who wins, and what `losses_of` says."""
+    """Sentences for every guidance scale: who wins, and what `losses_of` says; and what free settings gain."""
     lines = []
     for scale in guidance_scales(results["protocol"]):
         at = "" if scale is None else f"At guidance {scale:g}: "
@@ -249,7 +310,7 @@ def closing_lines(results: Results) -> list[str]:
     compared = results.get("distribution")
     if compared is not None and compared["left_out"]:
         lines.append(not_told(compared))
-    return lines
+    return lines + [table.sentence for table in sweep_tables(results)]
 
 
 def not_told(compared: DistributionEntry) -> str:

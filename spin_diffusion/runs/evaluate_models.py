@@ -7,29 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import torch
 from accelerate import Accelerator
 
-from spin_diffusion.diffusion.base import Base, load_to_draw, parts_hash
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
-from spin_diffusion.diffusion.prompts import CutPrompts
-from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.features import check_embedding, embed
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
-from spin_diffusion.evaluation.records import Protocol
+from spin_diffusion.evaluation.records import Protocol, SweepEntry
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
 from spin_diffusion.evaluation.specs import shortened
 from spin_diffusion.evaluation.tables import closing_lines, tell_table
+from spin_diffusion.runs.drawer import Drawer
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.real_pictures import check_place, of_place
 from spin_diffusion.runs.start import make_accelerator, quiet_libraries
+from spin_diffusion.runs.sweep import check_sweep, sweep_models
 from spin_diffusion.samples.drawn import (
-    Draw,
     Request,
     Sample,
     claim,
@@ -41,7 +38,7 @@ from spin_diffusion.samples.drawn import (
     without_picture,
 )
 from spin_diffusion.samples.sampling import Sampling, precision_of
-from spin_diffusion.store.files import Made, build_pieces, read_json, weights_hash, write_json
+from spin_diffusion.store.files import Made, build_pieces, read_json, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of, known_hash
@@ -49,7 +46,6 @@ from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.progress import Bars, Progress
 from spin_diffusion.store.run_dir import Damaged, settle, shard_name, write_file
 from spin_diffusion.store.settings import harmless
-from spin_diffusion.store.weights import config_of
 from spin_diffusion.store.yaml_files import dump_yaml
 
 PROGRAM = "evaluation"
@@ -74,9 +70,11 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         for source in sources:
             remove_damaged(output_dir / "images" / source.name)
             remove_damaged(output_dir / "scores" / source.name)
+        remove_damaged(output_dir / "sweep")
     accelerator.wait_for_everyone()
 
-    models, protocol = _pictures(settings, sources, prompts, output_dir, accelerator, progress)
+    drawer = Drawer(settings, prompts, accelerator)
+    models, protocol = _pictures(settings, sources, prompts, output_dir, drawer, progress)
     scales = protocol["guidance_scales"]
     score_samples(
         {model.name: model.folder for model in models},
@@ -91,6 +89,10 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         real = of_place(spec, place, protocol["resolution"], output_dir)
         folders = {model.name: model.folder for model in models}
         embed(real, folders, scales, accelerator, partial(progress.phase, "features of the pictures"))
+    swept: list[SweepEntry] = []
+    if settings.sweep.given():
+        of_sources = dict(zip(sources, models, strict=True))
+        swept = sweep_models(settings, of_sources, prompts, protocol, drawer, accelerator, progress)
     if not accelerator.is_main_process:
         return
     results = conclude(
@@ -102,6 +104,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         headline_scale=scales[-1],
         training_prompts=captions,
         real=real,
+        sweep=swept,
     )
     tell_table(results, output_dir)
     for said in results["verdicts"]:
@@ -132,6 +135,8 @@ def _checked_input(
     for source in sources:
         if source.kind == "images":
             _check_pictures(source, [row.prompt for row in prompts.rows], settings.images_per_prompt)
+    if settings.sweep.given():
+        check_sweep(settings, sources, prompts)
     captions = None
     if settings.training_captions:
         captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
@@ -143,7 +148,7 @@ def _pictures(
     sources: list[ModelSource],
     prompts: PromptSet,
     output_dir: Path,
-    accelerator: Accelerator,
+    drawer: Drawer,
     progress: Progress,
 ) -> tuple[list[EvaluatedModel], Protocol]:
     """The pictures of every model, drawn or taken as they are given.
@@ -151,9 +156,9 @@ def _pictures(
     Returns:
         The models, and the protocol that all of their pictures follow.
     """
+    accelerator = drawer.accelerator
     drawn = [source for source in sources if source.kind != "images"]
     scales: list[Any] = settings.guidance_scales if drawn else [None]
-    drawer = _Drawer(settings, prompts, accelerator)
     sampling = None
     if drawn:
         sampling = Sampling(
@@ -283,49 +288,6 @@ def _check_pictures(source: ModelSource, prompts: list[str], images_per_prompt: 
         raise InputError(f"{where} has pictures of none of the {len(prompts)} prompts, such as {shortened(prompts[0])}")
     if most < images_per_prompt:
         raise InputError(f"{where} has {most} pictures of a prompt at most: give --images_per_prompt {most} or fewer")
-
-
-class _Drawer:
-    """Draws with any of the models; rounds of one base share its pipeline, and one base is held at a time."""
-
-    def __init__(self, settings: EvaluateSettings, prompts: PromptSet, accelerator: Accelerator) -> None:
-        self.settings, self.prompts, self.accelerator = settings, prompts, accelerator
-        self.base: Base | None = None
-        self.family: Any = None
-        self.pipeline: Any = None
-        self.parts = ""
-
-    def resolution(self, source: ModelSource) -> int:
-        """The usual image size of a model's family."""
-        self._load(source)
-        return self.family.RESOLUTION
-
-    def open(self, source: ModelSource) -> tuple[Draw, str, str]:
-        """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
-        self._load(source)
-        pipeline = drawing_pipeline(self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora)
-        digest = weights_hash(pipeline.unet)
-        batch_size = self.settings.generation_batch_size
-
-        def draw(prompts, seeds, sampling, done):
-            return draw_images(pipeline, prompts, seeds, sampling, batch_size=batch_size, done=done)
-
-        return draw, digest, key_of(weights=digest, unet=config_of(pipeline.unet), parts=self.parts)
-
-    def close(self) -> None:
-        """Free the memory for the scorers."""
-        self.base = self.pipeline = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _load(self, source: ModelSource) -> None:
-        assert source.base is not None
-        if self.base != source.base:
-            self.close()
-            self.family, self.pipeline = load_to_draw(source.base, self.accelerator.device)
-            self.base, self.parts = source.base, parts_hash(self.pipeline)
-            if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
-                self.accelerator.print(line)
 
 
 def _take_pictures(

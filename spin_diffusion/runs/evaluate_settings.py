@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.diffusion.settings import check_resolution
+from spin_diffusion.samples.sampling import Sweep
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse
 from spin_diffusion.store.settings import SEEDS, Settings, setting
@@ -48,6 +49,10 @@ class EvaluateSettings(Settings):
     """checkpoint = the scheduler that each model names."""
     prediction_scale: float = setting(1.0, above=0)
     """Factor of the noise that the denoiser predicts; above 1 the sampler is colder."""
+    sweep: Sweep = setting(Sweep(), harmless=True)
+    """Draw each model at every combination too, choose the best by the first scorer on one half of the prompts, and
+    show what it gains on the other:
+    "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 20], prediction_scale: [1, 1.04]}"."""
     resolution: int | None = None
     """Image size, px; default: the family's."""
     generation_batch_size: int = setting(8, minimum=1, harmless=True)

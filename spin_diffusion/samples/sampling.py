@@ -1,8 +1,13 @@
-"""How pictures are drawn: one record for the opponent's samples, evaluations and comparisons alike."""
+"""How pictures are drawn: one record for the opponent's samples, evaluations and comparisons alike, and what of it is
+free to choose without any training."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from typing import Any
+
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.settings import setting
 
 OWN_SIZE = "the picture's own, not cropped"
 """What pipelines tell a model by themselves that is told an image's size."""
@@ -42,9 +47,20 @@ class Sampling:
         return {name: value for name, value in asdict(self).items() if name != "guidance_scale"}
 
     @property
+    def in_words(self) -> str:
+        """The settings that are free to choose, for tables and sentences."""
+        return free_in_words(self.guidance_scale, self.num_inference_steps, self.prediction_scale)
+
+    @property
     def passes(self) -> int:
         """Passes of the denoiser that a picture costs: guidance takes two a step."""
         return self.num_inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+
+def free_in_words(guidance_scale: float, num_inference_steps: int, prediction_scale: float) -> str:
+    """Settings that are free to choose, for tables and sentences."""
+    scaled = "" if prediction_scale == 1 else f", prediction x {prediction_scale:g}"
+    return f"guidance {guidance_scale:g}, {num_inference_steps} steps{scaled}"
 
 
 _TF32 = " with TF32"
@@ -53,3 +69,31 @@ _TF32 = " with TF32"
 def precision_of(mixed_precision: str, allow_tf32: bool = False) -> str:
     """The word for a precision: "fp32", "fp16" or "bf16", and whether products may be rounded to TF32."""
     return ("fp32" if mixed_precision == "no" else mixed_precision) + (_TF32 if allow_tf32 else "")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Settings of a sampler that cost no training; each list is crossed with the others, what is not given stays."""
+
+    guidance_scale: list[float] | None = setting(None, minimum=0)
+    """Guidance scales; those above 1 cost two passes a step."""
+    num_inference_steps: list[int] | None = setting(None, minimum=1)
+    """Denoising steps per image."""
+    prediction_scale: list[float] | None = setting(None, above=0)
+    """Factors of the predicted noise, such as 1 and 1.04."""
+
+    def __post_init__(self) -> None:
+        for name, values in self.given().items():
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"--sweep {name} {values} must have at least one value, and none twice")
+
+    def given(self) -> dict[str, list[Any]]:
+        """The settings that are swept, with their values."""
+        return {name: values for name, values in asdict(self).items() if values is not None}
+
+    def around(self, default: Sampling) -> list[Sampling]:
+        """All combinations, the cheapest first; before them the default, whether it is one of them or not."""
+        given = self.given()
+        combined = [replace(default, **dict(zip(given, values, strict=True))) for values in product(*given.values())]
+        combined.sort(key=lambda sampling: (sampling.passes, sampling.guidance_scale, sampling.prediction_scale))
+        return list(dict.fromkeys([default, *combined]))

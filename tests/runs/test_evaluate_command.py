@@ -126,6 +126,64 @@ def test_one_command_draws_scores_and_reports_and_the_same_command_does_nothing_
     refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=[f"base={brighter}"]), "give it another name")
 
 
+def test_a_sweep_chooses_on_one_half_of_the_prompts_and_shows_its_gain_on_the_other(
+    sdxl_dir, brighter, tiny_prompts, scorer, tmp_path, capsys
+):
+    sweep = ["--sweep", "{guidance_scale: [3, 1], num_inference_steps: [2, 3], prediction_scale: [1, 1.5]}"]
+    models = [f"base={sdxl_dir}", f"round1={brighter}"]
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), *sweep, models=models) == 0
+    out, drawn = tmp_path / "out", scored(scorer)
+    results = read_results(out / "results.json")
+
+    def means(folder: str, half: list[str], scale: str = "guidance-3") -> dict[str, float]:
+        found: dict[str, list[float]] = {id_: [] for id_ in half}
+        for path in (out / folder).glob(f"redness/{scale}/*.parquet"):
+            for row in pq.read_table(path).to_pylist():
+                if row["id"] in found:
+                    found[row["id"]].append(row["score"])
+        assert {len(of_prompt) for of_prompt in found.values()} == {2}
+        return {id_: float(np.mean(of_prompt)) for id_, of_prompt in found.items()}
+
+    ids = [f"{n:05d}" for n in range(4)]
+    choose, show, at_best = ids[::2], ids[1::2], {}
+    for entry in results["sweep"]:
+        name, (default, *others) = entry["model"], entry["settings"]
+        assert len(others) == 7 and (default["guidance_scale"], default["passes"]) == (3.0, 4)
+        assert (entry["num_selection"], entry["num_held_out"]) == (2, 2)
+        usual = means(f"scores/{name}", ids)
+        assert default["mean"] == pytest.approx(np.mean([usual[id_] for id_ in choose]))
+        for row in others:
+            same = row["num_inference_steps"] == 2 and row["prediction_scale"] == 1 and row["guidance_scale"] == 3
+            folder = f"{row['num_inference_steps']}-steps-x{row['prediction_scale']:g}/scores"
+            where = f"guidance-{row['guidance_scale']:g}"
+            found = means(f"sweep/{name}/selection/{folder}", choose, where)
+            assert not same and row["mean"] == pytest.approx(np.mean([*found.values()]))
+        best = max(entry["settings"], key=lambda row: row["mean"])
+        assert entry["settings"][entry["chosen"]] == best and entry["chosen"] > 0
+        folder = f"{best['num_inference_steps']}-steps-x{best['prediction_scale']:g}/scores"
+        at_best[name] = means(f"sweep/{name}/held-out/{folder}", show, f"guidance-{best['guidance_scale']:g}")
+        gain = [at_best[name][id_] - usual[id_] for id_ in show]
+        assert entry["gain"]["difference"] == pytest.approx(np.mean(gain), abs=1e-6)
+    apart = [at_best["round1"][id_] - at_best["base"][id_] for id_ in show]
+    assert results["sweep"][1]["to_baseline"]["difference"] == pytest.approx(np.mean(apart), abs=1e-6)
+    assert results["sweep"][0]["to_baseline"] is None
+    said = capsys.readouterr().out
+    assert said.count("in place of guidance 3, 2 steps, on the 2 prompts that did not choose") == 2
+    assert (
+        "what training gained" in (out / "table.md").read_text()
+        and "Free settings" in (out / "report.html").read_text()
+    )
+
+    # The same command finds all of it there; what was lost is drawn again, to the same bytes
+    before, lost = results, next((out / "sweep" / "round1" / "held-out").glob("*/images/*/00001-0.png"))
+    picture = lost.read_bytes()
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), *sweep, models=models) == 0
+    assert scored(scorer) == drawn and read_results(out / "results.json") == before
+    lost.unlink()
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), *sweep, models=models) == 0
+    assert lost.read_bytes() == picture and read_results(out / "results.json") == before
+
+
 def test_scores_of_saved_pictures_are_those_that_were_given_when_they_were_drawn(
     sdxl_dir, tiny_prompts, scorer, tmp_path
 ):
@@ -341,6 +399,10 @@ def test_a_round_whose_weights_are_not_whole_is_refused(change, brighter, sdxl_d
         (["base={sdxl}"], ["--guidence_scale", "3"], ["did you mean 'guidance_scale'"]),
         (["empty={tmp}"], [], ["neither a pipeline"]),
         (["base={sdxl}"], ["--mixed_precision", "fp16"], ["--mixed_precision fp16", "give bf16 or no"]),
+        (["base={sdxl}"], ["--sweep", "{prediction_scale: [1, 0]}"], ["--sweep prediction_scale 0.0 must be above 0"]),
+        (["base={sdxl}"], ["--sweep", "{steps: [1]}"], ["steps", "num_inference_steps"]),
+        (["base={sdxl}"], ["--sweep", "{guidance_scale: [2]}", "--max_prompts", "3"], ["4 prompts or more", "got 3"]),
+        (["base={sdxl}"], ["--sweep", "{guidance_scale: [2]}"], ["sharpness is better neither up nor down"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(models, argv, parts, sdxl_dir, tiny_prompts, tmp_path, capsys):

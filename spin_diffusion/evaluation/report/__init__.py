@@ -26,7 +26,7 @@ from spin_diffusion.evaluation.report import gallery, plots, tables, training, w
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
-from spin_diffusion.evaluation.tables import losses_of
+from spin_diffusion.evaluation.tables import losses_of, sweep_tables
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
 
@@ -118,6 +118,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "disk": training.disk_line(results),
         "measures": training.measure_table(results),
         "measure_curves": training.measure_curves(results),
+        "sweeps": sweep_tables(results),
         "parts": tables.part_tables(results),
         "distributions": histograms,
         "protocol": tables.protocol_facts(results),
