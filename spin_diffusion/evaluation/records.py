@@ -296,6 +296,27 @@ class EventEntry(TypedDict):
     weights_from_step: int | None
 
 
+class SelectionEntry(TypedDict):
+    """How much better the player of a step was judged than that of its round's start; None = it spoilt a sample."""
+
+    model: str
+    round: int
+    by: str
+    step: int
+    value: float | None
+    low: float | None
+    high: float | None
+    chosen: bool
+
+
+class PreviewEntry(TypedDict):
+    """The previews of a round, in one picture."""
+
+    model: str
+    round: int
+    file: str
+
+
 class LedgerEntry(TypedDict):
     """What a phase of a round took; None = not known."""
 
@@ -354,6 +375,8 @@ class OfTraining(TypedDict, total=False):
     """By step; other numbers may stand beside those of a `CurveEntry`."""
     measures: Sequence[Mapping[str, Any]] | None
     events: Sequence[Mapping[str, Any]] | None
+    selection: Sequence[Mapping[str, Any]] | None
+    previews: Sequence[Mapping[str, Any]] | None
     ledger: Sequence[Mapping[str, Any]] | None
 
 
@@ -363,6 +386,8 @@ class TrainingEntries(TypedDict, total=False):
     training_curves: list[CurveEntry]
     measures: list[MeasureEntry]
     training_events: list[EventEntry]
+    selection: list[SelectionEntry]
+    previews: list[PreviewEntry]
     ledger: list[LedgerEntry]
 
 

@@ -429,11 +429,13 @@ def _failures(compared: _Compared) -> Iterator[FailureEntry]:
 
 
 def _training(training: OfTraining) -> TrainingEntries:
-    """Curves, measures, events and ledger as results.json has them; nothing of what is empty."""
+    """Curves, measures, events, judgements, previews and ledger as results.json has them; nothing of what is empty."""
     entries = {
         "training_curves": _thinned(training.get("curves") or []),
         "measures": [_finite(measure) for measure in training.get("measures") or []],
         "training_events": [dict(event) for event in training.get("events") or []],
+        "selection": [dict(entry) for entry in training.get("selection") or []],
+        "previews": [dict(entry) for entry in training.get("previews") or []],
         "ledger": [dict(entry) for entry in training.get("ledger") or []],
     }
     return cast(TrainingEntries, {name: rows for name, rows in entries.items() if rows})

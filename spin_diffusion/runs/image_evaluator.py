@@ -4,7 +4,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
@@ -19,6 +18,7 @@ from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
+from spin_diffusion.selfplay.tracking import log_pictures
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
@@ -75,18 +75,7 @@ class PictureSamples(EvaluationSamples):
 
     def show(self, title: str, folder: Path) -> None:
         """The gallery's images to TensorBoard, wandb or trackio."""
-        pictures = self._gallery_pictures(folder)
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(picture) for _, picture in pictures])
-                tracker.writer.add_images(f"validation/{title}", stacked, 0, dataformats="NHWC")
-            elif tracker.name in ("wandb", "trackio"):
-                library = __import__(tracker.name)
-                images = [library.Image(picture, caption=prompt) for prompt, picture in pictures]
-                if tracker.name == "wandb":
-                    tracker.log({f"validation/{title}": images})
-                else:  # it leaves out lists without a word
-                    tracker.log({f"validation/{title}/{number}": image for number, image in enumerate(images, start=1)})
+        log_pictures(f"validation/{title}", self._gallery_pictures(folder), 0, self.accelerator)
 
     def finish(self, models: list[EvaluatedModel]) -> None:
         """Draw the gallery: the same prompts and seeds side by side, base to last round."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -166,10 +166,22 @@ class ImageRun(Run):
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
         captions = Column(self.output_dir / "data", "prompt", beside=self.held_out)
         game.prompts.keep(folder, captions, self.game.accelerator, dtype, progress)
-        by = config.training.select_by
-        if self.held_out is not None and config.training.select_every is not None and by != "gap":
-            pictures = PlayerPictures(config, game)
-            self.judge = pictures.judge(by, Column(self.held_out, "prompt"), config.rounds.seed)
+        self._let_look(captions)
+
+    def _let_look(self, captions: Sequence[str]) -> None:
+        """Who looks at the player's pictures while it is trained.
+
+        Args:
+            captions: of the real images, those that are held out last.
+        """
+        config, pictures = self.config, PlayerPictures(self.config, self.game)
+        seed, by = config.rounds.seed, config.training.select_by
+        held_out = Column(self.held_out, "prompt") if self.held_out is not None else None
+        if config.training.select_every is not None and by != "gap" and held_out is not None:
+            self.judge = pictures.judge(by, held_out, seed)
+        if config.evaluation.preview_every is not None:
+            known = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out or captions
+            self.preview = pictures.preview(config.evaluation.preview_every, known, seed)
 
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.record import COUNTED, FINAL, find_record
+from spin_diffusion.selfplay.record import COUNTED, FINAL, PREVIEW_SHEET, find_record
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.files import read_json, read_json_lines
 from spin_diffusion.store.progress import tell
@@ -80,8 +80,7 @@ def read_for_page(read: Callable[..., Any], path: Path, kind: Any) -> Any:
 
 
 def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, object]]]:
-    """The lists of results.json that come from the folders of the run and its rivals: curves, events, ledger and
-    measures."""
+    """The lists of results.json that come from the folders of the run and its rivals."""
     rounds = [
         (name, k, folder / f"round-{k}")
         for name, folder in run_folders(config, output_dir).items()
@@ -90,6 +89,12 @@ def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, obj
     return {
         "curves": [entry for name, k, folder in rounds for entry in _curve(name, k, folder)],
         "events": [entry for name, k, folder in rounds for entry in _events(name, k, folder)],
+        "selection": [entry for name, k, folder in rounds for entry in _selection(name, k, folder)],
+        "previews": [
+            {"model": name, "round": k, "file": (folder / PREVIEW_SHEET).relative_to(output_dir).as_posix()}
+            for name, k, folder in rounds
+            if (folder / PREVIEW_SHEET).is_file()
+        ],
         "ledger": ledger(config, output_dir),
         "measures": _measures(config, output_dir),
     }
@@ -112,6 +117,19 @@ def _events(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     return [
         {"model": name, "round": k, **event, "weights_from_step": kept_step.get(event["rule"])}
         for event in record["training"]["health"]
+    ]
+
+
+def _selection(name: str, k: int, folder: Path) -> list[dict[str, object]]:
+    """How the steps of a round were judged."""
+    record = find_record(folder)
+    selection = record["training"].get("selection") if record is not None and "training" in record else None
+    if selection is None:
+        return []
+    return [
+        {"model": name, "round": k, "by": selection["by"], "step": entry["step"], "value": entry["mean"]}
+        | {"low": entry["low"], "high": entry["high"], "chosen": entry["step"] == selection["step"]}
+        for entry in selection["curve"]
     ]
 
 

@@ -6,23 +6,33 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import scorer_by_content
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
+from spin_diffusion.evaluation.gallery import draw_gallery
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.samples.drawn import Request, draw_samples, picture_shards, requests_of
+from spin_diffusion.samples.drawn import Request, draw_samples, folder_of, picture_shards, requests_of
 from spin_diffusion.samples.sampling import OWN_SIZE
-from spin_diffusion.selfplay.looks import Judge, Judged
+from spin_diffusion.selfplay.looks import Judge, Judged, Preview, step_name
+from spin_diffusion.selfplay.record import PREVIEW_SHEET
+from spin_diffusion.selfplay.tracking import log_pictures
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
 
 JUDGED_PROMPTS = 32
 """Prompts at most for whose pictures a step is judged."""
+PREVIEWED_PROMPTS = 4
+"""Prompts of previews."""
+COLUMNS = 12
+"""Steps in a sheet of previews, beside the first."""
 
 
 def quietly(*of: object) -> Tell:
@@ -74,3 +84,33 @@ class PlayerPictures:
             )
 
         return Judge(name, scorer_by_content(spec), judge)
+
+    def preview(self, every: int, prompts: Sequence[str], seed: int) -> Preview:
+        """What draws the first of the prompts every so many steps, and shows all of a round's previews in one sheet."""
+        requests = requests_of([{"prompt": prompt} for prompt in prompts[:PREVIEWED_PROMPTS]], 1, seed)
+
+        def draw(folder: Path, name: str, step: int) -> int:
+            self.draw(requests, folder)
+            if not self.accelerator.is_main_process:
+                return 0
+            self._show(requests, folder.parent)
+            pictures = [(request["prompt"], self._picture(request, folder)) for request in requests]
+            log_pictures(f"{name}/previews", pictures, step, self.accelerator, axis=name)
+            return len(requests)
+
+        return Preview(every, draw)
+
+    def _show(self, requests: list[Request], folder: Path) -> None:
+        """Draw the sheet of a round's previews: a row for each prompt, a column for each step, at most COLUMNS."""
+        steps = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.is_dir())
+        shown = [steps[round(place * (len(steps) - 1) / COLUMNS)] for place in range(COLUMNS + 1)]
+        columns = {f"step {step}": folder / step_name(step) for step in shown}
+        rows = [
+            (request["prompt"], [self._picture(request, step) for step in columns.values()]) for request in requests
+        ]
+        draw_gallery(list(columns), rows, folder.with_name(PREVIEW_SHEET))
+
+    def _picture(self, request: Request, folder: Path) -> Image.Image:
+        """A picture that was drawn; grey where it is lost, or was spoilt."""
+        path = folder / "images" / folder_of(self.scale) / f"{request['id']}-{request['k']}.png"
+        return read_picture(path) if path.is_file() else Image.new("RGB", (self.game.resolution,) * 2, "grey")

@@ -30,7 +30,7 @@ from spin_diffusion.runs.start import (
 from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.looks import Judge
+from spin_diffusion.selfplay.looks import Judge, Preview
 from spin_diffusion.selfplay.objectives import options_for
 from spin_diffusion.selfplay.one_round import Costs, Probe
 from spin_diffusion.selfplay.record import RoundRecord
@@ -59,6 +59,8 @@ class Run(ABC):
     """Folder of the real samples that are never trained on."""
     judge: Judge | None = None
     """Who judges the steps of a round, where it is not the gap; there from `ready` on."""
+    preview: Preview | None = None
+    """Who draws previews; there from `ready` on."""
 
     @property
     def output_dir(self) -> Path:
@@ -207,6 +209,7 @@ def _play_with_rivals(
                 run.probe if rival is None else None,
                 costs(rounds, folder),
                 run.judge,
+                run.preview,
                 run_dir=output_dir,
                 start=start_of(output_dir),
             )

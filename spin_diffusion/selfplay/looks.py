@@ -65,3 +65,8 @@ class Watch:
     judge: Judge | None = None
     preview: Preview | None = None
     took: dict[str, Took] = field(default_factory=dict)
+
+
+def step_name(step: int) -> str:
+    """The folder of a step."""
+    return f"step-{step:06d}"

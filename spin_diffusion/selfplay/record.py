@@ -16,6 +16,8 @@ SAMPLES, SCORES = "samples", "scores"
 """Folders of a round, and of `held_out` in it, with a file for each shard of samples, as ENCODED and CHOICES."""
 HELD_OUT, EVALUATION, EMA, JUDGED, PREVIEWS = "held_out", "evaluation", "ema", "judged", "previews"
 """Other folders of a round."""
+PREVIEW_SHEET = "previews.png"
+"""All previews of a round in one picture."""
 BEST = "best"
 """Folder of the best player so far, while a round is trained."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spin_diffusion.selfplay.checkpoints import AVERAGE, commit_listed, first_whole
 from spin_diffusion.selfplay.clustered import MeanInterval, clustered_mean
-from spin_diffusion.selfplay.looks import Judge, Took, Watch
+from spin_diffusion.selfplay.looks import Judge, Took, Watch, step_name
 from spin_diffusion.selfplay.record import BEST, JUDGED, PREVIEWS, SelectionState, StepValue
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.input_error import InputError
@@ -127,8 +127,3 @@ class Looks:
                 with self.trainee.shown():
                     took.samples += look(step)
                 took.seconds += time.perf_counter() - started
-
-
-def step_name(step: int) -> str:
-    """The folder of a step."""
-    return f"step-{step:06d}"

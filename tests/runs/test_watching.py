@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation.records import read_results
@@ -41,7 +42,8 @@ def prompts(folder: Path) -> list[str]:
 
 
 def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, tmp_path):
-    out = play(settings | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
+    looking = {"select_every": 2, "preview_every": 3, "report_to": "tensorboard"}
+    out = play(settings | looking | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
     held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
     assert len(held_out) == 6 and len(trained_on) == 18 and not {*held_out} & {*trained_on}
     record = read_json(out / "round-1" / "round.json")
@@ -50,6 +52,25 @@ def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_pro
     assert "held-out gap" in (out / "report.html").read_text()
     measures = {entry["name"]: entry["value"] for entry in read_results(out / "results.json")["measures"]}
     assert measures["held_out_gap"] == record["held_out_gap"]["mean"]
+    the_looks_are_shown(out, record)
+
+
+def the_looks_are_shown(out: Path, record: dict) -> None:
+    """Judgements and previews are on the page, in the results, in the ledger and in the tracker."""
+    results, page = read_results(out / "results.json"), (out / "report.html").read_text()
+    assert [entry["step"] for entry in results["selection"]] == [0, 2, 4] and results["selection"][0]["value"] == 0
+    (chosen,) = (entry["step"] for entry in results["selection"] if entry["chosen"])
+    assert chosen == record["training"]["selection"]["step"]
+    assert "The best step of a round" in page and f"the player of step {chosen} was kept" in page
+    for step in (0, 3):
+        drawn = out / "round-1" / "previews" / f"step-{step:06d}" / "images" / "guidance-3"
+        assert len(list(drawn.glob("*.png"))) == 2
+    assert results["previews"] == [{"model": "spin", "round": 1, "file": "round-1/previews.png"}]
+    assert 'alt="Previews of spin round 1' in page
+    assert {"judged", "previewed"} <= {entry["phase"] for entry in results["ledger"]}
+    assert record["ledger"]["previewed"]["samples"] == 4 and record["ledger"]["judged"]["flops"] > 0
+    told = EventAccumulator(str(next((out / "logs").rglob("events.out.tfevents*")).parent)).Reload()
+    assert [event.step for event in told.Images("spin/round-1/previews")] == [0, 3]
 
 
 def test_held_out_pictures_are_of_those_that_the_curation_keeps(settings, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from spin_diffusion.selfplay.looks import Judge, Judged
+from spin_diffusion.selfplay.looks import Judge, Judged, Preview
 from spin_diffusion.selfplay.watching import best_of, gain
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
@@ -86,8 +86,17 @@ def test_a_round_that_is_never_better_than_its_start_is_rejected_with_its_best_s
     assert max(map(len, capsys.readouterr().out.splitlines())) < 200
 
 
-def test_judging_the_last_step_best_changes_nothing_else(sdxl_dir, tmp_path):
-    play_all(sdxl_dir, tmp_path / "judged", SELECTING, judge=judge_by([0, 1, 2, 3, 4]), rounds=1)
+def test_looking_changes_nothing_else(sdxl_dir, tmp_path):
+    game, looked_at = make_game(sdxl_dir), []
+
+    def draw(folder: Path, name: str, step: int) -> int:
+        looked_at.append((folder.name, name, step))
+        torch.rand(3)  # whoever looks may disturb what is random
+        return len(game.draw(game.player, ["a fox"], [step], game.opponent_sampling))
+
+    last_is_best = judge_by([0, 1, 2, 3, 4])
+    play_all(sdxl_dir, tmp_path / "judged", SELECTING, game, judge=last_is_best, preview=Preview(3, draw), rounds=1)
+    assert looked_at == [("step-000000", "spin/round-1", 0), ("step-000003", "spin/round-1", 3)]
     play_all(sdxl_dir, tmp_path / "not", TRAINING, rounds=1)
     assert weights(tmp_path / "judged") == weights(tmp_path / "not")
 

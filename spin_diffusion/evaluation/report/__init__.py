@@ -113,6 +113,8 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "legend": [(plots.legend_key(style), labels.scale(scale)) for style, scale in enumerate(labels.scales)],
         "training": training.training_panels(results),
         "training_legend": training.LEGEND,
+        "selection": training.selection_panels(results),
+        "previews": training.preview_sheets(evaluation),
         "events": results.get("training_events", [])[: wording.MAX_LISTED],
         "ledger": results.get("ledger", [])[: wording.MAX_LISTED],
         "disk": training.disk_line(results),

@@ -67,9 +67,19 @@ def thumbnail(directory: Path, row: ImageRow) -> Picture | str:
     """The picture of a row at no more than MAX_SIDE_PX, or in words why there is none."""
     if row.file is None:
         return f"no picture: {row.state}" if row.state else "no picture"
+    return picture_at(directory, row.file, MAX_SIDE_PX, row.sha256)
+
+
+def picture_at(directory: Path, file: str, max_side_px: int, sha256: str | None = None) -> Picture | str:
+    """A picture of an evaluation, no larger than that, or in words why there is none.
+
+    Args:
+        file: relative to the evaluation's folder.
+        sha256: what it must be.
+    """
     root = directory.resolve()
     try:
-        path = (root / row.file).resolve()
+        path = (root / file).resolve()
         if not path.is_relative_to(root):
             return "not shown: its file lies outside of the evaluation's folder"
         if not path.is_file():
@@ -77,14 +87,14 @@ def thumbnail(directory: Path, row: ImageRow) -> Picture | str:
         data = read_bytes(path, MAX_PICTURE_BYTES)
     except (OSError, ValueError, RuntimeError):  # a path may hold a NUL, be too long, or go round in links
         return "its file cannot be read"
-    if row.sha256 and hashlib.sha256(data).hexdigest() != row.sha256:
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         return "not shown: its file is not the one that was scored"
     try:
         image = open_picture(data)
     except InputError:
         return "its file cannot be decoded"
     exact = max(image.size) <= _EXACT_SIDE_PX
-    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+    image.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     # method: how hard the encoder tries, not the quality
     image.save(buffer, "WEBP", lossless=exact, quality=_QUALITY, method=4)

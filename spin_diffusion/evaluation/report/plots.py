@@ -189,6 +189,21 @@ def training_curves(
     return _svg(key, label, draw)
 
 
+def step_curve(key: str, label: str, line: Line, chosen: int | None, ylabel: str) -> Markup:
+    """What the steps of a round were judged to be worth, with intervals; a ring around the one that was kept."""
+
+    def draw(axes: Axes) -> None:
+        _rule_at_zero(axes)
+        _with_intervals(axes, line, markersize=3.5)
+        if chosen is not None:
+            at = line.at.index(chosen)
+            axes.plot(line.at[at], line.means[at], "o", markersize=11, markerfacecolor="none", markeredgecolor=_INK)
+        _whole_numbers(axes, 6)
+        _name_axes(axes, "step", ylabel)
+
+    return _svg(key, label, draw)
+
+
 def histogram(key: str, label: str, values: Sequence[float], is_drift: bool) -> Markup:
     """How many prompts gained and lost how much; bars right and left of 0 differ in colour, ties are grey."""
 

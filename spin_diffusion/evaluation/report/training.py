@@ -4,10 +4,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.records import CurveEntry, EventEntry, LedgerEntry, MeasureEntry, Results
+from spin_diffusion.evaluation.records import (
+    CurveEntry,
+    EventEntry,
+    LedgerEntry,
+    MeasureEntry,
+    Results,
+    SelectionEntry,
+)
 from spin_diffusion.evaluation.report import plots, wording
-from spin_diffusion.evaluation.report.editions import edition_of
+from spin_diffusion.evaluation.report.editions import Picture, edition_of, picture_at
 from spin_diffusion.evaluation.report.plots import Panel
+from spin_diffusion.evaluation.report.reading import Evaluation
 from spin_diffusion.evaluation.report.wording import MAX_LISTED, Number, known
 from spin_diffusion.evaluation.statistics import decimals_of
 
@@ -25,7 +33,11 @@ LEGEND = [
     (plots.legend_key(style, marker=False), f"{name} samples") for style, name in enumerate(("real", "generated"))
 ]
 """What the lines of training stand for."""
-_T = TypeVar("_T", CurveEntry, MeasureEntry)
+MAX_ROUNDS = 12
+"""Rounds of which judgements and previews are shown, the last ones."""
+SHEET_SIDE_PX = 1600
+_T = TypeVar("_T", CurveEntry, MeasureEntry, SelectionEntry)
+_K = TypeVar("_K", str, tuple[str, int])
 _Point = tuple[int, float | None, float | None]
 """(step of the run, r of real, r of generated); None leaves a gap in the line."""
 
@@ -67,6 +79,31 @@ def training_panels(results: Results) -> list[Panel]:
         chart = plots.training_curves(f"training-{number}", f"Training, {caption}", points, starts, unit_of_r)
         panels.append(Panel(named[run] if run else "rounds of this run", chart, caption=caption))
     return panels
+
+
+def selection_panels(results: Results) -> list[Panel]:
+    """How the steps of each round were judged, a panel for each of the last ones."""
+    panels: list[Panel] = []
+    for (run, round_), rows in _grouped(results.get("selection", []), lambda row: (row["model"], row["round"])).items():
+        means, lows, highs = (plots.with_gaps(row[name] for row in rows) for name in ("value", "low", "high"))
+        line = plots.Line(0, [row["step"] for row in rows], means, lows, highs)
+        chosen = next((row["step"] for row in rows if row["chosen"]), None)
+        caption = "the player after training" if chosen is None else f"the player of step {chosen:,}"
+        key, by = f"selection-{len(panels)}", wording.shortened(rows[0]["by"], 40).short
+        chart = plots.step_curve(key, f"Steps of round {round_}, {caption} was kept", line, chosen, "gain")
+        title = f"{wording.shortened(run, 40).short} round {round_}, judged by {by}"
+        panels.append(Panel(title, chart, caption=f"{caption} was kept"))
+    return panels[-MAX_ROUNDS:]
+
+
+def preview_sheets(evaluation: Evaluation) -> list[tuple[str, Picture]]:
+    """(round, its previews in one picture) of the last rounds that have any."""
+    sheets = []
+    for entry in evaluation.results.get("previews", [])[-MAX_ROUNDS:]:
+        picture = picture_at(evaluation.directory, entry["file"], SHEET_SIDE_PX)
+        if isinstance(picture, Picture):
+            sheets.append((f"{wording.shortened(entry['model'], 40).short} round {entry['round']}", picture))
+    return sheets
 
 
 def _one_after_the_other(rows: Sequence[CurveEntry]) -> tuple[list[_Point], list[tuple[int, int]]]:
@@ -163,8 +200,8 @@ def _by_run(results: Results, rows: Iterable[_T]) -> dict[str, list[_T]]:
     return _grouped(rows, lambda row: "" if row["model"] in one_run else row["model"])
 
 
-def _grouped(rows: Iterable[_T], key: Callable[[_T], str]) -> dict[str, list[_T]]:
-    groups: dict[str, list[_T]] = {}
+def _grouped(rows: Iterable[_T], key: Callable[[_T], _K]) -> dict[_K, list[_T]]:
+    groups: dict[_K, list[_T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
