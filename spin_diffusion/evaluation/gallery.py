@@ -1,10 +1,13 @@
-"""A contact sheet: one column per model, one row per prompt, the same seed along a row."""
+"""A contact sheet: one column per model, one row per prompt, the same seed along a row; and pictures in trackers."""
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
 from spin_diffusion.store.run_dir import write_file
@@ -72,6 +75,27 @@ def draw_gallery(columns: list[str], rows: list[tuple[str, list[Image.Image]]], 
         top += row_height + _GAP_PX
 
     write_file(path, lambda part: sheet.save(part, format="PNG"))
+
+
+def log_pictures(
+    name: str, pictures: Sequence[tuple[str, Image.Image]], step: int, accelerator: Accelerator, axis: str | None = None
+) -> None:
+    """Show pictures of one size with their prompts to TensorBoard, wandb or trackio; called on the main process.
+
+    Args:
+        axis: what `name_axis` was told, where the pictures belong to a step of training.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(picture) for _, picture in pictures])
+            tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
+        elif tracker.name in ("wandb", "trackio"):
+            library = __import__(tracker.name)
+            images = [library.Image(picture, caption=prompt) for prompt, picture in pictures]
+            if tracker.name == "wandb":
+                tracker.log({name: images} | ({} if axis is None else {f"{axis}/step": step}))
+            else:  # it leaves out lists without a word
+                tracker.log({f"{name}/{number}": image for number, image in enumerate(images, start=1)})
 
 
 def _fitted(image: Image.Image, limit: int) -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
-from spin_diffusion.evaluation.gallery import draw_gallery
+from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol
@@ -18,7 +18,6 @@ from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
-from spin_diffusion.selfplay.tracking import log_pictures
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress

@@ -12,7 +12,7 @@ from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import scorer_by_content
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
-from spin_diffusion.evaluation.gallery import draw_gallery
+from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
@@ -20,7 +20,6 @@ from spin_diffusion.samples.drawn import Request, draw_samples, folder_of, pictu
 from spin_diffusion.samples.sampling import OWN_SIZE
 from spin_diffusion.selfplay.looks import Judge, Judged, Preview, step_name
 from spin_diffusion.selfplay.record import PREVIEW_SHEET
-from spin_diffusion.selfplay.tracking import log_pictures
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of

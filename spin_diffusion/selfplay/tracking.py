@@ -4,15 +4,13 @@ anew in every round."""
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from spin_diffusion.selfplay.game import PairScores
@@ -156,27 +154,6 @@ def log_phase(run: str, round_: int, phase: str, entry: Mapping[str, Any], accel
     log_step(
         name, {f"{name}/{phase}/{key}": value for key, value in entry.items() if value is not None}, round_, accelerator
     )
-
-
-def log_pictures(
-    name: str, pictures: Sequence[tuple[str, Image.Image]], step: int, accelerator: Accelerator, axis: str | None = None
-) -> None:
-    """Show pictures of one size with their prompts to TensorBoard, wandb or trackio; called on the main process.
-
-    Args:
-        axis: what `name_axis` was told, where the pictures belong to a step of training.
-    """
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            stacked = np.stack([np.asarray(picture) for _, picture in pictures])
-            tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
-        elif tracker.name in ("wandb", "trackio"):
-            library = __import__(tracker.name)
-            images = [library.Image(picture, caption=prompt) for prompt, picture in pictures]
-            if tracker.name == "wandb":
-                tracker.log({name: images} | ({} if axis is None else {f"{axis}/step": step}))
-            else:  # it leaves out lists without a word
-                tracker.log({f"{name}/{number}": image for number, image in enumerate(images, start=1)})
 
 
 def log_step(name: str, values: dict[str, float], step: int, accelerator: Accelerator) -> None:
