@@ -39,7 +39,7 @@ class LanguageRoundSettings(RoundSettings):
     objective: PerRound[str] = "space"
     """The loss of a pair, or a file with a `loss` of your own. dpo takes the generated side from the data set's own
     rejected answers, sft needs none, all others play the opponent; mapo and dro are for denoising errors."""
-    beta: PerRound[float] = 1.0
+    beta: PerRound[float | Literal["auto"]] = 1.0
     """Temperature on r, a sum of log-probabilities in nats. SPACE has none, which is 1; SPIN's lambda is this."""
     opponent: OpponentName = "latest"
     """Which earlier selves draw the generated answers and anchor the score: latest, base, last_two (half each), pool
@@ -129,6 +129,8 @@ def _check(config: LanguageConfig) -> None:
             )
     if config.data.dataset_name is None:
         raise InputError("give the training data: --dataset_name (hub id, folder, JSONL or parquet file)")
+    if config.rounds.beta == "auto" or isinstance(config.rounds.beta, list) and "auto" in config.rounds.beta:
+        raise InputError("--beta auto is for denoising errors; log-probabilities have their own scale: give 1")
     if config.training.select_by != "gap":
         raise InputError(
             f"--select_by {config.training.select_by}: the steps of a language model are judged by their gap alone"
@@ -164,7 +166,7 @@ def warnings_of(config: LanguageConfig) -> list[str]:
             f"--objective_options mu {mu:g} is not --num_generated {rounds.num_generated}: the loss weighs the "
             "generated answers as if there were more or fewer of them; it is still consistent, with another variance"
         )
-    betas = rounds.beta if isinstance(rounds.beta, list) else [rounds.beta]
+    betas = [rounds.numbers(k)["beta"] for k in range(1, rounds.rounds + 1)]
     if "spin" in objectives_of(rounds) and min(betas) <= 0.5 and any(o.generated == "opponent" for o in objectives):
         found.append(
             f"--objective spin with --beta {min(betas):g}: a round that is trained to its end multiplies the model's "

@@ -131,7 +131,7 @@ def push_to_hub(output_dir: Path, config: RunConfig, card: Card) -> str:
 def by_round(config: RunConfig, value: Any) -> str:
     """A setting of one value, or one per round, in words."""
     values = [of_round(value, k) for k in range(1, config.rounds.rounds + 1)]
-    values = [str(value) if isinstance(value, int) else f"{value:g}" for value in values]
+    values = [str(value) if isinstance(value, int | str) else f"{value:g}" for value in values]
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 

@@ -278,10 +278,11 @@ def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}"
     ]
     for k in range(1, rounds.rounds + 1):
+        beta = of_round(rounds.beta, k)
         steps, _ = steps_of_round(training, k, rows // rounds.real_parts, world)
         lines.append(
             f"           round {k}: {steps} steps at lr {of_round(training.learning_rate, k):g}, beta "
-            f"{of_round(rounds.beta, k):g}"
+            f"{beta if beta == 'auto' else f'{beta:g}'}"
         )
     by_round = {name for section in _sections(config) for name in per_round(section)}
     for key, value in config.flat().items():

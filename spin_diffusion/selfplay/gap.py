@@ -5,12 +5,13 @@ between data and opponent (2 JSD for mu = 1; arXiv 2512.07175 calls the loss noi
 this opponent cannot be told from the data any more, or that the round only learnt its training samples by heart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.selfplay.clustered import clustered_mean
@@ -33,7 +34,6 @@ class Told:
     prompts: Sequence[str]
 
 
-@torch.no_grad()
 def tell_apart(
     game: Game, pairs: Pairs, loss: Loss, batch_size: int, seed: int, round_: int, accelerator: Accelerator
 ) -> Told:
@@ -42,26 +42,42 @@ def tell_apart(
     Args:
         batch_size: real samples per forward pass.
     """
-    places = list(range(len(pairs.ids)))[accelerator.process_index :: accelerator.num_processes]
-    found: dict[int, tuple[float, ...]] = {}
-    prompts: dict[int, str] = {}
-    for start in range(0, len(places), batch_size):
-        mine = places[start : start + batch_size]
-        batch = pairs.batch(mine, seed, round_)
-        scores = game.scores(game.player, batch).scores
+
+    def columns(scores: PairScores) -> list[Tensor]:
         at_zero = PairScores(
             scores.opponent_real, scores.opponent_generated, scores.opponent_real, scores.opponent_generated
         )
-        columns = [loss(at_zero) - loss(scores), scores.r_real, scores.r_generated]
+        return [loss(at_zero) - loss(scores), scores.r_real, scores.r_generated]
+
+    rows, prompts = scored(game, pairs, len(pairs.ids), columns, batch_size, seed, round_, accelerator)
+    gaps, r_real, r_generated = zip(*rows, strict=True)
+    return Told(gaps, r_real, r_generated, prompts)
+
+
+@torch.no_grad()
+def scored(
+    game: Game,
+    pairs: Pairs,
+    number: int,
+    columns: Callable[[PairScores], list[Tensor]],
+    batch_size: int,
+    seed: int,
+    round_: int,
+    accelerator: Accelerator,
+) -> tuple[list[tuple[float, ...]], list[str]]:
+    """What `columns` makes of the scores of the first pairs of a round's stream, shared out among all processes: a row
+    for each real sample, the mean of its generated ones, and its prompt."""
+    places = list(range(number))[accelerator.process_index :: accelerator.num_processes]
+    found: dict[int, tuple[tuple[float, ...], str]] = {}
+    for start in range(0, len(places), batch_size):
+        mine = places[start : start + batch_size]
+        batch = pairs.batch(mine, seed, round_)
+        values = torch.stack(columns(game.scores(game.player, batch).scores), dim=1)
         # Several generated samples of one real one are one observation
-        rows = torch.stack(columns, dim=1).view(len(mine), -1, 3).mean(dim=1).tolist()
-        found |= dict(zip(mine, map(tuple, rows), strict=True))
-        prompts |= dict(zip(mine, batch.prompts, strict=True))
-    gathered = gather_object([(found, prompts)])
-    by_place = dict(sorted((place, row) for part, _ in gathered for place, row in part.items()))
-    of_place = {place: prompt for _, part in gathered for place, prompt in part.items()}
-    gaps, r_real, r_generated = zip(*by_place.values(), strict=True)
-    return Told(gaps, r_real, r_generated, [of_place[place] for place in by_place])
+        rows = values.view(len(mine), -1, values.shape[1]).mean(dim=1).tolist()
+        found |= dict(zip(mine, zip(map(tuple, rows), batch.prompts, strict=True), strict=True))
+    everywhere = dict(sorted((place, one) for part in gather_object([found]) for place, one in part.items()))
+    return [row for row, _ in everywhere.values()], [prompt for _, prompt in everywhere.values()]
 
 
 def gap_of(told: Told) -> GapRecord:

@@ -153,6 +153,7 @@ class RoundFields(TypedDict, total=False):
     candidates: dict[str, Any]
     shortcut: dict[str, Any]
     training: TrainingRecord
+    beta: float
     held_out_gap: GapRecord
     metrics: dict[str, Any]
     rejected_because: str | None

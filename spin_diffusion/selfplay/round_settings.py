@@ -14,6 +14,7 @@ from spin_diffusion.store.settings import SEEDS, PerRound, Settings, setting
 OpponentName = Literal["latest", "base", "last_two", "pool", "ema"]
 """The rules of `opponents`, by name."""
 
+DEFAULT_BETA = 5000.0
 MAX_BETA = 1e30
 """Beyond, its product with a difference of scores is no number in fp32."""
 
@@ -33,8 +34,9 @@ class RoundSettings(Settings):
     times beta times the loss of sft, which holds the real side up; at r = 0 spin pulls it with 0.5."""
     generated_from: Literal["opponent", "data"] | None = None
     """Where the generated side comes from; default: the objective's own place. data = the data set's worse samples."""
-    beta: PerRound[float] = setting(5000.0, above=0, maximum=MAX_BETA)
-    """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000)."""
+    beta: PerRound[float | Literal["auto"]] = setting(DEFAULT_BETA, above=0, maximum=MAX_BETA)
+    """Temperature on r. In the convention of SPIN-Diffusion and Diffusion-DPO (2000 to 5000). auto = for each
+    round by the size of its scores, so that a margin of a quarter of the error is one that counts as learnt."""
     num_generated: int = setting(1, minimum=1)
     """Samples that the opponent draws for each real one."""
     opponent: OpponentName = "latest"
@@ -67,8 +69,10 @@ class RoundSettings(Settings):
             )
 
     def numbers(self, round_: int) -> dict[str, float]:
-        """What the objective of a round is computed with, beside the scores."""
-        usual = {"beta": of_round(self.beta, round_), "mu": float(self.num_generated)}
+        """What the objective of a round is computed with, beside the scores; for `--beta auto` the default stands in
+        until the scores are there."""
+        beta = of_round(self.beta, round_)
+        usual = {"beta": DEFAULT_BETA if beta == "auto" else float(beta), "mu": float(self.num_generated)}
         return usual | (self.objective_options or {})
 
     @property

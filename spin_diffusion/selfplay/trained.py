@@ -13,8 +13,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from spin_diffusion.samples.pairs import Pairs
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import some_pairs
+from spin_diffusion.selfplay.auto_beta import beta_of_score, mean_score
 from spin_diffusion.selfplay.clustered import interval_text, is_above_zero
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.gap import Told, gap_of, tell_apart
@@ -68,8 +70,10 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     average = _average_so_far(round_)
     before = None if round_.scores_kept else round_.seat(max(round_.anchors), record)
     run.seat_player(run.folder(round_.parent))
-    loss, pairs = _loss(round_), round_.pairs(record, round_.sets[0])
-    plan = _plan(round_, loss, len(pairs.ids))
+    pairs = round_.pairs(record, round_.sets[0])
+    numbers = _numbers(round_, pairs)
+    loss = bind(round_.objective, **numbers)
+    plan = _plan(round_, numbers, len(pairs.ids))
     bar = run.progress.phase(f"{round_.title}: train", plan.steps)
     run.player_is(None)
     if isinstance(game, FixedDraws) and game.fixed_draws:
@@ -83,7 +87,7 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     saved = game.save(round_.directory)
     round_.accelerator.wait_for_everyone()
     run.player_is(round_.directory)
-    fields: RoundFields = {"training": training}
+    fields: RoundFields = {"training": training, "beta": plan.beta}
     if len(round_.sets) > 1:
         fields["held_out_gap"] = _gap(round_, _told(round_, record, loss))
     if average is not None:
@@ -93,15 +97,21 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     return StepResult(fields, file_hashes(saved, run.output_dir), pairs_here, watch.took)
 
 
-def _loss(round_: Round) -> Loss:
-    """The round's objective with its settings."""
-    return bind(round_.objective, **round_.settings.numbers(round_.k))
+def _numbers(round_: Round, pairs: Pairs) -> dict[str, float]:
+    """What the round's objective is computed with, beside the scores; the player stands where the round starts."""
+    numbers = round_.settings.numbers(round_.k)
+    if of_round(round_.settings.beta, round_.k) != "auto" or round_.source == "none":
+        return numbers
+    score = mean_score(round_, pairs)
+    beta = beta_of_score(score)
+    round_.accelerator.print(f"{round_.title}: beta {beta:g}, the real samples' mean score being {score:.3g}")
+    return numbers | {"beta": beta}
 
 
-def _plan(round_: Round, loss: Loss, pairs: int) -> RoundPlan:
+def _plan(round_: Round, numbers: dict[str, float], pairs: int) -> RoundPlan:
     """What the training loop needs to know, with so many pairs to train on."""
     k, rounds, training = round_.k, round_.settings, round_.run.training
-    numbers = rounds.numbers(k)
+    loss = bind(round_.objective, **numbers)
     steps, warmup_steps = steps_of_round(training, k, pairs, round_.accelerator.num_processes)
     return RoundPlan(
         name=f"{title_of(round_.objective)}/round-{k}",
