@@ -16,9 +16,8 @@ from spin_diffusion.selfplay.one_round import Round
 from spin_diffusion.selfplay.tracking import SATURATION
 
 SHARE = 0.25
-"""Of the mean error, at which a margin saturates. It gives 3,110 for the toy world's plateau base, where 2,000 was the
-best of those tried, and 58 on the exact plateau, where a rate that spoils nothing gains twice as much with 1 to 10: it
-is a beta that is safe, not the best."""
+"""Of the mean error, at which a margin saturates. A share that is safe, not the best of all: where a round's rate spoils
+nothing, a smaller beta gains more."""
 PAIRS = 256
 """The first of the round's stream, whose real samples are scored."""
 
