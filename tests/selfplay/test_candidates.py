@@ -254,9 +254,9 @@ def test_no_real_image_is_read_when_all_prompts_are_self_labelled(sdxl_dir, tmp_
     asked = []
     plain = samples_module._Tensors.rows
 
-    def watched(self, places, scored, parts=None):
+    def watched(self, places, scored):
         asked.append(self)
-        return plain(self, places, scored, parts)
+        return plain(self, places, scored)
 
     encoded = tmp_path / "encoded"
     encode_shards(
