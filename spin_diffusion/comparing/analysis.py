@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.comparing import cells
-from spin_diffusion.comparing.cells import View, read_view
-from spin_diffusion.comparing.contest import Contest, Entry, highest, run_flops
+from spin_diffusion.comparing.cells import VIEW, View, read_view
+from spin_diffusion.comparing.contest import Contest, Entry, run_flops
 from spin_diffusion.comparing.plan import Cell, about, parsed
 from spin_diffusion.comparing.results import (
     BudgetResult,
@@ -19,6 +19,7 @@ from spin_diffusion.comparing.results import (
     Difference,
     Differences,
     First,
+    FreeSettings,
     Mean,
     Means,
     Measured,
@@ -29,6 +30,7 @@ from spin_diffusion.comparing.results import (
 from spin_diffusion.comparing.settings import MODES, Mode
 from spin_diffusion.evaluation.scorers import about as about_scorer
 from spin_diffusion.evaluation.statistics import Interval, half_width, mean_interval
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.files import read_rows, write_json
 from spin_diffusion.store.run_dir import write_file
 
@@ -88,7 +90,7 @@ class DifferenceFamily:
         return found
 
     def differences(self, a: Scores, b: Scores) -> Differences:
-        """a - b at each guidance scale."""
+        """a - b, drawn in each way."""
         return {mode: self.difference(a[mode], b[mode]) for mode in MODES}
 
     def adjust(self) -> int:
@@ -141,13 +143,15 @@ def conclude(contest: Contest) -> Comparison:
 
 def _world(contest: Contest, world: str) -> WorldResult:
     base_cells = [contest.plan.base(world, seed) for seed in contest.settings.all_seeds]
-    of_base = contest.means(base_cells[0])
-    base_scale = highest(of_base) if of_base else None
-    base = _scores(contest, base_cells, 0, base_scale)
+    base_best = contest.best_of_base(world)
+    base = _scores(contest, base_cells, 0, base_best)
+    of_base = DifferenceFamily()
+    free_gain: Differences = {mode: of_base.difference(base["best"], base[mode]) for mode in MODES if mode != "best"}
+    of_base.adjust()
     budgets: list[BudgetResult] = []
     for budget in contest.settings.budgets:
         entries = [entry for entry in contest.entries if (entry.world, entry.budget) == (world, budget)]
-        scores = {e.method: _scores(contest, e.cells, e.rounds, e.best_guidance) for e in entries}
+        scores = {e.method: _scores(contest, e.cells, e.rounds, e.best) for e in entries}
         reference = scores[contest.settings.reference]
         family = DifferenceFamily()
         rows = [_row(contest, entry, scores[entry.method], base, reference, family) for entry in entries]
@@ -167,15 +171,30 @@ def _world(contest: Contest, world: str) -> WorldResult:
     return {
         "name": world,
         "about": about(contest.settings.world(world)),
-        "usual_guidance": contest.plan.usual_guidance(world),
-        "guidance_scales": contest.plan.guidance_scales(world),
+        "usual": _free(contest.plan.usual(world)),
+        "num_free": len(contest.plan.free(world)),
         "base": {
-            "best_guidance": base_scale,
+            "best": _free(base_best) if base_best else None,
+            "free_gain": free_gain,
             "failures": _failures(contest, base_cells),
-            **_measured(contest, base_cells, 0, base_scale, base),
+            **_measured(contest, base_cells, 0, base_best, base),
         },
         "budgets": budgets,
     }
+
+
+def _free(sampling: Sampling) -> FreeSettings:
+    return {
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "prediction_scale": sampling.prediction_scale,
+        "passes": sampling.passes,
+    }
+
+
+def _rate(contest: Contest, cell: Cell) -> dict[str, float] | None:
+    means = contest.means(cell, contest.plan.guided(cell.world))
+    return None if means is None else {how.in_words: mean for how, mean in means.items()}
 
 
 def _row(
@@ -195,11 +214,12 @@ def _row(
         "rounds": entry.rounds or None,
         "steps_per_round": entry.steps_per_round,
         "choice": asdict(entry.choice) if entry.choice else None,
-        "rates": {f"{cell.training['learning_rate']:g}": contest.means(cell) for cell in tuned},
+        "best": _free(entry.best) if entry.best else None,
+        "rates": {f"{cell.training['learning_rate']:g}": _rate(contest, cell) for cell in tuned},
     }
     if not finished:
         return row
-    row.update(_measured(contest, entry.cells, entry.rounds, entry.best_guidance, scores))
+    row.update(_measured(contest, entry.cells, entry.rounds, entry.best, scores))
     row["to_base"] = family.differences(scores, base)
     if entry.method != contest.settings.reference:
         row["to_reference"] = family.differences(scores, reference)
@@ -216,43 +236,38 @@ def _add_rounds(contest: Contest, entry: Entry, row: MethodResult, reference: Sc
     row["curve"] = [{"round": k, "mean": means[k], "seeds": curve[k]} for k in sorted(means)]
     row["best_round"] = best
     row["drift"] = means[entry.rounds] - means[best] if entry.rounds in means and best in means else None
-    at_best = _scores(contest, entry.cells, best, entry.best_guidance)
+    at_best = _scores(contest, entry.cells, best, entry.best)
     if best and at_best["best"]:
         row["at_best_round"] = _means(at_best)
         if entry.method != contest.settings.reference:
             row["best_round_to_reference"] = family.differences(at_best, reference)
 
 
-def _rounds_of(contest: Contest, entry: Entry) -> dict[int, tuple[float, Scores]]:
-    """Round -> its best guidance scale on validation prompts, with the first seed, and its scores on test prompts."""
-    found = {}
-    for k in range(1, entry.rounds + 1):
-        if means := contest.means(entry.cells[0], k):
-            scale = highest(means)
-            found[k] = (scale, _scores(contest, entry.cells, k, scale))
-    return found
+def _rounds_of(contest: Contest, entry: Entry) -> dict[int, Scores]:
+    """Round -> its scores on test prompts."""
+    found = {k: _scores(contest, entry.cells, k, entry.best) for k in range(1, entry.rounds + 1)}
+    return {k: scores for k, scores in found.items() if scores["usual"]}
 
 
 def _by_round(
     contest: Contest,
     entry: Entry,
     base: Scores,
-    of_reference: dict[int, tuple[float, Scores]],
+    of_reference: dict[int, Scores],
     family: DifferenceFamily,
 ) -> list[RoundResult]:
     """Every round on test prompts, against the base and against the reference: after as many rounds if it has as
     many, else after its last one."""
     rows, mine = [], _rounds_of(contest, entry)
     as_many = mine.keys() == of_reference.keys()
-    for k, (scale, scores) in mine.items():
+    for k, scores in mine.items():
         row: RoundResult = {
             "round": k,
-            "best_guidance": scale,
             "scores": _means(scores),
             "to_base": family.differences(scores, base),
         }
         if entry.method != contest.settings.reference and of_reference:
-            of_k = of_reference[k if as_many else max(of_reference)][1]
+            of_k = of_reference[k if as_many else max(of_reference)]
             row["to_reference"] = family.differences(scores, of_k)
         rows.append(row)
     return rows
@@ -270,13 +285,14 @@ def _failures(contest: Contest, of_cells: Sequence[Cell]) -> list[str]:
 
 
 def _scores(
-    contest: Contest, of_cells: Sequence[Cell], round_: int, best_scale: float | None, scorer: str | None = None
+    contest: Contest, of_cells: Sequence[Cell], round_: int, best: Sampling | None, scorer: str | None = None
 ) -> Scores:
     """Scores on test prompts after a round, by default of the first scorer; seeds without an end are left out."""
     found: Scores = {mode: {} for mode in MODES}
     for cell in of_cells:
-        for mode, scale in zip(MODES, (1.0, contest.plan.usual_guidance(cell.world), best_scale), strict=True):
-            rows = None if scale is None else read_view(contest.folder(cell), View("test", round_, scale))
+        drawn = (contest.plan.unguided(cell.world), contest.plan.usual(cell.world), best)
+        for mode, how in zip(MODES, drawn, strict=True):
+            rows = None if how is None else read_view(contest.folder(cell), View("test", round_, how))
             if rows is not None:
                 found[mode][cell.seed] = by_prompt(rows, scorer or contest.scorers[0])
     return found
@@ -291,10 +307,10 @@ def by_prompt(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _measured(
-    contest: Contest, of_cells: Sequence[Cell], round_: int, best_scale: float | None, scores: Scores
+    contest: Contest, of_cells: Sequence[Cell], round_: int, best: Sampling | None, scores: Scores
 ) -> Measured:
     """Scores of all scorers, and diversity."""
-    usual = contest.plan.usual_guidance(of_cells[0].world)
+    usual = contest.plan.usual(of_cells[0].world)
     distances = {}
     for cell in of_cells:
         rows = read_view(contest.folder(cell), View("test", round_, usual))
@@ -303,7 +319,7 @@ def _measured(
     return {
         "scores": _means(scores),
         "other_scores": {
-            scorer: _means(_scores(contest, of_cells, round_, best_scale, scorer)) for scorer in contest.scorers[1:]
+            scorer: _means(_scores(contest, of_cells, round_, best, scorer)) for scorer in contest.scorers[1:]
         },
         "diversity": _mean(distances),
     }
@@ -312,7 +328,7 @@ def _measured(
 def _first(scores: Mapping[str, Scores]) -> dict[Mode, First | None]:
     """The method with the highest mean after its last round, and which others are not told apart from it.
 
-    The differences between all methods are a family of their own at each guidance scale, since any may be first.
+    The differences between all methods are a family of their own for each way of drawing, since any may be first.
     """
     found: dict[Mode, First | None] = {}
     for mode in MODES:
@@ -361,8 +377,13 @@ def _all_rows(contest: Contest) -> list[dict[str, object]]:
             "steps_per_round": cell.training["max_train_steps"] if cell.rounds else 0,
         }
         for path in sorted((folder / "scores").glob("*.parquet")):
-            name, _, place = path.stem.partition("-round-")
-            round_, _, scale = place.partition("-guidance-")
-            view = {"prompts": name, "round": int(round_), "guidance_scale": float(scale)}
-            rows += [about_cell | view | row for row in read_rows(path)]
+            if (named := VIEW.fullmatch(path.stem)) is not None:  # an older comparison named them otherwise
+                view = {
+                    "prompts": named["prompts"],
+                    "round": int(named["round"]),
+                    "guidance_scale": float(named["guidance_scale"]),
+                    "num_inference_steps": int(named["num_inference_steps"]),
+                    "prediction_scale": float(named["prediction_scale"]),
+                }
+                rows += [about_cell | view | row for row in read_rows(path)]
     return rows

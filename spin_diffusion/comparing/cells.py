@@ -1,14 +1,15 @@
 """A cell and what lies in its folder: what it is asked for, what of that is there, what it took.
 
 CELL/run/                                       the training run's own folder
-CELL/scores/test-round-3-guidance-2.parquet     one file per set of prompts, round and guidance scale
+CELL/scores/test-round-3-guidance-2-steps-10-x1.parquet     one file per set of prompts, round and way of drawing
 CELL/failed.json                                why it has no end: diverged, refused or killed
 CELL/took.json                                  what its processes took
 CELL/log.txt                                    what the run said
 """
 
 import functools
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -24,7 +25,7 @@ from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.specs import parse_spec, part_key
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.real import data_manifest
-from spin_diffusion.samples.sampling import Sampling, precision_of
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record
 from spin_diffusion.store.files import is_built, read_if_whole, read_rows, write_json
 from spin_diffusion.store.input_error import InputError
@@ -33,17 +34,26 @@ from spin_diffusion.store.keys import key_of, place_hash
 
 @dataclass(frozen=True)
 class View:
-    """Pictures of one round of a cell at one guidance scale."""
+    """Pictures of one round of a cell, drawn in one way."""
 
     prompts: SetName
     round: int
     """0 = the base."""
-    guidance_scale: float
+    sampling: Sampling
 
     @property
     def name(self) -> str:
-        """The name of its file of scores."""
-        return f"{self.prompts}-round-{self.round}-guidance-{self.guidance_scale:g}"
+        """The name of its file of scores, by what is free to choose of the sampler."""
+        how = self.sampling
+        drawn = f"guidance-{how.guidance_scale:g}-steps-{how.num_inference_steps}-x{how.prediction_scale:g}"
+        return f"{self.prompts}-round-{self.round}-{drawn}"
+
+
+VIEW = re.compile(
+    r"(?P<prompts>\w+)-round-(?P<round>\d+)"
+    r"-guidance-(?P<guidance_scale>.+)-steps-(?P<num_inference_steps>\d+)-x(?P<prediction_scale>.+)"
+)
+"""The name of a view's file of scores, in parts."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,6 @@ class Drawing:
     num_test_prompts: int
     images_per_prompt: int
     scorers: list[str]
-    num_inference_steps: int | None
 
     def per_prompt(self, view: View) -> int:
         """Images of each prompt: those that choose need one."""
@@ -75,15 +84,6 @@ class Task:
     views: list[View]
     drawing: Drawing
     retry_failed: bool = False
-
-    def sampling(self, view: View) -> Sampling:
-        """How the pictures of a view are drawn."""
-        config = self.config
-        return replace(
-            config.sampling.record(config.images.resolution, precision_of("no")),
-            num_inference_steps=self.drawing.num_inference_steps or config.sampling.num_inference_steps,
-            guidance_scale=view.guidance_scale,
-        )
 
 
 def prompt_sets(drawing: Drawing) -> dict[SetName, PromptSet]:
@@ -169,8 +169,8 @@ def view_key(task: Task, view: View) -> str:
         prompt_sets(task.drawing)[view.prompts],
         images_per_prompt=task.drawing.per_prompt(view),
         seed=task.seed,
-        sampling=task.sampling(view),
-        guidance_scales=[view.guidance_scale],
+        sampling=view.sampling,
+        guidance_scales=[view.sampling.guidance_scale],
     )
     return key_of(
         protocol=protocol["id"],

@@ -20,6 +20,7 @@ from spin_diffusion.comparing.results import Comparison
 from spin_diffusion.comparing.settings import CompareSettings
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.runs.image_run import run
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.input_error import InputError
 
 
@@ -73,10 +74,7 @@ def play(contest: Contest) -> bool:
     """Run everything; False = --max_hours came first."""
     settings, plan = contest.settings, contest.plan
     # The steps of equal compute are known only when the reference has been trained at equal steps
-    bases = [
-        contest.task(cell, contest.validation(cell) + [View("test", 0, s) for s in plan.guidance_scales(cell.world)])
-        for cell in contest.bases()
-    ]
+    bases = [contest.task(cell, contest.validation(cell, plan.guided(cell.world))) for cell in contest.bases()]
     contest.entries = [
         Entry(world, "steps", method, plan.steps_per_round(world, method))
         for world in plan.worlds()
@@ -93,11 +91,18 @@ def play(contest: Contest) -> bool:
         if not _run(contest, "choose rates at equal compute", _tuning_tasks(contest, of_compute)):
             return False
     for entry in contest.entries:
-        entry.choice = choose({cell.training["learning_rate"]: contest.means(cell) for cell in contest.tuning(entry)})
+        guided = plan.guided(entry.world)
+        by_rate = {cell.training["learning_rate"]: contest.means(cell, guided) for cell in contest.tuning(entry)}
+        entry.choice = choose(by_rate)
         if entry.choice is not None:
             rate, steps = entry.choice.learning_rate, entry.steps_per_round
             entry.cells = [plan.cell(entry.world, entry.method, rate, seed, steps) for seed in settings.all_seeds]
-    if not _run(contest, "all seeds", [task for entry in contest.entries for task in _final_tasks(contest, entry)]):
+    if not _run(contest, "choose settings of the sampler", _free_tasks(contest)):
+        return False
+    for entry in contest.entries:
+        entry.best = contest.best(entry.cells[0]) if entry.cells else None
+    finals = [task for entry in contest.entries for task in _final_tasks(contest, entry)]
+    if not _run(contest, "all seeds", _base_tasks(contest) + finals):
         return False
     if not settings.every_round:
         return True
@@ -108,20 +113,41 @@ def play(contest: Contest) -> bool:
 
 
 def _tuning_tasks(contest: Contest, entries: list[Entry]) -> list[Task]:
-    return [contest.task(cell, contest.validation(cell)) for entry in entries for cell in contest.tuning(entry)]
+    cells_ = [cell for entry in entries for cell in contest.tuning(entry)]
+    return [contest.task(cell, contest.validation(cell, contest.plan.guided(cell.world))) for cell in cells_]
+
+
+def _free_tasks(contest: Contest) -> list[Task]:
+    """What chooses the settings of the sampler: of every base, and of every method at its rate, with the first seed."""
+    seed = contest.settings.all_seeds[0]
+    firsts = [contest.plan.base(world, seed) for world in contest.plan.worlds()]
+    firsts += [entry.cells[0] for entry in contest.entries if entry.cells]
+    return [contest.task(cell, contest.validation(cell, contest.plan.free(cell.world))) for cell in firsts]
+
+
+def _shown(contest: Contest, world: str, best: Sampling | None) -> list[Sampling]:
+    """How the pictures are drawn that are reported."""
+    guided = contest.plan.guided(world)
+    return guided if best is None else list(dict.fromkeys([*guided, best]))
+
+
+def _base_tasks(contest: Contest) -> list[Task]:
+    best = {world: contest.best_of_base(world) for world in contest.plan.worlds()}
+    return [
+        contest.task(cell, [View("test", 0, how) for how in _shown(contest, cell.world, best[cell.world])])
+        for cell in contest.bases()
+    ]
 
 
 def _final_tasks(contest: Contest, entry: Entry) -> list[Task]:
-    scales, usual = contest.plan.guidance_scales(entry.world), contest.plan.usual_guidance(entry.world)
+    shown, usual = _shown(contest, entry.world, entry.best), contest.plan.usual(entry.world)
     tasks = []
     for cell in entry.cells:
-        views = [View("test", cell.rounds, scale) for scale in scales]
+        views = [View("test", cell.rounds, how) for how in shown]
         if contest.settings.every_round:
             views += [View("validation", k, usual) for k in range(1, cell.rounds + 1)]
         if contest.settings.test_rounds:
-            views += [View("test", k, scale) for k in range(1, cell.rounds) for scale in scales]
-            if cell.seed == contest.settings.all_seeds[0]:
-                views += [View("validation", k, scale) for k in range(1, cell.rounds) for scale in scales]
+            views += [View("test", k, how) for k in range(1, cell.rounds) for how in shown]
         tasks.append(contest.task(cell, list(dict.fromkeys(views))))
     return tasks
 
@@ -132,10 +158,10 @@ def _best_round(contest: Contest, entry: Entry) -> int:
 
 
 def _best_round_tasks(contest: Contest, entry: Entry) -> list[Task]:
-    if entry.choice is None or entry.best_round in (0, entry.rounds):
+    if entry.best is None or entry.best_round in (0, entry.rounds):
         return []
-    scales = sorted({1.0, contest.plan.usual_guidance(entry.world), entry.choice.guidance_scale})
-    return [contest.task(cell, [View("test", entry.best_round, s) for s in scales]) for cell in entry.cells]
+    shown = sorted({contest.plan.unguided(entry.world), contest.plan.usual(entry.world), entry.best})
+    return [contest.task(cell, [View("test", entry.best_round, how) for how in shown]) for cell in entry.cells]
 
 
 def _compute_entries(contest: Contest) -> list[Entry]:

@@ -1,6 +1,6 @@
 """A contest of methods and its folder: who takes part, what the cells have scored so far, and what is chosen by that.
 
-A rate, a guidance scale and a round are chosen by mean scores on validation prompts alone. Larger = better.
+A rate, settings of the sampler and a round are chosen by mean scores on validation prompts alone. Larger = better.
 """
 
 import time
@@ -19,13 +19,14 @@ from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, generation_flops, step_flops, work_of
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.yaml_files import dump_yaml
 
-At = TypeVar("At", int, float)
+At = TypeVar("At", int, float, Sampling)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class ChosenRate:
     """What a method was given, and what it was chosen by."""
 
     learning_rate: float
-    guidance_scale: float
     score: float
     """Mean on validation prompts."""
     at_edge: bool
@@ -41,24 +41,23 @@ class ChosenRate:
 
 
 def highest(means: Mapping[At, float]) -> At:
-    """The guidance scale, or round, with the highest mean; of equal ones the lowest, which is the cheapest and the
-    closest to the base."""
+    """The rate, settings of the sampler, or round, with the highest mean; of equal ones the lowest, which is the
+    cheapest and the closest to the base."""
     return max(sorted(means), key=lambda at: means[at])
 
 
-def choose(by_rate: Mapping[float, Mapping[float, float] | None]) -> ChosenRate | None:
+def choose(by_rate: Mapping[float, Mapping[Sampling, float] | None]) -> ChosenRate | None:
     """The rate whose best guidance scale scores highest; of equal ones the lower rate. None when no rate has a score.
 
     Args:
-        by_rate: learning rate -> guidance scale -> mean, or None for a run that has no end.
+        by_rate: learning rate -> drawn how, at which guidance scale -> mean, or None for a run that has no end.
     """
-    finished = {rate: means for rate, means in by_rate.items() if means}
+    finished = {rate: max(means.values()) for rate, means in by_rate.items() if means}
     if not finished:
         return None
-    rate = highest({rate: max(means.values()) for rate, means in finished.items()})
-    scale = highest(finished[rate])
+    rate = highest(finished)
     at_edge = len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))
-    return ChosenRate(rate, scale, finished[rate][scale], at_edge)
+    return ChosenRate(rate, finished[rate], at_edge)
 
 
 @dataclass
@@ -73,6 +72,8 @@ class Entry:
     choice: ChosenRate | None = None
     cells: list[Cell] = field(default_factory=list)
     """One per seed, at the rate that was chosen."""
+    best: Sampling | None = None
+    """The settings of the sampler that are best for its first seed on validation prompts."""
     best_round: int = 0
     """By validation prompts, over the seeds; 0 = not looked for."""
 
@@ -80,11 +81,6 @@ class Entry:
     def rounds(self) -> int:
         """Rounds of its runs; 0 = it has none."""
         return self.cells[0].rounds if self.cells else 0
-
-    @property
-    def best_guidance(self) -> float | None:
-        """The scale that was chosen with its rate."""
-        return self.choice.guidance_scale if self.choice else None
 
 
 class Contest:
@@ -99,7 +95,6 @@ class Contest:
             settings.num_test_prompts,
             settings.images_per_prompt,
             settings.scorers or [],
-            settings.num_inference_steps,
         )
         self.sets = prompt_sets(self.drawing)
         self.scorers = [parse_spec(spec)[0] for spec in self.drawing.scorers]
@@ -129,16 +124,23 @@ class Contest:
         rows = read_view(self.folder(cell), view)
         return None if rows is None else float(np.mean([row[self.scorers[0]] for row in rows]))
 
-    def means(self, cell: Cell, round_: int | None = None) -> dict[float, float] | None:
-        """Guidance scale -> mean on validation prompts after a round, by default the last one; None = a run without
-        an end."""
-        found = {view.guidance_scale: self.mean(cell, view) for view in self.validation(cell, round_)}
-        return None if None in found.values() else {s: mean for s, mean in found.items() if mean is not None}
+    def means(self, cell: Cell, samplings: list[Sampling]) -> dict[Sampling, float] | None:
+        """Drawn how -> mean on validation prompts after the last round; None = a run without an end."""
+        found = {view.sampling: self.mean(cell, view) for view in self.validation(cell, samplings)}
+        return None if None in found.values() else {how: mean for how, mean in found.items() if mean is not None}
 
-    def validation(self, cell: Cell, round_: int | None = None) -> list[View]:
-        """The views that choose after a round, by default the last one."""
-        last = cell.rounds if round_ is None else round_
-        return [View("validation", last, scale) for scale in self.plan.guidance_scales(cell.world)]
+    def validation(self, cell: Cell, samplings: list[Sampling]) -> list[View]:
+        """The views that choose between these ways of drawing, after the last round."""
+        return [View("validation", cell.rounds, how) for how in samplings]
+
+    def best(self, cell: Cell) -> Sampling | None:
+        """The free settings of the sampler with the highest mean; None = a run without an end."""
+        means = self.means(cell, self.plan.free(cell.world))
+        return highest(means) if means else None
+
+    def best_of_base(self, world: str) -> Sampling | None:
+        """The best free settings of a world's base."""
+        return self.best(self.plan.base(world, self.settings.all_seeds[0]))
 
     def tuning(self, entry: Entry) -> list[Cell]:
         """One cell per rate of the grid, with the first seed; none where the budget leaves no step."""
@@ -148,7 +150,7 @@ class Contest:
 
     def curve(self, entry: Entry) -> dict[int, list[float]]:
         """Round -> mean on validation prompts at the usual guidance, of each seed that has an end."""
-        usual = self.plan.usual_guidance(entry.world)
+        usual = self.plan.usual(entry.world)
         curve = {}
         for k in range(1, entry.rounds + 1):
             found = [self.mean(cell, View("validation", k, usual)) for cell in entry.cells]

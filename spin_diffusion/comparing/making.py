@@ -119,7 +119,7 @@ def _scored(task: Task, view: View) -> Made:
         saved = {kind: run_ / f"round-{view.round}" / kind}
     wanted = cells.prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
     prompts = [row["prompt"] for row in wanted]
-    sampling = task.sampling(view)
+    sampling = view.sampling
     images = draw_images(
         drawing_pipeline(pipeline, sampling.sampler, **saved),
         prompts,

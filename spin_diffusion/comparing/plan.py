@@ -6,12 +6,13 @@ Two budgets that come to the same training settings share one cell, and a change
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
 from spin_diffusion.diffusion.config import Config
+from spin_diffusion.samples.sampling import Sampling, Sweep, precision_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, pairs_per_step
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
@@ -147,14 +148,29 @@ class Plan:
             )
         return total // rounds
 
-    def usual_guidance(self, world: str) -> float:
-        """The scale that people would use."""
-        usual = self.settings.usual_guidance
-        return usual if usual is not None else parsed(self.training_of(world, BASE)).sampling.guidance_scale
+    def usual(self, world: str) -> Sampling:
+        """How people would draw: by the training settings of the world, whatever a method's are."""
+        config, asked = parsed(self.training_of(world, BASE)), self.settings
+        drawn = config.sampling.record(config.images.resolution, precision_of("no"))
+        guidance = drawn.guidance_scale if asked.usual_guidance is None else asked.usual_guidance
+        return replace(
+            drawn,
+            guidance_scale=guidance,
+            num_inference_steps=asked.num_inference_steps or drawn.num_inference_steps,
+        )
 
-    def guidance_scales(self, world: str) -> list[float]:
-        """The sweep, with 1 and the usual one in it."""
-        return sorted({1.0, self.usual_guidance(world), *(self.settings.guidance_scales or [])})
+    def unguided(self, world: str) -> Sampling:
+        """As usual, without guidance."""
+        return replace(self.usual(world), guidance_scale=1.0)
+
+    def guided(self, world: str) -> list[Sampling]:
+        """As usual at every guidance scale of the sweep, with 1 and the usual one among them, from low to high."""
+        scales = Sweep(guidance_scale=self.settings.sweep.guidance_scale)
+        return sorted({self.unguided(world), *scales.around(self.usual(world))})
+
+    def free(self, world: str) -> list[Sampling]:
+        """All settings from which the best is chosen."""
+        return sorted({*self.guided(world), *self.settings.sweep.around(self.usual(world))})
 
 
 def about(given: Mapping[str, Any]) -> str:

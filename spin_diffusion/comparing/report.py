@@ -7,11 +7,20 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from spin_diffusion.comparing.results import BudgetResult, Comparison, Difference, Mean, MethodResult, WorldResult
+from spin_diffusion.comparing.results import (
+    BudgetResult,
+    Comparison,
+    Difference,
+    FreeSettings,
+    Mean,
+    MethodResult,
+    WorldResult,
+)
 from spin_diffusion.comparing.settings import Mode
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.plots import Line
+from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.store.run_dir import write_file
 
 
@@ -59,10 +68,20 @@ def tables_of(results: Comparison, world: WorldResult, budget: BudgetResult) -> 
 _Table = tuple[list[str], list[list[Text]]]
 
 
-def _number(found: Mean | None, at: float | None = None) -> Text:
-    """A mean, and the guidance scale at which it is."""
-    after = "" if at is None else f" at {at:g}"
+def _number(found: Mean | None, after: str = "") -> Text:
+    """A mean, and how the pictures were drawn."""
     return Text("-") if found is None else Text(f"{found['mean']:.3f}{after}")
+
+
+def _at(mode: Mode, best: FreeSettings | None, world: WorldResult) -> str:
+    """The best settings of the sampler behind a mean: the guidance scale, and what else is not as usual."""
+    if mode != "best" or best is None:
+        return ""
+    usual, scale = world["usual"], best["prediction_scale"]
+    steps = (
+        f", {best['num_inference_steps']} steps" if best["num_inference_steps"] != usual["num_inference_steps"] else ""
+    )
+    return f" at {best['guidance_scale']:g}{steps}" + (f", x {scale:g}" if scale != usual["prediction_scale"] else "")
 
 
 def _difference(found: Difference | None) -> Text:
@@ -81,8 +100,8 @@ def weight(found: Difference) -> Weight:
 
 
 def _modes(world: WorldResult) -> dict[Mode, str]:
-    """Names of the guidance scales; one that equals another is left out."""
-    usual = world["usual_guidance"]
+    """Names of the ways of drawing; one that equals another is left out."""
+    usual = world["usual"]["guidance_scale"]
     names: dict[Mode, str] = {"guidance 1": "guidance 1", "usual": f"guidance {usual:g}", "best": "its best"}
     return {mode: name for mode, name in names.items() if mode != "guidance 1" or usual != 1}
 
@@ -97,16 +116,17 @@ def _scores_table(results: Comparison, world: WorldResult, rows: Sequence[Method
     head = ["method", "rate", "steps", *(part for name in modes.values() for part in (name, f"to {reference}"))]
     first = [Text("base", is_number=False), Text(), Text("0")]
     for mode in modes:
-        first += [_number(base["scores"][mode], base["best_guidance"] if mode == "best" else None), Text()]
-    table = [[*first, _number(base["diversity"]), Text("0"), Text("0")]]
-    return [*head, "diversity", "GFLOPs", "seconds"], table + [_method_row(row, modes, reference) for row in rows]
+        first += [_number(base["scores"][mode], _at(mode, base["best"], world)), Text()]
+    table = [[*first, Text(), _number(base["diversity"]), Text("0"), Text("0")]]
+    head += ["to the base at its best", "diversity", "GFLOPs", "seconds"]
+    return head, table + [_method_row(row, world, modes, reference) for row in rows]
 
 
-def _method_row(row: MethodResult, modes: dict[Mode, str], reference: str) -> list[Text]:
+def _method_row(row: MethodResult, world: WorldResult, modes: dict[Mode, str], reference: str) -> list[Text]:
     choice = row["choice"]
     if row["state"] == "failed" or choice is None:
         why = (row["failures"] or ["no seed came to its end"])[0]
-        blanks = [Text()] * (2 * len(modes) + 3)
+        blanks = [Text()] * (2 * len(modes) + 4)
         return [Text(row["method"], is_number=False), Text("-"), Text(f"failed: {why}", is_number=False), *blanks]
     seeds = f" ({len(row['seeds'])} seeds)" if row["state"] == "partly" else ""
     rate = f"{choice['learning_rate']:.0e}".replace("e-0", "e-") + (" (edge)" if choice["at_edge"] else "")
@@ -116,8 +136,9 @@ def _method_row(row: MethodResult, modes: dict[Mode, str], reference: str) -> li
         Text(f"{row['rounds']} x {row['steps_per_round']}"),
     ]
     for mode in modes:
-        cells.append(_number(row["scores"][mode], choice["guidance_scale"] if mode == "best" else None))
+        cells.append(_number(row["scores"][mode], _at(mode, row["best"], world)))
         cells.append(Text() if row["method"] == reference else _difference(_to_reference(row, mode)))
+    cells.append(_difference(row["to_base"]["best"]))
     return [*cells, _number(row["diversity"]), Text(f"{row['gflops']:.0f}"), Text(f"{row['seconds']:.0f}")]
 
 
@@ -165,7 +186,7 @@ def _by_round_table(results: Comparison, world: WorldResult, rows: Sequence[Meth
     columns = [part for name in modes.values() for part in (name, "to base", f"to {reference}")]
     first = [Text("base", is_number=False), Text("0")]
     for mode in modes:
-        first += [_number(base["scores"][mode], base["best_guidance"] if mode == "best" else None), Text(), Text()]
+        first += [_number(base["scores"][mode], _at(mode, base["best"], world)), Text(), Text()]
     table = [first]
     for row in rows:
         for found in row.get("by_round", []):
@@ -173,7 +194,7 @@ def _by_round_table(results: Comparison, world: WorldResult, rows: Sequence[Meth
             for mode in modes:
                 against = found.get("to_reference")
                 cells += [
-                    _number(found["scores"][mode], found["best_guidance"] if mode == "best" else None),
+                    _number(found["scores"][mode], _at(mode, row["best"], world)),
                     _difference(found["to_base"][mode]),
                     _difference(against[mode]) if against else Text(),
                 ]
@@ -185,8 +206,9 @@ def _by_round_table(results: Comparison, world: WorldResult, rows: Sequence[Meth
 
 
 def findings(results: Comparison, world: WorldResult, budget: BudgetResult) -> list[str]:
-    """Who is ahead of the reference, who behind, and who is first, at each guidance scale; whatever it is."""
-    reference, said, nobody = results["settings"]["reference"], [], "no method"
+    """What the base gains without training; who is ahead of the reference, who behind, and who is first, at each way of
+    drawing; whatever it is."""
+    reference, said, nobody = results["settings"]["reference"], _free_gain(world), "no method"
     every = "every other method"
     if lacking := incomplete(results, budget["rows"]):
         said.append(f"Not all was run. {' '.join(lacking)}")
@@ -195,7 +217,7 @@ def findings(results: Comparison, world: WorldResult, budget: BudgetResult) -> l
         every += " with a result"
     for mode, name in _modes(world).items():
         ahead, behind = _named(budget["rows"], mode, "sure", 1), _named(budget["rows"], mode, "sure", -1)
-        where = {"best": "at the best guidance of each"}.get(mode, f"at {name}")
+        where = {"best": "at the best settings of each"}.get(mode, f"at {name}")
         said.append(
             f"{where.capitalize()}, {', '.join(ahead) if ahead else nobody} "
             f"{'are' if len(ahead) > 1 else 'is'} ahead of {reference} by an interval that allows for all differences"
@@ -214,6 +236,25 @@ def findings(results: Comparison, world: WorldResult, budget: BudgetResult) -> l
             apart = f"not told apart from it: {', '.join(level)}" if level else f"it is ahead of {every}"
             said.append(f"The highest mean is that of {first['method']}; {apart}.")
     return said
+
+
+def _free_gain(world: WorldResult) -> list[str]:
+    """What the best settings of the sampler give the base for nothing; a sentence, if it has any."""
+    best, modes = world["base"]["best"], _modes(world)
+    gains = [
+        f"{_difference(found).text} over {modes[mode]}"
+        for mode, found in world["base"]["free_gain"].items()
+        if found is not None and mode in modes
+    ]
+    if best is None or not gains:
+        return []
+    how = free_in_words(best["guidance_scale"], best["num_inference_steps"], best["prediction_scale"])
+    times = best["passes"] / world["usual"]["passes"]
+    return [
+        f"Without any training the base gains {' and '.join(gains)} by its best settings of the sampler ({how}, at "
+        f"{times:.2g} times the passes of the usual ones); what training gained beyond that is told by the differences "
+        "to the base at its best."
+    ]
 
 
 def incomplete(results: Comparison, rows: Sequence[MethodResult]) -> list[str]:
@@ -238,6 +279,7 @@ def how(results: Comparison) -> str:
     settings, prompts, seeds = results["settings"], results["prompts"], results["seeds"]
     title = results["scorers"][results["scorer"]]
     grid = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    free = max((world["num_free"] for world in results["worlds"]), default=0)
     family = max((budget["differences"] for world in results["worlds"] for budget in world["budgets"]), default=0)
     if len(seeds) == 1:
         intervals = "95 % intervals are over prompts: they speak of these runs only, not of how training varies"
@@ -249,11 +291,12 @@ def how(results: Comparison) -> str:
     return (
         f"{title} (mean, higher is better) on {prompts['test']['num']} test prompts with "
         f"{settings['images_per_prompt']} images each, {len(seeds)} training seeds ({', '.join(map(str, seeds))}). "
-        f"Each method's learning rate (of {grid} unless it has a grid of its own), its best guidance and its best "
-        f"round were chosen on {prompts['validation']['num']} other prompts, rate and guidance with seed {seeds[0]}; "
+        f"Each method's learning rate (of {grid} unless it has a grid of its own), its best settings of the sampler "
+        f"(of {free}, the base's too) and its best round were chosen on {prompts['validation']['num']} other prompts, "
+        f"rate and settings with seed {seeds[0]}; "
         "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
         f"{intervals}. Italic = it excludes 0; bold = so does one that holds together with all other differences of "
-        f"that world and budget: every method, round and guidance, to the base and to {settings['reference']} "
+        f"that world and budget: every method, round and way of drawing, to the base and to {settings['reference']} "
         f"(Bonferroni, {family} at most). Look at the seeds one by one. Equal compute counts the FLOPs of training, of "
         "drawing and of encoding images, not the choice of the rate and not the evaluation. Seconds are of one run "
         "while others ran beside it."
@@ -353,7 +396,8 @@ def _panel(results: Comparison, world: WorldResult, budget: BudgetResult) -> Pan
             for style, curve in curves
         ]
         label = (
-            f"{scorer} over the rounds, validation prompts, guidance {world['usual_guidance']:g}; range of the seeds"
+            f"{scorer} over the rounds, validation prompts, guidance {world['usual']['guidance_scale']:g}; "
+            "range of the seeds"
         )
         charts.append((label, plots.round_curves(f"rounds-{name}", label, lines, scorer, zero=False)))
     for mode, called in _modes(world).items():

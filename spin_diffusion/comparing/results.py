@@ -35,10 +35,21 @@ class Measured(TypedDict):
     diversity: Mean | None
 
 
+class FreeSettings(TypedDict):
+    """Settings of the sampler that cost no training, and the passes of the denoiser for a picture."""
+
+    guidance_scale: float
+    num_inference_steps: int
+    prediction_scale: float
+    passes: int
+
+
 class BaseResult(Measured):
     """The base of a world."""
 
-    best_guidance: float | None
+    best: FreeSettings | None
+    free_gain: Differences
+    """What its best settings gain over the others, without any training."""
     failures: list[str]
 
 
@@ -54,7 +65,6 @@ class RoundResult(TypedDict):
     """A round on test prompts."""
 
     round: int
-    best_guidance: float
     scores: Means
     to_base: Differences
     to_reference: NotRequired[Differences]
@@ -72,7 +82,9 @@ class MethodResult(TypedDict):
     steps_per_round: int
     choice: dict[str, float] | None
     """A `ChosenRate`."""
-    rates: dict[str, dict[float, float] | None]
+    best: FreeSettings | None
+    rates: dict[str, dict[str, float] | None]
+    """Learning rate -> drawn how -> mean on validation prompts."""
     scores: NotRequired[Means]
     other_scores: NotRequired[dict[str, Means]]
     diversity: NotRequired[Mean | None]
@@ -113,8 +125,9 @@ class WorldResult(TypedDict):
 
     name: str
     about: str
-    usual_guidance: float
-    guidance_scales: list[float]
+    usual: FreeSettings
+    num_free: int
+    """Settings of the sampler from which the best were chosen."""
     base: BaseResult
     budgets: list[BudgetResult]
 

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from spin_diffusion.samples.sampling import Sweep
 from spin_diffusion.store.input_error import InputError, nearest
 from spin_diffusion.store.parsing import parse
+from spin_diffusion.store.settings import check_rules
 
 Budget = Literal["steps", "compute"]
 Mode = Literal["guidance 1", "usual", "best"]
 MODES: tuple[Mode, ...] = ("guidance 1", "usual", "best")
-"""Guidance scales that are reported: none, the usual one, each method's best."""
+"""How pictures are drawn that are reported: without guidance, as usual, at each method's best free settings."""
 SetName = Literal["validation", "test"]
 """Sets of prompts: the first ones choose, the others report."""
 BUDGETS: tuple[Budget, ...] = ("steps", "compute")
@@ -57,17 +59,20 @@ class CompareSettings:
     learning_rates: list[float] | None = None
     """Grid from which each method gets the rate that is best on validation prompts, with the first seed."""
     seeds: list[int] | None = None
-    """Seeds of training and pictures; the first one also chooses rates and guidance scales. Default: 0, 1, 2."""
+    """Seeds of training and pictures; the first one also chooses rates and settings of the sampler. Default: 0, 1,
+    2."""
     prompts: str | None = None
     """File of held-out prompts or name of a set: the first ones choose, the next ones report."""
     num_validation_prompts: int = 40
-    """Prompts that choose rates, guidance scales and rounds."""
+    """Prompts that choose rates, settings of the sampler and rounds."""
     num_test_prompts: int = 80
     """Prompts that are reported."""
     images_per_prompt: int = 2
     """Images of each test prompt and seed; 2 or more show diversity. Validation prompts get one."""
-    guidance_scales: list[float] | None = None
-    """Sweep from which each method gets its best scale. Default: 1 and usual_guidance."""
+    sweep: Sweep = Sweep()
+    """Settings of the sampler from which the base and each method get their best, beside the usual ones and guidance 1:
+    "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 40], prediction_scale: [1, 1.04]}". A combination costs a
+    drawing of the validation prompts by the base and every method; rates are chosen over guidance alone."""
     usual_guidance: float | None = None
     """Scale that people would use; default: the training settings' guidance_scale."""
     num_inference_steps: int | None = None
@@ -75,8 +80,8 @@ class CompareSettings:
     every_round: bool = True
     """Score every round on validation prompts at the usual guidance, and the best one on test prompts too."""
     test_rounds: bool = False
-    """Score every round on test prompts at every scale, each round with its own best scale: a table round by round,
-    against the reference after as many rounds if it has as many, else after its last."""
+    """Score every round on test prompts, as its method's last round is: a table round by round, against the reference
+    after as many rounds if it has as many, else after its last."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers; the first one chooses."""
     jobs: int = 1
@@ -99,14 +104,15 @@ class CompareSettings:
         for name in ("num_validation_prompts", "num_test_prompts"):
             if getattr(self, name) < 2:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 2")
-        for name in ("learning_rates", "seeds", "guidance_scales"):
+        for name in ("learning_rates", "seeds"):
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise InputError(f"--{name} {values} must have at least one value, and none twice")
         if min(self.learning_rates or [1.0]) <= 0:
             raise InputError(f"--learning_rates {self.learning_rates} must be above 0")
-        if min(self.guidance_scales or [1.0]) < 0 or not 0 <= min(self.seeds or [0]) <= max(self.seeds or [0]) < 2**32:
-            raise InputError(f"--guidance_scales and --seeds must not be negative, and --seeds below {2**32}")
+        check_rules(self.sweep, "--sweep ")
+        if not 0 <= min(self.seeds or [0]) <= max(self.seeds or [0]) < 2**32:
+            raise InputError(f"--seeds {self.seeds} must not be negative, and below {2**32}")
         if self.total_steps < 1 or self.jobs < 0:
             raise InputError(f"--total_steps {self.total_steps} must be at least 1, --jobs {self.jobs} at least 0")
         if self.max_hours is not None and self.max_hours <= 0:

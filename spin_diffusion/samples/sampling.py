@@ -14,7 +14,7 @@ OWN_SIZE = "the picture's own, not cropped"
 REAL_SIZE = "the real picture's, with its crop"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Sampling:
     """All that decides a picture beside the model, the prompt and the seed. Versions of libraries, devices and the
     number of pictures in a batch, which change the last bits, are not in it."""

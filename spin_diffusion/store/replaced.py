@@ -1,6 +1,7 @@
 """Settings that there were, with what to use instead: who has an old command or file is told, and not left to guess."""
 
 REPLACED = {
+    "guidance_scales": "give --sweep '{guidance_scale: [SCALE, ...]}'",
     "stop_at_saturation": "give --health '{saturation: SHARE}'",
     "max_error_growth": "give --health '{error_growth: SHARE}'",
     "max_distance": "give --health '{distance: SHARE}'",

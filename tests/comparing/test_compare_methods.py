@@ -29,6 +29,7 @@ from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.runs.image_run import run as train
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
@@ -63,7 +64,7 @@ def config(tmp_path: Path, sdxl_dir, tiny_parquet, tiny_prompts) -> Path:
         "prompts": str(tiny_prompts),
         "num_validation_prompts": 2,
         "num_test_prompts": 2,
-        "guidance_scales": [1.0, 3.0],
+        "sweep": {"guidance_scale": [1.0, 3.0]},
         "scorers": [str(tmp_path / "redness.py")],
         "jobs": 0,
         "output_dir": str(tmp_path / "out"),
@@ -79,34 +80,40 @@ def settings_of(config: Path, *argv: str):
 # Choices
 
 
-def test_the_rate_and_the_guidance_are_those_of_the_highest_mean_in_the_whole_table():
+def at(guidance_scale: float, num_inference_steps: int = 2, prediction_scale: float = 1.0) -> Sampling:
+    """As the training settings of the tests draw."""
+    return Sampling(
+        "dpmpp", num_inference_steps, guidance_scale, 32, precision="fp32", prediction_scale=prediction_scale
+    )
+
+
+def test_the_rate_is_that_of_the_highest_mean_in_the_whole_table():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        table = {rate: {scale: float(rng.random()) for scale in (1.0, 2.0, 3.0)} for rate in (1e-5, 1e-4, 1e-3)}
-        cells_ = [(score, rate, scale) for rate, means in table.items() for scale, score in means.items()]
-        score, rate, scale = max(cells_)
+        table = {rate: {at(scale): float(rng.random()) for scale in (1.0, 2.0, 3.0)} for rate in (1e-5, 1e-4, 1e-3)}
+        score, rate = max((score, rate) for rate, means in table.items() for score in means.values())
         choice = choose(table)
-        assert (choice.score, choice.learning_rate, choice.guidance_scale) == (score, rate, scale)
+        assert (choice.score, choice.learning_rate) == (score, rate)
         assert choice.at_edge == (rate != 1e-4)
 
 
 def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value():
-    assert choose({1e-5: {1.0: 0.2}, 1e-3: None}).learning_rate == 1e-5
+    assert choose({1e-5: {at(1.0): 0.2}, 1e-3: None}).learning_rate == 1e-5
     assert choose({1e-5: None, 1e-3: None}) is None
-    tie = choose({1e-3: {3.0: 0.5, 1.0: 0.5}, 1e-4: {1.0: 0.5}})
-    assert (tie.learning_rate, tie.guidance_scale) == (1e-4, 1.0)
-    assert highest({3.0: 0.5, 1.0: 0.5}) == 1.0
+    assert choose({1e-3: {at(3.0): 0.5, at(1.0): 0.5}, 1e-4: {at(1.0): 0.5}}).learning_rate == 1e-4
+    ties = [at(3.0), at(1.0), at(1.0, num_inference_steps=9), at(1.0, prediction_scale=1.04)]
+    assert highest(dict.fromkeys(ties, 0.5)) == at(1.0)
     assert highest({1: 0.3, 2: 0.7, 3: 0.7}) == 2
-    assert not choose({1e-4: {1.0: 0.5}}).at_edge
+    assert not choose({1e-4: {at(1.0): 0.5}}).at_edge
 
 
-def test_rates_scales_and_rounds_are_chosen_on_validation_prompts_alone(config, monkeypatch):
+def test_rates_settings_and_rounds_are_chosen_on_validation_prompts_alone(config, monkeypatch):
     contest, asked = Contest(settings_of(config, "--test_rounds", "true")), []
     monkeypatch.setattr(contest, "mean", lambda cell, view: asked.append(view) or 0.5)
     cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 2)
-    assert contest.means(cell) == {1.0: 0.5, 3.0: 0.5} and set(asked) == set(contest.validation(cell))
+    assert contest.means(cell, contest.plan.guided("tiny")) == {at(1.0): 0.5, at(3.0): 0.5}
+    assert contest.best(cell) == at(1.0)
     compare._best_round(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
-    analysis._rounds_of(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
     assert {(view.prompts, view.round) for view in asked} == {("validation", 1), ("validation", 2)}
 
 
@@ -198,7 +205,7 @@ def test_the_drift_is_what_the_last_round_lost_of_the_best_one(config, monkeypat
 
     def over(rounds: int) -> dict:
         cells_ = [replace(cell, training=cell.training | {"rounds": rounds})]
-        entry = Entry("tiny", "steps", "spin", 3, choose({1e-4: {1.0: 0.5}}), cells_, best_round=1)
+        entry = Entry("tiny", "steps", "spin", 3, choose({1e-4: {at(1.0): 0.5}}), cells_, best_round=1)
         row: dict = {}
         analysis._add_rounds(contest, entry, row, {}, DifferenceFamily())
         return row
@@ -215,17 +222,17 @@ def test_the_family_is_every_difference_that_is_shown(rounds, config, monkeypatc
     contest = Contest(settings_of(config, *argv))
     rng = np.random.default_rng(0)
     scores = {mode: {seed: rng.normal(0, 1, 9) for seed in (0, 1)} for mode in MODES}
-    choice = choose({1e-4: {1.0: 0.5}})
+    choice = choose({1e-4: {at(1.0): 0.5}})
     contest.entries = [
         Entry("tiny", "steps", name, 1, choice, [contest.plan.cell("tiny", name, 1e-4, 0, 1)])
         for name in ("sft", "spin")
     ]
     monkeypatch.setattr(analysis, "_scores", lambda *given, **named: scores)
-    monkeypatch.setattr(contest, "means", lambda *given: {1.0: 0.5})
+    monkeypatch.setattr(contest, "means", lambda *given: {at(1.0): 0.5})
     monkeypatch.setattr(contest, "curve", lambda entry: {})
     monkeypatch.setattr(analysis, "_measured", lambda *given: {"scores": {}})
     monkeypatch.setattr(analysis, "_cost", lambda *given: (1.0, 1.0, 1.0))
-    monkeypatch.setattr(analysis, "_rounds_of", lambda *given: {k: (1.0, scores) for k in range(1, rounds + 1)})
+    monkeypatch.setattr(analysis, "_rounds_of", lambda *given: dict.fromkeys(range(1, rounds + 1), scores))
     (budget,) = analysis._world(contest, "tiny")["budgets"]
 
     def shown(said) -> list[dict]:
@@ -259,8 +266,14 @@ def test_it_is_said_which_method_is_first_and_which_are_not_told_apart_from_it(c
     assert first["usual"]["method"] in ("spin", "space") and len(first["usual"]["not_told_apart"]) == 1
     assert analysis._first({"failed": scores["failed"]}) == dict.fromkeys(MODES)
     rows = [{"method": name, "state": "ok", "to_reference": None} for name in scores]
-    results, world = {"settings": {"reference": "sft"}, "seeds": [0]}, {"usual_guidance": 3.0}
+    results = {"settings": {"reference": "sft"}, "seeds": [0]}
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 10, "prediction_scale": 1.0, "passes": 20}
+    gain = {"mean": 0.05, "low": 0.04, "high": 0.06, "seeds": {}, "adjusted": [0.03, 0.07]}
+    best = settings | {"num_inference_steps": 40, "prediction_scale": 1.04, "passes": 80}
+    world = {"usual": settings, "base": {"best": best, "free_gain": {"guidance 1": None, "usual": gain}}}
     said = " ".join(findings(results, world, {"rows": rows, "first": first}))
+    assert "the base gains +0.050 [+0.040, +0.060] over guidance 3 by its best settings of the sampler" in said
+    assert "(guidance 3, 40 steps, prediction x 1.04, at 4 times the passes" in said
     assert "The highest mean is that of sp" in said and "not told apart from it: sp" in said
     first = dict.fromkeys(MODES, {"method": "spin", "not_told_apart": []})
     said = " ".join(findings(results, world, {"rows": rows, "first": first}))
@@ -317,12 +330,15 @@ def test_a_methods_settings_go_before_its_worlds_and_a_worlds_before_everybodys(
     given["worlds"]["tiny"] |= {"beta": 3000.0, "guidance_scale": 5.0, "learning_rates": [2e-4], "total_steps": 8}
     given["methods"]["spin"] |= {"beta": 4000.0, "learning_rates": [3e-4]}
     config.write_text(yaml.safe_dump(given))
-    plan = make_plan(settings_of(config, "--guidance_scales", "[3.0]"))
+    plan = make_plan(settings_of(config, "--sweep", "{guidance_scale: [3.0], prediction_scale: [1.0, 1.04]}"))
     assert [plan.training_of("tiny", method)["beta"] for method in ("base", "sft", "spin")] == [3000.0, 3000.0, 4000.0]
     assert (plan.rates("tiny", "sft"), plan.rates("tiny", "spin")) == ([2e-4], [3e-4])
-    assert plan.guidance_scales("tiny") == [1.0, 3.0, 5.0]
+    guided = [at(scale) for scale in (1.0, 3.0, 5.0)]
+    assert plan.guided("tiny") == guided and (plan.usual("tiny"), plan.unguided("tiny")) == (at(5.0), at(1.0))
+    assert plan.free("tiny") == sorted([*guided, at(3.0, prediction_scale=1.04)])
     assert (plan.steps_per_round("tiny", "sft"), plan.steps_per_round("tiny", "spin")) == (8, 4)
-    assert make_plan(settings_of(config, "--usual_guidance", "2")).guidance_scales("tiny") == [1.0, 2.0, 3.0]
+    plan = make_plan(settings_of(config, "--usual_guidance", "2", "--num_inference_steps", "9"))
+    assert plan.guided("tiny") == [at(scale, num_inference_steps=9) for scale in (1.0, 2.0, 3.0)]
 
 
 def test_a_cell_is_named_by_what_it_is_trained_with(config):
@@ -361,6 +377,8 @@ def test_a_cell_is_named_by_what_it_is_trained_with(config):
         (["--num_test_prompts", "3"], ["has 4 prompts, fewer than"]),
         (["--learning_rates", "[0.0]"], ["--learning_rates [0.0] must be above 0"]),
         (["--seeds", "[1, 1]"], ["--seeds [1, 1]", "none twice"]),
+        (["--sweep", "{prediction_scale: [0]}"], ["--sweep prediction_scale 0.0 must be above 0"]),
+        (["--guidance_scales", "[1.0]"], ["unknown setting 'guidance_scales'", "--sweep '{guidance_scale: "]),
         (["--training_config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
         (["--scorers", "pickscor"], ["pickscor", "did you mean pickscore?"]),
         (["--bugdet", "steps"], ["unknown setting 'bugdet', did you mean 'budget'?"]),
@@ -387,7 +405,8 @@ def test_another_programs_folder_is_refused(config, tmp_path, capsys):
 
 
 def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tmp_path):
-    assert run("--config", str(config)) == 0
+    command = ["--config", str(config), "--sweep", "{guidance_scale: [1.0, 3.0], prediction_scale: [1.0, 1.5]}"]
+    assert run(*command) == 0
     out = tmp_path / "out"
     results = json.loads((out / "comparison.json").read_text())
     world = results["worlds"][0]
@@ -412,34 +431,49 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     rows = pq.read_table(out / "cells.parquet").to_pylist()
     test_prompts = {row["prompt"] for row in rows if row["prompts"] == "test"}
     assert len(test_prompts) == 2 and not test_prompts & {r["prompt"] for r in rows if r["prompts"] == "validation"}
-    rate, scale = (steps["spin"]["choice"][key] for key in ("learning_rate", "guidance_scale"))
+    rate = steps["spin"]["choice"]["learning_rate"]
 
-    def mean(method: str, rate: float, steps_per_round: int, scale: float, seed: int, prompts: str) -> float:
+    def mean(method: str, rate: float | None, per_round: int, scale: float, times: float, seed: int, prompts: str):
         found = [
             row["redness"] for row in rows
             if row["method"] == method and row["learning_rate"] == rate and row["training_seed"] == seed
             and row["guidance_scale"] == scale and row["prompts"] == prompts and row["round"] == row["rounds"]
-            and row["steps_per_round"] == steps_per_round
+            and row["steps_per_round"] == per_round and row["prediction_scale"] == times
         ]  # fmt: skip
         assert len(found) == (4 if prompts == "test" else 2)
         return float(np.mean(found))
 
-    best = steps["spin"]["scores"]["best"]
-    assert best["mean"] == pytest.approx(np.mean([mean("spin", rate, 2, scale, seed, "test") for seed in (0, 1)]))
-    chosen = max((mean("spin", r, 2, s, 0, "validation"), r, s) for r in (1e-4, 1e-5) for s in (1.0, 3.0))
-    assert chosen[0] == pytest.approx(steps["spin"]["choice"]["score"]) and chosen[1:] == (rate, scale)
+    chosen = max((mean("spin", r, 2, s, 1, 0, "validation"), r) for r in (1e-4, 1e-5) for s in (1.0, 3.0))
+    assert chosen[0] == pytest.approx(steps["spin"]["choice"]["score"]) and chosen[1] == rate
+
+    # The best settings of the sampler: of a method at its rate, and of the base, against each other
+    def best_of(method: str, rate: float | None, per_round: int) -> list[float]:
+        free = [(scale, times) for scale in (1.0, 3.0) for times in (1.0, 1.5)]
+        found = max(free, key=lambda how: mean(method, rate, per_round, *how, 0, "validation"))
+        said = world["base"]["best"] if method == "base" else steps[method]["best"]
+        assert (said["guidance_scale"], said["prediction_scale"]) == found and world["num_free"] == 4
+        return [mean(method, rate, per_round, *found, seed, "test") for seed in (0, 1)]
+
+    best, of_base = steps["spin"]["scores"]["best"], np.array(best_of("base", None, 0))
+    assert best["mean"] == pytest.approx(np.mean(best_of("spin", rate, 2)))
+    to_base = np.array(best_of("spin", rate, 2)) - of_base
+    assert steps["spin"]["to_base"]["best"]["mean"] == pytest.approx(np.mean(to_base))
+    free_gain = np.mean(of_base) - np.mean([mean("base", None, 0, 3.0, 1.0, seed, "test") for seed in (0, 1)])
+    assert world["base"]["free_gain"]["usual"]["mean"] == pytest.approx(free_gain, abs=1e-9)
+
     sft_rate = steps["sft"]["choice"]["learning_rate"]
     difference = steps["spin"]["to_reference"]["usual"]["mean"]
-    each = [mean("spin", rate, 2, 3.0, s, "test") - mean("sft", sft_rate, 4, 3.0, s, "test") for s in (0, 1)]
+    each = [mean("spin", rate, 2, 3.0, 1, s, "test") - mean("sft", sft_rate, 4, 3.0, 1, s, "test") for s in (0, 1)]
     assert difference == pytest.approx(np.mean(each))
     markdown, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
-    assert "| spin |" in markdown and f"{best['mean']:.3f} at {scale:g}" in markdown
+    assert "| spin |" in markdown and f"{best['mean']:.3f} at {steps['spin']['best']['guidance_scale']:g}" in markdown
+    assert "Without any training the base gains" in markdown and "to the base at its best" in page
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
     # Once more: no run is made, no picture is drawn or scored, the report is the same
     calls = (tmp_path / "redness.py.calls").stat().st_size
     before = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()}
-    assert run("--config", str(config)) == 0
+    assert run(*command) == 0
     assert (tmp_path / "redness.py.calls").stat().st_size == calls
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()} == before
     assert (out / "comparison.md").read_text() == markdown
@@ -447,7 +481,7 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     lost = next((out / "cells").rglob("test-*.parquet"))
     whole = lost.read_bytes()
     lost.unlink()
-    assert run("--config", str(config)) == 0
+    assert run(*command) == 0
     assert lost.read_bytes() == whole and (tmp_path / "redness.py.calls").stat().st_size == calls + 4
 
 
@@ -470,10 +504,10 @@ def test_every_round_is_tested_against_the_reference_after_as_many_rounds(config
     assert [found["round"] for found in spin["by_round"]] == [1, 2]
     assert "to_reference" not in sft["by_round"][0]
     for k, found in enumerate(spin["by_round"], 1):
-        for mode, scale in (("guidance 1", 1.0), ("usual", 3.0), ("best", found["best_guidance"])):
+        for mode, scale in (("guidance 1", 1.0), ("usual", 3.0), ("best", spin["best"]["guidance_scale"])):
             mine, theirs = (
                 means("spin", k, scale),
-                means("sft", k, {"best": sft["by_round"][k - 1]["best_guidance"]}.get(mode, scale)),
+                means("sft", k, {"best": sft["best"]["guidance_scale"]}.get(mode, scale)),
             )
             assert found["scores"][mode]["mean"] == pytest.approx(np.mean(list(mine.values())))
             apart = np.mean([mine[key] - theirs[key] for key in mine])
@@ -595,7 +629,7 @@ def test_time_that_is_up_leaves_the_rest_for_the_next_command(config, tmp_path, 
 
 def task_of(config: Path, contest: Contest) -> Task:
     cell = contest.plan.base("tiny", 0)
-    return contest.task(cell, [View("validation", 0, 1.0)])
+    return contest.task(cell, [View("validation", 0, at(1.0))])
 
 
 def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
@@ -670,14 +704,13 @@ def test_another_drawing_is_scored_again(config):
     task = task_of(config, contest)
     make(task, train)
     assert cells.is_done(task)
-    assert not cells.is_done(replace(task, drawing=replace(task.drawing, num_inference_steps=1)))
+    assert not cells.is_done(replace(task, views=[View("validation", 0, at(1.0, num_inference_steps=1))]))
     scorer = Path(task.drawing.scorers[0])
     renamed = scorer.with_name("renamed.py")
     renamed.write_text(scorer.read_text())
     assert not cells.is_done(replace(task, drawing=replace(task.drawing, scorers=[str(renamed)])))
-    # What the drawing leaves to the training settings, and what is behind a scorer's name
-    sampling = replace(task.config.sampling, num_inference_steps=1)
-    assert not cells.is_done(replace(task, config=replace(task.config, sampling=sampling)))
+    # What is not in the file's name, and what is behind a scorer's name
+    assert not cells.is_done(replace(task, views=[View("validation", 0, replace(at(1.0), eta=0.5))]))
     scorer.write_text(scorer.read_text().replace("Redness", "Another redness"))
     assert not cells.is_done(task)
 
@@ -713,7 +746,7 @@ def test_a_base_data_or_scorer_that_is_replaced_under_its_name_makes_another_cel
 
 
 def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):
-    drawing = Drawing(str(tiny_prompts), 2, 2, 1, [], None)
+    drawing = Drawing(str(tiny_prompts), 2, 2, 1, [])
     sets = cells.prompt_sets(drawing)
     validation, test = ({row.prompt for row in sets[name].rows} for name in ("validation", "test"))
     assert len(validation) == len(test) == 2 and not validation & test
