@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_diffusion.evaluation.records import (
+    IMAGES,
     AggregateEntry,
     ComparisonEntry,
     DifferenceEntry,
@@ -310,7 +311,19 @@ def closing_lines(results: Results) -> list[str]:
     compared = results.get("distribution")
     if compared is not None and compared["left_out"]:
         lines.append(not_told(compared))
-    return lines + [table.sentence for table in sweep_tables(results)]
+    return [*lines, *not_swept(results), *(table.sentence for table in sweep_tables(results))]
+
+
+def not_swept(results: Results) -> list[str]:
+    """A sentence for a run of pictures: what the settings of the sampler give without training is not in its numbers,
+    as every combination would cost another evaluation of the base and of the rounds."""
+    trained = any(model["role"] == "round" for model in results["models"])
+    if trained and modality_of(results["protocol"]) is IMAGES and "sweep" not in results:
+        return [
+            "Other settings of the sampler (steps, guidance, --prediction_scale) may give the base a part of any gain "
+            "without training: evaluation/evaluate.py --sweep tells, for the base and the rounds."
+        ]
+    return []
 
 
 def not_told(compared: DistributionEntry) -> str:

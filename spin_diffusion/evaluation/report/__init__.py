@@ -26,7 +26,7 @@ from spin_diffusion.evaluation.report import gallery, plots, tables, training, w
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
-from spin_diffusion.evaluation.tables import losses_of, sweep_tables
+from spin_diffusion.evaluation.tables import losses_of, not_swept, sweep_tables
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
 
@@ -98,7 +98,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "scale": labels.scale(headline["guidance_scale"]),
         "verdict": next(iter(of_headline), None),
         "facts": tables.banner_facts(results),
-        "notices": [*losses_of(results, headline["guidance_scale"]), *doubts],
+        "notices": [*losses_of(results, headline["guidance_scale"]), *doubts, *not_swept(results)],
         "shortened": "",
         "headline": tables.headline_rows(results),
         "distances": tables.distance_tables(results),
