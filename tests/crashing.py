@@ -77,7 +77,8 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
 def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
     Path("redness.py").write_text(SCORER)
     return _images(
-        use_lora=True, rank=2, rounds=1, max_train_steps=3, checkpoints_total_limit=1,
+        use_lora=True, rank=2, rounds=1, max_train_steps=3, checkpoints_total_limit=1, num_held_out=1,
+        select_every=2, select_by="redness.py", preview_every=2,
         curation="{scorer: redness.py, top: 3}",
     )  # fmt: skip
 

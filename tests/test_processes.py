@@ -288,3 +288,27 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(how, 
         assert rates[name] == rates["unbroken"] and len(rates[name]) == 24
         ended = load_file(tmp_path / name / "out" / saved)
         assert moved > 0 and max((unbroken[key] - ended[key]).abs().max() for key in ended) < 0.01 * moved, name
+
+
+def test_the_best_step_is_the_same_one_on_two_processes_in_parts(sdxl_dir, tiny_parquet, tmp_path):
+    scorer = tmp_path / "brightness.py"
+    scorer.write_text(
+        "import torch\ndef load(device):\n    def score(images, prompts):\n        return torch.tensor("
+        "[float(image.convert('L').resize((1, 1)).getpixel((0, 0))) for image in images])\n    return score\n"
+    )
+    config = {
+        "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
+        "rounds": 1, "max_train_steps": 4, "beta": 100, "num_inference_steps": 2, "guidance_scale": 3,
+        "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-1, "use_ema": True,
+        "ema_decay": 0.5, "num_held_out": 5, "select_every": 2, "preview_every": 2, "select_by": str(scorer),
+    }  # fmt: skip
+    play(config | {"train_batch_size": 4}, tmp_path / "one", 1)
+    play(config | {"train_batch_size": 2, "fully_shard": True}, tmp_path / "two", 2)
+    one, two = (json.loads((tmp_path / name / "out/round-1/round.json").read_text()) for name in ("one", "two"))
+    curves = [[entry["mean"] for entry in record["training"]["selection"]["curve"]] for record in (one, two)]
+    # A picture's brightness is a whole number, which rounding may move by one
+    assert curves[0] == pytest.approx(curves[1], abs=1.1) and len(curves[0]) == 3
+    assert one["training"]["selection"]["step"] == two["training"]["selection"]["step"]
+    assert one["ledger"]["judged"]["samples"] == two["ledger"]["judged"]["samples"] == 15
+    first = "out/round-1/previews/step-000000/images/guidance-3/00000-0.png"
+    assert (tmp_path / "one" / first).read_bytes() == (tmp_path / "two" / first).read_bytes()

@@ -23,7 +23,7 @@ def both(tmp_path_factory):
         "num_held_out": 24, "held_out_by": "row", "rounds": 2, "max_train_steps": 4, "max_length": 48,
         "max_new_tokens": 24, "samples_per_shard": 16, "num_generated": 2, "opponent": "last_two",
         "optimizer": "sgd", "learning_rate": 1e-2, "lr_scheduler": "constant", "report_to": "none",
-        "checkpointing_steps": 2, "judges": ["log_likelihood"],
+        "checkpointing_steps": 2, "judges": ["log_likelihood"], "select_every": 3,
     }  # fmt: skip
     folder = tmp_path_factory.mktemp("processes")
     said = [
@@ -65,6 +65,10 @@ def test_the_weights_agree(both):
 
 def test_gap_and_judgement_agree(both):
     _, one, two = both
+    selections = [read_json(out / "round-1" / "round.json")["training"]["selection"] for out in (one, two)]
+    assert selections[0]["step"] == selections[1]["step"] and len(selections[0]["curve"]) == 3
+    for mine, other in zip(selections[0]["curve"], selections[1]["curve"], strict=True):
+        assert mine["mean"] == pytest.approx(other["mean"], abs=1e-4)
     gaps = [read_json(out / "round-2" / "round.json")["held_out_gap"] for out in (one, two)]
     assert gaps[0]["num_samples"] == gaps[1]["num_samples"] == 24
     assert gaps[0]["mean"] == pytest.approx(gaps[1]["mean"], abs=1e-4)
