@@ -55,7 +55,7 @@ REPLACED = {
     "two_passes": "give --gradient_checkpointing, or fewer pairs at a time (--train_batch_size)",
     "attention_kernel": "torch chooses its kernel",
     "trajectory_weights": "both images are noised by the forward process",
-    "trajectory": "both images are noised by the forward process, which every measured run preferred",
+    "trajectory": "both images are noised by the forward process, which came out ahead in both comparisons",
     "refresh_opponent_steps": "play shorter rounds (--max_train_steps), whose opponent draws anew",
     "image_interpolation_mode": "images are resized by lanczos",
 }
