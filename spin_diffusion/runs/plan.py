@@ -18,6 +18,7 @@ from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.device import wait_for
 from spin_diffusion.selfplay.game import Game
+from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
@@ -29,7 +30,7 @@ from spin_diffusion.store.run_dir import seed_from
 
 PROBE_SECONDS = 20.0
 """The most that each of a probe's parts takes, beyond its first two calls."""
-PHASES = {"generated": "draw", "cached": "encode", "trained": "train", "evaluated": "evaluate"}
+PHASES = {"generated": "draw", "cached": "encode", "trained": "train", "looked": "look", "evaluated": "evaluate"}
 """The phases of the ledger that are planned, and what they are called here."""
 
 
@@ -229,10 +230,25 @@ def predict(
                 "generated": round_.drawn * rates.draw / world,
                 "cached": (round_.encoded * rates.encode + round_.scored * rates.score) / world,
                 "trained": visited * rates.pair + steps * rates.update + round_.measured * rates.score / world,
+                "looked": _looked(config, rates, sizes, steps) / world,
                 "evaluated": evaluation / world if is_evaluated else 0.0,
             }
         )
     return predicted
+
+
+def _looked(config: RunConfig, rates: Rates, sizes: Sizes, steps: int) -> float:
+    """Seconds of the judgements and previews of a round of so many steps: one at its start as well, and a judgement of
+    its last step; what scorers take is not in them."""
+    training, seconds = config.training, 0.0
+    if training.select_every is not None:
+        # A gap takes the passes forward of a step alone, about half of a pair
+        by_gap, drawn = sizes.held_out * rates.pair / 2, min(sizes.held_out, JUDGED_PROMPTS) * rates.show
+        judged = 2 + (steps - 1) // training.select_every
+        seconds += judged * (by_gap if training.select_by == "gap" else drawn)
+    if isinstance(every := config.flat().get("preview_every"), int):
+        seconds += (1 + steps // every) * PREVIEWED_PROMPTS * rates.show
+    return seconds
 
 
 def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work]) -> int:

@@ -18,7 +18,7 @@ from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.samples.drawn import Request, draw_samples, folder_of, picture_shards, requests_of
 from spin_diffusion.samples.sampling import OWN_SIZE
-from spin_diffusion.selfplay.looks import Judge, Judged, Preview, step_name
+from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS, Judge, Judged, Preview, step_name
 from spin_diffusion.selfplay.record import PREVIEW_SHEET
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
@@ -26,10 +26,6 @@ from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
 
-JUDGED_PROMPTS = 32
-"""Prompts at most for whose pictures a step is judged."""
-PREVIEWED_PROMPTS = 4
-"""Prompts of previews."""
 COLUMNS = 12
 """Steps in a sheet of previews, beside the first."""
 

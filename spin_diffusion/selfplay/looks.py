@@ -4,6 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+JUDGED_PROMPTS = 32
+"""Held-out prompts at most for which samples are drawn and scored to judge a step."""
+PREVIEWED_PROMPTS = 4
+"""Prompts of previews."""
+
 
 @dataclass(frozen=True)
 class Judged:

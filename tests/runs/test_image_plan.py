@@ -150,3 +150,15 @@ def test_what_does_not_fit_is_said():
 
 def replace_bytes(plan, there):
     return plan | {"device_bytes": there}
+
+
+def test_judgements_and_previews_are_part_of_the_time():
+    def looked(*flags: str) -> float:
+        settings = config("--num_held_out", "40", "--validation_prompts", "null", *flags)
+        return predict(settings, RATES, Sizes(12, 40, 0), works(settings, 12), 1)[0]["looked"]
+
+    assert looked() == 0
+    # Of 4 steps: the start, the second, the last one
+    assert looked("--select_every", "2") == pytest.approx(3 * 40 * 2.0 / 2)
+    assert looked("--select_every", "2", "--select_by", "sharpness") == pytest.approx(3 * 32 * 2.0)
+    assert looked("--preview_every", "3") == pytest.approx(2 * 4 * 2.0)

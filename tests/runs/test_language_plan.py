@@ -42,7 +42,13 @@ def size(settings, sizes: Sizes = SIZES) -> int:
 def test_seconds_are_rates_times_how_often_the_settings_ask():
     rounds = seconds(config())
     assert [entry.pop("round") for entry in rounds] == [1, 2, 3]
-    each = {"generated": 12 * ANSWER, "cached": 24 * 0.25, "trained": 4 * 2 * 2.0 + 4 * 3.0, "evaluated": 0}
+    each = {
+        "generated": 12 * ANSWER,
+        "cached": 24 * 0.25,
+        "trained": 4 * 2 * 2.0 + 4 * 3.0,
+        "looked": 0,
+        "evaluated": 0,
+    }
     assert all(entry == pytest.approx(each) for entry in rounds)
 
 
