@@ -12,6 +12,7 @@ from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.samples.sample import ENCODED
+from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.samples.shards import Part
 from spin_diffusion.selfplay.trainee import trained_parameters
 
@@ -29,8 +30,8 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
-        f"Objective  {config.titles}, opponent {config.rounds.opponent}, drawn at guidance "
-        f"{config.sampling.guidance_scale:g} in {config.sampling.num_inference_steps} steps\n"
+        f"Objective  {config.titles}, opponent {config.rounds.opponent}, drawn at "
+        f"{game.opponent_sampling.in_words}\n"
         f"{_candidate_lines(config)}"
     )
 
@@ -106,7 +107,8 @@ def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
         arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
     curator, lora, sampling = config.data.curation.scorer, config.lora, config.sampling
     chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
-    how = f"guidance {sampling.guidance_scale:g}, {sampling.num_inference_steps} steps of {sampling.sampler}"
+    free = free_in_words(sampling.guidance_scale, sampling.num_inference_steps, sampling.prediction_scale)
+    how = f"{free}, by {sampling.sampler}"
     adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
     return Card(
         "pipeline_card.md.j2",
