@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from spin_diffusion.comparing.settings import SetName
+from spin_diffusion.comparing.settings import CompareSettings, SetName
 from spin_diffusion.diffusion.base import Base, load_to_draw
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
@@ -57,21 +57,6 @@ VIEW = re.compile(
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How the pictures of all cells are drawn and scored."""
-
-    prompts: str
-    num_validation_prompts: int
-    num_test_prompts: int
-    images_per_prompt: int
-    scorers: list[str]
-
-    def per_prompt(self, view: View) -> int:
-        """Images of each prompt: those that choose need one."""
-        return self.images_per_prompt if view.prompts == "test" else 1
-
-
-@dataclass(frozen=True)
 class Task:
     """What a process is asked: one cell, and the views of it that are wanted."""
 
@@ -82,24 +67,24 @@ class Task:
     """0 = the base, which is not trained."""
     seed: int
     views: list[View]
-    drawing: Drawing
-    retry_failed: bool = False
+    settings: CompareSettings
+    """How its pictures are asked for and scored."""
 
 
-def prompt_sets(drawing: Drawing) -> dict[SetName, PromptSet]:
+def prompt_sets(settings: CompareSettings) -> dict[SetName, PromptSet]:
     """The first prompts choose, the next ones report; no prompt is in both.
 
     Raises:
         InputError: there are too few.
     """
-    wanted = drawing.num_validation_prompts + drawing.num_test_prompts
-    found = load_prompts(drawing.prompts, wanted)
+    wanted = settings.num_validation_prompts + settings.num_test_prompts
+    found = load_prompts(str(settings.prompts), wanted)
     if len(found.rows) < wanted:
         raise InputError(
-            f"--prompts {drawing.prompts} has {len(found.rows)} prompts, fewer than --num_validation_prompts "
-            f"{drawing.num_validation_prompts} and --num_test_prompts {drawing.num_test_prompts} together"
+            f"--prompts {settings.prompts} has {len(found.rows)} prompts, fewer than --num_validation_prompts "
+            f"{settings.num_validation_prompts} and --num_test_prompts {settings.num_test_prompts} together"
         )
-    split = drawing.num_validation_prompts
+    split = settings.num_validation_prompts
 
     def part(name: SetName, rows: tuple[PromptRow, ...]) -> PromptSet:
         return PromptSet(name, rows, prompts_hash([row.prompt for row in rows]), found.licence, found.source)
@@ -142,7 +127,7 @@ class Failure(TypedDict):
 def failure_of(task: Task) -> Failure | None:
     """What ended a cell for good; None = nothing did, or it is to be run again."""
     found = last_failure(task.folder)
-    return None if found is None or task.retry_failed or found["kind"] == "killed" else found
+    return None if found is None or task.settings.retry_failed or found["kind"] == "killed" else found
 
 
 def last_failure(folder: Path) -> Failure | None:
@@ -166,15 +151,15 @@ def view_key(task: Task, view: View) -> str:
     config, run_ = task.config, task.folder / "run"
     base = Base.of_settings(config.flat())
     protocol = protocol_of(
-        prompt_sets(task.drawing)[view.prompts],
-        images_per_prompt=task.drawing.per_prompt(view),
+        prompt_sets(task.settings)[view.prompts],
+        images_per_prompt=task.settings.images_of(view.prompts),
         seed=task.seed,
         sampling=view.sampling,
         guidance_scales=[view.sampling.guidance_scale],
     )
     return key_of(
         protocol=protocol["id"],
-        scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.drawing.scorers},
+        scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.settings.scorers or []},
         base=asdict(base),
         content=[place and place_hash(place) for place in (base.name, base.vae)],
         weights=saved_player(run_, view.round) if view.round and (run_ / f"round-{view.round}").is_dir() else None,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from spin_diffusion.comparing import cells
-from spin_diffusion.comparing.cells import Drawing, Task, View, prompt_sets, read_view
+from spin_diffusion.comparing.cells import Task, View, prompt_sets, read_view
 from spin_diffusion.comparing.plan import Cell, make_plan, parsed
 from spin_diffusion.comparing.results import TookAll
 from spin_diffusion.comparing.settings import Budget, CompareSettings
@@ -89,15 +89,8 @@ class Contest:
     def __init__(self, settings: CompareSettings) -> None:
         self.settings, self.plan = settings, make_plan(settings)
         self.output_dir = Path(settings.output_dir)
-        self.drawing = Drawing(
-            str(settings.prompts),
-            settings.num_validation_prompts,
-            settings.num_test_prompts,
-            settings.images_per_prompt,
-            settings.scorers or [],
-        )
-        self.sets = prompt_sets(self.drawing)
-        self.scorers = [parse_spec(spec)[0] for spec in self.drawing.scorers]
+        self.sets = prompt_sets(settings)
+        self.scorers = [parse_spec(spec)[0] for spec in settings.scorers or []]
         self.entries: list[Entry] = []
         self.started = time.monotonic()
 
@@ -113,7 +106,7 @@ class Contest:
     def task(self, cell: Cell, views: list[View]) -> Task:
         """What is asked of a cell."""
         config = parsed({**cell.training, "output_dir": str(self.folder(cell) / "run")})
-        return Task(self.folder(cell), config, cell.rounds, cell.seed, views, self.drawing, self.settings.retry_failed)
+        return Task(self.folder(cell), config, cell.rounds, cell.seed, views, self.settings)
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell lies."""

@@ -26,6 +26,7 @@ from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
+from spin_diffusion.evaluation.alarms import pair_cosines, unit
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images
@@ -108,7 +109,7 @@ def _train(task: Task, train: Train) -> None:
 
 def _scored(task: Task, view: View) -> Made:
     """The rows of a view: its pictures are drawn and scored, and kept nowhere."""
-    config, per_prompt = task.config, task.drawing.per_prompt(view)
+    config, per_prompt = task.config, task.settings.images_of(view.prompts)
     family, pipeline = cells.base_pipeline(Base.of_settings(config.flat()))
     saved: dict[str, Path] = {}
     if view.round:
@@ -117,7 +118,7 @@ def _scored(task: Task, view: View) -> Made:
             raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
         kind = "lora" if (run_ / f"round-{view.round}" / "lora").is_dir() else "unet"
         saved = {kind: run_ / f"round-{view.round}" / kind}
-    wanted = cells.prompt_sets(task.drawing)[view.prompts].requests(per_prompt, task.seed)
+    wanted = cells.prompt_sets(task.settings)[view.prompts].requests(per_prompt, task.seed)
     prompts = [row["prompt"] for row in wanted]
     sampling = view.sampling
     images = draw_images(
@@ -129,14 +130,14 @@ def _scored(task: Task, view: View) -> Made:
     )
     columns: dict[str, list[float]] = {}
     distances: list[float | None] = [None] * len(wanted)
-    for spec in task.drawing.scorers:
+    for spec in task.settings.scorers or []:
         scorer = _scorer(spec, part_key(SCORERS, spec))
         columns[parse_spec(spec)[0]] = score_images(scorer, images, prompts)
         if scorer.features and per_prompt > 1 and None in distances:
             batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
             features = np.concatenate([np.asarray(scorer.features(batch)) for batch in batches])
-            of_prompts = mean_distances(features.reshape(-1, per_prompt, features.shape[1]))
-            distances = of_prompts.repeat(per_prompt).tolist()
+            by_prompt = features.reshape(-1, per_prompt, features.shape[1])
+            distances = (1 - pair_cosines(unit(by_prompt)).mean(axis=1)).repeat(per_prompt).tolist()
     return Made(
         [
             {"id": row["id"], "k": row["k"], "prompt": row["prompt"], "seed": row["seed"]}
@@ -151,13 +152,6 @@ def _scored(task: Task, view: View) -> Made:
 def _scorer(spec: str, key: str) -> LoadedScorer:
     """A scorer, kept for the next view as long as it is the one of this key."""
     return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def mean_distances(features: np.ndarray) -> np.ndarray:
-    """Mean pairwise 1 - cosine of the images of each prompt: (prompts, images, width) -> (prompts,)."""
-    unit = features / np.linalg.norm(features.astype(np.float64), axis=2, keepdims=True)
-    first, second = np.triu_indices(features.shape[1], k=1)
-    return 1 - (unit[:, first] * unit[:, second]).sum(axis=2).mean(axis=1)
 
 
 # Processes

@@ -145,6 +145,10 @@ class CompareSettings:
         """What is given of a method."""
         return (self.methods or {})[name] or {}
 
+    def images_of(self, prompts: SetName) -> int:
+        """Images of each prompt of a set: those that choose need one."""
+        return self.images_per_prompt if prompts == "test" else 1
+
     @property
     def budgets(self) -> list[Budget]:
         """Those that are asked for."""

@@ -419,7 +419,7 @@ def diversity_over_seeds(baseline: np.ndarray | None, candidate: np.ndarray | No
     both = _features(baseline, candidate, pairs=True)
     if isinstance(both, str):
         return not_run("diversity_over_seeds", both)
-    before, after = (1 - _pair_cosines(features).mean(axis=1) for features in both)
+    before, after = (1 - pair_cosines(features).mean(axis=1) for features in both)
     vendi = " to ".join(f"{_vendi(features).mean():.2f}" for features in both)
     return diversity_falls(
         before,
@@ -449,7 +449,7 @@ def near_duplicates(baseline: np.ndarray | None, candidate: np.ndarray | None) -
     both = _features(baseline, candidate, pairs=True)
     if isinstance(both, str):
         return not_run("near_duplicates", both)
-    before, after = ((_pair_cosines(features) > NEAR_DUPLICATE_COSINE).mean(axis=1) for features in both)
+    before, after = ((pair_cosines(features) > NEAR_DUPLICATE_COSINE).mean(axis=1) for features in both)
     what = f"Pairs of seeds that give the same picture (cosine above {NEAR_DUPLICATE_COSINE:g})"
     return share_rises("near_duplicates", before, after, NEAR_DUPLICATE_RISE, what)
 
@@ -501,10 +501,10 @@ def _features(
         return problem
     if len(baseline) < 3:
         return "it takes 3 prompts or more"
-    return _unit(baseline), _unit(candidate)
+    return unit(baseline), unit(candidate)
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
     """(prompts, images, width) float64 of length 1."""
     features = np.asarray(features, dtype=np.float64)
     lengths = np.linalg.norm(features, axis=2, keepdims=True)
@@ -514,8 +514,8 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / lengths
 
 
-def _pair_cosines(features: np.ndarray) -> np.ndarray:
-    """Cosines of all pairs of images of one prompt: (prompts, images, width) -> (prompts, images (images - 1) / 2)."""
+def pair_cosines(features: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs of images of one prompt: (prompts, images, width) of length 1 -> (prompts, pairs)."""
     first, second = np.triu_indices(features.shape[1], k=1)
     return (features @ features.transpose(0, 2, 1))[:, first, second]
 

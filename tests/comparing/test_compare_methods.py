@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from spin_diffusion.comparing import analysis, cells, compare, making
 from spin_diffusion.comparing.analysis import DifferenceFamily, crossed_interval
-from spin_diffusion.comparing.cells import Drawing, Task, View
+from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.comparing.contest import Contest, Entry, choose, highest, run_flops, steps_for
-from spin_diffusion.comparing.making import make, mean_distances
+from spin_diffusion.comparing.making import make
 from spin_diffusion.comparing.plan import make_plan, parsed
 from spin_diffusion.comparing.report import findings, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
@@ -278,15 +278,6 @@ def test_it_is_said_which_method_is_first_and_which_are_not_told_apart_from_it(c
     first = dict.fromkeys(MODES, {"method": "spin", "not_told_apart": []})
     said = " ".join(findings(results, world, {"rows": rows, "first": first}))
     assert "that of spin; it is ahead of every other method." in said
-
-
-def test_the_distance_of_a_prompts_images_is_the_mean_over_its_pairs():
-    features = np.random.default_rng(4).normal(size=(2, 3, 5))
-    plain = [
-        np.mean([1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((x, y), (x, z), (y, z))])
-        for x, y, z in features
-    ]
-    assert mean_distances(features) == pytest.approx(plain)
 
 
 # Equal steps, equal compute
@@ -637,7 +628,7 @@ def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
     task = task_of(config, contest)
     scorer = tmp_path / "deadly.py"
     scorer.write_text("import os\ndef load(device):\n    os._exit(7)\n")
-    deadly = replace(task, folder=tmp_path / "deadly", drawing=replace(task.drawing, scorers=[str(scorer)]))
+    deadly = replace(task, folder=tmp_path / "deadly", settings=replace(task.settings, scorers=[str(scorer)]))
     done: list[Task] = []
     making.run_all([deadly, task], train, 1, done.append, lambda: True)
     assert done == [deadly, task]
@@ -672,7 +663,7 @@ def test_what_was_killed_is_run_again_and_what_diverged_is_not(config, tmp_path)
     for kind, is_final in (("killed", False), ("diverged", True), ("refused", True)):
         making.write_failure(tmp_path, kind, "why")
         assert cells.is_done(task) == (cells.failure_of(task) is not None) == is_final
-        assert cells.failure_of(replace(task, retry_failed=True)) is None
+        assert cells.failure_of(replace(task, settings=replace(task.settings, retry_failed=True))) is None
 
 
 def test_one_process_at_a_time_works_on_a_cell(tmp_path):
@@ -705,10 +696,10 @@ def test_another_drawing_is_scored_again(config):
     make(task, train)
     assert cells.is_done(task)
     assert not cells.is_done(replace(task, views=[View("validation", 0, at(1.0, num_inference_steps=1))]))
-    scorer = Path(task.drawing.scorers[0])
+    scorer = Path(task.settings.scorers[0])
     renamed = scorer.with_name("renamed.py")
     renamed.write_text(scorer.read_text())
-    assert not cells.is_done(replace(task, drawing=replace(task.drawing, scorers=[str(renamed)])))
+    assert not cells.is_done(replace(task, settings=replace(task.settings, scorers=[str(renamed)])))
     # What is not in the file's name, and what is behind a scorer's name
     assert not cells.is_done(replace(task, views=[View("validation", 0, replace(at(1.0), eta=0.5))]))
     scorer.write_text(scorer.read_text().replace("Redness", "Another redness"))
@@ -745,9 +736,8 @@ def test_a_base_data_or_scorer_that_is_replaced_under_its_name_makes_another_cel
     assert len({key for key, _ in seen}) == 4 and len({key for _, key in seen}) == 2
 
 
-def test_prompts_that_choose_and_prompts_that_report_are_apart(tiny_prompts):
-    drawing = Drawing(str(tiny_prompts), 2, 2, 1, [])
-    sets = cells.prompt_sets(drawing)
+def test_prompts_that_choose_and_prompts_that_report_are_apart(config):
+    sets = cells.prompt_sets(settings_of(config))
     validation, test = ({row.prompt for row in sets[name].rows} for name in ("validation", "test"))
     assert len(validation) == len(test) == 2 and not validation & test
 
