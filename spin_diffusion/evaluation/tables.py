@@ -241,8 +241,8 @@ def _sweep_table(entry: SweepEntry) -> SweepTable:
         )
     else:
         sentence = (
-            f"{entry['model']} gains {_signed(gain, decimals)} by {entry['scorer']} for nothing but {_free(best)} in "
-            f"place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the passes"
+            f"{entry['model']} gains {_signed(gain, decimals)} by {entry['scorer']} without any training, with "
+            f"{_free(best)} in place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the passes"
         )
     if other is not None:
         sentence += (
