@@ -242,7 +242,8 @@ def _sweep_table(entry: SweepEntry) -> SweepTable:
     else:
         sentence = (
             f"{entry['model']} gains {_signed(gain, decimals)} by {entry['scorer']} without any training, with "
-            f"{_free(best)} in place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the passes"
+            f"{_free(best)} in place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the "
+            "passes"
         )
     if other is not None:
         sentence += (
