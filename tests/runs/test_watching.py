@@ -11,6 +11,7 @@ from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.files import read_json, read_rows
+from spin_diffusion.store.input_error import InputError
 
 SCORER = """
 import torch
@@ -101,3 +102,27 @@ def test_by_a_scorer_the_best_step_of_the_pictures_of_held_out_captions_is_promo
     assert best["mean"] == pytest.approx(means[best["step"]] - means[0])
     assert record["ledger"]["judged"]["samples"] == 4 * 6 and record["ledger"]["judged"]["flops"] > 0
     assert [line for line in capsys.readouterr().out.splitlines() if "by brightness" in line]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--select_every 5", "--select_every 5 judges the player on held-out samples: give --num_held_out"),
+        ("--num_held_out 4 --select_by pickscore", "--select_by pickscore needs --select_every"),
+        ("--num_held_out 4 --select_every 5 --objective dpo", "--select_by gap needs generated samples that are not"),
+    ],
+)
+def test_what_cannot_be_selected_by_is_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(["--pretrained_model_name_or_path", "base", "--dataset_name", "data", *flags.split()])
+
+
+def test_a_scorer_that_is_not_there_or_has_no_best_is_refused_before_a_model_is_loaded(settings, tmp_path):
+    drift = tmp_path / "drift.py"
+    drift.write_text(
+        "from spin_diffusion.evaluation.scorers import About\nABOUT = About('d', 's', role='drift')\n" + SCORER
+    )
+    settings |= {"pretrained_model_name_or_path": tmp_path / "nothing", "select_every": 2}
+    for spec, message in (("pickscor", "--select_by pickscor: .*pickscore"), (drift, "no step is its best")):
+        with pytest.raises(InputError, match=message):
+            play(settings | {"select_by": spec})

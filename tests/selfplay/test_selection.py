@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from spin_diffusion.selfplay.looks import Judge, Judged, Preview
+from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.selfplay.watching import best_of, gain
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
@@ -101,9 +102,10 @@ def test_looking_changes_nothing_else(sdxl_dir, tmp_path):
     assert weights(tmp_path / "judged") == weights(tmp_path / "not")
 
 
-def test_by_the_gap_the_step_is_kept_that_tells_held_out_pictures_apart_best(sdxl_dir, tmp_path, capsys):
+@pytest.mark.parametrize("how", [{}, {"fixed_draws": 1}, {"lora": LoraSettings(use_lora=True, rank=2)}])
+def test_by_the_gap_the_step_is_kept_that_tells_held_out_pictures_apart_best(how, sdxl_dir, tmp_path, capsys):
     by_gap = replace(SELECTING, select_by="gap", select_every=2, max_train_steps=5)
-    (record,) = play_all(sdxl_dir, tmp_path, by_gap, held_out=4, rounds=1)
+    (record,) = play_all(sdxl_dir, tmp_path, by_gap, make_game(sdxl_dir, **how), held_out=4, rounds=1)
     selection, gap = record["training"]["selection"], record["held_out_gap"]
     assert [entry["step"] for entry in selection["curve"]] == [0, 2, 4, 5], "the last step is judged in any case"
     best = max(selection["curve"][1:], key=lambda entry: entry["mean"])
