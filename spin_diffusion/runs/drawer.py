@@ -26,6 +26,8 @@ class Drawer:
         self.family: Any = None
         self.pipeline: Any = None
         self.parts = ""
+        self._told: set[Base] = set()
+        """Bases whose cut prompts were said: a sweep opens them again and again."""
 
     def resolution(self, source: ModelSource) -> int:
         """The usual image size of a model's family."""
@@ -56,5 +58,7 @@ class Drawer:
             self.close()
             self.family, self.pipeline = load_to_draw(source.base, self.accelerator.device)
             self.base, self.parts = source.base, parts_hash(self.pipeline)
-            if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
-                self.accelerator.print(line)
+            if source.base not in self._told:
+                self._told.add(source.base)
+                if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
+                    self.accelerator.print(line)
