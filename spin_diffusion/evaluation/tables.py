@@ -109,7 +109,10 @@ def _distance_rows(compared: DistributionEntry) -> dict[tuple[str, Scale], list[
 def _distance_table(compared: DistributionEntry) -> Table:
     """A line per model and guidance scale; bold green and red where the interval of the difference excludes 0."""
     decimals, rows = distance_decimals(compared["distances"]), _distance_rows(compared)
-    caption = "fd, kid: lower is better. Coloured: the interval of the difference to the baseline excludes 0."
+    caption = (
+        "Lower is better for fd and kid, higher for the others. Coloured: the interval of the difference to the "
+        "baseline excludes 0."
+    )
     title = Text(distribution_title(compared))
     table = Table(title=title, caption=Text(caption), title_justify="left", caption_justify="left")
     table.add_column("model")

@@ -57,6 +57,17 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
     }
 
 
+SMALL = """
+import numpy as np, torch
+def load(device):
+    def embed(images):
+        open(__file__ + ".calls", "a").write("x" * len(images))
+        return torch.tensor(np.stack([np.asarray(image.resize((2, 2))).reshape(-1) for image in images])).float()
+    return embed
+"""
+"""An embedding that counts what it is asked."""
+
+
 @pytest.fixture
 def unevaluated(settings) -> dict:
     """For what happens before or beside the evaluation, which takes longer than so small a training."""
@@ -97,6 +108,8 @@ def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs
 def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard", "num_validation_images": 2}
     settings["validation_guidance_scales"] = [1, 3]
+    settings["distribution_features"] = str(tmp_path / "small.py")
+    (tmp_path / "small.py").write_text(SMALL)
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
     names = {"config.yaml", "manifest.json", "samples.png", "table.md", "unet", "logs", "round-1", "round-2", "base"}
@@ -121,8 +134,11 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a fox", height=32, width=32, num_inference_steps=1).images
     shows_every_model(out)
+    compared, embedded = read_results(out / "results.json")["distribution"], (tmp_path / "small.py.calls").read_text()
+    assert compared["num_real"] == 24 and "24 real ones" in compared["left_out"] in (out / "report.html").read_text()
     # Once more: nothing to do, the same table
     assert play(tmp_path, settings) == 0
+    assert (tmp_path / "small.py.calls").read_text() == embedded
     assert "spin round 2" in capsys.readouterr().out
 
 
