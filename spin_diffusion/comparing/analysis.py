@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 from spin_diffusion.comparing import cells
 from spin_diffusion.comparing.cells import VIEW, View, read_view
 from spin_diffusion.comparing.contest import Contest, Entry, run_flops
+from spin_diffusion.comparing.distances import Drawn, distances_of
 from spin_diffusion.comparing.plan import Cell, about, parsed
 from spin_diffusion.comparing.results import (
     BudgetResult,
     Comparison,
     Difference,
     Differences,
+    Distances,
     First,
     FreeSettings,
     Mean,
@@ -168,6 +170,8 @@ def _world(contest: Contest, world: str) -> WorldResult:
                 "first": _first(scores),
             }
         )
+        if (found := against_real(contest, world, entries)) is not None:
+            budgets[-1]["distances"] = found
     return {
         "name": world,
         "about": about(contest.settings.world(world)),
@@ -181,6 +185,31 @@ def _world(contest: Contest, world: str) -> WorldResult:
         },
         "budgets": budgets,
     }
+
+
+def against_real(contest: Contest, world: str, entries: Sequence[Entry]) -> Distances | None:
+    """How far the test pictures of the base, and of every method after its last round, are from real ones; None where
+    it was not asked for."""
+    settings, plan = contest.settings, contest.plan
+    if settings.distribution_features is None:
+        return None
+
+    def drawn(of_cells: Sequence[Cell], round_: int, best: Sampling | None) -> Drawn:
+        ways = zip(MODES, (plan.unguided(world), plan.usual(world), best), strict=True)
+        return Drawn(of_cells, round_, {mode: how for mode, how in ways if how is not None})
+
+    base_cells = [plan.base(world, seed) for seed in settings.all_seeds]
+    by_method = {"base": drawn(base_cells, 0, contest.best_of_base(world))}
+    by_method |= {entry.method: drawn(entry.cells, entry.rounds, entry.best) for entry in entries}
+    return distances_of(
+        by_method,
+        contest.folder,
+        settings.distribution_features,
+        f"images of {world}",
+        settings.images_per_prompt,
+        settings.num_test_prompts,
+        contest.output_dir / "worlds" / world,
+    )
 
 
 def _free(sampling: Sampling) -> FreeSettings:
@@ -385,5 +414,6 @@ def _all_rows(contest: Contest) -> list[dict[str, object]]:
                     "num_inference_steps": int(named["num_inference_steps"]),
                     "prediction_scale": float(named["prediction_scale"]),
                 }
-                rows += [about_cell | view | row for row in read_rows(path)]
+                scored = read_rows(path)
+                rows += [about_cell | view | {k: v for k, v in row.items() if k != "features"} for row in scored]
     return rows

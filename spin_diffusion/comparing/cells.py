@@ -19,6 +19,7 @@ from spin_diffusion.comparing.settings import CompareSettings, SetName
 from spin_diffusion.diffusion.base import Base, load_to_draw
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, count_units
+from spin_diffusion.evaluation.embeddings import __name__ as EMBEDDINGS
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
@@ -69,6 +70,10 @@ class Task:
     views: list[View]
     settings: CompareSettings
     """How its pictures are asked for and scored."""
+
+    def embedding(self, view: View) -> str | None:
+        """What gives features of the pictures of a view: those that report alone have any."""
+        return self.settings.distribution_features if view.prompts == "test" else None
 
 
 def prompt_sets(settings: CompareSettings) -> dict[SetName, PromptSet]:
@@ -136,7 +141,7 @@ def last_failure(folder: Path) -> Failure | None:
 
 
 def read_view(folder: Path, view: View) -> list[dict[str, Any]] | None:
-    """Rows of a view: id, k, prompt, seed, one column per scorer, distance; None = it has none."""
+    """Rows of a view: id, k, prompt, seed, one column per scorer, distance, perhaps features; None = it has none."""
     path = scores_path(folder, view)
     return read_rows(path) if path.is_file() else None
 
@@ -157,8 +162,10 @@ def view_key(task: Task, view: View) -> str:
         sampling=view.sampling,
         guidance_scales=[view.sampling.guidance_scale],
     )
+    embedding = task.embedding(view)
     return key_of(
         protocol=protocol["id"],
+        **({"embedding": part_key(EMBEDDINGS, embedding)} if embedding is not None else {}),
         scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.settings.scorers or []},
         base=asdict(base),
         content=[place and place_hash(place) for place in (base.name, base.vae)],

@@ -27,6 +27,8 @@ from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
 from spin_diffusion.evaluation.alarms import pair_cosines, unit
+from spin_diffusion.evaluation.embeddings import LoadedEmbedding, load_embedding
+from spin_diffusion.evaluation.embeddings import __name__ as EMBEDDINGS
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images
@@ -138,11 +140,17 @@ def _scored(task: Task, view: View) -> Made:
             features = np.concatenate([np.asarray(scorer.features(batch)) for batch in batches])
             by_prompt = features.reshape(-1, per_prompt, features.shape[1])
             distances = (1 - pair_cosines(unit(by_prompt)).mean(axis=1)).repeat(per_prompt).tolist()
+    features_of: list[list[float]] = []
+    if (asked := task.embedding(view)) is not None:
+        embedding = _embedding(asked, part_key(EMBEDDINGS, asked))
+        for start in range(0, len(images), BATCH):
+            features_of += embedding(images[start : start + BATCH]).tolist()
     return Made(
         [
             {"id": row["id"], "k": row["k"], "prompt": row["prompt"], "seed": row["seed"]}
             | {name: scores[place] for name, scores in columns.items()}
             | {"distance": distances[place]}
+            | ({"features": features_of[place]} if features_of else {})
             for place, row in enumerate(wanted)
         ]
     )
@@ -152,6 +160,12 @@ def _scored(task: Task, view: View) -> Made:
 def _scorer(spec: str, key: str) -> LoadedScorer:
     """A scorer, kept for the next view as long as it is the one of this key."""
     return load_scorer(spec, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.lru_cache(maxsize=1)
+def _embedding(spec: str, key: str) -> LoadedEmbedding:
+    """An embedding, kept likewise."""
+    return load_embedding(spec, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 # Processes

@@ -11,12 +11,14 @@ from spin_diffusion.comparing.results import (
     BudgetResult,
     Comparison,
     Difference,
+    Distances,
     FreeSettings,
     Mean,
     MethodResult,
     WorldResult,
 )
 from spin_diffusion.comparing.settings import Mode
+from spin_diffusion.evaluation.distribution import LOWER_IS_BETTER
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.plots import Line
@@ -62,6 +64,10 @@ def tables_of(results: Comparison, world: WorldResult, budget: BudgetResult) -> 
     kinds = {"": _scores_table, ": round by round": _by_round_table, ": rounds": _rounds_table, ": seeds": _seeds_table}
     title = f"{world['name']}, equal {budget['budget']}"
     made = {title + after: table(results, world, budget["rows"]) for after, table in kinds.items()}
+    if (distances := budget.get("distances")) is not None and distances["rows"]:
+        made[f"{title}: {distances['num_images']} images against {distances['title']}"] = _distance_table(
+            distances, world
+        )
     return [Table(title, *table) for title, table in made.items() if table is not None]
 
 
@@ -140,6 +146,30 @@ def _method_row(row: MethodResult, world: WorldResult, modes: dict[Mode, str], r
         cells.append(Text() if row["method"] == reference else _difference(_to_reference(row, mode)))
     cells.append(_difference(row["to_base"]["best"]))
     return [*cells, _number(row["diversity"]), Text(f"{row['gflops']:.0f}"), Text(f"{row['seconds']:.0f}")]
+
+
+def _distance_table(distances: Distances, world: WorldResult) -> _Table:
+    """How far the pictures are from real ones; behind each number the difference to the base at its best."""
+    rows, modes = distances["rows"], _modes(world)
+    metrics = list(rows[0]["metrics"])
+    head = [
+        "method",
+        "drawn at",
+        *(f"{metric} ({'lower' if metric in LOWER_IS_BETTER else 'higher'})" for metric in metrics),
+    ]
+    table = []
+    for row in rows:
+        if row["mode"] in modes:
+            cells = [Text(row["method"], is_number=False), Text(modes[row["mode"]], is_number=False)]
+            for metric in metrics:
+                value, apart = f"{row['metrics'][metric]['mean']:.3g}", row["to_base"].get(metric)
+                if apart is None:
+                    cells.append(Text(value))
+                    continue
+                said = f"{value} ({apart['mean']:+.2g} [{apart['low']:+.2g}, {apart['high']:+.2g}])"
+                cells.append(Text(said, "some" if apart["low"] > 0 or apart["high"] < 0 else ""))
+            table.append(cells)
+    return head, table
 
 
 def _seeds_table(results: Comparison, world: WorldResult, rows: Sequence[MethodResult]) -> _Table:
@@ -235,6 +265,30 @@ def findings(results: Comparison, world: WorldResult, budget: BudgetResult) -> l
             level = first["not_told_apart"]
             apart = f"not told apart from it: {', '.join(level)}" if level else f"it is ahead of {every}"
             said.append(f"The highest mean is that of {first['method']}; {apart}.")
+    return said + _missed(world, budget)
+
+
+def _missed(world: WorldResult, budget: BudgetResult) -> list[str]:
+    """Which methods cover less of the real images than the base at its best; why metrics of that are not there."""
+    distances, modes, fell = budget.get("distances"), _modes(world), []
+    if distances is None:
+        return []
+    for row in distances["rows"]:
+        lost = [
+            f"{metric} {apart['mean']:+.2g}"
+            for metric, apart in row["to_base"].items()
+            if metric in ("recall", "coverage") and apart["high"] < 0
+        ]
+        if lost and row["mode"] in modes and row["method"] != "base":
+            fell.append(f"{row['method']} at {modes[row['mode']]} ({', '.join(lost)})")
+    said = (
+        [f"Of the distance to real images not all is told: {distances['left_out']}."] if distances["left_out"] else []
+    )
+    if fell:
+        said.append(
+            f"Less of the real images than by the base at its best is covered by {'; '.join(fell)}: higher scores of "
+            "theirs may come from fewer kinds of images, and are no improvement."
+        )
     return said
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Literal, NotRequired, TypedDict
 
 from spin_diffusion.comparing.settings import Budget, Mode, SetName
+from spin_diffusion.evaluation.records import Metric
 
 
 class Mean(TypedDict):
@@ -109,6 +110,28 @@ class First(TypedDict):
     not_told_apart: list[str]
 
 
+class DistanceRow(TypedDict):
+    """How far a method's pictures, drawn in one way, are from real ones; the base has no difference to itself at its
+    best."""
+
+    method: str
+    mode: Mode
+    metrics: dict[Metric, Mean]
+    to_base: dict[Metric, Difference]
+
+
+class Distances(TypedDict):
+    """How far the pictures of all methods are from real ones."""
+
+    title: str
+    num_real: int
+    num_images: int
+    """Of each method, way of drawing and seed."""
+    left_out: str
+    """Which metrics are not there, and why; empty = all are."""
+    rows: list[DistanceRow]
+
+
 class BudgetResult(TypedDict):
     """All methods of a world under one budget."""
 
@@ -118,6 +141,7 @@ class BudgetResult(TypedDict):
     differences: int
     """How many there are, for which their adjusted intervals hold together."""
     first: dict[Mode, First | None]
+    distances: NotRequired[Distances]
 
 
 class WorldResult(TypedDict):

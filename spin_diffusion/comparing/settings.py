@@ -84,6 +84,9 @@ class CompareSettings:
     after as many rounds if it has as many, else after its last."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers; the first one chooses."""
+    distribution_features: str | None = None
+    """NAME[=PATH] of an embedding (dinov2, clip_l14), or path of a .py file: compare the distribution of each method's
+    test pictures with that of the real ones of its world. It takes 100 pictures of each seed."""
     jobs: int = 1
     """Processes, each with one thread on a CPU. 0 = in this process."""
     retry_failed: bool = False

@@ -35,6 +35,7 @@ from spin_diffusion.evaluation.records import Metric
 from spin_diffusion.evaluation.statistics import Interval
 
 METRICS: tuple[Metric, ...] = get_args(Metric)
+LOWER_IS_BETTER: frozenset[Metric] = frozenset({"fd", "kid"})
 MANIFOLD_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """Which nearest other picture a ball reaches to: those of the papers."""
 GROUPS = 20
@@ -309,7 +310,7 @@ def interval(metric: Metric, model: Replicates, other: Replicates | None = None,
         value -= sum((GROUPS - 1) * (float(side.mean()) - model.whole) for side in sides)
     variance = sum((GROUPS - 1) * float(side.var()) for side in sides)
     reach = float(stats.t.ppf((1 + confidence) / 2, GROUPS - 1)) * math.sqrt(variance)
-    if other is None and metric not in ("fd", "kid"):
+    if other is None and metric not in LOWER_IS_BETTER:
         return Interval(
             value, max(0.0, value - reach), value + reach if metric == "density" else min(1.0, value + reach)
         )

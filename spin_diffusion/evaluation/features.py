@@ -15,6 +15,7 @@ from PIL import Image
 
 from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.distribution import (
+    LOWER_IS_BETTER,
     METRICS,
     Features,
     Replicates,
@@ -87,6 +88,17 @@ class Comparison:
         places = np.linspace(0, len(self.real) - 1, min(len(self.real), MAX_REAL)).round().astype(int)
         return (self.crop(open_picture(self.real[place])) for place in places)
 
+    def real_features(self, device: str) -> Features:
+        """The features of the real pictures, made where they are not kept already."""
+        piece = self.piece(lambda: load_embedding(self.spec, device))
+        build(piece.path, piece.key, lambda: piece.make(lambda done: None))
+        return _read(self.path)
+
+    def piece(self, load: Callable[[], LoadedEmbedding]) -> Piece:
+        """The file of the real pictures' features."""
+        key = key_of(embedding=self.key, real=self.content)
+        return _piece(self.path, key, min(len(self.real), MAX_REAL), load, self.pictures)
+
     def distance(self, images: Sequence[Image.Image], device: str) -> float:
         """The Frechet distance of pictures to the real ones, whose features are built: of one number of pictures
         comparable with each other, see `frechet_distance`."""
@@ -112,13 +124,7 @@ def embed(
     """
     key = compared.key
     load = cache(lambda: load_embedding(compared.spec, str(accelerator.device)))
-    real = _piece(
-        compared.path,
-        key_of(embedding=key, real=compared.content),
-        min(len(compared.real), MAX_REAL),
-        load,
-        compared.pictures,
-    )
+    real = compared.piece(load)
     shards = [
         (file, place / file.with_suffix(".safetensors").name)
         for folder in folders.values()
@@ -251,27 +257,34 @@ def _measured(
     """What is measured of a model's pictures of these prompts; kept beside their features."""
     place = _place(compared, folder, scale)
     files = {file: place / file.with_suffix(".safetensors").name for file in folder.files(scale)}
-    path = place.with_name(f"{place.name}.safetensors")
-    key = key_of(
-        code=code_hash(Path(distribution.__file__)),
-        real=tensors_metadata(compared.path)[KEY],
-        drawn=[tensors_metadata(file)[KEY] for file in files.values()],
-        prompts=list(ids),
-        per_prompt=per_prompt,
-    )
 
-    def make() -> Made:
+    def drawn() -> Float[np.ndarray, "prompts images width"]:
         of_picture: dict[tuple[str, int], Float[np.ndarray, " width"]] = {}
         for index, file in files.items():
             rows = [row for row in read_index(index) if row["file"] is not None]
-            of_picture |= {(row["id"], row["k"]): row_ for row, row_ in zip(rows, _read(file), strict=True)}
-        drawn = np.stack([[of_picture[id_, k] for k in range(per_prompt)] for id_ in ids])
-        found = measure(drawn, real)
+            of_picture |= {(row["id"], row["k"]): each for row, each in zip(rows, _read(file), strict=True)}
+        return np.stack([[of_picture[id_, k] for k in range(per_prompt)] for id_ in ids])
+
+    decides = [tensors_metadata(compared.path)[KEY], *(tensors_metadata(file)[KEY] for file in files.values())]
+    key = key_of(features=decides, prompts=list(ids), per_prompt=per_prompt)
+    return keep_measured(place.with_name(f"{place.name}.safetensors"), key, drawn, real)
+
+
+def keep_measured(
+    path: Path, key: str, drawn: Callable[[], Float[np.ndarray, "prompts images width"]], real: Features
+) -> dict[Metric, Replicates]:
+    """What is measured of drawn pictures against real ones, kept in a file.
+
+    Args:
+        key: of all that decides the features of both.
+    """
+
+    def make() -> Made:
+        found = measure(drawn(), real)
         return Made({name: torch.from_numpy(np.concatenate([[r.whole], *r[1:]])) for name, r in found.items()})
 
-    build(path, key, make)
-    kept = {name: values.numpy() for name, values in read_tensors(path).items()}
-    groups = distribution.GROUPS
+    build(path, key_of(code=code_hash(Path(distribution.__file__)), decides=key), make)
+    kept, groups = {name: values.numpy() for name, values in read_tensors(path).items()}, distribution.GROUPS
     return {
         name: Replicates(float(kept[name][0]), kept[name][1 : 1 + groups], kept[name][1 + groups :]) for name in METRICS
     }
@@ -289,7 +302,7 @@ def _entry(
         model=model,
         guidance_scale=scale,
         metric=metric,
-        better="lower" if metric in ("fd", "kid") else "higher",
+        better="lower" if metric in LOWER_IS_BETTER else "higher",
         value=value.mean,
         low=value.low,
         high=value.high,

@@ -62,7 +62,7 @@ class PictureSamples(EvaluationSamples):
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
         curator = config.data.curation.scorer  # it was aimed at
-        self.real = of_run(config, held_out, game.resolution)
+        self.real = of_run(config, held_out)
         self.in_domain = [parse_spec(curator)[0]] if curator else []
 
     def _shards(self, model: EvaluatedModel) -> Shards:

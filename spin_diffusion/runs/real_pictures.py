@@ -24,17 +24,27 @@ FOLDER = "real"
 """Where their features lie in the folder of a run or an evaluation."""
 
 
-def of_run(config: Config, held_out: Path | None, resolution: int) -> Comparison | None:
+def of_run(config: Config, held_out: Path | None) -> Comparison | None:
     """Those of a run: held out, if there are enough of them, else trained on; None where none are asked for."""
     spec, output_dir = config.evaluation.distribution_features, Path(config.run.output_dir)
     if spec is None:
         return None
-    data, kind = output_dir / "data", "trained on"
     if held_out is not None and data_manifest(held_out)["rows"] >= MIN_PICTURES:
-        data, kind = held_out, "held out"
-    real = cast(Sequence[bytes], Column(data, "image"))
-    content = key_of(data=data_manifest(data)["hash"], resolution=resolution)
-    return Comparison(spec, real, f"images {kind}", content, _to_square(resolution), output_dir / FOLDER)
+        return of_data(spec, held_out, "images held out", output_dir)
+    return of_data(spec, output_dir / "data", "images trained on", output_dir)
+
+
+def of_data(spec: str, data: Path, said: str, output_dir: Path) -> Comparison:
+    """Those of prepared data.
+
+    Args:
+        said: which ones they are, in words.
+        output_dir: where their features go.
+    """
+    manifest = data_manifest(data)
+    real, resolution = cast(Sequence[bytes], Column(data, "image")), cast(int, manifest["settings"]["resolution"])
+    content = key_of(data=manifest["hash"], resolution=resolution)
+    return Comparison(spec, real, said, content, _to_square(resolution), output_dir / FOLDER)
 
 
 class _Pictures(Sequence[bytes]):

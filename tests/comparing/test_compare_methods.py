@@ -1,5 +1,6 @@
 """evaluation/compare_methods.py as a user runs it, and the arithmetic behind it against plain references."""
 
+import io
 import json
 import runpy
 import shutil
@@ -14,9 +15,10 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 
 from spin_diffusion.comparing import analysis, cells, compare, making
-from spin_diffusion.comparing.analysis import DifferenceFamily, crossed_interval
+from spin_diffusion.comparing.analysis import DifferenceFamily, against_real, crossed_interval
 from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.comparing.contest import Contest, Entry, choose, highest, run_flops, steps_for
 from spin_diffusion.comparing.making import make
@@ -30,6 +32,7 @@ from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.runs.image_run import run as train
 from spin_diffusion.samples.sampling import Sampling
+from spin_diffusion.store.files import write_json, write_rows
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
@@ -280,6 +283,70 @@ def test_it_is_said_which_method_is_first_and_which_are_not_told_apart_from_it(c
     assert "that of spin; it is ahead of every other method." in said
 
 
+SMALL = """
+import numpy as np, torch
+def load(device):
+    return lambda images: torch.tensor(np.stack([np.asarray(image).mean(axis=(0, 1)) / 30 for image in images])).float()
+"""
+
+
+@pytest.mark.parametrize("prompts", [25, 24])
+def test_a_method_that_draws_one_kind_of_pictures_covers_less_of_the_real_ones(prompts, config, tmp_path, monkeypatch):
+    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "many.txt").write_text("\n".join(f"picture {number}" for number in range(40)))
+    asked = ["--prompts", str(tmp_path / "many.txt"), "--num_test_prompts", str(prompts), "--images_per_prompt", "4"]
+    contest = Contest(settings_of(config, *asked, "--distribution_features", str(tmp_path / "small.py")))
+    entries = [
+        Entry("tiny", "steps", method, 2, cells=[contest.plan.cell("tiny", method, 1e-4, seed, 2) for seed in (0, 1)])
+        for method in ("sft", "spin")
+    ]
+    contest.entries += entries
+    rng = np.random.default_rng(0)
+
+    def colours(number: int, kinds: int) -> np.ndarray:
+        return np.array([[200, 60, 60], [60, 60, 200]])[rng.integers(kinds, size=number)] + rng.normal(
+            0, 9, (number, 3)
+        )
+
+    def png(colour: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.broadcast_to(colour.round().astype(np.uint8), (8, 8, 3)).copy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    data = contest.folder(entries[0].cells[0]) / "run" / "data"
+    real = [{"id": f"{n:03d}", "prompt": "", "image": png(colour)} for n, colour in enumerate(colours(120, 2))]
+    write_rows(data / "samples" / "00000-of-00001.parquet", real, {})
+    manifest = {"rows": 120, "hash": "1", "settings": {"resolution": 8}, "left_out": {}, "files": {}}
+    write_json(data / "manifest.json", manifest, sealed=True)
+    usual = contest.plan.usual("tiny")
+    monkeypatch.setattr(contest, "best_of_base", lambda world: usual)
+    base = [contest.plan.base("tiny", seed) for seed in (0, 1)]
+    for of_cells, kinds in ((base, 2), (entries[0].cells, 2), (entries[1].cells, 1)):
+        for cell in of_cells:
+            rows = [
+                {
+                    "id": f"{place // 4:03d}",
+                    "k": place % 4,
+                    "redness": 0.5,
+                    "distance": None,
+                    "features": list(colour / 30),
+                }
+                for place, colour in enumerate(colours(4 * prompts, kinds))
+            ]
+            view = View("test", cell.rounds, usual)
+            write_rows(cells.scores_path(contest.folder(cell), view), rows, {"key": f"{cell.seed} {cell.method}"})
+    found = against_real(contest, "tiny", entries)
+    rows = {row["method"]: row for row in found["rows"] if row["mode"] == "usual"}
+    if prompts == 24:
+        assert not rows and "100 pictures of 20 prompts" in found["left_out"]
+        return
+    assert set(rows) == {"base", "sft", "spin"} and found["num_images"] == 100
+    assert rows["sft"]["metrics"]["recall"]["mean"] > 0.8 > 0.6 > rows["spin"]["metrics"]["recall"]["mean"]
+    assert rows["spin"]["metrics"]["precision"]["mean"] > 0.8 and len(rows["spin"]["metrics"]["fd"]["seeds"]) == 2
+    lost = rows["spin"]["to_base"]
+    assert lost["recall"]["high"] < 0 and lost["fd"]["low"] > 0 and rows["sft"]["to_base"]["recall"]["high"] > 0
+
+
 # Equal steps, equal compute
 
 
@@ -396,7 +463,9 @@ def test_another_programs_folder_is_refused(config, tmp_path, capsys):
 
 
 def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tmp_path):
+    (tmp_path / "small.py").write_text(SMALL)
     command = ["--config", str(config), "--sweep", "{guidance_scale: [1.0, 3.0], prediction_scale: [1.0, 1.5]}"]
+    command += ["--distribution_features", str(tmp_path / "small.py")]
     assert run(*command) == 0
     out = tmp_path / "out"
     results = json.loads((out / "comparison.json").read_text())
@@ -420,6 +489,7 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
 
     # The table's numbers are those of the images, by a plain mean
     rows = pq.read_table(out / "cells.parquet").to_pylist()
+    assert world["budgets"][0]["distances"]["num_real"] == 8 and "features" not in rows[0]
     test_prompts = {row["prompt"] for row in rows if row["prompts"] == "test"}
     assert len(test_prompts) == 2 and not test_prompts & {r["prompt"] for r in rows if r["prompts"] == "validation"}
     rate = steps["spin"]["choice"]["learning_rate"]
@@ -458,6 +528,7 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
     assert difference == pytest.approx(np.mean(each))
     markdown, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
     assert "| spin |" in markdown and f"{best['mean']:.3f} at {steps['spin']['best']['guidance_scale']:g}" in markdown
+    assert "Of the distance to real images not all is told: it takes 100 pictures" in markdown
     assert "Without any training the base gains" in markdown and "to the base at its best" in page
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
