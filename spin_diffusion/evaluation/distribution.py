@@ -104,6 +104,7 @@ def frechet_distance(x: Features, y: Others) -> float:
 
     Its bias stays in it, which falls as 1 / pictures on either side: compare it at equal numbers.
     """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     centre = y.mean(axis=0)  # distances do not depend on it, sums of products lose fewer digits
     return _frechet(_moments(x - centre), _gaussian(_moments(y - centre)))
 

@@ -100,10 +100,10 @@ class Comparison:
         return _piece(self.path, key, min(len(self.real), MAX_REAL), load, self.pictures)
 
     def distance(self, images: Sequence[Image.Image], device: str) -> float:
-        """The Frechet distance of pictures to the real ones, whose features are built: of one number of pictures
-        comparable with each other, see `frechet_distance`."""
-        embedding = load_embedding(self.spec, device)
-        return frechet_distance(_features(embedding, images), _read(self.path))
+        """The Frechet distance of drawn pictures to the real ones, comparable at one number of pictures: see
+        `frechet_distance`."""
+        real = self.real_features(device)
+        return frechet_distance(_features(load_embedding(self.spec, device), images), real)
 
 
 def embed(
