@@ -49,7 +49,8 @@ class PlayerPictures:
 
         drawn_by = key_of(base=self.drawn_with, weights=self.game.player_hash())
         draw = partial(self.game.draw, self.game.player)
-        shards = picture_shards(requests, folder / "images", self.protocol, drawn_by, draw)
+        batch = self.game.sampling.generation_batch_size  # few pictures, which all processes are to share
+        shards = picture_shards(requests, folder / "images", self.protocol, drawn_by, draw, batch)
         draw_samples(shards, self.accelerator, quietly)
         return SampleFolder(folder / "images", folder / "scores")
 

@@ -121,12 +121,11 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _in_shards(wanted: Sequence[Request]) -> list[tuple[str, list[Request]]]:
+def _in_shards(wanted: Sequence[Request], rows: int = ROWS_PER_SHARD) -> list[tuple[str, list[Request]]]:
     """The name of each shard, and what is asked for in it."""
-    starts = range(0, len(wanted), ROWS_PER_SHARD)
+    starts = range(0, len(wanted), rows)
     return [
-        (shard_name(number, len(starts)), list(wanted[start : start + ROWS_PER_SHARD]))
-        for number, start in enumerate(starts)
+        (shard_name(number, len(starts)), list(wanted[start : start + rows])) for number, start in enumerate(starts)
     ]
 
 
@@ -169,12 +168,18 @@ def folder_of(scale: float | None) -> str:
 
 
 def picture_shards(
-    wanted: list[Request], directory: Path, protocol: Mapping[str, Any], drawn_by: str, draw: Draw
+    wanted: list[Request],
+    directory: Path,
+    protocol: Mapping[str, Any],
+    drawn_by: str,
+    draw: Draw,
+    per_shard: int = ROWS_PER_SHARD,
 ) -> Shards:
     """The index files of a model's pictures at every guidance scale of the protocol; the pictures are drawn with them.
 
     Args:
         drawn_by: hash of the model, with all of its parts.
+        per_shard: pictures that one process draws before it takes more.
     """
 
     def piece_of(sampling: Sampling, folder: Path, name: str, rows: list[Request]) -> Piece:
@@ -187,7 +192,9 @@ def picture_shards(
 
     samplings = {scale: Sampling.of_protocol(protocol, scale) for scale in protocol["guidance_scales"]}
     return {
-        scale: [piece_of(sampling, directory / folder_of(scale), name, rows) for name, rows in _in_shards(wanted)]
+        scale: [
+            piece_of(sampling, directory / folder_of(scale), name, rows) for name, rows in _in_shards(wanted, per_shard)
+        ]
         for scale, sampling in samplings.items()
     }
 

@@ -27,8 +27,8 @@ def settings(sdxl_dir, tiny_parquet, tmp_path) -> dict:
     return {
         "pretrained_model_name_or_path": sdxl_dir, "dataset_name": tiny_parquet, "resolution": 32, "rounds": 1,
         "max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2,
-        "sampler": "ddim", "guidance_scale": 3, "samples_per_shard": 8, "num_held_out": 6, "report_to": "none",
-        "output_dir": tmp_path / "out",
+        "sampler": "ddim", "guidance_scale": 3, "samples_per_shard": 8, "generation_batch_size": 4, "num_held_out": 6,
+        "report_to": "none", "output_dir": tmp_path / "out",
     }  # fmt: skip
 
 
