@@ -354,7 +354,20 @@ def how(results: Comparison) -> str:
         f"(Bonferroni, {family} at most). Look at the seeds one by one. Equal compute counts the FLOPs of training, of "
         "drawing and of encoding images, not the choice of the rate and not the evaluation. Seconds are of one run "
         "while others ran beside it."
-    ) + _took(results)
+    ) + "".join([_told_of_distances(results), _took(results)])
+
+
+def _told_of_distances(results: Comparison) -> str:
+    """What the table of distances to real images has, where there is one."""
+    budgets = [budget for world in results["worlds"] for budget in world["budgets"]]
+    found = next((d for budget in budgets if (d := budget.get("distances")) is not None and d["rows"]), None)
+    if found is None:
+        return ""
+    return (
+        f" The table from fd to coverage compares the distribution of {found['num_images']} images of each seed with "
+        f"{found['title']}; lower or higher = better. In brackets the difference to the base at its best, its 95 % "
+        "interval for other prompts, real images and seeds; italic = it excludes 0."
+    )
 
 
 def _took(results: Comparison) -> str:
