@@ -1,10 +1,12 @@
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from spin_diffusion.evaluation.gallery import draw_gallery
+from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -113,3 +115,18 @@ def test_a_sheet_without_images_or_with_too_few_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="1 images do not match 2 columns, prompt 'p'"):
         draw_gallery(["a", "b"], [("p", [flat(RED)])], tmp_path / "sheet.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_pictures_reach_a_tracker_with_their_prompts_and_the_step(name, monkeypatch):
+    told: list[dict[str, object]] = []
+    library = SimpleNamespace(Image=lambda picture, caption: f"{caption}, {picture.width} px")
+    monkeypatch.setitem(sys.modules, name, library)
+    accelerator = SimpleNamespace(trackers=[SimpleNamespace(name=name, log=told.append)])
+    pictures = [("a fox", Image.new("RGB", (8, 8))), ("a boat", Image.new("RGB", (16, 8)))]
+    log_pictures("spin/round-1/previews", pictures, 50, accelerator, axis="spin/round-1")
+    shown = ["a fox, 8 px", "a boat, 16 px"]
+    if name == "wandb":
+        assert told == [{"spin/round-1/previews": shown, "spin/round-1/step": 50}]
+    else:
+        assert told == [{"spin/round-1/previews/1": shown[0], "spin/round-1/previews/2": shown[1]}]
