@@ -70,8 +70,7 @@ def overall_verdict(
 
     1. regressed: a scorer of the role truth, held-out or alignment regressed; or any other that can tell better from
        worse did, none improved, and an alarm is in state "alarm". A fall wins over an alarm.
-    2. suspect: any alarm is in state "alarm"; scores that rise beside it may be won by cheating, or by drawing fewer
-       kinds of pictures (recall or coverage fell).
+    2. suspect: any alarm is in state "alarm"; higher scores may be won by cheating, or by fewer kinds of pictures.
     3. improved: the truth improved; or no scorer knows the truth and a held-out one improved.
     4. inconclusive: anything else. An in-domain scorer judges what the model was trained to please, an aesthetics
        scorer does not read the prompt, and an alignment scorer guards against harm: none of them is enough alone.
@@ -95,13 +94,7 @@ def overall_verdict(
         also = f"; {alarm} too" if fired else ""
         return "regressed", f"The model is worse than the baseline by {listed(judges or fell)}{beside}{also}."
     if fired and set(fired) <= _OF_COVER:
-        what = f"its {modality.plural} cover less of the real ones than the baseline's: {listed(fired)} fell"
-        if not rose:
-            return "suspect", f"No score is clearly better, and {what}."
-        return "suspect", (
-            f"The model is better than the baseline by {listed(rose)}, but {what}. It may draw good {modality.plural} "
-            "of fewer kinds, which no score of a single one sees."
-        )
+        return "suspect", _why_it_covers_less(fired, rose, modality)
     if fired:
         if rose:
             worse = f", and {listed(fell)} got worse" if fell else ""
@@ -123,6 +116,16 @@ def overall_verdict(
         return "inconclusive", "No scorer that can tell better from worse was run."
     return "inconclusive", _why_inconclusive(
         rose, fell, knows_truth, {name: verdicts[name] for name in moved if name in verdicts}
+    )
+
+
+def _why_it_covers_less(fired: Sequence[str], rose: Sequence[str], modality: Modality) -> str:
+    what = f"its {modality.plural} cover less of the real ones than the baseline's: {listed(fired)} fell"
+    if not rose:
+        return f"No score is clearly better, and {what}."
+    return (
+        f"The model is better than the baseline by {listed(rose)}, but {what}. It may draw good {modality.plural} of "
+        "fewer kinds, which no score of a single one sees."
     )
 
 

@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.features import check_embedding, embed
 from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
-from spin_diffusion.evaluation.records import Protocol, SweepEntry
+from spin_diffusion.evaluation.records import Protocol, Results, SweepEntry
 from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
@@ -106,6 +106,13 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         real=real,
         sweep=swept,
     )
+    _tell(results, output_dir)
+    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
+        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+
+
+def _tell(results: Results, output_dir: Path) -> None:
+    """Print the table and what is concluded, and write the report."""
     tell_table(results, output_dir)
     for said in results["verdicts"]:
         at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
@@ -115,8 +122,6 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     if results["failures"]:
         print(f"{len(results['failures'])} pictures are missing, broken or without a score; the report lists them")
     print(f"Report: {write_report(output_dir)}")
-    if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
-        raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
 
 
 def _checked_input(

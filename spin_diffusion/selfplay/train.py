@@ -23,7 +23,7 @@ from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.health import METRICS, StepEntry
 from spin_diffusion.selfplay.looks import Watch
 from spin_diffusion.selfplay.objectives import Loss
-from spin_diffusion.selfplay.record import TrainingRecord
+from spin_diffusion.selfplay.record import SelectionRecord, TrainingRecord
 from spin_diffusion.selfplay.sharded import Sharded, wants_shards
 from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record, summary, tracked
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
@@ -93,8 +93,6 @@ def train(
         metrics, norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
         trainee.update_averages(average)
-
-        # What the step said
         rates: StepEntry = {"grad_norm": norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
         history.append(_entry(step, summary(metrics) | rates, plan, trainee, progress))
         ended = _heeded(history, plan, trainee)
@@ -107,20 +105,31 @@ def train(
             checkpoints.save(step + 1, history, selection.state if selection is not None else None)
     ahead.close()
 
-    # What is left of it
-    kept_step = history[-1]["step"]
-    if ended is not None and ended.action == "roll_back" and snapshots is not None:
-        kept_step = snapshots.go_back(before=kept_step - health.WINDOW_STEPS)
-    trainee.finish()
-    best = selection.put_back(until=kept_step) if selection is not None else None
+    kept_step, selected = _left(trainee, history[-1]["step"], ended, snapshots, selection)
     health.check_weights(trained_parameters(game), plan.round_)
+    _write_history(directory, history, game)
+    came_to = _came_to(first_step, history, ended, kept_step, settings)
+    return came_to if selected is None else {**came_to, "selection": selected}
+
+
+def _left(
+    trainee: Trainee, step: int, ended: health.Finding | None, snapshots: Snapshots | None, selection: Selection | None
+) -> tuple[int, SelectionRecord | None]:
+    """Leave the player of the last step, of the one that is rolled back to, or of the best one: the step that training
+    is kept until, and what was selected."""
+    if ended is not None and ended.action == "roll_back" and snapshots is not None:
+        step = snapshots.go_back(before=step - health.WINDOW_STEPS)
+    trainee.finish()
+    if selection is None:
+        return step, None
+    best = selection.put_back(until=step)
+    return step, {"by": selection.judge.name, "step": best, "curve": selection.state["curve"]}
+
+
+def _write_history(directory: Path, history: health.History, game: Game) -> None:
     if game.accelerator.is_main_process:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_file(directory / "metrics.jsonl", lambda part: part.write_text(lines))
-    came_to = _came_to(first_step, history, ended, kept_step, settings)
-    if selection is not None:
-        came_to["selection"] = {"by": selection.judge.name, "step": best, "curve": selection.state["curve"]}
-    return came_to
 
 
 def _prepared(game: Game, plan: RoundPlan, settings: TrainSettings) -> tuple[Trainee, LRScheduler]:
