@@ -1,10 +1,12 @@
 """What a run with changed settings is held against."""
 
+import dataclasses
 import re
 
 import pytest
 from accelerate import Accelerator
 
+from spin_diffusion.comparing.settings import CompareSettings
 from spin_diffusion.diffusion import config
 from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder, write_manifest
 from spin_diffusion.store.files import write_json
@@ -36,12 +38,13 @@ def test_no_setting_of_the_game_itself_is_harmless():
     }  # fmt: skip
     assert names == {
         "rounds": {"rounds", "probe"},
+        "evaluation": {"preview_every"},
     }
 
 
 def test_every_old_setting_is_answered_with_what_to_use_instead():
     base = ["--pretrained_model_name_or_path", "base"]
-    known = set(types_of(config.Config))
+    known = set(types_of(config.Config)) | {field.name for field in dataclasses.fields(CompareSettings)}
     for old, instead in REPLACED.items():
         with pytest.raises(InputError) as error:
             config.parse_config([*base, f"--{old}", "1"])
