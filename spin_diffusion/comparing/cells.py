@@ -63,7 +63,7 @@ class Task:
 
     folder: Path
     config: Config
-    """Of the training run, whose own folder is `folder`/run."""
+    """The settings of the training run, whose own folder is `folder`/run."""
     rounds: int
     """0 = the base, which is not trained."""
     seed: int

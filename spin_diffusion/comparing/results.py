@@ -126,7 +126,7 @@ class Distances(TypedDict):
     title: str
     num_real: int
     num_images: int
-    """Of each method, way of drawing and seed."""
+    """Pictures of each method, way of drawing and seed."""
     left_out: str
     """Which metrics are not there, and why; empty = all are."""
     rows: list[DistanceRow]

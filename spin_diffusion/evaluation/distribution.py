@@ -39,7 +39,7 @@ LOWER_IS_BETTER: frozenset[Metric] = frozenset({"fd", "kid"})
 MANIFOLD_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """Which nearest other picture a ball reaches to: those of the papers."""
 GROUPS = 20
-"""Of prompts, and of real pictures."""
+"""How many groups the prompts are put into, and how many the real pictures."""
 MIN_PICTURES = 100
 """On either side: below, 20 groups are too small for their replicates to say how sure a number is."""
 PICTURES_PER_FEATURE = 3

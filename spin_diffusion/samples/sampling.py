@@ -30,7 +30,7 @@ class Sampling:
     eta: float = 0.0
     """Noise that each step of DDIM adds, in [0, 1]."""
     precision: str = "fp32"
-    """Of the denoiser, by `precision_of`."""
+    """The precision of the denoiser, by `precision_of`."""
     size_condition: str = OWN_SIZE
     """What a model is told that asks for an image's size."""
     prediction_scale: float = 1.0

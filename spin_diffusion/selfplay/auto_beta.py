@@ -16,8 +16,8 @@ from spin_diffusion.selfplay.one_round import Round
 from spin_diffusion.selfplay.tracking import SATURATION
 
 SHARE = 0.25
-"""Of the mean error, at which a margin saturates. It is safe, not the best: where a rate spoils nothing, a smaller beta
-gains more."""
+"""The share of the mean error at which a margin saturates. It is safe, not the best: where a rate spoils nothing, a
+smaller beta gains more."""
 PAIRS = 256
 """The first of the round's stream, whose real samples are scored."""
 

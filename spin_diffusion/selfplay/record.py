@@ -81,7 +81,7 @@ class SelectionState(TypedDict):
     key: str
     """What decides a judgement."""
     start: list[float | None]
-    """Of each held-out sample, by the player of the round's start."""
+    """The value of each held-out sample, by the player of the round's start."""
     curve: list[StepValue]
 
 

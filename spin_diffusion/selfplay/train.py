@@ -232,10 +232,14 @@ def _take_step(step: int, trainee: Trainee, ahead: ReadAhead, plan: RoundPlan) -
                 # Under fp16 the scaler expects infinite gradients now and then and skips their step itself
                 norm = gradient_norm if accelerator.mixed_precision != "fp16" else 0.0
                 health.check_finite(
-                    metrics[:, 0].mean().item(), norm, step=step, levels=metrics[:, LEVEL],
+                    metrics[:, 0].mean().item(),
+                    norm,
+                    step=step,
+                    levels=metrics[:, LEVEL],
                     ids=partial(_ids_everywhere, ahead.pairs, step, plan, settings, world),
-                    round_=plan.round_, level_name=game.level_name,
-                )  # fmt: skip
+                    round_=plan.round_,
+                    level_name=game.level_name,
+                )
     return metrics, gradient_norm
 
 

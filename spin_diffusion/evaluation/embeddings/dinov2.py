@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SIDE_PX = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, as DINOv2 was trained."""
+"""Mean and standard deviation of the channels on ImageNet, as DINOv2 was trained."""
 ABOUT = About(
     title="DINOv2",
     scale="the class token behind the last normalisation: 768 features of the base model, 384 of the small one, 1024 "

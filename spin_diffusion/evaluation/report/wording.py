@@ -60,7 +60,7 @@ STATES = {
 
 
 BETTER, WORSE = State("better", "\u25b2", "good"), State("worse", "\u25bc", "bad")
-"""Of a metric whose difference has an interval that excludes 0."""
+"""The word for a metric whose difference has an interval that excludes 0."""
 METRICS: dict[Metric, tuple[str, str]] = {
     "fd": ("FD", "Fr\u00e9chet distance; its bias is taken off, so it may be below 0"),
     "kid": ("KID", "kernel distance, unbiased: about 0 or below where there is none"),
