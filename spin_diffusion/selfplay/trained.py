@@ -73,7 +73,7 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
     pairs = round_.pairs(record, round_.sets[0])
     numbers = _numbers(round_, pairs)
     loss = bind(round_.objective, **numbers)
-    plan = _plan(round_, numbers, len(pairs.ids))
+    plan = _plan(round_, numbers, loss, len(pairs.ids))
     bar = run.progress.phase(f"{round_.title}: train", plan.steps)
     run.player_is(None)
     if isinstance(game, FixedDraws) and game.fixed_draws:
@@ -108,10 +108,9 @@ def _numbers(round_: Round, pairs: Pairs) -> dict[str, float]:
     return numbers | {"beta": beta}
 
 
-def _plan(round_: Round, numbers: dict[str, float], pairs: int) -> RoundPlan:
+def _plan(round_: Round, numbers: dict[str, float], loss: Loss, pairs: int) -> RoundPlan:
     """What the training loop needs to know, with so many pairs to train on."""
     k, rounds, training = round_.k, round_.settings, round_.run.training
-    loss = bind(round_.objective, **numbers)
     steps, warmup_steps = steps_of_round(training, k, pairs, round_.accelerator.num_processes)
     return RoundPlan(
         name=f"{title_of(round_.objective)}/round-{k}",
