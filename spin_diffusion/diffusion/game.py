@@ -31,6 +31,7 @@ from spin_diffusion.diffusion.images import (
     size_of,
     vae_hash,
 )
+from spin_diffusion.diffusion.kohya import KohyaForm
 from spin_diffusion.diffusion.lora import Adapters
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.parts import load_unet
@@ -148,7 +149,10 @@ class DiffusionGame:
         self.base_hash, precision = weights_hash(self.player), self.accelerator.mixed_precision
         self.models: Copies | Adapters
         if lora is not None and lora.use_lora:
-            self.models = Adapters(self.player, lora, autocast_dtype(precision), self.base_hash, self._base_pipeline)
+            kohya = KohyaForm.of(self.family, self.player, self.noising.prediction_type, self.resolution)
+            self.models = Adapters(
+                self.player, lora, autocast_dtype(precision), self.base_hash, self._base_pipeline, kohya
+            )
         else:
             self.models = Copies(self.player, precision, self.denoiser.compile, self._base_pipeline)
         compile_unet(self.player, self.denoiser.compile)
@@ -376,7 +380,8 @@ class DiffusionGame:
 
     def save(self, directory: Path, *, prove: bool = True) -> list[Path]:
         """Write `unet/` below `directory`, as UNet2DConditionModel.from_pretrained reads it; or `lora/`, as a
-        pipeline's load_lora_weights does, with `lora_round/`, which holds the change since the opponent alone."""
+        pipeline's load_lora_weights does and, in kohya's form, ComfyUI; with `lora_round/`, which holds the change
+        since the opponent alone."""
         targets = {directory / name: write for name, write in self.models.folders().items()}
         if self.accelerator.is_main_process:
             for target, write in targets.items():

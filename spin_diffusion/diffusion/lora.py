@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from spin_diffusion.diffusion.kohya import KohyaForm
 from spin_diffusion.selfplay.device import cast_for_autocast
 from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.files import read_json, tensors_hash, weights_hash
@@ -29,6 +30,8 @@ from spin_diffusion.store.input_error import InputError, one_line
 
 PLAYER, OPPONENT = "player", "opponent"
 WEIGHTS = "pytorch_lora_weights.safetensors"
+KOHYA_WEIGHTS = "kohya.safetensors"
+"""The same adapter in fp16, as ComfyUI, Forge and A1111 read it."""
 CONFIG = "lora_config.json"
 """Beside the weights: the settings, and the hash of the base's weights that they were trained on."""
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -50,6 +53,7 @@ class Adapters:
         dtype: torch.dtype | None,
         base_hash: str,
         base: Callable[[], Any],
+        kohya: KohyaForm,
     ) -> None:
         """Add both to `unet`, equal and without effect.
 
@@ -63,7 +67,7 @@ class Adapters:
             InputError: no layer of a name in `lora_target_modules`.
         """
         self.unet, self.opponent = unet, unet
-        self.settings, self.base_hash, self.base = settings, base_hash, base
+        self.settings, self.base_hash, self.base, self.kohya = settings, base_hash, base, kohya
         cast_for_autocast(unet, dtype)
         targets = list(settings.lora_target_modules or ATTENTION)
         for target in targets:
@@ -163,6 +167,9 @@ class Adapters:
         tensors = {f"unet.{key}": tensor.cpu().contiguous() for key, tensor in weights.items()}
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
         settings = asdict(self.settings) | {"rank": rank, "lora_alpha": alpha, "base": self.base_hash}
+        said = {"modelspec.title": "LoRA by spin-diffusion", "spin_diffusion.base": self.base_hash}
+        said["spin_diffusion.adapter"] = tensors_hash(weights)
+        (folder / KOHYA_WEIGHTS).write_bytes(self.kohya.file(weights, rank, alpha, torch.float16, said))
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
     def restore(self, directory: Path | None) -> None:

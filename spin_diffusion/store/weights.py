@@ -4,13 +4,15 @@ diffusers and transformers fill a tensor that a file lacks, or has in another sh
 one that they have no place for; either way the model that is run is not the one that was given.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from spin_diffusion.store.configuration import QUANTISED
 from spin_diffusion.store.input_error import InputError, open_regular, printable
@@ -127,6 +129,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise InputError(f"{printable(path)} is damaged, or not a safetensors file: get it again")
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def weights_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file in which other programs read the metadata. The same tensors and metadata have the same bytes,
+    which the library does not promise: it writes metadata in an order of its own. Of the tensors' bytes the file says
+    the SHA-256, by the names that the ModelSpec and sd-scripts have for it.
+    """
+    stored = save(dict(tensors))
+    start = 8 + int.from_bytes(stored[:8], "little")
+    digest = hashlib.sha256(memoryview(stored)[start:]).hexdigest()
+    hashes = {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    said = {"__metadata__": dict(sorted({"format": "pt", **metadata, **hashes}.items()))}
+    header = json.dumps(said | json.loads(stored[8:start])).encode()
+    header += b" " * (-len(header) % 8)  # the tensors are aligned
+    return len(header).to_bytes(8, "little") + header + stored[start:]
 
 
 def check_stored(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import load_checkpoint
-from spin_diffusion.diffusion.lora import CONFIG, OPPONENT, PLAYER, WEIGHTS, load_adapter
+from spin_diffusion.diffusion.lora import CONFIG, KOHYA_WEIGHTS, OPPONENT, PLAYER, WEIGHTS, load_adapter
 from spin_diffusion.runs.image_lines import trained_line
 from spin_diffusion.selfplay import train as train_module
 from spin_diffusion.selfplay.objectives import spin
@@ -235,7 +235,8 @@ def test_saved_bytes_depend_on_the_weights_alone(sdxl_dir, tmp_path):
         game = make_game(sdxl_dir, lora=LORA)
         move(game)
         game.save(tmp_path / name, prove=False)
-    assert file_hash(tmp_path / "one/lora" / WEIGHTS) == file_hash(tmp_path / "other/lora" / WEIGHTS)
+    for file in (WEIGHTS, KOHYA_WEIGHTS):
+        assert file_hash(tmp_path / "one/lora" / file) == file_hash(tmp_path / "other/lora" / file)
 
 
 def test_two_rounds_and_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path, monkeypatch):
@@ -275,8 +276,8 @@ def test_two_rounds_and_a_killed_run_ends_with_the_same_bytes(sdxl_dir, tmp_path
     play("killed", game)
     assert seen and all(ids == first for ids in seen)
     for k in (1, 2):
-        for kind in ("lora", "lora_round"):
-            name = f"round-{k}/{kind}/{WEIGHTS}"
+        for kind in (f"lora/{WEIGHTS}", f"lora_round/{WEIGHTS}", f"lora/{KOHYA_WEIGHTS}"):
+            name = f"round-{k}/{kind}"
             assert file_hash(tmp_path / "whole" / name) == file_hash(tmp_path / "killed" / name), name
     assert (tmp_path / "killed" / "lora" / WEIGHTS).is_file()
 

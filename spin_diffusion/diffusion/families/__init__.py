@@ -9,6 +9,8 @@ To add one, put a file here with
     ADDED_EMBEDDING           addition_embed_type of its UNet: what `condition` gives beside the tokens
     SCALING_FACTOR            of a VAE whose file does not say it; None = the file must
     STANDARDISED_LATENTS      whether the class applies a VAE's latents_mean and latents_std
+    ORIGINAL_NAMES            whether sd-scripts calls its UNet's layers as the code that it was published with does
+    architecture(config, prediction_type)  what Stability AI's ModelSpec and sd-scripts call it, by its UNet's config
     embed(pipeline, texts)    what its text encoders make of prompts, one row each: all that is kept of a prompt
     unconditional(pipeline)   the same of the sampler's unconditional half; training must drop captions to it
     condition(embedded, frames) -> Conditioning

@@ -3,6 +3,8 @@
 Which of the two it is (epsilon or v-prediction, with or without zero terminal SNR) is the scheduler's business.
 """
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
@@ -16,6 +18,16 @@ ENCODERS = {"text_encoder": CLIPTextModel}
 ADDED_EMBEDDING = None
 SCALING_FACTOR = 0.18215
 STANDARDISED_LATENTS = False
+ORIGINAL_NAMES = False
+
+
+def architecture(config: Any, prediction_type: str) -> tuple[str, str]:
+    """2.x by the linear projections that all of its UNets have."""
+    if not config.use_linear_projection:
+        return "stable-diffusion-v1", "sd_v1"
+    if prediction_type == "v_prediction":
+        return "stable-diffusion-v2-768-v", "sd_v2_v"
+    return "stable-diffusion-v2-512", "sd_v2"
 
 
 @torch.no_grad()

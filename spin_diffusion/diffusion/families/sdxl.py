@@ -1,5 +1,7 @@
 """SDXL: two text encoders, a pooled embedding, and each image's own size and crop (arXiv 2307.01952, section 2.2)."""
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -14,6 +16,12 @@ ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithPr
 ADDED_EMBEDDING = "text_time"
 SCALING_FACTOR = None
 STANDARDISED_LATENTS = True
+ORIGINAL_NAMES = True
+
+
+def architecture(config: Any, prediction_type: str) -> tuple[str, str]:
+    """One, whatever it predicts."""
+    return "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
 
 
 @torch.no_grad()

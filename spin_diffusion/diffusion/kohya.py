@@ -1,0 +1,107 @@
+"""Adapters of a UNet in the form of kohya's sd-scripts, which ComfyUI, Forge and A1111 read.
+
+A layer has three tensors: NAME.lora_down.weight, NAME.lora_up.weight and the number NAME.alpha. Its change is
+up down alpha / rank, the same product as diffusers' lora_B lora_A. NAME is `lora_unet_` and the layer's name with
+underscores for points: the name that diffusers gives it, or of a family with ORIGINAL_NAMES that of the code it was
+first published with.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from spin_diffusion.store.weights import weights_file
+
+_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"} | {
+    "conv_shortcut": "skip_connection"
+}
+_OUTSIDE = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+_OUTSIDE |= {f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)}
+_OUTSIDE |= {f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)}
+_KINDS = ("resnets", "attentions")
+"""Of an original block: its first part, and its second."""
+
+
+@dataclass(frozen=True)
+class KohyaForm:
+    """How the adapters of one base are written.
+
+    Attributes:
+        names: NAME of every layer that can have an adapter, by diffusers' name of the layer.
+        base: what a file says of its base: the keys of Stability AI's ModelSpec 1.0.1, and of sd-scripts.
+    """
+
+    names: Mapping[str, str]
+    base: Mapping[str, str]
+
+    @classmethod
+    def of(cls, family: ModuleType, unet: UNet2DConditionModel, prediction_type: str, resolution: int) -> "KohyaForm":
+        """The form of a family's adapters for a UNet without any; resolution of the images trained on, px."""
+        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        original = _original_layers(unet) if family.ORIGINAL_NAMES else {}
+        names = {layer: "lora_unet_" + original.get(layer, layer).replace(".", "_") for layer in layers}
+        architecture, version = family.architecture(unet.config, prediction_type)
+        published = "https://github.com/Stability-AI/generative-models"
+        base = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": published if family.ORIGINAL_NAMES else "diffusers",
+            "modelspec.resolution": f"{resolution}x{resolution}",
+            "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+            "ss_base_model_version": version,
+            "ss_v2": str("_v2" in version),
+        }
+        return cls(names, base)
+
+    def file(
+        self, weights: Mapping[str, Tensor], rank: int, alpha: float, dtype: torch.dtype, said: Mapping[str, str]
+    ) -> bytes:
+        """An adapter as a safetensors file.
+
+        Args:
+            weights: lora_A and lora_B of each layer, by the names that diffusers knows them by.
+            alpha: of every layer.
+            said: what else the file says of itself, `modelspec.title` among it, which programs show.
+        """
+        tensors = {}
+        for key, tensor in weights.items():
+            layer, _, part = key.rpartition(".lora_")
+            kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[part]
+            tensors[f"{self.names[layer]}.{kind}"] = tensor.to("cpu", dtype).contiguous()
+            tensors[f"{self.names[layer]}.alpha"] = torch.tensor(alpha)  # fp32: a strength makes it any number
+        network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+        return weights_file(tensors, {**self.base, **network, **said})
+
+
+def _original_layers(unet: UNet2DConditionModel) -> dict[str, str]:
+    """The names of a UNet's layers in the code that SDXL was first published with (Stability's generative-models)."""
+    blocks: dict[str, str] = {}
+    place = 1  # the first input block is conv_in
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            blocks |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{place}.{n}" for n, kind in enumerate(_KINDS)}
+            place += 1
+        if block.downsamplers:
+            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
+            place += 1
+    blocks |= {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)}
+    blocks["mid_block.attentions.0"] = "middle_block.1"
+    place = 0
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            blocks |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{place}.{n}" for n, kind in enumerate(_KINDS)}
+            place += 1
+        if block.upsamplers:
+            after = 2 if getattr(block, "attentions", None) else 1
+            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{after}.conv"
+    names = dict(_OUTSIDE)
+    for layer, _ in unet.named_modules():
+        for ours, original in blocks.items():
+            if layer == ours or layer.startswith(f"{ours}."):
+                rest = layer[len(ours) + 1 :]
+                names[layer] = f"{original}.{_RESNET.get(rest, rest)}".rstrip(".")
+    return names
