@@ -68,6 +68,8 @@ def _check(config: Config) -> None:
     if not config.model.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing: give a hub id or a local folder")
     check_selection(config, config.data.holds_out)
+    if config.training.select_by == "fd" and config.evaluation.distribution_features is None:
+        raise InputError("--select_by fd needs the features whose distance it is: give --distribution_features")
     if config.images.max_aspect_ratio > 1:
         _check_sizes(config)
     if config.rounds.candidates.number:

@@ -58,7 +58,7 @@ Stored = Callable[[Iterable[Example]], Iterator[Row]]
 
 def check_judges(curation: CurationSettings, candidates: CandidateSettings, select_by: str = "gap") -> None:
     """InputError when there is no such scorer, or a higher score is not better; no weights are read."""
-    if select_by != "gap":
+    if select_by not in ("gap", "fd"):
         _check_judge("--select_by", select_by, "no step is its best")
     if curation.scorer is not None:
         _check_judge("--curation scorer", curation.scorer, "it cannot choose")

@@ -92,21 +92,12 @@ def _gaussian(moments: _Moments) -> _Gaussian:
 
 
 def _frechet(x: _Moments, y: _Gaussian) -> float:
+    """|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of means m and unbiased covariances S (arXiv 1706.08500,
+    eq. 6); 0 or more but for rounding."""
     # (S_x S_y)^(1/2) has the eigenvalues of (R S_x R)^(1/2) with R = S_y^(1/2), and the latter is symmetric
     covariance, apart = x.covariance(), x.first / x.number - y.mean
     product = linalg.eigvalsh(y.root @ covariance @ y.root).clip(min=0)
     return float(apart @ apart + np.trace(covariance) + y.trace - 2 * np.sqrt(product).sum())
-
-
-def frechet_distance(x: Features, y: Others) -> float:
-    """|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of means m and unbiased covariances S (arXiv 1706.08500,
-    eq. 6); 0 or more but for rounding, lower is better.
-
-    Its bias stays in it, which falls as 1 / pictures on either side: compare it at equal numbers.
-    """
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    centre = y.mean(axis=0)  # distances do not depend on it, sums of products lose fewer digits
-    return _frechet(_moments(x - centre), _gaussian(_moments(y - centre)))
 
 
 class _Kernel:

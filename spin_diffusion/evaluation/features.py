@@ -1,7 +1,7 @@
 """Features of the pictures of models and of real ones, kept beside the scores; what results.json says of their
 distributions."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -20,7 +20,6 @@ from spin_diffusion.evaluation.distribution import (
     Features,
     Replicates,
     believable,
-    frechet_distance,
     interval,
     measure,
 )
@@ -99,12 +98,6 @@ class Comparison:
         key = key_of(embedding=self.key, real=self.content)
         return _piece(self.path, key, min(len(self.real), MAX_REAL), load, self.pictures)
 
-    def distance(self, images: Sequence[Image.Image], device: str) -> float:
-        """The Frechet distance of drawn pictures to the real ones, comparable at one number of pictures: see
-        `frechet_distance`."""
-        real = self.real_features(device)
-        return frechet_distance(_features(load_embedding(self.spec, device), images), real)
-
 
 def embed(
     compared: Comparison,
@@ -159,22 +152,15 @@ def _piece(
     images: Callable[[], Iterator[Image.Image]],
 ) -> Piece:
     def make(tell: Callable[[int], None]) -> Made:
-        embedding = load()
-        features = torch.from_numpy(_features(embedding, images(), tell))
+        embedding, left = load(), images()
+        rows: list[Features] = []
+        while part := list(islice(left, BATCH)):
+            rows.append(embedding(part))
+            tell(sum(map(len, rows)))
+        features = torch.from_numpy(np.concatenate(rows))
         return Made({FEATURES: features}, {_SOURCE: embedding.source, **embedding.checkpoint})
 
     return Piece(path, key, size, make)
-
-
-def _features(
-    embedding: LoadedEmbedding, images: Iterable[Image.Image], tell: Callable[[int], None] = lambda done: None
-) -> Features:
-    rows: list[Features] = []
-    images = iter(images)
-    while part := list(islice(images, BATCH)):
-        rows.append(embedding(part))
-        tell(sum(map(len, rows)))
-    return np.concatenate(rows)
 
 
 def _read(path: Path) -> Features:
@@ -232,10 +218,10 @@ def distances(
     metrics, left_out = believable(prompts, per_prompt, len(real), real.shape[1])
     entries: list[DistanceEntry] = []
     for scale, ids in complete.items() if metrics else ():
-        measured = {model.name: _measured(compared, model.folder, scale, ids, per_prompt, real) for model in models}
+        of = {model.name: measured(compared, model.folder, scale, ids, per_prompt) for model in models}
         for model in models:
-            baseline = None if model is models[0] else measured[models[0].name]
-            entries += [_entry(model.name, scale, metric, measured[model.name], baseline) for metric in metrics]
+            baseline = None if model is models[0] else of[models[0].name]
+            entries += [_entry(model.name, scale, metric, of[model.name], baseline) for metric in metrics]
     checkpoint = {name: value for name, value in tensors_metadata(compared.path).items() if name != KEY}
     return DistributionEntry(
         embedding=compared.name,
@@ -251,10 +237,11 @@ def distances(
     )
 
 
-def _measured(
-    compared: Comparison, folder: SampleFolder, scale: Scale, ids: Sequence[str], per_prompt: int, real: Features
+def measured(
+    compared: Comparison, folder: SampleFolder, scale: Scale, ids: Sequence[str], per_prompt: int
 ) -> dict[Metric, Replicates]:
-    """What is measured of a model's pictures of these prompts; kept beside their features."""
+    """What is measured of a model's pictures of these prompts, all of which `embed` has seen; kept beside their
+    features."""
     place = _place(compared, folder, scale)
     files = {file: place / file.with_suffix(".safetensors").name for file in folder.files(scale)}
 
@@ -267,7 +254,7 @@ def _measured(
 
     decides = [tensors_metadata(compared.path)[KEY], *(tensors_metadata(file)[KEY] for file in files.values())]
     key = key_of(features=decides, prompts=list(ids), per_prompt=per_prompt)
-    return keep_measured(place.with_name(f"{place.name}.safetensors"), key, drawn, real)
+    return keep_measured(place.with_name(f"{place.name}.safetensors"), key, drawn, _read(compared.path))
 
 
 def keep_measured(

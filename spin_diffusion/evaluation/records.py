@@ -297,11 +297,12 @@ class EventEntry(TypedDict):
 
 
 class SelectionEntry(TypedDict):
-    """How much better the player of a step was judged than that of its round's start; None = it spoilt a sample."""
+    """How the judgement of a step's player differs from that of its round's start; None = it spoilt a sample."""
 
     model: str
     round: int
     by: str
+    better: Literal["lower", "higher"]
     step: int
     value: float | None
     low: float | None

@@ -32,6 +32,7 @@ from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.plateau import fine_tuning, tell_gain
 from spin_diffusion.runs.player_pictures import PlayerPictures
 from spin_diffusion.runs.publish import Card
+from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.samples.real import DataManifest, prepare
@@ -86,10 +87,10 @@ class ImageRun(Run):
                 "give the training data: --dataset_name (hub id, folder, parquet file) or --train_data_dir"
             )
         check_judges(config.data.curation, config.rounds.candidates, config.training.select_by)
+        if config.evaluation.distribution_features is not None:
+            check_embedding(config.evaluation.distribution_features)
         if config.evaluation.validation_prompts:
             check_specs(config.evaluation.scorers or [])
-            if config.evaluation.distribution_features is not None:
-                check_embedding(config.evaluation.distribution_features)
             self.prompts = load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
 
     def open(self, accelerator: Accelerator) -> None:
@@ -177,7 +178,9 @@ class ImageRun(Run):
         config, pictures = self.config, PlayerPictures(self.config, self.game)
         seed, by = config.rounds.seed, config.training.select_by
         held_out = Column(self.held_out, "prompt") if self.held_out is not None else None
-        if config.training.select_every is not None and by != "gap" and held_out is not None:
+        if by == "fd" and held_out is not None and (real := of_run(config, self.held_out)) is not None:
+            self.judge = pictures.judge_by_distance(real, held_out, seed)
+        elif by != "gap" and held_out is not None:
             self.judge = pictures.judge(by, held_out, seed)
         if config.evaluation.preview_every is not None:
             known = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out or captions

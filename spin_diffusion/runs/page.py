@@ -126,8 +126,9 @@ def _selection(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     selection = record["training"].get("selection") if record is not None and "training" in record else None
     if selection is None:
         return []
+    judge = {"model": name, "round": k, "by": selection["by"], "better": selection.get("better", "higher")}
     return [
-        {"model": name, "round": k, "by": selection["by"], "step": entry["step"], "value": entry["mean"]}
+        {**judge, "step": entry["step"], "value": entry["mean"]}
         | {"low": entry["low"], "high": entry["high"], "chosen": entry["step"] == selection["step"]}
         for entry in selection["curve"]
     ]

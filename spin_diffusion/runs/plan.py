@@ -243,9 +243,9 @@ def _looked(config: RunConfig, rates: Rates, sizes: Sizes, steps: int) -> float:
     training, seconds = config.training, 0.0
     if training.select_every is not None:
         # A gap takes the passes forward of a step alone, about half of a pair
-        by_gap, drawn = sizes.held_out * rates.pair / 2, min(sizes.held_out, JUDGED_PROMPTS) * rates.show
-        judged = 2 + (steps - 1) // training.select_every
-        seconds += judged * (by_gap if training.select_by == "gap" else drawn)
+        judged, by = 2 + (steps - 1) // training.select_every, training.select_by
+        drawn = sizes.held_out if by == "fd" else min(sizes.held_out, JUDGED_PROMPTS)
+        seconds += judged * (sizes.held_out * rates.pair / 2 if by == "gap" else drawn * rates.show)
     if isinstance(every := config.flat().get("preview_every"), int):
         seconds += (1 + steps // every) * PREVIEWED_PROMPTS * rates.show
     return seconds

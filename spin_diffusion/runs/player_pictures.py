@@ -1,24 +1,30 @@
-"""Pictures by the player of an image run while it is trained: judged by a scorer, to find a round's best step, or shown
-as previews. They are drawn as the opponent draws, by the road of all pictures, and stay in the round's folder."""
+"""Pictures by the player of an image run while it is trained: judged by a scorer or by their distance to real ones, to
+find a round's best step, or shown as previews. They are drawn as the opponent draws, by the road of all pictures, and
+stay in the round's folder."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import scorer_by_content
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.evaluation.distribution import GROUPS, Replicates, believable, interval
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
+from spin_diffusion.evaluation.features import Comparison, embed, measured
 from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.samples.drawn import Request, draw_samples, folder_of, picture_shards, requests_of
+from spin_diffusion.samples.drawn import Request, draw_samples, folder_of, picture_shards, read_index, requests_of
 from spin_diffusion.samples.sampling import OWN_SIZE
-from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS, Judge, Judged, Preview, step_name
+from spin_diffusion.selfplay.clustered import MeanInterval
+from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS, Judge, Judged, Preview, Values, step_name
 from spin_diffusion.selfplay.record import PREVIEW_SHEET
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
@@ -33,6 +39,22 @@ COLUMNS = 12
 def quietly(*of: object) -> Tell:
     """A phase that is not shown: the bar of the training stays."""
     return Progress().phase("", 0)
+
+
+def change_of_distance(values: Values, start: Values, prompts: Sequence[str]) -> MeanInterval | None:
+    """How far the Frechet distance is from that of the start, by `distribution.interval`; None where either has none.
+
+    Args:
+        values, start: of all pictures, and without each group of prompts and of real pictures.
+    """
+    if not values or not start:
+        return None
+    now, before = (
+        Replicates(float(all_[0]), all_[1 : 1 + GROUPS], all_[1 + GROUPS :])
+        for all_ in (np.array(side, dtype=np.float64) for side in (values, start))
+    )
+    found = interval("fd", now, before)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
 class PlayerPictures:
@@ -80,6 +102,35 @@ class PlayerPictures:
             )
 
         return Judge(name, scorer_by_content(spec), judge)
+
+    def judge_by_distance(self, real: Comparison, prompts: Sequence[str], seed: int) -> Judge:
+        """The Frechet distance to real pictures, whose features are made now, as the judge of a round's steps.
+
+        Args:
+            prompts: all different ones are drawn, once each.
+
+        Raises:
+            InputError: the embedding cannot be run, or the pictures are too few for so many features.
+        """
+        requests = requests_of([{"prompt": prompt} for prompt in dict.fromkeys(prompts)], 1, seed)
+        embed(real, {}, [], self.accelerator, quietly)
+        metrics, why = believable(len(requests), 1, *real.real_features(str(self.accelerator.device)).shape)
+        if "fd" not in metrics:
+            raise InputError(f"--select_by fd: {why}; hold out more (--num_held_out)")
+        ids = [request["id"] for request in requests]
+
+        def judge(folder: Path) -> Judged:
+            drawn = self.draw(requests, folder)
+            embed(real, {"player": drawn}, [self.scale], self.accelerator, quietly)
+            values: list[list[float]] = [[]]
+            if is_main := self.accelerator.is_main_process:
+                if all(row["file"] for file in drawn.files(self.scale) for row in read_index(file)):
+                    fd = measured(real, drawn, self.scale, ids, 1)["fd"]
+                    values = [[fd.whole, *fd.without_prompts.tolist(), *fd.without_real.tolist()]]
+            (told,) = broadcast_object_list(values)
+            return Judged(told, [request["prompt"] for request in requests], len(requests) if is_main else 0)
+
+        return Judge("fd", key_of(embedding=real.key, real=real.content), judge, change_of_distance, "lower")
 
     def preview(self, every: int, prompts: Sequence[str], seed: int) -> Preview:
         """What draws the first of the prompts every so many steps, and shows all of a round's previews in one sheet."""

@@ -65,9 +65,12 @@ class EndRecord(TypedDict):
     kept_step: int
 
 
+Better = Literal["higher", "lower"]
+
+
 class StepValue(TypedDict):
-    """How much better the player of a step was judged than that of the round's start, with the 95 % interval; mean is
-    None where it spoilt a sample."""
+    """How the judgement of a step's player differs from that of the round's start, with the 95 % interval; mean is None
+    where it spoilt a sample."""
 
     step: int
     mean: float | None
@@ -81,7 +84,7 @@ class SelectionState(TypedDict):
     key: str
     """What decides a judgement."""
     start: list[float | None]
-    """The value of each held-out sample, by the player of the round's start."""
+    """The judge's values of the player of the round's start."""
     curve: list[StepValue]
 
 
@@ -89,6 +92,7 @@ class SelectionRecord(TypedDict):
     """The judgements of a round, and the step whose player was kept; None = that which training ended with."""
 
     by: str
+    better: Better
     step: int | None
     curve: list[StepValue]
 

@@ -123,7 +123,8 @@ def _left(
     if selection is None:
         return step, None
     best = selection.put_back(until=step)
-    return step, {"by": selection.judge.name, "step": best, "curve": selection.state["curve"]}
+    judge = selection.judge
+    return step, {"by": judge.name, "better": judge.better, "step": best, "curve": selection.state["curve"]}
 
 
 def _write_history(directory: Path, history: health.History, game: Game) -> None:

@@ -107,8 +107,9 @@ class TrainSettings(Settings):
     best of these steps, the last one among them, is promoted. None = the last step, whatever it is like."""
     select_by: str = "gap"
     """What judges the steps: gap = how much better than at its start the loss tells the held-out samples apart; or, of
-    images, NAME[=PATH] of a scorer or a .py file, which scores the player's pictures of the first 32 held-out prompts.
-    A round of which no step is better than its start is rejected."""
+    images, NAME[=PATH] of a scorer or a .py file, which scores the player's pictures of the first 32 held-out prompts;
+    or fd, the Frechet distance (its bias taken off) of its pictures of all held-out prompts to real ones, in the
+    features of --distribution_features. A round of which no step is better than its start is rejected."""
     checkpointing_steps: int = setting(500, minimum=1, harmless=True)
     """Optimizer steps between checkpoints within a round."""
     checkpoints_total_limit: int | None = setting(None, minimum=1, harmless=True)

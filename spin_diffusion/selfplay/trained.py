@@ -38,7 +38,7 @@ from spin_diffusion.selfplay.record import (
 from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
-from spin_diffusion.selfplay.watching import best_of
+from spin_diffusion.selfplay.watching import best_of, gain
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
 
@@ -132,8 +132,8 @@ def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -
     round_.run.opponent_has_moved()
     visited = steps * check_batch(pairs, round_.run.training, round_.accelerator.num_processes)
     visits = visited / (pairs * game.fixed_draws)
-    gain = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
-    round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{gain}")
+    note = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
+    round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{note}")
 
 
 def _check_opponent(round_: Round, record: RoundRecord, before: str | None) -> None:
@@ -173,17 +173,20 @@ def _tell_training(round_: Round, training: TrainingRecord) -> None:
 
 def _best_in_words(selection: SelectionRecord) -> str:
     """The best step, in a line."""
-    best = best_of(selection["curve"])
+    best = best_of(selection["curve"], selection["better"])
     if best is None or best["mean"] is None:
         return f"no step could be judged by {selection['by']}"
     gained = interval_text({"mean": best["mean"], "low": best["low"], "high": best["high"]})
-    return f"best step {best['step']} of {selection['curve'][-1]['step']}, by {selection['by']} {gained}"
+    by = selection["by"] + (" (lower is better)" if selection["better"] == "lower" else "")
+    return f"best step {best['step']} of {selection['curve'][-1]['step']}, by {by} {gained}"
 
 
 def _not_better(selection: SelectionRecord | None) -> str | None:
     """Why a round is rejected of which no step is better than its start; None = one is, or nobody looked."""
-    best = best_of(selection["curve"]) if selection is not None else None
-    if selection is None or best is not None and best["mean"] is not None and best["mean"] > 0:
+    if selection is None:
+        return None
+    best = best_of(selection["curve"], selection["better"])
+    if best is not None and gain(best, selection["better"]) > 0:
         return None
     return f"no step is better than its start: {_best_in_words(selection)}"
 

@@ -3,35 +3,28 @@
 A look changes nothing: training goes on with the same weights and random states as without it.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spin_diffusion.selfplay.checkpoints import AVERAGE, commit_listed, first_whole
-from spin_diffusion.selfplay.clustered import MeanInterval, clustered_mean
 from spin_diffusion.selfplay.looks import Judge, Took, Watch, step_name
-from spin_diffusion.selfplay.record import BEST, JUDGED, PREVIEWS, SelectionState, StepValue
+from spin_diffusion.selfplay.record import BEST, JUDGED, PREVIEWS, Better, SelectionState, StepValue
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import AGAIN, Damaged, part_of
 
 
-def gain(values: Sequence[float | None], start: Sequence[float | None], prompts: Sequence[str]) -> MeanInterval | None:
-    """The mean difference to the values of a round's start, with its 95 % interval over prompts, sample by sample; None
-    where a sample is spoilt that the start had. What the start spoilt is left out."""
-    pairs = [(value, before, prompt) for value, before, prompt in zip(values, start, prompts, strict=True)]
-    pairs = [pair for pair in pairs if pair[1] is not None and math.isfinite(pair[1])]
-    differences = [value - before for value, before, _ in pairs if value is not None and before is not None]
-    if not pairs or len(differences) < len(pairs) or not all(map(math.isfinite, differences)):
-        return None
-    return clustered_mean(differences, [prompt for *_, prompt in pairs])
+def gain(entry: StepValue, better: Better) -> float:
+    """How much better than the start a step is, whichever change is the better one; the step was judged."""
+    mean = entry["mean"] or 0.0
+    return mean if better == "higher" else -mean
 
 
-def best_of(curve: Sequence[StepValue]) -> StepValue | None:
+def best_of(curve: Sequence[StepValue], better: Better) -> StepValue | None:
     """The first of the best steps after the start; None where there is none whose samples are all whole."""
     found = [entry for entry in curve if entry["step"] > 0 and entry["mean"] is not None]
-    return max(found, key=lambda entry: entry["mean"] or 0.0, default=None)
+    return max(found, key=lambda entry: gain(entry, better), default=None)
 
 
 class Selection:
@@ -58,12 +51,12 @@ class Selection:
         judged = self.judge.judge(self.directory / JUDGED / step_name(step))
         if step == 0:
             self.state["start"] = list(judged.values)
-        found = gain(judged.values, self.state["start"], judged.prompts)
+        found = self.judge.change(judged.values, self.state["start"], judged.prompts)
         entry: StepValue = {"step": step, "mean": None, "low": None, "high": None}
         if found is not None:
             entry = {"step": step, "mean": found["mean"], "low": found["low"], "high": found["high"]}
         self.state["curve"].append(entry)
-        if best_of(self.state["curve"]) is entry:
+        if best_of(self.state["curve"], self.judge.better) is entry:
             self._keep()
         return judged.worked_on
 
@@ -86,9 +79,10 @@ class Selection:
         Raises:
             Damaged: it is not as it was written.
         """
-        best, accelerator, source = best_of(self.state["curve"]), self.trainee.accelerator, self.directory / BEST
+        best, source = best_of(self.state["curve"], self.judge.better), self.directory / BEST
         if best is None or best["step"] > until:
             return None
+        accelerator = self.trainee.accelerator
         if first_whole([source], accelerator) is None:
             raise Damaged(source, "the best player so far is not whole", AGAIN)
         self.trainee.game.restore(source)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.verdicts import promotion
-from spin_diffusion.runs.real_pictures import of_place
 from tests.runs.test_evaluate_command import refused, run
 
 PROMPTS = 120
@@ -109,15 +108,6 @@ def test_features_are_kept_until_a_picture_or_the_embedding_changes(world: World
     assert read_results(world.folder / "out" / "results.json") != first
     world.features.write_text(FEATURES.replace("/ 40", "/ 20"))
     assert world.evaluate() == 0 and world.embedded == 3 * 130 + 4 * PROMPTS
-
-
-def test_pictures_at_hand_have_a_distance_to_the_real_ones(world: World) -> None:
-    real = of_place(str(world.features), str(world.real), 8, world.folder / "real features")
-    pictures = list(real.pictures())
-    assert {picture.size for picture in pictures} == {(8, 8)}
-    assert real.distance(pictures, "cpu") == pytest.approx(0, abs=1e-9)
-    red = [picture for picture in pictures if picture.getpixel((0, 0))[0] > 120]
-    assert real.distance(red, "cpu") > 1 and world.embedded == 130 + 130 + len(red)
 
 
 def test_too_few_pictures_are_said_in_a_line_and_not_in_numbers(world: World, capsys) -> None:

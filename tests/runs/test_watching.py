@@ -8,10 +8,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.records import read_results
+from spin_diffusion.runs import player_pictures, real_pictures
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.pictures import open_picture
 
 SCORER = """
 import torch
@@ -104,11 +107,92 @@ def test_by_a_scorer_the_best_step_of_the_pictures_of_held_out_captions_is_promo
     assert [line for line in capsys.readouterr().out.splitlines() if "by brightness" in line]
 
 
+FEATURES = """
+import numpy as np, torch
+def load(device):
+    def embed(images):
+        return torch.tensor(np.stack([np.asarray(image).mean(axis=(0, 1)) / 64 for image in images])).float()
+    return embed
+"""
+
+
+@pytest.fixture
+def by_distance(settings, tmp_path, monkeypatch) -> dict:
+    """Settings by which steps are judged by distance; 20 pictures are enough here."""
+    for module in (distribution, real_pictures):
+        monkeypatch.setattr(module, "MIN_PICTURES", 20)
+    features = tmp_path / "colour.py"
+    features.write_text(FEATURES)
+    return settings | {
+        "select_every": 2, "select_by": "fd", "distribution_features": features, "max_train_steps": 5,
+        "checkpointing_steps": 2, "learning_rate": 3e-3, "num_held_out": 20,
+    }  # fmt: skip
+
+
+def colours(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture).mean(axis=(0, 1)) / 64 for picture in pictures])
+
+
+def test_by_distance_the_step_is_promoted_whose_pictures_are_nearest_to_the_held_out_ones(
+    by_distance, tiny_prompts, tmp_path, monkeypatch, capsys
+):
+    by_distance |= {"validation_prompts": tiny_prompts, "max_validation_prompts": 2}
+    out = play(by_distance)
+    record = read_json(out / "round-1" / "round.json")
+    selection = record["training"]["selection"]
+    assert [entry["step"] for entry in selection["curve"]] == [0, 2, 4, 5]
+    assert (selection["by"], selection["better"]) == ("fd", "lower")
+    best = min(selection["curve"][1:], key=lambda entry: entry["mean"])
+    assert selection["step"] == best["step"] and best["low"] < best["mean"] < best["high"]
+    assert (record["state"] == "PROMOTED") == (best["mean"] < 0)
+    # The pictures that lie there give the same change again
+    rows = [row for path in sorted((out / "held_out" / "samples").glob("*")) for row in read_rows(path)]
+    real = colours([open_picture(row["image"]) for row in rows])
+    of_step = {}
+    for step in (0, best["step"]):
+        folder = out / "round-1" / "judged" / f"step-{step:06d}" / "images" / "guidance-3"
+        pictures = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+        of_step[step] = distribution.measure(colours(pictures)[:, None], real)["fd"]
+    change = distribution.interval("fd", of_step[best["step"]], of_step[0])
+    assert (best["mean"], best["low"]) == pytest.approx((change.mean, change.low), rel=1e-4)
+    assert f"best step {best['step']} of 5, by fd (lower is better)" in capsys.readouterr().out
+    assert {entry["better"] for entry in read_results(out / "results.json")["selection"]} == {"lower"}
+    assert "change, lower is better" in (out / "report.html").read_text()
+    assert record["ledger"]["judged"]["samples"] == 4 * 20 and record["ledger"]["judged"]["flops"] > 0
+
+    # Killed while it judges, a round ends with the same bytes
+    measured, calls = player_pictures.measured, []
+
+    def dying(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*given)
+
+    monkeypatch.setattr(player_pictures, "measured", dying)
+    broken = by_distance | {"output_dir": tmp_path / "broken"}
+    with pytest.raises(KeyboardInterrupt):
+        play(broken)
+    again = read_json(play(broken) / "round-1" / "round.json")
+    assert again["training"]["resumed_from"] == 2
+    assert again["training"]["selection"] == selection and again["files"] == record["files"]
+
+
+def test_too_few_pictures_for_the_features_are_refused_in_a_line(by_distance):
+    message = "--select_by fd: it takes 20 pictures .* there are 19 of 19 prompts.*; hold out more \\(--num_held_out\\)"
+    with pytest.raises(InputError, match=message):
+        play(by_distance | {"num_held_out": 19})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--select_every 5", "--select_every 5 judges the player on held-out samples: give --num_held_out"),
         ("--num_held_out 4 --select_by pickscore", "--select_by pickscore needs --select_every"),
+        (
+            "--num_held_out 4 --select_every 5 --select_by fd",
+            "--select_by fd needs the features .*--distribution_features",
+        ),
         ("--num_held_out 4 --select_every 5 --objective dpo", "--select_by gap needs generated samples that are not"),
     ],
 )

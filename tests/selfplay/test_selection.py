@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
-from spin_diffusion.selfplay.looks import Judge, Judged, Preview
+from spin_diffusion.selfplay.looks import Judge, Judged, Preview, paired_change
+from spin_diffusion.selfplay.record import Better
 from spin_diffusion.selfplay.train_settings import LoraSettings
-from spin_diffusion.selfplay.watching import best_of, gain
+from spin_diffusion.selfplay.watching import best_of
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
@@ -26,7 +27,7 @@ def weights(folder: Path) -> str:
     return file_hash(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def judge_by(means: list[float], key: str = "made up") -> Judge:
+def judge_by(means: list[float], key: str = "made up", better: Better = "higher") -> Judge:
     """A judge of two samples, whose mean at each step is known."""
 
     def judge(folder: Path) -> Judged:
@@ -34,24 +35,34 @@ def judge_by(means: list[float], key: str = "made up") -> Judge:
         mean = means[int(folder.name.removeprefix("step-"))]
         return Judged([10 + mean, 20 + mean], ["a", "b"], 2)
 
-    return Judge("made up", key, judge)
+    return Judge("made up", key, judge, better=better)
 
 
-def test_a_gain_is_the_paired_difference_to_the_start() -> None:
+def test_a_change_is_the_paired_difference_to_the_start() -> None:
     start, values = [1.0, 5.0, 2.0, 7.0], [1.5, 5.1, 2.9, 7.7]
     expected = stats.ttest_rel(values, start).confidence_interval()
-    found = gain(values, start, ["a", "b", "c", "d"])
+    found = paired_change(values, start, ["a", "b", "c", "d"])
     assert found == pytest.approx({"mean": 0.55, "low": expected.low, "high": expected.high})
-    assert gain([None, 5.1], [1.0, 5.0], ["a", "b"]) is None, "the player spoilt a sample"
-    assert gain([float("nan"), 5.1], [1.0, 5.0], ["a", "b"]) is None
-    only = gain([2.0, None, 5.5, 1.0], [1.0, None, 5.0, 1.0], ["a", "b", "c", "d"])
+    assert paired_change([None, 5.1], [1.0, 5.0], ["a", "b"]) is None, "the player spoilt a sample"
+    assert paired_change([float("nan"), 5.1], [1.0, 5.0], ["a", "b"]) is None
+    only = paired_change([2.0, None, 5.5, 1.0], [1.0, None, 5.0, 1.0], ["a", "b", "c", "d"])
     assert only is not None and only["mean"] == pytest.approx(0.5), "what the start spoilt is left out"
 
 
 def test_the_first_of_the_best_steps_after_the_start_is_the_best() -> None:
     curve = [{"step": step, "mean": mean, "low": None, "high": None} for step, mean in enumerate([9.0, 1, 3, None, 3])]
-    assert best_of(curve)["step"] == 2
-    assert best_of(curve[:1]) is None
+    assert best_of(curve, "higher")["step"] == 2 and best_of(curve, "lower")["step"] == 1
+    assert best_of(curve[:1], "higher") is None
+
+
+def test_where_lower_is_better_the_lowest_step_below_the_start_is_promoted(sdxl_dir, tmp_path, capsys):
+    falls = judge_by([0, -1, -3, 2, -3], better="lower")
+    (record,) = play_all(sdxl_dir, tmp_path / "falls", SELECTING, judge=falls, rounds=1)
+    assert record["state"] == "PROMOTED" and record["training"]["selection"]["step"] == 2
+    assert "best step 2 of 4, by made up (lower is better) -3.0000" in capsys.readouterr().out
+    rises = judge_by([0, 4, 3, 2, 1], better="lower")
+    (record,) = play_all(sdxl_dir, tmp_path / "rises", SELECTING, judge=rises, rounds=1)
+    assert record["state"] == "REJECTED" and record["training"]["selection"]["step"] == 4
 
 
 @pytest.fixture(scope="module")
