@@ -11,5 +11,6 @@ errors       prediction -> denoising error -> score, and how much each level cou
 game         all of it behind the contract that the rounds know
 shortcuts    are real and generated images told apart by traces of the decoder alone?
 config       the settings of a run; cost: what its parts take in floating-point operations
+original     the tensors of a pipeline under their original names; single_file: checkpoints in one file
 base         what a run starts from, loaded whole; parts: its networks; model_sources: what is evaluated outside of runs
 """

@@ -18,6 +18,8 @@ ENCODERS = {"text_encoder": CLIPTextModel}
 ADDED_EMBEDDING = None
 SCALING_FACTOR = 0.18215
 STANDARDISED_LATENTS = False
+# OpenAI's CLIP in 1.x, LAION's in 2.x
+ENCODER_PREFIXES = {"text_encoder": {"quick_gelu": "cond_stage_model.transformer.", "gelu": "cond_stage_model.model."}}
 ORIGINAL_NAMES = False
 
 

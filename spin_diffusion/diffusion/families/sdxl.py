@@ -16,6 +16,10 @@ ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithPr
 ADDED_EMBEDDING = "text_time"
 SCALING_FACTOR = None
 STANDARDISED_LATENTS = True
+ENCODER_PREFIXES = {
+    "text_encoder": {"quick_gelu": "conditioner.embedders.0.transformer."},
+    "text_encoder_2": {"gelu": "conditioner.embedders.1.model."},
+}
 ORIGINAL_NAMES = True
 
 
