@@ -14,16 +14,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from spin_diffusion.diffusion.original import UNET, unet_origins
 from spin_diffusion.store.weights import weights_file
-
-_RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"} | {
-    "conv_shortcut": "skip_connection"
-}
-_OUTSIDE = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
-_OUTSIDE |= {f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)}
-_OUTSIDE |= {f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)}
-_KINDS = ("resnets", "attentions")
-"""Of an original block: its first part, and its second."""
 
 
 @dataclass(frozen=True)
@@ -79,29 +71,9 @@ class KohyaForm:
 
 def _original_layers(unet: UNet2DConditionModel) -> dict[str, str]:
     """The names of a UNet's layers in the code that SDXL was first published with (Stability's generative-models)."""
-    blocks: dict[str, str] = {}
-    place = 1  # the first input block is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            blocks |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{place}.{n}" for n, kind in enumerate(_KINDS)}
-            place += 1
-        if block.downsamplers:
-            blocks[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
-            place += 1
-    blocks |= {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)}
-    blocks["mid_block.attentions.0"] = "middle_block.1"
-    place = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            blocks |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{place}.{n}" for n, kind in enumerate(_KINDS)}
-            place += 1
-        if block.upsamplers:
-            after = 2 if getattr(block, "attentions", None) else 1
-            blocks[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{after}.conv"
-    names = dict(_OUTSIDE)
-    for layer, _ in unet.named_modules():
-        for ours, original in blocks.items():
-            if layer == ours or layer.startswith(f"{ours}."):
-                rest = layer[len(ours) + 1 :]
-                names[layer] = f"{original}.{_RESNET.get(rest, rest)}".rstrip(".")
-    return names
+    origins = unet_origins(unet.state_dict()).items()
+    return {_layer(origin.names[0]): _layer(name.removeprefix(UNET)) for name, origin in origins}
+
+
+def _layer(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
