@@ -113,18 +113,19 @@ def _scored(task: Task, view: View) -> Made:
     """The rows of a view: its pictures are drawn and scored, and kept nowhere."""
     config, per_prompt = task.config, task.settings.images_of(view.prompts)
     family, pipeline = cells.base_pipeline(Base.of_settings(config.flat()))
-    saved: dict[str, Path] = {}
+    unet: Path | None = None
+    lora: Path | None = None
     if view.round:
         run_ = task.folder / "run"
         for name, problem in find_damage(cells.saved_player(run_, view.round), run_).items():
             raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
-        kind = "lora" if (run_ / f"round-{view.round}" / "lora").is_dir() else "unet"
-        saved = {kind: run_ / f"round-{view.round}" / kind}
+        folder = run_ / f"round-{view.round}"
+        unet, lora = (None, folder / "lora") if (folder / "lora").is_dir() else (folder / "unet", None)
     wanted = cells.prompt_sets(task.settings)[view.prompts].requests(per_prompt, task.seed)
     prompts = [row["prompt"] for row in wanted]
     sampling = view.sampling
     images = draw_images(
-        drawing_pipeline(pipeline, sampling.sampler, **saved),
+        drawing_pipeline(pipeline, sampling.sampler, unet=unet, lora=lora),
         prompts,
         [row["seed"] for row in wanted],
         replace(sampling, resolution=sampling.resolution or family.RESOLUTION),

@@ -36,17 +36,12 @@ class KohyaForm:
         layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         original = _original_layers(unet) if family.ORIGINAL_NAMES else {}
         names = {layer: "lora_unet_" + original.get(layer, layer).replace(".", "_") for layer in layers}
-        architecture, version = family.architecture(unet.config, prediction_type)
-        published = "https://github.com/Stability-AI/generative-models"
-        base = {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{architecture}/lora",
-            "modelspec.implementation": published if family.ORIGINAL_NAMES else "diffusers",
-            "modelspec.resolution": f"{resolution}x{resolution}",
-            "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-            "ss_base_model_version": version,
-            "ss_v2": str("_v2" in version),
-        }
+        base = model_spec(family, unet, prediction_type, resolution)
+        base["modelspec.architecture"] += "/lora"
+        if not family.ORIGINAL_NAMES:
+            base["modelspec.implementation"] = "diffusers"
+        version = family.architecture(unet.config, prediction_type)[1]
+        base |= {"ss_base_model_version": version, "ss_v2": str("_v2" in version)}
         return cls(names, base)
 
     def file(
@@ -67,6 +62,22 @@ class KohyaForm:
             tensors[f"{self.names[layer]}.alpha"] = torch.tensor(alpha)  # fp32: a strength makes it any number
         network = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
         return weights_file(tensors, {**self.base, **network, **said})
+
+
+def model_spec(family: ModuleType, unet: UNet2DConditionModel, prediction_type: str, resolution: int) -> dict[str, str]:
+    """What a file in the original layout says of its model: the keys of Stability AI's ModelSpec 1.0.1.
+
+    Args:
+        prediction_type: as the scheduler says it.
+        resolution: side of the images trained on, px.
+    """
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": family.architecture(unet.config, prediction_type)[0],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+    }
 
 
 def _original_layers(unet: UNet2DConditionModel) -> dict[str, str]:

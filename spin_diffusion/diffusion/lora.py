@@ -227,9 +227,16 @@ def read_adapter(
     return weights
 
 
-def load_adapter(pipeline: Any, folder: Path) -> None:
+def load_adapter(pipeline: Any, folder: Path, fused_at: float | None = None) -> dict[str, Tensor]:
     """Put a saved adapter on the UNet of a pipeline, as `pipeline.load_lora_weights` does, with every tensor of its
-    file in its place. Raises InputError: as `read_adapter`."""
+    file in its place; its weights, by the names that diffusers knows them by.
+
+    Args:
+        fused_at: the strength at which it is added to the UNet's own weights; None = it stays beside them.
+
+    Raises:
+        InputError: as `read_adapter`.
+    """
     base_hash, layers = weights_hash(pipeline.unet), _layers_of(folder, pipeline.unet)
     try:
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
@@ -243,6 +250,10 @@ def load_adapter(pipeline: Any, folder: Path) -> None:
         raise InputError(
             f"{folder / WEIGHTS} lacks what it learned of {len(lacking)} layers, such as {lacking[0]}: restore it"
         )
+    if fused_at is not None:
+        pipeline.fuse_lora(lora_scale=fused_at)
+        pipeline.unload_lora_weights()
+    return weights
 
 
 def _layers_of(folder: Path, unet: UNet2DConditionModel) -> set[str]:

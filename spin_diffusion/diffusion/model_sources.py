@@ -52,10 +52,23 @@ def read_source(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
     file_name(name, "--models")
-    folder, pipeline = Path(path), ModelSource(name, path, "pipeline", Base(path, revision, variant, vae))
+    return source_at(name, path, f"--models {spec!r}", Base(path, revision, variant, vae))
+
+
+def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
+    """The model at a path.
+
+    Args:
+        where: how messages begin.
+        pipeline: what it is if it is neither a round nor pictures.
+
+    Raises:
+        InputError: as `read_source`.
+    """
+    folder, whole = Path(path), ModelSource(name, path, "pipeline", pipeline)
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
-            return pipeline
+            return whole
         if (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "config.json").is_file():
             return ModelSource(name, path, "round", _base_of(folder), folder)
         if (folder / "unet" / "config.json").is_file():
@@ -66,14 +79,14 @@ def read_source(
         if any(is_image(file) for file in list_files(folder).files):
             return ModelSource(name, path, "images", None)
         raise InputError(
-            f"--models {spec!r}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), "
-            "nor has it pictures"
+            f"{where}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), nor has it "
+            "pictures"
         )
     if is_local(path) or "/" not in path:
         if folder.is_file():
-            raise InputError(f"--models {spec!r}: {path} {single_file(folder)}")
-        raise InputError(f"--models {spec!r}: {path} does not exist; give a folder, or a hub id such as owner/name")
-    return pipeline
+            raise InputError(f"{where}: {path} {single_file(folder)}")
+        raise InputError(f"{where}: {path} does not exist; give a folder, or a hub id such as owner/name")
+    return whole
 
 
 class _BaseInManifest(TypedDict):

@@ -42,15 +42,33 @@ def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -
     return made
 
 
-def drawing_pipeline(pipeline: Any, sampler: str, *, unet: Path | None = None, lora: Path | None = None) -> Any:
+def drawing_pipeline(
+    pipeline: Any, sampler: str, *, unet: Path | None = None, lora: Path | None = None, strength: float | None = None
+) -> Any:
     """A base's pipeline with another sampler, and with a saved UNet or adapter where one is given. The base's own UNet
-    stays as it is. `unet`, `lora`: folders as a round saves them."""
+    stays as it is.
+
+    Args:
+        unet, lora: folders as a round saves them.
+        strength: how far to go from the base to the player, whose adapter is fused then: base + strength (player -
+            base). None = the player as it is, at 1.
+    """
     network = pipeline.unet if unet is None else load_unet(unet, str(unet))
+    if unet is not None and strength is not None:
+        _go_from(pipeline.unet, network, strength)
     if lora is not None:
         network = copy.deepcopy(network)
-        load_adapter(sampling_pipeline(pipeline, network, sampler), lora)
+        load_adapter(sampling_pipeline(pipeline, network, sampler), lora, strength)
     network.to(pipeline.unet.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     return sampling_pipeline(pipeline, network, sampler)
+
+
+@torch.no_grad()
+def _go_from(base: nn.Module, player: nn.Module, strength: float) -> None:
+    """Make of the player's weights base + strength (player - base); exactly the base's at 0, and its own at 1."""
+    of_base = base.state_dict()
+    for name, weight in player.state_dict().items():
+        weight.copy_(torch.lerp(of_base[name].to(weight), weight, strength))
 
 
 def draw_batches(

@@ -1,0 +1,136 @@
+"""training/export.py: what a run made, in the form that another program reads."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from spin_diffusion.diffusion.base import Base, load_checkpoint
+from spin_diffusion.diffusion.kohya import KohyaForm, model_spec
+from spin_diffusion.diffusion.lora import CONFIG, load_adapter
+from spin_diffusion.diffusion.model_sources import ModelSource, source_at
+from spin_diffusion.diffusion.sampling import drawing_pipeline
+from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
+from spin_diffusion.runs.start import quiet_libraries
+from spin_diffusion.store.files import read_json, tensors_hash, weights_hash, write_json
+from spin_diffusion.store.folder import check_folder, take_folder
+from spin_diffusion.store.input_error import InputError, one_line, printable
+from spin_diffusion.store.parsing import saved_settings
+from spin_diffusion.store.run_dir import file_hash, write_file
+
+Format = Literal["diffusers", "kohya", "single_file", "unet_file"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PROGRAM = "export"
+ORIGIN = "spin_diffusion.run"
+"""Key of a file's metadata that every export has, and by which one is known: the run that it was made of."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where.
+
+    Attributes:
+        run: output folder of an image run.
+        round: whose player; None = the last promoted one's.
+        strength: how far to go from the base to the player.
+        output: file, or folder of a pipeline; None = below the run.
+    """
+
+    run: Path
+    round: int | None
+    form: Format
+    dtype: str
+    strength: float
+    output: Path | None
+
+    @property
+    def title(self) -> str:
+        """What programs show it as, and the name of its file: run, round, and strength where it is not 1."""
+        round_ = f"-round-{self.round}" if self.round is not None else ""
+        return f"{self.run.resolve().name}{round_}{f'@{self.strength:g}' if self.strength != 1 else ''}"
+
+    @property
+    def place(self) -> Path:
+        """Where it is written."""
+        name = self.title if self.form == "diffusers" else f"{self.title}-{self.form}.safetensors"
+        return self.output or self.run / "export" / name
+
+
+def export(what: Export) -> Path:
+    """Write it; where it is.
+
+    Raises:
+        InputError: no such run or round, a form that its player does not have, or something of somebody else's in the
+            place.
+    """
+    folder = what.run if what.round is None else what.run / f"round-{what.round}"
+    source = source_at("export", str(folder), str(folder), Base(str(folder)))
+    if source.kind != "round" or source.base is None:
+        raise InputError(f"{printable(folder)} is no run and no round of one: give the --output_dir of a run")
+    if what.form == "kohya" and source.lora is None:
+        raise InputError(
+            f"--format kohya is of adapters, and the player in {printable(folder)} is a whole UNet: give unet_file or "
+            "single_file"
+        )
+    if not math.isfinite(what.strength):
+        raise InputError(f"--strength {what.strength} must be a number: 1 is the player, 0 the base")
+    _check_place(what)
+    quiet_libraries()
+    family, pipeline = load_checkpoint(source.base)
+    resolution = _settings_of(what.run).get("resolution") or family.RESOLUTION
+    prediction_type = str(pipeline.scheduler.config.get("prediction_type", "epsilon"))
+    said = {
+        "modelspec.title": what.title,
+        ORIGIN: what.run.resolve().name,
+        "spin_diffusion.manifest": file_hash(what.run / "manifest.json"),
+        "spin_diffusion.round": "last promoted" if what.round is None else str(what.round),
+        "spin_diffusion.strength": f"{what.strength:g}",
+    }
+    if what.form == "kohya":
+        kohya = KohyaForm.of(family, pipeline.unet, prediction_type, resolution)
+        _write_adapter(what, source, pipeline, kohya, said)
+        return what.place
+    made = drawing_pipeline(pipeline, "checkpoint", unet=source.unet, lora=source.lora, strength=what.strength)
+    made.unet.to(memory_format=torch.contiguous_format)  # which files are in
+    said["spin_diffusion.weights"] = weights_hash(made.unet)
+    if what.form == "diffusers":
+        take_folder(what.place, PROGRAM, "-o", inside=True)
+        made.to(DTYPES[what.dtype]).save_pretrained(what.place)
+        write_json(what.place / "export.json", said)
+    else:
+        write = write_single_file if what.form == "single_file" else write_unet_file
+        write(what.place, made, DTYPES[what.dtype], model_spec(family, made.unet, prediction_type, resolution) | said)
+    return what.place
+
+
+def _write_adapter(what: Export, source: ModelSource, pipeline: Any, kohya: KohyaForm, said: dict[str, str]) -> None:
+    """Write an adapter in kohya's form; its strength goes into its alpha."""
+    assert source.lora is not None
+    settings, weights = read_json(source.lora / CONFIG), load_adapter(pipeline, source.lora)
+    rank, alpha = settings["rank"], settings["lora_alpha"] or settings["rank"]
+    said = said | {"spin_diffusion.adapter": tensors_hash(weights)}
+    data = kohya.file(weights, rank, alpha * what.strength, DTYPES[what.dtype], said)
+    write_file(what.place, lambda part: part.write_bytes(data))
+
+
+def _settings_of(run: Path) -> dict[str, Any]:
+    """The settings of a run; none where there is no file of them."""
+    return saved_settings(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+
+
+def _check_place(what: Export) -> None:
+    """InputError where something else than an export lies in the place."""
+    place, flag = what.place, f"-o {printable(what.place)}"
+    if what.form == "diffusers":
+        check_folder(place, PROGRAM, "-o", inside=True)
+    elif place.exists():
+        try:
+            with safe_open(place, framework="pt") as file:
+                is_export = ORIGIN in (file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{flag} is there and is no export ({one_line(error)}): give another name") from None
+        if not is_export:
+            raise InputError(f"{flag} is there and is no export: give another name")

@@ -1,0 +1,43 @@
+"""Write what a run made in the form that another program reads.
+
+    python training/export.py runs/toy --format kohya          an adapter, for ComfyUI, Forge and A1111
+    python training/export.py runs/toy --format single_file    a whole checkpoint, for A1111, Forge and ComfyUI
+    python training/export.py runs/toy --format unet_file      the UNet alone, for ComfyUI's folder diffusion_models
+    python training/export.py runs/toy --format diffusers      a folder for from_pretrained
+    python training/export.py runs/toy --round 2 --strength 0.7 --dtype bf16 --format single_file -o toy.safetensors
+
+An adapter is fused into its base, but in kohya's form. What was there before is replaced only if it is an export too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from spin_diffusion.cli.command import run_command
+
+
+def export_run(argv: list[str]) -> None:
+    """Write the file or the folder, and print where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="--output_dir of an image run")
+    parser.add_argument("--round", type=int, help="whose player; default: the last promoted one")
+    parser.add_argument("--format", required=True, choices=["diffusers", "kohya", "single_file", "unet_file"])
+    parser.add_argument("--dtype", default="fp16", choices=["fp16", "bf16", "fp32"], help="default: fp16")
+    help_ = "base + STRENGTH (player - base); default: 1, the player"
+    parser.add_argument("--strength", type=float, default=1.0, help=help_)
+    parser.add_argument("-o", "--output", type=Path, help="file or folder; default: in RUN/export")
+    arguments = parser.parse_args(argv)
+    # After the arguments: --help does not wait for the libraries
+    from spin_diffusion.runs.export import Export, export
+
+    run, form, dtype = arguments.run, arguments.format, arguments.dtype
+    print(f"Written: {export(Export(run, arguments.round, form, dtype, arguments.strength, arguments.output))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export and return the exit code."""
+    return run_command(export_run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
