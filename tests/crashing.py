@@ -67,8 +67,8 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
         "pretrained_model_name_or_path": "base", "dataset_name": "train.parquet", "max_train_samples": 4,
         "resolution": 32, "rounds": 2, "max_train_steps": 2, "train_batch_size": 2, "checkpointing_steps": 1,
         "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3,
-        "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "max_validation_prompts": 2,
-        "num_validation_images": 1, "scorers": "[sharpness]", "report_to": "none",
+        "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "validation": "{max_prompts: 2}",
+        "scorers": "[sharpness]", "report_to": "none",
         "output_dir": "out",
     } | more  # fmt: skip
     return "out", lambda argv: run(parse_config(argv), family_name="sdxl"), _flags(settings)
@@ -77,7 +77,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
 def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
     Path("redness.py").write_text(SCORER)
     return _images(
-        use_lora=True, rank=2, rounds=1, max_train_steps=3, checkpoints_total_limit=1, num_held_out=1,
+        use_lora=True, rank=2, rounds=1, max_train_steps=3, num_held_out=1,
         select_every=2, select_by="redness.py", preview_every=2,
         curation="{scorer: redness.py, top: 3}",
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
         "held_out_dataset_name": base / "data" / "held_out.jsonl", "num_held_out": 2, "held_out_by": "row",
         "keep_repeated": True, "rounds": 2, "opponent": "pool", "max_train_steps": 2, "checkpointing_steps": 1,
         "num_train_epochs": "null", "train_batch_size": 2, "samples_per_shard": 4, "learning_rate": 3e-4,
-        "max_length": 48, "max_new_tokens": 8, "judges": "[length]", "num_validation_answers": 1,
+        "max_length": 48, "max_new_tokens": 8, "judges": "[length]",
         "report_to": "none", "output_dir": "out",
     }  # fmt: skip
     return "out", lambda argv: run_language(parse_language_config(argv)) and None, _flags(settings)

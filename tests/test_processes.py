@@ -74,7 +74,7 @@ def both(request, sdxl_dir, tiny_parquet, tmp_path_factory):
     if request.param == "adamw":  # two shards of pictures, one for each process
         prompts = folder / "prompts.txt"
         prompts.write_text("".join(f"a fox number {number}\n" for number in range(33)))
-        config |= {"validation_prompts": str(prompts), "num_validation_images": 2, "scorers": ["sharpness"]}
+        config |= {"validation_prompts": str(prompts), "validation": {"images_per_prompt": 2}, "scorers": ["sharpness"]}
     # Once by a real launcher, under which every process has its own hash seed
     play_two = play_by_torchrun if request.param == "adamw" else play
     said = [
@@ -238,7 +238,7 @@ def test_a_killed_process_ends_the_job_and_any_number_of_processes_goes_on(how, 
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,
         "rounds": 1, "max_train_steps": 24, "beta": 100, "num_inference_steps": 2, "guidance_scale": 1,
         "samples_per_shard": 8, "report_to": "none", "optimizer": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0,
-        "checkpointing_steps": 3, "checkpoints_total_limit": 2, "fully_shard": in_parts,
+        "checkpointing_steps": 3, "fully_shard": in_parts,
         "lr_scheduler": "linear", "lr_warmup_steps": 2,
     }  # fmt: skip
     run = start(config | {"train_batch_size": 2}, tmp_path / "two", 2)

@@ -25,10 +25,10 @@ _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
 BASE = "base"
 
 # The comparison scores by itself, and asks for nothing else of a run
-QUIET = {
+QUIET: dict[str, object] = {
     "validation_prompts": None,
     "scorers": None,
-    "validation_guidance_scales": None,
+    "validation": {},
     "promote_if": "always",
     "compare_with": None,
     "report_to": "none",

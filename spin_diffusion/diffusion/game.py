@@ -175,11 +175,10 @@ class DiffusionGame:
             row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
             image = open_picture(example.image)
             size = nearest(self.sizes, image.height, image.width)
-            place = 0.5 if self.images.center_crop else int(row["id"][:8], 16) / 0xFFFFFFFF
-            cropped, row["frame"] = images.crop(image, size, place)
+            cropped, row["frame"] = images.crop(image, size)
             row["image"] = images.to_bytes(cropped, self.images)
             if example.loser is not None:
-                loser, _ = images.crop(open_picture(example.loser), size, place)
+                loser, _ = images.crop(open_picture(example.loser), size)
                 row["loser_image"] = images.to_bytes(loser, self.images)
             yield row
 

@@ -106,12 +106,11 @@ def sizes_in_words(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
 # From an image to its stored bytes and pixels
 
 
-def crop(image: Image.Image, target: Size, place: float) -> tuple[Image.Image, list[int]]:
-    """The image, resized until it just covers the target and cropped to it; and its frame.
+def crop(image: Image.Image, target: Size) -> tuple[Image.Image, list[int]]:
+    """The image, resized until it just covers the target and cropped to its middle; and its frame.
 
     Args:
         target: height and width, px.
-        place: where along the side that is too long the crop lies, in [0, 1]; 0.5 is the middle.
 
     Returns:
         The crop, and [original height, original width, top, left, target height, target width] in px (SDXL's
@@ -119,7 +118,7 @@ def crop(image: Image.Image, target: Size, place: float) -> tuple[Image.Image, l
     """
     width, height = image.size
     covering = _covering(height, width, target)
-    top, left = (round((side - wanted) * place) for side, wanted in zip(covering, target, strict=True))
+    top, left = (round((side - wanted) / 2) for side, wanted in zip(covering, target, strict=True))
     box = (left, top, left + target[1], top + target[0])
     if math.prod(covering) > MAX_RESIZED * math.prod(target):
         # The part of a long strip that is cropped to, alone: its place in px of the source, not rounded

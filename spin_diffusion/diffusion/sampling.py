@@ -113,7 +113,6 @@ def draw_batches(
                     num_inference_steps=sampling.num_inference_steps,
                     guidance_scale=sampling.guidance_scale,
                     generator=[torch.Generator().manual_seed(seeds[place]) for place in part],
-                    eta=sampling.eta,
                     output_type="latent",
                 ).images[:count]
         finally:

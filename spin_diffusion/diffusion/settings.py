@@ -37,8 +37,6 @@ class ImageSettings(Settings):
     size_conditioning: Literal["real", "target"] = "real"
     """What SDXL is told of size and crop, for both images of a pair and while the opponent draws: real = those of the
     real image; target = those that pipelines tell by default, the size that is drawn and no crop."""
-    center_crop: bool = True
-    """Crop the middle; otherwise a place that is drawn from the image's hash."""
     random_flip: bool = False
     """Mirror both images of a pair at half of its visits; both orientations are encoded. Not where left and right
     matter, as in writing."""
@@ -62,20 +60,11 @@ class SamplingSettings(Settings):
     """Classifier-free guidance of the opponent; 1 = none, the distribution that the theory speaks of."""
     sampler: Literal["checkpoint", "ddim", "dpmpp"] = "dpmpp"
     """dpmpp = DPM-Solver++ of second order; checkpoint = the scheduler that the base checkpoint names."""
-    eta: float = setting(0.0, minimum=0, maximum=1)
-    """Noise that each step of ddim adds, in [0, 1]: 0 = none, 1 = as much as DDPM."""
     prediction_scale: float = setting(1.0, above=0)
     """Factor of the noise that the denoiser predicts, for the opponent and for the evaluations; above 1 the sampler is
     colder: 1.04 often raises scores without any training, at some cost in diversity."""
     generation_batch_size: int = setting(8, minimum=1)
     """Images drawn at a time; guidance doubles the UNet's batch. Images are encoded as many at a time, at most 8."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eta > 0 and self.sampler != "ddim":
-            raise InputError(
-                f"--eta {self.eta} is a setting of --sampler ddim, not of {self.sampler}: give --sampler ddim"
-            )
 
     def record(self, resolution: int | None, precision: str, size_condition: str = OWN_SIZE) -> Sampling:
         """The record of what is drawn with these settings; resolution in px, precision by `precision_of`."""
@@ -84,7 +73,6 @@ class SamplingSettings(Settings):
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             resolution=resolution,
-            eta=self.eta,
             precision=precision,
             size_condition=size_condition,
             prediction_scale=self.prediction_scale,

@@ -75,7 +75,6 @@ class Protocol(TypedDict):
     num_inference_steps: NotRequired[int | None]
     guidance_scales: NotRequired[list[Scale]]
     resolution: NotRequired[int | None]
-    eta: NotRequired[float | None]
     precision: NotRequired[str | None]
     size_condition: NotRequired[str | None]
     prediction_scale: NotRequired[float | None]

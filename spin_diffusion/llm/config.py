@@ -71,25 +71,42 @@ class LanguageTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
+class AnswerValidation:
+    """What is answered for the page; held-out scores use all held-out answers."""
+
+    max_prompts: int | None = setting(200, minimum=1)
+    """Distinct held-out prompts."""
+    answers_per_prompt: int = setting(1, minimum=1)
+    """Answers of each prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """What lm-evaluation-harness is asked for."""
+
+    tasks: list[str] | None = None
+    """Names of tasks or groups, or paths of task files (YAML)."""
+    folder: str | None = None
+    """With task files of the user's own, whose names `tasks` then knows."""
+    limit: int | None = setting(None, minimum=1)
+    """Examples of each task; None = all."""
+    chat_template: bool = False
+    """Whether questions go through the chat template. Published figures are usually without."""
+
+
+@dataclass(frozen=True)
 class AnswerEvaluationSettings(AnyEvaluationSettings):
     """What is measured after every round, on held-out prompts."""
 
     judges: list[str] | None = None
     """NAME[=PATH] of judges (log_likelihood, reward_model=PATH_OR_ID, length, ...), or paths of .py files; default:
     log_likelihood."""
-    max_validation_prompts: int | None = setting(200, minimum=1)
-    """Distinct held-out prompts that are answered for the page; held-out scores use all held-out answers."""
-    num_validation_answers: int = setting(1, minimum=1)
-    """Answers per prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
-    lm_eval_tasks: list[str] | None = None
-    """Tasks or groups of lm-evaluation-harness, or task files (YAML), for the base and every round; needs the extra
-    `lm-eval`."""
-    lm_eval_folder: str | None = None
-    """Folder with task files of your own, whose names --lm_eval_tasks then knows."""
-    lm_eval_limit: int | None = None
-    """Only so many examples of each task."""
-    lm_eval_chat_template: bool = False
-    """Ask the tasks' questions through the chat template. Published figures are usually without."""
+    validation: AnswerValidation = AnswerValidation()
+    """How many distinct held-out prompts are answered for the page (200), and how often each (1; diversity needs 2):
+    "{max_prompts: 200, answers_per_prompt: 2}". Held-out scores use all held-out answers."""
+    lm_eval: HarnessTasks = HarnessTasks()
+    """Tasks or groups of lm-evaluation-harness, or task files (YAML), for the base and every round: "{tasks: [gsm8k,
+    ifeval], limit: 100, chat_template: true}"; folder = where task files of your own lie. Needs the extra `lm-eval`."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ def parse_language_config(argv: list[str] | None = None) -> LanguageConfig:
     Raises:
         InputError: an unknown key (with the nearest one), a wrong type, a value out of range.
     """
-    return parse(LanguageConfig, argv, listed=("judges", "lm_eval_tasks"))
+    return parse(LanguageConfig, argv, listed=("judges",))
 
 
 def _check(config: LanguageConfig) -> None:
@@ -138,9 +155,9 @@ def _check(config: LanguageConfig) -> None:
     check_selection(config, config.data.holds_out)
     if config.rounds.stop_when_learnt and not config.data.holds_out:
         raise InputError("--stop_when_learnt needs held-out answers: give --num_held_out or --held_out_dataset_name")
-    if config.evaluation.lm_eval_tasks and not config.data.holds_out:
+    if config.evaluation.lm_eval.tasks and not config.data.holds_out:
         raise InputError(
-            "--lm_eval_tasks are run when a round is evaluated, which needs held-out answers: give --num_held_out or "
+            "--lm_eval tasks are run when a round is evaluated, which needs held-out answers: give --num_held_out or "
             "--held_out_dataset_name"
         )
     if config.evaluation.promote_if != "always" and not (config.data.holds_out and config.evaluation.eval_every_round):

@@ -6,7 +6,6 @@ import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,26 +13,13 @@ import numpy as np
 import torch
 from scipy.stats import t
 
+from spin_diffusion.llm.config import HarnessTasks
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.logprobs import language_model
 from spin_diffusion.store.input_error import InputError, one_line
 
 PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}
 """The harness's names of what accelerate calls mixed precision."""
-
-
-@dataclass(frozen=True)
-class HarnessTasks:
-    """What the harness is asked for."""
-
-    names: tuple[str, ...]
-    """Names of tasks or groups, or paths of task files (YAML)."""
-    folder: str | None = None
-    """With task files of the user's own."""
-    limit: int | None = None
-    """Examples of each task; None = all."""
-    as_chat: bool = False
-    """Whether prompts go through the chat template."""
 
 
 class Measure(TypedDict):
@@ -50,7 +36,7 @@ class Measure(TypedDict):
 
 def check_tasks(tasks: HarnessTasks) -> None:
     """Raises InputError if the harness is not installed, the folder has no task files, or a task is not known."""
-    _index(tasks.names, tasks.folder)
+    _index(tuple(tasks.tasks or ()), tasks.folder)
 
 
 def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, Measure]:
@@ -59,13 +45,14 @@ def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, Measure]:
     Raises:
         InputError: as `check_tasks`; or a task's data, or the chat template, cannot be used.
     """
-    index = _index(tasks.names, tasks.folder)
+    names = tasks.tasks or []
+    index = _index(tuple(names), tasks.folder)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    if tasks.as_chat and not game.tokenizer.chat_template:
+    if tasks.chat_template and not game.tokenizer.chat_template:
         raise InputError(
-            "--lm_eval_chat_template needs a tokenizer with a chat template: give one with --chat_template"
+            "--lm_eval chat_template needs a tokenizer with a chat template: give one with --chat_template"
         )
     model = language_model(game.model)
     with _as_it_was(model, game.accelerator.device):
@@ -79,14 +66,14 @@ def run_tasks(game: LanguageGame, tasks: HarnessTasks) -> dict[str, Measure]:
         try:
             found = lm_eval.simple_evaluate(
                 model=harness,
-                tasks=list(tasks.names),
+                tasks=names,
                 task_manager=index,
                 limit=tasks.limit,
                 log_samples=False,
-                apply_chat_template=tasks.as_chat,
+                apply_chat_template=tasks.chat_template,
             )
         except (KeyError, ValueError, OSError) as error:  # its data cannot be had, or are not as its file says
-            raise InputError(f"--lm_eval_tasks {', '.join(tasks.names)}: {one_line(error)}") from error
+            raise InputError(f"--lm_eval tasks {', '.join(names)}: {one_line(error)}") from error
     return metrics_of(found["results"], found.get("higher_is_better", {}))
 
 
@@ -130,23 +117,23 @@ def _index(names: tuple[str, ...], folder: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise InputError("--lm_eval_tasks needs lm-evaluation-harness: pip install 'spin-diffusion[lm-eval]'") from None
+        raise InputError("--lm_eval needs lm-evaluation-harness: pip install 'spin-diffusion[lm-eval]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [name for name in names if Path(name).suffix in (".yaml", ".yml")]
     for name in files:
         if not Path(name).is_file():
-            raise InputError(f"--lm_eval_tasks {name}: there is no such file")
+            raise InputError(f"--lm_eval tasks {name}: there is no such file")
     index = TaskManager(include_path=folder, include_defaults=False)
     if folder is not None and not index.all_tasks:
-        raise InputError(f"--lm_eval_folder {folder}: it has no task files (YAML with task: and dataset_path:)")
+        raise InputError(f"--lm_eval folder {folder}: it has no task files (YAML with task: and dataset_path:)")
     if not set(names) <= {*index.all_tasks, *files}:
         index = TaskManager(include_path=folder)
     for name in names:
         if name not in index.all_tasks and name not in files:
             where = f", nor is it in {folder}" if folder is not None else ""
             raise InputError(
-                f"--lm_eval_tasks {name}: lm-evaluation-harness has no such task{where}; `lm_eval ls tasks` lists its "
-                "own, and --lm_eval_folder names a folder of task files"
+                f"--lm_eval tasks {name}: lm-evaluation-harness has no such task{where}; `lm_eval ls tasks` lists its "
+                "own, and --lm_eval '{folder: ...}' names a folder of task files"
             )
     return index
 

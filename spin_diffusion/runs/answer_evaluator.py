@@ -17,7 +17,7 @@ from spin_diffusion.evaluation.specs import check_specs, parse_spec
 from spin_diffusion.llm.chat import fingerprint
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.llm.game import LanguageGame, transcript
-from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, run_tasks
+from spin_diffusion.llm.lm_eval_tasks import run_tasks
 from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.page import read_for_page
 from spin_diffusion.samples.drawn import DrawnAnswer, Request, Shards, answer_shards, requests_of
@@ -30,16 +30,6 @@ from spin_diffusion.store.progress import Progress
 
 MEASURES = "held_out.json"
 """What is measured of a model beside its answers' scores."""
-
-
-def harness_tasks(config: LanguageConfig) -> HarnessTasks | None:
-    """What lm-evaluation-harness is asked for, if anything."""
-    asked = config.evaluation
-    if not asked.lm_eval_tasks:
-        return None
-    return HarnessTasks(
-        tuple(asked.lm_eval_tasks), asked.lm_eval_folder, asked.lm_eval_limit, asked.lm_eval_chat_template
-    )
 
 
 def check_judges(specs: Sequence[str]) -> None:
@@ -98,8 +88,8 @@ class AnswerSamples(EvaluationSamples):
                 f"the held-out answers have {len(prompts)} prompt, and an interval needs 2: hold out more "
                 "(--num_held_out, --held_out_dataset_name), or none"
             )
-        prompts = prompts[: config.evaluation.max_validation_prompts]
-        self.requests = requests_of(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
+        prompts = prompts[: config.evaluation.validation.max_prompts]
+        self.requests = requests_of(prompts, config.evaluation.validation.answers_per_prompt, config.rounds.seed)
         generation = config.generation
         # Another engine has other answers to the same seeds
         engine = {} if generation.engine == "transformers" else {"engine": generation.engine}
@@ -141,12 +131,10 @@ class AnswerSamples(EvaluationSamples):
 
     def _held_out_key(self, model: EvaluatedModel) -> str:
         asked = [[transcript(example.prompt), example.completion] for example in self.examples]
-        tasks = harness_tasks(self.config)
-        places = [*tasks.names, tasks.folder] if tasks is not None else []
-        files = [place and place_hash(place) for place in places]
-        tasks_ = asdict(tasks) if tasks is not None else None
+        tasks = self.config.evaluation.lm_eval
+        files = [place and place_hash(place) for place in (*(tasks.tasks or []), tasks.folder)]
         weights, protocol = model.weights_sha256, self.protocol["id"]
-        return key_of(weights=weights, protocol=protocol, asked=asked, tasks=tasks_, files=files)
+        return key_of(weights=weights, protocol=protocol, asked=asked, tasks=asdict(tasks), files=files)
 
     def measures(self, models: list[EvaluatedModel]) -> list[MeasureEntry]:
         """The held-out likelihood and the benchmarks of each model."""
@@ -189,5 +177,5 @@ class AnswerSamples(EvaluationSamples):
         return {"held_out_nll": {"title": title, "better": "lower", **bounds}}
 
     def _lm_eval(self) -> Mapping[str, Mapping[str, object]]:
-        tasks = harness_tasks(self.config)
-        return run_tasks(self.game, tasks) if tasks is not None else {}
+        tasks = self.config.evaluation.lm_eval
+        return run_tasks(self.game, tasks) if tasks.tasks else {}

@@ -124,7 +124,7 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     parameters = trained_parameters(game)
     saved = game.player.parameters() if game.saved == "unet" else parameters
     steps = config.sampling.num_inference_steps
-    steps_shown = config.evaluation.validation_num_inference_steps or steps
+    steps_shown = config.evaluation.validation.num_inference_steps or steps
     image = sum(len(row["image"]) for row in rows) // len(rows)
     latents = sum(t.numel() * t.element_size() for t in encoded.values()) // len(rows)
     return Rates(
@@ -180,8 +180,8 @@ def works(config: Config, pairs: int) -> Callable[[str, int], Work]:
 
 def shown(config: Config) -> int:
     """Pictures that the evaluation of one model draws."""
-    settings = config.evaluation
-    if not settings.validation_prompts:
+    given, asked = config.evaluation.validation_prompts, config.evaluation.validation
+    if not given:
         return 0
-    prompts = len(load_prompts(settings.validation_prompts, settings.max_validation_prompts).rows)
-    return prompts * settings.num_validation_images * len(settings.validation_guidance_scales or [0])
+    prompts = len(load_prompts(given, asked.max_prompts).rows)
+    return prompts * asked.images_per_prompt * len(asked.guidance_scale or [0])

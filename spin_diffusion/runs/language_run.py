@@ -12,12 +12,12 @@ from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
-from spin_diffusion.llm.config import LanguageConfig, warnings_of
+from spin_diffusion.llm.config import AnswerEvaluationSettings, AnswerValidation, LanguageConfig, warnings_of
 from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
-from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges, harness_tasks
+from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
@@ -53,9 +53,7 @@ def plan(config: LanguageConfig) -> None:
 def plateau(config: LanguageConfig) -> None:
     """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
     rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
-    evaluation = dataclasses.replace(
-        config.evaluation, promote_if="always", judges=[], max_validation_prompts=2, lm_eval_tasks=None
-    )
+    evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], AnswerValidation(2))
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
     tell_gain(config, play_run(LanguageRun(dataclasses.replace(config, **sections))))
 
@@ -73,8 +71,8 @@ class LanguageRun(Run):
 
     def check(self) -> None:
         """Refuse benchmarks and judges that there are not."""
-        if (tasks := harness_tasks(self.config)) is not None:
-            check_tasks(tasks)
+        if self.config.evaluation.lm_eval.tasks:
+            check_tasks(self.config.evaluation.lm_eval)
         check_judges(self.config.evaluation.judges or [])
 
     def launch(self, accelerator: Accelerator) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.samples.sample import Batch, Row
+from spin_diffusion.selfplay.checkpoints import KEPT
 from spin_diffusion.selfplay.device import wait_for
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS
@@ -262,7 +263,7 @@ def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int
     pairs = sizes.rows // config.rounds.real_parts
     steps = max(steps_of_round(training, k, pairs, 1)[0] for k in range(1, rounds + 1))
     made = max(0, (steps - 1) // training.checkpointing_steps)
-    kept = min(made, training.checkpoints_total_limit or made) + (1 if made else 0)
+    kept = min(made, KEPT) + (1 if made else 0)
     best = rates.player_bytes if training.select_every else 0  # in each checkpoint, and beside them
     return total + kept * (rates.checkpoint_bytes + best) + best
 
@@ -282,7 +283,7 @@ def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> lis
     processes = f"{plan['processes']} process{'es' if plan['processes'] > 1 else ''}"
     free, peak = f"free in {output_dir}", max(plan["memory_bytes"].values())
     where = "of the GPU" if device.type == "cuda" else "of this machine"
-    smaller = "lower --checkpoints_total_limit or --max_train_samples"
+    smaller = "lower --max_train_samples"
     return [
         *table,
         f"Time     {_span(total)} for {plan['rows']} real samples on {processes}, without {judges}, start and rivals",

@@ -88,4 +88,4 @@ def of_place(spec: str, place: str, resolution: int | None, output_dir: Path) ->
 
 def _to_square(resolution: int) -> Callable[[Image.Image], Image.Image]:
     """The crop to the middle square, as images are cropped for training."""
-    return lambda image: crop(image, (resolution, resolution), 0.5)[0]
+    return lambda image: crop(image, (resolution, resolution))[0]

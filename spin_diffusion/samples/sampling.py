@@ -27,8 +27,6 @@ class Sampling:
     resolution: int | None
     """Side in px; None = the family's. Of the opponent's samples, which have the size of the real ones, that of the
     largest square."""
-    eta: float = 0.0
-    """Noise that each step of DDIM adds, in [0, 1]."""
     precision: str = "fp32"
     """The precision of the denoiser, by `precision_of`."""
     size_condition: str = OWN_SIZE

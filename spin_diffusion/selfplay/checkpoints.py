@@ -19,6 +19,7 @@ from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import (
+    ELSEWHERE,
     Damaged,
     commit,
     file_hashes,
@@ -31,6 +32,8 @@ from spin_diffusion.store.run_dir import (
 
 CHECKPOINT, HEALTHY = "checkpoint-", "healthy"
 AVERAGE = "average.safetensors"
+KEPT = 2
+"""Checkpoints of a round in training: the newest, and one to go on from should its bytes be damaged."""
 _EMA, _HASHES, _TRAINER = "ema.safetensors", "hashes.json", "trainer.json"
 
 
@@ -63,7 +66,7 @@ class Checkpoints:
     def save(self, step: int, history: health.History, selection: SelectionState | None) -> None:
         """Write checkpoint `step` with log and judgements as they are by now, in place of the oldest."""
         path, main, ema = self.directory / f"{CHECKPOINT}{step}", self.accelerator.is_main_process, self.trainee.ema
-        part, limit = part_of(path), self.trainee.settings.checkpoints_total_limit
+        part = part_of(path)
         if main:
             make_folder(part)
         self.accelerator.wait_for_everyone()
@@ -86,18 +89,18 @@ class Checkpoints:
                 }
                 (part / _TRAINER).write_text(json.dumps(state))
                 commit_listed(part, path)
-        if main and limit is not None:  # only now: with a limit of 1 there would be none while this one was written
+        if main:
             others = [old for old in _checkpoints(self.directory) if old != path]
-            for old in others[: len(others) + 1 - limit]:
+            for old in others[: 1 - KEPT]:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self, wanted: str) -> tuple[int, health.History, SelectionState | None]:
-        """Take up the wanted checkpoint, if there is one: its step (or 0), log and judgements.
+    def load(self) -> tuple[int, health.History, SelectionState | None]:
+        """Take up the newest checkpoint, if there is one: its step (or 0), log and judgements.
 
-        Where the newest is wanted and is not what was written, the one before it is taken, which is said.
+        Where it is not what was written the one before it is taken, which is said.
         """
-        path = first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
+        path = first_whole(_checkpoints(self.directory)[::-1], self.accelerator)
         if path is None:
             return 0, [], None
         state = read_json(path / _TRAINER, _State)
@@ -190,45 +193,22 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
-def _wanted_checkpoints(directory: Path, wanted: str) -> list[Path]:
-    """Those that may be taken up, the best first."""
-    found = _checkpoints(directory)
-    if wanted == "latest":
-        return found[::-1]
-    named = [path for path in found if path.name == Path(wanted).name]
-    if found and not named:
-        raise InputError(
-            f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
-            "give one of these, or latest"
-        )
-    return named
-
-
-def first_whole(folders: list[Path], accelerator: Accelerator, stop: bool = False) -> Path | None:
+def first_whole(folders: list[Path], accelerator: Accelerator) -> Path | None:
     """The first of the folders of which every byte is as it was written; all processes take the one that the main one
-    finds. Those that are not are said.
-
-    Args:
-        stop: raise Damaged instead.
-    """
+    finds. Those that are not are said."""
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
         for path in folders:
             try:
-                listed = read_json(path / _HASHES, dict[str, str], _ANOTHER)
+                listed = read_json(path / _HASHES, dict[str, str])
                 if not listed:
-                    raise Damaged(path / _HASHES, "it lists no files", _ANOTHER)
-                verify_hashes(listed, path, _ANOTHER)
+                    raise Damaged(path / _HASHES, "it lists no files", ELSEWHERE)
+                verify_hashes(listed, path)
                 found = [path]
                 break
             except Damaged as error:
-                if stop:
-                    raise
                 tell(f"{str(error).rpartition(': ')[0]}: the round goes on from what it kept before, or from its start")
     return broadcast_object_list(found)[0]
-
-
-_ANOTHER = "give another --resume_from_checkpoint, or latest"
 
 
 def remove_checkpoints(directory: Path) -> None:

@@ -32,7 +32,7 @@ def make_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, settings: TrainSettings
 ) -> torch.optim.Optimizer:
     """The settings' optimizer; InputError names a missing extra."""
-    betas = (settings.adam_beta1, settings.adam_beta2)
+    betas = settings.betas
     if settings.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -52,14 +52,14 @@ NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
         (["--rounds", "1000000000000"], "--rounds 1000000000000 must be between 1 and 10,000"),
         (["--beta", "1e300"], "--beta 1e+300 must be above 0 and at most 1e+30"),
         (["--resolution", "80000000"], "--resolution 80000000 must be a multiple of 8, and at most 10,000"),
-        (["--adam_beta1", "1"], "--adam_beta1 1.0 must be at least 0 and below 1"),
-        (["--adam_beta2", "-0.1"], "--adam_beta2 -0.1 must be at least 0 and below 1"),
+        (["--adam_betas", "[0.9, 1]"], "--adam_betas 1.0 must be at least 0 and below 1"),
+        (["--adam_betas", "[0.9]"], "--adam_betas [0.9] must be two numbers"),
         (["--ema_decay", "1.5"], "--ema_decay 1.5 must be above 0 and below 1"),
         (["--lr_scheduler", "cosin"], "did you mean 'cosine'?"),
         (["--lr_warmup_steps", "1.5"], "--lr_warmup_steps 1.5 must be a whole number of steps, or a share below 1"),
         (["--lr_warmup_steps", "[5, -0.1]"], "--lr_warmup_steps -0.1 must be at least 0"),
-        (["--max_validation_prompts", "0"], "--max_validation_prompts 0 must be at least 1"),
-        (["--validation_num_inference_steps", "0"], "--validation_num_inference_steps 0 must be at least 1"),
+        (["--validation", "{max_prompts: 0}"], "--validation max_prompts 0 must be at least 1"),
+        (["--validation", "{guidance_scale: [1, -1]}"], "--validation guidance_scale -1.0 must be at least 0"),
     ],
 )
 def test_what_a_library_would_refuse_later_is_refused_by_its_flag(flags, message):

@@ -40,7 +40,7 @@ def settings(tmp_path) -> dict:
         "max_length": 48,
         "max_new_tokens": 24,
         "judges": ["log_likelihood", "length"],
-        "num_validation_answers": 2,
+        "validation": {"answers_per_prompt": 2},
         "report_to": "none",
         "output_dir": str(tmp_path / "out"),
     }
@@ -176,7 +176,7 @@ def test_an_adapter_is_saved_as_peft_reads_it(unevaluated, tmp_path):
         (["--engine", "vllm"], ["spin-diffusion[vllm]"]),
         (["--objective", "dpo"], ["dpo"]),
         (["--use_lora", "--lora_target_modules", "[nowhere]"], ["--lora_target_modules", "nowhere"]),
-        (["--lm_eval_tasks", "gsm8k"], ["spin-diffusion[lm-eval]"]),
+        (["--lm_eval", "{tasks: [gsm8k]}"], ["spin-diffusion[lm-eval]"]),
         (["--stop_when_learnt", "--num_held_out", "0", "--held_out_dataset_name", "null"], ["--stop_when_learnt"]),
     ],
 )
@@ -307,7 +307,7 @@ THINKS = (
 
 def test_what_a_template_writes_before_answers_is_refused_until_it_belongs_to_the_prompt(settings, tmp_path, capsys):
     (tmp_path / "own.jinja").write_text(THINKS)
-    settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "judges": [], "lm_eval_tasks": None}
+    settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "judges": []}
     refused(
         capsys, play(tmp_path, settings), "the chat template writes 'think ' before every real answer",
         "give --chat_template_kwargs '{enable_thinking: false}'",

@@ -772,7 +772,7 @@ def test_another_drawing_is_scored_again(config):
     renamed.write_text(scorer.read_text())
     assert not cells.is_done(replace(task, settings=replace(task.settings, scorers=[str(renamed)])))
     # What is not in the file's name, and what is behind a scorer's name
-    assert not cells.is_done(replace(task, views=[View("validation", 0, replace(at(1.0), eta=0.5))]))
+    assert not cells.is_done(replace(task, views=[View("validation", 0, replace(at(1.0), precision="bf16"))]))
     scorer.write_text(scorer.read_text().replace("Redness", "Another redness"))
     assert not cells.is_done(task)
 

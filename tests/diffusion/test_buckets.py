@@ -127,7 +127,7 @@ def test_a_crop_shows_what_its_frame_says(target, shape):
     width, height = shape
     columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     picture = Image.fromarray((np.stack([columns, rows, 0 * rows], axis=-1) * 255).round().astype(np.uint8))
-    crop, frame = images.crop(picture, target, 0.3)
+    crop, frame = images.crop(picture, target)
     assert (crop.height, crop.width) == target and frame[:2] == [height, width] and tuple(frame[4:]) == target
     scale = max(target[0] / height, target[1] / width)
     top, left = frame[2:4]
@@ -138,13 +138,12 @@ def test_a_crop_shows_what_its_frame_says(target, shape):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 64), (100, 150), (401, 101), (63, 64), (64, 257), (300, 40)])
-@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
-def test_a_crop_is_the_whole_resized_and_then_cut(shape, place):
+def test_a_crop_is_the_whole_resized_and_then_cut(shape):
     """To the bit up to four times the target's length. Beyond, what is kept is resized alone: Pillow may take its two
     passes in the other order then, and clips between them."""
     rows = np.random.default_rng(0).integers(64, 192, (17, 26, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
     picture = Image.fromarray(rows).resize(shape, Image.Resampling.BILINEAR)
-    crop, (height, width, top, left, *target) = images.crop(picture, (64, 64), place)
+    crop, (height, width, top, left, *target) = images.crop(picture, (64, 64))
     scale = max(64 / height, 64 / width)
     whole = picture.resize((max(64, round(width * scale)), max(64, round(height * scale))), Image.Resampling.LANCZOS)
     right = np.asarray(whole.crop((left, top, left + 64, top + 64))).astype(int)
@@ -162,7 +161,7 @@ def test_of_a_long_strip_no_more_is_resized_than_is_kept(shape, monkeypatch):
         return resize(image, size, *more)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    crop, frame = images.crop(Image.new("RGB", shape, "red"), (1024, 1024), 0.5)
+    crop, frame = images.crop(Image.new("RGB", shape, "red"), (1024, 1024))
     assert crop.size == (1024, 1024) and crop.getpixel((512, 512)) == (255, 0, 0)
     assert sorted(frame[2:4]) == [0, (640_000 - 1024) // 2] and sizes == [(1024, 1024)]
 

@@ -32,15 +32,12 @@ def test_a_mirrored_latent_is_that_of_the_mirrored_image(sdxl_dir):
         assert not torch.equal(encoded[f"{prefix}mirrored_latents"], encoded[f"{prefix}latents"])
 
 
-@pytest.mark.parametrize("place", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("size", [(90, 40), (40, 90), (33, 32), (32, 32)])
-def test_the_mirrored_frame_is_that_of_a_crop_of_the_mirror_image(size, place):
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (34, 32), (32, 32)])
+def test_the_mirrored_frame_is_that_of_a_crop_of_the_mirror_image(size):
     image = Image.effect_noise(size, 50)
-    square, frame = crop(image, (32, 32), place)
+    square, frame = crop(image, (32, 32))
     flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    # From the other side the same crop lies at the rest of the way
-    wide = size[0] > size[1]
-    other, other_frame = crop(flipped, (32, 32), 1 - place if wide else place)
+    other, other_frame = crop(flipped, (32, 32))
     assert mirrored_frame(frame) == other_frame
     assert other.transpose(Image.Transpose.FLIP_LEFT_RIGHT).tobytes() == square.tobytes()
 

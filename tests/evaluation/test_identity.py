@@ -236,7 +236,7 @@ def test_everything_that_decides_a_picture_but_the_model_is_in_the_protocols_id(
     prompts = PromptSet("p", (PromptRow("00000", "a fox"), PromptRow("00001", "a hen")), "0" * 64, "", "")
     id_ = protocol_of(prompts, **REST)["id"]
     others = [{"images_per_prompt": 1}, {"seed": 1}, {"guidance_scales": [3.0, 1.0]}]
-    drawing = {"sampler": "dpmpp", "num_inference_steps": 5, "resolution": 64, "eta": 0.5, "precision": "bf16",
+    drawing = {"sampler": "dpmpp", "num_inference_steps": 5, "resolution": 64, "precision": "bf16",
                "size_condition": REAL_SIZE, "prediction_scale": 1.04}  # fmt: skip
     others += [{"sampling": replace(SAMPLING, **{name: value})} for name, value in drawing.items()]
     ids = {protocol_of(prompts, **REST | other)["id"] for other in others}
@@ -332,7 +332,7 @@ def test_a_run_that_goes_on_with_an_edited_scorer_scores_its_base_and_rounds_ane
     of_round = scores(world.out / "round-1" / "evaluation")
     assert min(score for values in of_round.values() for score in values) > 500
     results = read_results(world.out / "results.json")
-    assert results["protocol"]["precision"] == "fp32" and results["protocol"]["eta"] == 0.0
+    assert results["protocol"]["precision"] == "fp32"
     assert world.calls() == 8 + 12
     # Once more: nothing is scored or drawn, and all is as it was
     assert train(settings_of(*given, rounds=2)) == 0 and world.calls() == 20

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from spin_diffusion.llm import lm_eval_tasks
-from spin_diffusion.llm.lm_eval_tasks import HarnessTasks, check_tasks, metrics_of, run_tasks
+from spin_diffusion.llm.config import HarnessTasks
+from spin_diffusion.llm.lm_eval_tasks import check_tasks, metrics_of, run_tasks
 from spin_diffusion.store.input_error import InputError
 from tests.cli.test_language_script import play, refused, settings  # noqa: F401
 from tests.llm.playing import LANGUAGE, make_game
@@ -162,19 +163,19 @@ def test_the_player_is_asked_and_left_as_it_was(use_lora, stand_in, folder):
 
 
 def test_the_harness_own_tasks_are_read_only_if_one_is_asked_for(stand_in, folder):
-    check_tasks(HarnessTasks(("toy_choice", str(folder / "toy_answer.yaml")), str(folder)))
+    check_tasks(HarnessTasks(["toy_choice", str(folder / "toy_answer.yaml")], str(folder)))
     assert stand_in.indices == [(str(folder), False)]
-    check_tasks(HarnessTasks(("toy_choice", "gsm8k"), str(folder)))
+    check_tasks(HarnessTasks(["toy_choice", "gsm8k"], str(folder)))
     assert stand_in.indices[1:] == [(str(folder), False), (str(folder), True)]
-    check_tasks(HarnessTasks(("toy_choice", "gsm8k"), str(folder)))
+    check_tasks(HarnessTasks(["toy_choice", "gsm8k"], str(folder)))
     assert len(stand_in.indices) == 3
 
 
 @pytest.mark.parametrize(
     ("tasks", "parts"),
     [
-        (HarnessTasks(("nosuch",)), ["--lm_eval_tasks nosuch", "no such task", "--lm_eval_folder"]),
-        (HarnessTasks(("nowhere/at_all.yaml",)), ["--lm_eval_tasks nowhere/at_all.yaml", "no such file"]),
+        (HarnessTasks(["nosuch"]), ["--lm_eval tasks nosuch", "no such task", "folder: ..."]),
+        (HarnessTasks(["nowhere/at_all.yaml"]), ["--lm_eval tasks nowhere/at_all.yaml", "no such file"]),
     ],
 )
 def test_unknown_tasks_are_refused(tasks, parts, stand_in):
@@ -187,18 +188,18 @@ def test_what_the_harness_cannot_read_is_said_on_one_line(stand_in, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken")
     with pytest.raises(InputError, match="broken.yaml: Unable to find 'gone.jsonl'"):
-        run_tasks(make_game(), HarnessTasks((str(broken),)))
+        run_tasks(make_game(), HarnessTasks([str(broken)]))
 
 
 def test_the_chat_template_is_asked_for_where_there_is_one(stand_in, folder):
     game = make_game()
     game.tokenizer.chat_template = None
-    with pytest.raises(InputError, match="--lm_eval_chat_template.*--chat_template"):
-        run_tasks(game, HarnessTasks(("toy_choice",), str(folder), as_chat=True))
+    with pytest.raises(InputError, match="--lm_eval chat_template.*--chat_template"):
+        run_tasks(game, HarnessTasks(["toy_choice"], str(folder), chat_template=True))
 
 
 def test_tasks_are_measures_of_the_base_and_every_round(stand_in, settings, folder, tmp_path):  # noqa: F811
-    argv = ["--rounds", "1", "--lm_eval_folder", str(folder), "--lm_eval_tasks", "toy_choice", "--lm_eval_limit", "5"]
+    argv = ["--rounds", "1", "--lm_eval", f"{{folder: '{folder}', tasks: [toy_choice], limit: 5}}"]
     assert play(tmp_path, settings, *argv) == 0
     measures = json.loads((tmp_path / "out" / "results.json").read_text())["measures"]
     found = [(measure["model"], measure["value"]) for measure in measures if measure["name"] == "toy_choice/acc,none"]
@@ -206,15 +207,15 @@ def test_tasks_are_measures_of_the_base_and_every_round(stand_in, settings, fold
 
 
 def test_tasks_that_would_never_be_run_are_refused(stand_in, settings, tmp_path, capsys):  # noqa: F811
-    settings |= {"held_out_dataset_name": None, "num_held_out": 0, "lm_eval_tasks": ["gsm8k"]}
-    refused(capsys, play(tmp_path, settings), "--lm_eval_tasks", "--num_held_out")
+    settings |= {"held_out_dataset_name": None, "num_held_out": 0, "lm_eval": {"tasks": ["gsm8k"]}}
+    refused(capsys, play(tmp_path, settings), "--lm_eval tasks", "--num_held_out")
 
 
 def test_the_harness_finds_what_our_own_scores_say(folder):
     """Skipped where the harness is not installed."""
     pytest.importorskip("lm_eval")
     game = make_game()
-    tasks = HarnessTasks(("toy_choice", "toy_answer"), str(folder), limit=LIMIT)
+    tasks = HarnessTasks(["toy_choice", "toy_answer"], str(folder), limit=LIMIT)
     found = run_tasks(game, tasks)
     encode = game.tokenizer
     rows = [json.loads(line) for line in (folder.parent / "questions.jsonl").read_text().splitlines()][:LIMIT]

