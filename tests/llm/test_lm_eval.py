@@ -150,7 +150,7 @@ def test_the_player_is_asked_and_left_as_it_was(use_lora, stand_in, folder):
     pad = game.tokenizer.pad_token
     # Without the place in Python's own numbers, of which the checks of types take some
     states = random.getstate()[1][:-1], np.random.get_state()[1].tolist(), torch.get_rng_state()
-    run_tasks(game, HarnessTasks(("toy_choice",), str(folder), limit=3, as_chat=True))
+    run_tasks(game, HarnessTasks(["toy_choice"], str(folder), limit=3, chat_template=True))
     asked = stand_in.asked
     assert (asked["tasks"], asked["limit"], asked["chat"]) == (["toy_choice"], 3, True)
     harness = asked["model"]
