@@ -28,7 +28,7 @@ from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.evaluation.tables import closing_lines, metrics_of, tell_table
 from spin_diffusion.evaluation.verdicts import promotion
-from spin_diffusion.runs.page import ledger, page_of, rival_name, round_name, run_folders
+from spin_diffusion.runs.page import ledger, page_of, previews, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
 from spin_diffusion.samples.pairs import Column
 from spin_diffusion.selfplay.game import Game
@@ -273,6 +273,16 @@ class RunEvaluator:
 
         return evaluate
 
+    def show_previews(self) -> None:
+        """Put the previews so far on the page, while a round is trained; main process only."""
+        if self._last is not None:
+            self._rewrite(self._last, previews=previews(self.config, self.output_dir))
+
+    def _rewrite(self, results: Results, **entries: Sequence[object]) -> None:
+        """Write results and page with these entries in place of theirs."""
+        write_json(self.output_dir / "results.json", results | entries)
+        write_report(self.output_dir)
+
     def tell(self) -> None:
         """Print and write the table, finish the page; main process only."""
         if self._samples is None:
@@ -282,8 +292,7 @@ class RunEvaluator:
         assert self._last is not None, "the main process reports"
         results = self._last
         if entries := ledger(self.config, self.output_dir):  # the last round's is whole only now
-            write_json(self.output_dir / "results.json", results | {"ledger": entries})
-            write_report(self.output_dir)
+            self._rewrite(results, ledger=entries)
         tell_table(results, self.output_dir)
         headline = results["headline"]
         for alarm in results["alarms"]:

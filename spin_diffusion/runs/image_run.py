@@ -165,15 +165,17 @@ class ImageRun(Run):
         game.fixed_draws = int(config.denoiser.fixed_draws)
         folder = Path(config.run.encodings_dir or self.output_dir / "encodings") / "prompts"
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
-        captions = Column(self.output_dir / "data", "prompt", beside=self.held_out)
-        game.prompts.keep(folder, captions, self.game.accelerator, dtype, progress)
-        self._let_look(captions)
+        game.prompts.keep(folder, self._captions(), self.game.accelerator, dtype, progress)
 
-    def _let_look(self, captions: Sequence[str]) -> None:
+    def _captions(self) -> Sequence[str]:
+        """The captions of the real images, those that are held out last."""
+        return Column(self.output_dir / "data", "prompt", beside=self.held_out)
+
+    def _let_look(self, to_page: Callable[[], None]) -> None:
         """Who looks at the player's pictures while it is trained.
 
         Args:
-            captions: of the real images, those that are held out last.
+            to_page: puts previews on the page.
         """
         config, pictures = self.config, PlayerPictures(self.config, self.game)
         seed, by = config.rounds.seed, config.training.select_by
@@ -183,14 +185,16 @@ class ImageRun(Run):
         elif by != "gap" and held_out is not None:
             self.judge = pictures.judge(by, held_out, seed)
         if config.evaluation.preview_every is not None:
-            known = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out or captions
-            self.preview = pictures.preview(config.evaluation.preview_every, known, seed)
+            prompts = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out
+            self.preview = pictures.preview(config.evaluation.preview_every, prompts or self._captions(), seed, to_page)
 
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""
         prompts, config, game = self.prompts, self.config, self.game
         samples = PictureSamples(config, prompts, game, progress, self.held_out) if prompts is not None else None
-        return RunEvaluator(config, game, (str(game.base), "pipeline"), game.saved, samples)
+        evaluator = RunEvaluator(config, game, (str(game.base), "pipeline"), game.saved, samples)
+        self._let_look(evaluator.show_previews)
+        return evaluator
 
     def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
         """What the phases of a round take, by its settings."""

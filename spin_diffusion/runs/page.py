@@ -81,23 +81,33 @@ def read_for_page(read: Callable[..., Any], path: Path, kind: Any) -> Any:
 
 def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, object]]]:
     """The lists of results.json that come from the folders of the run and its rivals."""
-    rounds = [
-        (name, k, folder / f"round-{k}")
-        for name, folder in run_folders(config, output_dir).items()
-        for k in range(1, config.rounds.rounds + 1)
-    ]
+    rounds = _rounds(config, output_dir)
     return {
         "curves": [entry for name, k, folder in rounds for entry in _curve(name, k, folder)],
         "events": [entry for name, k, folder in rounds for entry in _events(name, k, folder)],
         "selection": [entry for name, k, folder in rounds for entry in _selection(name, k, folder)],
-        "previews": [
-            {"model": name, "round": k, "file": (folder / PREVIEW_SHEET).relative_to(output_dir).as_posix()}
-            for name, k, folder in rounds
-            if (folder / PREVIEW_SHEET).is_file()
-        ],
+        "previews": previews(config, output_dir),
         "ledger": ledger(config, output_dir),
         "measures": _measures(config, output_dir),
     }
+
+
+def _rounds(config: RunConfig, output_dir: Path) -> list[tuple[str, int, Path]]:
+    """(name of the run or rival, number, folder) of all rounds."""
+    return [
+        (name, k, folder / f"round-{k}")
+        for name, folder in run_folders(config, output_dir).items()
+        for k in range(1, config.rounds.rounds + 1)
+    ]
+
+
+def previews(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
+    """The previews of every round that has some so far."""
+    return [
+        {"model": name, "round": k, "file": (folder / PREVIEW_SHEET).relative_to(output_dir).as_posix()}
+        for name, k, folder in _rounds(config, output_dir)
+        if (folder / PREVIEW_SHEET).is_file()
+    ]
 
 
 def _curve(name: str, k: int, folder: Path) -> list[dict[str, object]]:

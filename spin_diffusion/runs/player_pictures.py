@@ -2,7 +2,7 @@
 find a round's best step, or shown as previews. They are drawn as the opponent draws, by the road of all pictures, and
 stay in the round's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -132,8 +132,12 @@ class PlayerPictures:
 
         return Judge("fd", key_of(embedding=real.key, real=real.content), judge, change_of_distance, "lower")
 
-    def preview(self, every: int, prompts: Sequence[str], seed: int) -> Preview:
-        """What draws the first of the prompts every so many steps, and shows all of a round's previews in one sheet."""
+    def preview(self, every: int, prompts: Sequence[str], seed: int, to_page: Callable[[], None]) -> Preview:
+        """What draws the first of the prompts every so many steps, and shows all of a round's previews in one sheet.
+
+        Args:
+            to_page: puts the sheet on the page; called by the main process.
+        """
         requests = requests_of([{"prompt": prompt} for prompt in prompts[:PREVIEWED_PROMPTS]], 1, seed)
 
         def draw(folder: Path, name: str, step: int) -> int:
@@ -143,6 +147,7 @@ class PlayerPictures:
             self._show(requests, folder.parent)
             pictures = [(request["prompt"], self._picture(request, folder)) for request in requests]
             log_pictures(f"{name}/previews", pictures, step, self.accelerator, axis=name)
+            to_page()
             return len(requests)
 
         return Preview(every, draw)

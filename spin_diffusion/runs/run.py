@@ -58,9 +58,9 @@ class Run(ABC):
     held_out: Path | None = None
     """Folder of the real samples that are never trained on."""
     judge: Judge | None = None
-    """Who judges the steps of a round, where it is not the gap; there from `ready` on."""
+    """Who judges the steps of a round, where it is not the gap; there once `evaluator` was asked for."""
     preview: Preview | None = None
-    """Who draws previews; there from `ready` on."""
+    """Who draws previews; there once `evaluator` was asked for."""
 
     @property
     def output_dir(self) -> Path:

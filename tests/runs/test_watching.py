@@ -1,5 +1,6 @@
 """What is learnt of a player on samples that it is not trained on: the held-out gap of an image run."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.runs import player_pictures, real_pictures
+from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
@@ -45,7 +47,20 @@ def prompts(folder: Path) -> list[str]:
     return [row["prompt"] for path in sorted((folder / "samples").glob("*")) for row in read_rows(path)]
 
 
-def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, tmp_path):
+@pytest.fixture
+def pages(monkeypatch) -> list[str]:
+    """The page, each time that a preview was put on it."""
+    pages, show_previews = [], RunEvaluator.show_previews
+
+    def shown(evaluator: RunEvaluator) -> None:
+        show_previews(evaluator)
+        pages.append((evaluator.output_dir / "report.html").read_text())
+
+    monkeypatch.setattr(RunEvaluator, "show_previews", shown)
+    return pages
+
+
+def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, pages, tmp_path):
     looking = {"select_every": 2, "preview_every": 3, "report_to": "tensorboard"}
     out = play(settings | looking | {"validation_prompts": tiny_prompts, "validation": {"max_prompts": 2}})
     held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
@@ -57,6 +72,9 @@ def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_pro
     measures = {entry["name"]: entry["value"] for entry in read_results(out / "results.json")["measures"]}
     assert measures["held_out_gap"] == record["held_out_gap"]["mean"]
     the_looks_are_shown(out, record)
+    # While it trained, the page had the previews so far
+    sheets = [re.search('<img src="([^"]+)"[^>]* alt="Previews of spin round 1', page)[1] for page in pages]
+    assert len(set(sheets)) == 2 and sheets[1] in (out / "report.html").read_text()
 
 
 def the_looks_are_shown(out: Path, record: dict) -> None:
