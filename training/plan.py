@@ -5,8 +5,9 @@
     accelerate launch training/plan.py --plateau --config ...
 
 Takes the settings of the training scripts as they are, those of images and those of language. The run's report shows
-the plan beside what it really took. With --plateau it says whether the base is one that self-play can improve: it
-fine-tunes for one round in OUTPUT_DIR-plateau and asks whether held-out real samples have gained by it.
+the plan beside what it really took. With --plateau it says whether the base is one that self-play can improve: in
+OUTPUT_DIR-plateau it fine-tunes the base for the steps of a round at each of four rates (0.1, 0.3, 1 and 3 times the
+run's) and asks whether held-out real samples have gained by any. The plan says what that costs.
 """
 
 import importlib

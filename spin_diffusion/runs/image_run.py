@@ -29,7 +29,7 @@ from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import fine_tuning, tell_gain
+from spin_diffusion.runs.plateau import fine_tuning, gains
 from spin_diffusion.runs.player_pictures import PlayerPictures
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.real_pictures import of_run
@@ -63,7 +63,10 @@ def plateau(config: Config) -> None:
     rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
     evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None)
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    tell_gain(config, play_run(ImageRun(dataclasses.replace(config, **sections))))
+    asked = ImageRun(dataclasses.replace(config, **sections))
+    asked.each_from_base = True
+    for line in gains(asked.config, play_run(asked)):
+        asked.game.accelerator.print(line)
 
 
 class ImageRun(Run):

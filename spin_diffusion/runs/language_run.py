@@ -21,7 +21,7 @@ from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import fine_tuning, tell_gain
+from spin_diffusion.runs.plateau import fine_tuning, gains
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
@@ -55,7 +55,10 @@ def plateau(config: LanguageConfig) -> None:
     rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
     evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], AnswerValidation(2))
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    tell_gain(config, play_run(LanguageRun(dataclasses.replace(config, **sections))))
+    run = LanguageRun(dataclasses.replace(config, **sections))
+    run.each_from_base = True
+    for line in gains(run.config, play_run(run)):
+        run.game.accelerator.print(line)
 
 
 class LanguageRun(Run):

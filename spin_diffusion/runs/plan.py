@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from spin_diffusion.evaluation.settings import RunConfig
+from spin_diffusion.runs.plateau import RATES
 from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.checkpoints import KEPT
 from spin_diffusion.selfplay.device import wait_for
@@ -286,6 +287,8 @@ def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> lis
     smaller = "lower --max_train_samples"
     return [
         *table,
+        f"Plateau  {_span(len(RATES) * plan['rounds'][0]['trained'])} at most for --plateau: {len(RATES)} rounds of "
+        "fine-tuning at rates around the run's",
         f"Time     {_span(total)} for {plan['rows']} real samples on {processes}, without {judges}, start and rivals",
         _fits("Disk", plan["disk_bytes"], plan["free_bytes"], free, smaller),
         _fits("Memory", peak, plan["device_bytes"], where, "lower --train_batch_size"),

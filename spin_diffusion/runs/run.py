@@ -32,7 +32,7 @@ from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.looks import Judge, Preview
 from spin_diffusion.selfplay.objectives import options_for
-from spin_diffusion.selfplay.one_round import Costs, Probe
+from spin_diffusion.selfplay.one_round import Costs, Judgement, Probe
 from spin_diffusion.selfplay.record import RoundRecord
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
@@ -59,6 +59,8 @@ class Run(ABC):
     """Folder of the real samples that are never trained on."""
     judge: Judge | None = None
     """Who judges the steps of a round, where it is not the gap; there once `evaluator` was asked for."""
+    each_from_base = False
+    """Whether every round starts from the base: no player is promoted, and none is evaluated."""
     preview: Preview | None = None
     """Who draws previews; there once `evaluator` was asked for."""
 
@@ -187,6 +189,7 @@ def _play_with_rivals(
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
     config, output_dir = run.config, run.output_dir
     records: list[RoundRecord] = []
+    of_rounds = _set_aside if run.each_from_base else evaluator.of_rounds()
     for rival in (None, *config.rivals):
         rounds, folder = config.rounds, output_dir
         if rival is not None:
@@ -202,7 +205,7 @@ def _play_with_rivals(
                 rounds,
                 config.training,
                 accelerator,
-                evaluator.of_rounds() if rival is None else evaluator.of_rival(rival),
+                of_rounds if rival is None else evaluator.of_rival(rival),
                 progress,
                 run.held_out,
                 run.candidates,
@@ -220,6 +223,11 @@ def _play_with_rivals(
         path = output_dir / "manifest.json"
         write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
     return records
+
+
+def _set_aside(k: int, folder: Path, parent: int) -> Judgement:
+    """The judgement of a player after whom the next round starts from the base again."""
+    return Judgement({}, False, "every round starts from the base")
 
 
 def lineage(records: list[RoundRecord]) -> list[dict[str, object]]:

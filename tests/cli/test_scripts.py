@@ -88,6 +88,9 @@ def refused(capsys, code: int, *parts: str) -> None:
         assert part in error[0]
 
 
+RATES = ("0.0001", "0.0003", "0.001", "0.003")
+
+
 def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs(settings, tmp_path, capsys):
     settings |= {
         "num_held_out": 8,
@@ -99,10 +102,13 @@ def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs
     config.write_text(yaml.safe_dump(settings))
     assert run("plan.py", "--plateau", "--config", str(config)) == 0
     said = capsys.readouterr().out
-    record = read_json(tmp_path / "out-plateau" / "round-1" / "round.json")
-    assert not (tmp_path / "out").exists() and record["training"]["steps"] == 6
-    assert record["held_out_gap"]["low"] > 0, "a base of noise has everything to learn"
-    assert "It still gains, so supervised training has not finished" in said and "of 8 held-out real samples" in said
+    records = [read_json(tmp_path / "out-plateau" / f"round-{k}" / "round.json") for k in range(1, 5)]
+    assert not (tmp_path / "out").exists() and {record["training"]["steps"] for record in records} == {6}
+    assert {(record["parent"], record["state"]) for record in records} == {(0, "REJECTED")}, "each from the base"
+    assert records[2]["held_out_gap"]["low"] > 0, "a base of noise has everything to learn"
+    gained = [record["held_out_gap"]["mean"] for record in records]
+    assert all(f"  rate {rate:<8} {mean:+.4f} [" in said for rate, mean in zip(RATES, gained, strict=True))
+    assert "and 0.003, so supervised training has not finished" in said and "of 8 held-out real samples" in said
 
 
 def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
