@@ -19,31 +19,37 @@ from spin_diffusion.diffusion.families import families
 from spin_diffusion.diffusion.noising import check_scheduler
 from spin_diffusion.diffusion.parts import CONFIG, TOKENIZERS, Part, load_encoder, load_unet, load_vae, weight_files
 from spin_diffusion.diffusion.prompts import words_of
+from spin_diffusion.diffusion.single_file import CheckpointFile, open_checkpoint
 from spin_diffusion.store.configuration import Configuration, Keys, check_keys, read_configuration
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, is_local, one_line
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.weights import config_of, read_header
+from spin_diffusion.store.weights import config_of
 
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a pipeline that are not loaded: they draw nothing of a prompt, or would blacken training samples."""
 
 
+_FLAG = "--pretrained_model_name_or_path"
+
+
 @dataclass(frozen=True)
 class Base:
-    """A base checkpoint. All four are its identity: with another variant, or another VAE, it is another base.
+    """A base checkpoint, by what it is loaded from.
 
     Attributes:
-        name: local folder or hub id.
+        name: local folder, single file or hub id.
         revision: branch, tag or commit of a hub id.
         variant: of the weight files, such as fp16.
         vae: local folder or hub id of a VAE in place of the checkpoint's own.
+        config: local folder or hub id of the checkpoint whose configuration and tokenizers a single file goes with.
     """
 
     name: str
     revision: str | None = None
     variant: str | None = None
     vae: str | None = None
+    config: str | None = None
 
     @classmethod
     def of(cls, base: "Base | str") -> "Base":
@@ -54,15 +60,26 @@ class Base:
     def of_settings(cls, flat: Mapping[str, Any]) -> "Base":
         """The base that a run's settings name, by their flags."""
         vae = flat.get("pretrained_vae_model_name_or_path")
-        return cls(str(flat.get("pretrained_model_name_or_path")), flat.get("revision"), flat.get("variant"), vae)
+        name = str(flat.get("pretrained_model_name_or_path"))
+        return cls(name, flat.get("revision"), flat.get("variant"), vae, flat.get("base_config"))
 
     def as_dict(self) -> dict[str, str | None]:
         """For a manifest."""
         return asdict(self)
 
+    @property
+    def file(self) -> CheckpointFile | None:
+        """The single file that it is loaded from. Raises InputError: as `open_checkpoint`."""
+        path = Path(self.name)
+        return open_checkpoint(path, f"{_FLAG} {self.name}") if path.is_file() else None
+
+    def part(self, folder: Path, what: str, file: CheckpointFile | None) -> Part:
+        """A part of it, whose configuration is in a folder; `what` it is, for messages."""
+        return Part(folder, f"{self.name}: its {what}", self.variant, file)
+
     def __str__(self) -> str:
         """The name, and in brackets what it is loaded with."""
-        given = {"revision": self.revision, "variant": self.variant, "VAE": self.vae}
+        given = {"revision": self.revision, "variant": self.variant, "VAE": self.vae, "configuration": self.config}
         options = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
         return f"{self.name} ({options})" if options else self.name
 
@@ -88,24 +105,31 @@ def load_checkpoint(base: Base | str) -> tuple[ModuleType, Any]:
     """A pipeline in fp32, from a local folder or a hub id, and its family. Raises InputError: no such folder or hub id,
     an unsupported family or denoiser, a part that is not what its files say."""
     base = Base.of(base)
-    folder = _folder_of(base)
+    file = base.file
+    folder = _folder_of(base) if file is None else _configuration_of(base, file)
     index = read_configuration(folder / "model_index.json", base.name)
     name, known = index.get("_class_name"), families()
     if not isinstance(name, str) or name not in known:
         raise InputError(f"{base.name} is a {name}, which is not supported (supported: {', '.join(sorted(known))})")
     family = known[name]
-    parts = load_parts(family, index, folder, base)
+    if file is not None and family is not file.family:
+        theirs = file.family.PIPELINE.__name__
+        raise InputError(f"--base_config {folder} is a {name}, and {base.name} a {theirs}: give the folder of one")
+    parts = load_parts(family, index, folder, base, file)
     try:
-        return family, family.PIPELINE.from_pretrained(str(folder), **parts)
+        pipeline = family.PIPELINE.from_pretrained(str(folder), **parts)
     except Exception as error:  # diffusers raises dozens of kinds
         raise InputError(f"cannot load the model {base.name!r}: {one_line(error)}") from error
+    if file is not None:
+        pipeline.scheduler = _with_noise(pipeline.scheduler, file, base)
+    return family, pipeline
 
 
 def _folder_of(base: Base) -> Path:
     """Where a checkpoint's files lie; those of one on the hub are downloaded."""
-    flag, folder = f"--pretrained_model_name_or_path {base.name}", Path(base.name)
-    if folder.is_file():
-        raise InputError(f"{flag} {single_file(folder)}")
+    flag, folder = f"{_FLAG} {base.name}", Path(base.name)
+    if base.config is not None:
+        raise InputError(f"--base_config {base.config}: {base.name} is no single file, and has its own: leave it out")
     if is_local(base.name):
         if not (folder / "model_index.json").is_file():
             what = "has no model_index.json" if folder.is_dir() else "does not exist"
@@ -127,29 +151,45 @@ def _downloaded(flag: str, download: Callable[..., Any], name: str, **options: A
         ) from error
 
 
-def single_file(path: Path) -> str:
-    """What is said of a checkpoint that is one file: what it is, and how it becomes a folder."""
-    if path.suffix != ".safetensors":
-        return (
-            "is a single file that is not safetensors, and may run code when it is read: get the .safetensors file of "
-            "the same model, or a folder in diffusers' layout"
+def _configuration_of(base: Base, file: CheckpointFile) -> Path:
+    """The folder of the configuration and the tokenizers of a single file; those on the hub are downloaded."""
+    for flag, given in (("--revision", base.revision), ("--variant", base.variant)):
+        if given is not None:
+            raise InputError(f"{flag} {given}: {base.name} is a single file, which has none: leave it out")
+    name = base.config or file.configured_as
+    remedy = "give --base_config with the folder, or hub id, of a checkpoint in diffusers' layout that has them"
+    if name is None:
+        raise InputError(
+            f"{_FLAG} {base.name} has neither configuration nor tokenizer, and by its tensors may predict noise or v: "
+            f"{remedy}"
         )
-    names = read_header(path)
-    # Of the original layouts only SDXL's has conditioners, of diffusers' own only its UNet an added embedding
-    is_larger = any(name.startswith(("conditioner.", "add_embedding.")) for name in names)
-    by_encoders = sorted(families().values(), key=lambda family: len(family.ENCODERS))
-    pipeline = by_encoders[-1 if is_larger else 0].PIPELINE.__name__
-    whole = any(name.startswith("model.diffusion_model.") for name in names)
-    what = "is a single-file checkpoint" if whole else "is a single file and, by its tensors, only a part of a pipeline"
-    convert = f"{pipeline}.from_single_file({str(path)!r}).save_pretrained(FOLDER)"
-    return f"{what}: convert {'it' if whole else 'a whole one'} once with diffusers, {convert}, and give FOLDER"
+    if is_local(name):
+        if not (Path(name) / "model_index.json").is_file():
+            raise InputError(f"--base_config {name}: the folder has no model_index.json: {remedy}")
+        return Path(name)
+    flag = f"{_FLAG} {base.name} has neither configuration nor tokenizer ({remedy}); --base_config {name}"
+    return _downloaded(flag, snapshot_download, name, allow_patterns=["*.json", "*.txt"])
 
 
-def load_parts(family: ModuleType, index: Configuration, folder: Path, base: Base) -> dict[str, object]:
+def _with_noise(scheduler: Any, file: CheckpointFile, base: Base) -> Any:
+    """The scheduler with what a single file says of its noise."""
+    noise = {key: value for key, value in file.noise.items() if scheduler.config.get(key) != value}
+    if unknown := sorted(noise.keys() - inspect.signature(type(scheduler)).parameters.keys()):
+        raise InputError(
+            f"{base.name} says {unknown[0]} {noise[unknown[0]]}, which a {type(scheduler).__name__} has not: give "
+            "--base_config with a scheduler that has, such as DDIMScheduler"
+        )
+    return type(scheduler).from_config(scheduler.config, **noise) if noise else scheduler
+
+
+def load_parts(
+    family: ModuleType, index: Configuration, folder: Path, base: Base, file: CheckpointFile | None
+) -> dict[str, object]:
     """The networks and tokenizers of a family's pipeline in a folder, and None for parts that are not loaded.
 
     Args:
         index: the pipeline's model_index.json.
+        file: where the weights are, if not in the folder.
 
     Raises:
         InputError: a part that is missing, of another class than the family's, or not what its files say.
@@ -167,15 +207,15 @@ def load_parts(family: ModuleType, index: Configuration, folder: Path, base: Bas
         remedy = f"give --variant {' or '.join(present)}" if present else "leave --variant out"
         raise InputError(f"{base.name}: no part has weights of --variant {base.variant}: {remedy}")
     parts: dict[str, object] = {name: None for name in _IGNORED if name in index}
-    parts["unet"] = load_unet(folder / "unet", f"{base.name}: its UNet", base.variant)
+    parts["unet"] = load_unet(base.part(folder / "unet", "UNet", file))
     for name, kind in family.ENCODERS.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
-        part = Part(folder / name, f"{base.name}: its {name}", base.variant)
+        part = base.part(folder / name, name, file)
         parts[name], parts[tokenizer] = load_encoder(kind, part, folder / tokenizer, f"{base.name}: its {tokenizer}")
     if base.vae is not None:
         parts["vae"] = _load_given_vae(family, base.vae)
     else:
-        parts["vae"] = load_vae(family, Part(folder / "vae", f"{base.name}: its VAE", base.variant))
+        parts["vae"] = load_vae(family, base.part(folder / "vae", "VAE", file))
     _check_together(family, parts, base.name)
     return parts
 

@@ -26,7 +26,11 @@ class ModelSettings(Settings):
     """The base checkpoint."""
 
     pretrained_model_name_or_path: str | None = setting(None, first=True)
-    """Hub id, or local folder in diffusers' layout, of a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
+    """Hub id, local folder in diffusers' layout, or single .safetensors file, of a Stable Diffusion 1.x, 2.x or SDXL
+    pipeline."""
+    base_config: str | None = None
+    """Folder or hub id of a checkpoint in diffusers' layout, from which configuration and tokenizers of a single file
+    are taken, and no weights. Default: that of SD 1.5 or SDXL base on the hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spin_diffusion.diffusion.parts import load_unet
+from spin_diffusion.diffusion.parts import Part, load_unet
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast
 from spin_diffusion.store.files import weights_hash
 
@@ -80,7 +80,7 @@ class Copies:
 
     def fresh(self, path: Path) -> UNet2DConditionModel:
         """A UNet as a user gets it from what was saved in `path`."""
-        return load_unet(path, str(path))
+        return load_unet(Part(path, str(path)))
 
 
 def compile_unet(unet: UNet2DConditionModel, how: Compile) -> None:

@@ -415,8 +415,7 @@ class DiffusionGame:
 
     def _base_pipeline(self) -> Any:
         """With the UNet as it was loaded at first, from the same files."""
-        where = f"{self.base.name}: its UNet"
-        unet = load_unet(Path(self.player.config._name_or_path), where, self.base.variant)
+        unet = load_unet(self.base.part(Path(self.player.config._name_or_path), "UNet", self.base.file))
         return sampling_pipeline(self.pipeline, unet, "ddim")
 
     def _prove(self, path: Path) -> None:

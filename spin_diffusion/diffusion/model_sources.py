@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from spin_diffusion.data.files import TableFile, inside
 from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, read_caption, read_metadata, text_files
 from spin_diffusion.data.reading import caption_text
 from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.sources import list_files
-from spin_diffusion.diffusion.base import Base, single_file
+from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
+from spin_diffusion.diffusion.single_file import open_checkpoint
 from spin_diffusion.samples.drawn import GivenRow, read_index
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError, file_name, is_local, printable
@@ -36,12 +37,17 @@ class ModelSource:
 
 
 def read_source(
-    spec: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
+    spec: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    config: str | None = None,
 ) -> ModelSource:
     """The model of a `NAME=PATH_OR_ID`.
 
     Args:
         revision, variant, vae: of pipelines; a round has those that its run was started with.
+        config: of pipelines in single files.
 
     Raises:
         InputError: not NAME=PATH, a path that is nothing of the kind, or a round whose base is unknown.
@@ -52,7 +58,8 @@ def read_source(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
     file_name(name, "--models")
-    return source_at(name, path, f"--models {spec!r}", Base(path, revision, variant, vae))
+    base = Base(path, revision, variant, vae, config if Path(path).is_file() else None)
+    return source_at(name, path, f"--models {spec!r}", base)
 
 
 def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
@@ -84,7 +91,8 @@ def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
         )
     if is_local(path) or "/" not in path:
         if folder.is_file():
-            raise InputError(f"{where}: {path} {single_file(folder)}")
+            open_checkpoint(folder, f"{where}: {path}")
+            return whole
         raise InputError(f"{where}: {path} does not exist; give a folder, or a hub id such as owner/name")
     return whole
 
@@ -94,6 +102,8 @@ class _BaseInManifest(TypedDict):
     revision: str | None
     variant: str | None
     vae: str | None
+    config: NotRequired[str | None]
+    """Earlier versions knew no single files."""
 
 
 class _WithBase(TypedDict):
@@ -110,9 +120,9 @@ def _base_of(folder: Path) -> Base:
                 names = read_json(place / "manifest.json", _WithBase)["base"]
             except Damaged:
                 continue  # another program's, an earlier version's, or a run's that lost it
-            base = Base(names["name"], names["revision"], names["variant"], names["vae"])
-            for path in (base.name, base.vae):
-                if path is not None and is_local(path) and not Path(path).is_dir():
+            base = Base(names["name"], names["revision"], names["variant"], names["vae"], names.get("config"))
+            for path in (base.name, base.vae, base.config):
+                if path is not None and is_local(path) and not Path(path).exists():
                     raise InputError(
                         f"{folder} was trained from {path}, which is not there: run this where the run was started, or "
                         "put it there"

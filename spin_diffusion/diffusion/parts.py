@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
 from spin_diffusion.diffusion.noising import check_complete
+from spin_diffusion.diffusion.single_file import CheckpointFile
 from spin_diffusion.store.configuration import (
     Choice,
     Configuration,
@@ -25,7 +26,7 @@ from spin_diffusion.store.configuration import (
     refuse_missing,
 )
 from spin_diffusion.store.input_error import InputError, one_line
-from spin_diffusion.store.weights import check_stored, load_whole
+from spin_diffusion.store.weights import check_stored, load_whole, read_headers
 
 CONFIG = "config.json"
 _WEIGHTS = re.compile(
@@ -79,6 +80,8 @@ class Part:
     where: str
     """What the user gave, and the part of it; it begins messages."""
     variant: str | None = None
+    file: CheckpointFile | None = None
+    """Where its weights are, if they are not in the folder."""
 
     def config(self, class_name: str | None = None) -> Configuration:
         """Its configuration; `class_name` is the only class that is supported, where the file says one."""
@@ -103,6 +106,8 @@ class Part:
 
     def load(self, kind: Any, config: Configuration) -> Any:
         """The network: the weights of the variant if there are any, else the plain ones, as diffusers takes them."""
+        if self.file is not None:
+            return self.file.load(self.folder.name, kind, config, self.where)
         variants = weight_files(self.folder)
         chosen = self.variant if self.variant in variants else None
         if not variants:
@@ -114,7 +119,7 @@ class Part:
             names = sorted(map(str, variants))
             alone = f"its weights are of the variant {' and '.join(names)} alone"
             raise InputError(f"{self.where}: {alone}: give --variant {names[0]}")
-        check_stored(variants[chosen], config, where=self.where)
+        check_stored(read_headers(variants[chosen]), config, where=self.where)
         try:
             return load_whole(kind, str(self.folder), where=self.where, variant=chosen)
         except InputError:
@@ -123,10 +128,9 @@ class Part:
             raise InputError(f"{self.where} cannot be loaded ({one_line(error)}): get its files again") from error
 
 
-def load_unet(folder: Path, where: str, variant: str | None = None) -> UNet2DConditionModel:
-    """The UNet in a folder, in fp32. Raises InputError: it is not a UNet2DConditionModel of the kind that is told a
-    prompt and a timestep alone, or not what its files say."""
-    part = Part(folder, where, variant)
+def load_unet(part: Part) -> UNet2DConditionModel:
+    """A UNet in fp32. Raises InputError: it is not a UNet2DConditionModel of the kind that is told a prompt and a
+    timestep alone, or not what its files say."""
     return part.load(UNet2DConditionModel, part.checked_config(UNet2DConditionModel, _UNET))
 
 

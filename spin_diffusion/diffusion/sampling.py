@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spin_diffusion.diffusion.families import Frames
 from spin_diffusion.diffusion.images import Size, decode_latents, to_images
 from spin_diffusion.diffusion.lora import load_adapter
-from spin_diffusion.diffusion.parts import load_unet
+from spin_diffusion.diffusion.parts import Part, load_unet
 from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.device import autocast_dtype, sent
 from spin_diffusion.store.input_error import InputError
@@ -53,7 +53,7 @@ def drawing_pipeline(
         strength: how far to go from the base to the player, whose adapter is fused then: base + strength (player -
             base). None = the player as it is, at 1.
     """
-    network = pipeline.unet if unet is None else load_unet(unet, str(unet))
+    network = pipeline.unet if unet is None else load_unet(Part(unet, str(unet)))
     if unet is not None and strength is not None:
         _go_from(pipeline.unet, network, strength)
     if lora is not None:

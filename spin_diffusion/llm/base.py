@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from spin_diffusion.store.configuration import read_configuration
 from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.run_dir import file_hash
-from spin_diffusion.store.weights import check_stored, load_whole
+from spin_diffusion.store.weights import check_stored, load_whole, read_headers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
@@ -220,7 +220,7 @@ def _check_config(root: LanguageBase, where: str, has_adapter: bool) -> None:
     written = read_configuration(path, where)
     named = f", and name that in {ADAPTER_CONFIG} (base_model_name_or_path)" if has_adapter else ""
     remedy = f"give the checkpoint that it was made from{named}"
-    check_stored(_weight_files(root, where), written, where=where, remedy=remedy)
+    check_stored(read_headers(_weight_files(root, where)), written, where=where, remedy=remedy)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"{where}: a {config.model_type} model has an encoder and a decoder, and only causal language "

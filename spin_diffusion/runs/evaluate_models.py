@@ -220,7 +220,8 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
         raise InputError("--models is missing: give NAME=PATH_OR_ID for each model")
     if not settings.scorers:
         raise InputError("--scorers is missing: give NAME[=PATH],..., such as pickscore,hps_v2_1,imagereward,clip_h14")
-    options = settings.revision, settings.variant, settings.pretrained_vae_model_name_or_path
+    vae = settings.pretrained_vae_model_name_or_path
+    options = settings.revision, settings.variant, vae, settings.base_config
     sources = [read_source(spec, *options) for spec in settings.models]
     names = [source.name for source in sources]
     for name in names:

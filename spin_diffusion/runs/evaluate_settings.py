@@ -18,7 +18,11 @@ class EvaluateSettings(Settings):
     """What is compared, on which prompts, by which scorers."""
 
     models: list[str] | None = setting(None, harmless=True)
-    """NAME=PATH_OR_ID of each model: a pipeline (folder or hub id), a round's folder, or a folder of pictures."""
+    """NAME=PATH_OR_ID of each model: a pipeline (folder, single file or hub id), a round's folder, or a folder of
+    pictures."""
+    base_config: str | None = None
+    """Folder or hub id of a checkpoint in diffusers' layout, from which the configuration and the tokenizers of single
+    files are taken."""
     revision: str | None = None
     """Branch, tag or commit of the pipelines that are hub ids; a round takes all that its run was started with."""
     variant: str | None = None

@@ -26,7 +26,7 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
     curated = manifest["left_out"].get("curation")
     return (
         f"Base       {game.base} ({game.family.PIPELINE.__name__}, "
-        f"{game.resolution} px, {game.noising.prediction_type})\n"
+        f"{game.resolution} px, {game.noising.prediction_type}{_said_by(game.base)})\n"
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
         f"{_sizes_line(game, output_dir)}"
@@ -34,6 +34,11 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
         f"{game.opponent_sampling.in_words}\n"
         f"{_candidate_lines(config)}"
     )
+
+
+def _said_by(base: Base) -> str:
+    """For the header: who says what is predicted, where it is not the checkpoint's scheduler."""
+    return "" if base.file is None or not base.file.noise else ", as the file says"
 
 
 def trained_line(game: DiffusionGame) -> str:
@@ -76,12 +81,17 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
     if base.vae is not None:
         parts["vae"] = f"AutoencoderKL.from_pretrained({python_arguments(base.vae)})"
     classes = sorted({pipeline, *(call.partition(".")[0] for call in parts.values())})
-    of_base = python_arguments(base.name, revision=base.revision, variant=base.variant)
+    options = {"config": base.config} if base.config else {"revision": base.revision, "variant": base.variant}
+    of_base, noise = python_arguments(base.name, **options), base.file.noise if base.file else {}
     # Text encoders would come in the precision of their files, which need not be the UNet's
     given = ", ".join([of_base, *(f"{name}={name}" for name in parts), "dtype=torch.float32"])
-    loaded = f"{pipeline}.from_pretrained({given})"
+    loaded = f"{pipeline}.{'from_single_file' if base.file else 'from_pretrained'}({given})"
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     lines += [f"{name} = {call}" for name, call in parts.items()] + [f"pipeline = {loaded}"]
+    if noise:  # which diffusers does not read
+        named = ", ".join(f"{key}={value!r}" for key, value in noise.items())
+        lines.append("scheduler = pipeline.scheduler")
+        lines.append(f"pipeline.scheduler = type(scheduler).from_config(scheduler.config, {named})")
     return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
 
 

@@ -65,6 +65,25 @@ def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
         **options,
     )
     check_whole(model, report, where)
+    return _named_outputs(model)
+
+
+def fill(model: Any, tensors: Mapping[str, Tensor], report: LoadReport, *, where: str) -> Any:
+    """A model without weights, which it gets, to be used and not trained.
+
+    Args:
+        tensors: in fp32, each in its shape.
+        report: what is known of tensors beside these.
+
+    Raises:
+        InputError: as `load_whole`.
+    """
+    model.load_state_dict(tensors, strict=False, assign=True)
+    check_whole(model, report, where)
+    return _named_outputs(model.eval())
+
+
+def _named_outputs(model: Any) -> Any:
     if getattr(model.config, "return_dict", True) is False:
         model.config.return_dict = True  # how transformers hands over what it computed, which is read by name
     return model
@@ -131,6 +150,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
+def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of all files of one model; Raises as `read_header`."""
+    return {name: tensor for path in paths for name, tensor in read_header(path).items()}
+
+
 def weights_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file in which other programs read the metadata. The same tensors and metadata have the same bytes,
     which the library does not promise: it writes metadata in an order of its own. Of the tensors' bytes the file says
@@ -147,38 +171,35 @@ def weights_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 
 def check_stored(
-    paths: Iterable[Path], config: Mapping[str, Any], *, where: str, remedy: str = f"give {_FULL}"
+    tensors: Mapping[str, StoredTensor], config: Mapping[str, Any], *, where: str, remedy: str = f"give {_FULL}"
 ) -> None:
-    """Refuse before a model is made of them what the weights' files show, whose tensors' headers alone are read.
+    """Refuse before a model is made of them what the headers of the weights' files show.
 
     Args:
-        paths: all files of one model.
+        tensors: of one model, by `read_headers`.
         config: the model's configuration.
         remedy: what to do about quantised weights.
 
     Raises:
         InputError: the configuration says that weights are quantised; a tensor is stored in whole numbers or 8 bits,
             which are codes of weights that the libraries would take for the weights themselves; the configuration has
-            more layers than there are tensors, which could take for ever to make; a file cannot be read.
+            more layers than there are tensors, which could take for ever to make.
     """
     if key := next((key for key in QUANTISED if config.get(key)), None):
         method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
         raise InputError(
             f"{where}: its weights are quantised ({method or key} in config.json), and cannot be trained from: {remedy}"
         )
-    tensors = 0
-    for path in paths:
-        for name, tensor in read_header(path).items():
-            tensors += 1
-            if tensor.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
-                raise InputError(
-                    f"{where}: {printable(name)} is stored as {tensor.get('dtype')}: quantised weights cannot be "
-                    f"trained from; {remedy}"
-                )
-    for key, value in _layers(config) if tensors else ():
-        if value > tensors:
+    for name, tensor in tensors.items():
+        if tensor.get("dtype") not in _TRAINED_IN and not name.endswith(_BUFFERS):
             raise InputError(
-                f"{where}: {printable(key)} is {value} by its config.json, and its weights are {tensors} tensors: "
+                f"{where}: {printable(name)} is stored as {tensor.get('dtype')}: quantised weights cannot be "
+                f"trained from; {remedy}"
+            )
+    for key, value in _layers(config) if tensors else ():
+        if value > len(tensors):
+            raise InputError(
+                f"{where}: {printable(key)} is {value} by its config.json, and its weights are {len(tensors)} tensors: "
                 "weights and configuration are not of one model, get both again"
             )
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments, single_file
+from spin_diffusion.diffusion.base import Base, load_checkpoint, python_arguments
 from spin_diffusion.diffusion.images import decode_latents, encode_pixels, vae_hash
 from spin_diffusion.diffusion.model_sources import read_source
 from spin_diffusion.diffusion.noising import read_noising
@@ -405,25 +405,3 @@ def test_the_lines_that_load_it_run(fp16, sd1_dir):
 def test_a_name_in_code_is_read_back_as_it_is(name):
     assert eval(f"dict(name={python_arguments(name, revision=name)})") == {"name": name, "revision": name}
     assert python_arguments(name).isascii() or python_arguments(name).isprintable()
-
-
-# Single files
-
-
-def test_a_single_file_says_what_it_is_and_how_it_becomes_a_folder(sdxl_dir, tmp_path):
-    whole = tmp_path / "model.safetensors"
-    for name, pipeline in (
-        ("conditioner.embedders.0.x", "StableDiffusionXLPipeline"),
-        ("cond_stage_model.x", "StableDiffusionPipeline"),
-    ):
-        save_file({name: torch.zeros(1), "model.diffusion_model.x": torch.zeros(1)}, whole)
-        refused(whole, "single-file checkpoint", f"{pipeline}.from_single_file('{whole}').save_pretrained(FOLDER)")
-    refused(next((sdxl_dir / "unet").glob("*.safetensors")), "only a part of a pipeline", "from_single_file")
-    pickled = tmp_path / "model.ckpt"
-    torch.save({}, pickled)
-    refused(pickled, "not safetensors")
-    whole.write_bytes(b"junk")
-    refused(whole, "damaged")
-    with pytest.raises(InputError, match="--models 'x=.*single file"):
-        read_source(f"x={pickled}")
-    assert "\n" not in single_file(pickled)

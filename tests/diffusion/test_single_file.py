@@ -7,13 +7,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spin_diffusion.diffusion.base import load_checkpoint
+from spin_diffusion.diffusion.base import Base, load_checkpoint, parts_hash
 from spin_diffusion.diffusion.families import sd, sdxl
+from spin_diffusion.diffusion.model_sources import read_source
+from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.original import origins_of
 from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
+from spin_diffusion.store.files import weights_hash
+from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.weights import config_of
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 ABOUT = {"modelspec.title": "a title"}
@@ -76,6 +81,163 @@ def test_a_unets_file_is_its_part_of_the_whole_in_the_type_that_is_asked_for(wri
     assert unet.keys() - marks == expected.keys()
     assert all(torch.equal(unet[name], tensor) for name, tensor in expected.items())
     assert {name.removeprefix("model.diffusion_model.") for name in marks} == {"v_pred", "ztsnr"} & whole.keys()
+
+
+# A single file as a base
+
+
+def changed(path, change, **metadata):
+    """Apply a function to the tensors of a file, and add to what it says of itself."""
+    with safe_open(path, "pt") as file:
+        said = {**(file.metadata() or {}), **metadata}
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, said)
+
+
+def refused(path, *words, **options):
+    with pytest.raises(InputError) as error:
+        load_checkpoint(Base(str(path), **options))
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.fixture
+def file(request, tmp_path):
+    """Writes the file of a tiny pipeline; its path, and its folder."""
+
+    def write(name, dtype=torch.float32):
+        folder = request.getfixturevalue(f"{name}_dir")
+        write_single_file(tmp_path / "whole.safetensors", load_checkpoint(str(folder))[1], dtype, {})
+        return tmp_path / "whole.safetensors", str(folder)
+
+    return write
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_and_a_single_file_of_the_same_weights_are_the_same_base(file, name):
+    path, config = file(name)
+    family, found = load_checkpoint(Base(str(path), config=config))
+    known, usual = load_checkpoint(config)
+    assert family is known and not any(part.training for part in (found.unet, found.vae, found.text_encoder))
+    assert weights_hash(found.unet) == weights_hash(usual.unet) and config_of(found.unet) == config_of(usual.unet)
+    assert parts_hash(found) == parts_hash(usual)
+    assert torch.equal(picture(found), picture(usual))
+
+
+def test_a_file_of_half_precision_is_its_own_numbers_in_fp32(file):
+    path, config = file("sd1", torch.float16)
+    found = load_checkpoint(Base(str(path), config=config))[1]
+    usual = load_checkpoint(config)[1]
+    for part in ("unet", "vae", "text_encoder"):
+        own = getattr(found, part).state_dict()
+        assert all(torch.equal(own[key], t.half().float()) for key, t in getattr(usual, part).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.diffusion_model.middle", "first_stage_model.decoder", "conditioner.embedders.0", "conditioner.embedders.1"],
+)
+def test_every_tensor_comes_from_the_file_and_every_one_of_the_file_is_used(file, prefix):
+    path, config = file("sdxl")
+    whole = load_file(path)
+    name = next(name for name in sorted(whole) if name.startswith(prefix) and whole[name].ndim > 1)
+
+    def refused_when(change, *words):
+        save_file(whole, path)
+        changed(path, change)
+        refused(path, *words, config=config)
+
+    refused_when(lambda tensors: tensors.pop(name), name, "lack")
+    refused_when(lambda tensors: tensors.update({name + "x": torch.zeros(1)}), name + "x", "no place")
+    refused_when(lambda tensors: tensors.update({name: torch.zeros(3, 5)}), name, "(3, 5)")
+    refused_when(lambda tensors: tensors.update({name: tensors[name] * float("nan")}), "not finite")
+    refused_when(lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}), "quantised")
+
+
+def test_what_training_programs_leave_beside_the_weights_is_known(file):
+    path, config = file("sd2")
+    clip = "cond_stage_model.model."
+
+    def leave(tensors):
+        last = {name: t for name, t in tensors.items() if ".resblocks.1." in name}
+        tensors |= {name.replace(".resblocks.1.", ".resblocks.2."): tensor.clone() for name, tensor in last.items()}
+        tensors |= {f"{clip}text_projection": torch.zeros(32, 32), f"{clip}logit_scale": torch.tensor(4.6)}
+        tensors |= {"model_ema.decay": torch.tensor(1), "alphas_cumprod": torch.ones(10), "betas": torch.ones(10)}
+
+    changed(path, leave)
+    found = load_checkpoint(Base(str(path), config=config))[1]
+    assert parts_hash(found) == parts_hash(load_checkpoint(config)[1])
+    changed(path, lambda tensors: tensors.update({"edm_mean": torch.zeros(4)}))
+    refused(path, "edm_mean", "another kind", config=config)
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "expected"),
+    [
+        ((), {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+        ((), {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+        (("v_pred",), {}, ("v_prediction", False)),
+        (("v_pred", "ztsnr"), {}, ("v_prediction", True)),
+    ],
+)
+def test_what_a_file_says_of_its_noise_is_what_is_trained(file, marks, metadata, expected):
+    path, config = file("sdxl")
+    changed(path, lambda tensors: tensors.update({mark: torch.zeros(0) for mark in marks}), **metadata)
+    base = Base(str(path), config=config)
+    noising = read_noising(dict(load_checkpoint(base)[1].scheduler.config), "x")
+    assert (noising.prediction_type, bool(noising.abar[-1] < 1e-6)) == expected
+
+
+def test_a_scheduler_without_what_the_file_says_is_refused(file):
+    path, config = file("sd1")
+    changed(path, lambda tensors: tensors.update({"ztsnr": torch.zeros(0)}))
+    refused(path, "rescale_betas_zero_snr", "PNDMScheduler", "--base_config", config=config)
+
+
+def test_where_a_files_configuration_is_from(file, sd1_dir, sdxl_dir, tmp_path):
+    path, config = file("sd2")
+    refused(path, "noise or v", "--base_config")
+    refused(path, "no model_index.json", config=str(sd1_dir / "unet"))
+    refused(path, "StableDiffusionXLPipeline", config=str(sdxl_dir))
+    refused(path, "its UNet", "configuration", config=str(sd1_dir))
+    refused(path, "--variant fp16", "leave it out", config=config, variant="fp16")
+    refused(path, "--revision main", "leave it out", config=config, revision="main")
+    refused(sd1_dir, "no single file", config=config)
+    path, _ = file("sdxl")  # the hub is out of reach
+    refused(path, "stabilityai/stable-diffusion-xl-base-1.0", "--base_config")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["lora_unet_down_blocks_0.lora_down.weight", "lora_unet_down_blocks_0.alpha"], ["LoRA", "made for"]),
+        (["unet.down_blocks.0.attentions.0.to_q.lora_A.weight"], ["LoRA"]),
+        (["lora_unet_down_blocks_0.hada_w1_a"], ["adapter"]),
+        (["transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight"], ["LoRA"]),
+        (["double_blocks.0.img_attn.norm.key_norm.scale"], ["no checkpoint of Stable Diffusion", "double_blocks"]),
+        (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.x"], ["other families"]),
+        (["model.diffusion_model.input_blocks.0.0.weight"], ["only a part of a pipeline"]),
+        (["down_blocks.0.resnets.0.conv1.weight"], ["only a part of a pipeline"]),
+        (["conditioner.embedders.0.model.x", "model.diffusion_model.input_blocks.0.0.weight"], ["only a part"]),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, sdxl_dir, names, words):
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", *words, config=str(sdxl_dir))
+
+
+def test_a_file_that_cannot_be_read_is_refused(file, tmp_path):
+    path, config = file("sd1")
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(path, "cut short or damaged", config=config)
+    path.write_bytes(b"junk")
+    refused(path, "damaged", config=config)
+    torch.save({}, tmp_path / "model.ckpt")
+    refused(tmp_path / "model.ckpt", "not safetensors", "get the .safetensors file", config=config)
+    with pytest.raises(InputError, match="--models 'x=.*not safetensors"):
+        read_source(f"x={tmp_path / 'model.ckpt'}")
 
 
 # The real models, whose figures are those of their public configurations

@@ -12,6 +12,7 @@ To add one, put a file here with
     ORIGINAL_NAMES            whether sd-scripts calls its UNet's layers as the code that it was published with does
     architecture(config, prediction_type)  what Stability AI's ModelSpec and sd-scripts call it, by its UNet's config
     ENCODER_PREFIXES          how a single file's names of each text encoder's tensors begin, by its hidden_act
+    CONFIGURED_AS             hub id of the configuration of single files, by such a beginning; none = there are several
     embed(pipeline, texts)    what its text encoders make of prompts, one row each: all that is kept of a prompt
     unconditional(pipeline)   the same of the sampler's unconditional half; training must drop captions to it
     condition(embedded, frames) -> Conditioning

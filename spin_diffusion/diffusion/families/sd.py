@@ -20,6 +20,7 @@ SCALING_FACTOR = 0.18215
 STANDARDISED_LATENTS = False
 # OpenAI's CLIP in 1.x, LAION's in 2.x
 ENCODER_PREFIXES = {"text_encoder": {"quick_gelu": "cond_stage_model.transformer.", "gelu": "cond_stage_model.model."}}
+CONFIGURED_AS = {"cond_stage_model.transformer.": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 ORIGINAL_NAMES = False
 
 

@@ -20,6 +20,7 @@ ENCODER_PREFIXES = {
     "text_encoder": {"quick_gelu": "conditioner.embedders.0.transformer."},
     "text_encoder_2": {"gelu": "conditioner.embedders.1.model."},
 }
+CONFIGURED_AS = {"conditioner.embedders.1.model.": "stabilityai/stable-diffusion-xl-base-1.0"}
 ORIGINAL_NAMES = True
 
 
