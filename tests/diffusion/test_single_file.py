@@ -16,6 +16,7 @@ from spin_diffusion.diffusion.model_sources import read_source
 from spin_diffusion.diffusion.noising import read_noising
 from spin_diffusion.diffusion.original import origins_of
 from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
+from spin_diffusion.runs.image_lines import loading_code
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.weights import config_of
@@ -188,6 +189,16 @@ def test_what_a_file_says_of_its_noise_is_what_is_trained(file, marks, metadata,
     base = Base(str(path), config=config)
     noising = read_noising(dict(load_checkpoint(base)[1].scheduler.config), "x")
     assert (noising.prediction_type, bool(noising.abar[-1] < 1e-6)) == expected
+
+
+def test_the_lines_that_load_it_run(file, sd1_dir):
+    path, config = file("sd1")
+    changed(path, lambda tensors: tensors.update({"v_pred": torch.zeros(0)}))
+    code = loading_code(Base(str(path), config=config), "StableDiffusionPipeline", "unet", f"{str(sd1_dir / 'unet')!r}")
+    found = {}
+    exec(code, found)
+    assert found["pipeline"].unet is found["unet"]
+    assert found["pipeline"].scheduler.config.prediction_type == "v_prediction"
 
 
 def test_a_scheduler_without_what_the_file_says_is_refused(file):
