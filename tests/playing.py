@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin_diffusion.data.rows import Example
-from spin_diffusion.diffusion.base import load_checkpoint
+from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
@@ -49,7 +49,7 @@ SAMPLING = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, generatio
 
 
 def make_game(
-    base: Path,
+    base: Path | Base,
     precision: str = "no",
     accumulation: int = 1,
     sampling: SamplingSettings = SAMPLING,
@@ -58,11 +58,12 @@ def make_game(
     **denoiser: Any,
 ) -> DiffusionGame:
     """A game of a tiny pipeline at 32 px."""
-    family, pipeline = load_checkpoint(str(base))
+    base = base if isinstance(base, Base) else Base(str(base))
+    family, pipeline = load_checkpoint(base)
     return DiffusionGame(
         family,
         pipeline,
-        str(base),
+        base,
         images=ImageSettings(resolution=32),
         sampling=sampling,
         denoiser=DenoiserSettings(**denoiser),

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from spin_diffusion.diffusion.families import families
+from spin_diffusion.diffusion.given_lora import fuse_given
 from spin_diffusion.diffusion.noising import check_scheduler
 from spin_diffusion.diffusion.parts import CONFIG, TOKENIZERS, Part, load_encoder, load_unet, load_vae, weight_files
 from spin_diffusion.diffusion.prompts import words_of
@@ -43,6 +44,7 @@ class Base:
         variant: of the weight files, such as fp16.
         vae: local folder or hub id of a VAE in place of the checkpoint's own.
         config: local folder or hub id of the checkpoint whose configuration and tokenizers a single file goes with.
+        lora: file of an adapter that is fused into it, with @STRENGTH if that is not 1.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Base:
     variant: str | None = None
     vae: str | None = None
     config: str | None = None
+    lora: str | None = None
 
     @classmethod
     def of(cls, base: "Base | str") -> "Base":
@@ -59,9 +62,8 @@ class Base:
     @classmethod
     def of_settings(cls, flat: Mapping[str, Any]) -> "Base":
         """The base that a run's settings name, by their flags."""
-        vae = flat.get("pretrained_vae_model_name_or_path")
-        name = str(flat.get("pretrained_model_name_or_path"))
-        return cls(name, flat.get("revision"), flat.get("variant"), vae, flat.get("base_config"))
+        name, vae = str(flat.get("pretrained_model_name_or_path")), flat.get("pretrained_vae_model_name_or_path")
+        return cls(name, flat.get("revision"), flat.get("variant"), vae, flat.get("base_config"), flat.get("init_lora"))
 
     def as_dict(self) -> dict[str, str | None]:
         """For a manifest."""
@@ -80,6 +82,7 @@ class Base:
     def __str__(self) -> str:
         """The name, and in brackets what it is loaded with."""
         given = {"revision": self.revision, "variant": self.variant, "VAE": self.vae, "configuration": self.config}
+        given["LoRA"] = self.lora
         options = ", ".join(f"{option} {value}" for option, value in given.items() if value is not None)
         return f"{self.name} ({options})" if options else self.name
 
@@ -122,6 +125,8 @@ def load_checkpoint(base: Base | str) -> tuple[ModuleType, Any]:
         raise InputError(f"cannot load the model {base.name!r}: {one_line(error)}") from error
     if file is not None:
         pipeline.scheduler = _with_noise(pipeline.scheduler, file, base)
+    if base.lora is not None:
+        fuse_given(pipeline, base.lora, ["unet", *family.ENCODERS])
     return family, pipeline
 
 

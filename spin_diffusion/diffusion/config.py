@@ -37,6 +37,9 @@ class ModelSettings(Settings):
     """Variant of the weight files, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
     """Another VAE than the checkpoint's."""
+    init_lora: str | None = None
+    """PATH or PATH@STRENGTH of an adapter in diffusers' or kohya's form, .safetensors, that is fused into UNet and text
+    encoders before the first round."""
 
 
 @dataclass(frozen=True)

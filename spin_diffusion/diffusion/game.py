@@ -21,6 +21,7 @@ from spin_diffusion.data.rows import Example
 from spin_diffusion.diffusion import errors, images
 from spin_diffusion.diffusion.base import Base, parts_hash
 from spin_diffusion.diffusion.denoiser import Copies, compile_unet
+from spin_diffusion.diffusion.given_lora import fuse_given
 from spin_diffusion.diffusion.images import (
     bucket_sizes,
     encoded_once,
@@ -416,7 +417,10 @@ class DiffusionGame:
     def _base_pipeline(self) -> Any:
         """With the UNet as it was loaded at first, from the same files."""
         unet = load_unet(self.base.part(Path(self.player.config._name_or_path), "UNet", self.base.file))
-        return sampling_pipeline(self.pipeline, unet, "ddim")
+        made = sampling_pipeline(self.pipeline, unet, "ddim")
+        if self.base.lora is not None:
+            fuse_given(made, self.base.lora, ["unet"])  # its text encoders are the pipeline's own, and have it
+        return made
 
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""

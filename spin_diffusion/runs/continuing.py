@@ -26,6 +26,7 @@ _SAME = (
     "revision",
     "variant",
     "pretrained_vae_model_name_or_path",
+    "init_lora",
     "use_lora",
 )
 _SAME_ADAPTER = ("rank", "lora_alpha", "lora_target_modules")

@@ -6,6 +6,7 @@ from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
+from spin_diffusion.diffusion.given_lora import split_strength
 from spin_diffusion.diffusion.images import sizes_in_words
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.publish import Card, round_facts
@@ -77,10 +78,12 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
         folder: which of the two was saved: unet or lora.
         arguments: that name it to `from_pretrained` and `load_lora_weights`.
     """
-    parts = {"unet": f"UNet2DConditionModel.from_pretrained({arguments})"} if folder == "unet" else {}
+    unet = f"UNet2DConditionModel.from_pretrained({arguments})"
+    parts = {"unet": unet} if folder == "unet" and base.lora is None else {}
     if base.vae is not None:
         parts["vae"] = f"AutoencoderKL.from_pretrained({python_arguments(base.vae)})"
-    classes = sorted({pipeline, *(call.partition(".")[0] for call in parts.values())})
+    called = [*parts.values(), *([unet] if folder == "unet" else [])]
+    classes = sorted({pipeline, *(call.partition(".")[0] for call in called)})
     options = {"config": base.config} if base.config else {"revision": base.revision, "variant": base.variant}
     of_base, noise = python_arguments(base.name, **options), base.file.noise if base.file else {}
     # Text encoders would come in the precision of their files, which need not be the UNet's
@@ -92,6 +95,12 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
         named = ", ".join(f"{key}={value!r}" for key, value in noise.items())
         lines.append("scheduler = pipeline.scheduler")
         lines.append(f"pipeline.scheduler = type(scheduler).from_config(scheduler.config, {named})")
+    if base.lora is not None:  # first, for what it has for the text encoders, and below an adapter
+        path, strength = split_strength(base.lora)
+        lines += [f"pipeline.load_lora_weights({python_arguments(path)})", f"pipeline.fuse_lora(lora_scale={strength})"]
+        lines += ["pipeline.unload_lora_weights()"]
+        if folder == "unet":
+            lines += [f"pipeline.unet = {unet}"]
     return "\n".join(lines + ([f"pipeline.load_lora_weights({arguments})"] if folder == "lora" else []))
 
 
