@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-import gc
 import ipaddress
 import re
 import shutil
@@ -26,7 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from jaxtyping import install_import_hook
 
-from tests import tiny
+from tests import quick, tiny
 
 PACKAGE = Path(__file__).parents[1] / "spin_diffusion"
 
@@ -42,6 +41,8 @@ def modules_with_shapes() -> list[str]:
 
 # Shapes are checked at every call. All other annotations are mypy's: to check them here too costs six seconds an import
 install_import_hook(modules_with_shapes(), "beartype.beartype")
+from spin_diffusion.evaluation.report import plots  # noqa: E402
+
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -78,18 +79,26 @@ def _is_local(family: socket.AddressFamily, address) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def modules_are_no_garbage() -> None:
-    """Every round of a run ends in a full collection, which would look through a million objects of the imports."""
-    gc.collect()
-    gc.freeze()
+    quick.settle_memory()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cuts() -> Iterator[None]:
-    """Leave out the waiting for the disk, which costs a small run as long as its training; what it protects from, the
-    tests of killed runs do not show anyway."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", quick.no_fsync)
         yield
+
+
+@pytest.fixture(autouse=True)
+def charts_are_sketched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the tests of the report itself, and those that ask for `whole_charts`."""
+    if "report" not in request.path.parts and "whole_charts" not in request.fixturenames:
+        monkeypatch.setattr(plots, "_svg", quick.sketch)
+
+
+@pytest.fixture
+def whole_charts() -> None:
+    """Have the charts of pages written as users see them."""
 
 
 @pytest.fixture(autouse=True)

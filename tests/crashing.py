@@ -8,7 +8,6 @@ with is held against the unbroken run. States that the start of a command makes 
 when the process dies is cut in half in every second state: native code writes parts, and no hook sees how far it got.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -26,12 +25,11 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
 
 import torch
-from markupsafe import Markup
 
 from spin_diffusion.cli.command import run_command
 from spin_diffusion.store.files import SEAL
 from spin_diffusion.store.run_dir import MARKER, OLD, PART, settle
-from tests import tiny
+from tests import quick, tiny
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,21 +282,16 @@ def record(kind: str, folder: Path) -> tuple[dict[str, Any], Any]:
 def _import_all(argv: list[str]) -> None:
     """What is imported late is in memory once, for all forks."""
     import spin_diffusion.diffusion.cost
-    import spin_diffusion.evaluation.report.plots
     import spin_diffusion.runs.evaluate_models
     import spin_diffusion.runs.image_run
     import spin_diffusion.runs.language_run  # noqa: F401
     from spin_diffusion.diffusion.families import families
 
     families()
-    # What takes time and changes no state: the waiting for the disk (a killed process loses nothing that it wrote), the
-    # charts and the costs of networks, and a full collection after every round through a million objects of the imports
-    os.fsync = lambda descriptor: None
-    spin_diffusion.evaluation.report.plots._svg = lambda *args, **kwargs: Markup("<svg></svg>")
+    # What takes time and changes no state
+    quick.leave_out()
     spin_diffusion.diffusion.cost._count_unet = lambda *args: (1, 1, 1)
     spin_diffusion.diffusion.cost._count_vae = lambda *args: (1, 1)
-    gc.collect()
-    gc.freeze()
 
 
 def settled(store: Store, state: State | None, scratch: Path) -> str:

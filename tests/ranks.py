@@ -5,7 +5,6 @@ imports torch for itself as well. What else a launcher does (one hash seed for e
 has died) the tests need that start a real one: `tests/test_processes.py` has `start` for it.
 """
 
-import gc
 import multiprocessing
 import os
 import runpy
@@ -18,8 +17,10 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
-_FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload(
+from tests import quick
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(
     # `command` first: it says how loud transformers is, which that reads when it is imported
     ["spin_diffusion.cli.command", "spin_diffusion.runs.image_run", "spin_diffusion.runs.language_run"]
 )
@@ -56,7 +57,7 @@ def run_ranks(
             for rank in range(processes):
                 own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if not alone else {})
                 arguments = (str(script), list(argv), own, str(Path(written) / str(rank)))
-                ranks.append(_FORKING.Process(target=_rank, args=arguments))
+                ranks.append(FORKING.Process(target=_rank, args=arguments))
                 ranks[-1].start()
             until = time.monotonic() + timeout_s
             waiting = list(ranks)
@@ -75,7 +76,7 @@ def run_ranks(
 
 
 def _rank(script: str, argv: list[str], environment: dict[str, str], written: str) -> None:
-    gc.freeze()  # what was imported stays, and need not be looked through again and again
+    quick.leave_out()
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         with open(f"{written}.{name}", "w") as file:
             os.dup2(file.fileno(), stream.fileno())
