@@ -37,9 +37,8 @@ def direct(monkeypatch) -> None:
         {"objective": "space", "num_generated": 2, "rounds": 1},
         {"objective": "dpo", "rounds": 1},
         {"objective": "sft", "rounds": 1},
-        {"objective": "spin", "real_parts": 2},
         {"objective": "spin", "anchor": "base"},
-        {"objective": "spin", "opponent": "ema"},
+        {"objective": "spin", "real_parts": 2, "opponent": "ema"},
     ],
     ids=lambda rounds: "-".join(str(value) for value in rounds.values()),
 )

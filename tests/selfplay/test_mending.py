@@ -66,9 +66,7 @@ def change_a_digit(path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    ("state", "damage"), [*(("GENERATED", damage) for damage in DAMAGES), ("CACHED", "flipped"), ("CACHED", "gone")]
-)
+@pytest.mark.parametrize(("state", "damage"), [("GENERATED", "cut"), ("GENERATED", "gone"), ("CACHED", "flipped")])
 def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damage, capsys):
     taken_back(copied, state)
     shutil.rmtree(copied / "round-2" / "unet")
@@ -115,9 +113,7 @@ def follow(message: str, output_dir) -> None:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("round-1/round.json", b"{}"),
-        ("round-2/round.json", "cut"),
-        ("round-1/round.json", "a digit"),
+        ("round-2/round.json", "a digit"),
         ("data/manifest.json", "a digit"),
         ("round-1/unet/diffusion_pytorch_model.safetensors", "flipped"),
         ("round-2/unet/config.json", "gone"),
@@ -214,12 +210,12 @@ def killed(sdxl_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(health, "check_finite", dying)
         with pytest.raises(Killed):
-            play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1))
+            play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1), rounds=1)
     return output_dir
 
 
 def play_on(sdxl_dir, output_dir, **training) -> None:
-    play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1, **training))
+    play_all(sdxl_dir, output_dir, replace(TRAINING, checkpointing_steps=1, **training), rounds=1)
 
 
 NEWEST = "round-1/checkpoint-3/"
@@ -246,10 +242,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert (f"Resuming from round-1/{resumed}" in said) if resumed else "Resuming" not in said
     for name in damages:
         assert f"{name} is " in said and "the round goes on from what it kept before" in said
-    weights = {name for name in hashes(unbroken) if name.endswith(".safetensors")}
-    assert {name: hashes(tmp_path / "run")[name] for name in weights} == {
-        name: hashes(unbroken)[name] for name in weights
-    }
+    found, wanted = hashes(tmp_path / "run"), hashes(unbroken)
+    weights = [name for name in wanted if name.startswith("round-1/") and name.endswith(".safetensors")]
+    assert weights and [found[name] for name in weights] == [wanted[name] for name in weights]
 
 
 def test_checkpoints_of_another_layout_of_the_player_may_be_deleted_as_the_message_says(killed, sdxl_dir, tmp_path):

@@ -22,6 +22,9 @@ class Killed(BaseException):
     """Stands for a SIGKILL: no handler may catch it."""
 
 
+ONE_STEP = replace(TRAINING, max_train_steps=1)
+
+
 def final_hashes(output_dir) -> list[str]:
     names = ["unet", "round-1/unet", "round-2/unet"]
     return [file_hash(output_dir / name / "diffusion_pytorch_model.safetensors") for name in names]
@@ -89,15 +92,14 @@ def test_a_kill_between_steps_resumes_from_the_checkpoint_with_the_same_bits(sdx
     assert final_hashes(tmp_path) == final_hashes(unbroken)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"use_ema": True, "ema_decay": 0.5}, {"gradient_accumulation_steps": 2}, {"lr_scheduler": "cosine"},
-     {"optimizer": "adafactor"}],
-)  # fmt: skip
-def test_resuming_is_exact_with_every_kind_of_state(changed, sdxl_dir, tmp_path, monkeypatch):
+def test_resuming_is_exact_with_every_kind_of_state_at_once(sdxl_dir, tmp_path, monkeypatch):
+    """The average, half a batch, the schedule and the optimizer: what any of them forgets, the last bytes show."""
     from spin_diffusion.selfplay import health
 
-    training = replace(TRAINING, **changed)
+    training = replace(
+        TRAINING, use_ema=True, ema_decay=0.5, gradient_accumulation_steps=2, lr_scheduler="cosine",
+        optimizer="adafactor",
+    )  # fmt: skip
     play_all(sdxl_dir, tmp_path / "a", training, rounds=1)
     plain = health.check_finite
 
@@ -147,20 +149,18 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_those_before_it(sdxl_dir, t
     assert play_all(sdxl_dir, tmp_path, training, rounds=1)[0]["training"]["resumed_from"] == 2
 
 
-@pytest.mark.parametrize("objective", ["space", "dpo", "sft"])
-def test_every_objective_plays_its_rounds(objective, sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, objective=objective, rounds=1)
-    assert records[0]["state"] == "PROMOTED"
-    assert (tmp_path / "round-1" / "samples").exists() == (objective == "space")
+def test_an_objective_of_given_pairs_draws_none(sdxl_dir, tmp_path):
+    records = play_all(sdxl_dir, tmp_path, ONE_STEP, objective="dpo", rounds=1)
+    assert records[0]["state"] == "PROMOTED" and not (tmp_path / "round-1" / "samples").exists()
 
 
 def test_two_rounds_in_bf16_move_the_player_away_from_each_opponent(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, game=make_game(sdxl_dir, "bf16"))
+    records = play_all(sdxl_dir, tmp_path, replace(TRAINING, max_train_steps=2), game=make_game(sdxl_dir, "bf16"))
     assert all(record["training"]["r_real"] != 0 for record in records)
 
 
 def test_the_base_as_opponent_stays_the_opponent(sdxl_dir, tmp_path):
-    records = play_all(sdxl_dir, tmp_path, opponent="base")
+    records = play_all(sdxl_dir, tmp_path, ONE_STEP, opponent="base")
     assert records[0]["opponent"]["hash"] == records[1]["opponent"]["hash"]
     assert records[1]["parent"] == 1
 
@@ -316,7 +316,7 @@ def test_an_opponent_that_changes_while_the_player_trains_stops_the_run(sdxl_dir
 
     monkeypatch.setattr(trained, "train", meddling)
     with pytest.raises(AssertionError, match="opponent changed"):
-        play_all(sdxl_dir, tmp_path, game=game)
+        play_all(sdxl_dir, tmp_path, ONE_STEP, game)
 
 
 def test_a_player_that_is_not_its_opponent_at_step_0_is_caught(sdxl_dir, tmp_path, monkeypatch):
@@ -340,7 +340,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_round_resumable(s
 
 def test_several_samples_a_mixture_and_parts_of_the_real_ones(sdxl_dir, tmp_path):
     """Where scores cannot be kept, the mixture draws and its newest self anchors."""
-    records = play_all(sdxl_dir, tmp_path, num_generated=2, opponent="last_two", real_parts=2, objective="space")
+    mixed = {"num_generated": 2, "opponent": "last_two", "real_parts": 2, "objective": "space"}
+    records = play_all(sdxl_dir, tmp_path, ONE_STEP, **mixed)
     assert [m["round"] for m in records[1]["opponent"]["members"]] == [0, 1] and records[1]["opponent"]["round"] == 1
     real = [row["id"] for path in sorted((tmp_path / "data" / "samples").glob("*")) for row in read_rows(path)]
     drawn = {
@@ -360,8 +361,9 @@ def test_several_samples_a_mixture_and_parts_of_the_real_ones(sdxl_dir, tmp_path
 
 
 def test_a_list_of_objectives_is_one_for_each_round(sdxl_dir, tmp_path):
-    play_all(sdxl_dir, tmp_path, objective=["sft", "ddo"])
+    play_all(sdxl_dir, tmp_path, ONE_STEP, objective=["sft", "ddo"])
     losses = [
         json.loads((tmp_path / f"round-{k}" / "metrics.jsonl").read_text().splitlines()[0])["loss"] for k in (1, 2)
     ]
     assert losses[1] == pytest.approx(2 * 0.693147, abs=1e-4) and losses[0] != losses[1]
+    assert [(tmp_path / f"round-{k}" / "samples").exists() for k in (1, 2)] == [False, True]
