@@ -5,6 +5,7 @@
     python training/export.py runs/toy --format unet_file      the UNet alone, for ComfyUI's folder diffusion_models
     python training/export.py runs/toy --format diffusers      a folder for from_pretrained
     python training/export.py runs/toy --round 2 --strength 0.7 --dtype bf16 --format single_file -o toy.safetensors
+    python training/export.py runs/llm --merge                 a language model's adapter in its base, for vLLM
 
 An adapter is fused into its base, but in kohya's form. What was there before is replaced only if it is an export too.
 """
@@ -19,19 +20,24 @@ from spin_diffusion.cli.command import run_command
 def export_run(argv: list[str]) -> None:
     """Write the file or the folder, and print where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="--output_dir of an image run")
+    parser.add_argument("run", type=Path, help="--output_dir of a run")
     parser.add_argument("--round", type=int, help="whose player; default: the last promoted one")
-    parser.add_argument("--format", required=True, choices=["diffusers", "kohya", "single_file", "unet_file"])
-    parser.add_argument("--dtype", default="fp16", choices=["fp16", "bf16", "fp32"], help="default: fp16")
-    help_ = "base + STRENGTH (player - base); default: 1, the player"
-    parser.add_argument("--strength", type=float, default=1.0, help=help_)
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--format", choices=["diffusers", "kohya", "single_file", "unet_file"])
+    form.add_argument("--merge", action="store_true", help="an adapter of a language model into its base")
+    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16; bf16 with --merge")
+    parser.add_argument("--strength", type=float, default=1.0, help="of images: base + STRENGTH (player - base)")
     parser.add_argument("-o", "--output", type=Path, help="file or folder; default: in RUN/export")
-    arguments = parser.parse_args(argv)
+    given = parser.parse_args(argv)
     # After the arguments: --help does not wait for the libraries
-    from spin_diffusion.runs.export import Export, export
+    from spin_diffusion.runs.export import Export, export, export_merged
 
-    run, form, dtype = arguments.run, arguments.format, arguments.dtype
-    print(f"Written: {export(Export(run, arguments.round, form, dtype, arguments.strength, arguments.output))}")
+    if given.merge:
+        place = export_merged(given.run, given.round, given.dtype or "bf16", given.output)
+    else:
+        dtype = given.dtype or "fp16"
+        place = export(Export(given.run, given.round, given.format, dtype, given.strength, given.output))
+    print(f"Written: {place}")
 
 
 def main(argv: list[str] | None = None) -> int:

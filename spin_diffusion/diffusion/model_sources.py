@@ -1,7 +1,7 @@
 """What `NAME=PATH` means: a pipeline, a round of a run, or a folder of pictures that somebody drew already."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
@@ -35,6 +35,8 @@ class ModelSource:
     """Folder of a round's UNet."""
     lora: Path | None = None
     """Folder of a round's LoRA adapter, relative to the base."""
+    strength: float = 1.0
+    """How far a round is gone from its base to its player."""
 
 
 def read_source(
@@ -44,7 +46,7 @@ def read_source(
     vae: str | None = None,
     config: str | None = None,
 ) -> ModelSource:
-    """The model of a `NAME=PATH_OR_ID`.
+    """The model of a `NAME=PATH_OR_ID`, or of a round's `NAME=PATH@STRENGTH`.
 
     Args:
         revision, variant, vae: of pipelines; a round has those that its run was started with.
@@ -59,8 +61,14 @@ def read_source(
             f"--models {spec!r}: give NAME=PATH_OR_ID, such as base=stabilityai/stable-diffusion-xl-base-1.0"
         )
     file_name(name, "--models")
-    base = Base(path, revision, variant, vae, config if Path(path).is_file() else None)
-    return source_at(name, path, f"--models {spec!r}", base)
+    place, strength = split_strength(path)
+    base = Base(place, revision, variant, vae, config if Path(place).is_file() else None)
+    source = source_at(name, place, f"--models {spec!r}", base)
+    if strength == 1:
+        return source
+    if source.kind != "round":
+        raise InputError(f"--models {spec!r}: only a run and its rounds have a strength: leave @{strength:g} out")
+    return replace(source, path=f"{place}@{strength:g}", strength=strength)
 
 
 def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:

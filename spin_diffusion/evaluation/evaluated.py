@@ -74,6 +74,8 @@ class EvaluatedModel:
     kind: ModelKind = "pipeline"
     base: str | None = None
     weights_sha256: str | None = None
+    strength: float | None = None
+    """How far a round is gone from its base to its player."""
 
 
 class EvaluatedSample(Sample):

@@ -100,6 +100,8 @@ class ModelEntry(TypedDict):
     kind: ModelKind
     base: str | None
     weights_sha256: str | None
+    strength: NotRequired[float | None]
+    """How far a round is gone from its base to its player; None = it is no round."""
 
 
 class _Said(TypedDict):

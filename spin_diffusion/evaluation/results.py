@@ -314,6 +314,7 @@ def _model_entry(model: EvaluatedModel) -> ModelEntry:
         kind=model.kind,
         base=model.base,
         weights_sha256=model.weights_sha256,
+        strength=model.strength,
     )
 
 

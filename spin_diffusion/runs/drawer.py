@@ -37,7 +37,10 @@ class Drawer:
     def open(self, source: ModelSource) -> tuple[Draw, str, str]:
         """The function that draws, the hash of the UNet's weights, and that of the model with all of its parts."""
         self._load(source)
-        pipeline = drawing_pipeline(self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora)
+        strength = source.strength if source.strength != 1 else None
+        pipeline = drawing_pipeline(
+            self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora, strength=strength
+        )
         digest = weights_hash(pipeline.unet)
         batch_size = self.settings.generation_batch_size
 

@@ -204,7 +204,10 @@ def _pictures(
             draw_samples(shards, accelerator, partial(_drawing, progress, source.name))
         role: Literal["baseline", "candidate"] = "baseline" if source is sources[0] else "candidate"
         base = str(source.base) if source.base is not None else None
-        models.append(EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights))
+        strength = source.strength if source.kind == "round" else None
+        models.append(
+            EvaluatedModel(source.name, role, folder, None, source.path, source.kind, base, weights, strength)
+        )
     drawer.close()
     return models, protocol
 

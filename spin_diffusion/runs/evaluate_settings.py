@@ -19,7 +19,7 @@ class EvaluateSettings(Settings):
 
     models: list[str] | None = setting(None, harmless=True)
     """NAME=PATH_OR_ID of each model: a pipeline (folder, single file or hub id), a round's folder, or a folder of
-    pictures."""
+    pictures. A run or its round may have a strength: a=RUN@0.7 goes 0.7 of the way from its base to its player."""
     base_config: str | None = None
     """Folder or hub id of a checkpoint in diffusers' layout, from which the configuration and the tokenizers of single
     files are taken."""

@@ -14,6 +14,7 @@ from spin_diffusion.diffusion.lora import CONFIG, load_adapter
 from spin_diffusion.diffusion.model_sources import ModelSource, source_at
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
+from spin_diffusion.llm.base import ADAPTER_CONFIG, LanguageBase, load_language_model
 from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.store.files import read_json, tensors_hash, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
@@ -103,6 +104,35 @@ def export(what: Export) -> Path:
     else:
         write = write_single_file if what.form == "single_file" else write_unet_file
         write(what.place, made, DTYPES[what.dtype], model_spec(family, made.unet, prediction_type, resolution) | said)
+    return what.place
+
+
+def export_merged(run: Path, round_: int | None, dtype: str, output: Path | None) -> Path:
+    """Write the player of a language run whose adapter is merged into its base, with its tokenizer, as transformers
+    and vLLM load it; the folder.
+
+    Args:
+        round_: whose player; None = the last promoted one's.
+        output: the folder; None = below the run.
+
+    Raises:
+        InputError: there is no adapter, it cannot be merged, or the folder is somebody else's.
+    """
+    what = Export(run, round_, "diffusers", dtype, 1.0, output)
+    adapter = (run if round_ is None else run / f"round-{round_}") / "adapter"
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        whole = adapter.with_name("model")
+        remedy = f"{printable(whole)} has all weights" if whole.is_dir() else "give the --output_dir of a language run"
+        raise InputError(f"--merge: there is no adapter {printable(adapter)}: {remedy}")
+    _check_place(what)
+    quiet_libraries()
+    trusted = bool(_settings_of(run).get("trust_remote_code"))
+    model, tokenizer = load_language_model(LanguageBase(str(adapter), trust_remote_code=trusted))
+    said = {ORIGIN: run.resolve().name, "spin_diffusion.weights": weights_hash(model)}
+    take_folder(what.place, PROGRAM, "-o", inside=True)
+    model.to(DTYPES[dtype]).save_pretrained(what.place)
+    tokenizer.save_pretrained(what.place)
+    write_json(what.place / "export.json", said)
     return what.place
 
 

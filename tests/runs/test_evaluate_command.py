@@ -126,6 +126,22 @@ def test_one_command_draws_scores_and_reports_and_the_same_command_does_nothing_
     refused(capsys, evaluate(tmp_path, tiny_prompts, str(scorer), models=[f"base={brighter}"]), "give it another name")
 
 
+def test_a_player_is_compared_at_every_strength_with_a_curve_over_them(
+    brighter, sdxl_dir, tiny_prompts, scorer, tmp_path, capsys
+):
+    models = [f"base={sdxl_dir}", f"half={brighter}@0.5", f"twice={brighter}@2", f"whole={brighter}@1.0"]
+    assert evaluate(tmp_path, tiny_prompts, str(scorer), models=models) == 0
+    results = read_results(tmp_path / "out" / "results.json")
+    found = {m["name"]: (m["source"], m["strength"]) for m in results["models"]}
+    assert found["half"] == (f"{brighter}@0.5", 0.5) and found["whole"] == (str(brighter), 1.0)
+    hashes = {m["name"]: m["weights_sha256"] for m in results["models"]}
+    assert len(set(hashes.values())) == 4
+    moved = {c["model"]: abs(c["difference"]) for c in results["comparisons"]}
+    assert 0 < moved["half"] < moved["whole"] < moved["twice"]
+    assert 'id="strengths"' in (tmp_path / "out" / "report.html").read_text()
+    refused(capsys, evaluate(tmp_path / "b", tiny_prompts, str(scorer), models=[f"base={sdxl_dir}@0.5"]), "@0.5 out")
+
+
 def test_a_sweep_chooses_on_one_half_of_the_prompts_and_shows_its_gain_on_the_other(
     sdxl_dir, brighter, tiny_prompts, scorer, tmp_path, capsys
 ):

@@ -109,7 +109,14 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "rankings": tables.rankings(results),
         "best_of_k": tables.aggregate_tables(results, "best_of_k"),
         "best_by_average": tables.aggregate_tables(results, "best_by_average"),
-        "curves": tables.curve_panels(results),
+        "curves": [
+            curve
+            for curve in (
+                ("rounds", "Over the rounds", tables.curve_panels(results)),
+                ("strengths", "Over the strength", tables.strength_panels(results)),
+            )
+            if curve[2]
+        ],
         "legend": [(plots.legend_key(style), labels.scale(scale)) for style, scale in enumerate(labels.scales)],
         "training": training.training_panels(results),
         "training_legend": training.LEGEND,

@@ -71,16 +71,22 @@ class Line:
     style: int
     """Which colour, marker and dash; the same number everywhere is the same guidance scale or method."""
     at: list[int] | list[float]
-    """Rounds, or GFLOPs."""
+    """Rounds, strengths or GFLOPs."""
     means: list[float]
     lows: list[float]
     highs: list[float]
 
 
 def round_curves(
-    key: str, label: str, lines: Sequence[Line], ylabel: str = "difference to baseline", zero: bool = True
+    key: str,
+    label: str,
+    lines: Sequence[Line],
+    ylabel: str = "difference to baseline",
+    zero: bool = True,
+    xlabel: str = "round",
 ) -> Markup:
-    """A number over the rounds, with intervals, one line per guidance scale; an interval may be NaN.
+    """A number over the rounds, or over another number, with intervals, one line per guidance scale; an interval may be
+    NaN.
 
     Args:
         zero: whether 0 means something, and has a line.
@@ -91,10 +97,11 @@ def round_curves(
             _rule_at_zero(axes)
         for number, line in enumerate(lines):
             # Side by side, so that no interval hides another
-            aside = 0.06 * (number - (len(lines) - 1) / 2)
+            aside = (0.06 if xlabel == "round" else 0.01) * (number - (len(lines) - 1) / 2)
             _with_intervals(axes, line, aside, linestyle=_dash(line.style), markersize=4.5)
-        _whole_numbers(axes, 10)
-        _name_axes(axes, "round", ylabel)
+        if xlabel == "round":
+            _whole_numbers(axes, 10)
+        _name_axes(axes, xlabel, ylabel)
 
     return _svg(key, label, draw)
 

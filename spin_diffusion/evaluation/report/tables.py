@@ -3,7 +3,7 @@
 To add a section: its content in `_sections` of the package's `__init__`, its markup in page.html.j2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
@@ -245,21 +245,49 @@ def curve_panels(results: Results) -> list[plots.Panel]:
     base_round = next((m["round"] for m in results["models"] if m["name"] == results["baseline"]), None)
     if len(set(rounds.values()) | ({base_round} - {None})) < 2 or len(set(rounds.values())) < len(rounds):
         return []  # a round that is there twice belongs to two runs: one line would join what does not belong together
+    start = [] if base_round is None else [base_round]
+    return _difference_panels(results, "curve", "Difference to the baseline over the rounds", rounds, start, "round")
+
+
+def strength_panels(results: Results) -> list[plots.Panel]:
+    """Paired differences over the strength of one player, a panel per scorer; none for fewer than two strengths, or for
+    several players. The baseline has the strength 0 where it is the player's base."""
+    found = [(m, strength) for m in results["models"] if (strength := m.get("strength")) is not None]
+    players = {m["source"].removesuffix(f"@{strength:g}") for m, strength in found}
+    if len(players) != 1 or len({strength for _, strength in found}) < max(2, len(found)):
+        return []
+    baseline = next(m for m in results["models"] if m["name"] == results["baseline"])
+    is_base = baseline["kind"] == "pipeline" and baseline["base"] == found[0][0]["base"]
+    strengths = {m["name"]: strength for m, strength in found}
+    start = [0.0] if is_base else [strengths[baseline["name"]]] if baseline["name"] in strengths else []
+    label = "Difference to the baseline over the strength"
+    return _difference_panels(results, "strength", label, strengths, start, "strength")
+
+
+def _difference_panels(
+    results: Results, key: str, label: str, at: Mapping[str, float], start: Sequence[float], xlabel: str
+) -> list[plots.Panel]:
+    """Paired differences over a number, a panel per scorer.
+
+    Args:
+        at: the number of each model.
+        start: the baseline's, if it has one.
+    """
     labels, compared, panels = Labels(results), comparisons(results), []
     for number, scorer in enumerate(labels.ran):
         lines = []
         for style, scale in enumerate(labels.scales):
-            points = [] if base_round is None else [(base_round, 0.0, 0.0, 0.0)]
+            points = [(place, 0.0, 0.0, 0.0) for place in start]
             points += [
-                (round_, c["difference"], c["low"], c["high"])
-                for model, round_ in rounds.items()
+                (place, c["difference"], c["low"], c["high"])
+                for model, place in at.items()
                 if (c := compared.get((model, scorer["name"], scale)))
             ]
             if len(points) > 1:
                 columns = [list(column) for column in zip(*sorted(points), strict=True)]
                 lines.append(plots.Line(style, *columns))
         if lines:
-            chart = plots.round_curves(f"curve-{number}", "Difference to the baseline over the rounds", lines)
+            chart = plots.round_curves(f"{key}-{number}", label, lines, xlabel=xlabel)
             role = scorer["role"]
             panels.append(plots.Panel(labels.title(scorer["name"]), chart, role, wording.direction(role)))
     return panels
