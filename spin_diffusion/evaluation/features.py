@@ -238,10 +238,14 @@ def distances(
 
 
 def measured(
-    compared: Comparison, folder: SampleFolder, scale: Scale, ids: Sequence[str], per_prompt: int
+    compared: Comparison, folder: SampleFolder, scale: Scale, ids: Sequence[str], per_prompt: int, part: str = ""
 ) -> dict[Metric, Replicates]:
     """What is measured of a model's pictures of these prompts, all of which `embed` has seen; kept beside their
-    features."""
+    features.
+
+    Args:
+        part: of the prompts, what is measured of which is kept by itself.
+    """
     place = _place(compared, folder, scale)
     files = {file: place / file.with_suffix(".safetensors").name for file in folder.files(scale)}
 
@@ -254,7 +258,7 @@ def measured(
 
     decides = [tensors_metadata(compared.path)[KEY], *(tensors_metadata(file)[KEY] for file in files.values())]
     key = key_of(features=decides, prompts=list(ids), per_prompt=per_prompt)
-    return keep_measured(place.with_name(f"{place.name}.safetensors"), key, drawn, _read(compared.path))
+    return keep_measured(place.with_name(f"{place.name}{part}.safetensors"), key, drawn, _read(compared.path))
 
 
 def keep_measured(

@@ -361,6 +361,8 @@ class SweepEntry(TypedDict):
 
     model: str
     scorer: str
+    """fd where the distance to real pictures chose."""
+    better: Literal["lower", "higher"]
     baseline: str | None
     num_selection: int
     num_held_out: int

@@ -238,13 +238,13 @@ def _sweep_table(entry: SweepEntry) -> SweepTable:
         for place, row in enumerate(entry["settings"])
     ]
     on = f"on the {entry['num_held_out']} prompts that did not choose"
+    lower = entry["better"] == "lower"
+    verb, by = ("changes by", f"{entry['scorer']} (lower is better)") if lower else ("gains", entry["scorer"])
     if entry["chosen"] == 0:
-        sentence = (
-            f"{entry['model']}: no setting of the sampler beats the default ({_free(default)}) by {entry['scorer']}"
-        )
+        sentence = f"{entry['model']}: no setting of the sampler beats the default ({_free(default)}) by {by}"
     else:
         sentence = (
-            f"{entry['model']} gains {_signed(gain, decimals)} by {entry['scorer']} without any training, with "
+            f"{entry['model']} {verb} {_signed(gain, decimals)} by {by} without any training, with "
             f"{_free(best)} in place of {_free(default)}, {on}, at {best['passes'] / default['passes']:.2g} times the "
             "passes"
         )

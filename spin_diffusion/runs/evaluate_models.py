@@ -92,7 +92,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     swept: list[SweepEntry] = []
     if settings.sweep.given():
         of_sources = dict(zip(sources, models, strict=True))
-        swept = sweep_models(settings, of_sources, prompts, protocol, drawer, accelerator, progress)
+        swept = sweep_models(settings, of_sources, prompts, protocol, drawer, accelerator, progress, real)
     if not accelerator.is_main_process:
         return
     results = conclude(

@@ -55,8 +55,8 @@ class EvaluateSettings(Settings):
     """Factor of the noise that the denoiser predicts; above 1 the sampler is colder."""
     sweep: Sweep = setting(Sweep(), harmless=True)
     """Draw each model at every combination too, choose the best by the first scorer on one half of the prompts, and
-    show what it gains on the other:
-    "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 20], prediction_scale: [1, 1.04]}"."""
+    show what it gains on the other: "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 20], prediction_scale: [1,
+    1.04]}"; with `by: fd` among them by the distance to the real pictures."""
     resolution: int | None = None
     """Image size, px; default: the family's."""
     generation_batch_size: int = setting(8, minimum=1, harmless=True)
@@ -81,6 +81,8 @@ class EvaluateSettings(Settings):
         check_resolution(self.resolution)
         if (self.distribution_features is None) != (self.reference_images is None):
             raise InputError("--distribution_features and --reference_images need each other: give both, or neither")
+        if self.sweep.by == "fd" and self.distribution_features is None:
+            raise InputError("--sweep by fd needs real pictures: give --distribution_features and --reference_images")
 
     @property
     def guidance_scales(self) -> list[float]:

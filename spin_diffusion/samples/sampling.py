@@ -4,7 +4,7 @@ free to choose without any training."""
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import setting
@@ -79,6 +79,8 @@ class Sweep:
     """Denoising steps per image."""
     prediction_scale: list[float] | None = setting(None, above=0)
     """Factors of the predicted noise, such as 1 and 1.04."""
+    by: Literal["scorer", "fd"] = "scorer"
+    """What chooses: the first scorer, or the Frechet distance to real pictures in --distribution_features."""
 
     def __post_init__(self) -> None:
         for name, values in self.given().items():
@@ -87,7 +89,7 @@ class Sweep:
 
     def given(self) -> dict[str, list[Any]]:
         """The settings that are swept, with their values."""
-        return {name: values for name, values in asdict(self).items() if values is not None}
+        return {name: values for name, values in asdict(self).items() if isinstance(values, list)}
 
     def around(self, default: Sampling) -> list[Sampling]:
         """All combinations, the cheapest first; before them the default, whether it is one of them or not."""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.model_sources import read_given_pictures, read_source
+from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.records import read_results
+from spin_diffusion.runs import sweep
 from spin_diffusion.store.folder import release
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import MARKER
@@ -198,6 +201,63 @@ def test_a_sweep_chooses_on_one_half_of_the_prompts_and_shows_its_gain_on_the_ot
     lost.unlink()
     assert evaluate(tmp_path, tiny_prompts, str(scorer), *sweep, models=models) == 0
     assert lost.read_bytes() == picture and read_results(out / "results.json") == before
+
+
+FEATURES = """
+import numpy as np, torch
+def load(device):
+    return lambda images: torch.tensor(np.stack([np.asarray(image).mean(axis=(0, 1)) / 64 for image in images])).float()
+"""
+
+
+def test_a_sweep_by_distance_chooses_what_is_nearest_to_the_real_pictures(
+    sdxl_dir, tmp_path, scorer, monkeypatch, capsys
+):
+    for module in (distribution, sweep):
+        monkeypatch.setattr(module, "MIN_PICTURES", 20)
+    (tmp_path / "many.txt").write_text("\n".join(f"picture {number}" for number in range(40)))
+    (tmp_path / "colour.py").write_text(FEATURES)
+    (real := tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        picture = np.clip(rng.normal(rng.uniform(80, 160, 3), 20, (32, 32, 3)), 0, 255)
+        Image.fromarray(picture.astype(np.uint8)).save(real / f"{number:02d}.png")
+    argv = ["--images_per_prompt", "1", "--sweep", "{guidance_scale: [1, 8], by: fd}", "--distribution_features"]
+    argv += [str(tmp_path / "colour.py"), "--reference_images", str(real)]
+    models = [f"base={sdxl_dir}"]
+    assert evaluate(tmp_path, tmp_path / "many.txt", str(scorer), *argv, models=models) == 0
+    out = tmp_path / "out"
+    results = read_results(out / "results.json")
+    (entry,) = results["sweep"]
+    assert (entry["scorer"], entry["better"]) == ("fd", "lower")
+
+    def colours(paths: Iterable[Path]) -> np.ndarray:
+        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(paths)]
+        return np.stack([picture.mean(axis=(0, 1)) / 64 for picture in pictures])
+
+    def fd(half: str, scale: float) -> distribution.Replicates:
+        folder = out / "images" / "base" if scale == 3 else next((out / "sweep" / "base" / half).iterdir()) / "images"
+        found = colours((folder / f"guidance-{scale:g}").glob("*.png"))
+        if scale == 3:  # the evaluation has drawn all prompts
+            found = found[half == "held-out" :: 2]
+        return distribution.measure(found[:, None], colours(real.glob("*.png")))["fd"]
+
+    means = [row["mean"] for row in entry["settings"]]
+    scales = [row["guidance_scale"] for row in entry["settings"]]
+    expected = [distribution.interval("fd", fd("selection", scale)).mean for scale in scales]
+    assert means == pytest.approx(expected, rel=1e-3) and entry["chosen"] == int(np.argmin(expected))
+    best = scales[entry["chosen"]]
+    apart = distribution.interval("fd", fd("held-out", best), fd("held-out", 3))
+    assert entry["gain"]["difference"] == pytest.approx(apart.mean, rel=1e-3, abs=1e-9)
+    said = capsys.readouterr().out
+    assert "by fd (lower is better) without any training" in said or "no setting of the sampler beats" in said
+    # The same command measures nothing anew
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert evaluate(tmp_path, tmp_path / "many.txt", str(scorer), *argv, models=models) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    capsys.readouterr()
+    few = [*argv, "--max_prompts", "38", "--output_dir", str(tmp_path / "few")]
+    refused(capsys, evaluate(tmp_path, tmp_path / "many.txt", str(scorer), *few, models=models), "there are 19 of 19")
 
 
 def test_scores_of_saved_pictures_are_those_that_were_given_when_they_were_drawn(
@@ -418,6 +478,7 @@ def test_a_round_whose_weights_are_not_whole_is_refused(change, brighter, sdxl_d
         (["base={sdxl}"], ["--sweep", "{prediction_scale: [1, 0]}"], ["--sweep prediction_scale 0.0 must be above 0"]),
         (["base={sdxl}"], ["--sweep", "{steps: [1]}"], ["steps", "num_inference_steps"]),
         (["base={sdxl}"], ["--sweep", "{guidance_scale: [2]}", "--max_prompts", "3"], ["4 prompts or more", "got 3"]),
+        (["base={sdxl}"], ["--sweep", "{guidance_scale: [2], by: fd}"], ["--sweep by fd needs real pictures"]),
         (["base={sdxl}"], ["--sweep", "{guidance_scale: [2]}"], ["sharpness is better neither up nor down"]),
     ],
 )
