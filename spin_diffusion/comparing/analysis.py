@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_diffusion.comparing import cells
-from spin_diffusion.comparing.cells import VIEW, View, read_view
+from spin_diffusion.comparing.cells import VIEW, View, read_view, scores_path
 from spin_diffusion.comparing.contest import Contest, Entry, run_flops
-from spin_diffusion.comparing.distances import Drawn, distances_of
+from spin_diffusion.comparing.distances import distances_of
 from spin_diffusion.comparing.plan import Cell, about, parsed
 from spin_diffusion.comparing.results import (
     BudgetResult,
@@ -189,27 +190,23 @@ def _world(contest: Contest, world: str) -> WorldResult:
 
 def against_real(contest: Contest, world: str, entries: Sequence[Entry]) -> Distances | None:
     """How far the test pictures of the base, and of every method after its last round, are from real ones; None where
-    it was not asked for."""
-    settings, plan = contest.settings, contest.plan
-    if settings.distribution_features is None:
+    it was not asked for, or while no run is finished."""
+    settings, plan, compared = contest.settings, contest.plan, contest.real(world)
+    if compared is None:
         return None
 
-    def drawn(of_cells: Sequence[Cell], round_: int, best: Sampling | None) -> Drawn:
+    def drawn(of_cells: Sequence[Cell], round_: int, best: Sampling | None) -> dict[Mode, dict[int, Path]]:
         ways = zip(MODES, (plan.unguided(world), plan.usual(world), best), strict=True)
-        return Drawn(of_cells, round_, {mode: how for mode, how in ways if how is not None})
+        return {
+            mode: {cell.seed: scores_path(contest.folder(cell), View("test", round_, how)) for cell in of_cells}
+            for mode, how in ways
+            if how is not None
+        }
 
     base_cells = [plan.base(world, seed) for seed in settings.all_seeds]
     by_method = {"base": drawn(base_cells, 0, contest.best_of_base(world))}
     by_method |= {entry.method: drawn(entry.cells, entry.rounds, entry.best) for entry in entries}
-    return distances_of(
-        by_method,
-        contest.folder,
-        settings.distribution_features,
-        f"images of {world}",
-        settings.images_per_prompt,
-        settings.num_test_prompts,
-        contest.output_dir / "worlds" / world,
-    )
+    return distances_of(by_method, compared, settings.images_per_prompt, settings.num_test_prompts)
 
 
 def _free(sampling: Sampling) -> FreeSettings:

@@ -72,8 +72,9 @@ class Task:
     """How its pictures are asked for and scored."""
 
     def embedding(self, view: View) -> str | None:
-        """What gives features of the pictures of a view: those that report alone have any."""
-        return self.settings.distribution_features if view.prompts == "test" else None
+        """What gives features of the pictures of a view: of those that report, and of those that choose by distance."""
+        wanted = view.prompts == "test" or self.settings.sweep.by == "fd"
+        return self.settings.distribution_features if wanted else None
 
 
 def prompt_sets(settings: CompareSettings) -> dict[SetName, PromptSet]:

@@ -1,6 +1,7 @@
 """A contest of methods and its folder: who takes part, what the cells have scored so far, and what is chosen by that.
 
-A rate, settings of the sampler and a round are chosen by mean scores on validation prompts alone. Larger = better.
+A rate, settings of the sampler and a round are chosen on validation prompts alone, by mean scores (larger = better);
+settings of the sampler by the distance to real pictures where that is asked for.
 """
 
 import time
@@ -12,17 +13,22 @@ from typing import TypeVar
 import numpy as np
 
 from spin_diffusion.comparing import cells
-from spin_diffusion.comparing.cells import Task, View, prompt_sets, read_view
+from spin_diffusion.comparing.cells import Task, View, prompt_sets, read_view, scores_path
+from spin_diffusion.comparing.distances import nearest
 from spin_diffusion.comparing.plan import Cell, make_plan, parsed
 from spin_diffusion.comparing.results import TookAll
 from spin_diffusion.comparing.settings import Budget, CompareSettings
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts, generation_flops, step_flops, work_of
+from spin_diffusion.evaluation.distribution import MIN_PICTURES
+from spin_diffusion.evaluation.features import Comparison
 from spin_diffusion.evaluation.specs import parse_spec
+from spin_diffusion.runs.real_pictures import of_data
 from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.yaml_files import dump_yaml
 
@@ -91,6 +97,11 @@ class Contest:
         self.output_dir = Path(settings.output_dir)
         self.sets = prompt_sets(settings)
         self.scorers = [parse_spec(spec)[0] for spec in settings.scorers or []]
+        if settings.sweep.by == "fd" and settings.num_validation_prompts < MIN_PICTURES:
+            raise InputError(
+                f"--sweep by fd takes {MIN_PICTURES} pictures of validation prompts, of which there is one each: give "
+                f"--num_validation_prompts {MIN_PICTURES} or more, not {settings.num_validation_prompts}"
+            )
         self.entries: list[Entry] = []
         self.started = time.monotonic()
 
@@ -127,9 +138,25 @@ class Contest:
         return [View("validation", cell.rounds, how) for how in samplings]
 
     def best(self, cell: Cell) -> Sampling | None:
-        """The free settings of the sampler with the highest mean; None = a run without an end."""
-        means = self.means(cell, self.plan.free(cell.world))
+        """The free settings of the sampler with the highest mean, or whose pictures are nearest to real ones; None = a
+        run without an end."""
+        free = self.plan.free(cell.world)
+        if self.settings.sweep.by == "fd":
+            real = self.real(cell.world)
+            views = {view.sampling: scores_path(self.folder(cell), view) for view in self.validation(cell, free)}
+            return None if real is None else nearest(views, self.settings.images_of("validation"), real)
+        means = self.means(cell, free)
         return highest(means) if means else None
+
+    def real(self, world: str) -> Comparison | None:
+        """The real pictures of a world, those that its first finished run was trained on; None where they are not asked
+        for, or no run is finished."""
+        spec, entries = self.settings.distribution_features, [one for one in self.entries if one.world == world]
+        runs = [self.folder(cell) / "run" for entry in entries for cell in (*entry.cells, *self.tuning(entry))]
+        data = next((run / "data" for run in runs if (run / "data" / "manifest.json").is_file()), None)
+        if spec is None or data is None:
+            return None
+        return of_data(spec, data, f"images of {world}", self.output_dir / "worlds" / world)
 
     def best_of_base(self, world: str) -> Sampling | None:
         """The best free settings of a world's base."""

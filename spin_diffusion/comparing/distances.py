@@ -1,68 +1,40 @@
 """How far the test pictures of the base and of every method are from the real ones of their world, over the seeds."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from spin_diffusion.comparing.cells import View, read_view, scores_path
-from spin_diffusion.comparing.plan import Cell
 from spin_diffusion.comparing.results import Difference, Distances, Mean
 from spin_diffusion.comparing.settings import Mode
 from spin_diffusion.evaluation.distribution import Features, Replicates, believable, interval
-from spin_diffusion.evaluation.features import keep_measured
+from spin_diffusion.evaluation.features import Comparison, keep_measured
 from spin_diffusion.evaluation.records import Metric
 from spin_diffusion.evaluation.statistics import half_width
-from spin_diffusion.runs.real_pictures import of_data
 from spin_diffusion.samples.sampling import Sampling
-from spin_diffusion.store.files import rows_metadata
+from spin_diffusion.store.files import read_rows, rows_metadata
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 
 _OfSeeds = dict[int, dict[Metric, Replicates]]
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Cells of the base or of a method, one for each seed, the round whose pictures are compared, and how they were
-    drawn."""
-
-    cells: Sequence[Cell]
-    round: int
-    ways: Mapping[Mode, Sampling]
-
-
 def distances_of(
-    by_method: Mapping[str, Drawn],
-    folder_of: Callable[[Cell], Path],
-    spec: str,
-    said: str,
-    per_prompt: int,
-    prompts: int,
-    real_folder: Path,
-) -> Distances | None:
-    """The base and every method, drawn in each way; None while no run is finished.
+    by_method: Mapping[str, Mapping[Mode, Mapping[int, Path]]], compared: Comparison, per_prompt: int, prompts: int
+) -> Distances:
+    """The base and every method, drawn in each way.
 
     Args:
-        by_method: the base first.
-        folder_of: the folder of a cell. The real pictures are those that the first finished run was trained on.
-        spec: NAME[=PATH] of the embedding.
-        said: which real pictures these are, in words.
+        by_method: the base first; of each way and seed the file of the scores of its pictures, if there is one.
         per_prompt, prompts: pictures of each test prompt, and how many prompts there are.
-        real_folder: where the features of the real pictures are kept.
     """
-    runs = [folder_of(cell) / "run" / "data" for drawn in by_method.values() for cell in drawn.cells]
-    data = next((folder for folder in runs if (folder / "manifest.json").is_file()), None)
-    if data is None:
-        return None
-    compared = of_data(spec, data, said, real_folder)
-    real = compared.real_features("cuda" if torch.cuda.is_available() else "cpu")
+    real = _real(compared)
     metrics, left_out = believable(prompts, per_prompt, len(real), real.shape[1])
     found: Distances = {
-        "title": f"{len(real)} real {said}, in {real.shape[1]} features of {compared.name}",
+        "title": f"{len(real)} real {compared.said}, in {real.shape[1]} features of {compared.name}",
         "num_real": len(real),
         "num_images": prompts * per_prompt,
         "left_out": left_out,
@@ -70,13 +42,16 @@ def distances_of(
     }
     if not metrics:
         return found
-    key = key_of(embedding=compared.key, real=compared.content)
     measured: dict[str, dict[Mode, _OfSeeds]] = {
         method: {
-            mode: _of_seeds(drawn, View("test", drawn.round, how), folder_of, per_prompt, real, key)
-            for mode, how in drawn.ways.items()
+            mode: {
+                seed: of_file
+                for seed, path in of_seeds.items()
+                if (of_file := _measured(path, per_prompt, compared)) is not None
+            }
+            for mode, of_seeds in by_mode.items()
         }
-        for method, drawn in by_method.items()
+        for method, by_mode in by_method.items()
     }
     base = next(iter(measured.values())).get("best", {})
     for method, by_mode in measured.items():
@@ -89,23 +64,43 @@ def distances_of(
     return found
 
 
-def _of_seeds(
-    drawn: Drawn, view: View, folder_of: Callable[[Cell], Path], per_prompt: int, real: Features, real_key: str
-) -> _OfSeeds:
-    """What is measured of a view of each cell that has its pictures."""
-    found = {}
-    for cell in drawn.cells:
-        folder = folder_of(cell)
-        rows = read_view(folder, view)
-        if rows is None or "features" not in rows[0]:
-            continue
-        rows.sort(key=lambda row: (row["id"], row["k"]))
-        features = np.array([row["features"] for row in rows], np.float32)
-        images = features.reshape(-1, per_prompt, features.shape[1])
-        key = key_of(drawn=rows_metadata(scores_path(folder, view))[KEY], real=real_key)
-        path = folder / "distances" / f"{view.name}.safetensors"
-        found[cell.seed] = keep_measured(path, key, partial(np.asarray, images), real)
-    return found
+def nearest(views: Mapping[Sampling, Path], per_prompt: int, compared: Comparison) -> Sampling | None:
+    """The settings of the sampler by which the pictures have the lowest Frechet distance, its bias taken off; of equal
+    ones the cheapest. None where some have no pictures.
+
+    Args:
+        views: the files of the scores.
+
+    Raises:
+        InputError: they are too few for so many features.
+    """
+    distances = {}
+    for how, path in views.items():
+        if (found := _measured(path, per_prompt, compared)) is None:
+            return None
+        metrics, why = believable(len(read_rows(path)) // per_prompt, per_prompt, *_real(compared).shape)
+        if "fd" not in metrics:
+            raise InputError(f"--sweep by fd: {why}; give more --num_validation_prompts")
+        distances[how] = interval("fd", found["fd"]).mean
+    return min(sorted(distances), key=lambda how: distances[how])
+
+
+def _real(compared: Comparison) -> Features:
+    return compared.real_features("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _measured(scores: Path, per_prompt: int, compared: Comparison) -> dict[Metric, Replicates] | None:
+    """What is measured of the pictures of a file of scores, kept beside these files; None where there are none."""
+    rows = read_rows(scores) if scores.is_file() else []
+    if not rows or "features" not in rows[0]:
+        return None
+    rows.sort(key=lambda row: (row["id"], row["k"]))
+    features = np.array([row["features"] for row in rows], np.float32)
+    images = features.reshape(-1, per_prompt, features.shape[1])
+    real_key = key_of(embedding=compared.key, real=compared.content)
+    key = key_of(drawn=rows_metadata(scores)[KEY], real=real_key)
+    path = scores.parents[1] / "distances" / f"{scores.stem}.safetensors"
+    return keep_measured(path, key, partial(np.asarray, images), _real(compared))
 
 
 def _mean(metric: Metric, of_seeds: _OfSeeds, other: _OfSeeds | None = None) -> Mean:

@@ -335,6 +335,7 @@ def how(results: Comparison) -> str:
     grid = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
     free = max((world["num_free"] for world in results["worlds"]), default=0)
     family = max((budget["differences"] for world in results["worlds"] for budget in world["budgets"]), default=0)
+    by = ", by the distance of their pictures to real ones" if settings["sweep"]["by"] == "fd" else ""
     if len(seeds) == 1:
         intervals = "95 % intervals are over prompts: they speak of these runs only, not of how training varies"
     else:
@@ -346,8 +347,8 @@ def how(results: Comparison) -> str:
         f"{title} (mean, higher is better) on {prompts['test']['num']} test prompts with "
         f"{settings['images_per_prompt']} images each, {len(seeds)} training seeds ({', '.join(map(str, seeds))}). "
         f"Each method's learning rate (of {grid} unless it has a grid of its own), its best settings of the sampler "
-        f"(of {free}, the base's too) and its best round were chosen on {prompts['validation']['num']} other prompts, "
-        f"rate and settings with seed {seeds[0]}; "
+        f"(of {free}, the base's too{by}) and its best round were chosen on {prompts['validation']['num']} other "
+        f"prompts, rate and settings with seed {seeds[0]}; "
         "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
         f"{intervals}. Italic = it excludes 0; bold = so does one that holds together with all other differences of "
         f"that world and budget: every method, round and way of drawing, to the base and to {settings['reference']} "

@@ -72,7 +72,8 @@ class CompareSettings:
     sweep: Sweep = Sweep()
     """Settings of the sampler from which the base and each method get their best, beside the usual ones and guidance 1:
     "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 40], prediction_scale: [1, 1.04]}". A combination costs a
-    drawing of the validation prompts by the base and every method; rates are chosen over guidance alone."""
+    drawing of the validation prompts by the base and every method; rates are chosen over guidance alone. With `by: fd`
+    the best are those whose pictures of validation prompts are nearest to real ones in --distribution_features."""
     usual_guidance: float | None = None
     """Scale that people would use; default: the training settings' guidance_scale."""
     num_inference_steps: int | None = None
@@ -114,6 +115,8 @@ class CompareSettings:
         if min(self.learning_rates or [1.0]) <= 0:
             raise InputError(f"--learning_rates {self.learning_rates} must be above 0")
         check_rules(self.sweep, "--sweep ")
+        if self.sweep.by == "fd" and self.distribution_features is None:
+            raise InputError("--sweep by fd needs the features whose distance it is: give --distribution_features")
         if not 0 <= min(self.seeds or [0]) <= max(self.seeds or [0]) < 2**32:
             raise InputError(f"--seeds {self.seeds} must not be negative, and below {2**32}")
         if self.total_steps < 1 or self.jobs < 0:

@@ -22,18 +22,20 @@ from spin_diffusion.comparing.analysis import DifferenceFamily, against_real, cr
 from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.comparing.contest import Contest, Entry, choose, highest, run_flops, steps_for
 from spin_diffusion.comparing.making import make
-from spin_diffusion.comparing.plan import make_plan, parsed
+from spin_diffusion.comparing.plan import Cell, make_plan, parsed
 from spin_diffusion.comparing.report import findings, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.sampling import drawing_pipeline
+from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.runs.image_run import run as train
 from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.files import write_json, write_rows
 from spin_diffusion.store.folder import take_folder
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
 from tests.runs.test_evaluate_command import SCORER, refused
@@ -290,6 +292,39 @@ def load(device):
 """
 
 
+def colours(rng: np.random.Generator, number: int, kinds: int) -> np.ndarray:
+    return np.array([[200, 60, 60], [60, 60, 200]])[rng.integers(kinds, size=number)] + rng.normal(0, 9, (number, 3))
+
+
+def write_real(contest: Contest, cell: Cell, rng: np.random.Generator) -> None:
+    """120 real pictures of two kinds, as the data of a cell's run."""
+
+    def png(colour: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.broadcast_to(colour.round().astype(np.uint8), (8, 8, 3)).copy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    data = contest.folder(cell) / "run" / "data"
+    real = [{"id": f"{n:03d}", "prompt": "", "image": png(colour)} for n, colour in enumerate(colours(rng, 120, 2))]
+    write_rows(data / "samples" / "00000-of-00001.parquet", real, {})
+    manifest = {"rows": 120, "hash": "1", "settings": {"resolution": 8}, "left_out": {}, "files": {}}
+    write_json(data / "manifest.json", manifest, sealed=True)
+
+
+def write_view(contest: Contest, cell: Cell, view: View, drawn: np.ndarray, images: int, redness: float) -> None:
+    rows = [
+        {
+            "id": f"{place // images:03d}",
+            "k": place % images,
+            "redness": redness,
+            "distance": None,
+            "features": list(colour / 30),
+        }
+        for place, colour in enumerate(drawn)
+    ]
+    write_rows(cells.scores_path(contest.folder(cell), view), rows, {"key": f"{cell.seed} {cell.method} {view.name}"})
+
+
 @pytest.mark.parametrize("prompts", [25, 24])
 def test_a_method_that_draws_one_kind_of_pictures_covers_less_of_the_real_ones(prompts, config, tmp_path, monkeypatch):
     (tmp_path / "small.py").write_text(SMALL)
@@ -302,39 +337,13 @@ def test_a_method_that_draws_one_kind_of_pictures_covers_less_of_the_real_ones(p
     ]
     contest.entries += entries
     rng = np.random.default_rng(0)
-
-    def colours(number: int, kinds: int) -> np.ndarray:
-        return np.array([[200, 60, 60], [60, 60, 200]])[rng.integers(kinds, size=number)] + rng.normal(
-            0, 9, (number, 3)
-        )
-
-    def png(colour: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(np.broadcast_to(colour.round().astype(np.uint8), (8, 8, 3)).copy()).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    data = contest.folder(entries[0].cells[0]) / "run" / "data"
-    real = [{"id": f"{n:03d}", "prompt": "", "image": png(colour)} for n, colour in enumerate(colours(120, 2))]
-    write_rows(data / "samples" / "00000-of-00001.parquet", real, {})
-    manifest = {"rows": 120, "hash": "1", "settings": {"resolution": 8}, "left_out": {}, "files": {}}
-    write_json(data / "manifest.json", manifest, sealed=True)
+    write_real(contest, entries[0].cells[0], rng)
     usual = contest.plan.usual("tiny")
     monkeypatch.setattr(contest, "best_of_base", lambda world: usual)
     base = [contest.plan.base("tiny", seed) for seed in (0, 1)]
     for of_cells, kinds in ((base, 2), (entries[0].cells, 2), (entries[1].cells, 1)):
         for cell in of_cells:
-            rows = [
-                {
-                    "id": f"{place // 4:03d}",
-                    "k": place % 4,
-                    "redness": 0.5,
-                    "distance": None,
-                    "features": list(colour / 30),
-                }
-                for place, colour in enumerate(colours(4 * prompts, kinds))
-            ]
-            view = View("test", cell.rounds, usual)
-            write_rows(cells.scores_path(contest.folder(cell), view), rows, {"key": f"{cell.seed} {cell.method}"})
+            write_view(contest, cell, View("test", cell.rounds, usual), colours(rng, 4 * prompts, kinds), 4, 0.5)
     found = against_real(contest, "tiny", entries)
     rows = {row["method"]: row for row in found["rows"] if row["mode"] == "usual"}
     if prompts == 24:
@@ -345,6 +354,27 @@ def test_a_method_that_draws_one_kind_of_pictures_covers_less_of_the_real_ones(p
     assert rows["spin"]["metrics"]["precision"]["mean"] > 0.8 and len(rows["spin"]["metrics"]["fd"]["seeds"]) == 2
     lost = rows["spin"]["to_base"]
     assert lost["recall"]["high"] < 0 and lost["fd"]["low"] > 0 and rows["sft"]["to_base"]["recall"]["high"] > 0
+
+
+def test_the_sampler_whose_pictures_are_nearest_to_real_ones_is_the_best_where_distance_chooses(
+    config, tmp_path, monkeypatch
+):
+    (tmp_path / "small.py").write_text(SMALL)
+    (tmp_path / "many.txt").write_text("\n".join(f"picture {number}" for number in range(110)))
+    asked = ["--prompts", str(tmp_path / "many.txt"), "--num_test_prompts", "10", "--num_validation_prompts", "100"]
+    asked += ["--distribution_features", str(tmp_path / "small.py"), "--sweep"]
+    by_scorer = Contest(settings_of(config, *asked, "{guidance_scale: [1.0, 3.0]}"))
+    contest = Contest(settings_of(config, *asked, "{guidance_scale: [1.0, 3.0], by: fd}"))
+    cell, rng = contest.plan.cell("tiny", "spin", 1e-4, 0, 2), np.random.default_rng(0)
+    contest.entries = [Entry("tiny", "steps", "spin", 2, cells=[cell])]
+    write_real(contest, cell, rng)
+    for view in contest.validation(cell, contest.plan.free("tiny")):
+        kinds = 2 if view.sampling.guidance_scale == 1 else 1  # redder, and far from the half of the real ones
+        write_view(contest, cell, view, colours(rng, 100, kinds), 1, view.sampling.guidance_scale)
+    assert by_scorer.best(cell).guidance_scale == 3 and contest.best(cell).guidance_scale == 1
+    monkeypatch.setattr(distribution, "PICTURES_PER_FEATURE", 40)
+    with pytest.raises(InputError, match="by fd: fd of 3 features takes 120 pictures.* --num_validation_prompts"):
+        contest.best(cell)
 
 
 # Equal steps, equal compute
@@ -436,6 +466,11 @@ def test_a_cell_is_named_by_what_it_is_trained_with(config):
         (["--learning_rates", "[0.0]"], ["--learning_rates [0.0] must be above 0"]),
         (["--seeds", "[1, 1]"], ["--seeds [1, 1]", "none twice"]),
         (["--sweep", "{prediction_scale: [0]}"], ["--sweep prediction_scale 0.0 must be above 0"]),
+        (["--sweep", "{guidance_scale: [1], by: fd}"], ["--sweep by fd needs the features"]),
+        (
+            ["--sweep", "{guidance_scale: [1], by: fd}", "--distribution_features", "dinov2"],
+            ["--num_validation_prompts 100 or more, not 2"],
+        ),
         (["--guidance_scales", "[1.0]"], ["unknown setting 'guidance_scales'", "--sweep '{guidance_scale: "]),
         (["--training_config", "nowhere.yaml"], ["nowhere.yaml does not exist"]),
         (["--scorers", "pickscor"], ["pickscor", "did you mean pickscore?"]),
