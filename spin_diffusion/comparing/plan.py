@@ -37,6 +37,7 @@ QUIET: dict[str, object] = {
 _PLACES = (
     "pretrained_model_name_or_path",
     "pretrained_vae_model_name_or_path",
+    "base_config",
     "dataset_name",
     "train_data_dir",
 )
@@ -79,7 +80,7 @@ class Cell:
         kept = {key: value for key, value in self.training.items() if key not in _HARMLESS or key == "rounds"}
         if self.method == BASE:
             named = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
-            options = ("revision", "variant", "pretrained_vae_model_name_or_path")
+            options = ("revision", "variant", "pretrained_vae_model_name_or_path", "base_config")
             kept = named | {key: kept[key] for key in options if kept.get(key) is not None}
         else:  # how a step's pairs are split is harmless, their number is not
             given = {key: self.training[key] for key in _SPLIT if key in self.training}
@@ -195,7 +196,7 @@ def make_plan(settings: CompareSettings) -> Plan:
     for world in plan.worlds():
         _check(f"worlds: {world}", plan.training_of(world, BASE))
         base = Path(str(plan.training_of(world, BASE)["pretrained_model_name_or_path"]))
-        if len(base.parts) > 2 and not (base / "model_index.json").is_file():
+        if len(base.parts) > 2 and not base.is_file() and not (base / "model_index.json").is_file():
             raise InputError(f"worlds: {world}: {base} is not a pipeline's folder (it has no model_index.json)")
         if plan.total_steps(world) < 1:
             raise InputError(f"worlds: {world}: total_steps {plan.total_steps(world)} must be at least 1")

@@ -66,8 +66,9 @@ class Base:
         return cls(name, flat.get("revision"), flat.get("variant"), vae, flat.get("base_config"), flat.get("init_lora"))
 
     def as_dict(self) -> dict[str, str | None]:
-        """For a manifest."""
-        return asdict(self)
+        """For a manifest and for keys; without a configuration of its own, which single files alone have, as before
+        there were any."""
+        return {key: value for key, value in asdict(self).items() if key != "config" or value is not None}
 
     @property
     def file(self) -> CheckpointFile | None:

@@ -3,7 +3,8 @@
 To add a setting, add a field with a docstring to the dataclass of the room that uses it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.diffusion.settings import (
@@ -56,6 +57,8 @@ class Config(RunConfig):
     lora: LoraSettings
     evaluation: EvaluationSettings
     run: ImageRunSettings
+
+    name_the_base: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(ModelSettings))
 
     def __post_init__(self) -> None:
         _check(self)

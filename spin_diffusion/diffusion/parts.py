@@ -107,7 +107,8 @@ class Part:
     def load(self, kind: Any, config: Configuration) -> Any:
         """The network: the weights of the variant if there are any, else the plain ones, as diffusers takes them."""
         if self.file is not None:
-            return self.file.load(self.folder.name, kind, config, self.where)
+            named = config | {"_name_or_path": str(self.folder)}  # as from_pretrained does
+            return self.file.load(self.folder.name, kind, named, self.where)
         variants = weight_files(self.folder)
         chosen = self.variant if self.variant in variants else None
         if not variants:

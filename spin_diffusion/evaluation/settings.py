@@ -1,7 +1,7 @@
 """The settings of a run of any kind, and what it measures after every round."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.round_settings import RoundSettings, objectives_of, source_of
@@ -88,6 +88,9 @@ class RunConfig:
     training: TrainSettings
     evaluation: AnyEvaluationSettings
     run: RunSettings
+
+    name_the_base: ClassVar[tuple[str, ...]] = ()
+    """Settings that only name the base, which a begun run knows by the hashes of all its parts."""
 
     def flat(self) -> dict[str, object]:
         """Every setting by its flag."""

@@ -38,10 +38,9 @@ LOGS = "logs"
 """Folder of tensorboard's files; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
 
 
-def changes(old: dict[str, object], config: RunConfig) -> list[str]:
-    """The settings that differ and would change a result, each as `key: old -> new`."""
-    new = config.flat()
-    return _differences(old, new, harmless(_sections(config)))
+def changes(old: dict[str, object], config: RunConfig, but: Collection[str] = ()) -> list[str]:
+    """The settings that differ and would change a result, `but` for some, each as `key: old -> new`."""
+    return _differences(old, config.flat(), harmless(_sections(config)) | set(but))
 
 
 def _differences(old: dict[str, object], new: dict[str, object], but: Collection[str] = (), of: str = "") -> list[str]:
@@ -78,7 +77,7 @@ def check_run_folder(config: RunConfig, output_dir: Path, program: str) -> None:
                 f"{output_dir} holds a run that another version began (its config.yaml has {', '.join(unknown)[:200]}, "
                 "which this one does not know): go on with that version, or start in another --output_dir"
             )
-        changed = changes(saved, config)
+        changed = changes(saved, config, but=config.name_the_base)
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
@@ -244,9 +243,11 @@ def write_manifest(
                 f"the weights of {base['name']} are not the ones that this run was started with: restore them, or "
                 "start in another --output_dir"
             )
-        # Another version of a library may know keys of a configuration more
+        # Under the same names, another version of a library may know keys of a configuration more
         libraries = [{name: said.get(name) for name in packages[:3]} for said in (begun["versions"], installed)]
-        if begun["base"].get("parts", base["parts"]) != base["parts"] and libraries[0] == libraries[1]:
+        renamed = any(begun["base"].get(key) != value for key, value in base.items() if key not in ("weights", "parts"))
+        is_other = begun["base"].get("parts", base["parts"]) != base["parts"]
+        if is_other and (libraries[0] == libraries[1] or renamed):
             raise InputError(
                 f"{base['name']} is not what this run was started with (its weights are, its configuration or another "
                 "of its parts is not): restore it, or start in another --output_dir"

@@ -21,6 +21,7 @@ from spin_diffusion.cli.command import run_command
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.diffusion.cost import count_units
+from spin_diffusion.diffusion.single_file import write_single_file
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.runs.start import round_lines
 from spin_diffusion.store import run_dir
@@ -204,6 +205,23 @@ def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(use_lora, 
     found["pipeline"].set_progress_bar_config(disable=True)
     drawn = found["pipeline"]("a fox", height=32, width=32, num_inference_steps=1, output_type="pt").images
     assert drawn.isfinite().all() and drawn.std() > 0
+
+
+def test_a_run_of_a_single_file_goes_on_with_a_folder_of_the_same_weights(unevaluated, sd2_dir, tmp_path, capsys):
+    file, out, folder = tmp_path / "base.safetensors", tmp_path / "out", str(sd2_dir)
+    pipeline = load_checkpoint(folder)[1]
+    write_single_file(file, pipeline, torch.float32, {})
+    unevaluated |= {"base_config": folder, "pretrained_model_name_or_path": str(file), "rounds": 1}
+    assert play(tmp_path, unevaluated, script="train_spin_sd.py") == 0
+    assert "v_prediction, as the file says" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["base"]["config"] == folder
+    as_folder = unevaluated | {"pretrained_model_name_or_path": folder, "base_config": None, "rounds": 2}
+    assert play(tmp_path, as_folder, script="train_spin_sd.py") == 0 and (out / "round-2" / "round.json").is_file()
+    pipeline.vae.decoder.conv_out.weight.data += 1
+    write_single_file(file, pipeline, torch.float32, {})
+    refused(capsys, play(tmp_path, unevaluated, script="train_spin_sd.py"), "was encoded by other weights")
+    file.write_bytes(file.read_bytes()[:-4])
+    refused(capsys, play(tmp_path, unevaluated, script="train_spin_sd.py"), str(file), "cut short or damaged")
 
 
 def test_the_header_says_which_values_of_a_list_have_no_round(settings):

@@ -61,13 +61,13 @@ def test_the_keys_that_differ_are_named():
     assert changes(old.flat(), of("--candidates", "{number: 2, scorer: a.py}", "--probe", "{samples: 64}")) == []
 
 
-def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
+def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path, monkeypatch):
     data, accelerator = {"rows": 4, "hash": "d", "left_out": {}, "settings": {}, "files": {}}, Accelerator(cpu=True)
 
-    def begin(weights: str = "w", *flags: str, parts: str = "p") -> None:
+    def begin(weights: str = "w", *flags: str, parts: str = "p", name: str = "base") -> None:
         settings = ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--train_batch_size", "4"]
         given = config.parse_config([*settings, *flags])
-        base = {"name": "base", "weights": weights, "parts": parts}
+        base = {"name": name, "weights": weights, "parts": parts}
         write_manifest(tmp_path, base, data, given, accelerator)
 
     begin()
@@ -77,6 +77,13 @@ def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path):
         begin("other")
     with pytest.raises(InputError, match="base is not what this run was started with"):
         begin(parts="other")
+    begin(name="the same elsewhere")
+    # Another version of a library may know more keys of the same configuration
+    with monkeypatch.context() as patch:
+        patch.setattr("spin_diffusion.runs.start.version", lambda package: "0")
+        begin(parts="other")
+        with pytest.raises(InputError, match="elsewhere is not what this run was started with"):
+            begin(parts="other", name="elsewhere")
     with pytest.raises(InputError, match="started with 4 pairs in each optimizer step, this command has 8"):
         begin("w", "--train_batch_size", "8")
     assert (tmp_path / "manifest.json").read_bytes() == written
