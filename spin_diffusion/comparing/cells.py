@@ -169,9 +169,7 @@ def view_key(task: Task, view: View) -> str:
         **({"embedding": part_key(EMBEDDINGS, embedding)} if embedding is not None else {}),
         scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.settings.scorers or []},
         base=base.as_dict(),
-        content=[
-            place and place_hash(place) for key, place in base.as_dict().items() if key in ("name", "vae", "config")
-        ],
+        content=[place and place_hash(place) for place in base.places],
         weights=saved_player(run_, view.round) if view.round and (run_ / f"round-{view.round}").is_dir() else None,
     )
 

@@ -80,7 +80,7 @@ class Cell:
         kept = {key: value for key, value in self.training.items() if key not in _HARMLESS or key == "rounds"}
         if self.method == BASE:
             named = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
-            options = ("revision", "variant", "pretrained_vae_model_name_or_path", "base_config")
+            options = ("revision", "variant", "pretrained_vae_model_name_or_path", "base_config", "init_lora")
             kept = named | {key: kept[key] for key in options if kept.get(key) is not None}
         else:  # how a step's pairs are split is harmless, their number is not
             given = {key: self.training[key] for key in _SPLIT if key in self.training}

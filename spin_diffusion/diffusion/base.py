@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from spin_diffusion.diffusion.families import families
-from spin_diffusion.diffusion.given_lora import fuse_given
+from spin_diffusion.diffusion.given_lora import fuse_given, split_strength
 from spin_diffusion.diffusion.noising import check_scheduler
 from spin_diffusion.diffusion.parts import CONFIG, TOKENIZERS, Part, load_encoder, load_unet, load_vae, weight_files
 from spin_diffusion.diffusion.prompts import words_of
@@ -66,9 +66,14 @@ class Base:
         return cls(name, flat.get("revision"), flat.get("variant"), vae, flat.get("base_config"), flat.get("init_lora"))
 
     def as_dict(self) -> dict[str, str | None]:
-        """For a manifest and for keys; without a configuration of its own, which single files alone have, as before
-        there were any."""
-        return {key: value for key, value in asdict(self).items() if key != "config" or value is not None}
+        """For a manifest and for keys, in which configuration and adapter stand where they were given alone."""
+        return {key: value for key, value in asdict(self).items() if key not in ("config", "lora") or value is not None}
+
+    @property
+    def places(self) -> list[str | None]:
+        """Where its files are: those of the checkpoint, of the VAE, and of what else was given."""
+        lora = split_strength(self.lora)[0] if self.lora is not None else None
+        return [self.name, self.vae, *(place for place in (self.config, lora) if place is not None)]
 
     @property
     def file(self) -> CheckpointFile | None:

@@ -11,7 +11,6 @@ from spin_diffusion.data.reading import caption_text
 from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.sources import list_files
 from spin_diffusion.diffusion.base import Base
-from spin_diffusion.diffusion.given_lora import split_strength
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.single_file import open_checkpoint
 from spin_diffusion.samples.drawn import GivenRow, read_index
@@ -133,8 +132,7 @@ def _base_of(folder: Path) -> Base:
             base = Base(
                 names["name"], names["revision"], names["variant"], names["vae"], names.get("config"), names.get("lora")
             )
-            lora = split_strength(base.lora)[0] if base.lora is not None else None
-            for path in (base.name, base.vae, base.config, lora):
+            for path in base.places:
                 if path is not None and is_local(path) and not Path(path).exists():
                     raise InputError(
                         f"{folder} was trained from {path}, which is not there: run this where the run was started, or "
