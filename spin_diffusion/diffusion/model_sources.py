@@ -11,6 +11,7 @@ from spin_diffusion.data.reading import caption_text
 from spin_diffusion.data.rows import LeftOut
 from spin_diffusion.data.sources import list_files
 from spin_diffusion.diffusion.base import Base
+from spin_diffusion.diffusion.given_lora import split_strength
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.single_file import open_checkpoint
 from spin_diffusion.samples.drawn import GivenRow, read_index
