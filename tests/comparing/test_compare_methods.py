@@ -38,6 +38,7 @@ from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.run_dir import MARKER
+from tests.ranks import FORKING
 from tests.runs.test_evaluate_command import SCORER, refused
 from tests.store.test_folder import take_elsewhere
 
@@ -497,7 +498,7 @@ def test_another_programs_folder_is_refused(config, tmp_path, capsys):
 # The whole
 
 
-def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tmp_path):
+def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tmp_path, whole_charts):
     (tmp_path / "small.py").write_text(SMALL)
     command = ["--config", str(config), "--sweep", "{guidance_scale: [1.0, 3.0], prediction_scale: [1.0, 1.5]}"]
     command += ["--distribution_features", str(tmp_path / "small.py")]
@@ -633,6 +634,9 @@ def test_a_run_that_diverges_is_shown_and_not_dropped(config, tmp_path, monkeypa
             raise FloatingPointError("step 2: loss nan")
         train(run_config, family)
 
+    given = yaml.safe_load(config.read_text())
+    given["methods"]["sft"]["learning_rates"] = [1e-4]
+    config.write_text(yaml.safe_dump(given))
     monkeypatch.setattr(compare, "run", diverges)
     assert run("--config", str(config), "--budget", "steps", "--every_round", "false") == 0
     out = tmp_path / "out"
@@ -672,6 +676,7 @@ def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_pat
 def test_a_method_that_is_refused_is_no_verdict_on_methods(config, tmp_path, capsys):
     given = yaml.safe_load(config.read_text())
     given |= {"learning_rates": [1e-4], "seeds": [0], "budget": "steps", "every_round": False}
+    given["methods"]["spin"]["rounds"] = 1
     given["methods"] |= {"dpo": {"objective": "dpo", "rounds": 1, "max_train_samples": 1}}
     config.write_text(yaml.safe_dump(given))
     code = run("--config", str(config))
@@ -686,7 +691,7 @@ def test_a_method_that_is_refused_is_no_verdict_on_methods(config, tmp_path, cap
 def test_methods_with_an_adapter_are_trained_drawn_and_scored_like_the_others(config, tmp_path):
     given = yaml.safe_load(config.read_text())
     given |= {"learning_rates": [1e-2], "seeds": [0], "budget": "steps"}
-    given["methods"]["lora"] = {"objective": "spin", "use_lora": True, "rank": 4}
+    given["methods"]["lora"] = given["methods"].pop("spin") | {"use_lora": True, "rank": 4}
     config.write_text(yaml.safe_dump(given))
     assert run("--config", str(config)) == 0
     out = tmp_path / "out"
@@ -729,7 +734,8 @@ def task_of(config: Path, contest: Contest) -> Task:
     return contest.task(cell, [View("validation", 0, at(1.0))])
 
 
-def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path):
+def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(making.multiprocessing, "get_context", lambda kind: FORKING)  # which has imported everything
     contest = Contest(settings_of(config))
     task = task_of(config, contest)
     scorer = tmp_path / "deadly.py"

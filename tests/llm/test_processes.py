@@ -100,13 +100,7 @@ def ends_alike(one, two) -> None:
     assert moved > 0 and max((one[name] - two[name]).abs().max() for name in one) < 1e-3 * moved
 
 
-def test_a_player_in_parts_ends_where_one_process_does(steps, tmp_path):
-    config, one = steps
-    play(config | {"fully_shard": True}, tmp_path, 2, "train_space_llm.py")
-    ends_alike(one, weights_in(tmp_path))
-
-
-def test_a_player_in_parts_goes_on_from_its_checkpoint(steps, tmp_path):
+def test_a_player_in_parts_goes_on_from_its_checkpoint_and_ends_where_one_process_does(steps, tmp_path):
     config, one = steps
     config = config | {"fully_shard": True}
     run = start(config, tmp_path, 2, "train_space_llm.py")
