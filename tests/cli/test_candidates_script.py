@@ -33,7 +33,7 @@ def scorer(tmp_path) -> Path:
 def asked(settings, scorer) -> dict:  # noqa: F811
     return settings | {
         "candidates": {"number": 3, "scorer": str(scorer)}, "validation_prompts": None, "scorers": None,
-        "samples_per_shard": 8,
+        "samples_per_shard": 8, "max_train_samples": 24,
     }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
     return {
         "pretrained_model_name_or_path": str(sdxl_dir),
         "dataset_name": str(tiny_parquet),
+        "max_train_samples": 8,
         "resolution": 32,
         "rounds": 1,
         "max_train_steps": 2,
@@ -94,6 +95,7 @@ RATES = ("0.0001", "0.0003", "0.001", "0.003")
 
 def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs(settings, tmp_path, capsys):
     settings |= {
+        "max_train_samples": None,
         "num_held_out": 8,
         "max_train_steps": 6,
         "learning_rate": 1e-3,
@@ -134,7 +136,7 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     shown = [event.value for tag in tags if "sharpness" in tag and "ledger" not in tag for event in told.Scalars(tag)]
     assert any(value == pytest.approx(means["spin round 2", 3.0]) for value in shown)
     lineage = json.loads((out / "manifest.json").read_text())["rounds"]
-    assert [told["started_from"] for told in lineage] == [0, 1] and lineage[1]["drawn"] == {"1": 24}
+    assert [told["started_from"] for told in lineage] == [0, 1] and lineage[1]["drawn"] == {"1": 8}
     pipeline = DiffusionPipeline.from_pretrained(
         settings["pretrained_model_name_or_path"], unet=UNet2DConditionModel.from_pretrained(out / "unet")
     )
@@ -142,7 +144,7 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     assert pipeline("a fox", height=32, width=32, num_inference_steps=1).images
     shows_every_model(out)
     compared, embedded = read_results(out / "results.json")["distribution"], (tmp_path / "small.py.calls").read_text()
-    assert compared["num_real"] == 24 and "24 real ones" in compared["left_out"] in (out / "report.html").read_text()
+    assert compared["num_real"] == 8 and "8 real ones" in compared["left_out"] in (out / "report.html").read_text()
     # Once more: nothing to do, the same table
     assert play(tmp_path, settings) == 0
     assert (tmp_path / "small.py.calls").read_text() == embedded
@@ -248,7 +250,7 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     monkeypatch.setattr("spin_diffusion.runs.image_run.matrix_rate", lambda device, dtype: 1e12)
     assert play(tmp_path, settings, script="plan.py") == 0
     printed = capsys.readouterr().out
-    assert "Time" in printed and "for 24 real samples on 1 process" in printed
+    assert "Time" in printed and "for 8 real samples on 1 process" in printed
     assert "free in" in printed and "of this machine" in printed
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {MARKER, "plan.json"}
@@ -257,7 +259,7 @@ def test_a_plan_before_the_run_and_what_it_took_afterwards(settings, tmp_path, c
     told = read_results(out / "results.json")["ledger"]
     phases = ["generated", "cached", "probed", "trained", "evaluated", "overhead"]
     assert [(entry["round"], entry["phase"]) for entry in told] == [(k, phase) for k in (1, 2) for phase in phases]
-    samples = {"generated": 24, "cached": 24, "probed": 24, "trained": 2 * 4}
+    samples = {"generated": 8, "cached": 8, "probed": 8, "trained": 2 * 4}
     for entry in told:
         assert entry["seconds"] > 0 and entry["predicted_seconds"] == planned[entry["round"]].get(entry["phase"])
         of_memory = {"generated": "drawing", "trained": "training"}.get(entry["phase"])
@@ -395,7 +397,7 @@ def test_more_rounds_may_be_added_to_a_finished_run(unevaluated, tmp_path):
         (["--dataset_name", "nowhere/train.parquet"], ["nowhere/train.parquet"]),
         (["--dataset_name", "someone/some-data"], ["someone/some-data"]),
         (["--caption_column", "captoin"], ["captoin", "caption"]),
-        (["--train_batch_size", "64"], ["24 pairs are fewer than one batch of 64"]),
+        (["--train_batch_size", "64"], ["8 pairs are fewer than one batch of 64"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--report_to", "carrier_pigeon"], ["carrier_pigeon"]),
         (["--use_lora", "true", "--rank", "0"], ["--rank 0", "at least 1"]),
