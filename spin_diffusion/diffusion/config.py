@@ -10,12 +10,12 @@ from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.diffusion.settings import (
     DenoiserSettings,
     ImageRoundSettings,
-    ImageRunSettings,
     ImageSettings,
     SamplingSettings,
 )
 from spin_diffusion.evaluation.settings import EvaluationSettings, RunConfig, check_selection
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
+from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.selfplay.train_settings import LoraSettings, TrainSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse
@@ -56,7 +56,7 @@ class Config(RunConfig):
     denoiser: DenoiserSettings
     lora: LoraSettings
     evaluation: EvaluationSettings
-    run: ImageRunSettings
+    run: RunSettings
 
     name_the_base: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(ModelSettings))
 

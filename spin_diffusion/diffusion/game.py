@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,6 @@ from spin_diffusion.diffusion.denoiser import Copies, compile_unet
 from spin_diffusion.diffusion.given_lora import fuse_given
 from spin_diffusion.diffusion.images import (
     bucket_sizes,
-    encoded_once,
     latents_of,
     nearest,
     packed,
@@ -88,13 +87,11 @@ class DiffusionGame:
         accelerator: Accelerator,
         lora: LoraSettings | None = None,
         gradient_checkpointing: bool = False,
-        shared_latents: Path | None = None,
         channels_last: bool = True,
     ) -> None:
         """
         Args:
             base: what `pipeline` was loaded from.
-            shared_latents: folder where runs find latents of the same images.
             channels_last: the UNet's memory layout, faster on most hardware than the plain one.
         """
         self.family, self.pipeline, self.base = family, pipeline, Base.of(base)
@@ -117,7 +114,6 @@ class DiffusionGame:
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval().to(accelerator.device)
         self.prompts = Prompts(family, pipeline, accelerator.autocast)
-        self.shared_latents = shared_latents
         self.vae_hash = vae_hash(pipeline.vae)
 
         self._prepare_questions()
@@ -242,16 +238,8 @@ class DiffusionGame:
         encoded = {}
         prefixes = ("", "loser_") if "loser_image" in rows[0] else ("",)
         for prefix, mirrored in product(prefixes, (False, True) if self.images.random_flip else (False,)):
-            encode = partial(self._latents, rows, prefix, mirrored)
             name = f"{prefix}{MIRRORED if mirrored else ''}"
-            if self.shared_latents is not None:
-                trip = asdict(self.images) if self.images.vae_round_trip else False
-                how: dict[str, object] = {"vae_round_trip": trip}
-                how |= {"mirrored": True} if mirrored else {}
-                how |= {"cells": self._cells} if self.has_sizes else {}
-                encoded[f"{name}latents"] = encoded_once(self.shared_latents, self.vae_hash, how, rows, encode, prefix)
-            else:
-                encoded[f"{name}latents"] = encode()
+            encoded[f"{name}latents"] = self._latents(rows, prefix, mirrored)
         frames = [row["frame"] if row["drawn"] else self.frame_of(row) for row in rows]
         encoded[f"{CONDITION}frame"] = torch.tensor(frames, dtype=torch.int32)
         if self.has_sizes:

@@ -5,13 +5,11 @@ content. So a real image is cropped to a size that the opponent draws, is stored
 opponent's images are, and on request (`vae_round_trip`) also passes the decoder that drew the opponent's.
 """
 
-import hashlib
 import io
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.store.files import Made, build, read_tensors, weights_hash
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 
@@ -278,20 +276,3 @@ def vae_hash(vae: AutoencoderKL) -> str:
     """The hash of all that decides latents: a VAE's weights and its configuration, with scale and statistics."""
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
     return key_of(weights=weights_hash(vae), config=config)
-
-
-def encoded_once(
-    folder: Path, vae: str, how: dict[str, object], rows: list[Row], encode: Callable[[], Tensor], prefix: str
-) -> Tensor:
-    """The latents of a shard's images, from `folder` if they are there and whole, else encoded and put there.
-
-    Args:
-        vae: `vae_hash`.
-        how: everything else that decides the latents.
-        prefix: of the rows' image.
-    """
-    pictures = [[hashlib.sha256(row[f"{prefix}image"]).hexdigest(), row["drawn"]] for row in rows]
-    key = key_of(vae=vae, how=how, images=pictures)
-    path = folder / f"{key[:32]}.safetensors"
-    build(path, key, lambda: Made({"latents": encode()}), shared=True)
-    return read_tensors(path)["latents"]

@@ -149,9 +149,7 @@ class Prompts:
 
         def piece_of(number: int) -> Piece:
             part = next(part for place, part in walk if place == number)
-            return Piece(
-                paths[number], keys[number], len(part), lambda tell: Made(self._encode(part, dtype)), shared=True
-            )
+            return Piece(paths[number], keys[number], len(part), lambda tell: Made(self._encode(part, dtype)))
 
         bar = (progress or Progress()).phase("encode the prompts", len(hashes))
         build_together(range(len(paths)), piece_of, accelerator, bar)

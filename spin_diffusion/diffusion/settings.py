@@ -8,7 +8,6 @@ from typing import Literal
 
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
 from spin_diffusion.selfplay.round_settings import RoundSettings
-from spin_diffusion.selfplay.run_settings import RunSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.settings import Settings, setting
 
@@ -158,12 +157,3 @@ class ImageRoundSettings(RoundSettings):
     probe: ProbeSettings = setting(ProbeSettings(), harmless=True)
     """Before each round is trained, a linear probe asks with so many pairs whether traces of codec or decoder tell real
     from generated images, and warns or stops: "{samples: 256, action: warn}"; 0 samples = not asked."""
-
-
-@dataclass(frozen=True)
-class ImageRunSettings(RunSettings):
-    """Where results go."""
-
-    encodings_dir: str | None = setting(None, harmless=True)
-    """A folder where runs share latents and text embeddings, each found by its content, VAE and text encoders.
-    Default: each run has its own."""

@@ -156,36 +156,6 @@ def best_by_average(values_by_scorer: dict[str, np.ndarray]) -> dict[str, np.nda
     return {name: np.take_along_axis(values, best[:, None], axis=1)[:, 0] for name, values in values_by_scorer.items()}
 
 
-def required_prompts(sd_of_difference: float, difference: float, power: float = 0.8) -> int:
-    """How many prompts show a true mean difference: its 95 % interval then excludes 0 with probability `power`.
-
-    The fewest whose t-test has that power for normal differences. The sign test, which `verdict` asks for as well,
-    needs up to 1.57 times as many (pi / 2), and Holm over several scorers some more: `benchmarks/power.py` counts them.
-
-    Args:
-        sd_of_difference: standard deviation over prompts of the paired differences, in the unit of the score. From an
-            evaluation of n prompts: half the width of the difference's interval times sqrt(n) / t, where t is 2.78 for
-            5 prompts, 2.09 for 20 and 1.96 for many.
-        difference: mean difference to be seen, in the same unit; its sign does not matter.
-        power: from above 0.05 to below 1.
-
-    Raises:
-        ValueError: a standard deviation or difference that is not above 0 and finite, or another power.
-    """
-    size = abs(difference)
-    if not (0 < sd_of_difference < math.inf and 0 < size < math.inf):
-        raise ValueError(
-            f"sd_of_difference and difference must be above 0 and finite, got {sd_of_difference} and {difference}"
-        )
-    if not SIGNIFICANCE < power < 1:
-        raise ValueError(f"power must lie between {SIGNIFICANCE} and 1, got {power}")
-    quantiles = stats.norm.ppf(1 - SIGNIFICANCE / 2) + stats.norm.ppf(power)
-    n = max(2, math.floor((quantiles * sd_of_difference / size) ** 2))  # a little too few
-    while stats.nct.sf(stats.t.ppf(1 - SIGNIFICANCE / 2, n - 1), n - 1, math.sqrt(n) * size / sd_of_difference) < power:
-        n += 1
-    return n
-
-
 def _by_prompt(values: np.ndarray, name: str) -> np.ndarray:
     """(prompts,) float64, averaged over images."""
     values = np.asarray(values, dtype=np.float64)

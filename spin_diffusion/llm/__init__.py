@@ -5,7 +5,6 @@ chat         text -> tokens, of the prompts that are answered and of the pairs t
 generation   prompt -> the opponent's answer; vllm_watch: ends what vLLM runs in
 logprobs     answer -> its log-probability, which is the score
 game         all of it behind the contract that the rounds know
-cost         what all of that takes in floating-point operations
 config       the settings of a run
 lm_eval_tasks   benchmarks of lm-evaluation-harness
 """

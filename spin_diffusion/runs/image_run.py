@@ -166,7 +166,7 @@ class ImageRun(Run):
         self.config = settle_draws(self.config, self.game.accelerator, pairs)
         config, game = self.config, self.game
         game.fixed_draws = int(config.denoiser.fixed_draws)
-        folder = Path(config.run.encodings_dir or self.output_dir / "encodings") / "prompts"
+        folder = self.output_dir / "encodings" / "prompts"
         dtype = autocast_dtype(self.game.accelerator.mixed_precision) or torch.float32
         game.prompts.keep(folder, self._captions(), self.game.accelerator, dtype, progress)
 
@@ -199,7 +199,7 @@ class ImageRun(Run):
         self._let_look(evaluator.show_previews)
         return evaluator
 
-    def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
+    def costs(self, pairs: int) -> Callable[[RoundSettings], Costs]:
         """What the phases of a round take, by its settings."""
         config, game = self.config, self.game
         game.prompts.bring_back()
@@ -213,7 +213,7 @@ class ImageRun(Run):
         world = self.game.accelerator.num_processes
         batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
 
-        def of(rounds: RoundSettings, folder: Path) -> Costs:
+        def of(rounds: RoundSettings) -> Costs:
             def flops(k: int, phase: str, samples: int) -> int | None:
                 if phase == "previewed" or phase == "judged" and config.training.select_by != "gap":
                     phase = "generated"
@@ -341,6 +341,5 @@ def open_game(config: Config, accelerator: Accelerator, family_name: str | None 
         lora=config.lora,
         accelerator=accelerator,
         gradient_checkpointing=config.training.gradient_checkpointing,
-        shared_latents=Path(config.run.encodings_dir) / "latents" if config.run.encodings_dir else None,
         channels_last=not plain,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,7 +13,6 @@ from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
 from spin_diffusion.llm.config import AnswerEvaluationSettings, AnswerValidation, LanguageConfig, warnings_of
-from spin_diffusion.llm.cost import ledger_costs
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
@@ -26,9 +25,7 @@ from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
-from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
-from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
@@ -161,14 +158,6 @@ class LanguageRun(Run):
         samples = answer_samples(self.config, self.game, progress)
         base = str(self.config.model.model_name_or_path), "model"
         return RunEvaluator(self.config, self.game, base, _saved(self.config), samples)
-
-    def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
-        """What the phases of a round take, by the lengths of its answers."""
-        return ledger_costs(
-            self.game,
-            self.output_dir,
-            forwards=1 + self.config.training.gradient_checkpointing,
-        )
 
     def card(self, rows: int) -> Card:
         """What the model card says of base, data and settings, and what loads the model."""

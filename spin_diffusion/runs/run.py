@@ -109,9 +109,9 @@ class Run(ABC):
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What evaluates the base, the rounds and the rivals."""
 
-    @abstractmethod
-    def costs(self, pairs: int) -> Callable[[RoundSettings, Path], Costs]:
-        """For the ledgers: (rounds of so many pairs, their folder) -> what their phases take."""
+    def costs(self, pairs: int) -> Callable[[RoundSettings], Costs] | None:
+        """For the ledgers: rounds of so many pairs -> what their phases take. None = that is not counted."""
+        return None
 
     @abstractmethod
     def card(self, rows: int) -> Card:
@@ -182,7 +182,7 @@ def plan_run(run: Run) -> None:
 def _play_with_rivals(
     run: Run,
     evaluator: RunEvaluator,
-    costs: Callable[[RoundSettings, Path], Costs],
+    costs: Callable[[RoundSettings], Costs] | None,
     accelerator: Accelerator,
     progress: Progress,
 ) -> list[RoundRecord]:
@@ -210,7 +210,7 @@ def _play_with_rivals(
                 run.held_out,
                 run.candidates,
                 run.probe if rival is None else None,
-                costs(rounds, folder),
+                costs(rounds) if costs is not None else None,
                 run.judge,
                 run.preview,
                 run_dir=output_dir,

@@ -26,14 +26,13 @@ from spin_diffusion.selfplay.sharded import check_sharding
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import check_fused
 from spin_diffusion.store.files import read_json, write_json
-from spin_diffusion.store.folder import check_folder, share_folder, take_folder
+from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.settings import harmless, per_round
 from spin_diffusion.store.yaml_files import dump_yaml
 
-ENCODINGS = "store of encodings"
 LOGS = "logs"
 """Folder of tensorboard's files; wandb and trackio keep to their own (WANDB_DIR, TRACKIO_DIR)."""
 
@@ -82,10 +81,6 @@ def check_run_folder(config: RunConfig, output_dir: Path, program: str) -> None:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): start in another --output_dir"
             )
-    if (encodings := _encodings_dir(config)) is not None:
-        if encodings.resolve() == output_dir.resolve():
-            raise InputError(f"--encodings_dir {encodings} is the --output_dir: give another, or leave it out")
-        check_folder(encodings, ENCODINGS, "--encodings_dir")
 
 
 def quiet_libraries() -> None:
@@ -114,8 +109,6 @@ def take_run_folder(config: RunConfig, output_dir: Path, program: str, accelerat
     """Make the folder this run's, put right what a killed run left in it, and write the settings; called once the base
     is known to be good."""
     if accelerator.is_main_process:
-        if (encodings := _encodings_dir(config)) is not None:
-            share_folder(encodings, ENCODINGS, "--encodings_dir")
         take_folder(output_dir, program)
         settle(output_dir)
         if not _has_begun(output_dir) and changes(_settings_before(output_dir), config):
@@ -138,12 +131,6 @@ def _settings_before(output_dir: Path) -> dict[str, object]:
         return saved_settings(output_dir / "config.yaml")
     except InputError:
         return {}
-
-
-def _encodings_dir(config: RunConfig) -> Path | None:
-    """That runs share, if there is one."""
-    given = config.flat().get("encodings_dir")
-    return Path(str(given)) if given else None
 
 
 def _accelerator(config: RunConfig, output_dir: Path) -> Accelerator:

@@ -11,8 +11,6 @@ depend on how many there are or which of them were restarted.
 import hashlib
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,12 +33,8 @@ from spin_diffusion.store.run_dir import (
     AGAIN,
     ELSEWHERE,
     Damaged,
-    make_folder,
-    part_of,
-    sync,
     tell_remade,
     write_file,
-    writing,
 )
 from spin_diffusion.store.typed import fit
 
@@ -174,16 +168,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_file(path, lambda part: _save_tensors(part, tensors, metadata))
 
 
-def write_shared_tensors(path: Path, tensors: dict[str, Tensor], key: str) -> None:
-    """Write a file into a folder where other programs may be writing the same one."""
-    make_folder(path.parent)
-    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with writing(own):
-        _save_tensors(part_of(own), tensors, {KEY: key})
-        sync(part_of(own))
-        os.replace(part_of(own), path)
-
-
 def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     # In one entry: several would be written in an order of their own, and the same tensors have the same bytes
     about = json.dumps(metadata | {_CONTENT: _content_hash(tensors, metadata)}, sort_keys=True)
@@ -273,7 +257,6 @@ class Piece:
         size: steps that it counts in the progress.
         make: (told how many of its steps are done) -> its content.
         beside: whether the other files that `make` writes are whole; asked only where the file itself has the key.
-        shared: whether other programs may be writing the same file.
     """
 
     path: Path
@@ -281,7 +264,6 @@ class Piece:
     size: int
     make: Callable[[Callable[[int], None]], Made]
     beside: Callable[[], bool] = lambda: True
-    shared: bool = False
 
     @property
     def is_built(self) -> bool:
@@ -289,16 +271,15 @@ class Piece:
         return is_built(self.path, self.key) and self.beside()
 
 
-def build(path: Path, key: str, make: Callable[[], Made], *, shared: bool = False) -> bool:
+def build(path: Path, key: str, make: Callable[[], Made]) -> bool:
     """Make the file at `path` unless it is there, whole and with this key; whether it was made.
 
     Args:
         key: from `store.keys.key_of`, of all that decides the content.
-        shared: whether other programs may be writing the same file.
     """
     missing = not is_built(path, key)
     if missing:
-        _write(path, key, make(), shared)
+        _write(path, key, make())
     return missing
 
 
@@ -322,7 +303,7 @@ def build_pieces(pieces: Iterable[Piece], progress: Tell, num_processes: int) ->
                 content = piece.make(told_after(done))
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(_write, piece.path, piece.key, content, piece.shared)
+                writing = writer.submit(_write, piece.path, piece.key, content)
                 made += piece.size
             done += piece.size
             progress(done * num_processes, "")
@@ -364,10 +345,8 @@ def shared_out(things: Sequence[T], accelerator: Accelerator) -> Iterator[T]:
         yield things[place]
 
 
-def _write(path: Path, key: str, made: Made, shared: bool) -> None:
-    if shared:
-        write_shared_tensors(path, made.content, key)
-    elif path.suffix == ".parquet":
+def _write(path: Path, key: str, made: Made) -> None:
+    if path.suffix == ".parquet":
         write_rows(path, made.content, {**made.metadata, KEY: key})
     elif path.suffix == ".safetensors":
         write_tensors(path, made.content, {**made.metadata, KEY: key})

@@ -145,14 +145,6 @@ def take_marked(folder: Path, flag: str) -> None:
     take_folder(folder, str(_read(folder / MARKER).get("program")), flag)
 
 
-def share_folder(folder: Path, program: str, flag: str) -> None:
-    """Make a folder this program's, in which other commands may work at the same time."""
-    with _marker(folder, flag) as descriptor:
-        _lock(folder, descriptor, flag, wait=True)
-        if not check_folder(folder, program, flag):
-            _write(descriptor, program)
-
-
 def release(folder: Path) -> None:
     """Let other commands into a folder again."""
     descriptor = held.pop(folder.resolve(), None)

@@ -284,14 +284,6 @@ def test_sdxl_is_told_the_sizes(sdxl_dir, monkeypatch):
     assert sum(len(time_ids) for _, time_ids in told_ids) == 12
 
 
-def test_the_shared_cache_tells_packed_latents_from_square_ones(sdxl_dir, tmp_path):
-    square, sizes = make_game(sdxl_dir), game_of_sizes(sdxl_dir)
-    for game in (square, sizes):
-        game.shared_latents, game.vae_hash = tmp_path, "a hash"
-    rows = list(square.real_rows(Example(f"{n}", next(pictures(1)).image, None, f"row {n}") for n in range(2)))
-    assert square.encode(rows)["latents"].dim() == 4 and sizes.encode(rows)["latents"].dim() == 3
-
-
 # The stream
 
 

@@ -1,15 +1,11 @@
-"""What is computed once: text embeddings and latents, kept by content and found again."""
-
-import json
-from dataclasses import replace
+"""What is computed once: text embeddings, kept by content and found again."""
 
 import pytest
 import torch
 
 from spin_diffusion.diffusion import prompts
-from spin_diffusion.diffusion.images import encoded_once, vae_hash
 from tests.diffusion.test_game import batch_of
-from tests.playing import examples, make_game
+from tests.playing import make_game
 
 PROMPTS = ["a fox", "a hen", "a fox", "an owl"]
 FRAMES = torch.tensor([[40, 32, 4, 0, 32, 32]] * 4)
@@ -143,109 +139,25 @@ def test_training_takes_the_encoders_off_the_device_and_drawing_brings_them_back
     assert moved == ["cpu", "cpu"]
 
 
-# Latents
-
-
-def shared(base, folder, **images):
-    game = make_game(base)
-    return type(game)(
-        game.family, game.pipeline, str(base), images=replace(game.images, **images),
-        sampling=game.sampling, denoiser=game.denoiser, accelerator=game.accelerator, shared_latents=folder,
-    )  # fmt: skip
-
-
-def test_runs_that_encode_otherwise_find_none_of_anothers(sdxl_dir, tmp_path):
-    first = shared(sdxl_dir, tmp_path)
-    rows = list(first.real_rows(examples(2)))
-    first.encode(rows)
-    for otherwise in (
-        {"random_flip": True}, {"max_aspect_ratio": 2.0}, {"vae_round_trip": True},
-        {"vae_round_trip": True, "image_format": "jpeg"},
-    ):  # fmt: skip
-        found, its_own = (shared(sdxl_dir, folder, **otherwise).encode(rows) for folder in (tmp_path, None))
-        assert found.keys() == its_own.keys() and all(torch.equal(found[name], its_own[name]) for name in found)
-
-
-@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
-def test_a_vae_that_scales_its_latents_otherwise_does_not_find_them(name, sdxl_dir, tmp_path):
-    first, other = shared(sdxl_dir, tmp_path), make_game(sdxl_dir)
-    rows = list(first.real_rows(examples(2)))
-    usual = first.encode(rows)["latents"]
-    other.pipeline.vae.register_to_config(**{name: 0.5})
-    its_own = other.encode(rows)["latents"]
-    other.shared_latents, other.vae_hash = tmp_path, vae_hash(other.pipeline.vae)
-    assert torch.equal(other.encode(rows)["latents"], its_own) and not torch.equal(its_own, usual)
-
-
-def test_a_second_run_finds_the_latents_and_another_vae_does_not(base, tmp_path, monkeypatch):
-    first = shared(base, tmp_path)
-    rows = list(first.real_rows(examples(3, losers=True)))
-    expected = first.encode(rows)
-    plain = make_game(base).encode(rows)
-    assert expected.keys() == plain.keys() and all(torch.equal(expected[name], plain[name]) for name in plain)
-
-    def refuse(*inputs):
-        raise AssertionError("encoded again")
-
-    second = shared(base, tmp_path)
-    monkeypatch.setattr(second, "_latents", refuse)
-    found = second.encode(rows)
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
-    with pytest.raises(AssertionError, match="encoded again"):
-        second.encode(rows[:2])
-    changed = make_game(base)
-    with torch.no_grad():
-        next(changed.pipeline.vae.parameters()).add_(1e-3)
-    changed = type(changed)(
-        changed.family, changed.pipeline, str(base), images=changed.images, sampling=changed.sampling,
-        denoiser=changed.denoiser, accelerator=changed.accelerator, shared_latents=tmp_path,
-    )  # fmt: skip
-    monkeypatch.setattr(changed, "_latents", refuse)
-    with pytest.raises(AssertionError, match="encoded again"):
-        changed.encode(rows)
-
-
 @pytest.mark.parametrize("harm", ["flipped", "header", "cut", "empty", "another's"])
 def test_damaged_encodings_are_made_anew_and_give_what_whole_ones_give(harm, sdxl_dir, tmp_path, capsys):
-    first = shared(sdxl_dir, tmp_path / "latents")
-    rows = list(first.real_rows(examples(2)))
-    latents = first.encode(rows)["latents"].clone()  # not a view of the file
+    first = make_game(sdxl_dir)
     keep(first, tmp_path / "prompts")
-    tokens = first.prompts.conditioning(PROMPTS, [False] * 4, FRAMES).tokens.clone()
-    paths = sorted(tmp_path.rglob("*.safetensors"))
-    whole = {path: path.read_bytes() for path in paths}
-    shared(sdxl_dir, tmp_path / "latents").encode(list(first.real_rows(examples(3)))[1:])
-    another = (set(tmp_path.rglob("*.safetensors")) - set(paths)).pop().read_bytes()
-    for path, content in whole.items():
-        start, flipped = int.from_bytes(content[:8], "little") + 8, bytearray(content)
-        flipped[start + 101 if harm == "flipped" else start - 9] ^= 8
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "another's": another}.get(harm, flipped))
+    tokens = first.prompts.conditioning(PROMPTS, [False] * 4, FRAMES).tokens.clone()  # not a view of the file
+    (path,) = tmp_path.rglob("*.safetensors")
+    whole = path.read_bytes()
+    keep(first, tmp_path / "others", ["a dog"])
+    (another,) = (tmp_path / "others").rglob("*.safetensors")
+    start, flipped = int.from_bytes(whole[:8], "little") + 8, bytearray(whole)
+    flipped[start + 101 if harm == "flipped" else start - 9] ^= 8
+    path.write_bytes(
+        {"cut": whole[: len(whole) // 2], "empty": b"", "another's": another.read_bytes()}.get(harm, flipped)
+    )
     capsys.readouterr()
-    second = shared(sdxl_dir, tmp_path / "latents")
-    assert torch.equal(second.encode(rows)["latents"], latents)
+    second = make_game(sdxl_dir)
     keep(second, tmp_path / "prompts")
     assert torch.equal(second.prompts.conditioning(PROMPTS, [False] * 4, FRAMES).tokens, tokens)
-    assert {path: path.read_bytes() for path in paths} == whole
+    assert path.read_bytes() == whole
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == (0 if harm == "another's" else 2)
+    assert len(said) == (0 if harm == "another's" else 1)
     assert all("is damaged (" in line and "made anew" in line for line in said)
-
-
-def test_what_decides_the_latents_is_in_their_name(tmp_path):
-    rows = [{"image": b"1", "loser_image": b"2", "drawn": False}]
-    names = set()
-
-    def name_of(*inputs, drawn=False, prefix=""):
-        before = set(tmp_path.iterdir())
-        encoded_once(tmp_path, *inputs, [rows[0] | {"drawn": drawn}], lambda: torch.zeros(1), prefix)
-        return (set(tmp_path.iterdir()) - before).pop()
-
-    for inputs, options in [
-        (("vae", {"round": False}), {}),
-        (("other", {"round": False}), {}),
-        (("vae", {"round": True}), {}),
-        (("vae", {"round": False}), {"drawn": True}),
-        (("vae", {"round": False}), {"prefix": "loser_"}),
-    ]:
-        names.add(name_of(*inputs, **options))
-    assert len(names) == 5 and not list(tmp_path.glob("*.spin-part")), json.dumps([str(name) for name in names])

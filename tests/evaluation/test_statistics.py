@@ -14,7 +14,6 @@ from spin_diffusion.evaluation.statistics import (
     holm,
     mean_interval,
     paired_difference,
-    required_prompts,
     sign_test_p,
     t_test_p,
     win_rate,
@@ -417,28 +416,3 @@ def test_a_true_gain_of_a_held_out_scorer_is_seen() -> None:
     p = holm([sign_test_p(wins, losses), 0.6, 0.9])
     said = verdict(paired_difference(better, base), float(p[0]), wins - losses, False)
     assert overall_verdict({"hps": said, "clip": "inconclusive"}, ROLES, {})[0] == "improved"
-
-
-@pytest.mark.parametrize(("sd", "difference", "power"), [(0.5, -0.1, 0.8), (2.0, 0.5, 0.9), (1.0, 1.0, 0.8)])
-def test_the_required_prompts_show_the_difference_as_often_as_promised(
-    sd: float, difference: float, power: float
-) -> None:
-    n = required_prompts(sd, difference, power)
-    rng = np.random.default_rng(12)
-    sets = rng.normal(difference, sd, (20_000, n))
-    seen = np.mean(np.abs(sets.mean(axis=1)) > half_width(sets, 0.95))
-    # The standard error is 0.3 %; the next smaller number is not enough
-    assert power - 0.01 <= seen <= power + 0.03
-
-
-def test_required_prompts_grow_with_the_square_and_refuse_what_has_no_answer() -> None:
-    assert required_prompts(1.0, 0.1) == 787  # statsmodels' TTestPower asks for 786.8
-    assert required_prompts(1.0, 0.5) == 34 and required_prompts(1.0, 1.0) == 10  # as in tables of Cohen's d
-    assert required_prompts(1.0, 0.05) == pytest.approx(4 * 785, abs=4)
-    assert required_prompts(1.0, 100.0) == 2
-    for sd, difference in ((0.0, 1.0), (1.0, 0.0), (1.0, float("nan")), (float("inf"), 1.0)):
-        with pytest.raises(ValueError, match="above 0 and finite"):
-            required_prompts(sd, difference)
-    for power in (0.05, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="power"):
-            required_prompts(1.0, 0.1, power)

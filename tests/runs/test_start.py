@@ -10,7 +10,6 @@ from spin_diffusion.diffusion import config
 from spin_diffusion.llm.config import LanguageConfig
 from spin_diffusion.runs.start import changes, check_run_folder, take_run_folder, write_manifest
 from spin_diffusion.store.files import write_json
-from spin_diffusion.store.folder import check_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import sections_of, types_of
 from spin_diffusion.store.replaced import REPLACED
@@ -30,7 +29,7 @@ def test_no_setting_of_the_game_itself_is_harmless():
     names = {name: harmless([section]) for name, section in sections_of(config.Config).items() if harmless([section])}
     assert names.pop("run") == {
         "output_dir", "report_to", "tracker_project_name", "push_to_hub",
-        "hub_model_id", "debug", "encodings_dir",
+        "hub_model_id", "debug",
     }  # fmt: skip
     assert names.pop("training") == {
         "checkpointing_steps", "train_batch_size", "gradient_accumulation_steps",
@@ -139,27 +138,3 @@ def test_a_run_that_another_version_began_is_refused_in_one_line(tmp_path):
     (out / "config.yaml").write_text(before.replace("\nhealth:", "\nstop_at_saturation: 0.5\nold:"))
     with pytest.raises(InputError, match="a run that another version began .its config.yaml has old, stop_at_satur"):
         check_run_folder(given, out, "image training")
-
-
-def test_shared_encodings_lie_in_a_folder_of_their_own(tmp_path):
-    out, shared, accelerator = tmp_path / "out", tmp_path / "shared", Accelerator(cpu=True)
-
-    def begin(encodings: object) -> None:
-        settings = config.parse_config(
-            ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--encodings_dir", str(encodings)]
-        )
-        check_run_folder(settings, out, "image training")
-        take_run_folder(settings, out, "image training", accelerator)
-
-    with pytest.raises(InputError, match="--encodings_dir .*/out is the --output_dir"):
-        begin(tmp_path / "elsewhere" / ".." / "out")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="--encodings_dir .*/mine is not empty and has no .spin-diffusion.json"):
-        begin(tmp_path / "mine")
-    assert not out.exists() and len(list((tmp_path / "mine").iterdir())) == 1
-    begin(shared)
-    begin(shared)
-    assert [path.name for path in shared.iterdir()] == [MARKER]
-    with pytest.raises(InputError, match="--encodings_dir .*/out .*says image training, not store of encodings"):
-        check_folder(out, "store of encodings", "--encodings_dir")

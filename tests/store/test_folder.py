@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import spin_diffusion
-from spin_diffusion.store.folder import check_folder, release, share_folder, take_folder, take_marked
+from spin_diffusion.store.folder import check_folder, release, take_folder, take_marked
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import MARKER, write_file, write_folder
 
@@ -197,16 +197,6 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and said[0].endswith("do not start the command twice") and "has no locks" in said[0]
     assert check_folder(tmp_path / "out", PROGRAM)
-
-
-def test_a_shared_folder_is_marked_and_not_kept(tmp_path):
-    share_folder(tmp_path / "shared", "store of encodings", "--encodings_dir")
-    share_folder(tmp_path / "shared", "store of encodings", "--encodings_dir")
-    take_folder(tmp_path / "shared", "store of encodings")
-    release(tmp_path / "shared")
-    (tmp_path / "shared" / "latents").touch()
-    with pytest.raises(InputError, match="--encodings_dir .*says store of encodings, not another"):
-        share_folder(tmp_path / "shared", "another", "--encodings_dir")
 
 
 def test_a_folder_of_any_program_can_be_taken_by_its_marker(tmp_path):

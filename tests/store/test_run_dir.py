@@ -211,26 +211,6 @@ def test_no_bit_of_the_samples_changes_unseen(tmp_path):
     assert found == 20
 
 
-def test_a_shared_file_is_on_the_disk_before_its_name_and_has_a_part_for_each_writer(tmp_path, monkeypatch):
-    path, events, tensors = tmp_path / "shared" / "a.safetensors", [], {"a": torch.ones(2)}
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
-
-    def interrupted(part, target):
-        events.append(part.name)
-        if len(events) == 2:  # another program writes the same file just now
-            files.write_shared_tensors(path, tensors, "a key")
-        replace(part, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    files.write_shared_tensors(path, tensors, "a key")
-    synced, named = events[::2], events[1::2]
-    assert len(set(synced)) == len(set(named)) == 2 and path.stat().st_ino == synced[0]
-    assert all(name.endswith(".spin-part") for name in named) and [found.name for found in path.parent.iterdir()] == [
-        path.name
-    ]
-
-
 def test_tensors_come_back_with_their_metadata_and_no_bit_of_their_file_changes_unseen(tmp_path, capsys):
     path, tensors = tmp_path / "a.safetensors", {"a": torch.arange(6.0).view(2, 3).half(), "b": torch.ones(3).bool()}
     files.write_tensors(path, tensors, {"key": "k", "opponent": "abc"})
