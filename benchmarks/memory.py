@@ -35,7 +35,7 @@ from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.settings import DataSettings, TextDataSettings
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.diffusion.game import example_id
-from spin_diffusion.evaluation.alarms import normalised, trained_among
+from spin_diffusion.evaluation.alarm_rules import normalised, trained_among
 from spin_diffusion.llm.base import LanguageBase
 from spin_diffusion.llm.game import LanguageGame
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings

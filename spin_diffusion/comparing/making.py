@@ -26,9 +26,9 @@ from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.sampling import draw_images, drawing_pipeline
-from spin_diffusion.evaluation.alarms import pair_cosines, unit
 from spin_diffusion.evaluation.embeddings import LoadedEmbedding, load_embedding
 from spin_diffusion.evaluation.embeddings import __name__ as EMBEDDINGS
+from spin_diffusion.evaluation.picture_alarms import pair_cosines, unit
 from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images

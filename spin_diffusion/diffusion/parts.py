@@ -136,6 +136,7 @@ def load_unet(part: Part) -> UNet2DConditionModel:
 
 
 def load_vae(family: ModuleType, part: Part) -> AutoencoderKL:
+    """The VAE in a folder, in fp32; InputError: its configuration does not say how its latents are scaled."""
     config, where = part.checked_config(AutoencoderKL, _VAE), part.where
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
     if not is_number(scale) or not scale > 0:

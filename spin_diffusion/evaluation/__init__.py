@@ -13,5 +13,5 @@ features        embeddings of pictures, kept; how far they are from real ones
 results         all of it -> results.json; records: its parts as types, and its reader
 tables          results in the terminal and in Markdown
 report          results.json -> the page; gallery: a contact sheet
-mending         what cannot be read any more; settings: what a run measures
+settings        what a run measures
 """

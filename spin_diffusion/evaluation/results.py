@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_diffusion.evaluation.alarms import Pictures, check_alarms
+from spin_diffusion.evaluation.alarms import check_alarms
 from spin_diffusion.evaluation.comparison import breakdowns, compare, compare_others
 from spin_diffusion.evaluation.evaluated import (
     EvaluatedModel,
@@ -29,6 +29,7 @@ from spin_diffusion.evaluation.evaluated import (
 )
 from spin_diffusion.evaluation.features import Comparison, distances, missed
 from spin_diffusion.evaluation.judges import Answer
+from spin_diffusion.evaluation.picture_alarms import Pictures
 from spin_diffusion.evaluation.records import (
     ANSWERS,
     SCHEMA_VERSION,

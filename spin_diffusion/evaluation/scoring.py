@@ -27,6 +27,7 @@ from spin_diffusion.store.files import (
     Tell,
     build_pieces,
     is_built,
+    read_if_whole,
     read_json,
     read_rows,
     rows_metadata,
@@ -35,7 +36,7 @@ from spin_diffusion.store.files import (
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import read_picture
-from spin_diffusion.store.run_dir import AGAIN, Damaged
+from spin_diffusion.store.run_dir import Damaged
 
 BATCH = 16
 """Pictures that a scorer gets at a time; the scores do not depend on it."""
@@ -196,8 +197,8 @@ def _is_recorded(scoring: _Scoring) -> bool:
     key = scoring.key
     if all(_says(record, key) for record in scoring.records):
         return not scoring.missing(scoring.shards, key)
-    known = [read_json(path, WasRun, AGAIN) for path in scoring.records if path.is_file()]
-    return len(known) == len(scoring.records) and all(record["state"] == "not run" for record in known)
+    known = [read_if_whole(path, WasRun) for path in scoring.records]
+    return all(record is not None and record["state"] == "not run" for record in known)
 
 
 def _keeper_of_features(specs_: Sequence[str]) -> str | None:

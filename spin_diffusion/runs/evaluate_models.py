@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
 from spin_diffusion.evaluation.features import check_embedding, embed
-from spin_diffusion.evaluation.mending import remove_damaged
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol, Results, SweepEntry
@@ -67,10 +66,6 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         settle(output_dir)
         saved = dump_yaml(dataclasses.asdict(settings))
         write_file(output_dir / "config.yaml", lambda part: part.write_text(saved, encoding="utf-8"))
-        for source in sources:
-            remove_damaged(output_dir / "images" / source.name)
-            remove_damaged(output_dir / "scores" / source.name)
-        remove_damaged(output_dir / "sweep")
     accelerator.wait_for_everyone()
 
     drawer = Drawer(settings, prompts, accelerator)

@@ -9,7 +9,6 @@ from typing import Any, TypedDict, Unpack
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed
 from spin_diffusion.evaluation.judges import LogLikelihood
-from spin_diffusion.evaluation.mending import records_in, remove_damaged
 from spin_diffusion.evaluation.records import (
     ANSWERS,
     MeasureEntry,
@@ -34,10 +33,9 @@ from spin_diffusion.samples.pairs import Column
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.one_round import Evaluate, Judgement
 from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
-from spin_diffusion.store.files import Tell, read_json, write_json
+from spin_diffusion.store.files import Tell, read_if_whole, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import AGAIN, file_hashes
 
 
 class _Model(TypedDict):
@@ -153,10 +151,6 @@ class RunEvaluator:
         """Bring the evaluations of finished rounds and rivals up to date: samples that are lost or damaged are drawn
         anew, and all are scored by the scorers as they are now. What was decided by older scores stays so."""
         places = [place for place in self._places() if self._was_evaluated(place[1])]
-        if self.accelerator.is_main_process:
-            for _, directory, *_ in places:
-                remove_damaged(directory / EVALUATION)
-        self.accelerator.wait_for_everyone()
         whole = {
             _place_of(model)
             for model in self._models()
@@ -320,9 +314,6 @@ class RunEvaluator:
             base=self.base_source[0],
             weights_sha256=self.game.player_hash(),
         )
-        if self.accelerator.is_main_process:
-            remove_damaged(folder)
-        self.accelerator.wait_for_everyone()
         if not model.folder.of_answers:
             claim(model.folder.samples, self.samples.protocol, self.accelerator)
         draw_samples(self.samples.shards(model), self.accelerator, partial(self._drawing, name))
@@ -362,11 +353,10 @@ class RunEvaluator:
         )
 
     def _note(self, model: EvaluatedModel) -> None:
-        """Write down whose samples lie in a folder, and what its files are now."""
+        """Write down whose samples lie in a folder."""
         if self.accelerator.is_main_process:
-            folder = _place_of(model)
             fields = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
-            write_json(folder / "model.json", fields | {"files": file_hashes(records_in(folder), folder)})
+            write_json(_place_of(model) / "model.json", fields)
         self.accelerator.wait_for_everyone()
 
     def _places(self) -> list[tuple[str, Path, str, int | None]]:
@@ -380,9 +370,7 @@ class RunEvaluator:
         """The models that were evaluated so far, the base first."""
         models = []
         for folder in [self.output_dir / "base", *(directory / EVALUATION for _, directory, *_ in self._places())]:
-            if (folder / "model.json").is_file():
-                fields = read_json(folder / "model.json", _Model, AGAIN)
-                fields.pop("files", None)
+            if (fields := read_if_whole(folder / "model.json", _Model)) is not None:
                 models.append(EvaluatedModel(folder=self.samples.place(folder), **fields))
         return models
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from spin_diffusion.samples.photometry import measure_image
 from spin_diffusion.samples.sampling import Sampling
-from spin_diffusion.store.files import Made, Piece, Tell, build_together, read_json, read_json_lines, write_json
+from spin_diffusion.store.files import Made, Piece, Tell, build_together, read_if_whole, read_json_lines, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.pictures import open_picture
@@ -224,11 +224,17 @@ def _has_pictures(index: Path, wanted: list[Request]) -> bool:
     return asked == wanted and not lost
 
 
+class _Claimed(TypedDict):
+    """What a protocol.json holds at least."""
+
+    id: str
+
+
 def claim(directory: Path, protocol: Mapping[str, Any], accelerator: Accelerator) -> None:
     """Mark the folder as one of this protocol; InputError when it is one of another."""
     path = directory / "protocol.json"
-    if path.is_file():
-        if (old := read_json(path)) != protocol:
+    if (old := read_if_whole(path, _Claimed)) is not None:
+        if old != protocol:
             differing = [key for key in protocol if key != "id" and old.get(key) != protocol[key]]
             raise InputError(
                 f"{directory} holds pictures of another protocol ({', '.join(differing)}): give another --output_dir"

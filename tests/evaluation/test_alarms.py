@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spin_diffusion.evaluation.alarm_rules import Alarm, normalised, trained_among
 from spin_diffusion.evaluation.alarms import (
-    Alarm,
-    Pictures,
     aesthetics_up_alignment_down,
-    broken_images,
     check_alarms,
-    diversity_over_seeds,
     goodhart,
-    near_duplicates,
-    normalised,
-    photometry,
     stagnation,
-    style_collapse,
-    trained_among,
     training_leak,
+)
+from spin_diffusion.evaluation.picture_alarms import (
+    Pictures,
+    broken_images,
+    diversity_over_seeds,
+    near_duplicates,
+    photometry,
+    style_collapse,
 )
 from spin_diffusion.evaluation.records import Role
 from spin_diffusion.evaluation.scorers.sharpness import sharpness

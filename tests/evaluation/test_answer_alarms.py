@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spin_diffusion.evaluation.alarms import (
+from spin_diffusion.evaluation.alarms import check_alarms
+from spin_diffusion.evaluation.answer_alarms import (
     answer_diversity,
     answer_length,
-    check_alarms,
     copied_answers,
     cut_answers,
     empty_answers,
