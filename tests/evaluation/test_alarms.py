@@ -238,7 +238,7 @@ def test_the_mean_cosine_between_prompts_is_that_of_all_pairs() -> None:
 
 def test_the_interval_of_the_cosine_between_prompts_is_as_wide_as_its_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     # Plain averages per prompt would make it half as wide, and half of these intervals would exclude the truth.
-    monkeypatch.setattr("spin_diffusion.evaluation.alarms.STYLE_SIMILARITY_RISE", 0.0)
+    monkeypatch.setattr("spin_diffusion.evaluation.picture_alarms.STYLE_SIMILARITY_RISE", 0.0)
     fired = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)
