@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import os
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.samples.drawn import Request, requests_of
 from spin_diffusion.store.input_error import InputError, broken_character, one_line, open_regular, printable, read_bytes
-from spin_diffusion.store.run_dir import write_file
 
 OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
@@ -75,17 +73,14 @@ class Published:
     files: tuple[str, ...]
     licence: str
     repository: str
-    """Data set of the hub; or a repository of GitHub if `on_github`."""
+    """Data set of the hub."""
     revision: str
-    on_github: bool = False
     file_is_category: bool = False
     """Each file is one category, named like it."""
 
     @property
     def address(self) -> str:
         """A page where a person can get the files."""
-        if self.on_github:
-            return f"https://github.com/{self.repository}/tree/{self.revision}"
         return f"https://huggingface.co/datasets/{self.repository}/tree/{self.revision}"
 
 
@@ -108,13 +103,6 @@ PUBLISHED = {
         licence="not stated; written by users, some of it explicit",
         repository="yuvalkirstain/pickapic_v2_no_images",
         revision="main",  # the name of the file contains a hash of its content
-    ),
-    "geneval": Published(
-        files=("prompts/evaluation_metadata.jsonl",),
-        licence="MIT",
-        repository="djghosh13/geneval",
-        revision="af4902f24d3ca90ebbb446dd9891a59e0f82725f",
-        on_github=True,
     ),
     "drawbench": Published(
         files=("data/test-00000-of-00001.parquet",),
@@ -213,19 +201,8 @@ def _unknown(spec: str, names: list[str]) -> str:
 
 def _download(name: str, published: Published, file: str) -> Path:
     try:
-        if not published.on_github:
-            repository, revision = published.repository, published.revision
-            return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision))
-        folder = huggingface_hub.cached_assets_path("spin_diffusion", namespace=name, subfolder=published.revision)
-        path = Path(folder) / Path(file).name
-        if not path.is_file():
-            if huggingface_hub.is_offline_mode():
-                raise ConnectionError("offline mode is on")
-            url = f"https://raw.githubusercontent.com/{published.repository}/{published.revision}/{file}"
-            with urllib.request.urlopen(url, timeout=60) as response:
-                data = response.read()
-            write_file(path, lambda part: part.write_bytes(data))
-        return path
+        repository, revision = published.repository, published.revision
+        return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub's client raises kinds of its HTTP library, which differs between versions
         wanted = file if len(published.files) == 1 else f"{file} (and {len(published.files) - 1} more files)"
         raise InputError(

@@ -20,32 +20,6 @@ def language_model(model: nn.Module) -> PreTrainedModel:
     return model if unwrap is None else unwrap()
 
 
-def answer_logprobs(
-    model: nn.Module,
-    token_ids: Int[Tensor, "batch length"],
-    answer_mask: Bool[Tensor, "batch length"],
-    *,
-    attention_mask: Int[Tensor, "batch length"] | None = None,
-    chunk_tokens: int | None = None,
-) -> Float[Tensor, " batch"]:
-    """log p(answer | what stands before it), summed over the answer's tokens, in nats, fp32.
-
-    Args:
-        model: a causal language model of transformers, or one with PEFT adapters.
-        token_ids: prompts and answers. Filled up at the end they need no attention mask, since no token sees what
-            comes after it; filled up at the front they do.
-        answer_mask: True at the answers' tokens, the end token among them. Never at the first place of a row, which
-            nothing predicts.
-        chunk_tokens: answer tokens whose logits are computed at once; default: as many as `CHUNK_LOGITS` holds.
-
-    Raises:
-        ValueError: an answer that begins at the first place.
-    """
-    return logprobs_at(
-        model, token_ids, places_of(answer_mask), attention_mask=attention_mask, chunk_tokens=chunk_tokens
-    )
-
-
 def places_of(answer_mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " tokens"]:
     """Where the answers' tokens lie in the flattened batch.
 
@@ -59,24 +33,25 @@ def places_of(answer_mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " tokens
     return answer_mask.flatten().nonzero()[:, 0]
 
 
-def logprobs_at(
-    model: nn.Module,
-    token_ids: Int[Tensor, "batch length"],
-    places: Int[Tensor, " tokens"],
-    *,
-    attention_mask: Int[Tensor, "batch length"] | None = None,
-    chunk_tokens: int | None = None,
+def answer_logprobs(
+    model: nn.Module, token_ids: Int[Tensor, "batch length"], places: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " batch"]:
-    """`answer_logprobs` of answers whose tokens lie at `places_of` their mask."""
+    """log p(answer | what stands before it), summed over the answer's tokens, in nats, fp32.
+
+    Args:
+        model: a causal language model of transformers, or one with PEFT adapters.
+        token_ids: prompts and answers, filled up at the end, which no token before it sees.
+        places: `places_of` the answers' tokens, the end token among them.
+    """
     causal = language_model(model)
     targets = token_ids.flatten()[places].long()
-    inputs = {"input_ids": token_ids.long(), "attention_mask": attention_mask, "use_cache": False}
+    inputs = {"input_ids": token_ids.long(), "use_cache": False}
     if applies_head_to_hidden_states(causal):
         states, head = causal.base_model(**inputs).last_hidden_state, causal.get_output_embeddings()
     else:
         states, head = causal(**inputs).logits, nn.Identity()
     states = states.flatten(0, 1)[places - 1]  # what is said at a token is said of the next one
-    chunk = chunk_tokens or max(1, CHUNK_LOGITS // causal.config.get_text_config().vocab_size)
+    chunk = max(1, CHUNK_LOGITS // causal.config.get_text_config().vocab_size)
     if len(targets) <= chunk:
         found = [_chunk(head, states, targets)]  # all that may be in memory at once: nothing to compute again
     else:
@@ -128,5 +103,5 @@ class AnswerScorer(nn.Module):
     def forward(
         self, token_ids: Int[Tensor, "batch length"], places: Int[Tensor, " tokens"]
     ) -> Float[Tensor, " batch"]:
-        """See `logprobs_at`."""
-        return logprobs_at(self.model, token_ids, places)
+        """See `answer_logprobs`."""
+        return answer_logprobs(self.model, token_ids, places)

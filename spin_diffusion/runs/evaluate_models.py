@@ -270,7 +270,7 @@ def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSe
     if settings.prompts:
         return load_prompts(settings.prompts, settings.max_prompts)
     if any(source.kind != "images" for source in sources):
-        raise InputError("--prompts is missing: give a file or the name of a set (parti, hpdv2, geneval, ...)")
+        raise InputError("--prompts is missing: give a file or the name of a set (parti, hpdv2, drawbench, ...)")
     pictures = read_given_pictures(Path(sources[0].path))
     categories = {row["prompt"]: row["category"] for row in pictures.rows}
     texts = list(categories)[: settings.max_prompts]

@@ -1,8 +1,6 @@
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -250,7 +248,7 @@ def test_what_does_not_exist_is_refused_with_what_does() -> None:
 
 
 def test_every_published_set_says_offline_where_its_file_is() -> None:
-    assert set(PUBLISHED) == {"parti", "hpdv2", "pickapic_test", "geneval", "drawbench"}
+    assert set(PUBLISHED) == {"parti", "hpdv2", "pickapic_test", "drawbench"}
     for name, published in PUBLISHED.items():
         message = refused(name)
         assert f"prompt set {name!r} cannot be downloaded" in message
@@ -288,46 +286,6 @@ def test_an_error_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     assert "(proxy refused)" in refused("parti")
-
-
-def test_geneval_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Response:
-        def __enter__(self) -> "Response":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-        def read(self) -> bytes:
-            return b'{"tag": "colors", "prompt": "a green cup"}\n{"tag": "colors", "prompt": "a red cup"}\n'
-
-    def urlopen(url: str, timeout: float) -> Response:
-        asked.append(url)
-        return Response()
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *a, **b: tmp_path)
-    assert pairs_of(load_prompts("geneval")) == [("a green cup", "colors"), ("a red cup", "colors")]
-    assert load_prompts("geneval").licence == "MIT"
-    revision = PUBLISHED["geneval"].revision
-    assert asked == [
-        f"https://raw.githubusercontent.com/djghosh13/geneval/{revision}/prompts/evaluation_metadata.jsonl"
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation_metadata.jsonl"]
-
-
-def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def urlopen(url: str, timeout: float) -> None:
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "cached_assets_path", lambda *a, **b: tmp_path)
-    assert "no route" in refused("geneval")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_pinned_revisions_are_whole_hashes_or_the_file_name_has_one() -> None:

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from spin_diffusion.llm import logprobs
 from spin_diffusion.llm.logprobs import AnswerScorer, answer_logprobs, applies_head_to_hidden_states, places_of
 
 VOCABULARY = 97
@@ -65,18 +66,21 @@ def plain(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torc
 
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2, lora])
 @pytest.mark.parametrize("chunk", [None, 1, 5])
-def test_chunked_log_probabilities_equal_the_plain_ones(build, chunk):
+def test_chunked_log_probabilities_equal_the_plain_ones(build, chunk, monkeypatch):
     model, (ids, mask) = build(), rows()
-    found = answer_logprobs(model, ids, mask, chunk_tokens=chunk)
+    if chunk is not None:
+        monkeypatch.setattr(logprobs, "CHUNK_LOGITS", chunk * VOCABULARY)
+    found = answer_logprobs(model, ids, places_of(mask))
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), plain(model, ids, mask), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("build", [llama, gemma2])
-def test_their_gradients_equal_the_plain_ones(build):
+def test_their_gradients_equal_the_plain_ones(build, monkeypatch):
     model, (ids, mask) = build(), rows()
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * VOCABULARY)
     grads = []
-    for sums in (answer_logprobs(model, ids, mask, chunk_tokens=4), plain(model, ids, mask)):
+    for sums in (answer_logprobs(model, ids, places_of(mask)), plain(model, ids, mask)):
         model.zero_grad()
         (sums.float() * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -88,7 +92,7 @@ def test_logits_of_half_precision_are_summed_up_in_fp32():
     model = llama().bfloat16()
     model.lm_head.weight.data *= 8
     ids, mask = rows()
-    found = answer_logprobs(model, ids, mask)
+    found = answer_logprobs(model, ids, places_of(mask))
     # A log-probability near -10 rounded to bf16 is off by up to 0.03
     assert found.dtype == torch.float32 and torch.allclose(found.double(), plain(model, ids, mask), atol=1e-4)
 
@@ -104,29 +108,24 @@ def test_logits_of_all_answer_tokens_are_never_there_at_once(monkeypatch):
     monkeypatch.setattr(model.lm_head, "forward", lambda x: seen.append(x.shape[0]) or plain_head(x))
     applies_head_to_hidden_states(model)
     seen.clear()
-    answer_logprobs(model, ids, mask, chunk_tokens=4).sum().backward()
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * VOCABULARY)
+    answer_logprobs(model, ids, places_of(mask)).sum().backward()
     assert max(seen) == 4 and sum(seen) == 2 * int(mask.sum())  # once forward, once again backward
 
 
-def test_padding_in_front_needs_a_mask_and_behind_does_not():
+def test_what_fills_up_a_row_behind_its_answer_changes_nothing():
     model, (ids, mask) = llama(), rows()
-    alone = answer_logprobs(model, ids[1:2, :6], mask[1:2, :6])
-    assert torch.allclose(answer_logprobs(model, ids, mask)[1:2], alone, atol=1e-5)
-    shifted = torch.cat([torch.zeros(1, 4, dtype=ids.dtype), ids[1:2, :6]], dim=1)
-    shifted_mask = torch.cat([torch.zeros(1, 4, dtype=torch.bool), mask[1:2, :6]], dim=1)
-    attention = torch.tensor([[0] * 4 + [1] * 6])
-    assert torch.allclose(
-        answer_logprobs(model, shifted, shifted_mask, attention_mask=attention), alone, atol=1e-5
-    )  # rotary positions are relative
+    alone = answer_logprobs(model, ids[1:2, :6], places_of(mask[1:2, :6]))
+    assert torch.allclose(answer_logprobs(model, ids, places_of(mask))[1:2], alone, atol=1e-5)
 
 
 def test_an_answer_at_the_first_place_is_refused():
     ids, mask = rows()
     mask[0, 0] = True
     with pytest.raises(ValueError, match="nothing before it"):
-        answer_logprobs(llama(), ids, mask)
+        answer_logprobs(llama(), ids, places_of(mask))
 
 
 def test_the_scorer_is_the_function():
     model, (ids, mask) = llama(), rows()
-    assert torch.equal(AnswerScorer(model)(ids, places_of(mask)), answer_logprobs(model, ids, mask))
+    assert torch.equal(AnswerScorer(model)(ids, places_of(mask)), answer_logprobs(model, ids, places_of(mask)))

@@ -7,8 +7,7 @@ from the hub (that of LAION's ViT-H/14, a few MB).
 Token ids, pixels and scores are those of the authors' package (hpsv2 1.2.0), save where it is meant otherwise:
 
 - it computes the product in half precision (steps of 0.00024) on a GPU, here it is fp32;
-- it resizes as its torchvision does, here antialiased; for numbers of before torchvision 0.17, write a scorer of your
-  own whose `load` calls `load_hps(..., antialias=False)`;
+- it resizes as its torchvision does, here antialiased, as torchvision does since 0.17;
 - "<end_of_text>" in a prompt is plain text here and ends the prompt there;
 - it fails on transparency (RGBA), on images whose long side is 224 px already and on ones 450 times as long as wide;
   here the first stand over white and all have bars. EXIF's rotation, transparency without RGBA (palette, grey) and 16
@@ -19,18 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from spin_diffusion.evaluation.scorers._clip import H14, CosineScorer, load_clip
-from spin_diffusion.evaluation.scorers._inputs import letterbox, letterbox_without_antialias, load_ftfy
+from spin_diffusion.evaluation.scorers._inputs import letterbox, load_ftfy
 from spin_diffusion.store.input_error import InputError
 
 PUBLISHED = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
-def load_hps(device: str, path: str, version: str, antialias: bool = True) -> CosineScorer:
+def load_hps(device: str, path: str, version: str) -> CosineScorer:
     """The scorer of a version of HPS.
 
     Args:
         version: "v2.0" or "v2.1", which are not comparable.
-        antialias: whether images are smoothed when they are made smaller.
 
     Raises:
         InputError: ftfy is not installed, or the weights cannot be had, or are another model's or the other version's.
@@ -42,7 +40,7 @@ def load_hps(device: str, path: str, version: str, antialias: bool = True) -> Co
     recipe = replace(
         H14,
         weights=(PUBLISHED[version], "model.safetensors"),
-        pixels=letterbox if antialias else letterbox_without_antialias,
+        pixels=letterbox,
         cleans_like_open_clip=True,
     )
     return CosineScorer(load_clip(device, path, recipe), lambda cosine: cosine)

@@ -66,12 +66,9 @@ def crop_middle_round(image: Image.Image, side: int) -> Float[Tensor, "3 side si
     return crop_middle(image, side, "round")
 
 
-def letterbox(image: Image.Image, side: int, antialias: bool = True) -> Float[Tensor, "3 side side"]:
-    """RGB in [0, 1], long side to `side` px (bicubic on floats, not clipped), black bars, normalised: HPS.
-
-    Args:
-        antialias: torchvision resizes tensors with it since 0.17; older numbers of HPS may have been computed without.
-    """
+def letterbox(image: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
+    """RGB in [0, 1], long side to `side` px (bicubic on floats, antialiased, not clipped), black bars, normalised:
+    HPS."""
     unit = _to_unit(to_rgb(image))
     height, width = unit.shape[1:]
     scale = side / max(height, width)
@@ -79,16 +76,11 @@ def letterbox(image: Image.Image, side: int, antialias: bool = True) -> Float[Te
         # A bar of less than half a pixel would vanish.
         size = [max(1, round(length * scale)) for length in (height, width)]
         unit = torch.nn.functional.interpolate(
-            unit[None], size=size, mode="bicubic", align_corners=False, antialias=antialias
+            unit[None], size=size, mode="bicubic", align_corners=False, antialias=True
         )[0]
     bars_y, bars_x = side - unit.shape[1], side - unit.shape[2]
     left, top = bars_x // 2, bars_y // 2
     return _normalised(torch.nn.functional.pad(unit, (left, bars_x - left, top, bars_y - top)))
-
-
-def letterbox_without_antialias(image: Image.Image, side: int) -> Float[Tensor, "3 side side"]:
-    """`letterbox` as torchvision up to 0.16 computed it."""
-    return letterbox(image, side, antialias=False)
 
 
 def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:

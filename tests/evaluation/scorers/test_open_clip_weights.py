@@ -159,15 +159,6 @@ def test_hps_is_the_cosine_of_letterboxed_pixels_without_a_scale(name: str, file
     assert torch.equal(load_scorer(f"{name}={path}", "cpu")(images, prompts), scorer(images, prompts))
 
 
-def test_antialiasing_can_be_switched_off(tmp_path: Path) -> None:
-    from spin_diffusion.evaluation.scorers._hps import load_hps
-
-    path = str(write_hps(tmp_path, open_clip_tensors()))
-    images = pictures(2, size=(300, 300))
-    with_it, without = (load_hps("cpu", path, "v2.0", antialias=flag)(images, ["a", "b"]) for flag in (True, False))
-    assert not torch.equal(with_it, without)
-
-
 def test_the_other_versions_file_is_refused(tmp_path: Path) -> None:
     path = write_hps(tmp_path, open_clip_tensors())
     with pytest.raises(InputError, match="HPS_v2_compressed.pt is HPS v2.0; HPS v2.1 is HPS_v2.1_compressed.pt"):

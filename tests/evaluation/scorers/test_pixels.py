@@ -10,7 +10,6 @@ from spin_diffusion.evaluation.scorers._inputs import (
     crop_middle_floor,
     crop_middle_round,
     letterbox,
-    letterbox_without_antialias,
 )
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import to_rgb
@@ -81,22 +80,19 @@ def test_the_letterbox_has_black_bars_of_the_right_size(size: tuple[int, int], h
     assert torch.allclose(boxed[:, inside], normalise(torch.ones(3, 1, 1)).flatten(1), atol=1e-5)
 
 
-@pytest.mark.parametrize("antialias", [True, False])
-def test_the_letterbox_resizes_floats_and_does_not_clip(antialias: bool) -> None:
+def test_the_letterbox_resizes_floats_and_does_not_clip() -> None:
     image = pictures(1, size=(500, 500))[0]
     edges = Image.fromarray((np.indices((500, 500)).sum(axis=0) // 25 % 2 * 255).astype(np.uint8)).convert("RGB")
     for picture in (image, edges):
         expected = torch.nn.functional.interpolate(
-            to_unit(picture)[None], (224, 224), mode="bicubic", align_corners=False, antialias=antialias
+            to_unit(picture)[None], (224, 224), mode="bicubic", align_corners=False, antialias=True
         )
-        boxed = (letterbox if antialias else letterbox_without_antialias)(picture, 224)
+        boxed = letterbox(picture, 224)
         assert torch.equal(boxed, normalise(expected[0]))
     assert expected.min() < -0.01 and expected.max() > 1.01, "a resize of bytes would have clipped"
 
 
-def test_antialiasing_and_the_letterbox_itself_matter() -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
-    assert (letterbox(noise, 224) - letterbox_without_antialias(noise, 224)).abs().mean() > 0.1
+def test_the_letterbox_itself_matters() -> None:
     wide = pictures(1, size=(832, 1216))[0]
     assert (letterbox(wide, 224) - crop_middle_floor(wide, 224)).abs().mean() > 0.3
 
