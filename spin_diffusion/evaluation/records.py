@@ -1,11 +1,12 @@
 """results.json: what it holds, as types, and its one reader, which trusts nothing in it.
 
-results.schema.json is the contract, with the meaning and the range of every field; the types here have the same names,
-for whoever writes or reads them. What is said of one model is said at one guidance scale. The words and facts in which
-images and answers differ are a `Modality`; what the page says and shows of each is in report/editions.py.
+It is everything that the report page shows, but for pictures, answers and single scores, which lie beside it: a row for
+each sample and scorer in scores.parquet, a row for each sample in images.parquet or answers.parquet. What is said of
+one model is said at one guidance scale. Intervals are 95 % Student's t over prompts, for win rates Clopper and
+Pearson's. The words and facts in which images and answers differ are a `Modality`; what the page says and shows of each
+is in report/editions.py.
 """
 
-import functools
 import json
 import math
 import os
@@ -14,15 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, NotRequired, TypedDict
 
-import jsonschema
-
 from spin_diffusion.store.input_error import InputError, one_line, read_bytes
+from spin_diffusion.store.typed import Misfit, fit
 
 SCHEMA_VERSION = 1
-_FLOATS = frozenset(
-    "guidance_scale guidance_scales prediction_scale mean low high sd difference win_rate win_rate_low win_rate_high p "
-    "p_holm value threshold r_real r_generated loss difference_low difference_high".split()
-)
 _MAX_BYTES = 1 << 30
 Scale = float | None
 """A guidance scale; None where samples are drawn without one, or were given."""
@@ -112,7 +108,9 @@ class _Said(TypedDict):
 
 
 class CountEntry(_Said):
-    """How many samples a model was asked for, how many of them are missing, unscored or broken, and what that costs."""
+    """How many samples a model was asked for; of those how many are missing, how many are there but not scored by every
+    scorer, and how many are there but broken (of one colour, empty), which count with their scores; and how many
+    prompts are left out for every model as this one lacks a sample or a score of them."""
 
     asked: int
     missing: int
@@ -158,7 +156,11 @@ class AggregateEntry(_Said):
 
 
 class ComparisonEntry(_Said):
-    """The paired difference of a model to another (`baseline`) by one scorer."""
+    """The paired difference of a model to another (`baseline`) by one scorer, by the mean over samples.
+
+    Wins and losses count prompts; one that only the model ahead has lost counts against it, and ties are half a win. p
+    is the larger p-value of the sign test and the paired t-test, both two-sided; p_holm is adjusted over all rows of
+    its list."""
 
     baseline: str
     scorer: str
@@ -178,7 +180,7 @@ class ComparisonEntry(_Said):
 
 
 class PlaceEntry(TypedDict):
-    """A model's place in a ranking."""
+    """A model's place in a ranking: 1 + the number of models that are better."""
 
     model: str
     place: int
@@ -187,7 +189,8 @@ class PlaceEntry(TypedDict):
 
 
 class RankingEntry(TypedDict):
-    """Who wins of three models or more."""
+    """Who wins of three models or more, by the scorers that decide: those that know the truth, else the held-out ones.
+    One is better than another if the rule of the verdict, without alarms, calls it improved."""
 
     guidance_scale: Scale
     scorers: list[str]
@@ -214,7 +217,8 @@ class AlarmEntry(_Said):
 
 
 class PartEntry(_Said):
-    """The paired difference within a part of the prompts; too few prompts have no interval."""
+    """The paired difference within a part of the prompts; fewer than 20 have no interval. The intervals of one model by
+    one scorer hold together at 95 %."""
 
     by: PartedBy
     value: str
@@ -262,7 +266,8 @@ class DistributionEntry(TypedDict):
 
 
 class CurveEntry(TypedDict):
-    """A point of a training curve; None = not finite."""
+    """A point of a training curve: means over the batch of a step, or over a window of steps that ends there; None =
+    not finite."""
 
     model: str
     round: int
@@ -286,7 +291,7 @@ class MeasureEntry(TypedDict):
 
 
 class EventEntry(TypedDict):
-    """What a rule of health said of training."""
+    """What a rule of health said of training; of one that ended the round also the step whose weights were kept."""
 
     model: str
     round: int
@@ -320,7 +325,8 @@ class PreviewEntry(TypedDict):
 
 
 class LedgerEntry(TypedDict):
-    """What a phase of a round took; None = not known."""
+    """What a phase of a round took, beside what training/plan.py predicted; None = not known. `samples` are those of
+    all processes, `matrix_share` is of the FLOP/s of large matrix products, memory is that of one process."""
 
     model: str
     round: int
@@ -471,40 +477,43 @@ def read_results(path: Path) -> Results:
     """The content of results.json.
 
     Raises:
-        InputError: no such file, not JSON, another schema version, not valid by the schema, or a name that it does not
-            explain itself.
+        InputError: no such file, not JSON, another schema version, not of the type `Results`, or a name that it does
+            not explain itself.
     """
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: give the folder of a finished evaluation")
     data = read_bytes(path, _MAX_BYTES)
     try:
         # utf-8-sig: an editor may have put a byte order mark in front
-        text = data.decode("utf-8-sig")
-        results = _with_floats(json.loads(text, parse_constant=_refuse_constant, parse_float=_finite))
-    except (ValueError, OverflowError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
+        content = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise InputError(f"{path} is not JSON ({one_line(error)})") from None
-    version = results.get("schema_version") if isinstance(results, dict) else None
+    version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise InputError(
             f"{path} has schema_version {one_line(json.dumps(version))}, this program reads {SCHEMA_VERSION}: "
             "evaluate again, or use the version of the program that wrote it"
         )
-    if problem := schema_problem(results):
-        raise InputError(f"{path} does not follow its schema at {problem}")
+    try:
+        results: Results = fit(content, Results)
+        _check_protocol(results["protocol"])
+    except Misfit as error:
+        raise InputError(f"{path} is not what an evaluation writes: {error}") from None
     _check_names(path, results)
     return results
 
 
-def schema_problem(results: Any) -> str | None:
-    """Where and how a content departs from the schema, in one line; None = it does not."""
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(results))
-    return None if error is None else f"{error.json_path}: {one_line(error.message)}"
-
-
-@functools.cache
-def _validator() -> jsonschema.Draft202012Validator:
-    schema = Path(__file__).with_name("results.schema.json").read_text(encoding="utf-8")
-    return jsonschema.Draft202012Validator(json.loads(schema))
+def _check_protocol(protocol: Protocol) -> None:
+    """Misfit where it is neither of pictures nor of answers."""
+    of_answers = ("answers_per_prompt", "sampling")
+    of_pictures = ("images_per_prompt", "sampler", "num_inference_steps", "guidance_scales", "resolution")
+    needed, foreign = (of_answers, of_pictures) if "sampling" in protocol else (of_pictures, of_answers)
+    if missing := [key for key in needed if key not in protocol]:
+        raise Misfit(f"protocol.{missing[0]} is missing")
+    if odd := [key for key in foreign if key in protocol]:
+        raise Misfit(f"protocol.{odd[0]} stands beside {needed[0]}")
+    if samples_per_prompt(protocol) < 1 or not guidance_scales(protocol):
+        raise Misfit("protocol asks for no samples")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -517,17 +526,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _with_floats(content: Any, is_float: bool = False) -> Any:
-    """The same with floats wherever the schema has numbers: JSON does not tell 3 from 3.0."""
-    if isinstance(content, list):
-        return [_with_floats(item, is_float) for item in content]
-    if isinstance(content, dict):
-        return {key: _with_floats(value, key in _FLOATS) for key, value in content.items()}
-    return float(content) if is_float and type(content) is int else content
-
-
 def _check_names(path: Path, results: Results) -> None:
-    """What the schema cannot say: names are there once, and the baseline and the headline are among the models."""
+    """What types cannot say: names are there once, and the baseline and the headline are among the models."""
     models = [model["name"] for model in results["models"]]
     for kind, names in (("model", models), ("scorer", [scorer["name"] for scorer in results["scorers"]])):
         if repeated := _first_repeated(names):

@@ -5,6 +5,7 @@ keys are known, and frozen dataclasses for mappings whose keys may be left out. 
 is a float too.
 """
 
+import functools
 import math
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -55,7 +56,7 @@ def fit(value: Any, type_: Any, at: str = "") -> Any:
         if isinstance(value, dict):
             for key in sorted(type_.__required_keys__ - value.keys()):
                 raise Misfit(f"{_below(at, key)} is missing")
-            known = get_type_hints(type_)
+            known = _hints(type_)
             return {key: fit(entry, known.get(key, Any), _below(at, key)) for key, entry in value.items()}
     elif isinstance(type_, type) and is_dataclass(type_):
         if isinstance(value, dict):
@@ -77,6 +78,9 @@ def fit(value: Any, type_: Any, at: str = "") -> Any:
     elif type(value) is type_ and not (type_ is str and "\0" in value):
         return value
     raise Misfit(f"{at}: expected {in_words(type_)}, not {shown(value)}" if at else f"expected {in_words(type_)}")
+
+
+_hints = functools.cache(get_type_hints)
 
 
 def in_words(type_: Any) -> str:

@@ -1,10 +1,8 @@
 import json
 import random
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -43,7 +41,6 @@ MEASURES = [
      "better": "none"}
     for model, round_, value, low, high in (("base", 0, 0.0, None, None), ("round 1", 1, 0.2, 0.1, 0.3))
 ]  # fmt: skip
-SCHEMA = json.loads(resources.files("spin_diffusion.evaluation").joinpath("results.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +55,8 @@ def entry(results: dict[str, Any], key: str, **wanted: Any) -> dict[str, Any]:
     return next(row for row in results[key] if all(row[name] == value for name, value in wanted.items()))
 
 
-def test_results_follow_the_schema_and_are_read_as_they_were_written(whole) -> None:
+def test_results_are_read_as_they_were_written(whole) -> None:
     root, results = whole
-    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads((root / "results.json").read_text()))
     assert read_results(root / "results.json") == results
     assert {row["guidance_scale"] for key in ("results", "comparisons", "alarms") for row in results[key]} == {None}
     assert results["headline"] == {"model": "round 2", "guidance_scale": None}
@@ -286,5 +282,5 @@ def test_a_protocol_is_of_pictures_or_of_answers(whole, tmp_path: Path, changed:
     root, results = whole
     protocol = {key: value for key, value in (results["protocol"] | changed).items() if value is not None}
     (tmp_path / "results.json").write_text(json.dumps(results | {"protocol": protocol}))
-    with pytest.raises(InputError, match=r"does not follow its schema at \$\." + place):
+    with pytest.raises(InputError, match="not what an evaluation writes: " + place):
         read_results(tmp_path / "results.json")

@@ -1,4 +1,4 @@
-"""What the page is made of: results.json, checked against its schema, and the two tables beside it; and how the page
+"""What the page is made of: results.json, checked by its types, and the two tables beside it; and how the page
 calls the models and scorers in them.
 
 Nothing in these files is trusted: text may be anything that JSON can hold, and pictures' paths may point anywhere.
@@ -36,7 +36,7 @@ class Evaluation:
 
     directory: Path
     results: Results
-    """results.json, valid by its schema."""
+    """results.json, of its types."""
     samples: list[SampleRow]
     """At the headline's guidance scale."""
     scores: dict[tuple[str, str, str, int], float]
@@ -47,7 +47,7 @@ def read_evaluation(directory: Path) -> Evaluation:
     """What `directory` holds: results.json, scores.parquet and images.parquet or answers.parquet.
 
     Raises:
-        InputError: one of them is missing, damaged, or not what the schema says; one line names the place.
+        InputError: one of them is missing, damaged, or not what an evaluation writes; one line names the place.
     """
     results = read_results(directory / "results.json")
     scale = results["headline"]["guidance_scale"]

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -112,11 +111,6 @@ def parsed(directory: Path) -> Parsed:
 # What is read
 
 
-def test_the_made_up_evaluation_follows_the_schema(whole: Path) -> None:
-    schema = json.loads(resources.files("spin_diffusion.evaluation").joinpath("results.schema.json").read_text())
-    jsonschema.Draft202012Validator(schema).validate(json.loads((whole / "results.json").read_text()))
-
-
 @pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.5])
 def test_another_schema_version_is_refused(small: Path, version: object) -> None:
     change(small, schema_version=version)
@@ -130,9 +124,8 @@ def test_another_schema_version_is_refused(small: Path, version: object) -> None
     ("content", "message"),
     [
         ("", "not JSON"), ("[]", "schema_version null"), ("{", "not JSON"), ('{"schema_version": NaN}', "not JSON"),
-        ("\xff", "schema|JSON"), ("[" * 100_000, "not JSON"), ('{"schema_version": 1e999}', "not JSON"),
-        ('{"mean": 1%s}' % ("0" * 400), "not JSON"),
-        ('{"schema_version": 1}', "does not follow its schema"),
+        ("\xff", "JSON"), ("[" * 100_000, "not JSON"), ('{"schema_version": 1e999}', "not JSON"),
+        ('{"schema_version": 1}', "not what an evaluation writes: alarms is missing"),
     ],
 )  # fmt: skip
 def test_damaged_results_are_refused_in_one_line(small: Path, content: str, message: str) -> None:
@@ -146,7 +139,7 @@ def test_invalid_results_are_refused_with_the_place(small: Path) -> None:
     models = json.loads((small / "results.json").read_text())["models"]
     models[1]["role"] = "x" * 5000
     change(small, models=models)
-    with pytest.raises(InputError, match=r"\$\.models\[1\]\.role") as raised:
+    with pytest.raises(InputError, match=r"models\[1\]\.role: expected one of baseline") as raised:
         write_report(small)
     assert len(str(raised.value)) < 600
 
