@@ -1,7 +1,7 @@
 """A contact sheet: one column per model, one row per prompt, the same seed along a row; and pictures in trackers."""
 
 import math
-from bisect import bisect_right
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +19,8 @@ _CAPTION_WIDTH_PX = 250
 _MAX_CAPTION_LINES = 6
 _GAP_PX = 8
 _MARGIN_PX = 24
-_FONT_PX = 16
+_FONT_PX = 14
 _LINE_PX = 22
-_MIN_CHARACTER_PX = 3
-_ELLIPSIS = "\u2026"
 _INK, _FAINT, _PAPER = (34, 34, 38), (120, 120, 128), (255, 255, 255)
 
 
@@ -48,7 +46,7 @@ def draw_gallery(columns: list[str], rows: list[tuple[str, list[Image.Image]]], 
     fitted = [(prompt, [_fitted(image, limit) for image in images]) for prompt, images in rows]
     cell_width = max(image.width for _, images in fitted for image in images)
     heights = [max(image.height for image in images) for _, images in fitted]
-    regular, bold = _font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")
+    regular, bold = _font("DejaVuSansMono.ttf"), _font("DejaVuSansMono-Bold.ttf")
 
     headings = [_wrapped(column, bold, cell_width, 2) for column in columns]
     header_height = max(len(lines) for lines in headings) * _LINE_PX + _GAP_PX
@@ -110,7 +108,8 @@ def _fitted(image: Image.Image, limit: int) -> Image.Image:
 
 
 def _font(name: str) -> ImageFont.FreeTypeFont:
-    # matplotlib ships this font, so that the sheet does not depend on what the system has.
+    # matplotlib ships this font, so that the sheet does not depend on what the system has; its characters are of one
+    # width
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), _FONT_PX)
 
 
@@ -128,29 +127,7 @@ def _write(
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
     """Lines of at most `width` px; what does not fit into `max_lines` is cut and marked. Unprintable characters go."""
-    # A prompt may be a megabyte: no more is looked at, and no more is measured, than could ever be shown.
+    # A prompt may be a megabyte: no more is looked at than could ever be shown
     printable = "".join(character if character.isprintable() else " " for character in text[:20_000])
-    words = " ".join(printable.split())[: max_lines * width // _MIN_CHARACTER_PX].split()
-    lines = [""]
-    while words and len(lines) <= max_lines:
-        word = words.pop(0)
-        candidate = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(candidate) <= width:
-            lines[-1] = candidate
-        elif lines[-1]:
-            lines.append("")
-            words.insert(0, word)
-        else:  # a word wider than a line is broken where it must be
-            fits = _num_fitting(word, font, width)
-            lines[-1] = word[:fits]
-            words.insert(0, word[fits:])
-    if len(lines) <= max_lines:
-        return lines if lines[0] else []
-    last = lines[max_lines - 1]
-    fits = _num_fitting(last, font, width - math.ceil(font.getlength(_ELLIPSIS)))
-    return [*lines[: max_lines - 1], last[:fits].rstrip() + _ELLIPSIS]
-
-
-def _num_fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
-    """How many of the first characters are at most `width` px wide together; at least one."""
-    return max(1, bisect_right(range(1, len(text) + 1), float(width), key=lambda number: font.getlength(text[:number])))
+    characters = max(1, int(width / font.getlength("x")))
+    return textwrap.wrap(printable, characters, max_lines=max_lines, placeholder="\u2026")

@@ -1,7 +1,7 @@
 """From samples and scores to what is concluded: results.json, scores.parquet, and images.parquet or answers.parquet.
 
-Everything is computed anew from what drawing and scoring left, so it can be done at any time. results.schema.json says
-what is in results.json, `records` names its types.
+Everything is computed anew from what drawing and scoring left, so it can be done at any time. `records` says what is in
+results.json.
 """
 
 import math

@@ -37,13 +37,13 @@ from spin_diffusion.samples.drawn import (
     without_picture,
 )
 from spin_diffusion.samples.sampling import Sampling, precision_of
-from spin_diffusion.store.files import Made, build_pieces, read_json, write_json
+from spin_diffusion.store.files import Made, build_pieces, read_if_whole, read_json, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.progress import Bars, Progress
-from spin_diffusion.store.run_dir import Damaged, settle, shard_name, write_file
+from spin_diffusion.store.run_dir import settle, shard_name, write_file
 from spin_diffusion.store.settings import harmless
 from spin_diffusion.store.yaml_files import dump_yaml
 
@@ -256,13 +256,7 @@ class _Known(TypedDict):
 def _check_known(source: ModelSource, output_dir: Path) -> None:
     """A name that stood for another model would take over its pictures."""
     path = output_dir / "images" / source.name / "model.json"
-    if not path.is_file():
-        return
-    try:
-        known = read_json(path, _Known)
-    except Damaged:
-        return  # it is removed, and the pictures are drawn anew
-    if known["path"] != source.path:
+    if (known := read_if_whole(path, _Known)) is not None and known["path"] != source.path:
         raise InputError(f"{path.parent} has pictures of {known['path']}, not {source.path}: give it another name")
 
 
