@@ -7,7 +7,7 @@ from typing import Any, Literal
 from spin_diffusion.samples.sampling import Sweep
 from spin_diffusion.store.input_error import InputError, nearest
 from spin_diffusion.store.parsing import parse
-from spin_diffusion.store.settings import check_rules
+from spin_diffusion.store.settings import Settings, setting
 
 Budget = Literal["steps", "compute"]
 Mode = Literal["guidance 1", "usual", "best"]
@@ -32,7 +32,7 @@ OWN = {
 
 
 @dataclass(frozen=True)
-class CompareSettings:
+class CompareSettings(Settings):
     """Worlds, methods, and how each method gets its learning rate, its guidance and its intervals."""
 
     training_config: str | None = None
@@ -50,33 +50,33 @@ class CompareSettings:
     """Run and report these methods alone; the two references always run."""
     budget: Literal["steps", "compute", "both"] = "both"
     """steps = the same optimizer steps for all; compute = the same FLOPs, drawing the opponent's images included."""
-    total_steps: int = 120
+    total_steps: int = setting(120, minimum=1)
     """Optimizer steps of a run, over all of its rounds."""
     reference: str = "sft"
     """Method that the others are compared with."""
     compute_reference: str = "spin"
     """Method whose FLOPs at total_steps are the budget of equal compute."""
-    learning_rates: list[float] | None = None
+    learning_rates: list[float] | None = setting(None, above=0)
     """Grid from which each method gets the rate that is best on validation prompts, with the first seed."""
-    seeds: list[int] | None = None
+    seeds: list[int] | None = setting(None, minimum=0, below=2**32)
     """Seeds of training and pictures; the first one also chooses rates and settings of the sampler. Default: 0, 1,
     2."""
     prompts: str | None = None
     """File of held-out prompts or name of a set: the first ones choose, the next ones report."""
-    num_validation_prompts: int = 40
+    num_validation_prompts: int = setting(40, minimum=2)
     """Prompts that choose rates, settings of the sampler and rounds."""
-    num_test_prompts: int = 80
+    num_test_prompts: int = setting(80, minimum=2)
     """Prompts that are reported."""
-    images_per_prompt: int = 2
+    images_per_prompt: int = setting(2, minimum=1)
     """Images of each test prompt and seed; 2 or more show diversity. Validation prompts get one."""
     sweep: Sweep = Sweep()
     """Settings of the sampler from which the base and each method get their best, beside the usual ones and guidance 1:
     "{guidance_scale: [1, 2, 3], num_inference_steps: [10, 40], prediction_scale: [1, 1.04]}". A combination costs a
     drawing of the validation prompts by the base and every method; rates are chosen over guidance alone. With `by: fd`
     the best are those whose pictures of validation prompts are nearest to real ones in --distribution_features."""
-    usual_guidance: float | None = None
+    usual_guidance: float | None = setting(None, minimum=0)
     """Scale that people would use; default: the training settings' guidance_scale."""
-    num_inference_steps: int | None = None
+    num_inference_steps: int | None = setting(None, minimum=1)
     """Denoising steps of the pictures; default: the training settings'."""
     every_round: bool = True
     """Score every round on validation prompts at the usual guidance, and the best one on test prompts too."""
@@ -88,11 +88,11 @@ class CompareSettings:
     distribution_features: str | None = None
     """NAME[=PATH] of an embedding (dinov2, clip_l14), or path of a .py file: compare the distribution of each method's
     test pictures with that of the real ones of its world. It takes 100 pictures of each seed."""
-    jobs: int = 1
+    jobs: int = setting(1, minimum=0)
     """Processes, each with one thread on a CPU. 0 = in this process."""
     retry_failed: bool = False
     """Run again what diverged or was refused; what was killed is always run again."""
-    max_hours: float | None = None
+    max_hours: float | None = setting(None, above=0)
     """Start no run after this time; the same command goes on."""
     output_dir: str = "runs/comparison"
     """Everything is written here; the same command again resumes."""
@@ -100,29 +100,16 @@ class CompareSettings:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("training_config", "worlds", "methods", "learning_rates", "prompts", "scorers"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is missing: give it in the --config file or on the command line")
-        if self.images_per_prompt < 1:
-            raise InputError(f"--images_per_prompt {self.images_per_prompt} must be at least 1")
-        for name in ("num_validation_prompts", "num_test_prompts"):
-            if getattr(self, name) < 2:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 2")
         for name in ("learning_rates", "seeds"):
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise InputError(f"--{name} {values} must have at least one value, and none twice")
-        if min(self.learning_rates or [1.0]) <= 0:
-            raise InputError(f"--learning_rates {self.learning_rates} must be above 0")
-        check_rules(self.sweep, "--sweep ")
         if self.sweep.by == "fd" and self.distribution_features is None:
             raise InputError("--sweep by fd needs the features whose distance it is: give --distribution_features")
-        if not 0 <= min(self.seeds or [0]) <= max(self.seeds or [0]) < 2**32:
-            raise InputError(f"--seeds {self.seeds} must not be negative, and below {2**32}")
-        if self.total_steps < 1 or self.jobs < 0:
-            raise InputError(f"--total_steps {self.total_steps} must be at least 1, --jobs {self.jobs} at least 0")
-        if self.max_hours is not None and self.max_hours <= 0:
-            raise InputError(f"--max_hours {self.max_hours} must be above 0")
         methods, worlds = list(self.methods or {}), list(self.worlds or {})
         for flag, names, known in (
             ("reference", [self.reference], methods),

@@ -464,7 +464,7 @@ def test_a_cell_is_named_by_what_it_is_trained_with(config):
         (["--worlds", '{"tiny": {"pretrained_model_name_or_path": "a/b/c"}}'], ["worlds: tiny: a/b/c"]),
         (["--only_worlds", "tinny"], ["--only_worlds tinny", "did you mean 'tiny'?"]),
         (["--num_test_prompts", "3"], ["has 4 prompts, fewer than"]),
-        (["--learning_rates", "[0.0]"], ["--learning_rates [0.0] must be above 0"]),
+        (["--learning_rates", "[0.0]"], ["--learning_rates 0.0 must be above 0"]),
         (["--seeds", "[1, 1]"], ["--seeds [1, 1]", "none twice"]),
         (["--sweep", "{prediction_scale: [0]}"], ["--sweep prediction_scale 0.0 must be above 0"]),
         (["--sweep", "{guidance_scale: [1], by: fd}"], ["--sweep by fd needs the features"]),
