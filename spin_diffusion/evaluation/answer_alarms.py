@@ -24,8 +24,8 @@ from spin_diffusion.evaluation.alarm_rules import (
     too_few_to_pair,
 )
 from spin_diffusion.evaluation.judges import Answer
-from spin_diffusion.evaluation.judges.distinct import ngrams, repeated_share, words
 from spin_diffusion.evaluation.statistics import paired_difference
+from spin_diffusion.evaluation.words import ngrams, repeated_share, words
 
 Answers = Sequence[Sequence[Answer]]
 """(prompts, answers): answer k to prompt i is at [i][k], for every model."""

@@ -9,11 +9,8 @@ import numpy as np
 
 from spin_diffusion.evaluation.records import Results
 from spin_diffusion.evaluation.report.editions import Sample, SampleRow, edition_of
-from spin_diffusion.evaluation.report.reading import Evaluation, Labels
+from spin_diffusion.evaluation.report.reading import Evaluation, Labels, Pair, differences
 from spin_diffusion.evaluation.report.wording import clean, plain, shortened, signed
-
-Pair = tuple[str, int]
-"""(id of the prompt, number of the image or answer): the same seed for every model."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +23,6 @@ class Selection:
     pairs: list[Pair]
     why: dict[Pair, str]
     """Why a pair is there, where that is a number."""
-
-
-def differences(
-    scores: dict[tuple[str, str, str, int], float], scorer: str, baseline: str, candidate: str
-) -> dict[Pair, float]:
-    """Candidate minus baseline by one scorer, for each prompt and seed that both have, in order."""
-    return {
-        (id, k): score - base
-        for (model, name, id, k), score in sorted(scores.items())
-        if model == candidate and name == scorer and (base := scores.get((baseline, scorer, id, k))) is not None
-    }
 
 
 def choose(evaluation: Evaluation, random_pairs: int, ranked_pairs: int) -> list[Selection]:

@@ -29,6 +29,9 @@ from spin_diffusion.evaluation.report import wording
 from spin_diffusion.evaluation.report.editions import SampleRow, edition_of
 from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
+Pair = tuple[str, int]
+"""(id of the prompt, number of the image or answer): the same seed for every model."""
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -63,6 +66,17 @@ def read_evaluation(directory: Path) -> Evaluation:
         if row["score"] is not None and math.isfinite(row["score"])
     }
     return Evaluation(directory, results, samples, scores)
+
+
+def differences(
+    scores: dict[tuple[str, str, str, int], float], scorer: str, baseline: str, candidate: str
+) -> dict[Pair, float]:
+    """Candidate minus baseline by one scorer, for each prompt and seed that both have, in order."""
+    return {
+        (id, k): score - base
+        for (model, name, id, k), score in sorted(scores.items())
+        if model == candidate and name == scorer and (base := scores.get((baseline, scorer, id, k))) is not None
+    }
 
 
 def _filled(value: Any, type_: Any) -> Any:

@@ -29,9 +29,8 @@ from spin_diffusion.evaluation.records import (
 )
 from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
-from spin_diffusion.evaluation.report.gallery import differences
 from spin_diffusion.evaluation.report.plots import Panel
-from spin_diffusion.evaluation.report.reading import Evaluation, Labels
+from spin_diffusion.evaluation.report.reading import Evaluation, Labels, differences
 from spin_diffusion.evaluation.tables import direction_of, distance_decimals, distribution_title, not_told
 
 MAX_PARTS = 40

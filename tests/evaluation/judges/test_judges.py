@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from spin_diffusion.evaluation.judges import Judge, load_judge
-from spin_diffusion.evaluation.judges.distinct import repeated_share, words
+from spin_diffusion.evaluation.words import repeated_share, words
 from spin_diffusion.store.input_error import InputError
 from tests.evaluation.made_up_answers import WORDS, answer, sentence
 
