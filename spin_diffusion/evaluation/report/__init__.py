@@ -87,7 +87,6 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         if (verdict["model"], verdict["guidance_scale"]) == (candidate, headline["guidance_scale"])
     ]
     alarms, other_alarms = tables.alarm_rows(results)
-    histograms, doubts = tables.distributions(evaluation)
     return {
         "results": results,
         "labels": labels,
@@ -98,7 +97,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "scale": labels.scale(headline["guidance_scale"]),
         "verdict": next(iter(of_headline), None),
         "facts": tables.banner_facts(results),
-        "notices": [*losses_of(results, headline["guidance_scale"]), *doubts, *not_swept(results)],
+        "notices": [*losses_of(results, headline["guidance_scale"]), *not_swept(results)],
         "shortened": "",
         "headline": tables.headline_rows(results),
         "distances": tables.distance_tables(results),
@@ -129,7 +128,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "measure_curves": training.measure_curves(results),
         "sweeps": sweep_tables(results),
         "parts": tables.part_tables(results),
-        "distributions": histograms,
+        "distributions": tables.distributions(evaluation),
         "protocol": tables.protocol_facts(results),
         "per_prompt": samples_per_prompt(results["protocol"]),
     }

@@ -339,30 +339,22 @@ def _by_key(rows: Iterable[_Entry]) -> dict[tuple[str, str, Scale], _Entry]:
     return {(row["model"], row["scorer"], row["guidance_scale"]): row for row in rows}
 
 
-def distributions(evaluation: Evaluation) -> tuple[list[Panel], list[str]]:
-    """Histograms of the headline's paired differences, and what scores.parquet says that results.json does not."""
+def distributions(evaluation: Evaluation) -> list[Panel]:
+    """Histograms of the headline's paired differences."""
     results = evaluation.results
-    model, scale = results["headline"]["model"], results["headline"]["guidance_scale"]
+    model = results["headline"]["model"]
     if model is None or model == results["baseline"]:
-        return [], []
-    compared, labels = comparisons(results), Labels(results)
+        return []
+    labels = Labels(results)
     complete = _complete_prompts(evaluation, labels.ran)
-    panels, doubts = [], []
+    panels = []
     for number, scorer in enumerate(labels.ran):
-        comparison = compared.get((model, scorer["name"], scale))
         by_prompt: dict[str, list[float]] = {}
         for (id_, _), value in differences(evaluation.scores, scorer["name"], results["baseline"], model).items():
             if id_ in complete:
                 by_prompt.setdefault(id_, []).append(value)
         values = [float(np.mean(of_prompt)) for of_prompt in by_prompt.values()]
         title, digits = labels.title(scorer["name"]), labels.decimals[scorer["name"]]
-        if comparison is not None and not _agree(values, comparison):
-            mean = f"{wording.signed(float(np.mean(values)), 6)} over {len(values)}" if values else "nothing over 0"
-            doubts.append(
-                f"scores.parquet gives {mean} prompts as the mean difference by {title}, results.json "
-                f"{wording.signed(comparison['difference'], 6)} over {comparison['num_prompts']}: the histogram and "
-                "the gallery may be of another evaluation than the tables."
-            )
         if not values:
             continue
         low, middle, high = (wording.signed(float(q), digits) for q in np.quantile(values, [0.25, 0.5, 0.75]))
@@ -371,7 +363,7 @@ def distributions(evaluation: Evaluation) -> tuple[list[Panel], list[str]]:
         role = scorer["role"]
         chart = plots.histogram(f"histogram-{number}", f"Histogram of differences, {caption}", values, role == "drift")
         panels.append(Panel(title, chart, role, wording.direction(role), caption))
-    return panels, doubts
+    return panels
 
 
 def _complete_prompts(evaluation: Evaluation, ran: Sequence[ScorerEntry]) -> set[str]:
@@ -386,14 +378,6 @@ def _complete_prompts(evaluation: Evaluation, ran: Sequence[ScorerEntry]) -> set
         for k in range(samples_per_prompt(evaluation.results["protocol"]))
     }
     return {id_ for id_, has in keys.items() if has >= wanted}
-
-
-def _agree(values: list[float], comparison: ComparisonEntry) -> bool:
-    """Whether the mean of these values is the difference that results.json has."""
-    if len(values) != comparison["num_prompts"]:
-        return False
-    width = max(comparison["high"] - comparison["low"], abs(comparison["difference"]))
-    return bool(not values or abs(float(np.mean(values)) - comparison["difference"]) <= 1e-3 * width + 1e-9)
 
 
 # Small print

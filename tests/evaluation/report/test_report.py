@@ -511,15 +511,6 @@ def test_the_gallery_shrinks_until_the_page_fits(small: Path) -> None:
     assert "The gallery is shortened" not in whole_page.decode()
 
 
-def test_scores_of_another_evaluation_are_noticed(small: Path) -> None:
-    table = pq.read_table(small / "scores.parquet")
-    place = table.column_names.index("score")
-    model = np.array(table["model"].to_pylist())
-    scores = np.array(table["score"].to_pylist()) + (model == "round 1")
-    pq.write_table(table.set_column(place, "score", [scores]), small / "scores.parquet")
-    assert "may be of another evaluation" in said(parsed(small))
-
-
 def test_the_made_up_tables_agree_with_results_json(page: Parsed) -> None:
     assert "may be of another evaluation" not in said(page)
 
