@@ -63,7 +63,7 @@ IN_A_STEP = Counter({
     "_local_scalar_dense in spin_diffusion/selfplay/train.py, _take_step": 1,
     "copy to the host in spin_diffusion/selfplay/trainee.py, update": 1,  # of the pretence: torch's is on the GPU
 })  # fmt: skip
-IN_A_FORWARD_PASS = Counter({"_local_scalar_dense in spin_diffusion/llm/logprobs.py, logprobs_at": 1})
+IN_A_FORWARD_PASS = Counter({"_local_scalar_dense in spin_diffusion/llm/logprobs.py, answer_logprobs": 1})
 """transformers' search for packed sequences, which nothing but a mask turns off; flash attention knows no mask."""
 
 
