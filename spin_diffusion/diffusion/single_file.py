@@ -153,7 +153,10 @@ def _starts(prefix: str) -> Callable[[str], bool]:
 def _what_else(stored: Iterable[str]) -> str:
     """What a file is by its tensors that is no whole checkpoint, and what to give."""
     if any(_ADAPTER.search(name) for name in stored):
-        return "is an adapter, such as a LoRA, and no model: give the checkpoint that it was made for"
+        return (
+            "is an adapter, such as a LoRA, and no model: give the checkpoint that it was made for (training takes the "
+            "adapter, too, by --init_lora)"
+        )
     if any(_UNET.search(name) for name in stored):
         return "is only a part of a pipeline: give a whole checkpoint, with UNet, VAE and text encoders"
     first = printable(min(stored, default="no tensors"))
