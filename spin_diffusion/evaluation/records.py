@@ -308,7 +308,8 @@ class SelectionEntry(TypedDict):
     model: str
     round: int
     by: str
-    better: Literal["lower", "higher"]
+    better: NotRequired[Literal["lower", "higher"]]
+    """Higher where an older program left it out."""
     step: int
     value: float | None
     low: float | None
@@ -368,7 +369,8 @@ class SweepEntry(TypedDict):
     model: str
     scorer: str
     """fd where the distance to real pictures chose."""
-    better: Literal["lower", "higher"]
+    better: NotRequired[Literal["lower", "higher"]]
+    """Higher where an older program left it out."""
     baseline: str | None
     num_selection: int
     num_held_out: int

@@ -170,7 +170,7 @@ def _sweep_table(entry: SweepEntry) -> SweepTable:
         for place, row in enumerate(entry["settings"])
     ]
     on = f"on the {entry['num_held_out']} prompts that did not choose"
-    lower = entry["better"] == "lower"
+    lower = entry.get("better") == "lower"
     verb, by = ("changes by", f"{entry['scorer']} (lower is better)") if lower else ("gains", entry["scorer"])
     if entry["chosen"] == 0:
         sentence = f"{entry['model']}: no setting of the sampler beats the default ({_free(default)}) by {by}"

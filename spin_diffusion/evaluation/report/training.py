@@ -90,7 +90,7 @@ def selection_panels(results: Results) -> list[Panel]:
         chosen = next((row["step"] for row in rows if row["chosen"]), None)
         caption = "the player after training" if chosen is None else f"the player of step {chosen:,}"
         key, by = f"selection-{len(panels)}", wording.shortened(rows[0]["by"], 40).short
-        axis = "gain" if rows[0]["better"] == "higher" else "change, lower is better"
+        axis = "gain" if rows[0].get("better", "higher") == "higher" else "change, lower is better"
         chart = plots.step_curve(key, f"Steps of round {round_}, {caption} was kept", line, chosen, axis)
         title = f"{wording.shortened(run, 40).short} round {round_}, judged by {by}"
         panels.append(Panel(title, chart, caption=f"{caption} was kept"))
