@@ -33,7 +33,7 @@ def export_run(argv: list[str]) -> None:
     from spin_diffusion.runs.export import Export, export, export_merged
 
     if given.merge:
-        place = export_merged(given.run, given.round, given.dtype or "bf16", given.output)
+        place = export_merged(given.run, given.round, given.dtype or "bf16", given.strength, given.output)
     else:
         dtype = given.dtype or "fp16"
         place = export(Export(given.run, given.round, given.format, dtype, given.strength, given.output))

@@ -107,18 +107,21 @@ def export(what: Export) -> Path:
     return what.place
 
 
-def export_merged(run: Path, round_: int | None, dtype: str, output: Path | None) -> Path:
+def export_merged(run: Path, round_: int | None, dtype: str, strength: float, output: Path | None) -> Path:
     """Write the player of a language run whose adapter is merged into its base, with its tokenizer, as transformers
     and vLLM load it; the folder.
 
     Args:
         round_: whose player; None = the last promoted one's.
+        strength: 1; others are of image runs.
         output: the folder; None = below the run.
 
     Raises:
         InputError: there is no adapter, it cannot be merged, or the folder is somebody else's.
     """
-    what = Export(run, round_, "diffusers", dtype, 1.0, output)
+    if strength != 1:
+        raise InputError(f"--strength {strength:g} is of image runs: leave it out with --merge")
+    what = Export(run, round_, "diffusers", dtype, strength, output)
     adapter = (run if round_ is None else run / f"round-{round_}") / "adapter"
     if not (adapter / ADAPTER_CONFIG).is_file():
         whole = adapter.with_name("model")

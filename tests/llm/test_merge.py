@@ -23,3 +23,5 @@ def test_a_merged_adapter_answers_as_it_does_on_its_base(tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(place)(text) == AutoTokenizer.from_pretrained(BASE)(text)
     assert export(tmp_path / "elsewhere", "--merge") == 2
     assert "there is no adapter" in capsys.readouterr().err
+    assert export(tmp_path / "run", "--merge", "--strength", 0.7) == 2
+    assert "--strength 0.7 is of image runs" in capsys.readouterr().err
