@@ -13,9 +13,9 @@ from spin_diffusion.evaluation.scorers import About
 
 ABOUT = About(
     title="Attributes",
-    scale="0 to 1: how many of the caption's colours and shapes the picture shows",
+    scale="0 to 1: how far the picture shows the caption's colour and shape",
     role="truth",
-    preprocessing="64 x 64 pixels, RGB",
+    preprocessing="the oracle's",
     text="captions of the toy world's grammar",
     licence="Apache-2.0",
 )

@@ -1,19 +1,20 @@
-"""Build the toy world: its data, its held-out prompts and two tiny SDXL pipelines. On two CPU cores, about an hour:
+"""Build the toy world: its data, its held-out prompts and three tiny SDXL pipelines, in about two hours of one core:
 
-    python assets/toy_world/build.py --output_dir assets/toy_world
-
-or, better where other programs compete for the cores, as single-threaded workers that average their gradients:
-
-    torchrun --nproc_per_node 2 assets/toy_world/build.py --output_dir assets/toy_world
+    OMP_NUM_THREADS=1 python assets/toy_world/build.py --output_dir assets/toy_world
 
 In order: `data/train.parquet` and `prompts.jsonl`; a VAE; a base, text encoders and UNet trained together on drawings
-of both styles; from the base `sloppy/`, trained on nine tenths sloppy drawings, and `plateau/`, trained on careful ones
-only, at the end with the loss of plain fine-tuning; `hashes.json`. `confused/` is made from `plateau/` by
-`build_confused.py`. Every stage leaves
-its state in --work_dir and is skipped or continued when the command is run again. Held-out captions are never drawn for
-training. Data and prompts come out the same as the recorded ones, weights do not: the recorded VAE was trained in two
-runs (900 and 700 steps) and the recorded base saw nine tenths sloppy drawings and the plain loss for its first 2,000
-steps. A build therefore ends with new hashes, and better checkpoints; its scores are printed (../README.md has both).
+of both styles; and from it, training the UNet alone, `sloppy/` (nine tenths sloppy drawings), `plateau/` (careful
+ones, by the loss of plain fine-tuning until the rate has fallen to 0), and from that `confused/`; `hashes.json`.
+Held-out captions are never drawn for training, and no drawing is seen for longer than one bank of them, so that
+`plateau` stands where its loss has its minimum among UNets of its size: what it lacks, more fine-tuning does not give
+it.
+
+`confused` is trained on drawings in which a colour or shape that the caption says is swapped for its partner's
+(`world.PARTNERS`) by chance, anew in every drawing, so that the model is unsure and not sure of another word: by the
+seed it draws the right picture or a wrong one. For one partner, since guidance would silence errors spread over five.
+
+Every --save_every steps the state is kept in --work_dir, and the same command goes on from there to the same bytes on
+the same machine with the same number of threads.
 """
 
 import argparse
@@ -22,10 +23,11 @@ import hashlib
 import importlib.util
 import io
 import json
-import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,7 +37,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -44,21 +45,49 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from spin_diffusion.diffusion.images import crop, through_codec, to_images, to_pixels
+from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
 
 HERE = Path(__file__).resolve().parent
-TOKENS = 77
-TEXT_WIDTH = 64
-RANK, WORKERS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TIME_IDS = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)
-"""Original height and width, crop top and left, target height and width, in pixels."""
+TOKENS = 16
+TEXT_WIDTH = 32
+FRAME_WIDTH = 8
+BANK_STEPS = 3000
+"""Steps until another bank of drawings is drawn."""
+Batch = dict[str, Tensor | list[str]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a UNet: from which stage it goes on, for how long, and on what drawings."""
+
+    parent: str | None
+    steps: int
+    learning_rate: float
+    careful_share: float = 1.0
+    focused_steps: int = 0
+    """Steps in which the loss is weighed towards high noise, where what and where are decided."""
+    swap_colour: float = 0.0
+    swap_shape: float = 0.0
+    with_words: bool = False
+    """Whether the text encoders are trained too."""
+
+
+STAGES = {
+    "base": Stage(None, 2000, 2e-3, careful_share=0.5, focused_steps=2000, with_words=True),
+    "plateau": Stage("base", 9000, 2e-3),
+    "sloppy": Stage("base", 500, 7e-4, careful_share=0.1),
+    "confused": Stage("plateau", 1000, 7e-4, focused_steps=500, swap_colour=0.4, swap_shape=0.25),
+}
 
 
 def _load(name: str):
@@ -96,7 +125,8 @@ def write_prompts(path: Path, number: int, seed: int) -> None:
 
 
 def write_pairs(path: Path, number: int, seed: int) -> None:
-    """A parquet file with Pick-a-Pic's columns: per caption a careful drawing, which wins, and a sloppy one.
+    """A parquet file with Pick-a-Pic's columns: per caption a careful drawing, which wins, and a sloppy one
+    of the same size.
 
     One row in 50 is a tie of two careful drawings, as in Pick-a-Pic labelled 0.5 and 0.5.
     """
@@ -106,7 +136,8 @@ def write_pairs(path: Path, number: int, seed: int) -> None:
         is_tie = rng.random() < 0.02
         winner = int(rng.integers(2))
         styles = ["careful" if is_tie or side == winner else "sloppy" for side in (0, 1)]
-        jpgs = [_jpeg(world.draw(world.parse_caption(caption), rng, style)) for style in styles]
+        scene, size_px = world.complete(world.parse_caption(caption), rng), world.sample_size(rng)
+        jpgs = [_jpeg(world.draw(scene, rng, style, size_px)) for style in styles]
         uids = [hashlib.sha256(jpg + bytes([side])).hexdigest()[:32] for side, jpg in enumerate(jpgs)]
         rows.append(
             {
@@ -141,22 +172,39 @@ def _jpeg(picture) -> bytes:
     return buffer.getvalue()
 
 
-def draw_bank(rng: np.random.Generator, careful: int, sloppy: int) -> tuple[list[str], Tensor]:
-    """Fresh captions, none held out, and their drawings, uint8 (number, 3, 64, 64), in random order."""
-    styles = rng.permutation(["careful"] * careful + ["sloppy"] * sloppy)
-    captions = sample_captions(rng, len(styles), held_out=False, distinct=False)
-    pictures = np.stack(
-        [
-            np.asarray(world.draw(world.parse_caption(caption), rng, str(style)))
-            for caption, style in zip(_progress(captions, "drawing"), styles, strict=True)
-        ]
-    )
-    return captions, torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+def confuse(scene: "world.Scene", rng: np.random.Generator, swap_colour: float, swap_shape: float) -> "world.Scene":
+    """The scene with its colour and its shape, where said, swapped for their partners with these probabilities."""
+    swaps = {"colour": swap_colour, "shape": swap_shape}
+    swapped = {part: rng.random() < share and getattr(scene, part) is not None for part, share in swaps.items()}
+    return replace(scene, **{part: world.PARTNERS[getattr(scene, part)] for part in swaps if swapped[part]})
 
 
-def _to_model(pictures: Tensor, device: str) -> Tensor:
-    """uint8 pictures as the VAE takes them: float32 in -1..1."""
-    return (pictures.to(device).float() / 127.5 - 1).to(memory_format=torch.channels_last)
+def draw_bank(rng: np.random.Generator, number: int, stage: Stage) -> list[tuple[str, Image.Image, list[int]]]:
+    """Captions, none held out, their drawings, and what SDXL is told of each: original height and width, crop top and
+    left, height and width in px.
+
+    A drawing that is no square is in one of two cut to one, as training without `--max_aspect_ratio` does it."""
+    entries = []
+    for caption in _progress(sample_captions(rng, number, held_out=False, distinct=False), "drawing"):
+        scene = confuse(world.parse_caption(caption), rng, stage.swap_colour, stage.swap_shape)
+        style = "careful" if rng.random() < stage.careful_share else "sloppy"
+        width, height = size_px = world.sample_size(rng)
+        target = (64, 64) if rng.random() < 0.5 else (height, width)
+        picture, frame = crop(world.draw(scene, rng, style, size_px), target, float(rng.random()), ImageSettings())
+        entries.append((caption, through_codec([picture], ImageSettings())[0], frame))
+    return entries
+
+
+def places_by_size(pictures: list[Image.Image]) -> list[np.ndarray]:
+    """Where the pictures of each size are."""
+    sizes = sorted({picture.size for picture in pictures})
+    return [np.array([i for i, picture in enumerate(pictures) if picture.size == size]) for size in sizes]
+
+
+def choose(groups: list[np.ndarray], rng: np.random.Generator, number: int) -> np.ndarray:
+    """Places out of one group (number,), the groups by their shares."""
+    counts = np.array([len(group) for group in groups])
+    return rng.choice(groups[rng.choice(len(groups), p=counts / counts.sum())], size=number)
 
 
 # Models
@@ -211,7 +259,7 @@ def new_vae() -> AutoencoderKL:
         latent_channels=4,
         # One group: with few channels, smaller groups would normalise away the colour of a flat background.
         norm_num_groups=1,
-        sample_size=world.SIZE_PX,
+        sample_size=64,
         mid_block_add_attention=False,
         force_upcast=False,
     )
@@ -242,7 +290,7 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -252,13 +300,14 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
         cross_attention_dim=2 * TEXT_WIDTH,
         norm_num_groups=8,
         addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=len(TIME_IDS) * 16 + TEXT_WIDTH,
+        addition_time_embed_dim=FRAME_WIDTH,
+        projection_class_embeddings_input_dim=6 * FRAME_WIDTH + TEXT_WIDTH,
     )
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
-        beta_end=0.012,
+        # SDXL's .012 leaves so much of a flat background in the last level that mending it would look like a gain.
+        beta_end=0.02,
         beta_schedule="scaled_linear",
         prediction_type="epsilon",
         timestep_spacing="leading",
@@ -280,137 +329,30 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
 # Training
 
 
-def average_gradients(params: list[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the workers."""
-    if WORKERS > 1:
-        gradients = [param.grad for param in params if param.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient) / WORKERS)
-
-
-def barrier() -> None:
-    """Wait for the other workers."""
-    if WORKERS > 1:
-        dist.barrier()
-
-
-def train_vae(vae: AutoencoderKL, pictures: Tensor, args: argparse.Namespace) -> None:
-    """Fit the VAE in place and set its scaling factor to 1 / std of the latents.
-
-    The first three fifths of the steps see 32 x 32 crops, a quarter of the work; the rest whole pictures, so that
-    the group norms meet the statistics they will work with.
-    """
-    rng = np.random.default_rng((args.seed, 3, RANK))
-    vae.to(args.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.vae_steps, pct_start=0.05)
-    for step in (progress := _progress(range(args.vae_steps), "VAE")):
-        batch = pictures[torch.from_numpy(rng.integers(len(pictures), size=args.batch_size))]
-        if step < 0.6 * args.vae_steps:
-            top, left = rng.integers(0, 33, 2)
-            batch = batch[:, :, top : top + 32, left : left + 32]
-        x = _to_model(batch, args.device)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = (y - x).abs().mean() + 4 * F.mse_loss(y, x) + 0.5 * edges + 1e-4 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(list(vae.parameters()))
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    vae.eval()
-    vae.register_to_config(scaling_factor=1 / encode(vae, pictures[:2000], args.device, scale=1.0).std().item())
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, device: str, scale: float | None = None) -> Tensor:
-    """Scaled latents (number, 4, 16, 16), the means of the posteriors, on the CPU."""
-    scale = vae.config.scaling_factor if scale is None else scale
-    parts = pictures.split(100)
-    return torch.cat(
-        [(scale * vae.encode(_to_model(p, device)).latent_dist.mode()).cpu() for p in _progress(parts, "encoding")]
-    )
-
-
-@torch.no_grad()
-def reconstruction_score(vae: AutoencoderKL, args: argparse.Namespace, number: int = 200) -> float:
-    """Mean oracle score of careful drawings after a trip through the VAE: a ceiling for the pipelines."""
-    rng = np.random.default_rng((args.seed, 4))
-    captions = sample_captions(rng, number, held_out=True, distinct=True)
-    pictures = [np.asarray(world.draw(world.parse_caption(caption), rng)) for caption in captions]
-    x = _to_model(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), args.device)
-    y = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(50)])
-    return float(oracle.load()(_to_images(y), captions).mean())
-
-
-def _to_images(pictures: Tensor) -> list:
-    from PIL import Image
-
-    array = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in array]
-
-
-def tokenize(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> list[Tensor]:
-    """Token ids (number, 77), for each of the two tokenizers."""
-    return [
-        tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
-    ]
-
-
-def conditioning(pipeline: StableDiffusionXLPipeline, ids: list[Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
-    """SDXL's tokens (batch, 77, 128) and pooled embedding (batch, 64).
-
-    Args:
-        kept: (batch,) 1 where the caption is kept, 0 where it is dropped. A dropped caption is all zeros, tokens and
-            pooled alike: what the SDXL sampler uses as unconditional.
-    """
-    first = pipeline.text_encoder(ids[0], output_hidden_states=True)
-    second = pipeline.text_encoder_2(ids[1], output_hidden_states=True)
-    tokens = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    return tokens * kept[:, None, None], second.text_embeds * kept[:, None]
-
-
-def train_pipeline(
-    pipeline: StableDiffusionXLPipeline,
-    captions: list[str],
-    latents: Tensor,
-    folder: Path,
+def train(
+    name: str,
+    modules: nn.Module,
     steps: int,
-    focused_steps: int,
     learning_rate: float,
+    loss: Callable[[int], Tensor],
     args: argparse.Namespace,
-) -> StableDiffusionXLPipeline:
-    """Train text encoders and UNet on (caption, latent) pairs; returns a pipeline with the EMA weights.
+) -> nn.Module:
+    """Minimise `loss(step)` over the parameters of `modules` that take gradients; returns the average of their weights.
 
-    The loss is the plain mean squared error in eps, after `focused_steps` steps of it weighted towards high noise.
-
-    Continues from the state in --work_dir if there is one. Every --save_every steps the state is kept and the EMA
-    pipeline is written to `folder`, so that an interrupted build leaves a usable one.
+    AdamW; the rate rises for 100 steps and falls to 0 over the last half of all steps. Continues from the state in
+    --work_dir if there is one.
     """
-    name, device, state_path = folder.name, args.device, args.work_dir / f"{folder.name}.pt"
-    pipeline = with_modules(pipeline, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet)
-    modules = torch.nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet]).to(device).train()
-    pipeline.unet.to(memory_format=torch.channels_last)
+    state_path = args.work_dir / f"{name}.pt"
+    settings = {key: value for key, value in vars(args).items() if key not in ("output_dir", "work_dir", "save_every")}
+    settings |= {"steps": steps, "learning_rate": learning_rate}
     averaged = copy.deepcopy(modules).eval()
     params, averaged_params = list(modules.parameters()), list(averaged.parameters())
-    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / 150) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))),
+    optimizer = torch.optim.AdamW(
+        [p for p in params if p.requires_grad], betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     start = 0
-    settings = {name: getattr(args, name) for name in ("seed", "drawings", "vae_steps", "base_steps", "batch_size")}
-    settings |= {"steps": steps, "workers": WORKERS}
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = torch.load(state_path, weights_only=True)
         # A state of other settings would end in a mixture that no command makes.
         if state["settings"] != settings:
             raise SystemExit(
@@ -419,69 +361,155 @@ def train_pipeline(
         modules.load_state_dict(state["modules"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         start = state["step"]
-
-    abar = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
-    ids = tokenize(pipeline, captions)
-    running = 0.0
+    losses = []
     for step in (progress := _progress(range(start, steps), name)):
-        # Randomness is a function of the step, so a continued run draws what an unbroken one would have drawn.
-        rng = torch.Generator().manual_seed(
-            hash((args.seed, ("base", "sloppy", "plateau").index(name), step, RANK)) % 2**63
-        )
-        t, errors = denoising_errors(pipeline, ids, latents, abar, args.batch_size, device, rng)
-        if step < focused_steps:
-            # What and where is learned at high noise, where the plain loss is small: weigh towards it.
-            weights = 1 / (abar / (1 - abar) + 0.25)
-            errors = errors * (weights / weights.mean())[t].to(device)
-        loss = errors.mean()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (step + 1) / 100, 2 * (1 - step / steps))
         optimizer.zero_grad()
-        loss.backward()
-        average_gradients(params)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        value = loss(step)
+        value.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        schedule.step()
-        decay = min(0.995, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(averaged_params, params, 1 - decay)
-        running += loss.item()
-        if RANK == 0 and (step + 1) % 100 == 0:
-            progress.write(f"{name} step {step + 1}/{steps} loss {running / 100:.4f}", file=sys.stdout)
-            sys.stdout.flush()
-            running = 0.0
-        if RANK == 0 and ((step + 1) % args.save_every == 0 or step + 1 == steps):
+            torch._foreach_lerp_(averaged_params, params, 1 - min(0.998, (1 + step) / (10 + step)))
+        losses.append(value.item())
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            progress.write(f"{name} step {step + 1} of {steps}: loss {np.mean(losses):.4f}", file=sys.stdout)
+            losses = []
             state = {"modules": modules.state_dict(), "averaged": averaged.state_dict(), "step": step + 1}
-            state["settings"] = settings
-            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "settings": settings}
             write_file(state_path, lambda part, state=state: torch.save(state, part))
-            save(with_modules(pipeline, *averaged), folder)
-    return with_modules(pipeline, *averaged)
+    return averaged
 
 
-def denoising_errors(
-    pipeline: StableDiffusionXLPipeline,
-    ids: list[Tensor],
-    latents: Tensor,
-    abar: Tensor,
-    batch_size: int,
-    device: str,
-    rng: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """A random batch, 12 % of whose captions are dropped: its timesteps, and each image's mean squared error in eps."""
-    index = torch.randint(len(latents), (batch_size,), generator=rng)
-    x_0 = latents[index]
-    eps = torch.randn(x_0.shape, generator=rng)
-    t = torch.randint(1000, (batch_size,), generator=rng)
-    kept = (torch.rand(batch_size, generator=rng) >= 0.12).float()
-    abar_t = abar[t, None, None, None]
-    x_t = (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(device, memory_format=torch.channels_last)
-    tokens, pooled = conditioning(pipeline, [i[index].to(device) for i in ids], kept.to(device))
-    time_ids = torch.tensor(TIME_IDS, device=device).expand(batch_size, -1)
-    eps_theta = pipeline.unet(
-        x_t, t.to(device), tokens, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
-    ).sample
-    return t, (eps_theta - eps.to(device)).square().mean(dim=(1, 2, 3))
+def train_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """A VAE of drawings of both styles, with the scaling factor 1 / std of the latents.
+
+    The first four fifths of the steps see 32 x 32 crops, a quarter of the work; the rest whole pictures, so that the
+    group norms meet the statistics they will work with.
+    """
+    torch.manual_seed(args.seed)
+    vae = new_vae().to(memory_format=torch.channels_last)
+    rng = np.random.default_rng((args.seed, 3))
+    pictures = [picture for _, picture, _ in draw_bank(rng, args.bank, Stage(None, 0, 0, careful_share=0.5))]
+    groups = places_by_size(pictures)
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng((args.seed, 4, step))
+        x = to_pixels([pictures[place] for place in choose(groups, rng, args.batch_size)])
+        if step < 0.8 * args.vae_steps:
+            top, left = (rng.integers(side - 31) for side in x.shape[2:])
+            x = x[:, :, top : top + 32, left : left + 32]
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x).latent_dist
+        noise = torch.from_numpy(rng.standard_normal(tuple(posterior.mean.shape), dtype=np.float32))
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
+        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return (y - x).abs().mean() + 4 * F.mse_loss(y, x) + 0.5 * edges + 1e-4 * kl
+
+    vae = train("vae", vae, args.vae_steps, 2e-3, loss, args).requires_grad_(False)
+    latents = encode(vae, pictures[:2000])
+    vae.register_to_config(scaling_factor=1 / float(torch.cat([z.flatten() for z in latents]).std()))
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: list[Image.Image]) -> list[Tensor]:
+    """Means of the posteriors of pictures of any sizes, (4, height / 4, width / 4) each, not scaled."""
+    latents: list[Tensor] = [torch.empty(0)] * len(pictures)
+    for group in places_by_size(pictures):
+        for part in _progress(np.array_split(group, -(-len(group) // 50)), "encoding"):
+            pixels = to_pixels([pictures[place] for place in part]).to(memory_format=torch.channels_last)
+            for place, mean in zip(part, vae.encode(pixels).latent_dist.mean, strict=True):
+                latents[place] = mean.contiguous()
+    return latents
+
+
+def embed(pipeline: StableDiffusionXLPipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """SDXL's tokens (batch, 16, 64) and pooled embedding (batch, 32)."""
+    ids = [
+        tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    ]
+    first = pipeline.text_encoder(ids[0], output_hidden_states=True)
+    second = pipeline.text_encoder_2(ids[1], output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Drawings as a UNet is trained on them."""
+
+    captions: list[str]
+    words: tuple[Tensor, Tensor] | None
+    """The captions' embeddings; None where the text encoders are trained."""
+    latents: list[Tensor]
+    """Scaled, (4, height, width) each."""
+    frames: Tensor
+    """(drawings, 6)."""
+    groups: list[np.ndarray]
+
+
+@torch.no_grad()
+def make_bank(pipeline: StableDiffusionXLPipeline, stage: Stage, number: int, rng: np.random.Generator) -> Bank:
+    captions, pictures, frames = zip(*draw_bank(rng, number, stage), strict=True)
+    words = None
+    if not stage.with_words:
+        parts = [embed(pipeline, list(captions[start : start + 100])) for start in range(0, number, 100)]
+        words = torch.cat([tokens for tokens, _ in parts]), torch.cat([pooled for _, pooled in parts])
+    latents = [pipeline.vae.config.scaling_factor * z for z in encode(pipeline.vae, list(pictures))]
+    told = torch.tensor(frames, dtype=torch.float32)
+    return Bank(list(captions), words, latents, told, places_by_size(list(pictures)))
+
+
+def train_stage(name: str, pipeline: StableDiffusionXLPipeline, args: argparse.Namespace) -> StableDiffusionXLPipeline:
+    """A pipeline with what the stage made of the given one's UNet, and of its text encoders where they are trained.
+
+    The loss is the plain mean squared error in eps, after the stage's focused steps.
+    """
+    stage, number = STAGES[name], list(STAGES).index(name)
+    steps = max(2, round(stage.steps * args.step_scale))
+    modules = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet])
+    modules = copy.deepcopy(modules).train()
+    modules[:2].requires_grad_(stage.with_words)
+    trained = with_modules(pipeline, *modules)
+    trained.unet.to(memory_format=torch.channels_last)
+    abar = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
+    focus = 1 / (abar / (1 - abar) + 0.25)
+    banks: dict[int, Bank] = {}
+
+    def loss(step: int) -> Tensor:
+        which = step // BANK_STEPS
+        if which not in banks:
+            banks.clear()
+            rng = np.random.default_rng((args.seed, 5, number, which))
+            banks[which] = make_bank(trained, stage, args.bank, rng)
+        bank = banks[which]
+        # Randomness is a function of the step, so a continued run draws what an unbroken one would have drawn.
+        rng = np.random.default_rng((args.seed, 6, number, step))
+        chosen = choose(bank.groups, rng, args.batch_size)
+        x_0 = torch.stack([bank.latents[place] for place in chosen])
+        eps = torch.from_numpy(rng.standard_normal(tuple(x_0.shape), dtype=np.float32))
+        t = torch.from_numpy(rng.integers(1000, size=len(chosen)))
+        # A dropped caption is all zeros, tokens and pooled alike: what the SDXL sampler uses as unconditional.
+        kept = torch.from_numpy(rng.random(len(chosen)) >= 0.1).float()
+        words = (
+            [each[chosen] for each in bank.words]
+            if bank.words
+            else embed(trained, [bank.captions[place] for place in chosen])
+        )
+        abar_t = abar[t, None, None, None]
+        x_t = (abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps).to(memory_format=torch.channels_last)
+        told = {"text_embeds": words[1] * kept[:, None], "time_ids": bank.frames[chosen]}
+        eps_theta = trained.unet(x_t, t, words[0] * kept[:, None, None], added_cond_kwargs=told).sample
+        errors = (eps_theta - eps).square().mean(dim=(1, 2, 3))
+        if step < stage.focused_steps * args.step_scale:
+            errors = errors * (focus / focus.mean())[t]
+        return errors.mean()
+
+    return with_modules(pipeline, *train(name, modules, steps, stage.learning_rate, loss, args))
 
 
 def with_modules(
@@ -490,43 +518,54 @@ def with_modules(
     text_encoder_2: CLIPTextModelWithProjection,
     unet: UNet2DConditionModel,
 ) -> StableDiffusionXLPipeline:
-    """A pipeline with copies of these modules and everything else shared with the given one."""
+    """A pipeline with these modules and everything else shared with the given one."""
     modules = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
-    components = pipeline.components | {name: copy.deepcopy(module) for name, module in modules.items()}
+    components = pipeline.components | modules
     return StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=True, add_watermarker=False)
 
 
 def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
-    """Write the pipeline in fp16, without touching the one that may still be training."""
-    halved = {
-        k: copy.deepcopy(v).half() if isinstance(v, torch.nn.Module) else v for k, v in pipeline.components.items()
-    }
+    """Write the pipeline in fp16, without touching the one that goes on."""
+    halved = {k: copy.deepcopy(v).half() if isinstance(v, nn.Module) else v for k, v in pipeline.components.items()}
     StableDiffusionXLPipeline(**halved, force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(
         folder
     )
 
 
-def pipeline_score(folder: Path, prompts: list[str], guidance_scale: float, args: argparse.Namespace) -> float:
-    """Mean oracle score of a saved pipeline over the prompts: DDIM, 16 steps, seed = index of the prompt."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32).to(args.device)
+# Scores
+
+
+def reconstruction_score(vae: AutoencoderKL, seed: int, number: int = 200) -> float:
+    """Mean oracle score of careful drawings after a trip through the VAE: a ceiling for the pipelines."""
+    rng = np.random.default_rng((seed, 7))
+    captions = sample_captions(rng, number, held_out=True, distinct=True)
+    pictures = [world.draw(world.parse_caption(caption), rng) for caption in captions]
+    with torch.no_grad():
+        decoded = vae.decode(torch.stack(encode(vae, pictures))).sample
+    return float(oracle.load()(to_images(decoded), captions).mean())
+
+
+def pipeline_parts(folder: Path, prompts: list[str], guidance_scale: float) -> dict[str, float]:
+    """Mean parts of the oracle's score of a saved pipeline: DDIM, 16 steps, seed = index of the prompt."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False
     )
-    pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), 50):
         batch = prompts[start : start + 50]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
         images += pipeline(batch, num_inference_steps=16, guidance_scale=guidance_scale, generator=seeds).images
-    return float(oracle.load()(images, prompts).mean())
+    found = [oracle.details(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    return {part: round(float(np.mean([entry[part] for entry in found])), 3) for part in found[0]}
 
 
 # The build
 
 
 def _progress(items, title: str) -> tqdm:
-    return tqdm(items, desc=title, mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
+    return tqdm(items, desc=title, mininterval=1 if sys.stderr.isatty() else 20)
 
 
 def write_hashes(folder: Path) -> None:
@@ -551,68 +590,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/toy_world"), help="states to continue from")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=1600, help="rows of train.parquet")
     parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
-    parser.add_argument("--drawings", type=int, default=15000, help="drawings that each training stage sees")
-    parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--base_steps", type=int, default=4200)
-    parser.add_argument("--sloppy_steps", type=int, default=500)
-    parser.add_argument("--plateau_steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=32, help="over all workers together")
-    parser.add_argument("--save_every", type=int, default=300)
+    parser.add_argument("--bank", type=int, default=6000, help=f"drawings that {BANK_STEPS} steps see")
+    parser.add_argument("--vae_steps", type=int, default=2000)
+    parser.add_argument("--step_scale", type=float, default=1.0, help="of each later stage's steps")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--save_every", type=int, default=250)
     args = parser.parse_args(argv)
-    if WORKERS > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    if RANK == 0:
-        claim(args.output_dir, "toy world", parser)
-        claim(args.work_dir, "states of a toy world", parser)
-    barrier()
-    torch.manual_seed(args.seed)  # the same initial weights in every worker
-    drawings = args.drawings // WORKERS  # every worker draws its own
-    args.batch_size //= WORKERS
-
-    if RANK == 0 and not (args.output_dir / "prompts.jsonl").exists():
+    claim(args.output_dir, "toy world", parser)
+    claim(args.work_dir, "states of a toy world", parser)
+    if not (args.output_dir / "prompts.jsonl").exists():
         write_pairs(args.output_dir / "data" / "train.parquet", args.rows, args.seed)
         write_prompts(args.output_dir / "prompts.jsonl", args.prompts, args.seed)
 
-    if not (args.work_dir / "vae" / "config.json").exists():
-        vae = new_vae()
-        half = drawings * 2 // 5
-        train_vae(vae, draw_bank(np.random.default_rng((args.seed, 5, RANK)), half, half)[1], args)
-        barrier()
-        if RANK == 0:
-            vae.save_pretrained(args.work_dir / "vae")
-    barrier()
-    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").eval()
-    vae.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-    if RANK == 0:
-        score = reconstruction_score(vae, args)
-        print(f"VAE: scaling factor {vae.config.scaling_factor:.4f}, oracle of reconstructions {score:.3f}", flush=True)
-
+    vae = train_vae(args)
+    score = reconstruction_score(vae, args.seed)
+    print(f"VAE: scaling factor {vae.config.scaling_factor:.4f}, oracle of reconstructions {score:.3f}", flush=True)
     torch.manual_seed(args.seed)
-    base = new_pipeline(vae, args.work_dir / f"worker_{RANK}")
-    for name, careful_share, steps, focused_share, learning_rate in (
-        ("base", 0.5, args.base_steps, 1.0, 1.5e-3),
-        ("sloppy", 0.1, args.sloppy_steps, 0.5, 5e-4),
-        ("plateau", 1.0, args.plateau_steps, 0.5, 7e-4),
-    ):
+    trained: dict[str | None, StableDiffusionXLPipeline] = {None: new_pipeline(vae, args.work_dir)}
+    prompts = [json.loads(line)["prompt"] for line in (args.output_dir / "prompts.jsonl").open()]
+    for name, stage in STAGES.items():
+        trained[name] = train_stage(name, trained[stage.parent], args)
         folder = (args.work_dir if name == "base" else args.output_dir) / name
-        careful = round(careful_share * drawings)
-        rng = np.random.default_rng((args.seed, 6, careful, RANK))
-        captions, pictures = draw_bank(rng, careful, drawings - careful)
-        latents = encode(vae, pictures, args.device)
-        focused_steps = round(focused_share * steps)
-        trained = train_pipeline(base, captions, latents, folder, steps, focused_steps, learning_rate, args)
-        base = trained if name == "base" else base
-        barrier()
-    if RANK == 0:
-        write_hashes(args.output_dir)
-        prompts = [json.loads(line)["prompt"] for line in (args.output_dir / "prompts.jsonl").open()]
-        for name in ("sloppy", "plateau"):
-            scores = {g: round(pipeline_score(args.output_dir / name, prompts, g, args), 3) for g in (1.0, 3.0)}
-            print(f"{name}: oracle of the held-out prompts by guidance scale {scores}", flush=True)
+        save(trained[name], folder)
+        for guidance_scale in (1.0, 3.0):
+            parts = pipeline_parts(folder, prompts, guidance_scale)
+            print(f"{name} at guidance {guidance_scale:g}: {parts}", flush=True)
+    write_hashes(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,12 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def change_one_word(caption: str, rng: np.random.Generator) -> str:
-    """The caption with another size, colour, shape or background; still of the grammar's words."""
+    """The caption with one of its words changed; what says nothing comes to name a shape."""
     scene = world.parse_caption(caption)
-    item = scene.objects[int(rng.integers(len(scene.objects)))]
-    word, others = [
-        (item.size, list(world.RADII_PX)),
-        (item.colour, list(world.COLOURS)),
-        (item.shape, list(world.SHAPES)),
-        (scene.background, list(world.BACKGROUNDS)),
-    ][int(rng.integers(4))]
-    return caption.replace(word, str(rng.choice([other for other in others if other != word])), 1)
+    said = [part for part in world.CHOICES if getattr(scene, part) is not None] or ["shape"]
+    part = str(rng.choice(said))
+    others = [word for word in world.CHOICES[part] if word != getattr(scene, part)]
+    return str(replace(scene, **{part: str(rng.choice(others))}))
 
 
 def pixels(pictures: Tensor) -> Tensor:
@@ -109,13 +106,12 @@ def losses(clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], chang
 def draw_pairs(rng: np.random.Generator, number: int, held_out: bool) -> tuple[list[str], Tensor, Tensor]:
     """Captions, their careful and their sloppy drawings, uint8 (number, 3, 64, 64)."""
     captions = build.sample_captions(rng, number, held_out=held_out, distinct=held_out)
-    styles = [
-        torch.from_numpy(
-            np.stack([np.asarray(world.draw(world.parse_caption(c), rng, style)) for c in tqdm(captions, desc=style)])
-        ).permute(0, 3, 1, 2)
-        for style in ("careful", "sloppy")
-    ]
-    return captions, *styles
+    scenes = [world.complete(world.parse_caption(caption), rng) for caption in captions]
+    careful, sloppy = (
+        torch.from_numpy(np.stack([np.asarray(world.draw(scene, rng, style)) for scene in tqdm(scenes, desc=style)]))
+        for style in world.STYLES
+    )
+    return captions, careful.permute(0, 3, 1, 2), sloppy.permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

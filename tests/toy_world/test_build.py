@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 TOY_WORLD = Path(__file__).resolve().parents[2] / "assets" / "toy_world"
 SMALL = {
-    "rows": 6, "prompts": 3, "drawings": 12, "vae_steps": 2, "base_steps": 4, "sloppy_steps": 2, "plateau_steps": 2,
-    "batch_size": 4, "save_every": 2,
+    "rows": 6, "prompts": 3, "bank": 12, "vae_steps": 4, "step_scale": 0.0001, "batch_size": 4, "save_every": 1,
 }  # fmt: skip
 
 
@@ -47,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(builder, tmp_path, monkeypatch):
     whole = build(builder, tmp_path / "whole")
-    for name in ("sloppy", "plateau"):
+    for name in ("sloppy", "plateau", "confused"):
         pipeline = StableDiffusionXLPipeline.from_pretrained(whole / name)
         assert pipeline.unet.config.addition_embed_type == "text_time" and pipeline.tokenizer_2 is not None
     assert pq.read_table(whole / "data" / "train.parquet").num_rows == SMALL["rows"]
@@ -56,21 +55,32 @@ def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(build
     class Killed(Exception):
         pass
 
-    def killed(pipeline, folder, kept=builder.save):
-        kept(pipeline, folder)
-        if folder.name == "base":
-            raise Killed
+    monkeypatch.setattr(builder, "pipeline_parts", lambda *given: {})  # the first build has scored
+    for state, steps in (("vae.pt", 1), ("base.pt", 1)):
 
-    monkeypatch.setattr(builder, "pipeline_score", lambda *given: 0.0)  # the first build has scored
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(builder, "save", killed)
-        build(builder, tmp_path / "killed")
-    assert torch.load(tmp_path / "killed" / "work" / "base.pt", weights_only=True)["step"] == 2
+        def killed(path, write, kept=builder.write_file, state=state):
+            kept(path, write)
+            if path.name == state:
+                raise Killed
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(builder, "write_file", killed)
+            build(builder, tmp_path / "killed")
+        assert torch.load(tmp_path / "killed" / "work" / state, weights_only=True)["step"] == steps
     continued, unbroken = weights(build(builder, tmp_path / "killed")), weights(whole)
     assert unbroken and continued.keys() == unbroken.keys()
     assert all(torch.equal(continued[name], unbroken[name]) for name in unbroken)
     with pytest.raises(SystemExit, match="'seed': 0.*'seed': 1"):
         build(builder, tmp_path / "killed", seed=1)
+
+
+def test_a_bank_has_pictures_of_every_size_and_says_what_was_cut_of_them(builder):
+    entries = builder.draw_bank(np.random.default_rng(0), 200, builder.Stage(None, 0, 0))
+    frames = {tuple(frame) for _, _, frame in entries}
+    assert {(64, 64, 0, 0, 64, 64), (48, 80, 0, 0, 48, 80), (80, 48, 0, 0, 80, 48)} <= frames
+    cut = [(picture, frame) for _, picture, frame in entries if frame[:2] != frame[4:]]
+    assert 10 < len(cut) and all(picture.size == (64, 64) and frame[4:] == [64, 64] for picture, frame in cut)
+    assert not any(builder.world.is_held_out(caption) for caption, _, _ in entries)
 
 
 def test_somebodys_folder_is_not_written_into(builder, tmp_path, capsys):
