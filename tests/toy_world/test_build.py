@@ -56,7 +56,7 @@ def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(build
         pass
 
     monkeypatch.setattr(builder, "pipeline_parts", lambda *given: {})  # the first build has scored
-    for state, steps in (("vae.pt", 1), ("base.pt", 1)):
+    for state, steps in (("vae.pt", 1), ("plateau.pt", 1)):
 
         def killed(path, write, kept=builder.write_file, state=state):
             kept(path, write)
@@ -75,7 +75,7 @@ def test_a_build_that_was_killed_goes_on_to_the_weights_of_an_unbroken_one(build
 
 
 def test_a_bank_has_pictures_of_every_size_and_says_what_was_cut_of_them(builder):
-    entries = builder.draw_bank(np.random.default_rng(0), 200, builder.Stage(None, 0, 0))
+    entries = builder.draw_bank(np.random.default_rng(0), 200, builder.Stage(None, 0, 0, 0))
     frames = {tuple(frame) for _, _, frame in entries}
     assert {(64, 64, 0, 0, 64, 64), (48, 80, 0, 0, 48, 80), (80, 48, 0, 0, 80, 48)} <= frames
     cut = [(picture, frame) for _, picture, frame in entries if frame[:2] != frame[4:]]
