@@ -306,8 +306,7 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
-        # SDXL's .012 leaves so much of a flat background in the last level that mending it would look like a gain.
-        beta_end=0.02,
+        beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type="epsilon",
         timestep_spacing="leading",
