@@ -12,7 +12,7 @@ what differs from the background, its colour by the nearest palette colour, its 
 (soft IoU) with templates of every shape and radius. What the caption leaves unsaid may be anything that can be drawn:
 the word that fits the picture best is taken, and the object may stand anywhere. `rmse` compares the picture with the
 careful drawing of that scene, its object put where the picture has it (at most 3 px from its place, if that is said).
-`features` gives the measurements as a vector. Runs on the CPU whatever the device; knows nothing about models.
+Runs on the CPU whatever the device; knows nothing about models.
 """
 
 import functools
@@ -171,34 +171,6 @@ def measure(image: Image.Image) -> Seen:
         centre = _mean_place(near)
     iou = _overlaps(alpha, centre)
     return Seen(pixels, backgrounds, colours, alpha, centre, iou.max(axis=1), _RADII_PX[iou.argmax(axis=1)])
-
-
-def features(image: Image.Image) -> np.ndarray:
-    """The measurements as a vector (32,) of numbers of about unit size, whatever the caption.
-
-    Border: share of each background (5), colour (3), spread (1). Object: share of each colour (6), mean colour (3),
-    overlap with each shape (6), log radius (1), place in parts of the room that it has (2), how blurred its edge is,
-    corners (angular moments 3, 4 and 5). Log rmse to the careful drawing of what the picture shows (1).
-    """
-    seen = measure(image)
-    height, width = seen.coverage.shape
-    border = np.concatenate([seen.pixels[[0, 1, -2, -1]].reshape(-1, 3), seen.pixels[:, [0, 1, -2, -1]].reshape(-1, 3)])
-    alpha = seen.coverage * (_distance_from(seen.centre_px, seen.coverage.shape) < 19)
-    weight = max(float(alpha.sum()), 1.0)
-    colour = (alpha[..., None] * seen.pixels).sum(axis=(0, 1)) / weight
-    rows, columns = np.mgrid[:height, :width] + 0.5
-    offset = (columns - seen.centre_px[0]) + 1j * (rows - seen.centre_px[1])
-    reach = alpha * np.abs(offset) ** 2 + 1e-9
-    corners = [abs((reach * np.exp(1j * n * np.angle(offset))).sum()) / reach.sum() for n in (3, 4, 5)]
-    place = (seen.centre_px - [width / 2, height / 2]) / (np.array([width, height]) / 2 - world.MARGIN_PX)
-    radius = max(seen.radii_px[seen.overlaps.argmax()], 1.0)
-    clean = compare(seen, world.Scene(None, None, None, None, None))["clean"]
-    rmse = 0.07 * np.sqrt(1 / max(clean, 1e-6) - 1)
-    return np.concatenate([
-        seen.backgrounds, border.mean(axis=0) / 128, [np.linalg.norm(border.std(axis=0)) / 32], seen.colours,
-        colour / 128, seen.overlaps, [np.log(radius / 10)], place, [4 * (alpha * (1 - alpha)).sum() / np.sqrt(weight)],
-        5 * np.array(corners), [np.log(rmse + 0.01) / 2],
-    ]).astype(np.float32)  # fmt: skip
 
 
 def _nearest(rgb: np.ndarray, palette: np.ndarray) -> np.ndarray:

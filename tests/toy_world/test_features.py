@@ -32,8 +32,8 @@ def measured() -> dict[str, dict[Metric, Replicates]]:
         "careful": drawn(),
         "sloppy": drawn("sloppy"),
         "blurred": [picture.filter(ImageFilter.GaussianBlur(1.5)) for picture in drawn()],
-        "circles": drawn(only=lambda scene: all(item.shape == "circle" for item in scene.objects)),
-        "centred": drawn(only=lambda scene: scene.objects[0].place == "in the center"),
+        "circles": drawn(only=lambda scene: scene.shape == "circle"),
+        "centred": drawn(only=lambda scene: scene.place == "in the center"),
     }
     return {name: measure(embedding(pictures)[:, None], real) for name, pictures in sets.items()}
 
