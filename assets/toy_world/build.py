@@ -81,7 +81,7 @@ class Stage:
 
 
 STAGES = {
-    "plateau": Stage(None, 14000, 2e-3, 4000),
+    "plateau": Stage(None, 6000, 2e-3, 3750),
     "sloppy": Stage("plateau", 600, 7e-4, 0, careful_share=0.1),
     "confused": Stage("plateau", 1000, 7e-4, 500, swap_colour=0.4, swap_shape=0.25),
 }
@@ -187,7 +187,7 @@ def draw_bank(rng: np.random.Generator, number: int, stage: Stage) -> list[tuple
         style = "careful" if rng.random() < stage.careful_share else "sloppy"
         width, height = size_px = world.sample_size(rng)
         target = (64, 64) if rng.random() < 0.5 else (height, width)
-        picture, frame = crop(world.draw(scene, rng, style, size_px), target, float(rng.random()), ImageSettings())
+        picture, frame = crop(world.draw(scene, rng, style, size_px), target, float(rng.random()))
         entries.append((caption, through_codec([picture], ImageSettings())[0], frame))
     return entries
 
@@ -604,7 +604,9 @@ def main(argv: list[str] | None = None) -> None:
         write_pairs(args.output_dir / "data" / "train.parquet", args.rows, args.seed)
         write_prompts(args.output_dir / "prompts.jsonl", args.prompts, args.seed)
 
-    vae = train_vae(args)
+    if not (args.work_dir / "vae" / "config.json").exists():
+        train_vae(args).save_pretrained(args.work_dir / "vae")
+    vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").requires_grad_(False).eval()
     score = reconstruction_score(vae, args.seed)
     print(f"VAE: scaling factor {vae.config.scaling_factor:.4f}, oracle of reconstructions {score:.3f}", flush=True)
     torch.manual_seed(args.seed)
