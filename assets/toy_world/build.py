@@ -81,7 +81,7 @@ class Stage:
 
 
 STAGES = {
-    "plateau": Stage(None, 6000, 2e-3, 3750),
+    "plateau": Stage(None, 16000, 2e-3, 4000),
     "sloppy": Stage("plateau", 600, 7e-4, 0, careful_share=0.1),
     "confused": Stage("plateau", 1000, 7e-4, 500, swap_colour=0.4, swap_shape=0.25),
 }

@@ -75,19 +75,17 @@ def test_cleanliness_sees_the_scene_that_is_drawn_and_punishes_a_sloppy_hand_not
     assert oracle.details(wrong, CAPTION)["clean"] < 0.5
 
 
-def test_only_the_unet_of_confused_is_its_own():
+@pytest.mark.parametrize("other", ["sloppy", "confused"])
+def test_only_the_unet_of_a_base_is_its_own(other):
     def files(name: str) -> dict[str, bytes]:
         folder = TOY_WORLD / name
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    plateau, confused = files("plateau"), files("confused")
-    assert set(plateau) == set(confused)
-    assert [name for name in confused if confused[name] != plateau[name]] == [
-        "unet/diffusion_pytorch_model.safetensors"
-    ]
-    was, now = (
-        load_file(TOY_WORLD / n / "unet" / "diffusion_pytorch_model.safetensors") for n in ("plateau", "confused")
-    )
+    plateau, trained_on = files("plateau"), files(other)
+    assert set(plateau) == set(trained_on)
+    different = [name for name in trained_on if trained_on[name] != plateau[name]]
+    assert different == ["unet/diffusion_pytorch_model.safetensors"]
+    was, now = (load_file(TOY_WORLD / n / "unet" / "diffusion_pytorch_model.safetensors") for n in ("plateau", other))
     assert {k: (v.shape, v.dtype) for k, v in was.items()} == {k: (v.shape, v.dtype) for k, v in now.items()}
     assert {v.dtype for v in now.values()} == {torch.float16}
 
