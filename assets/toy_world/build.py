@@ -54,7 +54,7 @@ from spin_diffusion.diffusion.images import crop, through_codec, to_images, to_p
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import write_file
+from spin_diffusion.store.run_dir import write_file, write_folder
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 16
@@ -605,7 +605,7 @@ def main(argv: list[str] | None = None) -> None:
         write_prompts(args.output_dir / "prompts.jsonl", args.prompts, args.seed)
 
     if not (args.work_dir / "vae" / "config.json").exists():
-        train_vae(args).save_pretrained(args.work_dir / "vae")
+        write_folder(args.work_dir / "vae", train_vae(args).save_pretrained)
     vae = AutoencoderKL.from_pretrained(args.work_dir / "vae").requires_grad_(False).eval()
     score = reconstruction_score(vae, args.seed)
     print(f"VAE: scaling factor {vae.config.scaling_factor:.4f}, oracle of reconstructions {score:.3f}", flush=True)
