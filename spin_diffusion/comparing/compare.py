@@ -147,7 +147,7 @@ def _final_tasks(contest: Contest, entry: Entry) -> list[Task]:
         if contest.settings.every_round:
             views += [View("validation", k, usual) for k in range(1, cell.rounds + 1)]
         if contest.settings.test_rounds:
-            views += [View("test", k, how) for k in range(1, cell.rounds) for how in shown]
+            views += [View("test", k, how) for k in contest.settings.test_rounds if k < cell.rounds for how in shown]
         tasks.append(contest.task(cell, list(dict.fromkeys(views))))
     return tasks
 

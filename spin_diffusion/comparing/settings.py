@@ -80,9 +80,9 @@ class CompareSettings(Settings):
     """Denoising steps of the pictures; default: the training settings'."""
     every_round: bool = True
     """Score every round on validation prompts at the usual guidance, and the best one on test prompts too."""
-    test_rounds: bool = False
-    """Score every round on test prompts, as its method's last round is: a table round by round, against the reference
-    after as many rounds if it has as many, else after its last."""
+    test_rounds: list[int] | None = setting(None, minimum=1)
+    """Rounds that are scored on test prompts too, as each method's last round is: a table round by round, against the
+    reference after as many rounds if it has as many, else after its last."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers; the first one chooses."""
     distribution_features: str | None = None

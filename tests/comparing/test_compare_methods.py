@@ -114,7 +114,7 @@ def test_a_run_without_an_end_is_never_chosen_and_ties_go_to_the_smaller_value()
 
 
 def test_rates_settings_and_rounds_are_chosen_on_validation_prompts_alone(config, monkeypatch):
-    contest, asked = Contest(settings_of(config, "--test_rounds", "true")), []
+    contest, asked = Contest(settings_of(config, "--test_rounds", "[1, 2]")), []
     monkeypatch.setattr(contest, "mean", lambda cell, view: asked.append(view) or 0.5)
     cell = contest.plan.cell("tiny", "spin", 1e-4, 0, 2)
     assert contest.means(cell, contest.plan.guided("tiny")) == {at(1.0): 0.5, at(3.0): 0.5}
@@ -224,7 +224,7 @@ def test_the_drift_is_what_the_last_round_lost_of_the_best_one(config, monkeypat
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_the_family_is_every_difference_that_is_shown(rounds, config, monkeypatch):
-    argv = ["--budget", "steps", *(["--test_rounds", "true"] if rounds else [])]
+    argv = ["--budget", "steps", *(["--test_rounds", "[1, 2]"] if rounds else [])]
     contest = Contest(settings_of(config, *argv))
     rng = np.random.default_rng(0)
     scores = {mode: {seed: rng.normal(0, 1, 9) for seed in (0, 1)} for mode in MODES}
@@ -586,7 +586,7 @@ def test_one_command_compares_and_the_same_command_does_nothing_twice(config, tm
 def test_every_round_is_tested_against_the_reference_after_as_many_rounds(config, tmp_path):
     given = yaml.safe_load(config.read_text())
     given["methods"]["sft"]["rounds"] = 2
-    given |= {"learning_rates": [1e-4], "budget": "steps", "every_round": False, "test_rounds": True, "seeds": [0]}
+    given |= {"learning_rates": [1e-4], "budget": "steps", "every_round": False, "test_rounds": [1], "seeds": [0]}
     config.write_text(yaml.safe_dump(given))
     assert run("--config", str(config)) == 0
     out = tmp_path / "out"
