@@ -50,7 +50,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
                 "pad_token_id": tokenizer.pad_token_id, "hidden_act": "gelu",
             },
             vision_config=tower | {
-                "num_hidden_layers": 3, "image_size": world.SIZE_PX, "patch_size": 8, "hidden_act": "gelu",
+                "num_hidden_layers": 3, "image_size": 64, "patch_size": 8, "hidden_act": "gelu",
             },
             projection_dim=64,
         )
