@@ -50,7 +50,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from spin_diffusion.diffusion.images import crop, through_codec, to_images, to_pixels
+from spin_diffusion.diffusion.images import through_codec, to_images, to_pixels
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.input_error import InputError
@@ -176,18 +176,29 @@ def confuse(scene: "world.Scene", rng: np.random.Generator, swap_colour: float, 
     return replace(scene, **{part: world.PARTNERS[getattr(scene, part)] for part in swaps if swapped[part]})
 
 
+def cut(picture: Image.Image, place: float) -> tuple[Image.Image, list[int]]:
+    """The picture, its shorter side 64 px, cut to a square at a place in [0, 1] along the longer one; and its frame as
+    SDXL is told it: original height and width, top, left, target height and width, px."""
+    scale = 64 / min(picture.size)
+    width, height = (max(64, round(side * scale)) for side in picture.size)
+    left, top = (round((side - 64) * place) for side in (width, height))
+    square = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + 64, top + 64))
+    return square, [picture.height, picture.width, top, left, 64, 64]
+
+
 def draw_bank(rng: np.random.Generator, number: int, stage: Stage) -> list[tuple[str, Image.Image, list[int]]]:
     """Captions, none held out, their drawings, and what SDXL is told of each: original height and width, crop top and
     left, height and width in px.
 
-    A drawing that is no square is in one of two cut to one, as training without `--max_aspect_ratio` does it."""
+    A drawing that is no square is in one of two cut to one, anywhere: a place that is told."""
     entries = []
     for caption in _progress(sample_captions(rng, number, held_out=False, distinct=False), "drawing"):
         scene = confuse(world.parse_caption(caption), rng, stage.swap_colour, stage.swap_shape)
         style = "careful" if rng.random() < stage.careful_share else "sloppy"
-        width, height = size_px = world.sample_size(rng)
-        target = (64, 64) if rng.random() < 0.5 else (height, width)
-        picture, frame = crop(world.draw(scene, rng, style, size_px), target, float(rng.random()))
+        width, height = world.sample_size(rng)
+        is_cut, picture = rng.random() < 0.5, world.draw(scene, rng, style, (width, height))
+        place = float(rng.random())
+        picture, frame = cut(picture, place) if is_cut else (picture, [height, width, 0, 0, height, width])
         entries.append((caption, through_codec([picture], ImageSettings())[0], frame))
     return entries
 
