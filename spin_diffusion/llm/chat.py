@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Bad, Expected, LeftOut, Message
+from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError, broken_character, one_line
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
@@ -430,9 +431,14 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
     if not tokenizer.chat_template:
         check_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
+        text = fill_template(
+            str(template or tokenizer.chat_template),
+            lambda: tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
+            ),
         )
+    except InputError:
+        raise
     except Exception as error:  # of any kind: it is a program of somebody else's
         roles = ", ".join(turn["role"] for turn in messages[:8])
         raise LeftOut(Bad.REFUSED_BY_TEMPLATE, f"turns {roles}: {one_line(error)}") from error

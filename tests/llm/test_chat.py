@@ -304,6 +304,24 @@ def test_whatever_a_template_raises_is_said(template: str) -> None:
         check_tokenizer(chatml(template), chats=True)
 
 
+ENDLESS = {
+    "loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",
+    "where the answer says so": "{% if 'loop' in messages[-1]['content'] %}{% for i in range(90000) %}"
+    "{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}" + CHATML,
+    "memory": "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_never_ends_is_refused(template: str, monkeypatch) -> None:
+    monkeypatch.setattr("spin_diffusion.store.deadline.TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr("spin_diffusion.store.deadline.TEMPLATE_GIB", 0.25)
+    with pytest.raises(InputError, match=r"the chat template does not end \(it takes more than .*--chat_template"):
+        chat(chatml(template)).answer_ids(asked("q"), "loop")
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_plain_text_is_taken_as_it_is(bos: bool) -> None:
     tokenizer = plain(bos)

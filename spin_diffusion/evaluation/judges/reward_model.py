@@ -15,6 +15,7 @@ from spin_diffusion.evaluation.judges import Answer, Judge, LogLikelihood
 from spin_diffusion.evaluation.scorers._checkpoints import HUB_ERRORS, HUB_ID
 from spin_diffusion.evaluation.scorers._inputs import full_precision
 from spin_diffusion.evaluation.specs import About
+from spin_diffusion.store.deadline import fill_template
 from spin_diffusion.store.input_error import InputError, one_line
 from spin_diffusion.store.run_dir import file_hash
 from spin_diffusion.store.weights import load_whole
@@ -104,7 +105,10 @@ class RewardModel:
             found = self.tokenizer(answer.prompt, answer.text, verbose=False)
         else:
             turns = [{"role": "user", "content": answer.prompt}, {"role": "assistant", "content": answer.text}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = fill_template(
+                str(self.tokenizer.chat_template),
+                lambda: self.tokenizer.apply_chat_template(turns, tokenize=False),
+            )
             # The template has written the special tokens
             found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
