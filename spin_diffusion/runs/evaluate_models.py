@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -157,29 +157,12 @@ def _pictures(
         The models, and the protocol that all of their pictures follow.
     """
     accelerator = drawer.accelerator
-    drawn = [source for source in sources if source.kind != "images"]
-    scales: list[Any] = settings.guidance_scales if drawn else [None]
-    sampling = None
-    if drawn:
-        sampling = Sampling(
-            sampler=settings.sampler,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=scales[-1],
-            resolution=settings.resolution or drawer.resolution(drawn[0]),
-            precision=precision_of(accelerator.mixed_precision),
-            prediction_scale=settings.prediction_scale,
-        )
-    protocol = protocol_of(
-        prompts,
-        images_per_prompt=settings.images_per_prompt,
-        seed=settings.seed,
-        sampling=sampling,
-        guidance_scales=scales,
-    )
+    protocol = _protocol(settings, sources, prompts, drawer)
     wanted = prompts.requests(settings.images_per_prompt, settings.seed)
+    scales = [f"{scale:g}" for scale in protocol["guidance_scales"] if scale is not None]
     accelerator.print(
         f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
-        + (f", guidance {', '.join(f'{scale:g}' for scale in scales)}" if drawn else "")
+        + (f", guidance {', '.join(scales)}" if scales else "")
         + prompts.said_left_out()
         + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
     )
@@ -205,6 +188,26 @@ def _pictures(
         )
     drawer.close()
     return models, protocol
+
+
+def _protocol(
+    settings: EvaluateSettings, sources: Sequence[ModelSource], prompts: PromptSet, drawer: Drawer
+) -> Protocol:
+    """How all pictures are drawn; of pictures that are all given it knows no sampler."""
+    drawn = [source for source in sources if source.kind != "images"]
+    scales: list[Any] = settings.guidance_scales if drawn else [None]
+    sampling = None
+    if drawn:
+        sampling = Sampling(
+            sampler=settings.sampler,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=scales[-1],
+            resolution=settings.resolution or drawer.resolution(drawn[0]),
+            precision=precision_of(drawer.accelerator.mixed_precision),
+            prediction_scale=settings.prediction_scale,
+        )
+    images, seed = settings.images_per_prompt, settings.seed
+    return protocol_of(prompts, images_per_prompt=images, seed=seed, sampling=sampling, guidance_scales=scales)
 
 
 def _drawing(progress: Progress, name: str, scale: float | None, total: int) -> Callable[[int, str], None]:

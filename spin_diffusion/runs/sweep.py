@@ -20,7 +20,7 @@ from spin_diffusion.evaluation.evaluated import EvaluatedModel, SampleFolder, re
 from spin_diffusion.evaluation.features import Comparison, embed, measured
 from spin_diffusion.evaluation.prompt_sets import PromptSet, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
-from spin_diffusion.evaluation.records import DifferenceEntry, Protocol, SweepEntry
+from spin_diffusion.evaluation.records import DifferenceEntry, Protocol, SweepEntry, SweptSetting
 from spin_diffusion.evaluation.scorers import about
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
@@ -239,22 +239,23 @@ def sweep_models(
             baseline=None if source is baseline else baseline.name,
             num_selection=len(parts[SELECTION].rows),
             num_held_out=len(parts[HELD_OUT].rows),
-            settings=[
-                {
-                    "guidance_scale": sampling.guidance_scale,
-                    "num_inference_steps": sampling.num_inference_steps,
-                    "prediction_scale": sampling.prediction_scale,
-                    "passes": sampling.passes,
-                    "mean": mean,
-                }
-                for sampling, mean in zip(samplings, means[source], strict=True)
-            ],
+            settings=[_setting(*of) for of in zip(samplings, means[source], strict=True)],
             chosen=chosen[source],
             gain=_difference(judge, showing[source][1], showing[source][0]),
             to_baseline=None if source is baseline else _difference(judge, showing[source][1], showing[baseline][1]),
         )
         for source in models
     ]
+
+
+def _setting(sampling: Sampling, mean: float) -> SweptSetting:
+    return {
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "prediction_scale": sampling.prediction_scale,
+        "passes": sampling.passes,
+        "mean": mean,
+    }
 
 
 def _values(judge: Judge, drawn: Sequence[Drawn]) -> list[Any]:

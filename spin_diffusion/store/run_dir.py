@@ -16,7 +16,7 @@ import resource
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spin_diffusion.store.input_error import InputError, printable
@@ -26,6 +26,10 @@ PART, OLD = ".spin-part", ".spin-old"
 """Ends of the names of what is not complete yet, and of a folder that is being replaced. No user has such names."""
 MARKER = ".spin-diffusion.json"
 """The file by which a folder is known as this program's (`store.folder`)."""
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK
+"""Of every file, as open() makes it: safetensors makes files that only their owner can read."""
 held: dict[Path, int] = {}
 """Folders that are this process's until it ends, and the open markers by whose locks they are."""
 
@@ -61,6 +65,8 @@ def commit(path: Path) -> None:
     part = part_of(path)
     for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
         if file.is_file():
+            with suppress(PermissionError):  # of file systems without modes
+                file.chmod(_MODE)
             sync(file)
     if os.path.lexists(path) and path.is_dir() != part.is_dir():
         kinds = "a folder, and a file" if path.is_dir() else "a file, and a folder"
@@ -165,6 +171,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Write a folder through `write(part path)`, which is there and empty, and commit it."""
+    if part_of(path).is_dir():
+        shutil.rmtree(part_of(path))  # of a command that was killed
     make_folder(part_of(path))
     with writing(path):
         write(part_of(path))

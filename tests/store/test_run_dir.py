@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spin_diffusion.store import files, run_dir
 from spin_diffusion.store.input_error import InputError
@@ -36,6 +37,21 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_afterwards(tmp_pat
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("named") or replace(*paths))
     files.write_json(path, {"new": 1})
     assert events == [path.stat().st_ino, "named", tmp_path.stat().st_ino]
+
+
+def test_whoever_may_read_what_open_makes_may_read_every_file(tmp_path):
+    (tmp_path / "opened").write_text("")
+    files.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {})
+    run_dir.write_folder(tmp_path / "unet", lambda part: save_file({"x": torch.zeros(1)}, part / "b.safetensors"))
+    modes = {path.name: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 3 and len(set(modes.values())) == 1, modes
+
+
+def test_a_folder_has_nothing_of_a_command_that_was_killed_as_it_wrote_there(tmp_path):
+    run_dir.part_of(tmp_path / "unet").mkdir()
+    (run_dir.part_of(tmp_path / "unet") / "half").write_text("")
+    run_dir.write_folder(tmp_path / "unet", lambda part: (part / "whole").write_text(""))
+    assert [path.name for path in (tmp_path / "unet").iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
