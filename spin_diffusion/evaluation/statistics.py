@@ -26,12 +26,12 @@ class Interval:
     low: float
     high: float
 
-    def signed(self, decimals: int) -> str:
+    def signed(self, decimals: int, separator: str = " ") -> str:
         """The mean and its interval, each with its sign."""
         # Adding 0 makes a difference that rounds to nothing +0.00 and never -0.00.
         rounded = [round(value, decimals) + 0.0 for value in (self.mean, self.low, self.high)]
         mean, low, high = (f"{value:+.{decimals}f}" for value in rounded)
-        return f"{mean} [{low}, {high}]"
+        return f"{mean}{separator}[{low}, {high}]"
 
 
 def mean_interval(values_by_prompt: np.ndarray, confidence: float = 0.95) -> Interval:

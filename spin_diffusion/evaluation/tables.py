@@ -1,11 +1,13 @@
-"""Results in Markdown, in the terminal and in trackers: means and differences, and what is said below them."""
+"""Results in the terminal, in Markdown and in trackers: means and differences, and what is said below them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from spin_diffusion.evaluation.records import (
     IMAGES,
@@ -29,6 +31,7 @@ from spin_diffusion.evaluation.verdicts import verdict
 from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.store.run_dir import write_file
 
+_STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
 _CAPTION = "Bold: mean and wins are both beyond chance (adjusted over all tables)."
 _Cells = dict[tuple[str, Scale], tuple[AggregateEntry, ComparisonEntry | None]]
 """(model, guidance scale) -> the mean by one scorer, and the difference to the baseline, which itself has none."""
@@ -46,8 +49,30 @@ def _cells_of(results: Results) -> dict[str, _Cells]:
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """The tables of `as_markdown` in the terminal; a narrow one gets numbers and intervals on lines of their own."""
-    (console or Console()).print(Markdown(as_markdown(results)))
+    """One table per scorer: a line per model, for each guidance scale its mean and its difference to the baseline.
+
+    Bold and green is a difference that `verdict` calls improved, bold and red one that it calls regressed; bold alone
+    where neither is good (a drift score). A console too narrow for that gets the intervals on lines of their own, then
+    one table per guidance scale.
+    """
+    console = console or Console()
+    unlimited = console.options.update(max_width=10_000)
+    scales = guidance_scales(results["protocol"])
+    for scorer, cells in _cells_of(results).items():
+        layouts = [
+            [_rich_table(results, scorer, cells, part, separator) for part in parts]
+            for parts in ([scales], [[scale] for scale in scales])
+            for separator in (" ", "\n")
+        ]
+        fitting = (
+            tables
+            for tables in layouts
+            if all(Measurement.get(console, unlimited, table).maximum <= console.width for table in tables)
+        )
+        for table in next(fitting, layouts[-1]):
+            console.print(table)
+    if "distribution" in results and results["distribution"]["distances"]:
+        console.print(_distance_table(results["distribution"]))
 
 
 def direction_of(entry: DistanceEntry) -> int:
@@ -79,6 +104,28 @@ def _distance_rows(compared: DistributionEntry) -> dict[tuple[str, Scale], list[
     for entry in compared["distances"]:
         rows.setdefault((entry["model"], entry["guidance_scale"]), []).append(entry)
     return rows
+
+
+def _distance_table(compared: DistributionEntry) -> Table:
+    """A line per model and guidance scale; bold green and red where the interval of the difference excludes 0."""
+    decimals, rows = distance_decimals(compared["distances"]), _distance_rows(compared)
+    caption = (
+        "Lower is better for fd and kid, higher for the others. Coloured: the interval of the difference to the "
+        "baseline excludes 0."
+    )
+    title = Text(distribution_title(compared))
+    table = Table(title=title, caption=Text(caption), title_justify="left", caption_justify="left")
+    table.add_column("model")
+    table.add_column("guidance", justify="right")
+    for metric in decimals:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for (model, scale), entries in rows.items():
+        numbers = [
+            Text(f"{entry['value']:.{decimals[entry['metric']]}f}", _STYLES[False][direction_of(entry)])
+            for entry in entries
+        ]
+        table.add_row(Text(model), "given" if scale is None else f"{scale:g}", *numbers)
+    return table
 
 
 def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
@@ -114,9 +161,30 @@ def tell_table(results: Results, folder: Path) -> None:
         write_file(folder / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
 
 
+def _rich_table(results: Results, scorer: str, cells: _Cells, scales: Sequence[Scale], separator: str) -> Table:
+    """`separator` stands between a number and its interval: a line break makes columns half as wide."""
+    # Text and not str: rich would read the square brackets of a model's name as markup.
+    cells = {at: cell for at, cell in cells.items() if at[1] in scales}
+    title = Text(_title(results, scorer, cells))
+    table = Table(title=title, caption=Text(_CAPTION), title_justify="left", caption_justify="left")
+    table.add_column("model")
+    for scale in scales:
+        heading = modality_of(results["protocol"]).heading.format(scale_in_words(scale))
+        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("to baseline", justify="right", no_wrap=True)
+    drifts = any(entry["name"] == scorer and entry["role"] == "drift" for entry in results["scorers"])
+    decimals = _decimals(cells)
+    for model in dict.fromkeys(model for model, _ in cells):
+        row = [Text(model)]
+        for mean, compared in (cells[model, scale] for scale in scales):
+            row.append(Text(_mean(mean, decimals, separator)))
+            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][_direction(compared)]))
+        table.add_row(*row)
+    return table
+
+
 def as_markdown(results: Results) -> str:
-    """One table per scorer: a line per model and guidance scale with its mean, its difference to the baseline, wins,
-    ties and losses, and the p-value. Bold is a difference that `verdict` calls improved or regressed."""
+    """One table per scorer with everything `print_table` shows, and wins, ties, losses and p-values."""
     parts = []
     columns = modality_of(results["protocol"]).columns
     for scorer, cells in _cells_of(results).items():
@@ -125,13 +193,13 @@ def as_markdown(results: Results) -> str:
         parts += [f"**{_escaped(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
         parts.append(f"|---|{'---:|' * (len(head) - 1)}")
         for (model, scale), (mean, compared) in cells.items():
-            difference, counts, p = _difference(compared, decimals), "", ""
+            difference, counts, p = _difference(compared, decimals, " "), "", ""
             if compared is not None:
                 difference = f"**{difference}**" if _direction(compared) else difference
                 counts = f"{compared['wins']} / {compared['ties']} / {compared['losses']}"
                 p = "< 0.001" if compared["p_holm"] < 0.001 else f"{compared['p_holm']:.3f}"
             at = [scale_in_words(scale).removeprefix("guidance ") for _ in columns]
-            row = [_escaped(model), *at, _mean(mean, decimals), difference, counts, p]
+            row = [_escaped(model), *at, _mean(mean, decimals, " "), difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
         note = f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm."
         parts += ["", note, ""]
@@ -203,14 +271,14 @@ def _title(results: Results, scorer: str, cells: _Cells) -> str:
     return f"{scorer}: {', '.join(sizes)}, 95 % t-intervals over prompts, seeds shared"
 
 
-def _mean(mean: AggregateEntry, decimals: int) -> str:
-    return f"{mean['mean']:.{decimals}f} [{mean['low']:.{decimals}f}, {mean['high']:.{decimals}f}]"
+def _mean(mean: AggregateEntry, decimals: int, separator: str) -> str:
+    return f"{mean['mean']:.{decimals}f}{separator}[{mean['low']:.{decimals}f}, {mean['high']:.{decimals}f}]"
 
 
-def _difference(compared: ComparisonEntry | None, decimals: int) -> str:
+def _difference(compared: ComparisonEntry | None, decimals: int, separator: str) -> str:
     if compared is None:
         return "baseline"
-    return Interval(compared["difference"], compared["low"], compared["high"]).signed(decimals)
+    return Interval(compared["difference"], compared["low"], compared["high"]).signed(decimals, separator)
 
 
 def _direction(compared: ComparisonEntry | None) -> int:

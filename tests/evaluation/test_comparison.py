@@ -149,12 +149,12 @@ def test_a_model_that_equals_the_baseline_ties_everywhere() -> None:
     assert "+0.0" in text and "-0.0" not in text and "**+" not in text
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_every_model_and_number_is_printed_at_any_width(width: int) -> None:
     text = printed(results_of(made_up(("pickscore", "sharpness"))), width)
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     words = " ".join(text.split())
-    for wanted in (*EFFECTS, "pickscore: 40 prompts x 2 images", "sharpness:", "guidance", "7.5", "seeds"):
+    for wanted in (*EFFECTS, "pickscore: 40 prompts x 2 images", "sharpness:", "guidance 1", "guidance 7.5", "seeds"):
         assert wanted in words
     assert "\u2026" not in text, "nothing may be cut"
     assert text.count("[+") >= 4 and text.count("[-") >= 4
@@ -163,7 +163,7 @@ def test_every_model_and_number_is_printed_at_any_width(width: int) -> None:
 def test_a_wide_console_shows_one_line_per_model() -> None:
     text = printed(results_of(made_up()), 200)
     line = next(line for line in text.splitlines() if "round 1" in line)
-    assert line.count("[") == 2
+    assert line.count("[") == 4
 
 
 def test_what_is_bold_is_what_the_verdict_calls_significant() -> None:
@@ -182,12 +182,13 @@ def test_what_is_bold_is_what_the_verdict_calls_significant() -> None:
     assert "**+" not in as_markdown(found) and "**-" not in as_markdown(found)
 
 
-def test_in_the_terminal_too() -> None:
+def test_colours_follow_the_verdict() -> None:
     text = printed(results_of(made_up(scales=(7.5,))), 200, force_terminal=True)
-    bold = "\x1b[1m"
-    lines = {name: next(line for line in text.splitlines() if f"\x1b[0m{name} " in line) for name in EFFECTS}
-    assert bold + "+" in lines["round 1"] and bold + "-" in lines["round 2"]
-    assert not any(f"{bold}{sign}" in lines[name] for name in ("sft", "base") for sign in "+-")
+    green, red = "\x1b[1;32m", "\x1b[1;31m"
+    lines = {name: next(line for line in text.splitlines() if name in line) for name in EFFECTS}
+    assert green + "+" in lines["round 1"] and red not in lines["round 1"]
+    assert red + "-" in lines["round 2"] and green not in lines["round 2"]
+    assert not any(colour in lines[name] for name in ("sft", "base") for colour in (green, red))
 
 
 def test_brackets_and_bars_in_names_stay_what_they_are() -> None:
@@ -207,7 +208,7 @@ def test_markdown_tables_have_as_many_cells_as_columns() -> None:
 
 def test_no_comparison_prints_nothing() -> None:
     nothing = results_of({})
-    assert nothing["comparisons"] == [] and as_markdown(nothing) == "" and printed(nothing, 80).strip() == ""
+    assert nothing["comparisons"] == [] and as_markdown(nothing) == "" and printed(nothing, 80) == ""
 
 
 @pytest.mark.parametrize(
