@@ -54,7 +54,7 @@ def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) ->
         raise InputError(f"{flag} is the --output_dir: give another --output_dir, or leave it out to go on there")
     if not run.is_dir() or not check_folder(run, program, "--continue_from"):
         raise InputError(f"{flag}: there is no run: give the --output_dir of one")
-    if _player_of(run) is None or not (run / "manifest.json").is_file():
+    if player_of(run) is None or not (run / "manifest.json").is_file():
         raise InputError(f"{flag}: it has no promoted round yet: let it finish one, or start from its base")
     before = saved_settings(run / "config.yaml")
     keys = _SAME + (_SAME_ADAPTER if settings.get("use_lora") else ())
@@ -71,7 +71,7 @@ def take_over(settings: Mapping[str, Any], output_dir: Path) -> None:
     if settings["continue_from"] is None or (output_dir / START / _FROM).is_file():
         return
     run = Path(settings["continue_from"])
-    player = _player_of(run)
+    player = player_of(run)
     assert player is not None, "check_origin has looked"
     begun = read_json(run / "manifest.json", _Begun, "run its command again")
     for source, target in ((player, output_dir / START / player.name), (run / "base", output_dir / "base")):
@@ -93,7 +93,7 @@ def origin_of(output_dir: Path, base_weights: str) -> Origin | None:
     if not (output_dir / START / _FROM).is_file():
         return None
     origin = read_json(output_dir / START / _FROM, Origin, f"delete {output_dir / START}")
-    player = _player_of(output_dir / START)
+    player = player_of(output_dir / START)
     if player is None or place_hash(player) != origin["player"]:
         raise InputError(f"{output_dir / START} is not the player that was copied from {origin['run']}: restore it")
     if origin["base_weights"] != base_weights:
@@ -109,5 +109,6 @@ def start_of(output_dir: Path) -> Path:
     return output_dir / START if (output_dir / START / _FROM).is_file() else Path()
 
 
-def _player_of(folder: Path) -> Path | None:
+def player_of(folder: Path) -> Path | None:
+    """The folder of the player of a run or of one of its rounds; None = there is none yet."""
     return next((folder / name for name in _PLAYERS if (folder / name).is_dir()), None)

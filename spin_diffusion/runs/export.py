@@ -1,6 +1,7 @@
 """training/export.py: what a run made, in the form that another program reads."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +16,18 @@ from spin_diffusion.diffusion.model_sources import ModelSource, source_at
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
 from spin_diffusion.llm.base import ADAPTER_CONFIG, LanguageBase, load_language_model
+from spin_diffusion.runs.continuing import player_of
 from spin_diffusion.runs.start import quiet_libraries
-from spin_diffusion.store.files import read_json, tensors_hash, weights_hash, write_json
+from spin_diffusion.store.files import read_if_whole, read_json, tensors_hash, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
-from spin_diffusion.store.input_error import InputError, one_line, printable
+from spin_diffusion.store.input_error import InputError, one_line, open_regular, printable
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.run_dir import file_hash, write_file
+from spin_diffusion.store.run_dir import file_hash, remove_files, write_file, write_folder
 
 Format = Literal["diffusers", "kohya", "single_file", "unet_file"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-PROGRAM = "export"
+IMAGE_PLAYERS, LANGUAGE_PLAYERS = ("unet", "lora"), ("adapter", "model")
+PROGRAM, MANIFEST, ABOUT = "export", "manifest.json", "export.json"
 ORIGIN = "spin_diffusion.run"
 """Key of a file's metadata that every export has, and by which one is known: the run that it was made of."""
 
@@ -55,9 +58,10 @@ class Export:
 
     @property
     def place(self) -> Path:
-        """Where it is written."""
+        """Where it is written; a link is its user's, and stays."""
         name = self.title if self.form == "diffusers" else f"{self.title}-{self.form}.safetensors"
-        return self.output or self.run / "export" / name
+        place = self.output or self.run / "export" / name
+        return place.resolve() if place.is_symlink() else place
 
 
 def export(what: Export) -> Path:
@@ -67,14 +71,12 @@ def export(what: Export) -> Path:
         InputError: no such run or round, a form that its player does not have, or something of somebody else's in the
             place.
     """
-    folder = what.run if what.round is None else what.run / f"round-{what.round}"
-    source = source_at("export", str(folder), str(folder), Base(str(folder)))
-    if source.kind != "round" or source.base is None:
-        raise InputError(f"{printable(folder)} is no run and no round of one: give the --output_dir of a run")
+    player = _player_of(what.run, what.round, IMAGE_PLAYERS)
+    source = source_at("export", str(player), str(player), Base(str(player)))
+    assert source.base is not None
     if what.form == "kohya" and source.lora is None:
         raise InputError(
-            f"--format kohya is of adapters, and the player in {printable(folder)} is a whole UNet: give unet_file or "
-            "single_file"
+            f"--format kohya is of adapters, and {printable(player)} is a whole UNet: give unet_file or single_file"
         )
     if not math.isfinite(what.strength):
         raise InputError(f"--strength {what.strength} must be a number: 1 is the player, 0 the base")
@@ -86,7 +88,7 @@ def export(what: Export) -> Path:
     said = {
         "modelspec.title": what.title,
         ORIGIN: what.run.resolve().name,
-        "spin_diffusion.manifest": file_hash(what.run / "manifest.json"),
+        "spin_diffusion.manifest": file_hash(what.run / MANIFEST),
         "spin_diffusion.round": "last promoted" if what.round is None else str(what.round),
         "spin_diffusion.strength": f"{what.strength:g}",
     }
@@ -98,9 +100,7 @@ def export(what: Export) -> Path:
     made.unet.to(memory_format=torch.contiguous_format)  # which files are in
     said["spin_diffusion.weights"] = weights_hash(made.unet)
     if what.form == "diffusers":
-        take_folder(what.place, PROGRAM, "-o", inside=True)
-        made.to(DTYPES[what.dtype]).save_pretrained(what.place)
-        write_json(what.place / "export.json", said)
+        _write_folder(what.place, made.to(DTYPES[what.dtype]).save_pretrained, said)
     else:
         write = write_single_file if what.form == "single_file" else write_unet_file
         write(what.place, made, DTYPES[what.dtype], model_spec(family, made.unet, prediction_type, resolution) | said)
@@ -122,21 +122,66 @@ def export_merged(run: Path, round_: int | None, dtype: str, strength: float, ou
     if strength != 1:
         raise InputError(f"--strength {strength:g} is of image runs: leave it out with --merge")
     what = Export(run, round_, "diffusers", dtype, strength, output)
-    adapter = (run if round_ is None else run / f"round-{round_}") / "adapter"
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        whole = adapter.with_name("model")
-        remedy = f"{printable(whole)} has all weights" if whole.is_dir() else "give the --output_dir of a language run"
-        raise InputError(f"--merge: there is no adapter {printable(adapter)}: {remedy}")
+    player = _player_of(run, round_, LANGUAGE_PLAYERS)
+    if not (player / ADAPTER_CONFIG).is_file():
+        raise InputError(f"--merge is of adapters, and {printable(player)} has all weights: use it as it is")
     _check_place(what)
     quiet_libraries()
     trusted = bool(_settings_of(run).get("trust_remote_code"))
-    model, tokenizer = load_language_model(LanguageBase(str(adapter), trust_remote_code=trusted))
+    model, tokenizer = load_language_model(LanguageBase(str(player), trust_remote_code=trusted))
     said = {ORIGIN: run.resolve().name, "spin_diffusion.weights": weights_hash(model)}
-    take_folder(what.place, PROGRAM, "-o", inside=True)
-    model.to(DTYPES[dtype]).save_pretrained(what.place)
-    tokenizer.save_pretrained(what.place)
-    write_json(what.place / "export.json", said)
+
+    def save(folder: Path) -> None:
+        model.to(DTYPES[dtype]).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    _write_folder(what.place, save, said)
     return what.place
+
+
+def _player_of(run: Path, round_: int | None, kinds: Sequence[str]) -> Path:
+    """The folder of a player's weights.
+
+    Args:
+        round_: whose; None = the last promoted one's.
+        kinds: names that it may have.
+
+    Raises:
+        InputError: no such run or round, or a run of another kind.
+    """
+    if not (run / MANIFEST).is_file():
+        raise InputError(
+            f"{printable(run)} is no run (it has no {MANIFEST}): give the --output_dir of one, and a round by --round"
+        )
+    player = player_of(run if round_ is None else run / f"round-{round_}")
+    if player is None:
+        rounds = sorted(path.name for path in run.glob("round-*") if player_of(path) is not None)
+        lacking = "no round was promoted yet" if round_ is None else f"there is no player of round {round_}"
+        raise InputError(f"{printable(run)}: {lacking} (there are {', '.join(rounds) or 'none'})")
+    if player.name not in kinds:
+        right = "--format, and without --merge" if kinds == LANGUAGE_PLAYERS else "--merge, and without --format"
+        raise InputError(f"{printable(player)} is a model of another kind: export it with {right}")
+    return player
+
+
+def _write_folder(place: Path, save: Callable[[Path], object], said: Mapping[str, str]) -> None:
+    """Write a folder and what it says of itself, whole; of an earlier export there nothing stays, of its user all does.
+
+    Args:
+        save: writes into an empty folder.
+    """
+    take_folder(place, PROGRAM, "-o", inside=True)
+    earlier = read_if_whole(place / ABOUT) or {}
+
+    def write(part: Path) -> None:
+        save(part)
+        files = sorted(path.relative_to(part).as_posix() for path in part.rglob("*") if path.is_file())
+        write_json(part / ABOUT, {**said, "files": files})
+        # Such as the shards of larger weights, which would be loaded instead of the new ones
+        stale = set(earlier.get("files", ())) - set(files)
+        remove_files(place, stale.__contains__)
+
+    write_folder(place, write)
 
 
 def _write_adapter(what: Export, source: ModelSource, pipeline: Any, kohya: KohyaForm, said: dict[str, str]) -> None:
@@ -161,6 +206,7 @@ def _check_place(what: Export) -> None:
         check_folder(place, PROGRAM, "-o", inside=True)
     elif place.exists():
         try:
+            open_regular(place).close()
             with safe_open(place, framework="pt") as file:
                 is_export = ORIGIN in (file.metadata() or {})
         except (SafetensorError, OSError) as error:

@@ -4,12 +4,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spin_diffusion.store.files import write_json
 from tests.llm.test_base import BASE, adapter
 from tests.runs.test_export import export
 
 
 def test_a_merged_adapter_answers_as_it_does_on_its_base(tmp_path, capsys):
     adapter(tmp_path / "run" / "adapter")
+    write_json(tmp_path / "run" / "manifest.json", {})
     assert export(tmp_path / "run", "--merge", "--dtype", "fp32") == 0
     place = tmp_path / "run" / "export" / "run"
     merged = AutoModelForCausalLM.from_pretrained(place).eval()
@@ -22,6 +24,8 @@ def test_a_merged_adapter_answers_as_it_does_on_its_base(tmp_path, capsys):
     text = "the fox and the hen"
     assert AutoTokenizer.from_pretrained(place)(text) == AutoTokenizer.from_pretrained(BASE)(text)
     assert export(tmp_path / "elsewhere", "--merge") == 2
-    assert "there is no adapter" in capsys.readouterr().err
+    assert "is no run" in capsys.readouterr().err
+    assert export(tmp_path / "run", "--format", "kohya") == 2
+    assert "export it with --merge" in capsys.readouterr().err
     assert export(tmp_path / "run", "--merge", "--strength", 0.7) == 2
     assert "--strength 0.7 is of image runs" in capsys.readouterr().err

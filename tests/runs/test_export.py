@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.lora import PLAYER
-from spin_diffusion.store.files import write_json
-from spin_diffusion.store.run_dir import file_hash
+from spin_diffusion.store.files import read_json, write_json
+from spin_diffusion.store.run_dir import file_hash, file_hashes
 from tests.diffusion.test_lora import LORA, move, prediction
 from tests.playing import make_game
 
@@ -101,12 +101,45 @@ def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_pat
         ((*of_round, "unet_file", "-o", tmp_path / "text.safetensors"), "is there and is no export"),
         ((*of_round, "diffusers", "-o", tmp_path / "folder"), "somebody else's"),
         ((*of_round, "kohya"), "give unet_file or single_file"),
-        (("--round", 3, "--format", "unet_file"), "does not exist"),
+        ((*of_round, "unet_file", "-o", tmp_path / "folder"), "is a folder"),
+        (("--round", 3, "--format", "unet_file"), "there is no player of round 3 (there are round-2)"),
+        (("--format", "unet_file"), "no round was promoted yet"),
+        (("--round", 2, "--merge"), "export it with --format"),
         ((*of_round, "unet_file", "--strength", "nan"), "--strength nan must be a number"),
     ]:
         assert export(tmp_path / "run", *words) == 2
         error = capsys.readouterr().err.strip()
         assert said in error and "\n" not in error, error
+    assert export(tmp_path / "run" / "round-2", "--format", "unet_file") == 2
+    assert "is no run" in capsys.readouterr().err
     assert all(path.read_bytes() == data for path, data in before.items())
     for _ in range(2):  # an own one is replaced
         assert export(tmp_path / "run", *of_round, "unet_file", "-o", tmp_path / "own.safetensors") == 0
+
+
+def test_a_folder_is_an_earlier_export_or_the_new_one_and_its_users_files_stay(sd1_dir, tmp_path, monkeypatch):
+    a_run(sd1_dir, tmp_path / "run")
+    place = tmp_path / "link"
+    place.symlink_to(tmp_path / "pipeline")
+    (tmp_path / "pipeline").mkdir()
+    words = ("--round", 2, "--format", "diffusers", "-o", place)
+    assert export(tmp_path / "run", *words) == 0
+    (place / "notes.txt").write_text("mine")
+    index = place / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text("of the shards of larger weights")
+    about = read_json(place / "export.json")
+    write_json(place / "export.json", about | {"files": [*about["files"], f"unet/{index.name}"]})
+    hashes = file_hashes([place], place)
+
+    def killed(self, folder, **options):
+        (folder / "model_index.json").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionPipeline, "save_pretrained", killed)
+        assert export(tmp_path / "run", *words) == 130
+    assert file_hashes([place], place) == hashes
+    assert export(tmp_path / "run", *words, "--dtype", "fp32") == 0
+    assert DiffusionPipeline.from_pretrained(place) is not None and not index.exists()
+    assert place.is_symlink() and (place / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "link", "pipeline"}
