@@ -103,8 +103,8 @@ def _read(file: Path, where: str) -> Mapping[str, Tensor]:
             "checkpoint and start from that"
         )
     matrices = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    if not matrices or not all("lora" in name for name in matrices):
-        raise InputError(f"{where} is no LoRA: its tensors are called {printable(next(iter(tensors), 'nothing'))}, say")
+    if odd := next((name for name in matrices if "lora" not in name), None if matrices else "no tensors"):
+        raise InputError(f"{where} is no LoRA (it has {printable(odd)}): give the file of one")
     if odd := next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None):
         raise InputError(f"{where}: {printable(odd)} has numbers that are not finite (NaN or infinity): get it again")
     return matrices

@@ -37,6 +37,8 @@ class ModelSource:
     """Folder of a round's LoRA adapter, relative to the base."""
     strength: float = 1.0
     """How far a round is gone from its base to its player."""
+    base_hash: str | None = None
+    """Of the UNet's weights of a round's base, when it was trained; None = nobody recorded it."""
 
 
 def read_source(
@@ -86,12 +88,12 @@ def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
         if (folder / "model_index.json").is_file():
             return whole
         if (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "config.json").is_file():
-            return ModelSource(name, path, "round", _base_of(folder), folder)
+            return _round_at(name, path, unet=folder)
         if (folder / "unet" / "config.json").is_file():
-            return ModelSource(name, path, "round", _base_of(folder), folder / "unet")
+            return _round_at(name, path, unet=folder / "unet")
         for place in (folder, folder / "lora"):
             if (place / LORA_WEIGHTS).is_file():
-                return ModelSource(name, path, "round", _base_of(folder), lora=place)
+                return _round_at(name, path, lora=place)
         if any(is_image(file) for file in list_files(folder).files):
             return ModelSource(name, path, "images", None)
         raise InputError(
@@ -114,6 +116,7 @@ class _BaseInManifest(TypedDict):
     config: NotRequired[str | None]
     lora: NotRequired[str | None]
     """Earlier versions knew no single files, and no adapters to start from."""
+    weights: NotRequired[str]
 
 
 class _WithBase(TypedDict):
@@ -122,8 +125,9 @@ class _WithBase(TypedDict):
     base: _BaseInManifest
 
 
-def _base_of(folder: Path) -> Base:
-    """The base of a round, from the manifest of its run: in the folder or up to three above it."""
+def _round_at(name: str, path: str, unet: Path | None = None, lora: Path | None = None) -> ModelSource:
+    """A round, whose base the manifest of its run names: in the folder or up to three above it."""
+    folder = Path(path)
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():
             try:
@@ -133,13 +137,13 @@ def _base_of(folder: Path) -> Base:
             base = Base(
                 names["name"], names["revision"], names["variant"], names["vae"], names.get("config"), names.get("lora")
             )
-            for path in base.places:
-                if path is not None and is_local(path) and not Path(path).exists():
+            for given in base.places:
+                if given is not None and is_local(given) and not Path(given).exists():
                     raise InputError(
-                        f"{folder} was trained from {path}, which is not there: run this where the run was started, or "
-                        "put it there"
+                        f"{folder} was trained from {given}, which is not there: run this where the run was started, "
+                        "or put it there"
                     )
-            return base
+            return ModelSource(name, path, "round", base, unet, lora, base_hash=names.get("weights"))
     raise InputError(
         f"{folder} has a UNet or an adapter but no run's manifest.json above it that names its base: evaluate it "
         "in its run"

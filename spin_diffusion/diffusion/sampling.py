@@ -20,7 +20,8 @@ from spin_diffusion.diffusion.lora import load_adapter
 from spin_diffusion.diffusion.parts import Part, load_unet
 from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.device import autocast_dtype, sent
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.files import weights_hash
+from spin_diffusion.store.input_error import InputError, printable
 
 SAMPLERS: dict[str, Callable[[Mapping[str, object]], Any]] = {
     # Latents are not confined to [-1, 1]: DDIM clips them unless told otherwise
@@ -43,7 +44,13 @@ def sampling_pipeline(pipeline: Any, unet: UNet2DConditionModel, sampler: str) -
 
 
 def drawing_pipeline(
-    pipeline: Any, sampler: str, *, unet: Path | None = None, lora: Path | None = None, strength: float | None = None
+    pipeline: Any,
+    sampler: str,
+    *,
+    unet: Path | None = None,
+    lora: Path | None = None,
+    strength: float | None = None,
+    base_hash: str | None = None,
 ) -> Any:
     """A base's pipeline with another sampler, and with a saved UNet or adapter where one is given. The base's own UNet
     stays as it is.
@@ -52,9 +59,18 @@ def drawing_pipeline(
         unet, lora: folders as a round saves them.
         strength: how far to go from the base to the player, whose adapter is fused then: base + strength (player -
             base). None = the player as it is, at 1.
+        base_hash: of the UNet's weights of the base that a saved UNet was trained from; an adapter knows its own.
+
+    Raises:
+        InputError: the base is another than the one that the player goes from, or the player cannot be read.
     """
     network = pipeline.unet if unet is None else load_unet(Part(unet, str(unet)))
     if unet is not None and strength is not None:
+        if base_hash not in (None, found := weights_hash(pipeline.unet)):
+            raise InputError(
+                f"{printable(unet)} was trained from another base (hash {str(base_hash)[:12]}, this one has "
+                f"{found[:12]}): put that base back"
+            )
         _go_from(pipeline.unet, network, strength)
     if lora is not None:
         network = copy.deepcopy(network)

@@ -39,7 +39,12 @@ class Drawer:
         self._load(source)
         strength = source.strength if source.strength != 1 else None
         pipeline = drawing_pipeline(
-            self.pipeline, self.settings.sampler, unet=source.unet, lora=source.lora, strength=strength
+            self.pipeline,
+            self.settings.sampler,
+            unet=source.unet,
+            lora=source.lora,
+            strength=strength,
+            base_hash=source.base_hash,
         )
         digest = weights_hash(pipeline.unet)
         batch_size = self.settings.generation_batch_size

@@ -96,7 +96,14 @@ def export(what: Export) -> Path:
         kohya = KohyaForm.of(family, pipeline.unet, prediction_type, resolution)
         _write_adapter(what, source, pipeline, kohya, said)
         return what.place
-    made = drawing_pipeline(pipeline, "checkpoint", unet=source.unet, lora=source.lora, strength=what.strength)
+    made = drawing_pipeline(
+        pipeline,
+        "checkpoint",
+        unet=source.unet,
+        lora=source.lora,
+        strength=what.strength,
+        base_hash=source.base_hash,
+    )
     made.unet.to(memory_format=torch.contiguous_format)  # which files are in
     said["spin_diffusion.weights"] = weights_hash(made.unet)
     if what.form == "diffusers":

@@ -35,7 +35,7 @@ def a_run(base, folder, lora=None):
             for parameter in game.player.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     game.save(folder / "round-2", prove=False)
-    write_json(folder / "manifest.json", {"base": Base.of(str(base)).as_dict()})
+    write_json(folder / "manifest.json", {"base": Base.of(str(base)).as_dict() | {"weights": game.base_hash}})
     return game
 
 
@@ -113,6 +113,11 @@ def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_pat
     assert export(tmp_path / "run" / "round-2", "--format", "unet_file") == 2
     assert "is no run" in capsys.readouterr().err
     assert all(path.read_bytes() == data for path, data in before.items())
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    write_json(tmp_path / "run" / "manifest.json", {"base": manifest["base"] | {"weights": "of another base"}})
+    assert export(tmp_path / "run", *of_round, "unet_file", "--strength", 0.7) == 2
+    assert "was trained from another base" in capsys.readouterr().err
+    write_json(tmp_path / "run" / "manifest.json", manifest)
     for _ in range(2):  # an own one is replaced
         assert export(tmp_path / "run", *of_round, "unet_file", "-o", tmp_path / "own.safetensors") == 0
 
