@@ -127,13 +127,14 @@ class _WithBase(TypedDict):
 
 def _round_at(name: str, path: str, unet: Path | None = None, lora: Path | None = None) -> ModelSource:
     """A round, whose base the manifest of its run names: in the folder or up to three above it."""
-    folder = Path(path)
+    folder, unread = Path(path), ""
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():
             try:
                 names = read_json(place / "manifest.json", _WithBase)["base"]
-            except Damaged:
-                continue  # another program's, an earlier version's, or a run's that lost it
+            except Damaged as error:  # or another program's, or an earlier version's
+                unread = f" ({str(error).rpartition(': ')[0]})"
+                continue
             base = Base(
                 names["name"], names["revision"], names["variant"], names["vae"], names.get("config"), names.get("lora")
             )
@@ -145,8 +146,8 @@ def _round_at(name: str, path: str, unet: Path | None = None, lora: Path | None 
                     )
             return ModelSource(name, path, "round", base, unet, lora, base_hash=names.get("weights"))
     raise InputError(
-        f"{folder} has a UNet or an adapter but no run's manifest.json above it that names its base: evaluate it "
-        "in its run"
+        f"{folder} has a UNet or an adapter but no run's manifest.json above it that names its base{unread}: "
+        "put it back into its run"
     )
 
 
