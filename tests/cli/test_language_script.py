@@ -80,7 +80,7 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     for folder in (out / "round-1", out / "compare-sft" / "round-2"):
         ledger = read_json(folder / "round.json")["ledger"]
         for phase in ("generated", "cached", "trained") if folder.parent == out else ("trained",):
-            assert ledger[phase]["flops"] > 1e6 and 0 < ledger[phase]["matrix_share"] < 1, phase
+            assert ledger[phase]["seconds"] > 0 and ledger[phase]["samples"] > 0, phase
     measures = {(measure["model"], measure["name"]) for measure in results["measures"]}
     assert {
         ("base", "held_out_nll"),

@@ -9,7 +9,6 @@ from PIL import Image
 from spin_diffusion.diffusion.cost import RoundWork, UnitCosts, generation_flops, phase_flops
 from spin_diffusion.diffusion.images import crop, encode_pixels, mirrored_frame, to_pixels
 from spin_diffusion.store.pictures import open_picture
-from tests.diffusion.test_caches import shared
 from tests.diffusion.test_game import batch_of
 from tests.playing import examples, make_game, play_all
 
@@ -72,17 +71,6 @@ def test_r_is_zero_at_the_start_and_kept_scores_are_of_the_same_orientation(sdxl
     assert scores.r_real.abs().max() <= 1e-6
     real, generated = game.scores_at_draws(batch)
     assert torch.allclose(real, scores.opponent_real) and torch.allclose(generated, scores.opponent_generated)
-
-
-def test_the_shared_cache_tells_the_orientations_apart(sdxl_dir, tmp_path):
-    game = shared(sdxl_dir, tmp_path)
-    rows = list(game.real_rows(examples(3)))
-    as_is = game.encode(rows)["latents"]
-    game.images = replace(game.images, random_flip=True)
-    for _ in range(2):  # encoded, then found
-        both = game.encode(rows)
-        assert torch.equal(both["latents"], as_is) and not torch.equal(both["mirrored_latents"], as_is)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("objective", ["spin", "dpo"])

@@ -152,7 +152,7 @@ def colours(pictures: list[Image.Image]) -> np.ndarray:
 
 
 def test_by_distance_the_step_is_promoted_whose_pictures_are_nearest_to_the_held_out_ones(
-    by_distance, tiny_prompts, tmp_path, monkeypatch, capsys
+    by_distance, tiny_prompts, tmp_path, monkeypatch, whole_charts, capsys
 ):
     by_distance |= {"validation_prompts": tiny_prompts, "validation": {"max_prompts": 2}}
     out = play(by_distance)
