@@ -24,7 +24,7 @@ plateau: install
 compare-toy: install
 	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/compare_toy.yaml --jobs 2
 
-## Fine-tuning, SPIN and SPACE round by round on two bases, three seeds; in runs/rounds-toy
+## Fine-tuning, SPIN, SPACE and DDO over twenty rounds on the toy world's plateau, five seeds; in runs/rounds-toy
 rounds-toy: install
 	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/rounds_toy.yaml --jobs 2
 
