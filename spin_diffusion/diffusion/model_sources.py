@@ -38,7 +38,7 @@ class ModelSource:
     strength: float = 1.0
     """How far a round is gone from its base to its player."""
     base_hash: str | None = None
-    """Of the UNet's weights of a round's base, when it was trained; None = nobody recorded it."""
+    """Hash of the weights of the UNet of a round's base, as it was trained; None = nobody recorded it."""
 
 
 def read_source(

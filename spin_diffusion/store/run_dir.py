@@ -29,7 +29,7 @@ MARKER = ".spin-diffusion.json"
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 _MODE = 0o666 & ~_UMASK
-"""Of every file, as open() makes it: safetensors makes files that only their owner can read."""
+"""Mode of every file, as open() makes it: safetensors makes files that only their owner can read."""
 held: dict[Path, int] = {}
 """Folders that are this process's until it ends, and the open markers by whose locks they are."""
 
