@@ -19,7 +19,6 @@ from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import (
-    ELSEWHERE,
     Damaged,
     commit,
     file_hashes,
@@ -95,12 +94,12 @@ class Checkpoints:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> tuple[int, health.History, SelectionState | None]:
-        """Take up the newest checkpoint, if there is one: its step (or 0), log and judgements.
+    def load(self, wanted: str) -> tuple[int, health.History, SelectionState | None]:
+        """Take up the wanted checkpoint, if there is one: its step (or 0), log and judgements.
 
-        Where it is not what was written the one before it is taken, which is said.
+        Where the newest is wanted and is not what was written, the one before it is taken, which is said.
         """
-        path = first_whole(_checkpoints(self.directory)[::-1], self.accelerator)
+        path = first_whole(_wanted_checkpoints(self.directory, wanted), self.accelerator, stop=wanted != "latest")
         if path is None:
             return 0, [], None
         state = read_json(path / _TRAINER, _State)
@@ -193,22 +192,45 @@ def _checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
 
 
-def first_whole(folders: list[Path], accelerator: Accelerator) -> Path | None:
+def _wanted_checkpoints(directory: Path, wanted: str) -> list[Path]:
+    """Those that may be taken up, the best first."""
+    found = _checkpoints(directory)
+    if wanted == "latest":
+        return found[::-1]
+    named = [path for path in found if path.name == Path(wanted).name]
+    if found and not named:
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: {directory} has {', '.join(path.name for path in found)}; "
+            "give one of these, or latest"
+        )
+    return named
+
+
+def first_whole(folders: list[Path], accelerator: Accelerator, stop: bool = False) -> Path | None:
     """The first of the folders of which every byte is as it was written; all processes take the one that the main one
-    finds. Those that are not are said."""
+    finds. Those that are not are said.
+
+    Args:
+        stop: raise Damaged instead.
+    """
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
         for path in folders:
             try:
-                listed = read_json(path / _HASHES, dict[str, str])
+                listed = read_json(path / _HASHES, dict[str, str], _ANOTHER)
                 if not listed:
-                    raise Damaged(path / _HASHES, "it lists no files", ELSEWHERE)
-                verify_hashes(listed, path)
+                    raise Damaged(path / _HASHES, "it lists no files", _ANOTHER)
+                verify_hashes(listed, path, _ANOTHER)
                 found = [path]
                 break
             except Damaged as error:
+                if stop:
+                    raise
                 tell(f"{str(error).rpartition(': ')[0]}: the round goes on from what it kept before, or from its start")
     return broadcast_object_list(found)[0]
+
+
+_ANOTHER = "give another --resume_from_checkpoint, or latest"
 
 
 def remove_checkpoints(directory: Path) -> None:

@@ -74,7 +74,7 @@ def train(
     per_step = check_batch(len(pairs.ids), settings, game.accelerator.num_processes)
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
-    first_step, history, judged = checkpoints.load()
+    first_step, history, judged = checkpoints.load(settings.resume_from_checkpoint)
     selection = Selection(directory, trainee, average, watch.judge, judged) if watch.judge is not None else None
     looks = Looks(watch, directory, trainee, plan.name, settings.select_every or 1, selection)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate

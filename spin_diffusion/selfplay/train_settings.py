@@ -110,6 +110,8 @@ class TrainSettings(Settings):
     features of --distribution_features. A round of which no step is better than its start is rejected."""
     checkpointing_steps: int = setting(500, minimum=1, harmless=True)
     """Optimizer steps between checkpoints within a round."""
+    resume_from_checkpoint: str = setting("latest", harmless=True)
+    """latest, or the name of a checkpoint of the round in training (checkpoint-500)."""
     health: HealthSettings = HealthSettings()
     """What is done (ignore, warn, stop, roll_back) when a round goes wrong, and beyond which limit: by rule an action,
     a limit or both, as in "{forgetting: stop, distance: 0.3, saturation: [stop, 0.5]}"."""

@@ -27,7 +27,6 @@ REPLACED = {
     "adam_beta1": "give --adam_betas '[FIRST, SECOND]'",
     "adam_beta2": "give --adam_betas '[FIRST, SECOND]'",
     "checkpoints_total_limit": "the two newest checkpoints of a round are kept",
-    "resume_from_checkpoint": "the same command goes on from the newest checkpoint that is whole",
     "encodings_dir": "each run encodes its own images, in a small part of the time that drawing takes",
     "use_peft": "give --use_lora",
     "lora_r": "give --rank",

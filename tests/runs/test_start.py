@@ -32,7 +32,7 @@ def test_no_setting_of_the_game_itself_is_harmless():
         "hub_model_id", "debug",
     }  # fmt: skip
     assert names.pop("training") == {
-        "checkpointing_steps", "train_batch_size", "gradient_accumulation_steps",
+        "checkpointing_steps", "resume_from_checkpoint", "train_batch_size", "gradient_accumulation_steps",
     }  # fmt: skip
     assert names == {
         "rounds": {"rounds", "probe"},

@@ -1,4 +1,4 @@
-"""What a round keeps of itself, and what going back to a snapshot puts back."""
+"""Which checkpoint is taken up, what a round keeps of itself, and what going back to a snapshot puts back."""
 
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -11,6 +11,7 @@ from diffusers.training_utils import EMAModel
 from spin_diffusion.selfplay.checkpoints import (
     Checkpoints,
     Snapshots,
+    _wanted_checkpoints,
     commit_listed,
     first_whole,
     remove_checkpoints,
@@ -35,6 +36,17 @@ def folder(tmp_path) -> Path:
     ):
         (tmp_path / name).mkdir()
     return tmp_path
+
+
+def test_the_newest_whole_checkpoint_is_taken_up_or_the_one_that_is_named(folder, tmp_path):
+    assert [path.name for path in _wanted_checkpoints(folder, "latest")] == ["checkpoint-10", "checkpoint-9"]
+    for named in ("checkpoint-9", str(folder / "checkpoint-9"), "elsewhere/checkpoint-9/"):
+        assert _wanted_checkpoints(folder, named) == [folder / "checkpoint-9"]
+    with pytest.raises(InputError, match="checkpoint-8: .* has checkpoint-9, checkpoint-10; give one of these"):
+        _wanted_checkpoints(folder, "checkpoint-8")
+    # A round that has none yet, as all are after the one that was meant
+    assert _wanted_checkpoints(folder / "unet", "checkpoint-9") == []
+    assert _wanted_checkpoints(folder / "unet", "latest") == []
 
 
 def test_of_what_a_round_wrote_while_it_was_trained_nothing_stays_but_what_is_its_users(folder):
@@ -136,5 +148,5 @@ def test_a_checkpoint_of_another_way_of_training_is_refused(changed, said, tmp_p
         TrainSettings(),
     )
     with pytest.raises(InputError, match=said):
-        Checkpoints(tmp_path, trainee, None, 4).load()
+        Checkpoints(tmp_path, trainee, None, 4).load("latest")
     trainee.load.assert_not_called()

@@ -247,6 +247,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert weights and [found[name] for name in weights] == [wanted[name] for name in weights]
 
 
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_with_a_remedy_that_works(killed, sdxl_dir, tmp_path):
+    shutil.copytree(killed, tmp_path / "run")
+    flip(tmp_path / "run" / NEWEST / "optimizer.bin")
+    with pytest.raises(InputError, match="optimizer.bin is damaged .*: give another .*, or latest$"):
+        play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="checkpoint-3")
+    play_on(sdxl_dir, tmp_path / "run", resume_from_checkpoint="latest")
+
+
 def test_checkpoints_of_another_layout_of_the_player_may_be_deleted_as_the_message_says(killed, sdxl_dir, tmp_path):
     shutil.copytree(killed, tmp_path / "run")
     folder = tmp_path / "run" / NEWEST
