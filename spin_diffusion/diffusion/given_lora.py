@@ -62,7 +62,6 @@ def fuse_given(pipeline: Any, given: str, parts: Sequence[str]) -> None:
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     where = f"--init_lora {printable(file)}"
     stored = _read(file, where)
-    networks = [network for network in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipeline, network)]
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     except Exception as error:  # peft and diffusers raise dozens of kinds
@@ -70,9 +69,9 @@ def fuse_given(pipeline: Any, given: str, parts: Sequence[str]) -> None:
     (name,) = pipeline.get_active_adapters()
     put = [
         tensor
-        for network in networks
-        if name in getattr(getattr(pipeline, network), "peft_config", {})
-        for tensor in get_peft_model_state_dict(getattr(pipeline, network), adapter_name=name).values()
+        for network in pipeline.components.values()
+        if name in getattr(network, "peft_config", {})
+        for tensor in get_peft_model_state_dict(network, adapter_name=name).values()
     ]
     lacking = _counted(stored.values()) - _counted(put)
     if lacking or len(put) != len(stored):
