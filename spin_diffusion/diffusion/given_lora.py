@@ -61,6 +61,8 @@ def fuse_given(pipeline: Any, given: str, parts: Sequence[str]) -> None:
     path, strength = split_strength(given)
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
     where = f"--init_lora {printable(file)}"
+    if not file.exists():
+        raise InputError(f"{where} is not there: give the .safetensors file of an adapter, or its folder, on this disk")
     stored = _read(file, where)
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)

@@ -99,7 +99,8 @@ def test_other_files_are_refused_in_one_line(sdxl_dir, sd1_dir, adapter, tmp_pat
     for name, said in {
         "cut.safetensors": "is damaged",
         "pickle.ckpt": "may run code",
-        "absent.safetensors": "cannot be opened",
+        "absent.safetensors": "--init_lora .*absent.safetensors is not there",
+        "owner/name": "is not there",
         "sd1/lora": "does not fit|no place",
         f"sd1/lora/{KOHYA_WEIGHTS}": "does not fit|no place",
         "lokr.safetensors": "no plain LoRA",
