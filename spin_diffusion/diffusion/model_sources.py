@@ -88,17 +88,17 @@ def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
         if (folder / "model_index.json").is_file():
             return whole
         if (folder / "diffusion_pytorch_model.safetensors").is_file() and (folder / "config.json").is_file():
-            return _round_at(name, path, unet=folder)
+            return round_at(name, path, unet=folder)
         if (folder / "unet" / "config.json").is_file():
-            return _round_at(name, path, unet=folder / "unet")
+            return round_at(name, path, unet=folder / "unet")
         for place in (folder, folder / "lora"):
             if (place / LORA_WEIGHTS).is_file():
-                return _round_at(name, path, lora=place)
+                return round_at(name, path, lora=place)
         if any(is_image(file) for file in list_files(folder).files):
             return ModelSource(name, path, "images", None)
         raise InputError(
-            f"{where}: the folder is neither a pipeline (model_index.json), nor a round (unet/ or lora/), nor has it "
-            "pictures"
+            f"{where}: the folder is neither a pipeline (model_index.json), nor a round (weights in unet/ or lora/), "
+            "nor has it pictures"
         )
     if is_local(path) or "/" not in path:
         if folder.is_file():
@@ -125,8 +125,15 @@ class _WithBase(TypedDict):
     base: _BaseInManifest
 
 
-def _round_at(name: str, path: str, unet: Path | None = None, lora: Path | None = None) -> ModelSource:
-    """A round, whose base the manifest of its run names: in the folder or up to three above it."""
+def round_at(name: str, path: str, unet: Path | None = None, lora: Path | None = None) -> ModelSource:
+    """A round, whose base the manifest of its run names: in the folder or up to three above it.
+
+    Args:
+        unet, lora: folder of its weights: one of them is given.
+
+    Raises:
+        InputError: there is no such manifest, or the base is not there.
+    """
     folder, unread = Path(path), ""
     for place in [folder.resolve(), *folder.resolve().parents[:3]]:
         if (place / "manifest.json").is_file():

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spin_diffusion.diffusion.base import Base, load_checkpoint
+from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.kohya import KohyaForm, model_spec
 from spin_diffusion.diffusion.lora import CONFIG, load_adapter
-from spin_diffusion.diffusion.model_sources import ModelSource, source_at
+from spin_diffusion.diffusion.model_sources import ModelSource, round_at
 from spin_diffusion.diffusion.sampling import drawing_pipeline
 from spin_diffusion.diffusion.single_file import write_single_file, write_unet_file
 from spin_diffusion.llm.base import ADAPTER_CONFIG, LanguageBase, load_language_model
@@ -72,7 +72,7 @@ def export(what: Export) -> Path:
             place.
     """
     player = _player_of(what.run, what.round, IMAGE_PLAYERS)
-    source = source_at("export", str(player), str(player), Base(str(player)))
+    source = round_at("export", str(player), **{player.name: player})
     assert source.base is not None
     if what.form == "kohya" and source.lora is None:
         raise InputError(
