@@ -32,12 +32,9 @@ def export_run(argv: list[str]) -> None:
     # After the arguments: --help does not wait for the libraries
     from spin_diffusion.runs.export import Export, export, export_merged
 
-    if given.merge:
-        place = export_merged(given.run, given.round, given.dtype or "bf16", given.strength, given.output)
-    else:
-        dtype = given.dtype or "fp16"
-        place = export(Export(given.run, given.round, given.format, dtype, given.strength, given.output))
-    print(f"Written: {place}")
+    form, dtype = given.format or "diffusers", given.dtype or ("bf16" if given.merge else "fp16")
+    what = Export(given.run, given.round, form, dtype, given.strength, given.output)
+    print(f"Written: {(export_merged if given.merge else export)(what)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,10 +37,11 @@ class Export:
     """What is written, and where.
 
     Attributes:
-        run: output folder of an image run.
+        run: output folder of a run.
         round: whose player; None = the last promoted one's.
+        form: "diffusers" is the one that is a folder, also of a language model.
         strength: how far to go from the base to the player.
-        output: file, or folder of a pipeline; None = below the run.
+        output: file, or folder of form "diffusers"; None = below the run.
     """
 
     run: Path
@@ -114,32 +115,26 @@ def export(what: Export) -> Path:
     return what.place
 
 
-def export_merged(run: Path, round_: int | None, dtype: str, strength: float, output: Path | None) -> Path:
+def export_merged(what: Export) -> Path:
     """Write the player of a language run whose adapter is merged into its base, with its tokenizer, as transformers
     and vLLM load it; the folder.
 
-    Args:
-        round_: whose player; None = the last promoted one's.
-        strength: 1; others are of image runs.
-        output: the folder; None = below the run.
-
     Raises:
-        InputError: there is no adapter, it cannot be merged, or the folder is somebody else's.
+        InputError: another strength than 1, there is no adapter, it cannot be merged, or the folder is somebody else's.
     """
-    if strength != 1:
-        raise InputError(f"--strength {strength:g} is of image runs: leave it out with --merge")
-    what = Export(run, round_, "diffusers", dtype, strength, output)
-    player = _player_of(run, round_, LANGUAGE_PLAYERS)
+    if what.strength != 1:
+        raise InputError(f"--strength {what.strength:g} is of image runs: leave it out with --merge")
+    player = _player_of(what.run, what.round, LANGUAGE_PLAYERS)
     if not (player / ADAPTER_CONFIG).is_file():
         raise InputError(f"--merge is of adapters, and {printable(player)} has all weights: use it as it is")
     _check_place(what)
     quiet_libraries()
-    trusted = bool(_settings_of(run).get("trust_remote_code"))
+    trusted = bool(_settings_of(what.run).get("trust_remote_code"))
     model, tokenizer = load_language_model(LanguageBase(str(player), trust_remote_code=trusted))
-    said = {ORIGIN: run.resolve().name, "spin_diffusion.weights": weights_hash(model)}
+    said = {ORIGIN: what.run.resolve().name, "spin_diffusion.weights": weights_hash(model)}
 
     def save(folder: Path) -> None:
-        model.to(DTYPES[dtype]).save_pretrained(folder)
+        model.to(DTYPES[what.dtype]).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     _write_folder(what.place, save, said)
@@ -195,7 +190,7 @@ def _write_adapter(what: Export, source: ModelSource, pipeline: Any, kohya: Kohy
     """Write an adapter in kohya's form; its strength goes into its alpha."""
     assert source.lora is not None
     settings, weights = read_json(source.lora / CONFIG), load_adapter(pipeline, source.lora)
-    rank, alpha = settings["rank"], settings["lora_alpha"] or settings["rank"]
+    rank, alpha = settings["rank"], settings["lora_alpha"]
     said = said | {"spin_diffusion.adapter": tensors_hash(weights)}
     data = kohya.file(weights, rank, alpha * what.strength, DTYPES[what.dtype], said)
     write_file(what.place, lambda part: part.write_bytes(data))
