@@ -93,6 +93,8 @@ def export(what: Export) -> Path:
         "spin_diffusion.round": "last promoted" if what.round is None else str(what.round),
         "spin_diffusion.strength": f"{what.strength:g}",
     }
+    if source.base.lora is not None:
+        said["spin_diffusion.init_lora"] = Path(source.base.lora).name
     if what.form == "kohya":
         kohya = KohyaForm.of(family, pipeline.unet, prediction_type, resolution)
         _write_adapter(what, source, pipeline, kohya, said)

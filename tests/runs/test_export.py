@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spin_diffusion.diffusion.base import Base, load_checkpoint
-from spin_diffusion.diffusion.lora import PLAYER
+from spin_diffusion.diffusion.lora import PLAYER, WEIGHTS
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.run_dir import file_hash, file_hashes
 from tests.diffusion.test_lora import LORA, move, prediction
@@ -35,7 +35,7 @@ def a_run(base, folder, lora=None):
             for parameter in game.player.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     game.save(folder / "round-2", prove=False)
-    write_json(folder / "manifest.json", {"base": Base.of(str(base)).as_dict() | {"weights": game.base_hash}})
+    write_json(folder / "manifest.json", {"base": game.base.as_dict() | {"weights": game.base_hash}})
     return game
 
 
@@ -85,6 +85,24 @@ def test_an_adapter_is_scaled_or_fused(sdxl_dir, tmp_path):
     for made in (scaled, fused):
         assert torch.allclose(prediction(made.unet, game), prediction(expected.unet, game), atol=1e-5)
     assert (prediction(expected.unet, game) - untouched).abs().max() > 1e-3
+
+
+def test_an_adapter_names_the_one_that_it_lies_on(sdxl_dir, tmp_path, capsys):
+    words, given = ("--round", 2, "--format", "kohya", "-o"), tmp_path / "style.safetensors"
+    a_run(sdxl_dir, tmp_path / "first", LORA)
+    assert export(tmp_path / "first", *words, given) == 0
+    a_run(Base(str(sdxl_dir), lora=f"{given}@0.5"), tmp_path / "run", LORA)
+    assert export(tmp_path / "run", *words, tmp_path / "on_top.safetensors") == 0
+    said = []
+    for path in (given, tmp_path / "on_top.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            said.append(file.metadata().get("spin_diffusion.init_lora"))
+    assert said == [None, "style.safetensors@0.5"]
+    (tmp_path / "run/round-2/lora" / WEIGHTS).unlink()
+    for form in ("kohya", "diffusers"):
+        assert export(tmp_path / "run", "--round", 2, "--format", form) == 2
+        error = capsys.readouterr().err.strip()
+        assert "cannot load the adapter" in error and WEIGHTS in error and "\n" not in error
 
 
 def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_path, capsys):
