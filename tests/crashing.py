@@ -65,7 +65,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
         "pretrained_model_name_or_path": "base", "dataset_name": "train.parquet", "max_train_samples": 4,
         "resolution": 32, "rounds": 2, "max_train_steps": 2, "train_batch_size": 2, "checkpointing_steps": 1,
         "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3,
-        "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "validation": "{max_prompts: 2}",
+        "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "max_validation_prompts": "2",
         "scorers": "[sharpness]", "report_to": "none",
         "output_dir": "out",
     } | more  # fmt: skip

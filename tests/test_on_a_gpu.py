@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = [
     "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
     "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "2", "--rounds", "2",
-    "--num_inference_steps", "2", "--validation", "{guidance_scale: [3.0]}",
+    "--num_inference_steps", "2", "--validation_guidance_scales", "[3.0]",
     "--compare_with", "[]", "--report_to", "none", "--lr_warmup_steps", "0",
 ]  # fmt: skip
 UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
@@ -25,7 +25,7 @@ ANSWERS = [
     "--lr_warmup_steps", "0",
 ]  # fmt: skip
 WAYS = {
-    "evaluated": [*IMAGES, "--validation", "{max_prompts: 2}", "--use_ema", "true"],
+    "evaluated": [*IMAGES, "--max_validation_prompts", "2", "--use_ema", "true"],
     "adapter": [*IMAGES, *UNSEEN, "--use_lora", "true", "--objective", "space", "--fixed_draws", "2"],
     "options": [
         *IMAGES, *UNSEEN, "--opponent", "pool", "--score_weighting", "min_snr", "--vae_round_trip", "true",

@@ -28,7 +28,7 @@ BASE = "base"
 QUIET: dict[str, object] = {
     "validation_prompts": None,
     "scorers": None,
-    "validation": {},
+    "validation_guidance_scales": None,
     "promote_if": "always",
     "compare_with": None,
     "report_to": "none",

@@ -23,20 +23,6 @@ class AnyEvaluationSettings(Settings):
 
 
 @dataclass(frozen=True)
-class PictureValidation:
-    """How a model draws for its evaluation."""
-
-    max_prompts: int | None = setting(None, minimum=1)
-    """Only the first ones."""
-    images_per_prompt: int = setting(1, minimum=1)
-    """Images of each prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
-    guidance_scale: list[float] | None = setting(None, minimum=0)
-    """Guidance scales to evaluate at; default: --guidance_scale."""
-    num_inference_steps: int | None = setting(None, minimum=1)
-    """Denoising steps per image; default: --num_inference_steps."""
-
-
-@dataclass(frozen=True)
 class EvaluationSettings(AnyEvaluationSettings):
     """What is measured after every round."""
 
@@ -46,10 +32,12 @@ class EvaluationSettings(AnyEvaluationSettings):
     validation_prompts: str | None = setting(None, first=True)
     """File of held-out prompts (text, JSON lines, TSV, CSV, parquet), or the name of a prompt set. None = no
     evaluation."""
-    validation: PictureValidation = PictureValidation()
-    """How many of these prompts, images of each (1; diversity needs 2), at which guidance scales and with how many
-    steps (those of the opponent): "{max_prompts: 100, images_per_prompt: 2, guidance_scale: [1, 3],
-    num_inference_steps: 50}"."""
+    max_validation_prompts: int | None = setting(None, minimum=1)
+    """Only the first ones."""
+    num_validation_images: int = setting(1, minimum=1)
+    """Images of each prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
+    validation_guidance_scales: list[float] | None = setting(None, minimum=0)
+    """Guidance scales to evaluate at; default: --guidance_scale. All else is as the opponent draws."""
     scorers: list[str] | None = None
     """NAME[=PATH] of scorers, or paths of .py files with a `load(device)`."""
     distribution_features: str | None = None

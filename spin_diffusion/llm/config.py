@@ -71,16 +71,6 @@ class LanguageTrainSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class AnswerValidation:
-    """What is answered for the page; held-out scores use all held-out answers."""
-
-    max_prompts: int | None = setting(200, minimum=1)
-    """Distinct held-out prompts."""
-    answers_per_prompt: int = setting(1, minimum=1)
-    """Answers of each prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
-
-
-@dataclass(frozen=True)
 class HarnessTasks:
     """What lm-evaluation-harness is asked for."""
 
@@ -101,9 +91,10 @@ class AnswerEvaluationSettings(AnyEvaluationSettings):
     judges: list[str] | None = None
     """NAME[=PATH] of judges (log_likelihood, reward_model=PATH_OR_ID, length, ...), or paths of .py files; default:
     log_likelihood."""
-    validation: AnswerValidation = AnswerValidation()
-    """How many distinct held-out prompts are answered for the page (200), and how often each (1; diversity needs 2):
-    "{max_prompts: 200, answers_per_prompt: 2}". Held-out scores use all held-out answers."""
+    max_validation_prompts: int | None = setting(200, minimum=1)
+    """Distinct held-out prompts that are answered for the page; held-out scores use all held-out answers."""
+    num_validation_answers: int = setting(1, minimum=1)
+    """Answers of each prompt, each with a seed of its own that all models share. Diversity needs 2 or more."""
     lm_eval: HarnessTasks = HarnessTasks()
     """Tasks or groups of lm-evaluation-harness, or task files (YAML), for the base and every round: "{tasks: [gsm8k,
     ifeval], limit: 100, chat_template: true}"; folder = where task files of your own lie. Needs the extra `lm-eval`."""

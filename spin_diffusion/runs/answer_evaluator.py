@@ -88,8 +88,8 @@ class AnswerSamples(EvaluationSamples):
                 f"the held-out answers have {len(prompts)} prompt, and an interval needs 2: hold out more "
                 "(--num_held_out, --held_out_dataset_name), or none"
             )
-        prompts = prompts[: config.evaluation.validation.max_prompts]
-        self.requests = requests_of(prompts, config.evaluation.validation.answers_per_prompt, config.rounds.seed)
+        prompts = prompts[: config.evaluation.max_validation_prompts]
+        self.requests = requests_of(prompts, config.evaluation.num_validation_answers, config.rounds.seed)
         generation = config.generation
         # Another engine has other answers to the same seeds
         engine = {} if generation.engine == "transformers" else {"engine": generation.engine}

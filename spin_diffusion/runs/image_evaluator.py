@@ -33,17 +33,12 @@ def picture_protocol(config: Config, prompts: PromptSet, sampling: Sampling) -> 
     Args:
         sampling: of the opponent.
     """
-    asked = config.evaluation.validation
-    scales = asked.guidance_scale or [sampling.guidance_scale]
+    scales = config.evaluation.validation_guidance_scales or [sampling.guidance_scale]
     protocol = protocol_of(
         prompts,
-        images_per_prompt=asked.images_per_prompt,
+        images_per_prompt=config.evaluation.num_validation_images,
         seed=config.rounds.seed,
-        sampling=replace(
-            sampling,
-            num_inference_steps=asked.num_inference_steps or sampling.num_inference_steps,
-            size_condition=OWN_SIZE,
-        ),
+        sampling=replace(sampling, size_condition=OWN_SIZE),
         guidance_scales=scales,
     )
     return protocol, sampling.guidance_scale if sampling.guidance_scale in scales else scales[-1]
@@ -59,7 +54,7 @@ class PictureSamples(EvaluationSamples):
         protocol, self.headline_scale = picture_protocol(config, prompts, game.opponent_sampling)
         super().__init__(config.evaluation.scorers or [], protocol, progress, self._shards)
         self.config, self.prompts, self.game, self.accelerator = config, prompts, game, game.accelerator
-        self.wanted = prompts.requests(config.evaluation.validation.images_per_prompt, self.protocol["seed"])
+        self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
         self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
         curator = config.data.curation.scorer  # it was aimed at
         self.real = of_run(config, held_out)

@@ -124,13 +124,12 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     parameters = trained_parameters(game)
     saved = game.player.parameters() if game.saved == "unet" else parameters
     steps = config.sampling.num_inference_steps
-    steps_shown = config.evaluation.validation.num_inference_steps or steps
     image = sum(len(row["image"]) for row in rows) // len(rows)
     latents = sum(t.numel() * t.element_size() for t in encoded.values()) // len(rows)
     return Rates(
         prepare=encode / len(rows),
         draw=(finish + steps * denoise) / batch,
-        show=(finish + steps_shown * denoise) / batch,
+        show=(finish + steps * denoise) / batch,
         encode=encode / len(rows),
         score=score,
         pair=pair,
@@ -180,8 +179,8 @@ def works(config: Config, pairs: int) -> Callable[[str, int], Work]:
 
 def shown(config: Config) -> int:
     """Pictures that the evaluation of one model draws."""
-    given, asked = config.evaluation.validation_prompts, config.evaluation.validation
-    if not given:
+    asked = config.evaluation
+    if not asked.validation_prompts:
         return 0
-    prompts = len(load_prompts(given, asked.max_prompts).rows)
-    return prompts * asked.images_per_prompt * len(asked.guidance_scale or [0])
+    prompts = len(load_prompts(asked.validation_prompts, asked.max_validation_prompts).rows)
+    return prompts * asked.num_validation_images * len(asked.validation_guidance_scales or [0])

@@ -94,7 +94,7 @@ class ImageRun(Run):
             check_embedding(config.evaluation.distribution_features)
         if config.evaluation.validation_prompts:
             check_specs(config.evaluation.scorers or [])
-            self.prompts = load_prompts(config.evaluation.validation_prompts, config.evaluation.validation.max_prompts)
+            self.prompts = load_prompts(config.evaluation.validation_prompts, config.evaluation.max_validation_prompts)
 
     def open(self, accelerator: Accelerator) -> None:
         """The base checkpoint as a game."""

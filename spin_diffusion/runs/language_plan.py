@@ -70,9 +70,9 @@ def _read(config: LanguageConfig, game: LanguageGame, progress: Progress) -> tup
     rows = count_rows(len(first), examples, progress)
     held_out = list(read_held_out(config.data))
     prompts = len({transcript(example.prompt) for example in held_out})
-    asked = min(prompts, config.evaluation.validation.max_prompts or prompts)
+    asked = min(prompts, config.evaluation.max_validation_prompts or prompts)
     usable = round(rows * len(few) / len(first))
-    sizes = Sizes(usable, len(held_out), asked * config.evaluation.validation.answers_per_prompt)
+    sizes = Sizes(usable, len(held_out), asked * config.evaluation.num_validation_answers)
     return few, sizes, seconds / len(first)
 
 

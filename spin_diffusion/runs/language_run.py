@@ -12,7 +12,7 @@ from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
-from spin_diffusion.llm.config import AnswerEvaluationSettings, AnswerValidation, LanguageConfig, warnings_of
+from spin_diffusion.llm.config import AnswerEvaluationSettings, LanguageConfig, warnings_of
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
@@ -50,7 +50,7 @@ def plan(config: LanguageConfig) -> None:
 def plateau(config: LanguageConfig) -> None:
     """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
     rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
-    evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], AnswerValidation(2))
+    evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], 2)
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
     run = LanguageRun(dataclasses.replace(config, **sections))
     run.each_from_base = True

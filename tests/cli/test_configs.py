@@ -58,8 +58,8 @@ NEEDED = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data"]
         (["--lr_scheduler", "cosin"], "did you mean 'cosine'?"),
         (["--lr_warmup_steps", "1.5"], "--lr_warmup_steps 1.5 must be a whole number of steps, or a share below 1"),
         (["--lr_warmup_steps", "[5, -0.1]"], "--lr_warmup_steps -0.1 must be at least 0"),
-        (["--validation", "{max_prompts: 0}"], "--validation max_prompts 0 must be at least 1"),
-        (["--validation", "{guidance_scale: [1, -1]}"], "--validation guidance_scale -1.0 must be at least 0"),
+        (["--max_validation_prompts", "0"], "--max_validation_prompts 0 must be at least 1"),
+        (["--validation_guidance_scales", "[1, -1]"], "--validation_guidance_scales -1.0 must be at least 0"),
     ],
 )
 def test_what_a_library_would_refuse_later_is_refused_by_its_flag(flags, message):

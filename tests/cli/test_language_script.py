@@ -40,7 +40,7 @@ def settings(tmp_path) -> dict:
         "max_length": 48,
         "max_new_tokens": 24,
         "judges": ["log_likelihood", "length"],
-        "validation": {"answers_per_prompt": 2},
+        "num_validation_answers": 2,
         "report_to": "none",
         "output_dir": str(tmp_path / "out"),
     }

@@ -52,7 +52,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
         "sampler": "ddim",
         "guidance_scale": 3,
         "validation_prompts": str(tiny_prompts),
-        "validation": {"guidance_scale": [3]},
+        "validation_guidance_scales": [3],
         "scorers": ["sharpness"],
         "report_to": "none",
         "output_dir": str(tmp_path / "out"),
@@ -116,7 +116,7 @@ def test_a_plan_says_whether_fine_tuning_still_gains_in_a_folder_beside_the_runs
 
 def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     settings |= {"compare_with": ["sft"], "rounds": 2, "report_to": "tensorboard"}
-    settings["validation"] = {"images_per_prompt": 2, "guidance_scale": [1, 3]}
+    settings |= {"num_validation_images": 2, "validation_guidance_scales": [1, 3]}
     settings["distribution_features"] = str(tmp_path / "small.py")
     (tmp_path / "small.py").write_text(SMALL)
     assert play(tmp_path, settings) == 0

@@ -78,7 +78,7 @@ def test_runs_plans_and_evaluations_say_it(settings, tiny_parquet, tmp_path, cap
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{'thing ' * 20}{place}"}) + "\n" for place in range(2)))
     settings |= {"dataset_name": str(tmp_path / "long.parquet"), "validation_prompts": str(prompts)}
-    settings |= {"max_train_steps": 1, "validation": {"guidance_scale": [1]}}
+    settings |= {"max_train_steps": 1, "validation_guidance_scales": [1]}
     captions = "Warning: 6 of 8 captions have more than the 77 tokens"
     validation = "Warning: 2 of 2 validation prompts have more than the 77 tokens"
     assert play(tmp_path, settings, script="plan.py") == 0

@@ -210,7 +210,7 @@ def test_a_run_draws_by_it_and_says_so(tmp_path):
     arguments = {
         "config": "training/configs/toy_llm.yaml", "engine": "vllm", "model_name_or_path": wide(tmp_path / "wide"),
         "rounds": 2, "max_train_samples": 128, "real_parts": 2, "train_batch_size": 16, "report_to": "none",
-        "judges": "[log_likelihood]", "validation": "{max_prompts: 4}", "num_held_out": 16,
+        "judges": "[log_likelihood]", "max_validation_prompts": "4", "num_held_out": 16,
         "output_dir": tmp_path / "out",
     }  # fmt: skip
     assert run(SCRIPT, *(str(word) for name, value in arguments.items() for word in (f"--{name}", value))) == 0

@@ -19,7 +19,7 @@ def test_the_headline_is_at_the_opponents_guidance_where_that_is_compared(
 ):
     config = parse_config(
         ["--pretrained_model_name_or_path", "base", "--max_train_steps", "1", "--sampler", "ddim"]
-        + ["--validation", f"{{guidance_scale: {scales}}}", "--guidance_scale", str(guidance)]
+        + ["--validation_guidance_scales", scales, "--guidance_scale", str(guidance)]
     )
     sampling = config.sampling.record(32, "bf16", REAL_SIZE)
     protocol, scale = picture_protocol(config, load_prompts(str(tiny_prompts), None), sampling)

@@ -61,9 +61,9 @@ def test_the_last_round_is_evaluated_even_if_the_others_are_not():
 
 
 def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(tiny_prompts):
-    flags = ["--validation_prompts", str(tiny_prompts), "--validation", "{images_per_prompt: 3}"]
+    flags = ["--validation_prompts", str(tiny_prompts), "--num_validation_images", "3"]
     assert shown(config(*flags)) == 4 * 3
-    assert shown(config(*flags, "--validation", "{guidance_scale: [1, 3]}")) == 4 * 3 * 2
+    assert shown(config(*flags, "--validation_guidance_scales", "[1, 3]")) == 4 * 3 * 2
     assert shown(config()) == 0
 
 
@@ -120,9 +120,9 @@ def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch)
     )
     monkeypatch.setattr(game, "encode", lambda rows: {"latents": torch.zeros(len(rows), 4, 16, 16)})
     monkeypatch.setattr(image_plan, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
-    settings = config("--generation_batch_size", "2", "--validation", "{num_inference_steps: 20}")
+    settings = config("--generation_batch_size", "2")
     rates = probe(settings, game, list(examples(2)))
-    assert (rates.draw, rates.show) == (5.0 / 2 + 10 * 2.0 / 2, 5.0 / 2 + 20 * 2.0 / 2)
+    assert rates.draw == rates.show == 5.0 / 2 + 10 * 2.0 / 2
 
 
 def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):

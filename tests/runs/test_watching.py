@@ -62,7 +62,7 @@ def pages(monkeypatch) -> list[str]:
 
 def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, pages, tmp_path):
     looking = {"select_every": 2, "preview_every": 3, "report_to": "tensorboard"}
-    out = play(settings | looking | {"validation_prompts": tiny_prompts, "validation": {"max_prompts": 2}})
+    out = play(settings | looking | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
     held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
     assert len(held_out) == 6 and len(trained_on) == 18 and not {*held_out} & {*trained_on}
     record = read_json(out / "round-1" / "round.json")
@@ -154,7 +154,7 @@ def colours(pictures: list[Image.Image]) -> np.ndarray:
 def test_by_distance_the_step_is_promoted_whose_pictures_are_nearest_to_the_held_out_ones(
     by_distance, tiny_prompts, tmp_path, monkeypatch, whole_charts, capsys
 ):
-    by_distance |= {"validation_prompts": tiny_prompts, "validation": {"max_prompts": 2}}
+    by_distance |= {"validation_prompts": tiny_prompts, "max_validation_prompts": 2}
     out = play(by_distance)
     record = read_json(out / "round-1" / "round.json")
     selection = record["training"]["selection"]
