@@ -60,6 +60,7 @@ HERE = Path(__file__).resolve().parent
 TOKENS = 16
 TEXT_WIDTH = 32
 FRAME_WIDTH = 8
+TRAINED = ("text_encoder", "text_encoder_2", "unet")
 BANK_STEPS = 3000
 """Steps until another bank of drawings is drawn."""
 Batch = dict[str, Tensor | list[str]]
@@ -273,15 +274,10 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipeline:
-    """A whole SDXL pipeline with untrained text encoders and UNet."""
-    tokenizers = [
-        write_tokenizer(work_dir / "tokenizer", "<|endoftext|>"),
-        write_tokenizer(work_dir / "tokenizer_2", "!"),
-    ]
-    encoders = []
-    for tokenizer, kind in zip(tokenizers, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
-        config = CLIPTextConfig(
+def new_text_encoder(kind: type[CLIPTextModel], tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained text encoder."""
+    encoder = kind(
+        CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=2 * TEXT_WIDTH,
@@ -293,11 +289,15 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        encoder = kind(config)
-        # CLIP's .02 is for a training that is long: words that are told apart from the start are learned sooner.
-        nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
-        encoders.append(encoder)
-    unet = UNet2DConditionModel(
+    )
+    # CLIP's .02 is for a training that is long: words that are told apart from the start are learned sooner.
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+    return encoder
+
+
+def new_unet() -> UNet2DConditionModel:
+    """An untrained UNet that is told of text and frame as SDXL's is."""
+    return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
@@ -314,6 +314,12 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
         addition_time_embed_dim=FRAME_WIDTH,
         projection_class_embeddings_input_dim=6 * FRAME_WIDTH + TEXT_WIDTH,
     )
+
+
+def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipeline:
+    """A whole SDXL pipeline with untrained text encoders and UNet."""
+    tokenizer = write_tokenizer(work_dir / "tokenizer", "<|endoftext|>")
+    tokenizer_2 = write_tokenizer(work_dir / "tokenizer_2", "!")
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -323,17 +329,19 @@ def new_pipeline(vae: AutoencoderKL, work_dir: Path) -> StableDiffusionXLPipelin
         timestep_spacing="leading",
         steps_offset=1,
     )
-    return StableDiffusionXLPipeline(
+    return pipeline_of(
         vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        unet=unet,
+        text_encoder=new_text_encoder(CLIPTextModel, tokenizer),
+        text_encoder_2=new_text_encoder(CLIPTextModelWithProjection, tokenizer_2),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=new_unet(),
         scheduler=scheduler,
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
     )
+
+
+def pipeline_of(**components) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=True, add_watermarker=False)
 
 
 # Training
@@ -481,10 +489,9 @@ def train_stage(name: str, pipeline: StableDiffusionXLPipeline, args: argparse.N
     """
     stage, number = STAGES[name], list(STAGES).index(name)
     steps = max(2, round(stage.steps * args.step_scale))
-    modules = nn.ModuleList([pipeline.text_encoder, pipeline.text_encoder_2, pipeline.unet])
-    modules = copy.deepcopy(modules).train()
+    modules = nn.ModuleList(copy.deepcopy(getattr(pipeline, part)) for part in TRAINED).train()
     modules[:2].requires_grad_(stage.parent is None)
-    trained = with_modules(pipeline, *modules)
+    trained = with_modules(pipeline, modules)
     trained.unet.to(memory_format=torch.channels_last)
     abar = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod
     focus = 1 / (abar / (1 - abar) + 0.25)
@@ -519,27 +526,18 @@ def train_stage(name: str, pipeline: StableDiffusionXLPipeline, args: argparse.N
             errors = errors * (focus / focus.mean())[t]
         return errors.mean()
 
-    return with_modules(pipeline, *train(name, modules, steps, stage.learning_rate, loss, args))
+    return with_modules(pipeline, train(name, modules, steps, stage.learning_rate, loss, args))
 
 
-def with_modules(
-    pipeline: StableDiffusionXLPipeline,
-    text_encoder: CLIPTextModel,
-    text_encoder_2: CLIPTextModelWithProjection,
-    unet: UNet2DConditionModel,
-) -> StableDiffusionXLPipeline:
-    """A pipeline with these modules and everything else shared with the given one."""
-    modules = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet}
-    components = pipeline.components | modules
-    return StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=True, add_watermarker=False)
+def with_modules(pipeline: StableDiffusionXLPipeline, modules: nn.ModuleList) -> StableDiffusionXLPipeline:
+    """A pipeline with the modules called TRAINED, and everything else shared with the given one."""
+    return pipeline_of(**pipeline.components | dict(zip(TRAINED, modules, strict=True)))
 
 
 def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     """Write the pipeline in fp16, without touching the one that goes on."""
     halved = {k: copy.deepcopy(v).half() if isinstance(v, nn.Module) else v for k, v in pipeline.components.items()}
-    StableDiffusionXLPipeline(**halved, force_zeros_for_empty_prompt=True, add_watermarker=False).save_pretrained(
-        folder
-    )
+    pipeline_of(**halved).save_pretrained(folder)
 
 
 # Scores
