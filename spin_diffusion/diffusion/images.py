@@ -93,11 +93,11 @@ def area_share(sizes: Sequence[Size], which: Tensor) -> float:
     return float(areas[which.long()].mean() / areas[0])
 
 
-def sizes_in_words(sizes: Sequence[Size], which: Tensor, most: int = 4) -> str:
-    """How many images have which size, for people: the most frequent ones by name."""
+def sizes_in_words(sizes: Sequence[Size], which: Tensor) -> str:
+    """How many images have which size, for people: the four most frequent ones by name."""
     counts = Counter(which.tolist()).most_common()
-    named = ", ".join(f"{sizes[place][1]} x {sizes[place][0]} ({count:,})" for place, count in counts[:most])
-    rest = f" and {len(counts) - most} more" if len(counts) > most else ""
+    named = ", ".join(f"{sizes[place][1]} x {sizes[place][0]} ({count:,})" for place, count in counts[:4])
+    rest = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
     return f"{named}{rest}, width x height in px"
 
 

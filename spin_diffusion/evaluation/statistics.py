@@ -120,13 +120,13 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def win_rate(wins: int, ties: int, losses: int, confidence: float = 0.95) -> Interval:
-    """Share of prompts that the model wins, from 0 to 1, a tie counting half, with its interval.
+def win_rate(wins: int, ties: int, losses: int) -> Interval:
+    """Share of prompts that the model wins, from 0 to 1, a tie counting half, with its 95 % interval.
 
     The interval is Clopper and Pearson's, exact without ties and too wide with them: a tie varies less than a win and a
     loss. 5 wins of 5 are 1 [0.48, 1].
     """
-    won, lost, tail = wins + ties / 2, losses + ties / 2, (1 - confidence) / 2
+    won, lost, tail = wins + ties / 2, losses + ties / 2, 0.025
     low = float(stats.beta.ppf(tail, won, lost + 1)) if won else 0.0
     high = float(stats.beta.ppf(1 - tail, won + 1, lost)) if lost else 1.0
     return Interval(won / (won + lost), low, high)

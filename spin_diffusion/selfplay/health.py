@@ -154,14 +154,14 @@ Check = Callable[[History, float, HealthSettings], str | None]
 """(history, the objective's beta, settings) -> a sentence with what is wrong and which setting to change, or None."""
 
 
-def smoothed(values: list[float], window_steps: int = WINDOW_STEPS) -> tuple[float, float]:
+def smoothed(values: list[float]) -> tuple[float, float]:
     """Exponential mean of a series at its end, and the standard error of that mean."""
     mean = square = 0.0
     for number, value in enumerate(values, start=1):
-        weight = max(1 / window_steps, 1 / number)
+        weight = max(1 / WINDOW_STEPS, 1 / number)
         mean += weight * (value - mean)
         square += weight * (value**2 - square)
-    return mean, (max(square - mean**2, 0.0) / window_steps) ** 0.5
+    return mean, (max(square - mean**2, 0.0) / WINDOW_STEPS) ** 0.5
 
 
 def _lost(values: list[float], beta: float) -> float | None:

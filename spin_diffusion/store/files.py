@@ -152,9 +152,9 @@ def read_rows(path: Path, columns: list[str] | None = None, remedy: str = AGAIN)
         return file.read(columns=columns).to_pylist()
 
 
-def rows_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
+def rows_metadata(path: Path) -> dict[str, str]:
     """The metadata that `write_rows` put beside the rows, and "rows": their number."""
-    with _reading(path, remedy):
+    with _reading(path, AGAIN):
         file = pq.ParquetFile(path)
         metadata = file.schema_arrow.metadata or {}
         return {key.decode(): value.decode() for key, value in metadata.items()} | {"rows": str(file.metadata.num_rows)}
@@ -178,16 +178,16 @@ def _content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([metadata, tensors_hash(tensors)], sort_keys=True).encode()).hexdigest()
 
 
-def tensors_metadata(path: Path, remedy: str = AGAIN) -> dict[str, str]:
+def tensors_metadata(path: Path) -> dict[str, str]:
     """The metadata that `write_tensors` put beside the tensors; Damaged when the file's head or length is not right."""
-    with _reading(path, remedy), safe_open(path, framework="pt") as file:
+    with _reading(path, AGAIN), safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
         return {key: value for key, value in about.items() if key != _CONTENT}
 
 
-def read_tensors(path: Path, remedy: str = AGAIN) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `write_tensors` wrote, their hash verified; Damaged when it is not the recorded."""
-    with _reading(path, remedy), safe_open(path, framework="pt") as file:
+    with _reading(path, AGAIN), safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})[_ABOUT])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about.pop(_CONTENT) != _content_hash(tensors, about):

@@ -83,11 +83,11 @@ def _files_below(folder: Path) -> Iterator[str]:
                 yield (Path(below) / name).relative_to(folder).as_posix()
 
 
-def _cached_commit(hub_id: str, kind: str = "model") -> str | None:
-    """The commit of a repository's main branch that the cache of the hub's client holds."""
+def _cached_commit(hub_id: str) -> str | None:
+    """The commit of a model's main branch that the cache of the hub's client holds."""
     if hub_id.count("/") > 1 or hub_id.startswith((".", "/", "~")):
         return None
-    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type=kind) / "refs" / "main"
+    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model") / "refs" / "main"
     return reference.read_text().strip() if reference.is_file() else None
 
 

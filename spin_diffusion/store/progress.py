@@ -21,10 +21,9 @@ class Progress:
 
 
 class Bars(Progress):
-    """One bar per phase on a terminal; a line every `every_s` seconds where the output is a file."""
+    """One bar per phase on a terminal; a line every 15 s where the output is a file."""
 
-    def __init__(self, every_s: float = 15.0) -> None:
-        self.every_s = every_s
+    def __init__(self) -> None:
         self._last: Callable[[], None] = lambda: None
 
     def phase(self, name: str, total: int) -> Callable[[int, str], None]:
@@ -35,7 +34,7 @@ class Bars(Progress):
             total=total or None,
             desc=name,
             unit="",
-            mininterval=0.1 if terminal else self.every_s,
+            mininterval=0.1 if terminal else 15.0,
             ascii=not terminal,
             dynamic_ncols=terminal,
             leave=True,
