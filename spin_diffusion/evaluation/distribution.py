@@ -23,7 +23,7 @@ evaluation are.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -190,6 +190,17 @@ class Replicates(NamedTuple):
     whole: float
     without_prompts: Float[np.ndarray, " groups"]
     without_real: Float[np.ndarray, " groups"]
+
+    @property
+    def row(self) -> Float[np.ndarray, " values"]:
+        """All of them, for files."""
+        return np.concatenate([[self.whole], self.without_prompts, self.without_real])
+
+
+def of_row(row: Sequence[float | None] | Float[np.ndarray, " values"]) -> Replicates:
+    """The replicates that have this `row`."""
+    values = np.array(row, dtype=np.float64)
+    return Replicates(float(values[0]), values[1 : 1 + GROUPS], values[1 + GROUPS :])
 
 
 def _manifolds(x: Features, of_x: _Labels, y: Others, of_y: _OtherLabels) -> dict[Metric, Replicates]:

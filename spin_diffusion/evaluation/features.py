@@ -22,6 +22,7 @@ from spin_diffusion.evaluation.distribution import (
     believable,
     interval,
     measure,
+    of_row,
 )
 from spin_diffusion.evaluation.embeddings import LoadedEmbedding, load_embedding
 from spin_diffusion.evaluation.embeddings import __name__ as EMBEDDINGS
@@ -272,13 +273,11 @@ def keep_measured(
 
     def make() -> Made:
         found = measure(drawn(), real)
-        return Made({name: torch.from_numpy(np.concatenate([[r.whole], *r[1:]])) for name, r in found.items()})
+        return Made({name: torch.from_numpy(replicates.row) for name, replicates in found.items()})
 
     build(path, key_of(code=code_hash(Path(distribution.__file__)), decides=key), make)
-    kept, groups = {name: values.numpy() for name, values in read_tensors(path).items()}, distribution.GROUPS
-    return {
-        name: Replicates(float(kept[name][0]), kept[name][1 : 1 + groups], kept[name][1 + groups :]) for name in METRICS
-    }
+    kept = read_tensors(path)
+    return {name: of_row(kept[name].numpy()) for name in METRICS}
 
 
 def _entry(

@@ -7,14 +7,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import scorer_by_content
 from spin_diffusion.diffusion.game import DiffusionGame
-from spin_diffusion.evaluation.distribution import GROUPS, Replicates, believable, interval
+from spin_diffusion.evaluation.distribution import believable, interval, of_row
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed, measured
 from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
@@ -45,15 +44,11 @@ def change_of_distance(values: Values, start: Values, prompts: Sequence[str]) ->
     """How far the Frechet distance is from that of the start, by `distribution.interval`; None where either has none.
 
     Args:
-        values, start: of all pictures, and without each group of prompts and of real pictures.
+        values, start: of which `of_row` makes replicates.
     """
     if not values or not start:
         return None
-    now, before = (
-        Replicates(float(all_[0]), all_[1 : 1 + GROUPS], all_[1 + GROUPS :])
-        for all_ in (np.array(side, dtype=np.float64) for side in (values, start))
-    )
-    found = interval("fd", now, before)
+    found = interval("fd", of_row(values), of_row(start))
     return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
@@ -68,7 +63,6 @@ class PlayerPictures:
 
     def draw(self, requests: list[Request], folder: Path) -> SampleFolder:
         """Draw what is asked for into a folder; what this very player drew there already stays."""
-
         drawn_by = key_of(base=self.drawn_with, weights=self.game.player_hash())
         draw = partial(self.game.draw, self.game.player)
         batch = self.game.sampling.generation_batch_size  # few pictures, which all processes are to share
@@ -125,8 +119,7 @@ class PlayerPictures:
             values: list[list[float]] = [[]]
             if is_main := self.accelerator.is_main_process:
                 if all(row["file"] for file in drawn.files(self.scale) for row in read_index(file)):
-                    fd = measured(real, drawn, self.scale, ids, 1)["fd"]
-                    values = [[fd.whole, *fd.without_prompts.tolist(), *fd.without_real.tolist()]]
+                    values = [measured(real, drawn, self.scale, ids, 1)["fd"].row.tolist()]
             (told,) = broadcast_object_list(values)
             return Judged(told, [request["prompt"] for request in requests], len(requests) if is_main else 0)
 
