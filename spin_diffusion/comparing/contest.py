@@ -142,9 +142,9 @@ class Contest:
         run without an end."""
         free = self.plan.free(cell.world)
         if self.settings.sweep.by == "fd":
-            real = self.real(cell.world)
+            real, prompts = self.real(cell.world), self.settings.num_validation_prompts
             views = {view.sampling: scores_path(self.folder(cell), view) for view in self.validation(cell, free)}
-            return None if real is None else nearest(views, self.settings.images_of("validation"), real)
+            return None if real is None else nearest(views, real, self.settings.images_of("validation"), prompts)
         means = self.means(cell, free)
         return highest(means) if means else None
 

@@ -15,7 +15,7 @@ from spin_diffusion.evaluation.features import Comparison, keep_measured
 from spin_diffusion.evaluation.records import Metric
 from spin_diffusion.evaluation.statistics import half_width
 from spin_diffusion.samples.sampling import Sampling
-from spin_diffusion.store.files import read_rows, rows_metadata
+from spin_diffusion.store.files import read_rows, rows_metadata, tensors_metadata
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 
@@ -47,7 +47,7 @@ def distances_of(
             mode: {
                 seed: of_file
                 for seed, path in of_seeds.items()
-                if (of_file := _measured(path, per_prompt, compared)) is not None
+                if (of_file := _measured(path, per_prompt, compared, real)) is not None
             }
             for mode, of_seeds in by_mode.items()
         }
@@ -64,23 +64,24 @@ def distances_of(
     return found
 
 
-def nearest(views: Mapping[Sampling, Path], per_prompt: int, compared: Comparison) -> Sampling | None:
+def nearest(views: Mapping[Sampling, Path], compared: Comparison, per_prompt: int, prompts: int) -> Sampling | None:
     """The settings of the sampler by which the pictures have the lowest Frechet distance, its bias taken off; of equal
     ones the cheapest. None where some have no pictures.
 
     Args:
         views: the files of the scores.
+        per_prompt, prompts: as of `distances_of`.
 
     Raises:
         InputError: they are too few for so many features.
     """
-    distances = {}
+    real, distances = _real(compared), {}
+    metrics, why = believable(prompts, per_prompt, *real.shape)
+    if "fd" not in metrics:
+        raise InputError(f"--sweep by fd: {why}; give more --num_validation_prompts")
     for how, path in views.items():
-        if (found := _measured(path, per_prompt, compared)) is None:
+        if (found := _measured(path, per_prompt, compared, real)) is None:
             return None
-        metrics, why = believable(len(read_rows(path)) // per_prompt, per_prompt, *_real(compared).shape)
-        if "fd" not in metrics:
-            raise InputError(f"--sweep by fd: {why}; give more --num_validation_prompts")
         distances[how] = interval("fd", found["fd"]).mean
     return min(sorted(distances), key=lambda how: distances[how])
 
@@ -89,7 +90,7 @@ def _real(compared: Comparison) -> Features:
     return compared.real_features("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _measured(scores: Path, per_prompt: int, compared: Comparison) -> dict[Metric, Replicates] | None:
+def _measured(scores: Path, per_prompt: int, compared: Comparison, real: Features) -> dict[Metric, Replicates] | None:
     """What is measured of the pictures of a file of scores, kept beside these files; None where there are none."""
     rows = read_rows(scores) if scores.is_file() else []
     if not rows or "features" not in rows[0]:
@@ -97,10 +98,9 @@ def _measured(scores: Path, per_prompt: int, compared: Comparison) -> dict[Metri
     rows.sort(key=lambda row: (row["id"], row["k"]))
     features = np.array([row["features"] for row in rows], np.float32)
     images = features.reshape(-1, per_prompt, features.shape[1])
-    real_key = key_of(embedding=compared.key, real=compared.content)
-    key = key_of(drawn=rows_metadata(scores)[KEY], real=real_key)
+    key = key_of(drawn=rows_metadata(scores)[KEY], real=tensors_metadata(compared.path)[KEY])
     path = scores.parents[1] / "distances" / f"{scores.stem}.safetensors"
-    return keep_measured(path, key, partial(np.asarray, images), _real(compared))
+    return keep_measured(path, key, partial(np.asarray, images), real)
 
 
 def _mean(metric: Metric, of_seeds: _OfSeeds, other: _OfSeeds | None = None) -> Mean:
