@@ -22,7 +22,6 @@ from spin_diffusion.comparing.results import (
     Differences,
     Distances,
     First,
-    FreeSettings,
     Mean,
     Means,
     Measured,
@@ -31,6 +30,7 @@ from spin_diffusion.comparing.results import (
     WorldResult,
 )
 from spin_diffusion.comparing.settings import MODES, Mode
+from spin_diffusion.evaluation.protocols import free_settings
 from spin_diffusion.evaluation.scorers import about as about_scorer
 from spin_diffusion.evaluation.statistics import Interval, half_width, mean_interval
 from spin_diffusion.samples.sampling import Sampling
@@ -176,10 +176,10 @@ def _world(contest: Contest, world: str) -> WorldResult:
     return {
         "name": world,
         "about": about(contest.settings.world(world)),
-        "usual": _free(contest.plan.usual(world)),
+        "usual": free_settings(contest.plan.usual(world)),
         "num_free": len(contest.plan.free(world)),
         "base": {
-            "best": _free(base_best) if base_best else None,
+            "best": free_settings(base_best) if base_best else None,
             "free_gain": free_gain,
             "failures": _failures(contest, base_cells),
             **_measured(contest, base_cells, 0, base_best, base),
@@ -209,15 +209,6 @@ def against_real(contest: Contest, world: str, entries: Sequence[Entry]) -> Dist
     return distances_of(by_method, compared, settings.images_per_prompt, settings.num_test_prompts)
 
 
-def _free(sampling: Sampling) -> FreeSettings:
-    return {
-        "guidance_scale": sampling.guidance_scale,
-        "num_inference_steps": sampling.num_inference_steps,
-        "prediction_scale": sampling.prediction_scale,
-        "passes": sampling.passes,
-    }
-
-
 def _rate(contest: Contest, cell: Cell) -> dict[str, float] | None:
     means = contest.means(cell, contest.plan.guided(cell.world))
     return None if means is None else {how.in_words: mean for how, mean in means.items()}
@@ -240,7 +231,7 @@ def _row(
         "rounds": entry.rounds or None,
         "steps_per_round": entry.steps_per_round,
         "choice": asdict(entry.choice) if entry.choice else None,
-        "best": _free(entry.best) if entry.best else None,
+        "best": free_settings(entry.best) if entry.best else None,
         "rates": {f"{cell.training['learning_rate']:g}": _rate(contest, cell) for cell in tuned},
     }
     if not finished:
@@ -270,7 +261,7 @@ def _add_rounds(contest: Contest, entry: Entry, row: MethodResult, reference: Sc
 
 
 def _rounds_of(contest: Contest, entry: Entry) -> dict[int, Scores]:
-    """Round -> its scores on test prompts."""
+    """Round -> its scores on test prompts, where it has some."""
     found = {k: _scores(contest, entry.cells, k, entry.best) for k in range(1, entry.rounds + 1)}
     return {k: scores for k, scores in found.items() if scores["usual"]}
 
@@ -282,8 +273,8 @@ def _by_round(
     of_reference: dict[int, Scores],
     family: DifferenceFamily,
 ) -> list[RoundResult]:
-    """Every round on test prompts, against the base and against the reference: after as many rounds if it has as
-    many, else after its last one."""
+    """The rounds that were scored on test prompts, against the base and against the reference: after as many rounds if
+    it has the same ones, else after its last one."""
     rows, mine = [], _rounds_of(contest, entry)
     as_many = mine.keys() == of_reference.keys()
     for k, scores in mine.items():

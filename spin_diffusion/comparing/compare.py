@@ -146,8 +146,8 @@ def _final_tasks(contest: Contest, entry: Entry) -> list[Task]:
         views = [View("test", cell.rounds, how) for how in shown]
         if contest.settings.every_round:
             views += [View("validation", k, usual) for k in range(1, cell.rounds + 1)]
-        if contest.settings.test_rounds:
-            views += [View("test", k, how) for k in contest.settings.test_rounds if k < cell.rounds for how in shown]
+        tested = contest.settings.test_rounds or []
+        views += [View("test", k, how) for k in tested if k < cell.rounds for how in shown]
         tasks.append(contest.task(cell, list(dict.fromkeys(views))))
     return tasks
 

@@ -12,13 +12,13 @@ from spin_diffusion.comparing.results import (
     Comparison,
     Difference,
     Distances,
-    FreeSettings,
     Mean,
     MethodResult,
     WorldResult,
 )
 from spin_diffusion.comparing.settings import Mode
 from spin_diffusion.evaluation.distribution import LOWER_IS_BETTER
+from spin_diffusion.evaluation.records import FreeSettings
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.plots import Line
@@ -209,7 +209,7 @@ def _rounds_table(results: Comparison, world: WorldResult, rows: Sequence[Method
 
 
 def _by_round_table(results: Comparison, world: WorldResult, rows: Sequence[MethodResult]) -> _Table | None:
-    """Every round on test prompts, against base and reference; None where only the last one was tested."""
+    """The rounds that were scored on test prompts, against base and reference; None where only the last one was."""
     if not any(row.get("by_round") for row in rows):
         return None
     reference, modes, base = results["settings"]["reference"], _modes(world), world["base"]

@@ -3,7 +3,7 @@
 from typing import Any, Literal, NotRequired, TypedDict
 
 from spin_diffusion.comparing.settings import Budget, Mode, SetName
-from spin_diffusion.evaluation.records import Metric
+from spin_diffusion.evaluation.records import FreeSettings, Metric
 
 
 class Mean(TypedDict):
@@ -34,15 +34,6 @@ class Measured(TypedDict):
     other_scores: dict[str, Means]
     """Scorer -> its scores, of all but the first."""
     diversity: Mean | None
-
-
-class FreeSettings(TypedDict):
-    """Settings of the sampler that cost no training, and the passes of the denoiser for a picture."""
-
-    guidance_scale: float
-    num_inference_steps: int
-    prediction_scale: float
-    passes: int
 
 
 class BaseResult(Measured):

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import cast
 
 from spin_diffusion.evaluation.prompt_sets import PromptSet, prompts_hash
-from spin_diffusion.evaluation.records import PromptSetEntry, Protocol
+from spin_diffusion.evaluation.records import FreeSettings, PromptSetEntry, Protocol
 from spin_diffusion.samples.drawn import SEED_RULE, Request
 from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.store.input_error import InputError
@@ -91,6 +91,16 @@ def answer_protocol(
     }
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_new_tokens": max_new_tokens, **more}
     return _with_id(prompt_set, asked | {"sampling": sampling})
+
+
+def free_settings(sampling: Sampling) -> FreeSettings:
+    """The part of a sampling that is free to choose, and its passes."""
+    return {
+        "guidance_scale": sampling.guidance_scale,
+        "num_inference_steps": sampling.num_inference_steps,
+        "prediction_scale": sampling.prediction_scale,
+        "passes": sampling.passes,
+    }
 
 
 def _with_id(prompt_set: PromptSetEntry, rest: dict[str, object]) -> Protocol:

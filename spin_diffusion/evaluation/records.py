@@ -352,13 +352,18 @@ class DifferenceEntry(TypedDict):
     high: float
 
 
-class SweptSetting(TypedDict):
-    """Settings of a sampler that are free to choose, what they cost and what they scored."""
+class FreeSettings(TypedDict):
+    """Settings of a sampler that are free to choose, and the passes of the denoiser that a picture costs with them."""
 
     guidance_scale: float
     num_inference_steps: int
     prediction_scale: float
     passes: int
+
+
+class SweptSetting(FreeSettings):
+    """What settings of a sampler scored."""
+
     mean: float
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -19,8 +19,8 @@ from spin_diffusion.evaluation.distribution import GROUPS, MIN_PICTURES, Replica
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, SampleFolder, read_scores, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed, measured
 from spin_diffusion.evaluation.prompt_sets import PromptSet, prompts_hash
-from spin_diffusion.evaluation.protocols import protocol_of
-from spin_diffusion.evaluation.records import DifferenceEntry, Protocol, SweepEntry, SweptSetting
+from spin_diffusion.evaluation.protocols import free_settings, protocol_of
+from spin_diffusion.evaluation.records import DifferenceEntry, Protocol, SweepEntry
 from spin_diffusion.evaluation.scorers import about
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
@@ -29,6 +29,7 @@ from spin_diffusion.runs.drawer import Drawer
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.samples.drawn import draw_samples, picture_shards, read_index
 from spin_diffusion.samples.sampling import Sampling
+from spin_diffusion.selfplay.record import Better
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -85,7 +86,7 @@ class Judge(typing.Protocol):
         """As tables call it."""
 
     @property
-    def better(self) -> Literal["lower", "higher"]:
+    def better(self) -> Better:
         """Which numbers are."""
 
     def look(self, folders: Mapping[str, SampleFolder], scales: Sequence[float]) -> None:
@@ -115,7 +116,7 @@ class ByScorer:
     per_prompt: int
     accelerator: Accelerator
     progress: Progress
-    better: Literal["lower", "higher"] = "higher"
+    better: Better = "higher"
 
     @property
     def name(self) -> str:
@@ -163,7 +164,7 @@ class ByDistance:
     accelerator: Accelerator
     progress: Progress
     name: str = "fd"
-    better: Literal["lower", "higher"] = "lower"
+    better: Better = "lower"
 
     def look(self, folders: Mapping[str, SampleFolder], scales: Sequence[float]) -> None:
         phase = "features of the pictures"
@@ -239,23 +240,16 @@ def sweep_models(
             baseline=None if source is baseline else baseline.name,
             num_selection=len(parts[SELECTION].rows),
             num_held_out=len(parts[HELD_OUT].rows),
-            settings=[_setting(*of) for of in zip(samplings, means[source], strict=True)],
+            settings=[
+                {**free_settings(sampling), "mean": mean}
+                for sampling, mean in zip(samplings, means[source], strict=True)
+            ],
             chosen=chosen[source],
             gain=_difference(judge, showing[source][1], showing[source][0]),
             to_baseline=None if source is baseline else _difference(judge, showing[source][1], showing[baseline][1]),
         )
         for source in models
     ]
-
-
-def _setting(sampling: Sampling, mean: float) -> SweptSetting:
-    return {
-        "guidance_scale": sampling.guidance_scale,
-        "num_inference_steps": sampling.num_inference_steps,
-        "prediction_scale": sampling.prediction_scale,
-        "passes": sampling.passes,
-        "mean": mean,
-    }
 
 
 def _values(judge: Judge, drawn: Sequence[Drawn]) -> list[Any]:
