@@ -109,12 +109,8 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "best_of_k": tables.aggregate_tables(results, "best_of_k"),
         "best_by_average": tables.aggregate_tables(results, "best_by_average"),
         "curves": [
-            curve
-            for curve in (
-                ("rounds", "Over the rounds", tables.curve_panels(results)),
-                ("strengths", "Over the strength", tables.strength_panels(results)),
-            )
-            if curve[2]
+            ("rounds", "Over the rounds", tables.curve_panels(results)),
+            ("strengths", "Over the strength", tables.strength_panels(results)),
         ],
         "legend": [(plots.legend_key(style), labels.scale(scale)) for style, scale in enumerate(labels.scales)],
         "training": training.training_panels(results),

@@ -178,6 +178,17 @@ def test_the_page_of_pictures_has_training_too(tmp_path: Path) -> None:
     assert count(page, "a", href="#training") == 1 and not count(plain, "a", href="#training")
 
 
+@pytest.mark.parametrize("flops", [None, 5 * 10**12])
+def test_work_that_nobody_counted_has_no_columns(tmp_path: Path, flops: int | None) -> None:
+    write_evaluation(tmp_path, num_prompts=10, scales=(3.0,))
+    entry = {"model": "round 1", "round": 1, "phase": "trained", "seconds": 12.5, "predicted_seconds": None}
+    entry |= {"samples": 8, "samples_per_second": 0.64, "flops": flops, "matrix_share": flops and 0.25}
+    change(tmp_path, ledger=[entry | {"peak_memory_bytes": None}])
+    page = said(Parsed(write_report(tmp_path).read_text(encoding="utf-8")))
+    assert "Time and work" in page and "12.5" in page
+    assert [word in page for word in ("TFLOP", "25%", "floating-point operations")] == [flops is not None] * 3
+
+
 def test_what_the_rules_of_health_said_is_on_the_page(tmp_path: Path) -> None:
     def event(rule: str, action: str, weights: int | None) -> dict[str, Any]:
         found = {"model": "space", "round": 2, "step": 1234, "rule": rule, "action": action}
