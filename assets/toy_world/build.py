@@ -19,7 +19,6 @@ the same machine with the same number of threads.
 import argparse
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -54,6 +53,7 @@ from spin_diffusion.diffusion.images import through_codec, to_images, to_pixels
 from spin_diffusion.diffusion.settings import ImageSettings
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.named import load_module
 from spin_diffusion.store.run_dir import write_file, write_folder
 
 HERE = Path(__file__).resolve().parent
@@ -87,17 +87,7 @@ STAGES = {
     "confused": Stage("plateau", 1000, 7e-4, 500, swap_colour=0.4, swap_shape=0.25),
 }
 
-
-def _load(name: str):
-    """A module beside this file, by its path: the toy world is no package."""
-    spec = importlib.util.spec_from_file_location(f"toy_world_{name}", HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-oracle = _load("oracle")
+oracle = load_module("", str(HERE / "oracle.py"))
 world = oracle.world
 
 

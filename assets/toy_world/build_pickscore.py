@@ -9,9 +9,7 @@ are held out for evaluation are never drawn.
 """
 
 import argparse
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +20,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from spin_diffusion.store.named import load_module
+
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, which the scorer subtracts and divides by."""
 
 
-def _load_build():
-    spec = importlib.util.spec_from_file_location("toy_world_build", HERE / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _load_build()
+build = load_module("", str(HERE / "build.py"))
 world = build.world
 
 
