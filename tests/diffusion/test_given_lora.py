@@ -94,6 +94,9 @@ def test_other_files_are_refused_in_one_line(sdxl_dir, sd1_dir, adapter, tmp_pat
         "nan": tensors | {f"{layer}.lora_down.weight": torch.full((4, 32), torch.nan)},
         "half": {key: tensor for key, tensor in tensors.items() if key != f"{layer}.lora_up.weight"},
         "nowhere": tensors | nowhere,
+        # diffusers passes over what is of none of the pipeline's parts
+        "passed over": load_file(adapter[0] / WEIGHTS)
+        | {f"vae.x.lora_{side}.weight": torch.ones(1, 1) for side in "AB"},
     }.items():
         save_file(content, tmp_path / f"{name}.safetensors")
     for name, said in {
@@ -110,6 +113,7 @@ def test_other_files_are_refused_in_one_line(sdxl_dir, sd1_dir, adapter, tmp_pat
         "nan.safetensors": "not finite",
         "half.safetensors": "does not fit|no place",
         "nowhere.safetensors": "does not fit|no place",
+        "passed over.safetensors": "2 of its .* tensors have no place",
     }.items():
         with pytest.raises(InputError, match=said) as error:
             load_checkpoint(Base(str(sdxl_dir), lora=str(tmp_path / name)))
