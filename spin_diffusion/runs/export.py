@@ -22,7 +22,7 @@ from spin_diffusion.store.files import read_if_whole, read_json, tensors_hash, w
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import InputError, one_line, open_regular, printable
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.run_dir import file_hash, remove_files, write_file, write_folder
+from spin_diffusion.store.run_dir import file_hash, remove_files, settle, write_file, write_folder
 
 Format = Literal["diffusers", "kohya", "single_file", "unet_file"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,7 +81,7 @@ def export(what: Export) -> Path:
         )
     if not math.isfinite(what.strength):
         raise InputError(f"--strength {what.strength} must be a number: 1 is the player, 0 the base")
-    _check_place(what)
+    _take_place(what)
     quiet_libraries()
     family, pipeline = load_checkpoint(source.base)
     resolution = _settings_of(what.run).get("resolution") or family.RESOLUTION
@@ -129,7 +129,7 @@ def export_merged(what: Export) -> Path:
     player = _player_of(what.run, what.round, LANGUAGE_PLAYERS)
     if not (player / ADAPTER_CONFIG).is_file():
         raise InputError(f"--merge is of adapters, and {printable(player)} has all weights: use it as it is")
-    _check_place(what)
+    _take_place(what)
     quiet_libraries()
     trusted = bool(_settings_of(what.run).get("trust_remote_code"))
     model, tokenizer = load_language_model(LanguageBase(str(player), trust_remote_code=trusted))
@@ -203,8 +203,9 @@ def _settings_of(run: Path) -> dict[str, Any]:
     return saved_settings(run / "config.yaml") if (run / "config.yaml").is_file() else {}
 
 
-def _check_place(what: Export) -> None:
-    """InputError where something else than an export lies in the place."""
+def _take_place(what: Export) -> None:
+    """Make RUN/export this command's, if the place is in it. InputError where something else than an export lies in the
+    place, or another export works in RUN/export."""
     place, flag = what.place, f"-o {printable(what.place)}"
     if what.form == "diffusers":
         check_folder(place, PROGRAM, "-o", inside=True)
@@ -217,3 +218,7 @@ def _check_place(what: Export) -> None:
             raise InputError(f"{flag} is there and is no export ({one_line(error)}): give another name") from None
         if not is_export:
             raise InputError(f"{flag} is there and is no export: give another name")
+    if what.output is None:
+        # With a marker of its own it is left alone by the run, which removes what is half-written when it starts again
+        take_folder(what.run / "export", PROGRAM, "-o", inside=True)
+        settle(what.run / "export")

@@ -1,5 +1,6 @@
 """Exports: a player of a run between base and itself, in every form, and what is not replaced."""
 
+import fcntl
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.lora import PLAYER, WEIGHTS
 from spin_diffusion.store.files import read_json, write_json
-from spin_diffusion.store.run_dir import file_hash, file_hashes
+from spin_diffusion.store.folder import release
+from spin_diffusion.store.run_dir import MARKER, file_hash, file_hashes, part_of, settle
 from tests.diffusion.test_lora import LORA, move, prediction
 from tests.playing import make_game
 
@@ -138,6 +140,22 @@ def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_pat
     write_json(tmp_path / "run" / "manifest.json", manifest)
     for _ in range(2):  # an own one is replaced
         assert export(tmp_path / "run", *of_round, "unet_file", "-o", tmp_path / "own.safetensors") == 0
+
+
+def test_an_export_and_a_run_that_starts_again_leave_each_other_alone(sd1_dir, tmp_path, capsys):
+    a_run(sd1_dir, tmp_path / "run")
+    words, folder = ("--round", 2, "--format", "unet_file"), tmp_path / "run" / "export"
+    assert export(tmp_path / "run", *words) == 0
+    part = part_of(folder / "other.safetensors")
+    part.write_text("half")
+    settle(tmp_path / "run")
+    assert part.exists()
+    release(folder)
+    with open(folder / MARKER) as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        assert export(tmp_path / "run", *words) == 2
+        assert "another command works in" in capsys.readouterr().err and part.exists()
+    assert export(tmp_path / "run", *words) == 0 and not part.exists()
 
 
 def test_a_folder_is_an_earlier_export_or_the_new_one_and_its_users_files_stay(sd1_dir, tmp_path, monkeypatch):
