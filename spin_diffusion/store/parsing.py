@@ -151,22 +151,22 @@ def _help_lines(sections: Collection[type]) -> Iterator[str]:
 
 def _setting_lines(section: type, name: str) -> list[str]:
     one = section.__dataclass_fields__[name]  # type: ignore[attr-defined] # a dataclass
-    default = "" if one.default is None or is_dataclass(one.default) else f" (default: {_as_word(one.default)})"
+    default = "" if one.default is None or is_dataclass(one.default) else f" (default: {as_word(one.default)})"
     text = help_texts(section).get(name, "") + default
     rules = rules_of(section)[name]
     words = "|".join(rules.choices) + ("|FILE.py" if rules.or_file else "")
-    return [f"  --{name} {words or _placeholder(one.type)}", *(f"      {line}" for line in textwrap.wrap(text, 100))]
+    return [f"  --{name} {words or placeholder(one.type)}", *(f"      {line}" for line in textwrap.wrap(text, 100))]
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _placeholder(type_: Any) -> str:
+def placeholder(type_: Any) -> str:
     """What stands for a setting's value in its line of help: NUMBER, WORD|WORD, LIST."""
     kind, parts = get_origin(type_), [part for part in get_args(type_) if part is not NoneType]
     if kind in (Union, UnionType):
-        return "|".join(dict.fromkeys(_placeholder(part) for part in parts))
+        return "|".join(dict.fromkeys(placeholder(part) for part in parts))
     if kind is Literal:
         return "|".join(str(word) for word in parts)
     if container_of(type_) is list:
