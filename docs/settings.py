@@ -1,6 +1,6 @@
 """Write settings.md from the dataclasses of settings.
 
-    python docs/settings.py
+python docs/settings.py
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from spin_diffusion.store.settings import help_texts, rules_of
 PAGE = Path(__file__).with_name("settings.md")
 OPENING = """# Settings
 
-Names and defaults follow diffusers' scripts. `--help` of each command shows the same, `--print_config` what a command line amounts to.
-A value that may change by round takes a list, one value per round; the last repeats. Settings with keys are given as
-`--health "{saturation: 0.5}"`; their keys stand below them. A begun run or evaluation refuses another value, but for the settings with a star (*); a comparison runs anew
-what changed.
+Names and defaults follow diffusers' scripts. `--help` of each command shows the same, `--print_config` what a command
+line amounts to. A value that may change by round takes a list, one value per round; the last repeats. Settings with
+keys are given as `--health "{saturation: 0.5}"`; their keys stand below them. A begun run or evaluation refuses another
+value, but for the settings with a star (*); a comparison runs anew what changed.
 
 <!-- python docs/settings.py writes this page from the dataclasses -->
 """
@@ -45,7 +45,7 @@ def page() -> str:
                 about = " ".join((section.__doc__ or "").split())
                 parts += [f"\n{about}\n\n", "| setting | values | default | meaning |\n|---|---|---|---|\n", *rows]
         if kind is LanguageConfig:
-            parts.append("\nAll other settings are those of pictures: those of the rounds, the training, adapters and output.\n")
+            parts.append("\nAll other settings are those of pictures: of rounds, training, adapters and output.\n")
     return "".join(parts)
 
 

@@ -39,6 +39,10 @@ FOREIGN = {
 """Flags that the pages speak of, and that no command here declares."""
 
 
+OURS = re.compile(r"(training|evaluation|benchmarks(?!/results)|assets|tests)/")
+"""How the paths of the repository begin."""
+
+
 @cache
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
@@ -98,7 +102,7 @@ def test_every_command_would_be_understood(page, monkeypatch, tmp_path):
         if words[0] == "make":
             assert all(f"\n{word}:" in text_of(ROOT / "Makefile") for word in words[1:] if "=" not in word), words
         for before, word in zip(words, words[1:], strict=False):
-            if before == "--config_file" or re.match(r"(training|evaluation|benchmarks(?!/results)|assets|tests)/", word):
+            if before == "--config_file" or OURS.match(word):
                 assert Path(word).exists(), word
         script = next((word for word in words if word.endswith(".py")), None)
         if script is None:
