@@ -56,6 +56,8 @@ BAD_REASONS = tuple(reason.value for reason in Bad)
 REASONS = BAD_REASONS + tuple(reason.value for reason in Expected)
 MAX_KEPT_ROWS = 100
 """Rows whose place and detail are kept, per reason; more are only counted."""
+MAX_NAMED_ROWS = 20
+"""Bad rows that are named to a person, per reason; more are only counted there."""
 HOPELESS_BAD_ROWS = 100
 HOPELESS_BAD_SHARE = 0.5
 """Above both, reading on is a waste of time: it stops at once."""
@@ -91,8 +93,6 @@ class ReadReport:
     """Reason -> rows."""
     kept_rows: dict[str, list[LeftOutRow]] = field(default_factory=lambda: {reason: [] for reason in REASONS})
     """Reason -> its first MAX_KEPT_ROWS rows."""
-    first_bad: LeftOutRow | None = None
-    """The first row that was left out for one of BAD_REASONS."""
 
     @property
     def bad(self) -> int:
@@ -106,22 +106,34 @@ class ReadReport:
 
     def leave_out(self, where: str, reason: str, detail: str) -> None:
         """Count one row that is not used."""
-        row = LeftOutRow(where, detail)
         self.left_out[reason] += 1
         if len(self.kept_rows[reason]) < MAX_KEPT_ROWS:
-            self.kept_rows[reason].append(row)
-        if self.first_bad is None and reason in BAD_REASONS:
-            self.first_bad = row
+            self.kept_rows[reason].append(LeftOutRow(where, detail))
 
     def reasons(self) -> str:
         """The reasons that occurred with their counts, on one line: "3 tie, 1 corrupt image"."""
         return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
 
     def lines(self) -> list[str]:
-        """Summary for a person: one line of totals, then one for each reason that occurred, with its first row."""
-        total = f"read {self.read} rows: used {self.used}, left out {sum(self.left_out.values())}"
-        occurred = [(reason, count) for reason, count in self.left_out.items() if count]
-        return [total, *(f"  {reason}: {count} (first: {self.kept_rows[reason][0]})" for reason, count in occurred)]
+        """Summary for a person: a line of totals, then one for each reason that occurred, with its first row; of a
+        reason that is somebody's to repair with all rows, up to MAX_NAMED_ROWS."""
+        lines = [f"read {self.read} rows: used {self.used}, left out {sum(self.left_out.values())}"]
+        for reason, count in self.left_out.items():
+            if count and reason in BAD_REASONS:
+                lines += [f"  {reason}: {count}", *(f"    {row}" for row in self._named(reason))]
+            elif count:
+                lines.append(f"  {reason}: {count} (first: {self.kept_rows[reason][0]})")
+        return lines
+
+    def _named(self, reason: str) -> list[str]:
+        """The first rows of a reason for a person, and how many more there are."""
+        more = self.left_out[reason] - MAX_NAMED_ROWS
+        named = [str(row) for row in self.kept_rows[reason][:MAX_NAMED_ROWS]]
+        return named + ([f"and {more:,} more"] if more > 0 else [])
+
+    def bad_rows(self) -> str:
+        """The bad rows on one line, up to MAX_NAMED_ROWS of each reason."""
+        return "; ".join(named for reason in BAD_REASONS for named in self._named(reason))
 
     def as_dict(self) -> dict[str, object]:
         """The same as plain values that json can write, with the reasons that occurred."""
@@ -287,7 +299,7 @@ def usable(
             break
     if report.bad and report.bad_share > max_bad_share:
         raise InputError(
-            f"{_bad_rows(source, report)}; repair the data, or allow the share with --max_bad_share "
+            f"{_bad_rows(source, report)}. Repair the data, or allow the share with --max_bad_share "
             f"(now {max_bad_share:g})"
         )
     if not report.used:
@@ -297,8 +309,8 @@ def usable(
 
 def _bad_rows(source: Source, report: ReadReport) -> str:
     return (
-        f"{source.name}: {report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad: {report.reasons()}; "
-        f"the first bad row is {report.first_bad}"
+        f"{source.name}: {report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad ({report.reasons()}): "
+        f"{report.bad_rows()}"
     )
 
 

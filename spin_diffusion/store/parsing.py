@@ -35,9 +35,18 @@ def parse(kind: type[T], argv: Sequence[str] | None, listed: Sequence[str] = ())
     sections, known = sections_of(kind), types_of(kind)
     given: dict[str, Any] = {}
     files, flags = _split(list(sys.argv[1:] if argv is None else argv), known, listed)
+    alternatives = {name: rule.instead_of for section in sections.values() for name, rule in rules_of(section).items()}
+
+    def put_aside(names: Collection[str]) -> None:
+        for other in {alternatives.get(name) for name in names}.difference(names):
+            given.pop(other or "", None)
+
     for path in files:
-        for name, value in settings_of(path, known).items():
+        of_file = settings_of(path, known)
+        put_aside(of_file)
+        for name, value in of_file.items():
             given[name] = _over(given.get(name), value, known[name])
+    put_aside(dict(flags))
     for name, values in flags:
         if name in listed and not (len(values) == 1 and values[0].startswith("[")):
             given[name] = [part for value in values for part in value.split(",") if part]

@@ -36,6 +36,7 @@ class Rules:
     or_file: bool = False
     harmless: bool = False
     first: bool = False
+    instead_of: str = ""
 
     def no_choice(self, word: str) -> str | None:
         """What a word should be instead; None where it is one of the choices, or where there are none."""
@@ -76,6 +77,7 @@ def setting(
     or_file: bool = False,
     harmless: bool = False,
     first: bool = False,
+    instead_of: str = "",
 ) -> T:
     """A field of a section of settings.
 
@@ -85,8 +87,9 @@ def setting(
         or_file: the path of a .py file may stand for one of them.
         harmless: a change does not change the result, or only continues it: a begun run allows it.
         first: `--help` shows it before all others.
+        instead_of: the setting that this one stands for: given on the command line it puts aside the other of a file.
     """
-    rules = Rules(minimum, above, maximum, below, tuple(choices), or_file, harmless, first)
+    rules = Rules(minimum, above, maximum, below, tuple(choices), or_file, harmless, first, instead_of)
     return field(default=default, metadata={"rules": rules})
 
 

@@ -608,9 +608,9 @@ def test_a_folder_of_odd_names_captions_and_links_is_trained_on_and_what_is_left
     said = capsys.readouterr().out
     assert "read 7 rows: used 3, left out 4" in said
     for line in (
-        "corrupt image: 1 (first: e.png: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture)",
-        "broken characters in the text: 1 (first: d.png: character 4 of d.txt is half of one",
-        "link to nothing: 1 (first: gone: it leads to nowhere, which does not exist)",
+        "corrupt image: 1\n    e.png: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture\n",
+        "broken characters in the text: 1\n    d.png: character 4 of d.txt is half of one",
+        "link to nothing: 1\n    gone: it leads to nowhere, which does not exist\n",
         f"link to a folder that is read already: 1 (first: back: it leads back to {tmp_path}",
     ):
         assert line in said

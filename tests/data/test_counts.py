@@ -67,8 +67,8 @@ def test_more_bad_rows_than_the_share_are_an_error_at_the_end(tmp_path: Path) ->
     with pytest.raises(InputError) as caught:
         next(examples)
     message = str(caught.value)
-    assert "2 of 10 rows (20.0%) are bad: 1 corrupt image, 1 empty caption" in message
-    assert "the first bad row is a.parquet row 8: the caption is blank" in message
+    assert "2 of 10 rows (20.0%) are bad (1 corrupt image, 1 empty caption): a.parquet row 9: not a PNG" in message
+    assert "; a.parquet row 8: the caption is blank. Repair" in message, "each is named"
     assert "--max_bad_share (now 0.19)" in message
     assert "\n" not in message
 
@@ -98,6 +98,20 @@ def test_no_usable_row_is_an_error_that_says_what_was_read_and_why(tmp_path: Pat
         read(settings)
 
 
+def test_a_few_broken_files_are_all_named_and_are_no_error(tmp_path: Path) -> None:
+    rows = [(b"x", f"{n}") if n % 20 == 7 else (RED, f"{n}") for n in range(61)]
+    _, report = read(table(tmp_path, rows))
+    assert report.lines()[1:] == [
+        "  corrupt image: 3",
+        *(f"    a.parquet row {n}: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture" for n in (7, 27, 47)),
+    ]
+
+
+def test_of_many_broken_files_twenty_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    _, report = read(table(tmp_path, [(b"x", f"{n}") for n in range(30)] + [(RED, "fine")], max_bad_share=1.0))
+    assert len(report.lines()) == 2 + 20 + 1 and report.lines()[-1] == "    and 10 more"
+
+
 def test_a_report_counts_every_row_and_keeps_the_first_hundred(tmp_path: Path) -> None:
     rows = [(RED, "a")] * 150 + [(b"x", "broken")]
     _, report = read(table(tmp_path, rows))
@@ -105,7 +119,8 @@ def test_a_report_counts_every_row_and_keeps_the_first_hundred(tmp_path: Path) -
     assert len(report.kept_rows["repeated example"]) == MAX_KEPT_ROWS
     assert report.lines() == [
         "read 151 rows: used 1, left out 150",
-        "  corrupt image: 1 (first: a.parquet row 150: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture)",
+        "  corrupt image: 1",
+        "    a.parquet row 150: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture",
         "  repeated example: 149 (first: a.parquet row 1: the same image with the caption 'a' was used already)",
     ]
     written = json.loads(json.dumps(report.as_dict()))

@@ -308,9 +308,9 @@ def test_too_many_bad_rows_are_an_error_with_the_counts_and_the_first_of_them(tm
     with pytest.raises(InputError) as caught:
         read(lines(tmp_path, rows))
     assert str(caught.value) == (
-        f"{tmp_path / 'a.jsonl'}: 2 of 10 rows (20.0%) are bad: 1 malformed line, 1 empty answer; the first bad row is "
-        "a.jsonl line 9: not JSON: Expecting ':' delimiter at character 11; repair the data, or allow the "
-        "share with --max_bad_share (now 0.01)"
+        f"{tmp_path / 'a.jsonl'}: 2 of 10 rows (20.0%) are bad (1 malformed line, 1 empty answer): "
+        "a.jsonl line 9: not JSON: Expecting ':' delimiter at character 11; a.jsonl line 10: the answer in "
+        "'completion' is blank. Repair the data, or allow the share with --max_bad_share (now 0.1)"
     )
 
 
@@ -321,7 +321,7 @@ def test_a_hopeless_data_set_is_given_up_early_also_by_what_the_taker_refuses(tm
     report = ReadReport()
     many = [{"prompt": f"p{number}", "completion": "a"} for number in range(300)]
     with pytest.raises(
-        InputError, match="stopped early: .*101 of 101 rows .*101 refused by the chat template; the first"
+        InputError, match=r"stopped early: .*101 of 101 rows .*\(101 refused by the chat template\): a.jsonl"
     ):
         for example in read_text_examples(lines(tmp_path, many), report=report):
             report.used -= 1

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
+from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse as parse_settings
 from spin_diffusion.store.parsing import saved_settings
@@ -151,6 +152,15 @@ def test_the_command_line_wins_wherever_it_stands(tmp_path):
     assert from_file(tmp_path, "seed: 1\nrate: 5", "--seed", "2") == Settings(seed=2, rate=5.0)
     (tmp_path / "d.yaml").write_text("seed: 4")
     assert from_file(tmp_path, "", f"--config={tmp_path / 'd.yaml'}").seed == 4
+
+
+def test_on_the_command_line_a_setting_puts_aside_the_one_of_a_file_that_it_stands_for(tmp_path):
+    (tmp_path / "c.yaml").write_text("dataset_name: somebody/pictures\nmax_train_samples: 5")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    data = parse_settings(DataSettings, [*file, "--train_data_dir", "mine"])
+    assert (data.dataset_name, data.train_data_dir, data.max_train_samples) == (None, "mine", 5)
+    with pytest.raises(InputError, match="are both given"):
+        parse_settings(DataSettings, [*file, "--train_data_dir", "mine", "--dataset_name", "somebody/pictures"])
 
 
 def test_a_mapping_on_the_command_line_changes_the_keys_that_it_names(tmp_path):
