@@ -2,11 +2,13 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from accelerate import Accelerator
 from PIL import Image
 
@@ -22,6 +24,7 @@ from spin_diffusion.samples.candidates import Candidates
 from spin_diffusion.samples.real import prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.looks import Judge, Preview
+from spin_diffusion.selfplay.one_round import Round
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.train import TrainSettings
@@ -82,6 +85,15 @@ def prepare_data(game: DiffusionGame, directory: Path, count: int = 10, losers: 
     """The examples from a number on as prepared data."""
     found = list(examples(first + count, losers))[first:]
     prepare(directory, lambda: game.real_rows(found), {}, 4, game, game.accelerator)
+
+
+@contextmanager
+def drawing_for_all() -> Iterator[None]:
+    """Rounds draw for all real samples, visited or not: rounds of unlike lengths then draw in the same batches, whose
+    size shows in a picture's last bits, and train on the same pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Round, "visits", lambda round_: round_.sets[0].part.count(round_.sets[0].data))
+        yield
 
 
 def play_all(

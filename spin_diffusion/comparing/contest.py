@@ -4,6 +4,7 @@ A rate, settings of the sampler and a round are chosen on validation prompts alo
 settings of the sampler by the distance to real pictures where that is asked for.
 """
 
+import bisect
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -218,20 +219,6 @@ def run_flops(config: Config, unit: UnitCosts, rows: int, steps: list[int], zero
         steps: optimizer steps of each round.
         zeros_for_empty: the empty prompt needs no embedding.
     """
-    before, a_step = _flops(config, unit, rows, steps, zeros_for_empty)
-    return before + sum(num * flops for num, flops in zip(steps, a_step, strict=True))
-
-
-def steps_for(config: Config, unit: UnitCosts, rows: int, budget: int, zeros_for_empty: bool) -> int:
-    """Optimizer steps in each round, so that a run takes at most `budget` FLOPs; 0 = its images alone are dearer."""
-    before, a_step = _flops(config, unit, rows, [1] * config.rounds.rounds, zeros_for_empty)
-    return max(0, (budget - before) // sum(a_step))
-
-
-def _flops(
-    config: Config, unit: UnitCosts, rows: int, steps: list[int], zeros_for_empty: bool
-) -> tuple[int, list[int]]:
-    """FLOPs of all that comes before the first steps, and of a step of each round."""
     sources = [source_of(config.rounds, of_round(config.rounds.objective, k)) for k in range(1, len(steps) + 1)]
     works = [
         work_of(config, source, rows // config.rounds.real_parts, num, zeros_for_empty)
@@ -240,6 +227,17 @@ def _flops(
     encoded = rows * (2 if "data" in sources else 1)
     trips = encoded if config.images.vae_round_trip else 0
     real = (encoded + trips) * unit.vae_encode + trips * unit.vae_decode
-    text = rows * unit.text
-    drawn = sum(generation_flops(unit, work) for work in works)
-    return real + text + drawn, [step_flops(unit, work) for work in works]
+    rounds = (generation_flops(unit, work) + work.steps * step_flops(unit, work) for work in works)
+    return real + rows * unit.text + sum(rounds)
+
+
+def steps_for(config: Config, unit: UnitCosts, rows: int, budget: int, zeros_for_empty: bool) -> int:
+    """The most optimizer steps in each round with which a run takes at most `budget` FLOPs; 0 = one is too many."""
+
+    def takes(steps: int) -> int:
+        return run_flops(config, unit, rows, [steps] * config.rounds.rounds, zeros_for_empty)
+
+    longest = 1
+    while takes(longest) <= budget:
+        longest *= 2
+    return bisect.bisect_right(range(1, longest), budget, key=takes)

@@ -104,7 +104,9 @@ def draws_worth_keeping(visits: float) -> int:
     return int(visits // 2)
 
 
-def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty: bool = False) -> RoundWork:
+def work_of(
+    config: Config, source: str, rows: int, steps: int, zeros_for_empty: bool = False, world: int = 1
+) -> RoundWork:
     """The work of one round of a run.
 
     Args:
@@ -112,6 +114,7 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
         rows: real samples of the round.
         steps: optimizer steps of the round.
         zeros_for_empty: the pipeline needs no embedding of the empty prompt.
+        world: processes, of which each scores a batch of its own in a step.
     """
     training, sampling, candidates = config.training, config.sampling, config.rounds.candidates
     batch = training.train_batch_size * training.gradient_accumulation_steps
@@ -122,7 +125,9 @@ def work_of(config: Config, source: str, rows: int, steps: int, zeros_for_empty:
     per_prompt: float = copies
     if candidates.number:
         per_prompt = candidates.number * candidates.share + copies * (1 - candidates.share)
-    drawn = round(rows * per_prompt) if source == "opponent" else 0
+    # As `selfplay.one_round.Round.visits` has it
+    visited = rows if candidates.number or draws else min(rows, steps * batch * world)
+    drawn = round(visited * per_prompt) if source == "opponent" else 0
     guided = sampling.guidance_scale > 1
     return RoundWork(
         steps=steps,

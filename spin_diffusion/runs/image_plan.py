@@ -57,7 +57,13 @@ def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progr
     game.fixed_draws = int(config.denoiser.fixed_draws)
     rates = probe(config, game, few)
     rates = replace(rates, prepare=rates.prepare / accelerator.num_processes)  # shared out
-    return make_plan(config, accelerator, rates, Sizes(rows, held_out, shown(config)), works(config, pairs + held_out))
+    return make_plan(
+        config,
+        accelerator,
+        rates,
+        Sizes(rows, held_out, shown(config)),
+        works(config, pairs, held_out, accelerator.num_processes),
+    )
 
 
 def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config:
@@ -166,13 +172,17 @@ def _probe_training(
 # How often the settings ask for what
 
 
-def works(config: Config, pairs: int) -> Callable[[str, int], Work]:
-    """(objective, round) -> the work of a round of so many pairs."""
+def works(config: Config, pairs: int, held_out: int, world: int) -> Callable[[str, int], Work]:
+    """(objective, round) -> the work of a round of so many pairs and held-out ones on so many processes."""
 
     def work(objective: str, round_: int) -> Work:
-        asked = work_of(config, source_of(config.rounds, objective), pairs, 1)
-        scored = pairs * int(config.denoiser.fixed_draws)
-        return Work(asked.drawn, asked.encoded, asked.encoded, scored)
+        source = source_of(config.rounds, objective)
+        steps, _ = steps_of_round(config.training, round_, pairs, world)
+        trained = work_of(config, source, pairs, steps, world=world)
+        measured = work_of(config, source, held_out, held_out)  # for all of these the opponent draws
+        encoded = trained.encoded + measured.encoded
+        scored = (pairs + held_out) * int(config.denoiser.fixed_draws)
+        return Work(trained.drawn + measured.drawn, encoded, encoded, scored)
 
     return work
 

@@ -31,7 +31,7 @@ from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.opponents import OPPONENTS
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.selfplay.train_settings import check_batch, pairs_visited
 from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -51,7 +51,7 @@ def plan_answers(config: LanguageConfig, game: LanguageGame, progress: Progress)
     few, sizes, seconds = _read(config, game, progress)
     check_batch(sizes.rows // config.rounds.real_parts, config.training, game.accelerator.num_processes)
     rates = replace(probe(config, game, few), prepare=seconds)  # by one process
-    return make_plan(config, game.accelerator, rates, sizes, works(config, sizes))
+    return make_plan(config, game.accelerator, rates, sizes, works(config, sizes, game.accelerator.num_processes))
 
 
 def _read(config: LanguageConfig, game: LanguageGame, progress: Progress) -> tuple[list[Row], Sizes, float]:
@@ -173,18 +173,22 @@ def _repeated(few: list[Row], number: int) -> list[Row]:
 # How often the settings ask for what
 
 
-def works(config: LanguageConfig, sizes: Sizes) -> Callable[[str, int], Work]:
-    """(objective, round) -> the work of a round."""
-    rows = sizes.rows // config.rounds.real_parts + sizes.held_out
+def works(config: LanguageConfig, sizes: Sizes, world: int) -> Callable[[str, int], Work]:
+    """(objective, round) -> the work of a round on so many processes."""
+    pairs = sizes.rows // config.rounds.real_parts
+    rows = pairs + sizes.held_out
 
     def work(objective: str, round_: int) -> Work:
         source = source_of(config.rounds, objective)
-        drawn = rows * config.rounds.num_generated if source == "opponent" else 0
+        visited = pairs_visited(config.training, round_, pairs, world) + sizes.held_out
+        drawn = visited * config.rounds.num_generated if source == "opponent" else 0
+        # Every real sample is scored, whether it is visited or not
         scored = rows + (rows if source == "data" else drawn)
+        beside_one = {"opponent": config.rounds.num_generated, "data": 1, "none": 0}[source]
         anchors = 1
         if config.rounds.anchor == "opponent":
             anchors = len(OPPONENTS[config.rounds.opponent](list(range(1, round_))))
         # The gap is measured on held-out pairs when a round was trained
-        return Work(drawn, 0, drawn, anchors * scored, sizes.held_out / rows * scored)
+        return Work(drawn, 0, drawn, anchors * scored, sizes.held_out * (1 + beside_one))
 
     return work

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spin_diffusion.samples.sample import CONDITION, KIND, SECTION, Batch, of_side
+from spin_diffusion.samples.sample import CONDITION, ENCODED, KIND, SECTION, Batch, of_side
 from spin_diffusion.samples.shards import Part, rows_in, shards
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
@@ -43,6 +43,8 @@ class Pairs:
     """Pairs of an optimizer step, each of which has a section of the levels of its own."""
     kinds: Tensor | None = None
     """The kind of each pair, (pairs,): those of one kind are scored together, so each batch should have few kinds."""
+    visited: int | None = None
+    """The first places of the stream, whose pairs have a generated side; None = all have."""
     epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, positions: list[int], seed: int, round_: int) -> Batch:
@@ -91,23 +93,20 @@ class Pairs:
         if epoch not in self.epochs:
             # Two epochs are enough for a batch that lies across them
             self.epochs = {known: order for known, order in self.epochs.items() if abs(known - epoch) == 1}
-            generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
-            order = torch.randperm(len(self.ids), generator=generator)
-            if self.kinds is not None:
-                order = side_by_side(order, self.kinds, -epoch * len(self.ids) % TOGETHER, generator)
-            self.epochs[epoch] = order
+            self.epochs[epoch] = epoch_order(len(self.ids), self.kinds, seed, round_, epoch)
         return int(self.epochs[epoch][place])
 
 
 class ReadAhead:
     """Pairs of which the next batch of the stream is read while the last one is worked on."""
 
-    def __init__(self, pairs: Pairs, stride: int) -> None:
+    def __init__(self, pairs: Pairs, stride: int, end: int) -> None:
         """
         Args:
             stride: places in the stream from one batch of a process to its next one.
+            end: the place after the last one that is asked for.
         """
-        self.pairs, self.stride = pairs, stride
+        self.pairs, self.stride, self.end = pairs, stride, end
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._next: tuple[list[int], Future[Batch]] | None = None
 
@@ -119,12 +118,21 @@ class ReadAhead:
         else:
             batch = self.pairs.batch(positions, seed, round_)
         following = [position + self.stride for position in positions]
-        self._next = following, self._reader.submit(self.pairs.batch, following, seed, round_)
+        if following[-1] < self.end:
+            self._next = following, self._reader.submit(self.pairs.batch, following, seed, round_)
         return batch
 
     def close(self) -> None:
         """Read no more."""
         self._reader.shutdown(cancel_futures=True)
+
+
+def epoch_order(pairs: int, kinds: Tensor | None, seed: int, round_: int, epoch: int) -> Tensor:
+    """The order in which an epoch of a round's stream visits so many pairs, (pairs,): a random one, in which those of
+    one kind lie side by side where they have kinds."""
+    generator = torch.Generator().manual_seed(seed_from(seed, "order", round_, epoch))
+    order = torch.randperm(pairs, generator=generator)
+    return order if kinds is None else side_by_side(order, kinds, -epoch * pairs % TOGETHER, generator)
 
 
 def side_by_side(order: Tensor, kinds: Tensor, before: int, generator: torch.Generator) -> Tensor:
@@ -167,6 +175,39 @@ class Side:
     prefix: str = ""
 
 
+@dataclass(frozen=True)
+class Visited:
+    """The real samples that a round visits: those at the first places of its stream.
+
+    Attributes:
+        places: of each shard their places among the rows of the part there, in order.
+    """
+
+    places: list[list[int]]
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.places))
+
+    def row(self, shard: int, place: int) -> int:
+        """How many of the shard's come before the one at this place."""
+        row = bisect.bisect_left(self.places[shard], place)
+        assert self.places[shard][row : row + 1] == [place], f"nothing was drawn for row {place} of shard {shard}"
+        return row
+
+
+def find_visited(data: Path, part: Part, visits: int, seed: int, round_: int) -> Visited:
+    """The real samples of a part at the first `visits` places of a round's stream."""
+    ids = Column(data, "id", part)
+    order = epoch_order(len(ids), kinds_of(data / ENCODED, part), seed, round_, 0)[:visits]
+    places: list[list[int]] = [[] for _ in ids.starts[1:]]
+    for index in order.sort().values.tolist():
+        shard, place = ids.place_of(index)
+        places[shard].append(place)
+    return Visited(places)
+
+
 def open_pairs(
     data: Path,
     real: Side,
@@ -175,12 +216,14 @@ def open_pairs(
     copies: int,
     choices: Path | None = None,
     draws: int = 0,
+    visited: Visited | None = None,
 ) -> Pairs:
     """The pairs of real samples and generated ones, their tensors memory-mapped.
 
     Args:
         generated: None = there is no such side.
         copies: generated samples per real one.
+        visited: the real samples that have generated ones; None = all.
         choices: folder that says, where the opponent drew candidates, which of them make a pair; `generated` then
             holds these alone.
         draws: fixed draws of each pair.
@@ -195,14 +238,15 @@ def open_pairs(
     def fetch(indices: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kept = [ids.place_of(index) for index in indices]
         in_data = [(number, part.index + place * part.of) for number, place in kept]
-        drawn = [(number, place * copies + k) for number, place in kept for k in range(copies)]
+        rows = [(number, visited.row(number, place) if visited else place) for number, place in kept]
+        drawn = [(number, row * copies + k) for number, row in rows for k in range(copies)]
         found = [sides[0].rows(in_data, kept)]
         if len(sides) == 2:
             found.append(sides[1].rows(drawn, drawn) if has_copies else sides[1].rows(in_data, kept))
         return found[0], found[1] if len(sides) == 2 else {}
 
     kinds = kinds_of(real.tensors, part) if CONDITION + KIND in sides[0].names else None
-    return Pairs(ids, prompts, fetch, draws, kinds=kinds)
+    return Pairs(ids, prompts, fetch, draws, kinds=kinds, visited=visited.number if visited else None)
 
 
 def kinds_of(encoded: Path, part: Part) -> Tensor | None:

@@ -44,6 +44,11 @@ def rows_in(path: Path) -> int:
     return int(rows_metadata(path)["rows"])
 
 
+def count_rows(directory: Path) -> int:
+    """The number of rows of all parquet shards in a folder."""
+    return sum(rows_in(path) for path in shards(directory, ".parquet"))
+
+
 @dataclass(frozen=True)
 class Part:
     """The real rows that a round plays with: of each shard the rows at `index`, `index + of`, ...; by default all."""
@@ -64,7 +69,7 @@ class Part:
 def draw_shards(
     source: Path,
     target: Path,
-    ask: Callable[[list[Row]], list[Row]],
+    ask: Callable[[int, list[Row]], list[Row]],
     draw: Callable[[list[Row], Callable[[int], None]], list[Row]],
     metadata: dict[str, str],
     columns: tuple[str, ...],
@@ -77,14 +82,15 @@ def draw_shards(
     there are or which were restarted. Returns how many samples this process drew.
 
     Args:
-        ask: from a shard's real rows, with `columns`, to the rows that are to be drawn.
+        ask: from a shard's number and its real rows, with `columns`, to the rows that are to be drawn.
         metadata: all that decides the samples, beside the shard's own rows.
     """
-    key = key_of(**metadata)
     made = 0
 
-    def piece_of(path: Path) -> Piece:
-        asked = ask(read_rows(path, columns=list(columns)))
+    def piece_of(shard: tuple[int, Path]) -> Piece:
+        number, path = shard
+        asked = ask(number, read_rows(path, columns=list(columns)))
+        key = key_of(asked=[[row["place"], row["k"]] for row in asked], **metadata)
 
         def make(tell: Callable[[int], None]) -> Made:
             nonlocal made
@@ -94,7 +100,7 @@ def draw_shards(
 
         return Piece(target / path.name, key, len(asked), make)
 
-    build_together(shards(source / "samples", ".parquet"), piece_of, accelerator, progress)
+    build_together(list(enumerate(shards(source / "samples", ".parquet"))), piece_of, accelerator, progress)
     return made
 
 
@@ -149,19 +155,28 @@ def encode_shards(
 
 
 def some_pairs(data: Path, drawn: Path, part: Part, most: int) -> tuple[list[Row], list[Row]]:
-    """At most so many real rows, evenly from all of the part, and the first row that was drawn for each."""
-    total = part.count(data)
+    """At most so many of the real rows that something was drawn for, evenly from all of them, and the first row that
+    was drawn for each."""
+    paths = shards(data / "samples", ".parquet")
+    places = [_places_drawn(drawn / path.name) for path in paths]
+    total = sum(map(len, places))
     wanted = {i * total // min(most, total) for i in range(min(most, total))}
     real: list[Row] = []
     generated: list[Row] = []
     before = 0
-    for path in shards(data / "samples", ".parquet"):
-        count = len(range(rows_in(path))[part.places])
-        places = [place for place in range(count) if before + place in wanted]
-        before += count
-        if places:
+    for path, of_shard in zip(paths, places, strict=True):
+        chosen = [place for number, place in enumerate(of_shard, before) if number in wanted]
+        before += len(of_shard)
+        if chosen:
             rows = read_rows(path)[part.places]
             first = {row["place"]: row for row in read_rows(drawn / path.name) if row["k"] == 0}
-            real += [rows[place] for place in places]
-            generated += [first[place] for place in places]
+            real += [rows[place] for place in chosen]
+            generated += [first[place] for place in chosen]
     return real, generated
+
+
+def _places_drawn(path: Path) -> list[int]:
+    """The places of the real rows that a shard of samples answers."""
+    if not rows_in(path):
+        return []
+    return [row["place"] for row in read_rows(path, columns=["place", "k"]) if row["k"] == 0]

@@ -38,7 +38,7 @@ def mean_score(round_: Round, pairs: Pairs) -> float:
     Raises:
         FloatingPointError: it is not finite, or 0: no beta follows.
     """
-    number, batch_size = min(PAIRS, len(pairs.ids)), round_.run.training.train_batch_size
+    number, batch_size = min(PAIRS, pairs.visited or len(pairs.ids)), round_.run.training.train_batch_size
     rows, _ = scored(
         round_.game,
         replace(pairs, per_step=1),

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from accelerate import Accelerator
 
 from spin_diffusion.samples.candidates import Candidates
-from spin_diffusion.samples.pairs import Pairs, Side, open_pairs
+from spin_diffusion.samples.pairs import Pairs, Side, Visited, find_visited, open_pairs
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores
 from spin_diffusion.samples.shards import Part, rows_in, shards
@@ -31,7 +31,7 @@ from spin_diffusion.selfplay.record import (
     replay,
 )
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
-from spin_diffusion.selfplay.train_settings import TrainSettings, of_round
+from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_visited
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
@@ -226,10 +226,23 @@ class Round:
             )
         return present
 
-    def num_drawn(self, samples: RealSamples) -> int:
-        """Samples of the opponent, on average over the seeds that choose which prompts get candidates."""
-        each = self.candidates.drawn_on_average if self.candidates is not None else self.settings.num_generated
-        return round(samples.part.count(samples.data) * each)
+    def visits(self) -> int:
+        """How many real samples the opponent draws for: those that training visits. It draws for all where it draws
+        candidates, of which only a judge knows which make a pair, and where each pair has draws of its own."""
+        pairs = self.sets[0].part.count(self.sets[0].data)
+        if self.candidates is not None or self.fixed_draws:
+            return pairs
+        return pairs_visited(self.run.training, self.k, pairs, self.accelerator.num_processes)
+
+    def visited(self, samples: RealSamples, visits: int | None) -> Visited:
+        """The samples of a set that the opponent draws for: all held-out ones, of the others those that are visited.
+
+        Args:
+            visits: how many these are; None = all.
+        """
+        if visits is None or samples is not self.sets[0]:
+            visits = samples.part.count(samples.data)
+        return find_visited(samples.data, samples.part, visits, self.settings.seed, self.k)
 
     def hashes(self, name: str) -> dict[str, str]:
         """The hashes of all files in the folders of this name, called on all processes once they are written."""
@@ -262,6 +275,7 @@ class Round:
             self.settings.num_generated,
             samples.folder / CHOICES if self.candidates is not None else None,
             self.fixed_draws,
+            self.visited(samples, record.get("visits")) if self.source == "opponent" else None,
         )
 
     def _check_samples(self, record: RoundRecord, folder: Path) -> None:

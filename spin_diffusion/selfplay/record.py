@@ -152,6 +152,8 @@ class RoundFields(TypedDict, total=False):
     opponent: OpponentRecord
     generated: Literal["opponent", "data", "none"]
     """Where the generated sides come from."""
+    visits: int
+    """Of how many pairs the opponent drew the generated side: of those at the first places of the round's stream."""
     drawn: dict[str, int]
     """Samples to train on that each self drew, by its round."""
     candidates: dict[str, Any]

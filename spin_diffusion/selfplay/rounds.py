@@ -126,6 +126,8 @@ class Journal:
             self._write()
         while damage := self._damage():
             self._go_back(damage)
+        if self._visits_too_few():
+            self._back_before("GENERATED")
 
     @property
     def is_finished(self) -> bool:
@@ -209,6 +211,16 @@ class Journal:
                 for path in _resting_on(error.path, below):
                     path.unlink(missing_ok=True)
         self.round.accelerator.wait_for_everyone()
+        self._back_before(STATES[first])
+
+    def _visits_too_few(self) -> bool:
+        """Whether the round would now visit more pairs than it has drawn for, as its batches have become larger."""
+        ready = has_reached(self.record, "GENERATED") and not has_reached(self.record, "TRAINED")
+        return ready and "visits" in self.record and self.record["visits"] < self.round.visits()
+
+    def _back_before(self, state: State) -> None:
+        """Forget a state and those after it."""
+        first = STATES.index(state)
         files = self.record["files"].items()
         self.record["files"] = {name: digest for name, digest in files if STATES.index(made_in(name)) < first}
         self.record["state"] = STATES[first - 1]

@@ -16,9 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from spin_diffusion.samples.candidates import Candidates, chosen_samples, judge_shards, summary
+from spin_diffusion.samples.pairs import Visited
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.scores import KeepsScores, mix_scores, score_draws, score_shards
-from spin_diffusion.samples.shards import Part, draw_shards, encode_shards, merge_shards, rows_in, shards
+from spin_diffusion.samples.shards import (
+    Part,
+    count_rows,
+    draw_shards,
+    encode_shards,
+    merge_shards,
+    rows_in,
+    shards,
+)
 from spin_diffusion.selfplay.game import FixedDraws
 from spin_diffusion.selfplay.one_round import RealSamples, Round, StepResult, mixture_hash
 from spin_diffusion.selfplay.opponents import Mixture, describe, member
@@ -65,7 +74,8 @@ def choose_opponent(round_: Round, record: RoundRecord) -> StepResult:
 
 
 def generate(round_: Round, record: RoundRecord) -> StepResult:
-    """The samples of every member of the opponent, in the order of the real ones; judged, where they are candidates."""
+    """The samples of every member of the opponent, in the order of the real ones that the round visits; judged, where
+    they are candidates."""
     if round_.source != "opponent":
         return StepResult({"generated": round_.source})
     metadata = {
@@ -79,8 +89,15 @@ def generate(round_: Round, record: RoundRecord) -> StepResult:
         metadata |= candidates.metadata
         _check_judge(round_, candidates.judge)
         judge = candidates.load_judge()  # before the drawing: what it lacks is said now, not hours later
-    worked_on = sum(_draw_set(round_, record, samples, metadata) for samples in round_.sets)
-    fields: RoundFields = {"generated": round_.source, "drawn": _drawn_by_self(round_, record)}
+    visits = round_.visits()
+    worked_on = sum(
+        _draw_set(round_, record, samples, round_.visited(samples, visits), metadata) for samples in round_.sets
+    )
+    fields: RoundFields = {
+        "generated": round_.source,
+        "visits": visits,
+        "drawn": _drawn_by_self(round_, record),
+    }
     files = round_.hashes(SAMPLES)
     if candidates is not None and judge is not None:
         for samples in round_.sets:
@@ -91,35 +108,44 @@ def generate(round_: Round, record: RoundRecord) -> StepResult:
                 judge,
                 metadata | {"judge": candidates.judge},
                 round_.accelerator,
-                round_.run.progress.phase(title, round_.num_drawn(samples)),
+                round_.run.progress.phase(title, count_rows(samples.folder / SAMPLES)),
             )
         fields["candidates"] = _judged(round_, candidates)
         files |= round_.hashes(CHOICES)
     return StepResult(fields, files, worked_on)
 
 
-def _draw_set(round_: Round, record: RoundRecord, samples: RealSamples, metadata: dict[str, str]) -> int:
+def _draw_set(
+    round_: Round, record: RoundRecord, samples: RealSamples, visited: Visited, metadata: dict[str, str]
+) -> int:
     """The samples of all members for one set of real ones; how many this process drew."""
     target = samples.folder / SAMPLES
     if len(round_.mixture) == 1:
-        return _draw(round_, record, samples, target, max(round_.mixture), metadata)
+        return _draw(round_, record, samples, visited, target, max(round_.mixture), metadata)
     by_member = {k: samples.folder / DRAWN_BY / str(k) for k in round_.mixture}
-    drawn = sum(_draw(round_, record, samples, folder, k, metadata) for k, folder in by_member.items())
+    drawn = sum(_draw(round_, record, samples, visited, folder, k, metadata) for k, folder in by_member.items())
     merge_shards(list(by_member.values()), target, lambda row: (row["place"], row["k"]), metadata, round_.accelerator)
     return drawn
 
 
 def _draw(
-    round_: Round, record: RoundRecord, samples: RealSamples, target: Path, k: int, metadata: dict[str, str]
+    round_: Round,
+    record: RoundRecord,
+    samples: RealSamples,
+    visited: Visited,
+    target: Path,
+    k: int,
+    metadata: dict[str, str],
 ) -> int:
     """The samples that member k of the mixture draws; how many this process drew."""
     opponent, game = round_.seat(k, record), round_.game
     seed = round_.settings.seed
 
-    def ask(real: list[Row]) -> list[Row]:
+    def ask(shard: int, real: list[Row]) -> list[Row]:
+        rows = real[samples.part.places]
         return [
             row | {"place": place, "k": copy}
-            for place, row in enumerate(real[samples.part.places])
+            for place, row in ((place, rows[place]) for place in visited.places[shard])
             for copy in range(_copies(round_, row["id"]))
             if member(round_.mixture, seed, round_.k, row["id"], copy) == k
         ]
@@ -133,7 +159,8 @@ def _draw(
         ]
 
     share = f" by {describe({k: 1.0})}" if len(round_.mixture) > 1 else ""
-    total = round(round_.num_drawn(samples) * round_.mixture[k])
+    each = round_.candidates.drawn_on_average if round_.candidates is not None else round_.settings.num_generated
+    total = round(visited.number * each * round_.mixture[k])
     bar = round_.run.progress.phase(f"{samples.title}: generate{share}", total)
     return draw_shards(samples.data, target, ask, draw, metadata, game.prompt_columns, round_.accelerator, bar)
 
@@ -199,8 +226,8 @@ def cache(round_: Round, record: RoundRecord) -> StepResult:
 
 def _encode(round_: Round, samples: RealSamples) -> int:
     """The tensors of the opponent's samples that take part in a pair; how many this process encoded."""
-    bar = round_.run.progress.phase(f"{samples.title}: encode", round_.num_drawn(samples))
     source, target, choices = samples.folder / SAMPLES, samples.folder / ENCODED, samples.folder / CHOICES
+    bar = round_.run.progress.phase(f"{samples.title}: encode", count_rows(source))
     if round_.candidates is None:
         return encode_shards(source, target, round_.game, round_.accelerator, bar)
 
@@ -222,7 +249,8 @@ def _score(round_: Round, game: KeepsScores, record: RoundRecord, samples: RealS
         opponent = round_.seat(k, record)
         for side, (source, part, prefix) in sides.items():
             target = samples.folder / (SCORES if single else f"{SCORED_BY}/{k}") / side
-            total = samples.part.count(samples.data) * (round_.settings.num_generated if side == "generated" else 1)
+            drawn = side == "generated" and round_.source == "opponent"
+            total = count_rows(samples.folder / SAMPLES) if drawn else samples.part.count(samples.data)
             bar = round_.run.progress.phase(f"{samples.title}: score the {side} samples", total)
             score_shards(source, target, game, part, prefix, opponent, round_.accelerator, bar)
     for side in sides if not single else ():

@@ -79,7 +79,8 @@ def train(
     looks = Looks(watch, directory, trainee, plan.name, settings.select_every or 1, selection)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
-    ahead = ReadAhead(replace(pairs, per_step=per_step), settings.train_batch_size * game.accelerator.num_processes)
+    stride = settings.train_batch_size * game.accelerator.num_processes
+    ahead = ReadAhead(replace(pairs, per_step=per_step), stride, plan.steps * per_step)
     name_axis(plan.name, game.accelerator)
     ended: health.Finding | None = None
     snapshots = Snapshots(directory, trainee, average) if health.rolls_back(settings.health) else None

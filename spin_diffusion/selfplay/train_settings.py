@@ -175,6 +175,12 @@ def pairs_per_step(settings: TrainSettings, world: int) -> int:
     return settings.train_batch_size * settings.gradient_accumulation_steps * world
 
 
+def pairs_visited(settings: TrainSettings, round_: int, pairs: int, world: int) -> int:
+    """How many of so many pairs a round visits at all."""
+    steps, _ = steps_of_round(settings, round_, pairs, world)
+    return min(pairs, steps * pairs_per_step(settings, world))
+
+
 def check_batch(pairs: int, settings: TrainSettings, world: int) -> int:
     """Pairs in each optimizer step of `world` processes; InputError when there are fewer pairs than that."""
     per_step = pairs_per_step(settings, world)

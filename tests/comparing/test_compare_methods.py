@@ -385,8 +385,9 @@ def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cos
     spin = parsed(plan.cell("tiny", "spin", 1e-4, 0, plan.steps_per_round("tiny", "spin")).training)
     sft = parsed(plan.cell("tiny", "sft", 1e-4, 0, plan.steps_per_round("tiny", "sft")).training)
     assert (plan.steps_per_round("tiny", "spin"), plan.steps_per_round("tiny", "sft")) == (2, 4)
-    # Two rounds of 8 images at 2 steps with guidance, whose prompts are encoded, and which are decoded and encoded
-    drawing = 2 * 8 * (4 * 10 + 2 * 1 + 3 + 5)
+    # Two rounds, each of the 4 images that it visits, at 2 steps with guidance; their prompts are encoded, and they are
+    # decoded and encoded
+    drawing = 2 * 4 * (4 * 10 + 2 * 1 + 3 + 5)
     real = 8 * (3 + 1)  # images and prompts, encoded once
     a_step = 4 * (10 + 20 + 10)
     budget = run_flops(spin, UNIT, 8, [2, 2], zeros_for_empty=False)
@@ -395,7 +396,9 @@ def test_equal_compute_gives_fine_tuning_the_steps_that_the_opponents_images_cos
     assert steps == (budget - real) // (2 * (10 + 20))
     assert run_flops(sft, UNIT, 8, [steps], False) <= budget < run_flops(sft, UNIT, 8, [steps + 1], False)
     assert steps_for(spin, UNIT, 8, budget, False) == 2
-    assert steps_for(spin, UNIT, 8, drawing // 2, False) == 0
+    # A longer round draws all that there are, and no more
+    assert steps_for(spin, UNIT, 8, 10**6, False) == (10**6 - real - 2 * drawing) // (2 * a_step)
+    assert steps_for(spin, UNIT, 8, drawing // 4, False) == 0
 
 
 def test_what_a_run_encodes_before_its_first_step_is_counted(config):

@@ -70,12 +70,13 @@ def test_the_arithmetic_of_a_round():
     assert step_flops(unit, work) == 4 * (10 + 20) + 4 * 10
     assert generation_flops(unit, work) == 6 * (8 * 10 + 1 + 3 + 5)
     assert work_of(config(), "data", 10, 1).drawn == 0
-    assert work_of(config(num_generated=2), "opponent", 10, 1).drawn == 20
+    assert [work_of(config(num_generated=2), "opponent", 10, steps).drawn for steps in (1, 2, 4)] == [6, 12, 20]
+    assert work_of(config(), "opponent", 10, 1, world=2).drawn == 6
     # Four candidates for half of the prompts, one for the others; two of each are encoded at most
     candidates = work_of(config(candidates={"number": 4, "scorer": "pickscore", "share": 0.5}), "opponent", 10, 1)
     assert (candidates.drawn, candidates.encoded) == (25, 20)
-    flipped = work_of(config(random_flip=True), "opponent", 10, 1)
-    assert generation_flops(unit, flipped) - generation_flops(unit, work_of(config(), "opponent", 10, 1)) == 10 * 3
+    flipped = work_of(config(random_flip=True), "opponent", 10, 7)
+    assert generation_flops(unit, flipped) - generation_flops(unit, work_of(config(), "opponent", 10, 7)) == 10 * 3
     again = work_of(config(gradient_checkpointing=True), "opponent", 10, 1)
     assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10
     # A pipeline whose empty prompt is zeros encodes one prompt an image

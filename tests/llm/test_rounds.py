@@ -67,14 +67,14 @@ def test_an_objective_of_each_round(tmp_path):
 def test_several_answers_to_each_real_one(tmp_path):
     play_all(tmp_path, rounds=1, num_generated=3)
     rows = [row for path in sorted((tmp_path / "round-1" / "samples").glob("*")) for row in read_rows(path)]
-    assert len(rows) == 60 and [row["k"] for row in rows[:3]] == [0, 1, 2]
-    assert len({row["seed"] for row in rows}) == 60
+    assert len(rows) == 3 * 16 and [row["k"] for row in rows[:3]] == [0, 1, 2]
+    assert len({row["seed"] for row in rows}) == 3 * 16
     assert rows[4]["seed"] == seed_from(1, 1, rows[4]["id"], 1)
     assert entries(tmp_path)[0]["loss"] == pytest.approx(2.249341, abs=1e-4)  # mu = 3
 
 
 def test_each_round_may_have_its_own_part_of_the_real_answers(tmp_path):
-    play_all(tmp_path, replace(TRAINING, max_train_steps=2), rounds=2, real_parts=2)
+    play_all(tmp_path, replace(TRAINING, max_train_steps=3), rounds=2, real_parts=2)
     real = [row["id"] for path in sorted((tmp_path / "data" / "samples").glob("*")) for row in read_rows(path)]
     drawn = [
         [row["id"] for path in sorted((tmp_path / f"round-{k}" / "samples").glob("*")) for row in read_rows(path)]
@@ -90,7 +90,7 @@ def test_a_mixture_is_drawn_by_its_members_and_scored_by_its_own_density(tmp_pat
     assert len({m["hash"] for m in members}) == 2
     rows = [row for path in sorted((tmp_path / "round-2" / "samples").glob("*")) for row in read_rows(path)]
     by_member = {m["hash"]: [row for row in rows if row["opponent"] == m["hash"]] for m in members}
-    assert len(rows) == 20 and all(by_member.values())
+    assert len(rows) == 16 and all(by_member.values())
     # The kept score of each sample is log(1/2 p_0 + 1/2 p_1), by the models themselves
     game, scores = make_game(), []
     for folder in (None, tmp_path / "round-1"):

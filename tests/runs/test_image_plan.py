@@ -27,24 +27,24 @@ def config(*flags: str):
 
 def seconds(settings, world: int = 1, pictures: int = 6) -> list[dict[str, float | int]]:
     """What is predicted of the rounds of twelve images."""
-    return predict(settings, RATES, Sizes(12, 0, pictures), works(settings, 12), world)
+    return predict(settings, RATES, Sizes(12, 0, pictures), works(settings, 12, 0, world), world)
 
 
 def size(settings) -> int:
     """What is predicted of the folder of a run with twelve images."""
-    return disk(settings, RATES, Sizes(12, 0, 6), works(settings, 12))
+    return disk(settings, RATES, Sizes(12, 0, 6), works(settings, 12, 0, 1))
 
 
 def test_seconds_are_rates_times_how_often_the_settings_ask():
     first, second = seconds(config(), 1, 6)
-    assert first["generated"] == pytest.approx(12 * 2.0)
-    assert first["cached"] == pytest.approx(12 * 0.5) and first["evaluated"] == pytest.approx(6 * 2.0)
+    assert first["generated"] == pytest.approx(8 * 2.0)  # those that 4 steps of 2 pairs visit
+    assert first["cached"] == pytest.approx(8 * 0.5) and first["evaluated"] == pytest.approx(6 * 2.0)
     assert first["trained"] == pytest.approx(4 * 2 * 2.0 + 4 * 3.0)
     assert second == first | {"round": 2}
 
 
 def test_processes_share_the_images_and_each_trains_its_own_pairs():
-    alone, shared = (seconds(config(), world, 6)[0] for world in (1, 4))
+    alone, shared = (seconds(config("--max_train_steps", "6"), world, 6)[0] for world in (1, 4))
     assert shared["generated"] == pytest.approx(alone["generated"] / 4)
     assert shared["trained"] == alone["trained"]
 
@@ -71,7 +71,7 @@ def test_the_pictures_of_an_evaluation_are_those_of_every_prompt_at_every_scale(
     ("flags", "drawn", "encoded", "scored"),
     [
         (["--objective", "sft"], 0, 0, 0),
-        (["--num_generated", "3"], 36, 36, 0),
+        (["--num_generated", "3"], 24, 24, 0),
         (["--candidates", "{number: 4, scorer: pickscore, share: 0.5}"], 30, 24, 0),
         (["--fixed_draws", "2"], 12, 12, 12 * 2),
     ],
@@ -84,13 +84,13 @@ def test_every_source_of_images_is_counted(flags, drawn, encoded, scored):
 
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     settings = config("--checkpointing_steps", "1")
-    data, rounds = 12 * (10 + 100 + 7), 2 * (12 * 10 + 6 * 20 + 1000) + 1000
-    assert size(settings) == data + rounds + 12 * 100 + (2 + 1) * 3000
+    data, rounds = 12 * (10 + 100 + 7), 2 * (8 * 10 + 6 * 20 + 1000) + 1000
+    assert size(settings) == data + rounds + 8 * 100 + (2 + 1) * 3000
     assert size(settings) - size(config("--checkpointing_steps", "2")) == 3000
     candidates = config(
         "--checkpointing_steps", "1", "--candidates", "{number: 4, scorer: pickscore, share: 0.5}",
     )  # fmt: skip
-    assert size(candidates) - size(settings) == 2 * (30 - 12) * 10 + (24 - 12) * 100
+    assert size(candidates) - size(settings) == 2 * (30 - 8) * 10 + (24 - 8) * 100
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
     assert size(rival) - size(settings) == 2 * (6 * 20 + 1000) + 1000
 
@@ -154,7 +154,7 @@ def replace_bytes(plan, there):
 def test_judgements_and_previews_are_part_of_the_time():
     def looked(*flags: str) -> float:
         settings = config("--num_held_out", "40", "--validation_prompts", "null", *flags)
-        return predict(settings, RATES, Sizes(12, 40, 0), works(settings, 12), 1)[0]["looked"]
+        return predict(settings, RATES, Sizes(12, 40, 0), works(settings, 12, 40, 1), 1)[0]["looked"]
 
     assert looked() == 0
     # Of 4 steps: the start, the second, the last one

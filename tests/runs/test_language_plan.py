@@ -31,20 +31,20 @@ def config(*flags: str):
 
 def seconds(settings, sizes: Sizes = SIZES, world: int = 1) -> list[dict[str, float | int]]:
     """What is predicted of the rounds."""
-    return predict(settings, RATES, sizes, works(settings, sizes), world)
+    return predict(settings, RATES, sizes, works(settings, sizes, world), world)
 
 
 def size(settings, sizes: Sizes = SIZES) -> int:
     """What is predicted of the run's folder."""
-    return disk(settings, RATES, sizes, works(settings, sizes))
+    return disk(settings, RATES, sizes, works(settings, sizes, 1))
 
 
 def test_seconds_are_rates_times_how_often_the_settings_ask():
     rounds = seconds(config())
     assert [entry.pop("round") for entry in rounds] == [1, 2, 3]
     each = {
-        "generated": 12 * ANSWER,
-        "cached": 24 * 0.25,
+        "generated": 8 * ANSWER,  # to the prompts that 4 steps of 2 pairs visit
+        "cached": (12 + 8) * 0.25,
         "trained": 4 * 2 * 2.0 + 4 * 3.0,
         "looked": 0,
         "evaluated": 0,
@@ -53,7 +53,7 @@ def test_seconds_are_rates_times_how_often_the_settings_ask():
 
 
 def test_processes_share_the_answers_and_each_trains_its_own_pairs():
-    alone, shared = (seconds(config(), world=world)[0] for world in (1, 4))
+    alone, shared = (seconds(config("--max_train_steps", "6"), world=world)[0] for world in (1, 4))
     assert shared["generated"] == pytest.approx(alone["generated"] / 4)
     assert shared["cached"] == pytest.approx(alone["cached"] / 4) and shared["trained"] == alone["trained"]
 
@@ -63,7 +63,7 @@ def test_processes_share_the_answers_and_each_trains_its_own_pairs():
     [
         (["--objective", "sft"], 0, 12),
         (["--objective", "dpo"], 0, 24),
-        (["--num_generated", "3"], 36, 48),
+        (["--num_generated", "3"], 24, 36),
         (["--real_parts", "3"], 4, 8),
     ],
 )
@@ -79,8 +79,8 @@ def test_every_member_of_a_mixture_scores_and_together_they_draw_once():
         (["--opponent", "pool", "--anchor", "base"], [1, 1, 1]),
     ):
         rounds = seconds(config(*flags))
-        assert [entry["cached"] for entry in rounds] == pytest.approx([24 * 0.25 * number for number in anchors])
-        assert [entry["generated"] for entry in rounds] == pytest.approx([12 * ANSWER] * 3)
+        assert [entry["cached"] for entry in rounds] == pytest.approx([20 * 0.25 * number for number in anchors])
+        assert [entry["generated"] for entry in rounds] == pytest.approx([8 * ANSWER] * 3)
 
 
 def test_held_out_answers_are_drawn_for_scored_told_apart_and_evaluated():
@@ -103,7 +103,7 @@ def test_the_longest_of_a_batch_is_what_drawing_batches_gives():
 
 def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     settings = config("--checkpointing_steps", "1")
-    assert size(settings) == 12 * 110 + 3 * (12 * 10 + 1000) + 1000 + 12 * 100 + (2 + 1) * 3000
+    assert size(settings) == 12 * 110 + 3 * (8 * 10 + 1000) + 1000 + 8 * 100 + (2 + 1) * 3000
     rival = config("--checkpointing_steps", "1", "--compare_with", "[sft]")
     assert size(rival) - size(settings) == 3 * 1000 + 1000
     seldom = config("--checkpointing_steps", "4")

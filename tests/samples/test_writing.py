@@ -20,8 +20,11 @@ def data(tmp_path):
 
 
 def drawn_with(data, draw):
+    def ask(shard, rows):
+        return [row | {"place": 0, "k": 0} for row in rows]
+
     return draw_shards(
-        data / "data", data / "drawn", lambda rows: rows, draw, {"round": "1"}, ("id", "prompt"),
+        data / "data", data / "drawn", ask, draw, {"round": "1"}, ("id", "prompt"),
         Accelerator(cpu=True), lambda done, text: None,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import by_quarter, saturated
 from spin_diffusion.selfplay.train_settings import HealthSettings
 from spin_diffusion.store.run_dir import file_hash
-from tests.playing import ROUNDS, TRAINING, make_game, play_all, prepare_data
+from tests.playing import ROUNDS, TRAINING, drawing_for_all, make_game, play_all, prepare_data
 
 
 def start(r: float = 0.0, loss: float = math.log(2), beta: float = 5000.0) -> None:
@@ -255,6 +255,7 @@ def player_after(sdxl_dir, folder, training, steps: int) -> str:
     return file_hash(folder / "round-1/unet/diffusion_pytorch_model.safetensors")
 
 
+@drawing_for_all()
 def test_a_round_that_is_stopped_keeps_its_player(sdxl_dir, tmp_path, monkeypatch, quick):
     spoil(monkeypatch, 4)
     records = play_all(sdxl_dir, tmp_path / "stopped", replace(quick, health=HealthSettings(distance="stop")), rounds=1)
@@ -276,6 +277,7 @@ def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeyp
     assert "--health distance" in capsys.readouterr().out
 
 
+@drawing_for_all()
 def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, monkeypatch, quick):
     spoil(monkeypatch, 6)
     quick = replace(quick, use_ema=True)
@@ -288,6 +290,7 @@ def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, m
     assert not (tmp_path / "back/round-1/healthy").exists()
 
 
+@drawing_for_all()
 def test_a_rule_in_the_middle_of_a_window_has_looked_back_a_whole_one(sdxl_dir, tmp_path, monkeypatch, quick):
     def at_step_five(history, beta, settings):
         return [Finding("distance", "roll_back", "moved")] if len(history) == 5 else []

@@ -15,7 +15,7 @@ from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store.files import read_json, read_rows, rows_metadata, write_rows
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
-from tests.playing import TRAINING, make_game, play_all, prepare_data
+from tests.playing import TRAINING, drawing_for_all, make_game, play_all, prepare_data
 
 
 class Killed(BaseException):
@@ -338,6 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_round_resumable(s
     assert read_json(tmp_path / "round-1" / "round.json")["state"] == "CACHED"
 
 
+@drawing_for_all()
 def test_several_samples_a_mixture_and_parts_of_the_real_ones(sdxl_dir, tmp_path):
     """Where scores cannot be kept, the mixture draws and its newest self anchors."""
     mixed = {"num_generated": 2, "opponent": "last_two", "real_parts": 2, "objective": "space"}

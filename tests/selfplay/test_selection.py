@@ -16,7 +16,7 @@ from spin_diffusion.selfplay.watching import best_of
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
-from tests.playing import TRAINING, make_game, play_all
+from tests.playing import TRAINING, drawing_for_all, make_game, play_all
 
 SELECTING = replace(TRAINING, max_train_steps=4, checkpointing_steps=2, select_every=1, select_by="made up")
 PEAK = [0.0, 1.0, 3.0, 2.0, 1.0]
@@ -69,10 +69,12 @@ def test_where_lower_is_better_the_lowest_step_below_the_start_is_promoted(sdxl_
 def peaked(sdxl_dir, tmp_path_factory) -> Path:
     """A run whose round is at its best after two of four steps."""
     out = tmp_path_factory.mktemp("peaked")
-    play_all(sdxl_dir, out, SELECTING, judge=judge_by(PEAK), rounds=1)
+    with drawing_for_all():
+        play_all(sdxl_dir, out, SELECTING, judge=judge_by(PEAK), rounds=1)
     return out
 
 
+@drawing_for_all()
 def test_the_best_step_is_promoted_as_if_the_round_had_ended_there(peaked, sdxl_dir, tmp_path):
     play_all(sdxl_dir, tmp_path, replace(TRAINING, max_train_steps=2), rounds=1)
     assert weights(peaked) == weights(peaked / "round-1") == weights(tmp_path)
@@ -83,6 +85,7 @@ def test_the_best_step_is_promoted_as_if_the_round_had_ended_there(peaked, sdxl_
     assert not (peaked / "round-1" / "best").exists()
 
 
+@drawing_for_all()
 def test_of_a_moving_average_it_is_the_average_of_that_step(sdxl_dir, tmp_path):
     averaged = {"use_ema": True, "ema_decay": 0.5}
     play_all(sdxl_dir, tmp_path / "selected", replace(SELECTING, **averaged), judge=judge_by(PEAK), rounds=1)
