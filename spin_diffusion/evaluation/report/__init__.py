@@ -3,6 +3,7 @@
     reading.py     results.json, scores.parquet, images.parquet or answers.parquet -> Evaluation, checked; its labels
     editions.py    what the page says and shows of images, and what of answers
     wording.py     names, numbers, verdicts and texts in the page's words
+    ranking.py     results.json -> the card at the top for several models, and which alarms to look into
     tables.py      results.json -> what tables, histograms and small print say beyond its entries
     training.py    training curves and measures -> charts and rows of text
     plots.py       numbers -> SVG
@@ -22,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from spin_diffusion.evaluation.records import samples_per_prompt
-from spin_diffusion.evaluation.report import gallery, plots, tables, training, wording
+from spin_diffusion.evaluation.report import gallery, plots, ranking, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
@@ -32,6 +33,8 @@ from spin_diffusion.store.run_dir import write_file
 
 MAX_PAGE_BYTES = 8_000_000
 _RANDOM_PAIRS, _RANKED_PAIRS = 24, 8
+_FIRST_ROWS = 3
+"""Rows of the gallery that are seen at once."""
 _SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.0)
 """What is tried in turn, of the gallery, until the page is small enough."""
 
@@ -87,6 +90,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         if (verdict["model"], verdict["guidance_scale"]) == (candidate, headline["guidance_scale"])
     ]
     alarms, other_alarms = tables.alarm_rows(results)
+    card = ranking.ranking_card(results)
     return {
         "results": results,
         "labels": labels,
@@ -96,6 +100,9 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "candidate": "" if candidate is None else labels.model(candidate),
         "scale": labels.scale(headline["guidance_scale"]),
         "verdict": next(iter(of_headline), None),
+        "card": card,
+        "to_do": ranking.to_do(results, card),
+        "first_rows": _FIRST_ROWS,
         "facts": tables.banner_facts(results),
         "notices": [*losses_of(results, headline["guidance_scale"]), *not_swept(results)],
         "shortened": "",
@@ -105,7 +112,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "other_alarms": other_alarms[: wording.MAX_LISTED],
         "models": tables.model_tables(results),
         "verdicts": results["verdicts"][: wording.MAX_LISTED] if len(results["verdicts"]) > 1 else [],
-        "rankings": tables.rankings(results),
+        "rankings": ranking.rankings(results),
         "best_of_k": tables.aggregate_tables(results, "best_of_k"),
         "best_by_average": tables.aggregate_tables(results, "best_by_average"),
         "curves": [

@@ -38,6 +38,25 @@
     select(tabs[0], false);
   }
 
+  // A link opens the fold that it leads to.
+  const open = () => {
+    const fold = location.hash && byId(location.hash.slice(1))?.closest("details");
+    if (fold) fold.open = true;
+  };
+  addEventListener("hashchange", open);
+  open();
+
+  // On a narrow screen the style sets a table's row as a block, where each cell says its column.
+  for (const table of document.querySelectorAll(".scroll:not(.alarms) > table")) {
+    const heads = [...table.tHead.rows[0].cells].map((cell) => cell.innerText.replaceAll("\n", " ").trim());
+    for (const row of [...table.tBodies].flatMap((part) => [...part.rows])) {
+      for (const cell of row.cells) {
+        if (cell.tagName === "TD" && cell.colSpan === 1) cell.dataset.label = heads[cell.cellIndex];
+      }
+    }
+    table.classList.add("stacked");
+  }
+
   // The blind vote.
   const island = byId("votes-data");
   if (!island) return;

@@ -20,7 +20,6 @@ from spin_diffusion.evaluation.records import (
     Metric,
     ModelEntry,
     PartEntry,
-    RankingEntry,
     Results,
     Scale,
     ScorerEntry,
@@ -219,23 +218,6 @@ def aggregate_tables(results: Results, aggregate: Aggregate) -> list[ModelTable]
         if rows:
             tables.append(ModelTable(scorer, scales, rows, widest * len(scales) > _HALF_WIDTH_CHARACTERS))
     return tables
-
-
-def rankings(results: Results) -> list[tuple[RankingEntry, list[ComparisonEntry]]]:
-    """Who wins at each guidance scale, that of the headline first, with the pairs without the baseline by the scorers
-    that decide; none for two models."""
-    scale = results["headline"]["guidance_scale"]
-    return [
-        (
-            ranking,
-            [
-                pair
-                for pair in results.get("between_others", [])
-                if pair["guidance_scale"] == ranking["guidance_scale"] and pair["scorer"] in ranking["scorers"]
-            ],
-        )
-        for ranking in sorted(results.get("ranking", []), key=lambda ranking: ranking["guidance_scale"] != scale)
-    ]
 
 
 def curve_panels(results: Results) -> list[plots.Panel]:

@@ -19,6 +19,7 @@ from spin_diffusion.evaluation.report import (
     editions,
     gallery,
     plots,
+    ranking,
     tables,
     wording,
     write_report,
@@ -407,10 +408,34 @@ def test_a_single_model_is_shown_without_a_verdict(tmp_path: Path) -> None:
     assert count(single, "figure", class_="cell") == 9
 
 
+def test_of_several_models_the_top_says_who_wins_by_how_much_and_whether_to_believe_it(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, num_prompts=40, scales=(3.0,), nasty=False)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for alarm in results["alarms"]:  # of the rounds only the second has one
+        if alarm["state"] != "ok" and alarm["model"] != "round 2":
+            alarm["state"] = "ok"
+    change(tmp_path, alarms=results["alarms"])
+    card = ranking.ranking_card(read_evaluation(tmp_path).results)
+    assert card is not None and [row.model for row in card.rows] == [
+        p["model"] for p in results["ranking"][0]["places"]
+    ]
+    believed = {row.model: row.believed for row in card.rows}
+    assert believed["base"] == "" and believed["round 3"] == "yes: no alarm"
+    assert believed["round 2"] == "not before you have looked: photometry"
+    text = said(parsed(tmp_path))
+    top = text[text.index("can it be believed") : text.index("prompts compared")]
+    row = next(c for c in results["comparisons"] if (c["model"], c["scorer"]) == ("round 1", "hps_v2_1"))
+    assert wording.signed(row["difference"], 2) in top and "What to do" not in top, "the first has no alarm"
+    for alarm in results["alarms"]:
+        alarm["state"] = "alarm"
+    change(tmp_path, alarms=results["alarms"])
+    assert "What to do" in said(parsed(tmp_path))
+
+
 def test_equal_models_are_all_ties(tmp_path: Path) -> None:
     write_evaluation(tmp_path, ties=True, images_per_prompt=1, num_prompts=10, scales=(3.0,))
     text = said(parsed(tmp_path))
-    assert "0 / 10 / 0" in text and "Inconclusive" in text and "50.0 %" in text
+    assert "0 / 10 / 0" in text and "No winner" in text and "50.0 %" in text
     assert text.count("No such pair.") == 3
 
 
