@@ -1,14 +1,17 @@
 """From an exception to what a user reads: one line and exit code 2, or a traceback with --debug."""
 
 import io
+import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from spin_diffusion.store.input_error import InputError, broken_character, printable
 from spin_diffusion.store.progress import end_bars
@@ -58,6 +61,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     if "--debug" in argv or "--debug=true" in argv:
         traceback.print_exception(raised)
     print(f"{_who()}error: {message}", file=sys.stderr)
+    _tell_torchrun(f"error: {message}")
     return 2
 
 
@@ -70,6 +74,13 @@ def _lost_another(error: Exception) -> bool:
         return False
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     return of_torch or any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
+def _tell_torchrun(line: str) -> None:
+    """Give torchrun, where it started this process, the line with which its report of the failure then ends."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        shown = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": shown}}))
 
 
 def _who() -> str:
