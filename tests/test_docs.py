@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ PARSERS: dict[str, Any] = {
 }
 FOREIGN = {
     *("--help", "--config", "--print_config"),  # of every command
-    *("--config_file", "--cpu", "--num_processes", "--nproc_per_node"),  # accelerate's and torchrun's
+    *("--config_file", "--cpu", "--multi_gpu", "--num_processes", "--nproc_per_node"),  # accelerate's and torchrun's
     *("--enable-lora", "--max-lora-rank", "--lora-modules", "--no-deps", "--strict"),  # vLLM's, pip's, mkdocs's
     "--beta_dpo",  # of diffusers' script
 }
@@ -102,6 +103,8 @@ def test_every_command_would_be_understood(page, monkeypatch, tmp_path):
         if words[0] == "make":
             assert all(f"\n{word}:" in text_of(ROOT / "Makefile") for word in words[1:] if "=" not in word), words
         for before, word in zip(words, words[1:], strict=False):
+            if before == "-m" and word.startswith("spin_diffusion"):
+                assert find_spec(word), word
             if before == "--config_file" or OURS.match(word):
                 assert Path(word).exists(), word
         script = next((word for word in words if word.endswith(".py")), None)
