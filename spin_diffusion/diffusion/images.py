@@ -101,6 +101,29 @@ def sizes_in_words(sizes: Sequence[Size], which: Tensor) -> str:
     return f"{named}{rest}, width x height in px"
 
 
+def fitting_lines(frames: np.ndarray) -> list[str]:
+    """How many images were cropped or enlarged to their sizes, and how much, for people; no line where none was.
+
+    Args:
+        frames: (images, 6), what `crop` returned. Less than a hundredth is not counted.
+    """
+    height, width, _, _, *target = frames.astype(np.float64).T
+    scale = np.maximum(target[0] / height, target[1] / width)
+    lost = 1 - target[0] * target[1] / (height * width * scale**2)
+    lines = []
+    if len(cropped := lost[lost > 0.01]):
+        lines.append(
+            f"Cropped    {len(cropped):,} of {len(frames):,} images, by {np.median(cropped):.0%} of their area in the "
+            f"median and {cropped.max():.0%} at most (--max_aspect_ratio)"
+        )
+    if len(enlarged := scale[scale > 1.01]):
+        lines.append(
+            f"Enlarged   {len(enlarged):,} of {len(frames):,} images, {np.median(enlarged):.2g} times in the median "
+            f"and {enlarged.max():.2g} at most, so that they look soft (--resolution)"
+        )
+    return lines
+
+
 # From an image to its stored bytes and pixels
 
 

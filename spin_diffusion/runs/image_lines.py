@@ -2,20 +2,23 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.given_lora import split_strength
-from spin_diffusion.diffusion.images import sizes_in_words
+from spin_diffusion.diffusion.images import fitting_lines, sizes_in_words
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.runs.publish import Card, round_facts
 from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.samples.sample import ENCODED
 from spin_diffusion.samples.sampling import free_in_words
-from spin_diffusion.samples.shards import Part
+from spin_diffusion.samples.shards import Part, shards
 from spin_diffusion.selfplay.trainee import trained_parameters
+from spin_diffusion.store.files import read_rows
 
 
 def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_dir: Path) -> str:
@@ -30,7 +33,7 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
         f"{game.resolution} px, {game.noising.prediction_type}{_said_by(game.base)})\n"
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"
-        f"{_sizes_line(game, output_dir)}"
+        f"{_sizes_lines(game, output_dir)}"
         f"Objective  {config.titles}, opponent {config.rounds.opponent}, drawn at "
         f"{game.opponent_sampling.in_words}\n"
         f"{_candidate_lines(config)}"
@@ -52,10 +55,13 @@ def trained_line(game: DiffusionGame) -> str:
     return f"Trained    an adapter of {trained / 1e6:.2g} M parameters, fp32, beside the base's {base / 1e6:.1f} M\n"
 
 
-def _sizes_line(game: DiffusionGame, output_dir: Path) -> str:
-    """For the header: how many real images have which size, where they differ."""
+def _sizes_lines(game: DiffusionGame, output_dir: Path) -> str:
+    """For the header: how many real images have which size, where they differ; what was done to bring them there."""
     kinds = kinds_of(output_dir / "data" / ENCODED, Part())
-    return f"Sizes      {sizes_in_words(game.sizes, kinds)}\n" if kinds is not None else ""
+    sizes = [f"Sizes      {sizes_in_words(game.sizes, kinds)}"] if kinds is not None else []
+    files = shards(output_dir / "data" / "samples", ".parquet")
+    frames = [row["frame"] for path in files for row in read_rows(path, columns=["frame"])]
+    return "".join(f"{line}\n" for line in (*sizes, *fitting_lines(np.array(frames))))
 
 
 def _candidate_lines(config: Config) -> str:

@@ -24,6 +24,7 @@ from spin_diffusion.diffusion.shortcuts import ShortcutProbe
 from spin_diffusion.evaluation.features import check_embedding
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
+from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
@@ -111,6 +112,7 @@ class ImageRun(Run):
         plan = plan_images(self.config, self.game, captions, progress)
         cut = [captions.line("captions"), self._cut_prompts()]
         told = lines(plan, self.config.run.output_dir, self.game.accelerator.device, "scorers")
+        told += advice(self.config, plan["rows"], self.game, plan["processes"])
         return told + [line for line in cut if line is not None]
 
     def prepare(self, progress: Progress) -> DataManifest:
@@ -314,7 +316,10 @@ def _trained_on(
             yield example
     report.used -= held_out
     if not used:
-        raise InputError(f"all {held_out} images that can be used are held out: hold out fewer (--num_held_out)")
+        raise InputError(
+            f"the captions of the held-out images are those of all {held_out} that can be used, and none with such a "
+            "caption is trained on: hold out fewer (--num_held_out), or none where most captions are equal"
+        )
 
 
 def open_game(config: Config, accelerator: Accelerator, family_name: str | None = None) -> DiffusionGame:

@@ -16,6 +16,7 @@ from spin_diffusion.llm.config import AnswerEvaluationSettings, LanguageConfig, 
 from spin_diffusion.llm.game import ADAPTER, MODEL, LanguageGame
 from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
+from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
@@ -107,6 +108,7 @@ class LanguageRun(Run):
         """The plan, and what the chat template does to the first answers."""
         plan = plan_answers(self.config, self.game, progress)
         told = lines(plan, self.config.run.output_dir, self.game.accelerator.device, "judges")
+        told += advice(self.config, plan["rows"], self.game, plan["processes"])
         told += [f"Of the first {FIRST_ROWS} answers: {line}" for line in self.game.chat.notes()]
         if self.config.generation.engine == "vllm":
             told.append("Drawing was timed with transformers, not with vLLM")

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from spin_diffusion.evaluation.settings import RunConfig
+from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
@@ -143,6 +144,8 @@ def play_run(run: Run) -> list[RoundRecord]:
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, run.base(), data, config, accelerator, versions)
     accelerator.print(run.header(data) + round_lines(config, rows, accelerator))
+    for line in advice(config, rows, run.game, accelerator.num_processes):
+        accelerator.print(line)
 
     run.ready(pairs, progress)
     _open_trackers(config, output_dir, accelerator)

@@ -19,6 +19,7 @@ from accelerate.utils import LoggerType, set_seed
 from torch import nn
 
 from spin_diffusion.evaluation.settings import RunConfig
+from spin_diffusion.runs.advice import visits_of_round
 from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
 from spin_diffusion.samples.real import DataManifest, forget_prepared
 from spin_diffusion.selfplay.round_settings import file_hashes, objectives_of
@@ -257,7 +258,7 @@ def write_manifest(
 
 
 def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
-    """For the header: the batch, and each round's steps, rate and beta."""
+    """For the header: the batch, and each round's steps, rate, beta and visits of a sample."""
     training, rounds, world = config.training, config.rounds, accelerator.num_processes
     batch = pairs_per_step(training, world)
     lines = [
@@ -270,7 +271,8 @@ def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
         steps, _ = steps_of_round(training, k, rows // rounds.real_parts, world)
         lines.append(
             f"           round {k}: {steps} steps at lr {of_round(training.learning_rate, k):g}, beta "
-            f"{beta if beta == 'auto' else f'{beta:g}'}"
+            f"{beta if beta == 'auto' else f'{beta:g}'}, {visits_of_round(config, rows, k, world):.2g} visits of each "
+            "sample"
         )
     by_round = {name for section in _sections(config) for name in per_round(section)}
     for key, value in config.flat().items():

@@ -12,13 +12,13 @@ from spin_diffusion.store.input_error import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
-OF_LANGUAGE = {"space_mistral_7b", "space_zephyr_7b", "spin_zephyr_7b", "toy_llm"}
+OF_LANGUAGE = {"space_mistral_7b", "space_peft", "space_zephyr_7b", "spin_zephyr_7b", "toy_llm"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_training_configuration_is_read_by_its_program(path):
     parse = parse_language_config if path.stem in OF_LANGUAGE else parse_config
-    config = parse(["--config", str(path)])
+    config = parse(["--config", str(path), "--dataset_name", "mine"])
     assert config.run.output_dir.startswith("runs/")
     base = config.flat().get("model_name_or_path") or config.flat()["pretrained_model_name_or_path"]
     assert (ROOT / base).is_dir() or base.count("/") == 1
