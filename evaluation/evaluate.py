@@ -8,17 +8,17 @@ With several GPUs: accelerate launch evaluation/evaluate.py ... The same command
 
 import sys
 
-from spin_diffusion.cli.command import run_command
+from spin_diffusion.cli.command import exit_code, run_command
 from spin_diffusion.runs.evaluate_settings import parse_settings
 
 
-def evaluate(argv: list[str]) -> None:
-    """Read the settings, then draw, score and report."""
+def evaluate(argv: list[str]) -> int:
+    """Read the settings, then draw, score and report; the exit code is 3 where --fail_on holds."""
     settings = parse_settings(argv)
     # After the settings: a misspelt flag is not answered only when all libraries are there
     from spin_diffusion.runs.evaluate_models import evaluate_models
 
-    evaluate_models(settings)
+    return exit_code(evaluate_models(settings))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from spin_diffusion.store.run_dir import in_words, trouble_of
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `command(argv)` and return the exit code: 0, 2 for what the user or the machine caused, 130 after Ctrl-C.
+def run_command(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run `command(argv)` and return the exit code: the command's own (none = 0), 2 for what the user or the machine
+    caused, 130 after Ctrl-C.
 
     Anything else is a defect of this program and keeps its traceback.
     """
@@ -34,8 +35,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     raised: Exception
     try:
         with _last_words():
-            command(argv)
-        return 0
+            return command(argv) or 0
     except (InputError, FloatingPointError) as error:
         raised, message = error, str(error)
     except UnicodeEncodeError as error:
@@ -63,6 +63,13 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     print(f"{_who()}error: {message}", file=sys.stderr)
     _tell_torchrun(f"error: {message}")
     return 2
+
+
+def exit_code(failing: Sequence[str]) -> int:
+    """0 where nothing failed that `--fail_on` asks for, otherwise 3, and what it was in a line."""
+    if failing:
+        print(f"--fail_on: {'; '.join(failing)}", file=sys.stderr)
+    return 3 if failing else 0
 
 
 _KEPT = "What is finished is kept; the same command goes on from there."

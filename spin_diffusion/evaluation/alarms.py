@@ -68,10 +68,13 @@ def check_alarms(
         assert not isinstance(candidate, Pictures)
         of_samples = answer_alarms(baseline, candidate, trained)
     num_leaked = None if trained is None else sum(key in trained for key in keys)
+    leak = training_leak(num_leaked, len(prompts), what)
+    if not candidate_scores:
+        leak = not_run("training_leak", "no scorer was run: the prompts are there to be looked at, not an exam")
     return [
         goodhart(differences, roles),
         *of_samples,
-        training_leak(num_leaked, len(prompts), what),
+        leak,
         stagnation(candidate_scores, previous, roles),
     ]
 

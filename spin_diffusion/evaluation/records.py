@@ -30,6 +30,8 @@ ScorerVerdict = Literal["improved", "inconclusive", "regressed", "drift"]
 """What one scorer says of a model against the baseline."""
 ModelVerdict = Literal["improved", "inconclusive", "regressed", "suspect"]
 """What all scorers and alarms together say of it."""
+FailOn = Literal["inconclusive", "suspect", "regressed"]
+"""The best verdict that is called a failure, for `--fail_on`."""
 AlarmState = Literal["ok", "warn", "alarm", "not run"]
 """State of an alarm: nothing seen; worth a look; believe no verdict before it is explained; could not be computed."""
 Metric = Literal["fd", "kid", "precision", "recall", "density", "coverage"]

@@ -45,6 +45,7 @@ from spin_diffusion.evaluation.records import (
     ModelEntry,
     OfTraining,
     Protocol,
+    RankingEntry,
     Results,
     Role,
     Scale,
@@ -251,13 +252,18 @@ def _results(
         for count in counts
         if roles and count["model"] in others
     ]
+    ranking = [
+        ranked
+        for scale in scales
+        if between and (ranked := rank(names, scale, [*entries, *between], compared.scorers, verdicts)) is not None
+    ]
     versions = {name: version(name) for name in _PACKAGES[modality is ANSWERS]}
     results = Results(
         schema_version=SCHEMA_VERSION,
         title=title,
         protocol=compared.protocol,
         baseline=baseline,
-        headline=_headline(compared.models, headline_scale if headline_scale in scales else scales[-1]),
+        headline=_headline(compared.models, headline_scale if headline_scale in scales else scales[-1], ranking),
         models=[_model_entry(model) for model in compared.models],
         samples=counts,
         scorers=compared.scorers,
@@ -273,9 +279,8 @@ def _results(
     if against_real is not None:
         results["distribution"] = against_real
     if between:
-        places = [rank(names, scale, [*entries, *between], compared.scorers, verdicts) for scale in scales]
         results["between_others"] = between
-        results["ranking"] = [place for place in places if place is not None]
+        results["ranking"] = ranking
     return results
 
 
@@ -297,9 +302,13 @@ def _counts(compared: _Compared) -> list[CountEntry]:
     return entries
 
 
-def _headline(models: Sequence[EvaluatedModel], scale: Scale) -> Headline:
-    """The last model that is not a rival; of rivals alone the last."""
+def _headline(models: Sequence[EvaluatedModel], scale: Scale, ranking: Sequence[RankingEntry]) -> Headline:
+    """The last round of a run; of other models the one with the best place, the last of those that share it."""
     candidates = [model for model in models[1:] if model.role != "rival"] or list(models[1:])
+    if not any(model.role == "round" for model in candidates):
+        at_scale = [place for ranked in ranking if ranked["guidance_scale"] == scale for place in ranked["places"]]
+        places = {place["model"]: place["place"] for place in at_scale}
+        candidates.sort(key=lambda model: -places.get(model.name, 0))
     return {"model": candidates[-1].name if candidates else None, "guidance_scale": scale}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -29,7 +28,6 @@ from spin_diffusion.evaluation.records import (
 from spin_diffusion.evaluation.statistics import Interval, decimals_of
 from spin_diffusion.evaluation.verdicts import verdict
 from spin_diffusion.samples.sampling import free_in_words
-from spin_diffusion.store.run_dir import write_file
 
 _STYLES = {False: {1: "bold green", 0: "", -1: "bold red"}, True: {1: "bold", 0: "", -1: "bold"}}
 _CAPTION = "Bold: mean and wins are both beyond chance (adjusted over all tables)."
@@ -37,7 +35,7 @@ _Cells = dict[tuple[str, Scale], tuple[AggregateEntry, ComparisonEntry | None]]
 """(model, guidance scale) -> the mean by one scorer, and the difference to the baseline, which itself has none."""
 
 
-def _cells_of(results: Results) -> dict[str, _Cells]:
+def cells_of(results: Results) -> dict[str, _Cells]:
     """Scorer that was run -> the cells of its table."""
     compared = {(c["scorer"], c["model"], c["guidance_scale"]): c for c in results["comparisons"]}
     cells: dict[str, _Cells] = {}
@@ -58,7 +56,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     unlimited = console.options.update(max_width=10_000)
     scales = guidance_scales(results["protocol"])
-    for scorer, cells in _cells_of(results).items():
+    for scorer, cells in cells_of(results).items():
         layouts = [
             [_rich_table(results, scorer, cells, part, separator) for part in parts]
             for parts in ([scales], [[scale] for scale in scales])
@@ -152,15 +150,6 @@ def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
     return [*parts, "", note, ""]
 
 
-def tell_table(results: Results, folder: Path) -> None:
-    """Print the table, and write it with what is said below it into table.md in `folder`; nothing where no scorer was
-    run."""
-    if results["results"]:
-        print_table(results)
-        markdown = as_markdown(results) + "".join(f"{line}\n\n" for line in closing_lines(results))
-        write_file(folder / "table.md", lambda part: part.write_text(markdown, encoding="utf-8"))
-
-
 def _rich_table(results: Results, scorer: str, cells: _Cells, scales: Sequence[Scale], separator: str) -> Table:
     """`separator` stands between a number and its interval: a line break makes columns half as wide."""
     # Text and not str: rich would read the square brackets of a model's name as markup.
@@ -173,12 +162,12 @@ def _rich_table(results: Results, scorer: str, cells: _Cells, scales: Sequence[S
         table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
     drifts = any(entry["name"] == scorer and entry["role"] == "drift" for entry in results["scorers"])
-    decimals = _decimals(cells)
+    decimals = decimals_of_cells(cells)
     for model in dict.fromkeys(model for model, _ in cells):
         row = [Text(model)]
         for mean, compared in (cells[model, scale] for scale in scales):
             row.append(Text(_mean(mean, decimals, separator)))
-            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][_direction(compared)]))
+            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][direction(compared)]))
         table.add_row(*row)
     return table
 
@@ -187,15 +176,15 @@ def as_markdown(results: Results) -> str:
     """One table per scorer with everything `print_table` shows, and wins, ties, losses and p-values."""
     parts = []
     columns = modality_of(results["protocol"]).columns
-    for scorer, cells in _cells_of(results).items():
-        decimals = _decimals(cells)
+    for scorer, cells in cells_of(results).items():
+        decimals = decimals_of_cells(cells)
         head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
         parts += [f"**{_escaped(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
         parts.append(f"|---|{'---:|' * (len(head) - 1)}")
         for (model, scale), (mean, compared) in cells.items():
             difference, counts, p = _difference(compared, decimals, " "), "", ""
             if compared is not None:
-                difference = f"**{difference}**" if _direction(compared) else difference
+                difference = f"**{difference}**" if direction(compared) else difference
                 counts = f"{compared['wins']} / {compared['ties']} / {compared['losses']}"
                 p = "< 0.001" if compared["p_holm"] < 0.001 else f"{compared['p_holm']:.3f}"
             at = [scale_in_words(scale).removeprefix("guidance ") for _ in columns]
@@ -281,7 +270,7 @@ def _difference(compared: ComparisonEntry | None, decimals: int, separator: str)
     return Interval(compared["difference"], compared["low"], compared["high"]).signed(decimals, separator)
 
 
-def _direction(compared: ComparisonEntry | None) -> int:
+def direction(compared: ComparisonEntry | None) -> int:
     """1 if the score rose by the rule of `verdict`, -1 if it fell, 0 if neither is sure or there is no difference."""
     if compared is None:
         return 0
@@ -290,7 +279,7 @@ def _direction(compared: ComparisonEntry | None) -> int:
     return {"improved": 1, "regressed": -1}.get(said, 0)
 
 
-def _decimals(cells: _Cells) -> int:
+def decimals_of_cells(cells: _Cells) -> int:
     """Decimals that show two digits of the narrowest interval, the same for all numbers of a scorer; 6 at most."""
     intervals = [entry for cell in cells.values() for entry in cell if entry is not None]
     half_widths = [(entry["high"] - entry["low"]) / 2 for entry in intervals if entry["high"] > entry["low"]]
@@ -306,10 +295,16 @@ def _escaped(text: str) -> str:
 
 
 def closing_lines(results: Results) -> list[str]:
-    """Sentences for every guidance scale: who wins, and what `losses_of` says; and what free settings gain."""
+    """Sentences for every guidance scale: alarms that went off, who wins, and what `losses_of` says; and what free
+    settings gain."""
     lines = []
     for scale in guidance_scales(results["protocol"]):
         at = "" if scale is None else f"At guidance {scale:g}: "
+        lines += [
+            f"{at}Alarm {alarm['id']} for {alarm['model']}: {alarm['explanation']}"
+            for alarm in results["alarms"]
+            if (alarm["state"], alarm["guidance_scale"]) == ("alarm", scale)
+        ]
         lines += [at + place["sentence"] for place in results.get("ranking", []) if place["guidance_scale"] == scale]
         lines += losses_of(results, scale)
     compared = results.get("distribution")

@@ -7,6 +7,7 @@ from spin_diffusion.evaluation.records import (
     IMAGES,
     AlarmState,
     ComparisonEntry,
+    FailOn,
     Modality,
     ModelVerdict,
     PlaceEntry,
@@ -27,6 +28,7 @@ _QUALITY: tuple[Role, ...] = ("truth", "in-domain", "held-out", "alignment", "ae
 """Roles of scorers that can tell better from worse."""
 _OF_COVER = frozenset({"recall", "coverage"})
 """Alarms that say that less of what is real is drawn."""
+_FROM_GOOD_TO_BAD: tuple[ModelVerdict, ...] = ("improved", "inconclusive", "suspect", "regressed")
 _MIRRORED: dict[ScorerVerdict, ScorerVerdict] = {"improved": "regressed", "regressed": "improved"}
 
 
@@ -233,6 +235,18 @@ def _sentence(places: Sequence[PlaceEntry], winner: str | None, by: str) -> str:
             f"No clear winner by {by}: {names[0]} is worse than none, but not told apart from {listed(level)}{ahead}."
         )
     return f"A tie by {by}: {listed(names)} are not told apart{ahead}."
+
+
+def failing(verdicts: Sequence[VerdictEntry], fail_on: FailOn | None) -> list[str]:
+    """The models, with where and what, whose verdict is `fail_on` or worse; none for None."""
+    if fail_on is None:
+        return []
+    bad = _FROM_GOOD_TO_BAD[_FROM_GOOD_TO_BAD.index(fail_on) :]
+    return [
+        f"{said['model']} at {scale_in_words(said['guidance_scale'])}: {said['verdict']}"
+        for said in verdicts
+        if said["verdict"] in bad
+    ]
 
 
 def promotion(results: Results, promote_if: Literal["always", "not_regressed", "improved"]) -> tuple[bool, str]:

@@ -19,7 +19,8 @@ from spin_diffusion.evaluation.report import write_report
 from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, check_specs, score_samples
 from spin_diffusion.evaluation.specs import shortened
-from spin_diffusion.evaluation.tables import closing_lines, tell_table
+from spin_diffusion.evaluation.tables import closing_lines, print_table
+from spin_diffusion.evaluation.verdicts import failing
 from spin_diffusion.runs.drawer import Drawer
 from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.real_pictures import check_place, of_place
@@ -50,14 +51,19 @@ from spin_diffusion.store.yaml_files import dump_yaml
 PROGRAM = "evaluation"
 
 
-def evaluate_models(settings: EvaluateSettings) -> None:
+def evaluate_models(settings: EvaluateSettings) -> list[str]:
     """Draw, score, conclude and report; what an earlier run of the command finished stays.
+
+    Returns:
+        Why `--fail_on` holds, in the main process alone.
 
     Raises:
         InputError: anything the user gave that cannot be used; nothing that exists is touched.
     """
     output_dir = Path(settings.output_dir)
-    sources, prompts, captions = _checked_input(settings, output_dir)
+    sources = _sources(settings)
+    settings = dataclasses.replace(settings, images_per_prompt=_images_per_prompt(settings, sources))
+    prompts, captions = _checked_input(settings, sources, output_dir)
     quiet_libraries()
     accelerator = make_accelerator(settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
@@ -89,7 +95,7 @@ def evaluate_models(settings: EvaluateSettings) -> None:
         of_sources = dict(zip(sources, models, strict=True))
         swept = sweep_models(settings, of_sources, prompts, protocol, drawer, accelerator, progress, real)
     if not accelerator.is_main_process:
-        return
+        return []
     results = conclude(
         output_dir,
         models,
@@ -104,11 +110,12 @@ def evaluate_models(settings: EvaluateSettings) -> None:
     _tell(results, output_dir)
     if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
         raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
+    return failing(results["verdicts"], settings.fail_on)
 
 
 def _tell(results: Results, output_dir: Path) -> None:
     """Print the table and what is concluded, and write the report."""
-    tell_table(results, output_dir)
+    print_table(results)
     for said in results["verdicts"]:
         at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
         print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
@@ -120,10 +127,9 @@ def _tell(results: Results, output_dir: Path) -> None:
 
 
 def _checked_input(
-    settings: EvaluateSettings, output_dir: Path
-) -> tuple[list[ModelSource], PromptSet, list[str] | None]:
-    """The models, the prompts and the training set's captions, before anything is written."""
-    sources = _sources(settings)
+    settings: EvaluateSettings, sources: list[ModelSource], output_dir: Path
+) -> tuple[PromptSet, list[str] | None]:
+    """The prompts and the training set's captions, before anything is written."""
     check_specs(settings.scorers or [])
     if settings.distribution_features is not None and settings.reference_images is not None:
         check_embedding(settings.distribution_features)
@@ -134,13 +140,13 @@ def _checked_input(
     prompts = _prompts(settings, sources)
     for source in sources:
         if source.kind == "images":
-            _check_pictures(source, [row.prompt for row in prompts.rows], settings.images_per_prompt)
+            _check_pictures(source, [row.prompt for row in prompts.rows], settings.num_images)
     if settings.sweep.given():
         check_sweep(settings, sources, prompts)
     captions = None
     if settings.training_captions:
         captions = [row.prompt for row in load_prompts(settings.training_captions).rows]
-    return sources, prompts, captions
+    return prompts, captions
 
 
 def _pictures(
@@ -158,10 +164,10 @@ def _pictures(
     """
     accelerator = drawer.accelerator
     protocol = _protocol(settings, sources, prompts, drawer)
-    wanted = prompts.requests(settings.images_per_prompt, settings.seed)
+    wanted = prompts.requests(settings.num_images, settings.seed)
     scales = [f"{scale:g}" for scale in protocol["guidance_scales"] if scale is not None]
     accelerator.print(
-        f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.images_per_prompt} images"
+        f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.num_images} images"
         + (f", guidance {', '.join(scales)}" if scales else "")
         + prompts.said_left_out()
         + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
@@ -206,7 +212,7 @@ def _protocol(
             precision=precision_of(drawer.accelerator.mixed_precision),
             prediction_scale=settings.prediction_scale,
         )
-    images, seed = settings.images_per_prompt, settings.seed
+    images, seed = settings.num_images, settings.seed
     return protocol_of(prompts, images_per_prompt=images, seed=seed, sampling=sampling, guidance_scales=scales)
 
 
@@ -232,6 +238,18 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
     if baseline not in names:
         raise InputError(f"--baseline {baseline}: there is no such model (there are {', '.join(names)})")
     return sorted(sources, key=lambda source: source.name != baseline)
+
+
+def _images_per_prompt(settings: EvaluateSettings, sources: list[ModelSource]) -> int:
+    """As many as were asked for; else as many as folders of pictures have of most prompts, the smallest of them."""
+    given = [Path(source.path) for source in sources if source.kind == "images"]
+    if settings.images_per_prompt is not None or not given:
+        return settings.num_images
+    usual = []
+    for folder in given:
+        of_prompts = Counter(Counter(row["prompt"] for row in read_given_pictures(folder).rows).values())
+        usual.append(max(of_prompts, key=lambda number: (of_prompts[number], -number), default=1))
+    return min(usual)
 
 
 def _check_output_dir(settings: EvaluateSettings, output_dir: Path) -> None:

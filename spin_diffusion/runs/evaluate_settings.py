@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_diffusion.diffusion.settings import check_resolution
+from spin_diffusion.evaluation.records import FailOn
 from spin_diffusion.samples.sampling import Sweep
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import parse
@@ -35,8 +36,9 @@ class EvaluateSettings(Settings):
     """File of prompts or name of a set; default: those of the pictures, when all models are folders of pictures."""
     max_prompts: int | None = setting(None, minimum=1)
     """Only the first ones."""
-    images_per_prompt: int = setting(4, minimum=1, maximum=MAX_IMAGES_PER_PROMPT)
-    """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity."""
+    images_per_prompt: int | None = setting(None, minimum=1, maximum=MAX_IMAGES_PER_PROMPT)
+    """Images of each prompt, each with a seed of its own that all models share; 2 or more show diversity. Default: as
+    many as the given folders of pictures have, else 4."""
     scorers: list[str] | None = setting(None, harmless=True)
     """NAME[=PATH] of scorers, joined by commas."""
     distribution_features: str | None = setting(None, harmless=True)
@@ -71,6 +73,9 @@ class EvaluateSettings(Settings):
     """Seed of the pictures."""
     output_dir: str = setting("runs/evaluation", harmless=True)
     """Everything is written here; the same command again resumes."""
+    fail_on: FailOn | None = setting(None, harmless=True)
+    """Exit with code 3 where a verdict is this or worse (improved, inconclusive, suspect, regressed), for CI: regressed
+    lets everything pass that is not worse, inconclusive only what is improved."""
     debug: bool = setting(False, harmless=True)
     """Show the traceback of an error."""
 
@@ -83,6 +88,11 @@ class EvaluateSettings(Settings):
             raise InputError("--distribution_features and --reference_images need each other: give both, or neither")
         if self.sweep.by == "fd" and self.distribution_features is None:
             raise InputError("--sweep by fd needs real pictures: give --distribution_features and --reference_images")
+
+    @property
+    def num_images(self) -> int:
+        """Images of each prompt."""
+        return 4 if self.images_per_prompt is None else self.images_per_prompt
 
     @property
     def guidance_scales(self) -> list[float]:

@@ -25,7 +25,7 @@ from spin_diffusion.evaluation.results import conclude
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.evaluation.tables import closing_lines, metrics_of, tell_table
+from spin_diffusion.evaluation.tables import closing_lines, metrics_of, print_table
 from spin_diffusion.evaluation.verdicts import promotion
 from spin_diffusion.runs.page import ledger, page_of, previews, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
@@ -287,11 +287,8 @@ class RunEvaluator:
         results = self._last
         if entries := ledger(self.config, self.output_dir):  # the last round's is whole only now
             self._rewrite(results, ledger=entries)
-        tell_table(results, self.output_dir)
+        print_table(results)
         headline = results["headline"]
-        for alarm in results["alarms"]:
-            if alarm["state"] == "alarm" and alarm["guidance_scale"] == headline["guidance_scale"]:
-                print(f"Alarm for {alarm['model']}: {alarm['explanation']}")
         for verdict in results["verdicts"]:
             if (verdict["model"], verdict["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
                 print(f"Verdict on {verdict['model']}: {verdict['verdict']}. {verdict['reason']}")

@@ -44,7 +44,7 @@ def check_sweep(settings: EvaluateSettings, sources: Sequence[ModelSource], prom
     if len(prompts.rows) < 4:
         raise InputError(f"--sweep needs 4 prompts or more, 2 that choose and 2 that show, got {len(prompts.rows)}")
     if settings.sweep.by == "fd":
-        half, images = len(prompts.rows) // 2, len(prompts.rows) // 2 * settings.images_per_prompt
+        half, images = len(prompts.rows) // 2, len(prompts.rows) // 2 * settings.num_images
         if half < GROUPS or images < MIN_PICTURES:
             raise InputError(
                 f"--sweep by fd chooses on half of the prompts and shows on the other half: it takes {MIN_PICTURES} "

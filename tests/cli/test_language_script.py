@@ -67,7 +67,8 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     settings |= {"compare_with": ["sft"], "report_to": "tensorboard"}
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
-    names = {"config.yaml", "manifest.json", "table.md", "model", "logs", "round-1", "round-2", "base", "report.html"}
+    names = {"config.yaml", "manifest.json", "model", "logs", "round-1", "round-2", "base", "report.html"}
+    names |= {"table.md", "table.tex", "results.csv"}
     assert names | {"results.json", "scores.parquet", "answers.parquet"} <= {path.name for path in out.iterdir()}
     printed = capsys.readouterr().out
     for part in ("8 pairs a step", "space round 2", "sft, same steps", "held-out gap", "Report: "):

@@ -121,7 +121,8 @@ def test_one_command_plays_evaluates_and_compares(settings, tmp_path, capsys):
     (tmp_path / "small.py").write_text(SMALL)
     assert play(tmp_path, settings) == 0
     out = tmp_path / "out"
-    names = {"config.yaml", "manifest.json", "samples.png", "table.md", "unet", "logs", "round-1", "round-2", "base"}
+    names = {"config.yaml", "manifest.json", "samples.png", "unet", "logs", "round-1", "round-2", "base"}
+    names |= {"table.md", "table.tex", "results.csv"}
     names |= {"report.html", "results.json", "scores.parquet", "images.parquet", "README.md"}
     assert names <= {path.name for path in out.iterdir()}
     printed = capsys.readouterr().out

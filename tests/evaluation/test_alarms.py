@@ -310,6 +310,15 @@ def test_a_leaked_prompt_is_a_warning_and_many_are_an_alarm() -> None:
     assert training_leak(None, 100).state == training_leak(0, 0).state == "not run"
 
 
+def test_prompts_that_no_scorer_judges_by_are_no_leak() -> None:
+    pictures = Pictures(["a cat"], None, {"saturation": np.ones((10, 3))}, (0, 30))
+    found = check_alarms(
+        pictures, pictures, baseline_scores={}, candidate_scores={}, roles={}, training_prompts=["A cat."]
+    )
+    (leak,) = (alarm for alarm in found if alarm.id == "training_leak")
+    assert leak.state == "not run" and "to be looked at" in leak.explanation
+
+
 def test_a_round_that_changes_nothing_is_advice_to_stop() -> None:
     world = World(10)
     before, same = world.scores(), world.scores()

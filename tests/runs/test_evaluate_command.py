@@ -348,14 +348,18 @@ def test_of_three_models_it_is_said_who_wins(scorer, tmp_path, capsys):
     def said(**models: Path) -> tuple[dict, str]:
         out = tmp_path / "-".join(models)
         specs = [f"{name}={folder}" for name, folder in models.items()]
-        argv = ["--scorers", str(scorer), "--images_per_prompt", "2", "--output_dir", str(out)]
+        argv = ["--scorers", str(scorer), "--output_dir", str(out)]
         assert run("evaluate.py", "--models", *specs, *argv) == 0
-        (ranking,) = read_results(out / "results.json")["ranking"]
+        results = read_results(out / "results.json")
+        assert results["protocol"]["images_per_prompt"] == 2, "as many as the folders have"
+        (ranking,) = results["ranking"]
+        if ranking["winner"] not in (None, results["baseline"]):
+            assert results["headline"]["model"] == ranking["winner"], "the page speaks of the winner, not of the last"
         for text in (capsys.readouterr().out, (out / "table.md").read_text(), (out / "report.html").read_text()):
             assert ranking["sentence"] in text
         return ranking, (out / "report.html").read_text()
 
-    ranking, page = said(**folders)
+    ranking, page = said(**{name: folders[name] for name in ("dark", "lighter", "light")})
     assert ranking["winner"] == "lighter" and ranking["sentence"].startswith("lighter wins: it is better than each")
     assert 'id="ranking">Who wins' in page and "Pair by pair (1)" in page
     # Whoever is the baseline, and where two are the same
@@ -371,14 +375,40 @@ def test_of_three_models_it_is_said_who_wins(scorer, tmp_path, capsys):
     ]
 
 
+def test_a_verdict_fails_a_job_and_an_older_evaluation_is_looked_back_at(scorer, tmp_path, capsys):
+    prompts = [f"picture {n}" for n in range(20)]
+    dark, light, lighter = (
+        write_pictures(tmp_path / name, prompts, level)
+        for name, level in {"dark": 20, "light": 90, "lighter": 160}.items()
+    )
+
+    def evaluate(name: str, base: Path, model: Path, *argv: str) -> int:
+        models = ["--models", f"base={base}", f"model={model}", "--scorers", str(scorer)]
+        return run("evaluate.py", *models, "--output_dir", str(tmp_path / name), *argv)
+
+    # A picture brighter than the other sets off the alarm of photometry
+    assert evaluate("old", dark, lighter, "--fail_on", "regressed") == 0
+    assert evaluate("old", dark, lighter, "--fail_on", "suspect") == 3
+    assert "--fail_on: model at pictures as given: suspect" in capsys.readouterr().err
+    assert evaluate("worse", light, dark, "--fail_on", "regressed") == 3
+    assert evaluate("new", dark, light) == 0
+    new, old = str(tmp_path / "new"), str(tmp_path / "old")
+    assert run("report.py", new, "--fail_on", "regressed") == 0
+    assert run("report.py", new, "--fail_on", "regressed", "--against", old) == 3
+    assert "model against old: model at pictures as given: regressed" in capsys.readouterr().err
+    assert "Against <bdi>old: model</bdi>" in (tmp_path / "new" / "report.html").read_text()
+    assert run("report.py", old, "--against", new, "--fail_on", "regressed") == 0, "and it is better than what is new"
+    capsys.readouterr()
+    assert evaluate("other", dark, light, "--images_per_prompt", "1") == 0
+    refused(capsys, run("report.py", new, "--against", str(tmp_path / "other")), "--against", "its protocol is")
+
+
 def test_a_folder_that_has_nothing_to_compare_is_refused_before_anything_is_written(tmp_path, capsys):
     prompts = [f"picture {n}" for n in range(3)]
     models = [f"a={write_pictures(tmp_path / 'a', prompts, 20)}", f"b={write_pictures(tmp_path / 'b', prompts, 90, 1)}"]
     argv = ["--scorers", "sharpness", "--output_dir", str(tmp_path / "out")]
-    # The default is 4 pictures of a prompt
-    refused(
-        capsys, run("evaluate.py", "--models", *models, *argv), "a has 2 pictures", "--images_per_prompt 2 or fewer"
-    )
+    code = run("evaluate.py", "--models", *models, *argv, "--images_per_prompt", "4")
+    refused(capsys, code, "a has 2 pictures", "--images_per_prompt 2 or fewer")
     argv += ["--images_per_prompt", "2"]
     refused(
         capsys, run("evaluate.py", "--models", *models, *argv), "b=", "1 pictures", "--images_per_prompt 1 or fewer"

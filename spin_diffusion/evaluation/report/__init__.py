@@ -5,6 +5,7 @@
     wording.py     names, numbers, verdicts and texts in the page's words
     ranking.py     results.json -> the card at the top for several models, and which alarms to look into
     tables.py      results.json -> what tables, histograms and small print say beyond its entries
+    history.py     two evaluations of one protocol -> what became of the older one's model
     training.py    training curves and measures -> charts and rows of text
     plots.py       numbers -> SVG
     gallery.py     samples of all models side by side, with their scores: which ones are shown; the blind vote
@@ -15,8 +16,10 @@ Prompts, names and reasons are text that anybody may have written. The template 
 in the page forbids whatever is not this program's own style and script, known by their hashes.
 """
 
+import base64
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -25,8 +28,10 @@ from markupsafe import Markup
 from spin_diffusion.evaluation.records import samples_per_prompt
 from spin_diffusion.evaluation.report import gallery, plots, ranking, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
+from spin_diffusion.evaluation.report.history import Past
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
+from spin_diffusion.evaluation.table_files import table_files, write_tables
 from spin_diffusion.evaluation.tables import losses_of, not_swept, sweep_tables
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import write_file
@@ -39,33 +44,38 @@ _SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.0)
 """What is tried in turn, of the gallery, until the page is small enough."""
 
 
-def write_report(directory: Path, output: Path | None = None) -> Path:
-    """Write the page of the evaluation in `directory` and return its path. Equal input gives equal bytes.
+def write_report(directory: Path, output: Path | None = None, past: Sequence[Past] = ()) -> Path:
+    """Write the page of the evaluation in `directory` and return its path. Equal input gives equal bytes. A page in
+    `directory` has the tables as files beside it.
 
     Args:
         directory: holds results.json, scores.parquet, and images.parquet with its pictures or answers.parquet.
         output: the page; default: report.html beside results.json.
+        past: older evaluations that it is set against.
 
     Raises:
         InputError: a file is missing, damaged or of another schema version, or `output` is a folder.
     """
-    output = directory / "report.html" if output is None else output
+    in_place, output = output is None, output or directory / "report.html"
     if output.is_dir():
         raise InputError(
             f"{output} is a folder, and the report is to be written there: move it away or name another file"
         )
-    page = build_page(read_evaluation(directory))
+    evaluation = read_evaluation(directory)
+    page = build_page(evaluation, past=past)
     write_file(output, lambda part: part.write_bytes(page))
+    if in_place:
+        write_tables(evaluation.results, directory)
     return output
 
 
-def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES) -> bytes:
+def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES, past: Sequence[Past] = ()) -> bytes:
     """The page, with as many pictures or answers as fit into `max_bytes`."""
     sections, sample_of = _sections(evaluation), gallery.sample_maker(evaluation)
     for share in _SHARES:
         tabs = gallery.gallery(evaluation, sample_of, round(share * _RANDOM_PAIRS), round(share * _RANKED_PAIRS))
         pairs = gallery.vote_pairs(tabs)
-        shown: dict[str, object] = {"gallery": tabs, "num_votes": len(pairs), "votes": Markup()}
+        shown: dict[str, object] = {"gallery": tabs, "num_votes": len(pairs), "votes": Markup(), "past": past}
         if pairs:
             shown["votes"] = _island(gallery.votes(evaluation.results, pairs))
         if share < 1:
@@ -106,6 +116,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "facts": tables.banner_facts(results),
         "notices": [*losses_of(results, headline["guidance_scale"]), *not_swept(results)],
         "shortened": "",
+        "downloads": {name: _address(text) for name, text in table_files(results).items()},
         "headline": tables.headline_rows(results),
         "distances": tables.distance_tables(results),
         "alarms": alarms,
@@ -166,6 +177,11 @@ def _template() -> jinja2.Template:
         "max_failures": 100,
     }
     return made.get_template("page.html.j2")
+
+
+def _address(text: str) -> str:
+    """A text as a data: address, which a link saves under a name."""
+    return f"data:text/plain;base64,{base64.b64encode(text.encode('utf-8', 'replace')).decode('ascii')}"
 
 
 def _island(content: dict[str, object]) -> Markup:

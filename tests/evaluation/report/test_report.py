@@ -1,4 +1,5 @@
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -216,10 +217,13 @@ def test_the_page_asks_for_nothing_from_elsewhere(page: Parsed) -> None:
     for tag, attrs in page.elements:
         for name in ("src", "href", "action", "poster", "data", "srcset"):
             if (address := attrs.get(name)) is not None:
-                allowed = "data:image/webp;base64," if name == "src" else "#"
+                allowed = (
+                    "data:image/webp;base64," if name == "src" else "data:text/plain" if "download" in attrs else "#"
+                )
                 assert address.startswith(allowed), (tag, name, address[:80])
     ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
-    assert all(attrs["href"][1:] in ids for _, attrs in page.elements if "href" in attrs)
+    links = [attrs["href"] for _, attrs in page.elements if "href" in attrs and "download" not in attrs]
+    assert links and all(link[1:] in ids for link in links)
     assert not re.search(r"@import|url\(", _asset("style.css"))
 
 
@@ -238,6 +242,27 @@ def test_the_policy_allows_the_two_blocks_by_their_hashes(page: Parsed) -> None:
     # It governs what comes after it
     first = [t for t, _ in page.elements].index("style")
     assert first > [a.get("http-equiv") for _, a in page.elements].index("Content-Security-Policy")
+
+
+def test_the_tables_lie_beside_the_page_and_in_it(whole: Path, page: Parsed) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    rows = list(csv.DictReader((whole / "results.csv").open(encoding="utf-8")))
+    assert len(rows) == 5 * 2 * 3, "models, guidance scales, scorers"
+    compared = {(c["model"], c["guidance_scale"], c["scorer"]): c for c in results["comparisons"]}
+    for row in rows:
+        entry = compared.get((row["model"], float(row["guidance_scale"]), row["scorer"]))
+        assert (entry is None) == (row["model"] == "base") == (row["difference"] == "")
+        assert entry is None or (float(row["difference_low"]), row["verdict"]) == (entry["low"], entry["verdict"])
+    latex = (whole / "table.tex").read_text(encoding="utf-8").splitlines()
+    assert [line.count(" & ") for line in latex if line.endswith(r"\\")] == [3] * (1 + 5 * 2)
+    assert any(line.startswith(r"SFT \textless{}rival\textgreater{} \& co, guidance 3 & $") for line in latex)
+    bold = [line for line in latex if r"$\mathbf{" in line]
+    assert bold and not any(line.startswith("base") for line in bold)
+    for tag, attrs in page.elements:
+        if tag == "a" and (name := attrs.get("download")):
+            saved = base64.b64decode((attrs["href"] or "").partition("base64,")[2])
+            assert saved == (whole / name).read_bytes()
+    assert {attrs.get("download") for _, attrs in page.elements} == {None, "results.csv", "table.tex", "table.md"}
 
 
 def test_ids_are_there_once(page: Parsed) -> None:
