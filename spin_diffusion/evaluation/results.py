@@ -122,7 +122,7 @@ def conclude(
     against_real = None
     if real is not None:
         against_real = distances(real, models, compared.complete, samples_per_prompt(protocol))
-    results = _results(compared, title, headline_scale, training_prompts, against_real, _training(training))
+    results = _results(compared, title, headline_scale, training_prompts, against_real, training_entries(training))
     if sweep:
         results["sweep"] = list(sweep)
     _write(root, results, compared)
@@ -436,7 +436,7 @@ def _failures(compared: _Compared) -> Iterator[FailureEntry]:
 # What is told of training
 
 
-def _training(training: OfTraining) -> TrainingEntries:
+def training_entries(training: OfTraining) -> TrainingEntries:
     """Curves, measures, events, judgements, previews and ledger as results.json has them; nothing of what is empty."""
     entries = {
         "training_curves": _thinned(training.get("curves") or []),

@@ -1,10 +1,11 @@
 """The evaluations of a run of any kind: base, rounds and rivals by the same code; table, page, curves, promotion."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed
@@ -21,13 +22,13 @@ from spin_diffusion.evaluation.records import (
     read_results,
 )
 from spin_diffusion.evaluation.report import write_report
-from spin_diffusion.evaluation.results import conclude
+from spin_diffusion.evaluation.results import conclude, training_entries
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.specs import parse_spec
 from spin_diffusion.evaluation.tables import closing_lines, metrics_of, print_table
 from spin_diffusion.evaluation.verdicts import promotion
-from spin_diffusion.runs.page import ledger, page_of, previews, rival_name, round_name, run_folders
+from spin_diffusion.runs.page import page_of, rival_name, round_name, run_folders
 from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
 from spin_diffusion.samples.pairs import Column
 from spin_diffusion.selfplay.game import Game
@@ -36,6 +37,9 @@ from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached,
 from spin_diffusion.store.files import Tell, read_if_whole, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
+
+PAGE_SHARE = 0.05
+"""The most of the time that goes into writing the page anew while rounds are played."""
 
 
 class _Model(TypedDict):
@@ -121,6 +125,7 @@ class RunEvaluator:
         self.output_dir, self.accelerator = Path(config.run.output_dir), game.accelerator
         self._samples = samples
         self._last: Results | None = None
+        self._page_due = 0.0
 
     @property
     def samples(self) -> EvaluationSamples:
@@ -267,15 +272,32 @@ class RunEvaluator:
 
         return evaluate
 
-    def show_previews(self) -> None:
-        """Put the previews so far on the page, while a round is trained; main process only."""
-        if self._last is not None:
-            self._rewrite(self._last, previews=previews(self.config, self.output_dir))
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate with."""
+        return self._samples is not None
 
-    def _rewrite(self, results: Results, **entries: Sequence[object]) -> None:
-        """Write results and page with these entries in place of theirs."""
-        write_json(self.output_dir / "results.json", results | entries)
+    def refresh(self) -> None:
+        """Write the page anew, where that takes no more than PAGE_SHARE of the time; main process only."""
+        if self._last is not None and time.monotonic() >= self._page_due:
+            self._bring_up_to_date(self._last)
+
+    def _bring_up_to_date(self, results: Results) -> None:
+        """Results and page with all that is known of training by now, and these scores."""
+        self._last = cast(Results, {**results, **training_entries(self._of_training(self._models()))})
+        write_json(self.output_dir / "results.json", self._last)
+        self._write_page()
+
+    def _write_page(self) -> None:
+        started = time.monotonic()
         write_report(self.output_dir)
+        now = time.monotonic()
+        self._page_due = now + (now - started) / PAGE_SHARE
+
+    def _of_training(self, models: list[EvaluatedModel]) -> OfTraining:
+        page = page_of(self.config, self.output_dir)
+        page["measures"] += [dict(measure) for measure in self.samples.measures(models)]
+        return cast(OfTraining, page)
 
     def tell(self) -> None:
         """Print and write the table, finish the page; main process only."""
@@ -284,9 +306,8 @@ class RunEvaluator:
         if self._last is None:
             self._report()
         assert self._last is not None, "the main process reports"
+        self._bring_up_to_date(self._last)  # the last round's ledger is whole only now
         results = self._last
-        if entries := ledger(self.config, self.output_dir):  # the last round's is whole only now
-            self._rewrite(results, ledger=entries)
         print_table(results)
         headline = results["headline"]
         for verdict in results["verdicts"]:
@@ -377,8 +398,6 @@ class RunEvaluator:
     def _report(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        models, page = self._models(), page_of(self.config, self.output_dir)
-        page["measures"] += [dict(measure) for measure in self.samples.measures(models)]
-        title = f"Self-play run {self.output_dir.name}"
-        self._last = self._conclude(self.output_dir, models, title, **page)
-        write_report(self.output_dir)
+        models, title = self._models(), f"Self-play run {self.output_dir.name}"
+        self._last = self._conclude(self.output_dir, models, title, **self._of_training(models))
+        self._write_page()

@@ -198,7 +198,7 @@ class ImageRun(Run):
         prompts, config, game = self.prompts, self.config, self.game
         samples = PictureSamples(config, prompts, game, progress, self.held_out) if prompts is not None else None
         evaluator = RunEvaluator(config, game, (str(game.base), "pipeline"), game.saved, samples)
-        self._let_look(evaluator.show_previews)
+        self._let_look(evaluator.refresh)
         return evaluator
 
     def costs(self, pairs: int) -> Callable[[RoundSettings], Costs]:

@@ -86,8 +86,8 @@ def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, obj
         "curves": [entry for name, k, folder in rounds for entry in _curve(name, k, folder)],
         "events": [entry for name, k, folder in rounds for entry in _events(name, k, folder)],
         "selection": [entry for name, k, folder in rounds for entry in _selection(name, k, folder)],
-        "previews": previews(config, output_dir),
-        "ledger": ledger(config, output_dir),
+        "previews": _preview_sheets(config, output_dir),
+        "ledger": _ledger(config, output_dir),
         "measures": _measures(config, output_dir),
     }
 
@@ -101,7 +101,7 @@ def _rounds(config: RunConfig, output_dir: Path) -> list[tuple[str, int, Path]]:
     ]
 
 
-def previews(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
+def _preview_sheets(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
     """The previews of every round that has some so far."""
     return [
         {"model": name, "round": k, "file": (folder / PREVIEW_SHEET).relative_to(output_dir).as_posix()}
@@ -144,7 +144,7 @@ def _selection(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     ]
 
 
-def ledger(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
+def _ledger(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
     """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
     plan = read_for_page(read_json, output_dir / "plan.json", _Plan)
     plan = plan or {"rounds": [], "memory_bytes": {}, "disk_bytes": None}

@@ -27,7 +27,7 @@ from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, ste
 from spin_diffusion.selfplay.trainee import Fused, Trainee
 from spin_diffusion.store.files import write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.progress import Progress, end_bars
+from spin_diffusion.store.progress import Progress, end_bars, span
 from spin_diffusion.store.run_dir import seed_from
 
 PROBE_SECONDS = 20.0
@@ -280,16 +280,16 @@ def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> lis
     for entry in plan["rounds"]:
         parts = [entry[phase] for phase in PHASES]
         total += sum(parts)
-        table.append(f"{entry['round']:>5}  " + "  ".join(f"{_span(seconds):>9}" for seconds in parts))
+        table.append(f"{entry['round']:>5}  " + "  ".join(f"{span(seconds):>9}" for seconds in parts))
     processes = f"{plan['processes']} process{'es' if plan['processes'] > 1 else ''}"
     free, peak = f"free in {output_dir}", max(plan["memory_bytes"].values())
     where = "of the GPU" if device.type == "cuda" else "of this machine"
     smaller = "lower --max_train_samples"
     return [
         *table,
-        f"Plateau  {_span(len(RATES) * plan['rounds'][0]['trained'])} at most for --plateau: {len(RATES)} rounds of "
+        f"Plateau  {span(len(RATES) * plan['rounds'][0]['trained'])} at most for --plateau: {len(RATES)} rounds of "
         "fine-tuning at rates around the run's",
-        f"Time     {_span(total)} for {plan['rows']} real samples on {processes}, without {judges}, start and rivals",
+        f"Time     {span(total)} for {plan['rows']} real samples on {processes}, without {judges}, start and rivals",
         _fits("Disk", plan["disk_bytes"], plan["free_bytes"], free, smaller),
         _fits("Memory", peak, plan["device_bytes"], where, "lower --train_batch_size"),
     ]
@@ -298,12 +298,6 @@ def lines(plan: Plan, output_dir: str, device: torch.device, judges: str) -> lis
 def _fits(what: str, needed: int, there: int, where: str, remedy: str) -> str:
     line = f"{what:<8} {needed / 1e9:,.2f} GB of {there / 1e9:,.1f} GB {where}"
     return line if needed <= there else f"{line}: does NOT fit; {remedy}"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _device_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ check -> open the base -> take the folder -> prepare the data -> play the rounds
 """
 
 import dataclasses
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.live import Stage, seconds_left, stages_of, status_line
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
 from spin_diffusion.runs.start import (
     LOGS,
@@ -33,15 +35,15 @@ from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.looks import Judge, Preview
 from spin_diffusion.selfplay.objectives import options_for
-from spin_diffusion.selfplay.one_round import Costs, Judgement, Probe
-from spin_diffusion.selfplay.record import RoundRecord
+from spin_diffusion.selfplay.one_round import Costs, Judgement, Probe, Round
+from spin_diffusion.selfplay.record import RoundRecord, State
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
-from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.store.progress import Bars, Progress, tell
 
 
 class Run(ABC):
@@ -150,8 +152,7 @@ def play_run(run: Run) -> list[RoundRecord]:
     run.ready(pairs, progress)
     _open_trackers(config, output_dir, accelerator)
     evaluator = run.evaluator(progress)
-    evaluator.base()
-    records = _play_with_rivals(run, evaluator, run.costs(pairs), accelerator, progress)
+    records = _play_with_rivals(run, evaluator, pairs, accelerator, progress)
     if accelerator.is_main_process:
         card = run.card(rows)
         evaluator.tell()
@@ -185,13 +186,23 @@ def plan_run(run: Run) -> None:
 def _play_with_rivals(
     run: Run,
     evaluator: RunEvaluator,
-    costs: Callable[[RoundSettings], Costs] | None,
+    pairs: int,
     accelerator: Accelerator,
     progress: Progress,
 ) -> list[RoundRecord]:
     """The rounds, then the same with each objective that they are compared with; the records of the rounds."""
     config, output_dir = run.config, run.output_dir
     records: list[RoundRecord] = []
+    evaluates, costs = evaluator.evaluates and not run.each_from_base, run.costs(pairs)
+    base = _evaluate_base(evaluator, output_dir)
+
+    def reached(round_: Round, state: State) -> None:
+        stages = base + stages_of(config, output_dir, pairs, accelerator.num_processes, evaluates)
+        for stage in stages:
+            if (stage.where, stage.state) == (round_.directory, state) and stage.amount:
+                tell(status_line(round_.title, stage, seconds_left(stages)))
+        evaluator.refresh()
+
     of_rounds = _set_aside if run.each_from_base else evaluator.of_rounds()
     for rival in (None, *config.rivals):
         rounds, folder = config.rounds, output_dir
@@ -216,6 +227,7 @@ def _play_with_rivals(
                 costs(rounds) if costs is not None else None,
                 run.judge,
                 run.preview,
+                reached=reached,
                 run_dir=output_dir,
                 start=start_of(output_dir),
             )
@@ -226,6 +238,17 @@ def _play_with_rivals(
         path = output_dir / "manifest.json"
         write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
     return records
+
+
+def _evaluate_base(evaluator: RunEvaluator, output_dir: Path) -> list[Stage]:
+    """Evaluate the base; how long that took, where no round can tell how long an evaluation takes."""
+    begun, started = (output_dir / "round-1").exists(), time.perf_counter()
+    evaluator.base()
+    if begun or not evaluator.evaluates:
+        return []
+    stage = Stage(output_dir / "base", "EVALUATED", 1, time.perf_counter() - started)
+    tell(status_line("base", stage, None))
+    return [stage]
 
 
 def _set_aside(k: int, folder: Path, parent: int) -> Judgement:

@@ -28,6 +28,7 @@ from spin_diffusion.selfplay.record import (
     RoundFields,
     RoundRecord,
     SelfRecord,
+    State,
     replay,
 )
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
@@ -109,6 +110,8 @@ class SelfPlay:
     """Judges the steps of a round where --select_by names anything but the gap."""
     preview: Preview | None = None
     """Draws previews while a round is trained."""
+    reached: Callable[["Round", State], None] | None = None
+    """Is told of each state once it is committed, by the main process."""
     run_dir: Path | None = None
     """The run's whole folder, whose bytes the ledgers count; None = output_dir."""
     start: Path = Path()

@@ -162,6 +162,8 @@ class Journal:
         self._write()
         for name, entry in entries.items():
             log_phase(title_of(round_.objective), round_.k, name, entry, round_.accelerator)
+        if run.reached is not None and phase == state.lower() and round_.accelerator.is_main_process:
+            run.reached(round_, state)
 
     def _write(self) -> None:
         if self.round.accelerator.is_main_process:

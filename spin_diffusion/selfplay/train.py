@@ -29,7 +29,7 @@ from spin_diffusion.selfplay.tracking import LEVEL, log_step, name_axis, record,
 from spin_diffusion.selfplay.train_settings import TrainSettings, check_batch
 from spin_diffusion.selfplay.trainee import Average, Fused, Trainee, trained_parameters
 from spin_diffusion.selfplay.watching import Looks, Selection
-from spin_diffusion.store.progress import tell
+from spin_diffusion.store.progress import in_bar, tell
 from spin_diffusion.store.run_dir import write_file
 
 
@@ -157,7 +157,9 @@ def _entry(
         if distance is not None:
             said["distance"] = distance
     log_step(plan.name, tracked(said, plan.name), step + 1, trainee.accelerator)
-    progress(step + 1, f"loss {said['loss']:.4f}  accuracy {said['implicit_accuracy']:.2f}")
+    progress(
+        step + 1, f"r_real {in_bar(said['r_real'])} r_generated {in_bar(said['r_generated'])} loss {said['loss']:.2f}"
+    )
     first: StepEntry = {"step": step + 1}
     return first | said
 

@@ -43,11 +43,11 @@ class Bars(Progress):
         started = time.monotonic()
 
         def update(done: int, text: str = "") -> None:
-            if text:
-                bar.set_postfix_str(text, refresh=False)
+            if text and total:  # a bar and a rate beside it would not fit in 80 columns
+                bar.bar_format = "{desc} {n_fmt}/{total_fmt} <{remaining} " + text
             bar.update(min(done, total or done) - bar.n)
             if total and done >= total:
-                bar.set_postfix_str(text or f"{total / max(time.monotonic() - started, 1e-9):.1f}/s")
+                bar.set_postfix_str(f"{total / max(time.monotonic() - started, 1e-9):.1f}/s")
                 bar.close()
 
         # Of work that several processes share, the one with the bar only guesses how much the others have done
@@ -56,6 +56,21 @@ class Bars(Progress):
 
 
 _open: weakref.WeakSet[tqdm] = weakref.WeakSet()
+
+
+def in_bar(value: float) -> str:
+    """A number with its sign, in seven characters as a rule."""
+    if value == 0 or abs(value) >= 0.1:
+        return f"{value:+.2f}"
+    digits, power = f"{value:+.1e}".split("e")
+    return f"{digits}e{int(power)}"
+
+
+def span(seconds: float) -> str:
+    """A time for people, to two or three digits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def tell(text: str) -> None:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.records import read_results
-from spin_diffusion.runs import player_pictures, real_pictures
+from spin_diffusion.runs import evaluator, player_pictures, real_pictures
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.files import read_json, read_rows
@@ -49,18 +49,19 @@ def prompts(folder: Path) -> list[str]:
 
 @pytest.fixture
 def pages(monkeypatch) -> list[str]:
-    """The page, each time that a preview was put on it."""
-    pages, show_previews = [], RunEvaluator.show_previews
+    """The page, each time that it was to be brought up to date."""
+    pages, refresh = [], RunEvaluator.refresh
 
-    def shown(evaluator: RunEvaluator) -> None:
-        show_previews(evaluator)
-        pages.append((evaluator.output_dir / "report.html").read_text())
+    def shown(self: RunEvaluator) -> None:
+        refresh(self)
+        pages.append((self.output_dir / "report.html").read_text())
 
-    monkeypatch.setattr(RunEvaluator, "show_previews", shown)
+    monkeypatch.setattr(RunEvaluator, "refresh", shown)
+    monkeypatch.setattr(evaluator, "PAGE_SHARE", float("inf"))
     return pages
 
 
-def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, pages, tmp_path):
+def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_prompts, pages, capsys):
     looking = {"select_every": 2, "preview_every": 3, "report_to": "tensorboard"}
     out = play(settings | looking | {"validation_prompts": tiny_prompts, "max_validation_prompts": 2})
     held_out, trained_on = prompts(out / "held_out"), prompts(out / "data")
@@ -73,8 +74,10 @@ def test_held_out_pictures_are_drawn_for_and_never_trained_on(settings, tiny_pro
     assert measures["held_out_gap"] == record["held_out_gap"]["mean"]
     the_looks_are_shown(out, record)
     # While it trained, the page had the previews so far
-    sheets = [re.search('<img src="([^"]+)"[^>]* alt="Previews of spin round 1', page)[1] for page in pages]
-    assert len(set(sheets)) == 2 and sheets[1] in (out / "report.html").read_text()
+    sheets = [re.findall('<img src="([^"]+)"[^>]* alt="Previews of spin round 1', page) for page in pages]
+    assert not sheets[0] and len({*map(tuple, sheets)}) == 3 and sheets[-1][0] in (out / "report.html").read_text()
+    told = capsys.readouterr().out
+    assert re.search("^spin round 1: drawn in .*^spin round 1: trained in .* left, until ", told, re.S | re.M)
 
 
 def the_looks_are_shown(out: Path, record: dict) -> None:
