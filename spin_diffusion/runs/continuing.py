@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from accelerate import Accelerator
+
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import check_folder
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, printable
 from spin_diffusion.store.keys import place_hash
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.run_dir import commit, part_of
@@ -20,15 +22,6 @@ START = "start"
 _FROM = "from.json"
 _PLAYERS = ("unet", "lora", "model", "adapter")
 """What a run of any kind keeps its last promoted player in."""
-_SAME = (
-    "pretrained_model_name_or_path",
-    "model_name_or_path",
-    "revision",
-    "variant",
-    "pretrained_vae_model_name_or_path",
-    "init_lora",
-    "use_lora",
-)
 _SAME_ADAPTER = ("rank", "lora_alpha", "lora_target_modules")
 
 
@@ -40,8 +33,13 @@ class Origin(TypedDict):
     player: str
 
 
+class _Base(TypedDict):
+    name: str
+    weights: str
+
+
 class _Begun(TypedDict):
-    base: dict[str, object]
+    base: _Base
 
 
 def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) -> None:
@@ -57,38 +55,51 @@ def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) ->
     if player_of(run) is None or not (run / "manifest.json").is_file():
         raise InputError(f"{flag}: it has no promoted round yet: let it finish one, or start from its base")
     before = saved_settings(run / "config.yaml")
-    keys = _SAME + (_SAME_ADAPTER if settings.get("use_lora") else ())
+    keys = ("use_lora", *(_SAME_ADAPTER if settings.get("use_lora") else ()))
     other = [key for key in keys if before.get(key) != settings.get(key)]
     differ = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in other]
     if differ:
-        raise InputError(
-            f"{flag}: its player is one of another base or kind ({'; '.join(differ)}): give these as there"
-        )
+        raise InputError(f"{flag}: its player is one of another kind ({'; '.join(differ)}): give these as there")
 
 
-def take_over(settings: Mapping[str, Any], output_dir: Path) -> None:
-    """Copy the other run's player and its evaluation of the base, once; called by the main process alone."""
+def take_over(settings: Mapping[str, Any], output_dir: Path, base_weights: str, accelerator: Accelerator) -> None:
+    """Copy the other run's player and its evaluation of the base, once.
+
+    Args:
+        base_weights: hash of the weights of this run's base, wherever they were loaded from.
+
+    Raises:
+        InputError: the other run's base had other weights.
+    """
     if settings["continue_from"] is None or (output_dir / START / _FROM).is_file():
         return
     run = Path(settings["continue_from"])
     player = player_of(run)
     assert player is not None, "check_origin has looked"
     begun = read_json(run / "manifest.json", _Begun, "run its command again")
+    if begun["base"]["weights"] != base_weights:
+        raise InputError(
+            f"--continue_from {run}: its base ({printable(begun['base']['name'])}) had other weights than this "
+            "run's: give the base, and --init_lora, as there"
+        )
+    accelerator.wait_for_everyone()  # Before the copy is there, which is what a process goes by
+    if not accelerator.is_main_process:
+        return
     for source, target in ((player, output_dir / START / player.name), (run / "base", output_dir / "base")):
         if source.is_dir() and not target.exists():
             shutil.rmtree(part_of(target), ignore_errors=True)
             shutil.copytree(source, part_of(target))
             commit(target)
     taken = output_dir / START / player.name
-    origin: Origin = {"run": str(run), "base_weights": begun["base"]["weights"], "player": str(place_hash(taken))}
+    origin: Origin = {"run": str(run), "base_weights": base_weights, "player": str(place_hash(taken))}
     write_json(output_dir / START / _FROM, origin)
 
 
-def origin_of(output_dir: Path, base_weights: str) -> Origin | None:
+def origin_of(output_dir: Path) -> Origin | None:
     """Where the run's first player comes from, for its manifest; None = it starts from the base.
 
     Raises:
-        InputError: the player that was copied has changed, or belongs to a base of other weights.
+        InputError: the player that was copied has changed.
     """
     if not (output_dir / START / _FROM).is_file():
         return None
@@ -96,11 +107,6 @@ def origin_of(output_dir: Path, base_weights: str) -> Origin | None:
     player = player_of(output_dir / START)
     if player is None or place_hash(player) != origin["player"]:
         raise InputError(f"{output_dir / START} is not the player that was copied from {origin['run']}: restore it")
-    if origin["base_weights"] != base_weights:
-        raise InputError(
-            f"--continue_from {origin['run']}: its base had other weights than this one: give the base it was started "
-            "with"
-        )
     return origin
 
 

@@ -138,13 +138,14 @@ def play_run(run: Run) -> list[RoundRecord]:
     versions = run.launch(accelerator)
     run.open(accelerator)
     check_training(config, run.game.player, accelerator)
-    take_run_folder(config, output_dir, run.program, accelerator)
+    base = run.base()
+    take_run_folder(config, output_dir, run.program, base, accelerator)
     progress = Bars() if accelerator.is_main_process else Progress()
 
     data = run.prepare(progress)
     rows, pairs = data["rows"], data["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
-    write_manifest(output_dir, run.base(), data, config, accelerator, versions)
+    write_manifest(output_dir, base, data, config, accelerator, versions)
     accelerator.print(run.header(data) + round_lines(config, rows, accelerator))
     for line in advice(config, rows, run.game, accelerator.num_processes):
         accelerator.print(line)

@@ -106,9 +106,15 @@ def start(config: RunConfig, output_dir: Path, program: str) -> Accelerator:
     return accelerator
 
 
-def take_run_folder(config: RunConfig, output_dir: Path, program: str, accelerator: Accelerator) -> None:
+def take_run_folder(
+    config: RunConfig, output_dir: Path, program: str, base: Mapping[str, object], accelerator: Accelerator
+) -> None:
     """Make the folder this run's, put right what a killed run left in it, and write the settings; called once the base
-    is known to be good."""
+    is known to be good.
+
+    Args:
+        base: as of `write_manifest`.
+    """
     if accelerator.is_main_process:
         take_folder(output_dir, program)
         settle(output_dir)
@@ -117,7 +123,7 @@ def take_run_folder(config: RunConfig, output_dir: Path, program: str, accelerat
             for name in ("data", "held_out"):
                 forget_prepared(output_dir / name)
         write_file(output_dir / "config.yaml", lambda part: write_config(config, part))
-        take_over(config.flat(), output_dir)
+    take_over(config.flat(), output_dir, str(base["weights"]), accelerator)
     accelerator.wait_for_everyone()
 
 
@@ -219,7 +225,7 @@ def write_manifest(
     content = {
         "base": base,
         "data": {"rows": data["rows"], "hash": data["hash"], "left_out": data["left_out"]},
-        "continued_from": origin_of(output_dir, str(base["weights"])),
+        "continued_from": origin_of(output_dir),
         "objective_files": objective_files,
         "pairs_per_step": per_step,
         "versions": installed,

@@ -238,17 +238,17 @@ def verify_hashes(hashes: Mapping[str, str], below: Path, remedy: str = ELSEWHER
 
 # What the machine has against it
 
-_ROOM = "make room or give another --output_dir"
-_ALLOW = "allow it, or give another --output_dir"
+_ROOM = "make room, or write to another place"
+_ALLOW = "allow it, or write to another place"
 _BACK = "put back what was moved or removed"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or give an --output_dir where larger files can be",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write where larger files can be",
     errno.EACCES: _ALLOW,
     errno.EPERM: _ALLOW,
     errno.EROFS: _ALLOW,
-    errno.EIO: "the disk, or the way to it, fails: mend it or give another --output_dir",
+    errno.EIO: "the disk, or the way to it, fails: mend it, or write to another place",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "let other programs close files",
     errno.ENOENT: _BACK,

@@ -435,13 +435,18 @@ def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(adapter, settings, tmp_path, capsys):
+def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(
+    adapter, settings, sdxl_dir, tmp_path, capsys
+):
     settings |= {"use_lora": adapter, "rank": 2, "rounds": 1, "compare_with": []}
+    file = tmp_path / "base.safetensors"  # of the same weights
+    write_single_file(file, load_checkpoint(str(sdxl_dir))[1], torch.float32, {})
     first, second, saved = tmp_path / "out", tmp_path / "second", "lora" if adapter else "unet"
     argv = ["--continue_from", str(first), "--output_dir", str(second), "--learning_rate", "3e-5"]
+    argv += ["--pretrained_model_name_or_path", str(file), "--base_config", str(sdxl_dir)]
     refused(capsys, play(tmp_path, settings, *argv), "--continue_from", "there is no run")
     assert play(tmp_path, settings) == 0
-    refused(capsys, play(tmp_path, settings, *argv, "--rank", "3", "--use_lora"), "of another base or kind", "-> 3")
+    refused(capsys, play(tmp_path, settings, *argv, "--rank", "3", "--use_lora"), "of another kind", "-> 3")
     refused(capsys, play(tmp_path, settings, "--continue_from", str(first)), "is the --output_dir")
     assert not second.exists()
     assert play(tmp_path, settings, *argv) == 0

@@ -60,6 +60,24 @@ def test_the_keys_that_differ_are_named():
     assert changes(old.flat(), of("--candidates", "{number: 2, scorer: a.py}", "--probe", "{samples: 64}")) == []
 
 
+BASE = {"name": "base", "weights": "w", "parts": "p"}
+
+
+def test_a_player_is_taken_over_to_its_own_base_alone_wherever_that_was_loaded_from(tmp_path):
+    before, out, accelerator = tmp_path / "before", tmp_path / "out", Accelerator(cpu=True)
+    first = config.parse_config(["--pretrained_model_name_or_path", "folder"])
+    take_run_folder(first, before, "image training", BASE, accelerator)
+    write_json(before / "manifest.json", {"base": BASE})
+    write_json(before / "unet" / "config.json", {})
+    given = config.parse_config(["--pretrained_model_name_or_path", "a.safetensors", "--continue_from", str(before)])
+    check_run_folder(given, out, "image training")
+    with pytest.raises(InputError, match=f"--continue_from {before}: its base .base. had other weights"):
+        take_run_folder(given, out, "image training", BASE | {"weights": "other"}, accelerator)
+    assert not (out / "start").exists()
+    take_run_folder(given, out, "image training", BASE | {"name": "a.safetensors"}, accelerator)
+    assert (out / "start" / "unet" / "config.json").is_file()
+
+
 def test_a_run_goes_on_with_its_own_base_and_global_batch_alone(tmp_path, monkeypatch):
     data, accelerator = {"rows": 4, "hash": "d", "left_out": {}, "settings": {}, "files": {}}, Accelerator(cpu=True)
 
@@ -109,7 +127,7 @@ def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(t
     def begin(*flags: str) -> None:
         settings = config.parse_config(["--pretrained_model_name_or_path", "base", "--max_train_steps", *flags])
         check_run_folder(settings, out, "image training")
-        take_run_folder(settings, out, "image training", accelerator)
+        take_run_folder(settings, out, "image training", BASE, accelerator)
 
     def prepared() -> set[str]:
         return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {"config.yaml", MARKER}
@@ -131,7 +149,7 @@ def test_what_a_refused_command_prepared_is_made_anew_once_its_settings_change(t
 def test_a_run_that_another_version_began_is_refused_in_one_line(tmp_path):
     out = tmp_path / "out"
     given = config.parse_config(["--pretrained_model_name_or_path", "base"])
-    take_run_folder(given, out, "image training", Accelerator(cpu=True))
+    take_run_folder(given, out, "image training", BASE, Accelerator(cpu=True))
     write_json(out / "manifest.json", {})
     check_run_folder(given, out, "image training")
     before = (out / "config.yaml").read_text()
