@@ -30,7 +30,7 @@ from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.record import FINAL, RoundRecord, find_record, read_record
 from spin_diffusion.store.files import is_built, read_if_whole, read_rows, write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.keys import key_of, place_hash
+from spin_diffusion.store.keys import key_of
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def scores_path(folder: Path, view: View) -> Path:
 
 
 def view_key(task: Task, view: View) -> str:
-    """What the scores of a view depend on: the weights, how they draw, the prompts, and what is behind each scorer."""
-    config, run_ = task.config, task.folder / "run"
-    base = Base.of_settings(config.flat())
+    """What the scores of a view depend on beside the base, by which its cell's folder is named: the weights, how they
+    draw, the prompts, and what is behind each scorer."""
+    run_ = task.folder / "run"
     protocol = protocol_of(
         prompt_sets(task.settings)[view.prompts],
         images_per_prompt=task.settings.images_of(view.prompts),
@@ -168,8 +168,6 @@ def view_key(task: Task, view: View) -> str:
         protocol=protocol["id"],
         **({"embedding": part_key(EMBEDDINGS, embedding)} if embedding is not None else {}),
         scorers={parse_spec(spec)[0]: part_key(SCORERS, spec) for spec in task.settings.scorers or []},
-        base=base.as_dict(),
-        content=[place and place_hash(place) for place in base.places],
         weights=saved_player(run_, view.round) if view.round and (run_ / f"round-{view.round}").is_dir() else None,
     )
 

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from spin_diffusion.comparing.settings import METHOD_KEYS, WORLD_KEYS, CompareSettings
+from spin_diffusion.diffusion.base import Base, load_checkpoint, parts_hash
 from spin_diffusion.diffusion.config import Config
+from spin_diffusion.runs.start import quiet_libraries
 from spin_diffusion.samples.sampling import Sampling, Sweep, precision_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, pairs_per_step
+from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import code_hash, key_of, place_hash
 from spin_diffusion.store.parsing import build, sections_of, settings_of, types_of
 from spin_diffusion.store.settings import harmless
+from spin_diffusion.store.weights import config_of
 
 _HARMLESS = harmless(sections_of(Config).values())
 _SPLIT = ("train_batch_size", "gradient_accumulation_steps")
@@ -34,13 +38,7 @@ QUIET: dict[str, object] = {
     "report_to": "none",
     "push_to_hub": False,
 }
-_PLACES = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_model_name_or_path",
-    "base_config",
-    "dataset_name",
-    "train_data_dir",
-)
+_PLACES = ("dataset_name", "train_data_dir")
 _SCORERS = ("candidates", "curation")
 """Settings with keys, one of which is a scorer."""
 
@@ -52,6 +50,18 @@ def _content(place: str | None) -> str | None:
     places = [Path(part) for part in str(place).split("=", 1)]
     found = [code_hash(path) if path.suffix == ".py" and path.is_file() else place_hash(path) for path in places]
     return "=".join(content or str(path) for content, path in zip(found, places, strict=True))
+
+
+@functools.lru_cache
+def _weights(base: Base, content: tuple[str | None, ...]) -> str:
+    """What a base is known by, in a folder as in a single file: its weights and configurations.
+
+    Args:
+        content: what lies in its places now.
+    """
+    quiet_libraries()
+    pipeline = load_checkpoint(base)[1]
+    return key_of(unet=[weights_hash(pipeline.unet), config_of(pipeline.unet)], parts=parts_hash(pipeline))
 
 
 @dataclass(frozen=True)
@@ -79,13 +89,14 @@ class Cell:
         """Hash of what it is trained with."""
         kept = {key: value for key, value in self.training.items() if key not in _HARMLESS or key == "rounds"}
         if self.method == BASE:
-            named = {key: kept.get(key) for key in ("pretrained_model_name_or_path", "resolution", "sampler", "seed")}
-            options = ("revision", "variant", "pretrained_vae_model_name_or_path", "base_config", "init_lora")
-            kept = named | {key: kept[key] for key in options if kept.get(key) is not None}
+            kept = {key: kept.get(key) for key in ("resolution", "sampler", "seed")}
         else:  # how a step's pairs are split is harmless, their number is not
             given = {key: self.training[key] for key in _SPLIT if key in self.training}
             kept["pairs_per_step"] = pairs_per_step(TrainSettings(**given), 1)
-        # A base, data or a scorer may be replaced under its name
+        base = Base.of_settings(self.training)
+        kept = {key: value for key, value in kept.items() if key not in Config.name_the_base}
+        kept["base"] = _weights(base, tuple(place and place_hash(place) for place in base.places))
+        # Data or a scorer may be replaced under its name
         kept |= {key: _content(kept[key]) for key in _PLACES if key in kept}
         kept |= {key: kept[key] | {"scorer": _content(kept[key].get("scorer"))} for key in _SCORERS if kept.get(key)}
         return key_of(**kept)

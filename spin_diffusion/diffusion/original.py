@@ -68,8 +68,8 @@ def origins_of(family: ModuleType, part: str, model: Any) -> Origins:
     activation, prefixes = model.config.hidden_act, family.ENCODER_PREFIXES[part]
     if activation not in prefixes:
         raise InputError(
-            f"the {part} has hidden_act {activation!r}, and single files hold one with {' or '.join(prefixes)}: write it "
-            "with --format diffusers, or unet_file for the UNet alone; read the file with the --base_config that it is of"
+            f"the {part} has hidden_act {activation!r}, and single files hold one with {' or '.join(prefixes)}: write "
+            "it with --format diffusers, or its UNet with unet_file; read the file with the --base_config that it is of"
         )
     return encoder_origins(names, prefixes[activation])
 

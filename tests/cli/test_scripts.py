@@ -435,9 +435,7 @@ def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(
-    adapter, settings, sdxl_dir, tmp_path, capsys
-):
+def test_a_run_starts_from_the_last_player_of_another_and_keeps_its_base(adapter, settings, sdxl_dir, tmp_path, capsys):
     settings |= {"use_lora": adapter, "rank": 2, "rounds": 1, "compare_with": []}
     file = tmp_path / "base.safetensors"  # of the same weights
     write_single_file(file, load_checkpoint(str(sdxl_dir))[1], torch.float32, {})

@@ -29,6 +29,7 @@ from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.cost import UnitCosts
 from spin_diffusion.diffusion.sampling import drawing_pipeline
+from spin_diffusion.diffusion.single_file import write_single_file
 from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.statistics import half_width, mean_interval
 from spin_diffusion.runs.image_run import run as train
@@ -844,10 +845,21 @@ def test_a_base_data_or_scorer_that_is_replaced_under_its_name_makes_another_cel
     trained, alone = (replace(cell, training=cell.training | more) for cell in cells_)
     seen = [(trained.key, alone.key)]
     assert seen == [(trained.key, alone.key)]
-    for path in (base / "vae" / "config.json", data, scorer):
+    vae = base / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 0.5}))
+    seen.append((trained.key, alone.key))
+    for path in (data, scorer):
         path.write_bytes(path.read_bytes() + b" ")
         seen.append((trained.key, alone.key))
     assert len({key for key, _ in seen}) == 4 and len({key for _, key in seen}) == 2
+
+
+def test_a_base_is_the_same_in_a_folder_and_in_a_single_file(config, sdxl_dir, tmp_path):
+    plan, file = make_plan(settings_of(config)), tmp_path / "base.safetensors"
+    write_single_file(file, load_checkpoint(str(sdxl_dir))[1], torch.float32, {})
+    elsewhere = {"pretrained_model_name_or_path": str(file), "base_config": str(sdxl_dir)}
+    for cell in (plan.cell("tiny", "spin", 1e-4, 0, 2), plan.base("tiny", 0)):
+        assert replace(cell, training=cell.training | elsewhere).folder == cell.folder
 
 
 def test_prompts_that_choose_and_prompts_that_report_are_apart(config):
