@@ -5,7 +5,7 @@ Whoever goes on with a run must load the same base again.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +74,25 @@ class Base:
         """Where its files are: those of the checkpoint, of the VAE, and of what else was given."""
         lora = split_strength(self.lora)[0] if self.lora is not None else None
         return [self.name, self.vae, *(place for place in (self.config, lora) if place is not None)]
+
+    @property
+    def local_places(self) -> list[str]:
+        """Those of them that are on this disk."""
+        return [place for place in self.places if place is not None and is_local(place)]
+
+    def placed(self, name: Callable[[str], str]) -> "Base":
+        """The same, with another name for each place on this disk."""
+
+        def renamed(place: str | None) -> str | None:
+            return name(place) if place is not None and is_local(place) else place
+
+        lora = None
+        if self.lora is not None:
+            path, _ = split_strength(self.lora)
+            lora = f"{renamed(path)}{self.lora.removeprefix(path)}"
+        return replace(
+            self, name=renamed(self.name) or "", vae=renamed(self.vae), config=renamed(self.config), lora=lora
+        )
 
     @property
     def file(self) -> CheckpointFile | None:

@@ -106,10 +106,6 @@ class LanguageBase:
             loaded = f"PeftModel.from_pretrained({loaded}, {adapter._arguments()}).merge_and_unload()"
         return loaded
 
-    def code_with(self, adapter: Path) -> str:
-        """The same, with an adapter on it that a run left."""
-        return f"PeftModel.from_pretrained({self.code()}, {str(adapter)!r})"
-
     def where(self) -> str:
         """How messages begin."""
         return f"--model_name_or_path {self.name}"

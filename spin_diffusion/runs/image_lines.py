@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
@@ -11,7 +12,7 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.diffusion.given_lora import split_strength
 from spin_diffusion.diffusion.images import fitting_lines, sizes_in_words
 from spin_diffusion.evaluation.specs import parse_spec
-from spin_diffusion.runs.publish import Card, round_facts
+from spin_diffusion.runs.publish import Card, place_name, round_facts
 from spin_diffusion.samples.pairs import kinds_of
 from spin_diffusion.samples.real import DataManifest
 from spin_diffusion.samples.sample import ENCODED
@@ -119,7 +120,14 @@ SOURCES = {
 """Method and arXiv number of the objectives that a paper of its own brought to images."""
 
 
-def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
+_FAMILY_TAGS = {
+    "StableDiffusionPipeline": ("stable-diffusion", "stable-diffusion-diffusers"),
+    "StableDiffusionXLPipeline": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
+}
+"""The words by which the hub's users look for a family's models."""
+
+
+def card(config: Config, pipeline: str, rows: int) -> Card:
     """What the model card says of base, data and settings, and the code that loads the model.
 
     Args:
@@ -127,9 +135,14 @@ def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
         rows: real images of the run.
     """
     folder, base = "lora" if config.lora.use_lora else "unet", Base.of_settings(config.flat())
-    arguments = python_arguments(str(output_dir / folder))
+    arguments = python_arguments(f"./{folder}")
     if config.run.hub_model_id:
         arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
+    code = loading_code(base, pipeline, folder, arguments)
+    for local in base.local_places:
+        code = code.replace(python_arguments(local), python_arguments(Path(local).name))
+    named, place = base.placed(lambda place: Path(place).name), config.data.dataset_name or config.data.train_data_dir
+    assert place is not None, "one of the two is given"
     curator, lora, sampling = config.data.curation.scorer, config.lora, config.sampling
     chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
     free = free_in_words(sampling.guidance_scale, sampling.num_inference_steps, sampling.prediction_scale)
@@ -137,11 +150,14 @@ def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
     adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
     return Card(
         "pipeline_card.md.j2",
-        {"pipeline": pipeline, "code": loading_code(base, pipeline, folder, arguments)},
+        {"pipeline": pipeline},
         base.name,
+        code,
+        _FAMILY_TAGS.get(pipeline, ()),
+        None if looks_like_a_path(place) else place,
         [
-            *([("base", f"`{base}`")] if base != Base(base.name) else []),
-            ("images", f"{rows} from `{config.data.dataset_name or config.data.train_data_dir}`{chosen_by}"),
+            *([("base", f"`{named}`")] if base != Base(base.name) else []),
+            ("images", f"{rows} from `{place_name(place)}`{chosen_by}"),
             *round_facts(config, rows, how),
             ("trained", adapter if lora.use_lora else "all weights of the UNet"),
             ("winner-preserving mu", config.denoiser.winner_preserving_mu),
@@ -150,6 +166,7 @@ def card(config: Config, pipeline: str, output_dir: Path, rows: int) -> Card:
         samples="pictures",
         library="diffusers",
         task="text-to-image",
+        is_adapter=lora.use_lora,
         sources=SOURCES,
         uploaded=("samples.png", "unet/**", "lora/**"),
     )

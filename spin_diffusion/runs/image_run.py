@@ -229,13 +229,14 @@ class ImageRun(Run):
 
     def card(self, rows: int) -> Card:
         """What the model card says."""
-        return card(self.config, self.game.family.PIPELINE.__name__, self.output_dir, rows)
+        return card(self.config, self.game.family.PIPELINE.__name__, rows)
 
     def loading_code(self) -> tuple[Path, str]:
         """The UNet's folder or the adapter's, and lines of Python that load it."""
-        folder = self.output_dir / self.game.saved
+        folder = (self.output_dir / self.game.saved).resolve()
         pipeline, arguments = self.game.family.PIPELINE.__name__, python_arguments(str(folder))
-        return folder, loading_code(self.game.base, pipeline, folder.name, arguments)
+        base = self.game.base.placed(lambda place: str(Path(place).resolve()))
+        return folder, loading_code(base, pipeline, folder.name, arguments)
 
     def _cut_prompts(self) -> str | None:
         """A warning where the text encoders do not read validation prompts to their ends."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
+from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
@@ -22,13 +23,13 @@ from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.plateau import fine_tuning, gains
-from spin_diffusion.runs.publish import Card, round_facts
+from spin_diffusion.runs.publish import Card, place_name, round_facts
 from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.store.files import weights_hash
-from spin_diffusion.store.input_error import InputError, printable, read_bytes
+from spin_diffusion.store.input_error import InputError, is_local, printable, read_bytes
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.weights import config_of
@@ -166,9 +167,11 @@ class LanguageRun(Run):
         return card(self.config, self.output_dir, rows)
 
     def loading_code(self) -> tuple[Path, str]:
-        """The model's folder or the adapter's, and an expression that loads it."""
-        folder, uses_adapter = self.output_dir / _saved(self.config), self.config.language.use_lora
-        return folder, self.game.base.code_with(folder) if uses_adapter else LanguageBase(str(folder)).code()
+        """The model's folder or the adapter's, and lines of Python that load it."""
+        folder, base = (self.output_dir / _saved(self.config)).resolve(), self.game.base
+        if is_local(base.name):
+            base = dataclasses.replace(base, name=str(Path(base.name).resolve()))
+        return folder, loading_code(base, str(folder), self.config.language.use_lora)
 
     def _prepare(
         self, folder: Path, answers: Iterable[TextExample], report: ReadReport, warnings: list[str], progress: Progress
@@ -193,6 +196,21 @@ class LanguageRun(Run):
         )
 
 
+def loading_code(base: LanguageBase, saved: str, uses_adapter: bool) -> str:
+    """Lines of Python by which a user loads what a run made of its base.
+
+    Args:
+        saved: folder or hub id of the model or the adapter, with its tokenizer.
+    """
+    quoted = json.dumps(saved)
+    model = f"AutoModelForCausalLM.from_pretrained({quoted})"
+    if uses_adapter:
+        model = f"PeftModel.from_pretrained({base.code()}, {quoted})"
+    lines = ["from peft import PeftModel"] if uses_adapter else []
+    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"model = {model}"]
+    return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({quoted})"])
+
+
 def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
     """What the model card says of a language model.
 
@@ -201,17 +219,19 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
     """
     language, folder = config.language, output_dir / _saved(config)
     adapter = f"LoRA of rank {language.rank}, alpha {language.alpha:g}"
-    blocks = {
-        "uses_adapter": language.use_lora,
-        "base_code": base_of(config).code(),
-        "argument": json.dumps(config.run.hub_model_id or str(folder)),
-    }
+    base, dataset = base_of(config), str(config.data.dataset_name)
+    code = loading_code(base, config.run.hub_model_id or f"./{folder.name}", language.use_lora)
+    for place in [one.name for one in base.adapters() if is_local(one.name)] if language.use_lora else []:
+        code = code.replace(repr(place), repr(Path(place).name))
     return Card(
         "language_card.md.j2",
-        blocks,
-        str(config.model.model_name_or_path),
+        {},
+        base.name,
+        code,
+        (),
+        None if looks_like_a_path(dataset) else dataset,
         [
-            ("answers", f"{rows} from `{config.data.dataset_name}`"),
+            ("answers", f"{rows} from `{place_name(dataset)}`"),
             *round_facts(
                 config, rows, f"{config.rounds.num_generated} to each real answer, {config.generation.describe()}"
             ),
@@ -222,6 +242,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
         samples="answers",
         library="peft" if language.use_lora else "transformers",
         task="text-generation",
+        is_adapter=language.use_lora,
         at_root=folder if folder.is_dir() else None,
     )
 

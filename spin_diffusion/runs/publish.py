@@ -1,14 +1,13 @@
 """What every kind of run leaves for others: the model card, README.md in the output folder, and the upload to a hub."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
@@ -17,7 +16,7 @@ from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.tables import as_markdown
 from spin_diffusion.selfplay.round_settings import objective_of, objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
-from spin_diffusion.store.input_error import InputError, read_bytes
+from spin_diffusion.store.input_error import InputError, is_local, read_bytes
 from spin_diffusion.store.run_dir import write_file
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")
@@ -34,6 +33,12 @@ class Card:
     """What the template's own blocks need."""
     base: str
     """Hub id or local folder of what was trained."""
+    code: str
+    """Lines of Python that load the model: by its name on the hub, or in the folder of the card."""
+    tags: Sequence[str]
+    """The hub's words for it, beside those of every run."""
+    dataset: str | None
+    """What was trained on, if it is a data set on the hub."""
     facts: Sequence[tuple[str, Any]]
     samples: str
     """What the page shows, in the plural."""
@@ -41,6 +46,7 @@ class Card:
     """The hub's name of what loads the model."""
     task: str
     """The hub's name of what the model does."""
+    is_adapter: bool
     sources: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Objective -> method and arXiv number, where they are not those of `OBJECTIVES` in this kind of run."""
     uploaded: tuple[str, ...] = ()
@@ -50,7 +56,7 @@ class Card:
 
 
 def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
-    """Write README.md: base, data, settings, the table with its intervals."""
+    """Write README.md: base, data, settings, the table with its intervals. No path of this machine is in it."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
     on_hub = not Path(card.base).exists()
     objectives = objectives_of(config.rounds)
@@ -62,7 +68,8 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
         base=_line(card.base if on_hub else Path(card.base).name),
         base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
-        base_argument=json.dumps(card.base),
+        code=card.code,
+        here="" if config.run.hub_model_id else "In the folder of this card:\n\n",
         methods=_methods(objectives, card.sources),
         plays="opponent" in generated,
         prefers="data" in generated,
@@ -76,10 +83,13 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         **card.blocks,
     )
     data = ModelCardData(
+        **_licence(card.base, on_hub),
         base_model=card.base if on_hub else None,
+        base_model_relation=("adapter" if card.is_adapter else "finetune") if on_hub else None,
+        datasets=[card.dataset] if card.dataset else None,
         library_name=card.library,
         pipeline_tag=card.task,
-        tags=[card.task, card.library, "self-play", *objectives],
+        tags=[card.task, card.library, *card.tags, *(["lora"] if card.is_adapter else []), "self-play", *objectives],
     )
     encoded = f"---\n{data.to_yaml()}\n---\n\n{text}\n".encode("utf-8", errors="backslashreplace")
     # A data set's path need not be UTF-8
@@ -91,6 +101,33 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         )
         return
     write_file(path, lambda part: part.write_bytes(encoded + _seal_of(encoded)))
+
+
+def _licence(base: str, on_hub: bool) -> dict[str, Any]:
+    """The hub's fields of a licence: those of the base's own card; where that cannot be read, where it is to be found.
+
+    Args:
+        base: hub id or local folder.
+    """
+    try:
+        path = hf_hub_download(base, "README.md") if on_hub else Path(base) / "README.md"
+        said = ModelCard.load(path).data.to_dict()
+    except Exception:  # somebody's file, and the hub's client raises dozens of kinds
+        said = {}
+    if isinstance(said.get("license"), str):
+        return {key: str(said[key]) for key in ("license", "license_name", "license_link") if said.get(key)}
+    if on_hub:
+        return {
+            "license": "other",
+            "license_name": "that-of-the-base",
+            "license_link": f"https://huggingface.co/{base}",
+        }
+    return {"license": "unknown"}
+
+
+def place_name(place: str) -> str:
+    """What a card calls something: a hub id as it is, and of what lies on this machine the last part of its path."""
+    return Path(place).name if is_local(place) else place
 
 
 def _seal_of(card: bytes) -> bytes:

@@ -122,7 +122,7 @@ class Run(ABC):
 
     @abstractmethod
     def loading_code(self) -> tuple[Path, str]:
-        """The folder of the last promoted player, and lines of Python that load it."""
+        """The folder of the last promoted player, and lines of Python that load it, from wherever they run."""
 
 
 def play_run(run: Run) -> list[RoundRecord]:

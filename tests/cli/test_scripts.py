@@ -4,8 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import re
 import runpy
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -171,7 +173,9 @@ def shows_every_model(out: Path) -> None:
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(use_lora, unevaluated, sd1_dir, tmp_path):
+def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(
+    use_lora, unevaluated, sd1_dir, tmp_path, monkeypatch, capsys
+):
     """A base of which only fp16 weights are there, with a VAE that makes nothing finite beside one that does."""
     base, out, prompts = tmp_path / "fp16", tmp_path / "out", tmp_path / "prompts.txt"
     pipeline = DiffusionPipeline.from_pretrained(sd1_dir).to(torch.float16)
@@ -181,6 +185,7 @@ def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(use_lora, 
     given = {"pretrained_model_name_or_path": str(base), "variant": "fp16", "use_lora": use_lora, "rank": 2}
     given["pretrained_vae_model_name_or_path"] = str(sd1_dir / "vae")
     assert play(tmp_path, unevaluated | given, script="train_spin_sd.py") == 0
+    printed = capsys.readouterr().out
     said = json.loads((out / "manifest.json").read_text())["base"]
     vae = {"vae": given["pretrained_vae_model_name_or_path"]}
     hashes = {key: said[key] for key in ("weights", "parts")}
@@ -202,9 +207,12 @@ def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(use_lora, 
     results = read_results(tmp_path / "evaluation" / "results.json")
     assert not results["failures"]
     assert results["models"][1]["base"] == f"{base} (variant fp16, VAE {vae['vae']})"
-    # The card's lines load it, and what they load draws
+    # The lines of the terminal load it from anywhere, and what they load draws
+    assert str(tmp_path) not in (out / "README.md").read_text()
     found: dict = {}
-    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    exec(textwrap.dedent(re.search(r"load it with\n((?:  .*\n)+)", printed)[1]), found)
     found["pipeline"].set_progress_bar_config(disable=True)
     drawn = found["pipeline"]("a fox", height=32, width=32, num_inference_steps=1, output_type="pt").images
     assert drawn.isfinite().all() and drawn.std() > 0

@@ -1,6 +1,7 @@
 """The model card of a language run, and what of the run's folder reaches a hub, by a stand-in of its client."""
 
 import re
+import textwrap
 
 import pytest
 from huggingface_hub import ModelCard
@@ -60,12 +61,26 @@ def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
     assert says in text and "Diffusion" not in text
 
 
-def test_the_cards_code_loads_the_player(settings, tmp_path):  # noqa: F811
-    assert play(tmp_path, settings, "--rounds", "1") == 0
-    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
-    found = {}
-    exec(code, found)
-    assert found["model"].config.model_type == "llama" and found["tokenizer"].eos_token
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_lines_of_the_card_and_those_of_the_terminal_load_the_player(
+    use_lora,
+    settings,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    adapter = ["--use_lora", "true", "--rank", "4"] if use_lora else []
+    assert play(tmp_path, settings, "--rounds", "1", *adapter) == 0
+    printed = re.search(r"load it with\n((?:  .*\n)+)", capsys.readouterr().out)[1]
+    card = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / "base").rename(tmp_path / "evaluation")
+    (tmp_path / "out" / "base").symlink_to(LANGUAGE / "base")  # the card has the base's name, not where it lay
+    for folder, code in (("elsewhere", textwrap.dedent(printed)), ("out", card)):
+        monkeypatch.chdir(tmp_path / folder)
+        found = {}
+        exec(code, found)
+        assert found["model"].config.model_type == "llama" and found["tokenizer"].eos_token
 
 
 def test_a_hub_that_cannot_be_reached_loses_nothing(settings, tmp_path, capsys):  # noqa: F811

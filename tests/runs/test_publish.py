@@ -18,7 +18,7 @@ def config(base: str = "someone/base", *flags: str):
 
 
 def card_of(tmp_path, settings) -> ModelCard:
-    write_card(tmp_path, settings, card(settings, "StableDiffusionPipeline", tmp_path, 48))
+    write_card(tmp_path, settings, card(settings, "StableDiffusionPipeline", 48))
     return ModelCard.load(tmp_path / "README.md")
 
 
@@ -29,7 +29,7 @@ def test_a_base_on_the_hub_is_linked_with_its_licence_and_a_local_one_is_not(tmp
     local = tmp_path / "home" / "base"
     local.mkdir(parents=True)
     card = card_of(tmp_path, config(str(local)))
-    assert card.data.base_model is None and "licence" not in card.text
+    assert card.data.base_model is None and "licence of the base" not in card.text
     assert "[base](#use)" in card.text and "huggingface.co" not in card.text
 
 
@@ -39,7 +39,7 @@ def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
     path, other = tmp_path / "README.md", config("another/base")
     path.write_text(path.read_text().replace("self-play", "my self-play", 1) if own == "edited" else own)
     before = path.read_bytes()
-    write_card(tmp_path, other, card(other, "StableDiffusionPipeline", tmp_path, 48))
+    write_card(tmp_path, other, card(other, "StableDiffusionPipeline", 48))
     assert path.read_bytes() == before and "stays as it is: delete it" in capsys.readouterr().out
     path.unlink()
     for base in ("another/base", "a/third"):  # what it wrote itself it replaces
@@ -49,6 +49,24 @@ def test_a_card_that_somebody_wrote_or_edited_stays(own, tmp_path, capsys):
 def test_what_was_written_by_others_stays_in_its_cell(tmp_path):
     row = next(line for line in card_of(tmp_path, config()).text.splitlines() if line.startswith("| images |"))
     assert row == "| images | 48 from `a\\|b c.parquet` |"
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_hubs_fields_are_complete_and_no_path_of_this_machine_is_told(use_lora, tmp_path):
+    base, data = tmp_path / "home" / "base", tmp_path / "home" / "rows.parquet"
+    base.mkdir(parents=True)
+    flags = ["--use_lora", "true"] if use_lora else []
+    local = config(str(base), "--dataset_name", str(data), *flags)
+    card = card_of(tmp_path, local)
+    assert card.data.license == "unknown" and not card.data.datasets and "48 from `rows.parquet`" in card.text
+    assert str(tmp_path) not in (tmp_path / "README.md").read_text() and 'from_pretrained("base"' in card.text
+    (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    assert card_of(tmp_path, local).data.license == "openrail++", "the base's own"
+    card = card_of(tmp_path, config("someone/base", "--dataset_name", "someone/pictures", *flags)).data
+    assert card.datasets == ["someone/pictures"] and card.base_model == "someone/base"
+    assert card.to_dict()["base_model_relation"] == ("adapter" if use_lora else "finetune")
+    assert (card.license, card.license_link) == ("other", "https://huggingface.co/someone/base")
+    assert ("lora" in card.tags) == use_lora and {"stable-diffusion", "text-to-image", "self-play"} <= {*card.tags}
 
 
 def test_settings_of_each_round_are_told_of_each_round(tmp_path):
@@ -89,6 +107,6 @@ def test_a_language_models_card_loads_what_the_run_saved_or_uploaded(flags, fold
         return (tmp_path / "README.md").read_text()
 
     # The weights, and the tokenizer beside them
-    assert card().count(json.dumps(str(tmp_path / folder))) == 2
+    assert card().count(f'"./{folder}"') == 2 and str(tmp_path) not in card()
     uploaded = card("--hub_model_id", "someone/it")
     assert uploaded.count('"someone/it"') == 2 and str(tmp_path) not in uploaded
