@@ -66,7 +66,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
         "resolution": 32, "rounds": 2, "max_train_steps": 2, "train_batch_size": 2, "checkpointing_steps": 1,
         "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3,
         "samples_per_shard": 2, "validation_prompts": "prompts.jsonl", "max_validation_prompts": "2",
-        "scorers": "[sharpness]", "report_to": "none",
+        "scorers": "[sharpness]", "preview_every": 0, "report_to": "none",
         "output_dir": "out",
     } | more  # fmt: skip
     return "out", lambda argv: run(parse_config(argv), family_name="sdxl"), _flags(settings)

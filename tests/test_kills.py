@@ -42,7 +42,7 @@ def test_twenty_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, t
         "rounds": 2, "max_train_steps": 40, "train_batch_size": 4, "checkpointing_steps": 3, "learning_rate": 1e-4,
         "beta": 2000, "num_inference_steps": 6, "guidance_scale": 3, "samples_per_shard": 4,
         "validation_prompts": str(tiny_prompts), "scorers": ["sharpness"], "compare_with": ["sft"],
-        "use_ema": True, "report_to": "none",
+        "use_ema": True, "preview_every": 0, "report_to": "none",
     }  # fmt: skip
     config.write_text(yaml.safe_dump(settings))
     began = time.monotonic()

@@ -71,7 +71,7 @@ def both(sdxl_dir, tiny_parquet, tmp_path_factory):
         "rounds": 1, "max_train_steps": 4, "beta": 100, "num_inference_steps": 2, "guidance_scale": 3,
         "samples_per_shard": 8, "proportion_empty_prompts": 0.3, "report_to": "none", "checkpointing_steps": 2,
         "learning_rate": 1e-4, "validation_prompts": str(prompts), "num_validation_images": 2,
-        "scorers": ["sharpness"],
+        "scorers": ["sharpness"], "preview_every": 0,
     }  # fmt: skip
     # By a real launcher, under which every process has its own hash seed
     said = [

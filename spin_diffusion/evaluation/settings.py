@@ -26,9 +26,10 @@ class AnyEvaluationSettings(Settings):
 class EvaluationSettings(AnyEvaluationSettings):
     """What is measured after every round."""
 
-    preview_every: int | None = setting(None, minimum=1, harmless=True)
-    """Every so many optimizer steps, from step 0 on, the player draws a few pictures, as the opponent draws: in the
-    round's folder, in the trackers and on the page. None = never."""
+    preview_every: int | None = setting(None, minimum=0, harmless=True)
+    """Every so many optimizer steps, from step 0 on, the player draws four pictures, of validation prompts or held-out
+    captions, as the opponent draws: in the round's folder, in the trackers and on the page. 0 = never. Default: at step
+    0, after a 16th, a quarter and the whole of a round, which is 16 pictures, where there are such prompts."""
     validation_prompts: str | None = setting(None, first=True)
     """File of held-out prompts (text, JSON lines, TSV, CSV, parquet), or the name of a prompt set. None = no
     evaluation."""

@@ -62,7 +62,7 @@ def plan(config: Config) -> None:
 def plateau(config: Config) -> None:
     """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
     rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
-    evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None)
+    evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None, preview_every=0)
     sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
     asked = ImageRun(dataclasses.replace(config, **sections))
     asked.each_from_base = True
@@ -189,9 +189,9 @@ class ImageRun(Run):
             self.judge = pictures.judge_by_distance(real, held_out, seed)
         elif by != "gap" and held_out is not None:
             self.judge = pictures.judge(by, held_out, seed)
-        if config.evaluation.preview_every is not None:
-            prompts = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out
-            self.preview = pictures.preview(config.evaluation.preview_every, prompts or self._captions(), seed, to_page)
+        prompts = [row.prompt for row in self.prompts.rows] if self.prompts is not None else held_out
+        if (every := config.evaluation.preview_every) != 0 and (prompts or every):
+            self.preview = pictures.preview(every, prompts or self._captions(), seed, to_page)
 
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by pictures of the validation prompts."""

@@ -20,7 +20,7 @@ from spin_diffusion.samples.sample import Batch, Row
 from spin_diffusion.selfplay.checkpoints import KEPT
 from spin_diffusion.selfplay.device import wait_for
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS
+from spin_diffusion.selfplay.looks import JUDGED_PROMPTS, PREVIEWED_PROMPTS, preview_steps
 from spin_diffusion.selfplay.objectives import bind
 from spin_diffusion.selfplay.round_settings import objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
@@ -248,8 +248,9 @@ def _looked(config: RunConfig, rates: Rates, sizes: Sizes, steps: int) -> float:
         judged, by = 2 + (steps - 1) // training.select_every, training.select_by
         drawn = sizes.held_out if by == "fd" else min(sizes.held_out, JUDGED_PROMPTS)
         seconds += judged * (sizes.held_out * rates.pair / 2 if by == "gap" else drawn * rates.show)
-    if isinstance(every := config.flat().get("preview_every"), int):
-        seconds += (1 + steps // every) * PREVIEWED_PROMPTS * rates.show
+    every = getattr(config.evaluation, "preview_every", 0)  # of runs on pictures
+    if every or every is None and (sizes.held_out or sizes.shown):
+        seconds += len(preview_steps(every, steps)) * PREVIEWED_PROMPTS * rates.show
     return seconds
 
 

@@ -125,7 +125,7 @@ class PlayerPictures:
 
         return Judge("fd", key_of(embedding=real.key, real=real.content), judge, change_of_distance, "lower")
 
-    def preview(self, every: int, prompts: Sequence[str], seed: int, to_page: Callable[[], None]) -> Preview:
+    def preview(self, every: int | None, prompts: Sequence[str], seed: int, to_page: Callable[[], None]) -> Preview:
         """What draws the first of the prompts every so many steps, and shows all of a round's previews in one sheet.
 
         Args:

@@ -227,7 +227,7 @@ def _play_with_rivals(
                 run.probe if rival is None else None,
                 costs(rounds) if costs is not None else None,
                 run.judge,
-                run.preview,
+                run.preview if rival is None else None,
                 reached=reached,
                 run_dir=output_dir,
                 start=start_of(output_dir),

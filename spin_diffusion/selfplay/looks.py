@@ -1,7 +1,7 @@
 """Who may look at a player while it is trained, and what is asked of them (`watching` asks)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,13 +68,21 @@ class Preview:
     """Who draws previews.
 
     Attributes:
-        every: optimizer steps from one to the next.
+        every: optimizer steps from one to the next; None = as `preview_steps` has it.
         draw: called by all processes with the round's folder, its name for trackers and the step; how many pictures
             this process drew.
     """
 
-    every: int
+    every: int | None
     draw: Callable[[Path, str, int], int]
+
+
+def preview_steps(every: int | None, steps: int) -> Collection[int]:
+    """After which of a round's steps previews are drawn, every so many steps (0 = never); None = few of them, the first
+    ones early, when it is seen soonest whether a setting is wrong."""
+    if every is None:
+        return {0, math.ceil(steps / 16), math.ceil(steps / 4), steps}
+    return range(0, steps + 1, every) if every else ()
 
 
 @dataclass

@@ -76,7 +76,7 @@ def train(
     checkpoints = Checkpoints(directory, trainee, average, per_step)
     first_step, history, judged = checkpoints.load(settings.resume_from_checkpoint)
     selection = Selection(directory, trainee, average, watch.judge, judged) if watch.judge is not None else None
-    looks = Looks(watch, directory, trainee, plan.name, settings.select_every or 1, selection)
+    looks = Looks(watch, directory, trainee, plan.name, plan.steps, settings.select_every or 1, selection)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
 
     stride = settings.train_batch_size * game.accelerator.num_processes

@@ -4,11 +4,11 @@ A look changes nothing: training goes on with the same weights and random states
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from spin_diffusion.selfplay.checkpoints import AVERAGE, commit_listed, first_whole
-from spin_diffusion.selfplay.looks import Judge, Took, Watch, step_name
+from spin_diffusion.selfplay.looks import Judge, Took, Watch, preview_steps, step_name
 from spin_diffusion.selfplay.record import BEST, JUDGED, PREVIEWS, Better, SelectionState, StepValue
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.input_error import InputError
@@ -97,26 +97,34 @@ class Looks:
 
     Args:
         name: of the round, for trackers.
+        steps: of the round.
         select_every: optimizer steps from one judgement to the next.
     """
 
     def __init__(
-        self, watch: Watch, directory: Path, trainee: Trainee, name: str, select_every: int, selection: Selection | None
+        self,
+        watch: Watch,
+        directory: Path,
+        trainee: Trainee,
+        name: str,
+        steps: int,
+        select_every: int,
+        selection: Selection | None,
     ) -> None:
         self.trainee, self.took = trainee, watch.took
-        self.looks: dict[str, tuple[int, Callable[[int], int]]] = {}
+        self.looks: dict[str, tuple[Collection[int], Callable[[int], int]]] = {}
         if selection is not None:
-            self.looks[JUDGED] = (select_every, selection.look)
+            self.looks[JUDGED] = (range(0, steps + 1, select_every), selection.look)
         if (preview := watch.preview) is not None:
             self.looks["previewed"] = (
-                preview.every,
+                preview_steps(preview.every, steps),
                 lambda step: preview.draw(directory / PREVIEWS / step_name(step), name, step),
             )
 
     def after(self, step: int, is_last: bool = False) -> None:
         """Look at the player after so many steps; the last one is judged in any case."""
-        for phase, (every, look) in self.looks.items():
-            if step % every == 0 or is_last and phase == JUDGED:
+        for phase, (due, look) in self.looks.items():
+            if step in due or is_last and phase == JUDGED:
                 started, took = time.perf_counter(), self.took.setdefault(phase, Took())
                 with self.trainee.shown():
                     took.samples += look(step)

@@ -56,6 +56,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path) -> dict:
         "validation_prompts": str(tiny_prompts),
         "validation_guidance_scales": [3],
         "scorers": ["sharpness"],
+        "preview_every": 0,
         "report_to": "none",
         "output_dir": str(tmp_path / "out"),
     }

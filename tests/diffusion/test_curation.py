@@ -410,6 +410,7 @@ def settings(sdxl_dir, tiny_parquet, tiny_prompts, brightness, tmp_path) -> dict
         "guidance_scale": 1,
         "samples_per_shard": 5,
         "report_to": "none",
+        "preview_every": 0,
         "curation": {"scorer": brightness},
         "output_dir": str(tmp_path / "out"),
     }

@@ -294,6 +294,7 @@ def settings_of(world: World, sdxl_dir, tiny_parquet, tiny_prompts, **more) -> l
         "max_train_samples": 8, "max_train_steps": 1, "train_batch_size": 4, "learning_rate": 1e-4, "beta": 2000,
         "num_inference_steps": 2, "sampler": "ddim", "guidance_scale": 3, "validation_prompts": tiny_prompts,
         "scorers": f"[{world.spec}]", "report_to": "none", "output_dir": world.out, "promote_if": "not_regressed",
+        "preview_every": 0,
     }  # fmt: skip
     return [str(word) for key, value in (settings | more).items() for word in (f"--{key}", value)]
 

@@ -156,10 +156,15 @@ def test_judgements_and_previews_are_part_of_the_time():
         settings = config("--num_held_out", "40", "--validation_prompts", "null", *flags)
         return predict(settings, RATES, Sizes(12, 40, 0), works(settings, 12, 40, 1), 1)[0]["looked"]
 
-    assert looked() == 0
+    assert looked("--preview_every", "0") == 0
     # Of 4 steps: the start, the second, the last one
-    assert looked("--select_every", "2") == pytest.approx(3 * 40 * 2.0 / 2)
-    assert looked("--select_every", "2", "--select_by", "sharpness") == pytest.approx(3 * 32 * 2.0)
+    assert looked("--preview_every", "0", "--select_every", "2") == pytest.approx(3 * 40 * 2.0 / 2)
+    assert looked("--preview_every", "0", "--select_every", "2", "--select_by", "sharpness") == pytest.approx(
+        3 * 32 * 2.0
+    )
     by_distance = ("--select_by", "fd", "--distribution_features", "dinov2")
-    assert looked("--select_every", "2", *by_distance) == pytest.approx(3 * 40 * 2.0)
+    assert looked("--preview_every", "0", "--select_every", "2", *by_distance) == pytest.approx(3 * 40 * 2.0)
     assert looked("--preview_every", "3") == pytest.approx(2 * 4 * 2.0)
+    assert looked() == pytest.approx(3 * 4 * 2.0), (
+        "the start, and of 4 steps the first, which is a quarter, and the last"
+    )

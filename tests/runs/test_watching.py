@@ -33,7 +33,7 @@ def settings(sdxl_dir, tiny_parquet, tmp_path) -> dict:
         "pretrained_model_name_or_path": sdxl_dir, "dataset_name": tiny_parquet, "resolution": 32, "rounds": 1,
         "max_train_steps": 4, "train_batch_size": 2, "learning_rate": 1e-4, "beta": 2000, "num_inference_steps": 2,
         "sampler": "ddim", "guidance_scale": 3, "samples_per_shard": 8, "generation_batch_size": 4, "num_held_out": 6,
-        "report_to": "none", "output_dir": tmp_path / "out",
+        "preview_every": 0, "report_to": "none", "output_dir": tmp_path / "out",
     }  # fmt: skip
 
 
@@ -111,7 +111,10 @@ def test_by_a_scorer_the_best_step_of_the_pictures_of_held_out_captions_is_promo
     scorer = tmp_path / "brightness.py"
     scorer.write_text(SCORER)
     selecting = {"select_every": 2, "select_by": scorer, "max_train_steps": 5, "learning_rate": 1e-3}
+    del settings["preview_every"]  # by default there are previews of held-out captions
     out = play(settings | selecting)
+    previews = [path.name for path in (out / "round-1" / "previews").iterdir() if path.is_dir()]
+    assert sorted(previews) == [f"step-{step:06d}" for step in (0, 1, 2, 5)]
     record = read_json(out / "round-1" / "round.json")
     selection = record["training"]["selection"]
     assert [entry["step"] for entry in selection["curve"]] == [0, 2, 4, 5] and selection["by"] == "brightness"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from spin_diffusion.selfplay.looks import Judge, Judged, Preview, paired_change
+from spin_diffusion.selfplay.looks import Judge, Judged, Preview, paired_change, preview_steps
 from spin_diffusion.selfplay.record import Better
 from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.selfplay.watching import best_of
@@ -170,3 +170,9 @@ def test_another_judge_in_the_middle_of_a_round_is_refused(sdxl_dir, tmp_path, m
         play_all(sdxl_dir, tmp_path, SELECTING, judge=dies, rounds=1)
     with pytest.raises(InputError, match="its steps so far were judged by another made up .*made up, now other"):
         play_all(sdxl_dir, tmp_path, SELECTING, judge=judge_by(PEAK, "other"), rounds=1)
+
+
+def test_previews_come_early_and_at_the_end_of_a_round_unless_they_are_asked_for():
+    assert sorted(preview_steps(None, 500)) == [0, 32, 125, 500]
+    assert sorted(preview_steps(None, 1)) == [0, 1]
+    assert list(preview_steps(200, 500)) == [0, 200, 400] and not preview_steps(0, 500)
