@@ -97,7 +97,7 @@ def test_no_family_is_named_outside_its_room():
 
 def test_the_library_does_not_know_the_toy_world():
     for path in PACKAGE.rglob("*.py"):
-        assert "toy" not in path.read_text().lower(), path
+        assert path.parent.name == "cli" or "toy" not in path.read_text().lower(), path  # `demo` plays it
 
 
 SCRIPTS = sorted(path for folder in ("training", "evaluation") for path in (PACKAGE.parent / folder).glob("*.py"))

@@ -1,45 +1,17 @@
-"""Write what a run made in the form that another program reads.
+"""Write what a run made in the form that another program reads: `spin-diffusion export`.
 
-    python training/export.py runs/toy --format kohya          an adapter, for ComfyUI, Forge and A1111
-    python training/export.py runs/toy --format single_file    a whole checkpoint, for A1111, Forge and ComfyUI
-    python training/export.py runs/toy --format unet_file      the UNet alone, for ComfyUI's folder diffusion_models
-    python training/export.py runs/toy --format diffusers      a folder for from_pretrained
-    python training/export.py runs/toy --round 2 --strength 0.7 --dtype bf16 --format single_file -o toy.safetensors
-    python training/export.py runs/llm --merge                 a language model's adapter in its base, for vLLM
-
-An adapter is fused into its base, but in kohya's form. What was there before is replaced only if it is an export too.
+python training/export.py runs/toy --format kohya
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 from spin_diffusion.cli.command import run_command
-
-
-def export_run(argv: list[str]) -> None:
-    """Write the file or the folder, and print where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="--output_dir of a run")
-    parser.add_argument("--round", type=int, help="whose player; default: the last promoted one")
-    form = parser.add_mutually_exclusive_group(required=True)
-    form.add_argument("--format", choices=["diffusers", "kohya", "single_file", "unet_file"])
-    form.add_argument("--merge", action="store_true", help="an adapter of a language model into its base")
-    parser.add_argument("--dtype", choices=["fp16", "bf16", "fp32"], help="default: fp16; bf16 with --merge")
-    parser.add_argument("--strength", type=float, default=1.0, help="of images: base + STRENGTH (player - base)")
-    parser.add_argument("-o", "--output", type=Path, help="file or folder; default: in RUN/export")
-    given = parser.parse_args(argv)
-    # After the arguments: --help does not wait for the libraries
-    from spin_diffusion.runs.export import Export, export, export_merged
-
-    form, dtype = given.format or "diffusers", given.dtype or ("bf16" if given.merge else "fp16")
-    what = Export(given.run, given.round, form, dtype, given.strength, given.output)
-    print(f"Written: {(export_merged if given.merge else export)(what)}")
+from spin_diffusion.cli.export import export
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export and return the exit code."""
-    return run_command(export_run, argv)
+    """Do it and return the exit code."""
+    return run_command(export, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune a language model by self-play, all rounds in one command.
+"""Fine-tune a language model by self-play, all rounds in one command: `spin-diffusion train llm`.
 
     accelerate launch training/train_space_llm.py --config training/configs/space_mistral_7b.yaml
 
@@ -10,21 +10,12 @@ Running the same command again goes on where it stopped.
 import sys
 
 from spin_diffusion.cli.command import run_command
-from spin_diffusion.llm.config import parse_language_config
-
-
-def play(argv: list[str]) -> None:
-    """Read the settings, then play."""
-    config = parse_language_config(argv)
-    # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.runs.language_run import run_language
-
-    run_language(config)
+from spin_diffusion.cli.train import train_llm
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, play, and return the exit code."""
-    return run_command(play, argv)
+    """Do it and return the exit code."""
+    return run_command(train_llm, argv)
 
 
 if __name__ == "__main__":

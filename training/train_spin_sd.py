@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.x or 2.x by self-play, all rounds in one command.
+"""Fine-tune Stable Diffusion 1.x or 2.x by self-play, all rounds in one command: `spin-diffusion train sd`.
 
     accelerate launch training/train_spin_sd.py --config training/configs/sd15_pickapic_card.yaml
 
@@ -10,21 +10,12 @@ Running the same command again goes on where it stopped.
 import sys
 
 from spin_diffusion.cli.command import run_command
-from spin_diffusion.diffusion.config import parse_config
-
-
-def play(argv: list[str]) -> None:
-    """Read the settings, then play."""
-    config = parse_config(argv)
-    # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.runs.image_run import run
-
-    run(config, family_name="sd")
+from spin_diffusion.cli.train import train_sd
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, play, and return the exit code."""
-    return run_command(play, argv)
+    """Do it and return the exit code."""
+    return run_command(train_sd, argv)
 
 
 if __name__ == "__main__":

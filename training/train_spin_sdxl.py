@@ -1,4 +1,4 @@
-"""Fine-tune SDXL by self-play, all rounds in one command.
+"""Fine-tune SDXL by self-play, all rounds in one command: `spin-diffusion train sdxl`.
 
     accelerate launch training/train_spin_sdxl.py --config training/configs/sdxl_pickapic.yaml
 
@@ -10,21 +10,12 @@ Running the same command again goes on where it stopped.
 import sys
 
 from spin_diffusion.cli.command import run_command
-from spin_diffusion.diffusion.config import parse_config
-
-
-def play(argv: list[str]) -> None:
-    """Read the settings, then play."""
-    config = parse_config(argv)
-    # After the settings: a misspelt flag is not answered only when all libraries are there
-    from spin_diffusion.runs.image_run import run
-
-    run(config, family_name="sdxl")
+from spin_diffusion.cli.train import train_sdxl
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, play, and return the exit code."""
-    return run_command(play, argv)
+    """Do it and return the exit code."""
+    return run_command(train_sdxl, argv)
 
 
 if __name__ == "__main__":

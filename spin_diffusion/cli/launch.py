@@ -1,15 +1,18 @@
 """`accelerate launch` whose report of a process that ended is that process's own last line, with its exit code.
 
-    python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 training/train_spin_sdxl.py --config ...
+    python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 -m spin_diffusion.cli train sdxl --config ...
+    python -m spin_diffusion.cli.launch --config_file fsdp2 --num_processes 8 -m spin_diffusion.cli train llm ...
 
 accelerate and torchrun answer an exit code with their own traceback, which buries the line that says what to do. One
-process needs no launcher: python training/train_spin_sdxl.py --config ...
+process needs no launcher. --config_file takes the name of a shipped file of settings too.
 """
 
 import logging
 import signal
 import subprocess
 import sys
+
+from spin_diffusion.store.shipped import LAUNCHERS, shipped
 
 
 def launch(argv: list[str]) -> int:
@@ -21,6 +24,8 @@ def launch(argv: list[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     given = launch_command_parser().parse_args(argv)
+    if given.config_file:
+        given.config_file = shipped(given.config_file, LAUNCHERS)
     # Ctrl-C reaches the program too, which says what is kept; what a function handles is not ignored by children
     signal.signal(signal.SIGINT, lambda number, frame: None)
     try:

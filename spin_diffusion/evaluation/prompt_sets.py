@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from spin_diffusion.samples.drawn import Request, requests_of
 from spin_diffusion.store.input_error import InputError, broken_character, one_line, open_regular, printable, read_bytes
+from spin_diffusion.store.shipped import ROOT
 
-OWN_SETS = Path(__file__).parents[2] / "evaluation" / "prompts"
+OWN_SETS = ROOT / "evaluation" / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet")
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 """Where a prompt is looked for, whatever the case of the name."""
@@ -172,7 +173,6 @@ def _find(spec: str) -> _Place:
         is_own = path.resolve().parent == OWN_SETS.resolve()
         licence = "CC0-1.0" if is_own else "not stated"
         return _Place(printable(path.stem), licence, printable(path.name), [(path, None)])
-    # None are our own where the package is installed without the repository
     own = {path.stem: path for path in sorted(OWN_SETS.glob("*")) if path.suffix in SUFFIXES}
     if spec in own:
         return _Place(spec, "CC0-1.0", f"evaluation/prompts/{own[spec].name}", [(own[spec], None)])

@@ -5,6 +5,7 @@ A word on the command line is read as the same word in the file, so nothing has 
 """
 
 import difflib
+import os
 import sys
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from spin_diffusion.store.input_error import InputError, nearest, printable
 from spin_diffusion.store.replaced import REPLACED
 from spin_diffusion.store.settings import help_texts, rules_of
+from spin_diffusion.store.shipped import PRESETS, shipped, shipped_names, with_shipped
 from spin_diffusion.store.typed import Misfit, container_of, fit, shown
 from spin_diffusion.store.yaml_files import dump_yaml, parse_yaml, read_yaml
 
@@ -103,7 +105,11 @@ def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, object]
     Args:
         known: the type of each setting by its name.
     """
-    content = read_yaml(Path(path).expanduser())
+    place = Path(shipped(str(path), PRESETS)).expanduser()
+    if not os.path.exists(place) and "/" not in str(path):
+        names = shipped_names(PRESETS)
+        raise InputError(f"there is no file {printable(path)}, and no preset of that name{nearest(str(path), names)}")
+    content = read_yaml(place)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -138,7 +144,7 @@ def _help_lines(sections: Collection[type]) -> Iterator[str]:
     yield f"usage: {Path(sys.argv[0]).name} --config CONFIG.yaml [--SETTING VALUE ...]"
     yield ""
     yield "  --config FILE"
-    yield "      YAML file with any of the settings below; the command line wins."
+    yield "      YAML file with any of the settings below, or the name of a shipped one; the command line wins."
     yield "  --print_config"
     yield "      Print all settings as they are, as a file for --config, and end."
     first = [
@@ -232,6 +238,7 @@ def _checked(value: Any, name: str, known: Mapping[str, Any], before: str) -> An
     """A setting's value as its type has it; InputError names the setting, what was given and what would be right."""
     if name not in known:
         raise InputError(before.removesuffix("--") + _unknown(name, list(known)))
+    value = with_shipped(value)
     try:
         return fit(value, known[name])
     except Misfit as error:

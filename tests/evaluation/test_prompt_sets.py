@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin_diffusion.evaluation import prompt_sets
 from spin_diffusion.evaluation.prompt_sets import OWN_SETS, PUBLISHED, PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.store.input_error import InputError
 
@@ -305,11 +304,6 @@ def test_our_own_set_has_ten_prompts_of_each_of_ten_kinds() -> None:
     assert by_path.sha256 == found.sha256 and by_path.licence == "CC0-1.0"
     readme = (OWN_SETS / "README.md").read_text()
     assert found.sha256 in readme, "a changed set is another set: say so in its README"
-
-
-def test_without_the_repository_there_are_no_own_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_sets, "OWN_SETS", tmp_path / "missing")
-    assert "There are parti" in refused("ten_by_ten")
 
 
 def test_a_local_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,42 @@
+"""Self-play, all rounds in one command; the same command again goes on where it stopped.
+
+One device needs no launcher. Several:
+
+    accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli train sdxl --config ...
+"""
+
+from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.llm.config import parse_language_config
+
+DEMO = "toy_sdxl"
+
+
+def train_sdxl(argv: list[str]) -> None:
+    """Fine-tune SDXL."""
+    _train_images(argv, "sdxl")
+
+
+def train_sd(argv: list[str]) -> None:
+    """Fine-tune Stable Diffusion 1.x or 2.x."""
+    _train_images(argv, "sd")
+
+
+def train_llm(argv: list[str]) -> None:
+    """Fine-tune a language model."""
+    config = parse_language_config(argv)
+    from spin_diffusion.runs.language_run import run_language
+
+    run_language(config)
+
+
+def demo(argv: list[str]) -> None:
+    """Play three rounds in the small world that is shipped; any setting can be given, --output_dir say."""
+    train_sdxl(["--config", DEMO, *argv])
+
+
+def _train_images(argv: list[str], family_name: str) -> None:
+    config = parse_config(argv)
+    # After the settings: a misspelt flag is not answered only when all libraries are there
+    from spin_diffusion.runs.image_run import run
+
+    run(config, family_name=family_name)
