@@ -108,7 +108,8 @@ def settings_of(path: str | Path, known: Mapping[str, Any]) -> dict[str, object]
     place = Path(shipped(str(path), PRESETS)).expanduser()
     if not os.path.exists(place) and "/" not in str(path):
         names = shipped_names(PRESETS)
-        raise InputError(f"there is no file {printable(path)}, and no preset of that name{nearest(str(path), names)}")
+        near = nearest(str(path), names)
+        raise InputError(f"{printable(path)} cannot be opened: no such file, and no preset of that name{near}")
     content = read_yaml(place)
     if content is None:
         return {}
