@@ -29,6 +29,6 @@ def export(argv: list[str]) -> None:
     # After the arguments: --help does not wait for the libraries
     from spin_diffusion.runs import export as exports
 
-    form, dtype = given.format or "diffusers", given.dtype or ("bf16" if given.merge else "fp16")
-    what = exports.Export(given.run, given.round, form, dtype, given.strength, given.output)
+    dtype = given.dtype or ("bf16" if given.merge else "fp16")
+    what = exports.Export(given.run, given.round, given.format or "diffusers", dtype, given.strength, given.output)
     print(f"Written: {(exports.export_merged if given.merge else exports.export)(what)}")
