@@ -109,6 +109,11 @@ class DiffusionGame:
             raise InputError(f"--resolution {self.resolution}: {self.base} needs a multiple of {multiple}")
         self.sizes = bucket_sizes(self.resolution, multiple, images.max_aspect_ratio)
 
+        self.base_hash = weights_hash(pipeline.unet)
+        if lora is not None and lora.use_lora:
+            # Before it is moved: a card that can train the adapter may have no room for its base in fp32
+            cast_for_autocast(pipeline.unet, autocast_dtype(accelerator.mixed_precision))
+
         # All but the player is frozen
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
@@ -143,14 +148,12 @@ class DiffusionGame:
             self.player.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             self.player.enable_gradient_checkpointing()
-        self.base_hash, precision = weights_hash(self.player), self.accelerator.mixed_precision
         self.models: Copies | Adapters
         if lora is not None and lora.use_lora:
             kohya = KohyaForm.of(self.family, self.player, self.noising.prediction_type, self.resolution)
-            self.models = Adapters(
-                self.player, lora, autocast_dtype(precision), self.base_hash, self._base_pipeline, kohya
-            )
+            self.models = Adapters(self.player, lora, self.base_hash, self._base_pipeline, kohya)
         else:
+            precision = self.accelerator.mixed_precision
             self.models = Copies(self.player, precision, self.denoiser.compile, self._base_pipeline)
         compile_unet(self.player, self.denoiser.compile)
 
@@ -413,23 +416,29 @@ class DiffusionGame:
     def _prove(self, path: Path) -> None:
         """Load what was saved afresh: it must predict what the player predicts, and draw an image."""
         self._bring_back()
+        device, cpu = self.accelerator.device, torch.device("cpu")
         fresh = self.models.fresh(path).requires_grad_(False).eval()
-        # Before it is moved: beside the player, a card that can train it may have no room for it in fp32
         cast_for_autocast(fresh, autocast_dtype(self.accelerator.mixed_precision))
-        fresh.to(self.accelerator.device)
         if self.channels_last:
             fresh.to(memory_format=torch.channels_last)
         size = self.resolution // self.latent_px
         generator = torch.Generator().manual_seed(0)
-        x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(fresh.device)
+        x_t = torch.randn(1, self.player.config.in_channels, size, size, generator=generator).to(device)
         frames = torch.tensor([images.target_frame(self.sizes[0])])
         with torch.no_grad():
             inputs = self.questions.inputs(["a proof"], [False], frames)
-            t = torch.tensor([self.noising.num_timesteps // 2], device=fresh.device)
+            t = torch.tensor([self.noising.num_timesteps // 2], device=device)
             with self.accelerator.autocast():
-                ours, theirs = (model(x_t, t, **inputs, return_dict=False)[0] for model in (self.player, fresh))
+                ours = self.player(x_t, t, **inputs, return_dict=False)[0]
+            # One at a time: a card that can train the player may have no room for both
+            move(self.player, device=cpu)
+            move(fresh, device=device)
+            with self.accelerator.autocast():
+                theirs = fresh(x_t, t, **inputs, return_dict=False)[0]
         check_prediction(ours, path)
         difference = (theirs - ours).abs().max().item()
         tolerance = 1e-5 if self.accelerator.mixed_precision == "no" else 2e-2  # kernels may round differently
         assert difference <= tolerance, f"{path}: loaded afresh it predicts something else (by {difference:.3g})"
         self.draw(fresh, ["a proof"], [0], replace(self.opponent_sampling, num_inference_steps=2))
+        move(fresh, device=cpu)
+        move(self.player, device=device)

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spin_diffusion.diffusion.kohya import KohyaForm
-from spin_diffusion.selfplay.device import cast_for_autocast
 from spin_diffusion.selfplay.train_settings import LoraSettings
 from spin_diffusion.store.files import read_json, tensors_hash, weights_hash
 from spin_diffusion.store.input_error import InputError, one_line
@@ -50,7 +49,6 @@ class Adapters:
         self,
         unet: UNet2DConditionModel,
         settings: LoraSettings,
-        dtype: torch.dtype | None,
         base_hash: str,
         base: Callable[[], Any],
         kohya: KohyaForm,
@@ -60,15 +58,12 @@ class Adapters:
         Args:
             base_hash: of the UNet's weights, which a saved adapter is told to belong to.
             base: makes a pipeline with the base's own UNet.
-            dtype: of the base's linear and convolution weights from here on, those that autocast would cast at every
-                call; None = as they are.
 
         Raises:
             InputError: no layer of a name in `lora_target_modules`.
         """
         self.unet, self.opponent = unet, unet
         self.settings, self.base_hash, self.base, self.kohya = settings, base_hash, base, kohya
-        cast_for_autocast(unet, dtype)
         targets = list(settings.lora_target_modules or ATTENTION)
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name, _ in unet.named_modules()):

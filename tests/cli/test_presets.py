@@ -15,7 +15,7 @@ from tests.cli.test_scripts import ROOT, run
 from tests.llm.playing import LANGUAGE
 
 CONFIGS = ROOT / "training" / "configs"
-OF_PICTURES = ["sdxl_lora_24gb", "sd15_lora_8gb", "sdxl_full_80gb"]
+OF_PICTURES = ["sdxl_lora_24gb", "sdxl_lora_12gb", "sd15_lora_8gb", "sdxl_full_80gb"]
 BROKEN = ("cut.jpg", "empty.png", "page.jpg")
 
 
