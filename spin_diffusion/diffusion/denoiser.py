@@ -9,6 +9,7 @@ from typing import Any, Literal
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._dynamo import config as dynamo
 
 from spin_diffusion.diffusion.parts import Part, load_unet
 from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast
@@ -83,8 +84,15 @@ class Copies:
         return load_unet(Part(path, str(path)))
 
 
+GRAPHS = 64
+"""The most graphs of one piece of code, as which all transformer blocks of a UNet count: at four depths, for drawing,
+evaluation with and without guidance, the opponent and the player. Beyond the limit, 8 by default, it runs eagerly."""
+
+
 def compile_unet(unet: UNet2DConditionModel, how: Compile) -> None:
     """Compile in place, so that no weight changes its name; a copy of a compiled UNet is not compiled."""
+    if how != "no":
+        dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     if how == "blocks":
         unet.compile_repeated_blocks(dynamic=False)
     elif how == "whole":

@@ -45,7 +45,7 @@ from spin_diffusion.diffusion.settings import (
 )
 from spin_diffusion.samples.sample import CONDITION, KIND, Batch, Row
 from spin_diffusion.samples.sampling import OWN_SIZE, REAL_SIZE, Sampling, precision_of
-from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, sent
+from spin_diffusion.selfplay.device import autocast_dtype, cast_for_autocast, relative_distance, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.selfplay.train_settings import LoraSettings
@@ -350,11 +350,7 @@ class DiffusionGame:
         makes about 0.002. None when the opponent was released."""
         if self.opponent is None:
             return None
-        moved = length = 0.0
-        for player, opponent in self.models.pairs(weights):
-            moved += (player.float() - opponent.float()).square().sum().item()
-            length += opponent.float().square().sum().item()
-        return (moved / length) ** 0.5
+        return relative_distance(self.models.pairs(weights))
 
     def opponent_hash(self) -> str:
         """The hash of the opponent's weights as they are now; of its adapter, if it is one."""

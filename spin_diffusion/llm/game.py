@@ -30,7 +30,7 @@ from spin_diffusion.llm.generation import Drawn, Vllm, draw_answers
 from spin_diffusion.llm.logprobs import AnswerScorer, language_model, places_of
 from spin_diffusion.llm.settings import GenerationSettings, LanguageModelSettings
 from spin_diffusion.samples.sample import Batch, Row
-from spin_diffusion.selfplay.device import sent
+from spin_diffusion.selfplay.device import relative_distance, sent
 from spin_diffusion.selfplay.game import PairScores, ScoredBatch
 from spin_diffusion.selfplay.health import check_prediction
 from spin_diffusion.store.files import tensors_hash, weights_hash
@@ -174,9 +174,7 @@ class LanguageGame:
         if not self.settings.use_lora:
             return None
         player, opponent = (get_peft_model_state_dict(self.model, adapter_name=name) for name in (PLAYER, OPPONENT))
-        moved = sum((player[name].float() - opponent[name].float()).square().sum().item() for name in opponent)
-        length = sum(tensor.float().square().sum().item() for tensor in opponent.values())
-        return (moved / length) ** 0.5
+        return relative_distance((player[name], tensor) for name, tensor in opponent.items())
 
     def player_hash(self) -> str:
         """Hash of the weights that are trained, as they are now."""

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from torch import nn
@@ -152,7 +152,11 @@ def _accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
         log_with=report_to,
         project_dir=str(output_dir / LOGS),
         # One process may read the data while the others wait
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            # Gradients lie in the buckets that are exchanged, rather than in both: 4 bytes a weight less
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
 
 

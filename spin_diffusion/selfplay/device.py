@@ -3,7 +3,7 @@
 import functools
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,16 @@ def cast_for_autocast(network: nn.Module, dtype: torch.dtype | None) -> None:
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(dtype)
+
+
+@torch.no_grad()
+def relative_distance(weights: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """|a - b| / |b| of all pairs (a, b) of tensors together; the host waits for the device once."""
+    squares = [
+        torch.stack([(a.float() - b.float()).square().sum(), b.float().square().sum()]).double() for a, b in weights
+    ]
+    moved, length = torch.stack(squares).sum(dim=0).tolist()
+    return float((moved / length) ** 0.5)
 
 
 def counted(call: Callable[[], T]) -> tuple[int, T]:

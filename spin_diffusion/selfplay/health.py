@@ -110,6 +110,10 @@ def check_finite(
 WINDOW_STEPS = 20
 """Steps that a rule looks back on, and after which it says something at the earliest."""
 
+LOOK_BACK = 40 * WINDOW_STEPS
+"""The most steps that a rule is shown: a mean that forgets a twentieth a step holds nothing older in 16 digits, and a
+step takes as long at the end of a long round as at its start."""
+
 Metric = Literal[
     "loss", "r_real", "r_generated", "margin", "implicit_accuracy", "saturation", "score_real", "score_generated"
 ]
@@ -269,7 +273,7 @@ def nothing_learnt(history: History, beta: float, settings: HealthSettings) -> s
     if abs(accuracy - 0.5) > max(2 * error, 0.02) or abs(beta * margin) > 0.05:
         return None
     return (
-        f"after {len(history)} steps the player tells real from generated no better than by chance (accuracy "
+        f"after {history[-1]['step']} steps the player tells real from generated no better than by chance (accuracy "
         f"{accuracy:.2f}, beta * margin {beta * margin:+.3f}). Raise --learning_rate or --beta; or there is nothing "
         "left to learn, and the run is done"
     )
@@ -299,11 +303,12 @@ class Finding:
 def findings(history: History, beta: float, settings: HealthSettings) -> list[Finding]:
     """What the rules say at the end of `history` that they have not said before in it (entries' `findings`)."""
     said = {name for entry in history for name in entry.get("findings", {})}
+    recent = history[-LOOK_BACK:]
     found = []
     for name, check in RULES.items():
         action = settings.action(name)
         if action != "ignore" and name not in said:
-            sentence = check(history, beta, settings)
+            sentence = check(recent, beta, settings)
             if sentence is not None:
                 found.append(Finding(name, action, sentence))
     return found

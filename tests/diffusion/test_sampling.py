@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch._dynamo import config as dynamo
 
 from spin_diffusion.diffusion import images
 from spin_diffusion.diffusion.sampling import SAMPLERS, draw_images, sampling_pipeline
 from spin_diffusion.diffusion.settings import SamplingSettings
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
-from tests.playing import asked, make_game
+from tests.playing import TRAINING, asked, make_game, play_all
 from tests.tiny import BETAS
 
 
@@ -76,6 +77,33 @@ def test_a_compiled_unet_draws_the_same_and_is_saved_under_its_names(how, sdxl_d
     assert saved.state_dict().keys() == plain.player.state_dict().keys()
     game.promote()
     assert game.opponent_hash() == game.player_hash() == plain.player_hash()
+
+
+def test_a_round_trains_in_graphs_with_gradients_and_the_next_one_compiles_nothing(sd1_dir, tmp_path, monkeypatch):
+    """All transformer blocks share one code object, whose graphs dynamo counts: drawing, evaluation with and without
+    guidance, the opponent and the player, at every depth of the UNet."""
+    graphs: list[bool] = []
+
+    def backend(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **settings: torch_compile(function, **settings, backend=backend)
+    )
+    torch._dynamo.reset()
+    # Two graphs, or eight by default, are too few, and beyond the limit dynamo shall raise rather than run on eagerly
+    with dynamo.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        game = make_game(sd1_dir, compile="blocks")
+        for scale in (1.0, 3.0):
+            sampling = replace(game.opponent_sampling, guidance_scale=scale)
+            game.draw(game.player, ["a fox", "a hen", "a cat"], [1, 2, 3], sampling)
+        play_all(sd1_dir, tmp_path, TRAINING, game, rounds=1)
+        in_first = list(graphs)
+        assert any(in_first) and not all(in_first)
+        play_all(sd1_dir, tmp_path, TRAINING, game, rounds=2)
+    assert graphs == in_first
 
 
 def test_a_compiled_unet_sees_one_size_of_batch(sdxl_dir, monkeypatch):

@@ -255,6 +255,14 @@ def player_after(sdxl_dir, folder, training, steps: int) -> str:
     return file_hash(folder / "round-1/unet/diffusion_pytorch_model.safetensors")
 
 
+def test_what_a_rule_is_not_shown_of_a_long_round_would_change_nothing():
+    values = [math.sin(step) + (5.0 if step < 100 else 0.0) for step in range(3000)]
+    assert health.smoothed(values[-health.LOOK_BACK :]) == pytest.approx(health.smoothed(values), rel=1e-12)
+    late = history(3000) + history(100, **FIRES["forgetting"])
+    (found,) = health.findings(late, BETA, WATCHED)
+    assert found.sentence == health.forgetting(late, BETA, WATCHED)
+
+
 @drawing_for_all()
 def test_a_round_that_is_stopped_keeps_its_player(sdxl_dir, tmp_path, monkeypatch, quick):
     spoil(monkeypatch, 4)
