@@ -53,7 +53,8 @@ def _as_latex(results: Results) -> str:
     by_scorer = cells_of(results)
     decimals = {scorer: decimals_of_cells(cells) for scorer, cells in by_scorer.items()}
     lines = [
-        r"% needs \usepackage{booktabs}; 95 % t-intervals over prompts; bold: beyond chance against the first line",
+        r"% needs \usepackage{booktabs}; 95 % t-intervals over prompts; bold: beyond chance against the baseline,",
+        rf"% which is {' '.join(results['baseline'].split())}, at the same guidance scale",
         rf"\begin{{tabular}}{{l{'r' * len(by_scorer)}}}",
         r"\toprule",
         " & ".join(["model", *map(_escaped, by_scorer)]) + r" \\",

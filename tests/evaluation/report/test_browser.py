@@ -226,9 +226,10 @@ def test_the_page_is_short_and_a_link_opens_what_it_leads_to(open_page, width: i
 
 
 def test_what_is_folded_is_not_printed_unless_it_was_opened(open_page) -> None:
-    page = open_page()
+    page = open_page(viewport={"width": 718, "height": 1000})  # A4 between its margins
     page.get_by_role("link", name="Provenance").click()
     page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
     assert page.locator("#provenance").is_visible() and not page.locator("#breakdown").is_visible()
 
 
