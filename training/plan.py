@@ -1,6 +1,6 @@
 """Say before a run what it will take, from its settings and a probe of a minute: `spin-diffusion plan`.
 
-python training/plan.py --config training/configs/sdxl_pickapic.yaml
+python training/plan.py --config training/configs/sdxl_full_80gb.yaml --train_data_dir MY_PICTURES
 accelerate launch --multi_gpu --num_processes 8 training/plan.py --config ...
 accelerate launch training/plan.py --plateau --config ...
 """

@@ -1,6 +1,6 @@
 """Fine-tune Stable Diffusion 1.x or 2.x by self-play, all rounds in one command: `spin-diffusion train sd`.
 
-    accelerate launch training/train_spin_sd.py --config training/configs/sd15_pickapic_card.yaml
+    accelerate launch training/train_spin_sd.py --config sd15_lora_8gb --train_data_dir MY_PICTURES
 
 Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_spin_sd.py ...
 Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_spin_sd.py ...

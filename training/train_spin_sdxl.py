@@ -1,6 +1,6 @@
 """Fine-tune SDXL by self-play, all rounds in one command: `spin-diffusion train sdxl`.
 
-    accelerate launch training/train_spin_sdxl.py --config training/configs/sdxl_pickapic.yaml
+    accelerate launch training/train_spin_sdxl.py --config sdxl_lora_24gb --train_data_dir MY_PICTURES
 
 Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_spin_sdxl.py ...
 Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_spin_sdxl.py ...

@@ -1,7 +1,7 @@
 """Say before a run what it will take: time, disk and memory, from its settings and a probe of a minute.
 
-    spin-diffusion plan --config sdxl_pickapic
-    spin-diffusion plan --plateau --config sdxl_pickapic
+    spin-diffusion plan --config sdxl_full_80gb --train_data_dir MY_PICTURES
+    spin-diffusion plan --plateau --config sdxl_full_80gb --train_data_dir MY_PICTURES
     accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli plan --config ...
 
 Takes the settings of `spin-diffusion train` as they are, those of images and those of language. The run's report shows

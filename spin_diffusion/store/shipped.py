@@ -21,7 +21,7 @@ def shipped(word: str, named_in: tuple[str, ...] = ()) -> str:
     directory has no such path; any other word as it is.
 
     Args:
-        named_in: folders whose YAML files are also known by their names alone, as `sdxl_pickapic` is.
+        named_in: folders whose YAML files are also known by their names alone, as `sdxl_lora_24gb` is.
     """
     if os.path.isfile(word) or (os.path.exists(word) and not named_in):
         return word

@@ -52,10 +52,10 @@ def test_a_users_own_file_wins_over_a_shipped_one(tmp_path, monkeypatch):
     Path("assets/toy_world/sloppy").mkdir(parents=True)
     config = parse_config(["--config", str(own)]).flat()
     assert (config["seed"], config["pretrained_model_name_or_path"]) == (7, "assets/toy_world/sloppy")
-    Path("sdxl_pickapic").mkdir()  # a run's folder is no file of settings
-    assert parse_config(["--config", "sdxl_pickapic"]).flat()["resolution"] == 1024
-    with pytest.raises(InputError, match="no preset of that name, did you mean 'sdxl_pickapic'"):
-        parse_config(["--config", "sdxl_pickapick"])
+    Path("sdxl_full_80gb").mkdir()  # a run's folder is no file of settings
+    assert parse_config(["--config", "sdxl_full_80gb"]).flat()["resolution"] == 1024
+    with pytest.raises(InputError, match="no preset of that name, did you mean 'sdxl_full_80gb'"):
+        parse_config(["--config", "sdxl_full_80g"])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_completion_knows_commands_settings_and_presets(shell, capsys, monkeypat
     if shell == "bash":
         for typed, completed in (
             ("spin-diffusion pl", "plan"),
-            ("spin-diffusion train sdxl --config sdxl_p", "sdxl_pickapic"),
+            ("spin-diffusion train sdxl --config sdxl_f", "sdxl_full_80gb"),
             ("spin-diffusion train llm --model_n", "--model_name_or_path"),
         ):
             words = typed.split()

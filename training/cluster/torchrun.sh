@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several machines without a scheduler. On every one of them the same command, the first one's address given:
 #
-#   HEAD=10.0.0.1 NODES=2 GPUS=8 training/cluster/torchrun.sh --config training/configs/sdxl_pickapic.yaml
+#   HEAD=10.0.0.1 NODES=2 GPUS=8 training/cluster/torchrun.sh --config sdxl_full_80gb --train_data_dir MY_PICTURES
 #
 # The output folder must be on a file system that all machines see. On CPUs: ACCELERATE_USE_CPU=1 and GPUS = processes
 # per machine. A machine that is lost ends the job on all of them; the same command goes on from there, on another number
