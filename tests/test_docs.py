@@ -6,12 +6,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spin_diffusion.cli.__main__ import COMMANDS
 from spin_diffusion.comparing.settings import CompareSettings
 from spin_diffusion.comparing.settings import parse_settings as parse_comparison
 from spin_diffusion.diffusion.config import Config, parse_config
@@ -20,17 +20,21 @@ from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.runs.evaluate_settings import parse_settings as parse_evaluation
 from spin_diffusion.store.named import load_module
 from spin_diffusion.store.parsing import types_of
+from spin_diffusion.store.shipped import LAUNCHERS, PRESETS, shipped, shipped_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES = sorted({*PAGES, ROOT / "evaluation/prompts/README.md"})
 PARSERS: dict[str, Any] = {
-    "training/train_spin_sdxl.py": parse_config,
-    "training/train_spin_sd.py": parse_config,
-    "training/train_space_llm.py": parse_language_config,
-    "evaluation/evaluate.py": parse_evaluation,
-    "evaluation/compare_methods.py": parse_comparison,
+    "demo": parse_config,
+    "train sdxl": parse_config,
+    "train sd": parse_config,
+    "train llm": parse_language_config,
+    "plan": parse_config,
+    "evaluate": parse_evaluation,
+    "compare": parse_comparison,
 }
+"""Commands whose words are settings."""
 FOREIGN = {
     *("--help", "--config", "--print_config"),  # of every command
     *("--config_file", "--cpu", "--multi_gpu", "--num_processes", "--nproc_per_node"),  # accelerate's and torchrun's
@@ -103,44 +107,56 @@ def test_every_command_would_be_understood(page, monkeypatch, tmp_path):
         if words[0] == "make":
             assert all(f"\n{word}:" in text_of(ROOT / "Makefile") for word in words[1:] if "=" not in word), words
         for before, word in zip(words, words[1:], strict=False):
-            if before == "-m" and word.startswith("spin_diffusion"):
-                assert find_spec(word), word
-            if before == "--config_file" or OURS.match(word):
+            if before == "--config_file":
+                assert Path(shipped(word, LAUNCHERS)).exists(), word
+            elif OURS.match(word):
                 assert Path(word).exists(), word
-        script = next((word for word in words if word.endswith(".py")), None)
-        if script is None:
-            continue
-        given = words[words.index(script) + 1 :]
-        if "..." in given:  # the rest is the reader's
-            given = given[: given.index("...")]
-            given = given[:-1] if given and given[-1].startswith("--") else given
-        if script in PARSERS:
+        name, given = called(words)
+        if name in PARSERS:
             if given:
-                PARSERS[script](given)
-        elif script == "training/plan.py":
-            parse_config([word for word in given if word != "--plateau"])
-        else:
-            unknown = {word for word in given if word.startswith("--")} - declared(Path(script))
-            assert not unknown, f"{script} has no {unknown}"
+                PARSERS[name]([word for word in given if word != "--plateau"])
+        elif name:
+            assert name in COMMANDS or Path(name).exists(), name
+            unknown = {word for word in given if word.startswith("--")} - declared(name)
+            assert not unknown, f"{name} has no {unknown}"
+
+
+def called(words: list[str]) -> tuple[str, list[str]]:
+    """The name of our command, or the path of a script that is none, and what it is given; "" for others' commands."""
+    script = next((word for word in words if word.endswith(".py") and "=" not in word), None)
+    if words[0] == "spin-diffusion":
+        rest = words[1:]
+    elif "spin_diffusion.cli" in words:
+        rest = words[words.index("spin_diffusion.cli") + 1 :]
+    elif script and words[0] == "python":
+        rest = words[words.index(script) :]
+    else:
+        return "", []
+    name, given = (" ".join(rest[:2]), rest[2:]) if rest[0] == "train" else (rest[0], rest[1:])
+    if "..." in given:  # the rest is the reader's
+        given = given[: given.index("...")]
+        given = given[:-1] if given and given[-1].startswith("--") else given
+    return name, given
 
 
 @cache
-def declared(script: Path) -> set[str]:
-    """The flags that a script, or the command behind it, declares by their names."""
-    behind = ROOT / "spin_diffusion" / "cli" / script.name
-    path = behind if script.parts[0] in ("training", "evaluation") and behind.exists() else ROOT / script
+def declared(name: str) -> set[str]:
+    """The flags that a command or script declares by their names."""
+    path = ROOT / name if name.endswith(".py") else ROOT / f"spin_diffusion/cli/{name}.py"
     return set(re.findall(r"\"(--?[a-z][\w-]*)\"", path.read_text(encoding="utf-8")))
 
 
-def test_every_flag_that_is_spoken_of_is_there():
+def test_every_flag_and_preset_that_is_spoken_of_is_there():
     known = set(FOREIGN)
     for kind in (Config, LanguageConfig, EvaluateSettings, CompareSettings):
         known |= {f"--{name}" for name in types_of(kind)}
     for folder in ("training", "evaluation", "benchmarks", "assets", "spin_diffusion/cli"):
         for path in (ROOT / folder).rglob("*.py"):
-            known |= declared(path.relative_to(ROOT))
+            known |= declared(str(path.relative_to(ROOT)))
     for page in PAGES:
         for code in re.findall(r"`([^`\n]+)`", prose_of(page)):
+            if (preset := re.fullmatch(r"(\w+)\.yaml", code)) and code != "config.yaml":
+                assert preset[1] in shipped_names((*PRESETS, *LAUNCHERS)), f"{page.relative_to(ROOT)}: {code}"
             unknown = {f"--{name}" for name in re.findall(r"(?<![\w-])--([a-z][\w-]*)", code)} - known
             assert not unknown, f"{page.relative_to(ROOT)}: {code}"
 
