@@ -109,8 +109,9 @@ def export(what: Export) -> Path:
     )
     made.unet.to(memory_format=torch.contiguous_format)  # which files are in
     said["spin_diffusion.weights"] = weights_hash(made.unet)
+    made.to(DTYPES[what.dtype])  # in place: the writer of single files holds no second copy
     if what.form == "diffusers":
-        _write_folder(what.place, made.to(DTYPES[what.dtype]).save_pretrained, said)
+        _write_folder(what.place, made.save_pretrained, said)
     else:
         write = write_single_file if what.form == "single_file" else write_unet_file
         write(what.place, made, DTYPES[what.dtype], model_spec(family, made.unet, prediction_type, resolution) | said)
