@@ -45,8 +45,10 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
         name = printable(error.object)[:300]
         message = f"{name} is not UTF-8, and a library that it is given to takes nothing else: rename it"
     except KeyboardInterrupt:
+        heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses it twice is told all the same
         end_bars()
-        print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr)
+        print(f"\n{_who()}told to stop (Ctrl-C). {_KEPT}", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, heeded)
         return 128 + signal.SIGINT
     except Exception as error:
         number = trouble_of(error)

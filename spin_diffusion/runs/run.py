@@ -248,7 +248,7 @@ def _evaluate_base(evaluator: RunEvaluator, output_dir: Path) -> list[Stage]:
     if begun or not evaluator.evaluates:
         return []
     stage = Stage(output_dir / "base", "EVALUATED", 1, time.perf_counter() - started)
-    tell(status_line("base", stage, None))
+    evaluator.accelerator.print(status_line("base", stage, None))
     return [stage]
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import textwrap
 from pathlib import Path
 
@@ -686,7 +687,9 @@ def test_a_folder_that_cannot_be_made_is_said(unevaluated, tmp_path, capsys):
     refused(capsys, play(tmp_path, unevaluated | {"output_dir": str(tmp_path / "file" / "out")}), "cannot be made")
 
 
-def test_after_ctrl_c_it_is_said_that_the_same_command_goes_on(capsys):
+def test_after_ctrl_c_it_is_said_that_the_same_command_goes_on(capsys, monkeypatch):
+    monkeypatch.setattr("spin_diffusion.cli.command.end_bars", lambda: os.kill(os.getpid(), signal.SIGINT))  # again
+
     def command(argv):
         raise KeyboardInterrupt
 
