@@ -69,7 +69,10 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         base=_line(card.base if on_hub else Path(card.base).name),
         base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
         code=card.code,
-        here="" if config.run.hub_model_id else "In the folder of this card:\n\n",
+        where=" and ".join(
+            ([] if config.run.hub_model_id else ["in the folder of this card"])
+            + ([] if on_hub else [f"with the path of the base in place of `{_line(Path(card.base).name)}`"])
+        ),
         methods=_methods(objectives, card.sources),
         plays="opponent" in generated,
         prefers="data" in generated,

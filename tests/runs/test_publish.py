@@ -59,10 +59,14 @@ def test_the_hubs_fields_are_complete_and_no_path_of_this_machine_is_told(use_lo
     local = config(str(base), "--dataset_name", str(data), *flags)
     card = card_of(tmp_path, local)
     assert card.data.license == "unknown" and not card.data.datasets and "48 from `rows.parquet`" in card.text
+    assert "Run it in the folder of this card and with the path of the base in place of `base`:" in card.text
     assert str(tmp_path) not in (tmp_path / "README.md").read_text() and 'from_pretrained("base"' in card.text
     (base / "README.md").write_text("---\nlicense: openrail++\n---\n")
     assert card_of(tmp_path, local).data.license == "openrail++", "the base's own"
-    card = card_of(tmp_path, config("someone/base", "--dataset_name", "someone/pictures", *flags)).data
+    named = ["--dataset_name", "someone/pictures", "--hub_model_id", "someone/it"]
+    card = card_of(tmp_path, config("someone/base", *named, *flags))
+    assert "Run it" not in card.text and 'subfolder="' in card.text
+    card = card.data
     assert card.datasets == ["someone/pictures"] and card.base_model == "someone/base"
     assert card.to_dict()["base_model_relation"] == ("adapter" if use_lora else "finetune")
     assert (card.license, card.license_link) == ("other", "https://huggingface.co/someone/base")

@@ -480,7 +480,9 @@ def test_no_scorer_at_all(small: Path) -> None:
     change(small, scorers=[], results=[], comparisons=[], breakdowns=[])
     table = pq.read_table(small / "scores.parquet")
     pq.write_table(table.slice(0, 0), small / "scores.parquet")
-    assert "No scorer was asked for" in said(parsed(small))
+    assert "No scorer was asked for" in said(parsed(small)) and "look at the pictures below" not in said(parsed(small))
+    change(small, verdicts=[])
+    assert "nothing is concluded: look at the pictures below" in said(parsed(small))
 
 
 @pytest.mark.parametrize(
