@@ -58,7 +58,7 @@ class Card:
 def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     """Write README.md: base, data, settings, the table with its intervals. No path of this machine is in it."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
-    on_hub = not Path(card.base).exists()
+    on_hub, own = not Path(card.base).exists(), Path(card.base).name
     objectives = objectives_of(config.rounds)
     generated = {source_of(config.rounds, name) for name in objectives}
     # Jinja without autoescape: this is Markdown. What a user or a data set wrote goes in as code or on one line.
@@ -71,7 +71,7 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         code=card.code,
         where=" and ".join(
             ([] if config.run.hub_model_id else ["in the folder of this card"])
-            + ([] if on_hub else [f"with the path of the base in place of `{_line(Path(card.base).name)}`"])
+            + ([f"with the path of the base in place of `{_line(own)}`"] if not on_hub and own in card.code else [])
         ),
         methods=_methods(objectives, card.sources),
         plays="opponent" in generated,
