@@ -320,7 +320,7 @@ def not_swept(results: Results) -> list[str]:
     if trained and modality_of(results["protocol"]) is IMAGES and "sweep" not in results:
         return [
             "Other settings of the sampler (steps, guidance, --prediction_scale) may give the base a part of any gain "
-            "without training: evaluation/evaluate.py --sweep tells, for the base and the rounds."
+            "without training: `spin-diffusion evaluate --sweep` tells, for the base and the rounds."
         ]
     return []
 

@@ -36,9 +36,16 @@ def launched(*argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environ, start_new_session=True, **heard)
 
 
-@pytest.mark.parametrize("processes", [ONE, TWO])
-def test_under_a_launcher_the_one_line_about_an_error_is_the_last_one(processes):
-    program = launched(*processes, "training/train_spin_sdxl.py", "--learnign_rate", "1")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config_file", "one_cpu", "training/train_spin_sdxl.py"],
+        [*TWO, "-m", "spin_diffusion.cli", "train", "sdxl"],
+    ],
+    ids=["one", "two"],
+)
+def test_under_a_launcher_the_one_line_about_an_error_is_the_last_one(words):
+    program = launched(*words, "--learnign_rate", "1")
     said, _ = program.communicate(timeout=300)
     assert said.splitlines()[-1].endswith("error: unknown setting 'learnign_rate', did you mean 'learning_rate'?")
     assert program.returncode == 2 and "Traceback" not in said
