@@ -209,15 +209,20 @@ def test_what_was_given_with_the_base_is_used_by_all_that_comes_after(
     results = read_results(tmp_path / "evaluation" / "results.json")
     assert not results["failures"]
     assert results["models"][1]["base"] == f"{base} (variant fp16, VAE {vae['vae']})"
-    # The lines of the terminal load it from anywhere, and what they load draws
-    assert str(tmp_path) not in (out / "README.md").read_text()
-    found: dict = {}
+    # The lines of the terminal load it from anywhere, those of the card in its folder; what they load draws
+    text = (out / "README.md").read_text()
+    assert str(tmp_path) not in text
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    exec(textwrap.dedent(re.search(r"load it with\n((?:  .*\n)+)", printed)[1]), found)
-    found["pipeline"].set_progress_bar_config(disable=True)
-    drawn = found["pipeline"]("a fox", height=32, width=32, num_inference_steps=1, output_type="pt").images
-    assert drawn.isfinite().all() and drawn.std() > 0
+    for name, place in (("fp16", base), ("vae", sd1_dir / "vae")):  # the card has their names alone
+        (out / name).symlink_to(place)
+    lines = textwrap.dedent(re.search(r"load it with\n((?:  .*\n)+)", printed)[1])
+    for folder, code in ((tmp_path / "elsewhere", lines), (out, text.split("```python\n")[1].split("```")[0])):
+        found: dict = {}
+        monkeypatch.chdir(folder)
+        exec(code, found)
+        found["pipeline"].set_progress_bar_config(disable=True)
+        drawn = found["pipeline"]("a fox", height=32, width=32, num_inference_steps=1, output_type="pt").images
+        assert drawn.isfinite().all() and drawn.std() > 0
 
 
 def test_a_run_of_a_single_file_goes_on_with_a_folder_of_the_same_weights(unevaluated, sd2_dir, tmp_path, capsys):
