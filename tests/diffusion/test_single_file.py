@@ -73,6 +73,14 @@ def test_a_files_marks_say_what_is_predicted(written, folder):
     assert ("v_pred" in load_file(path), "ztsnr" in load_file(path)) == (v, zero)
 
 
+def test_an_encoder_that_single_files_do_not_have_is_refused_with_the_forms_that_do(sd1_dir, tmp_path):
+    pipeline = load_checkpoint(str(sd1_dir))[1]
+    pipeline.text_encoder.config.hidden_act = "relu"
+    with pytest.raises(InputError, match="hidden_act 'relu', .* --format diffusers, or its UNet with unet_file"):
+        write_single_file(tmp_path / "whole.safetensors", pipeline, torch.float32, {})
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_unets_file_is_its_part_of_the_whole_in_the_type_that_is_asked_for(written, tmp_path):
     pipeline, path = written
     write_unet_file(tmp_path / "unet.safetensors", pipeline, torch.float16, {})
