@@ -328,7 +328,7 @@ class PreviewEntry(TypedDict):
 
 
 class LedgerEntry(TypedDict):
-    """What a phase of a round took, beside what training/plan.py predicted; None = not known. `samples` are those of
+    """What a phase of a round took, beside what `plan` predicted; None = not known. `samples` are those of
     all processes, `matrix_share` is of the FLOP/s of large matrix products, memory is that of one process."""
 
     model: str

@@ -1,4 +1,4 @@
-"""evaluation/evaluate.py: draw the same prompts with the same seeds by every model, score them, conclude, report."""
+"""`spin-diffusion evaluate`: draw the same prompts with the same seeds by every model, score them, conclude, report."""
 
 import dataclasses
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What evaluation/evaluate.py can be told, without the libraries that draw and score."""
+"""What `spin-diffusion evaluate` can be told, without the libraries that draw and score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""training/export.py: what a run made, in the form that another program reads."""
+"""`spin-diffusion export`: what a run made, in the form that another program reads."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
