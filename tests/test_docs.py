@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, commands would be understood, generated pages are current."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -173,3 +174,14 @@ def test_the_functions_that_people_import_are_there():
         found = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         shown = parameters.split(", ")
         assert list(found)[: len(shown)] == shown, f"{module}.{name}{tuple(found)}"
+
+
+def test_every_message_that_is_explained_is_one_that_is_said():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "spin_diffusion").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    said = "\n".join(node.value for node in nodes if isinstance(node.value, str))
+    for page in (ROOT / "README.md", ROOT / "docs/troubleshooting.md"):
+        for table in re.findall(r"^\| message \|.*?\n\n", text_of(page), re.DOTALL | re.MULTILINE):
+            for message in re.findall(r"`([^`]+)`", " ".join(row.split("|")[1] for row in table.strip().splitlines())):
+                for part in re.split(r"\.\.\.|\(\)", message):
+                    assert part.strip(" (),;") in said, f"{page.name}: {message}"
