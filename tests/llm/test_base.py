@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_adapters_on_adapters_are_merged_from_below(tmp_path):
 
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "peft"])
 def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
-    use_lora, settings, tmp_path, capsys  # noqa: F811
+    use_lora, settings, tmp_path, monkeypatch, capsys  # noqa: F811
 ):  # fmt: skip
     folder = adapter(tmp_path / "sft")
     settings |= {"model_name_or_path": str(folder), "rounds": 1, "use_lora": use_lora}
@@ -100,15 +102,20 @@ def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
     said = read_json(out / "manifest.json")["base"]
     assert said["name"] == str(folder) and said["merged_into"]["name"] == str(BASE)
     assert said["adapters"][0]["sha256"] == file_hash(folder / "adapter_model.safetensors")
-    line = capsys.readouterr().out.strip().splitlines()[-1].strip()
-    printed = eval(line, {"AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel})
-    found: dict = {}
-    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], found)
+    printed, card = {}, {}
+    exec(textwrap.dedent(re.search(r"load it with\n((?:  .*\n)+)", capsys.readouterr().out)[1]), printed)
+    # The card has the names of what lies on this machine, not the paths
+    saved, here = out / ("adapter" if use_lora else "model"), tmp_path / "here"
+    here.mkdir()
+    for place in (folder, BASE, saved):
+        (here / place.name).symlink_to(place)
+    monkeypatch.chdir(here)
+    exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], card)
     # What was saved is a base itself: the player, whatever it lies on
-    again, _ = load_language_model(LanguageBase(str(out / ("adapter" if use_lora else "model"))))
+    again, _ = load_language_model(LanguageBase(str(saved)))
     ids = torch.tensor([[1, 5, 6, 7, 8]])
     with torch.no_grad():
-        logits = [model.eval()(input_ids=ids).logits for model in (printed, found["model"], again)]
+        logits = [model.eval()(input_ids=ids).logits for model in (printed["model"], card["model"], again)]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[0], logits[2], rtol=1e-3, atol=1e-3)
 
