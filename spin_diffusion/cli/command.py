@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def run_command(command: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `command(argv)` and return the exit code: the command's own (none = 0), 2 for what the user or the machine
-    caused, 130 after Ctrl-C.
+    caused, 130 after Ctrl-C, 141 where nobody reads any further, as after `| head`.
 
     Anything else is a defect of this program and keeps its traceback.
     """
@@ -35,7 +36,9 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     raised: Exception
     try:
         with _last_words():
-            return command(argv) or 0
+            code = command(argv) or 0
+            sys.stdout.flush()
+            return code
     except (InputError, FloatingPointError) as error:
         raised, message = error, str(error)
     except UnicodeEncodeError as error:
@@ -51,6 +54,8 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
         signal.signal(signal.SIGINT, heeded)
         return 128 + signal.SIGINT
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 128 + signal.SIGPIPE
         number = trouble_of(error)
         if number is None and not _lost_another(error):
             raise
@@ -65,6 +70,16 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     print(f"{_who()}error: {message}", file=sys.stderr)
     _tell_torchrun(f"error: {message}")
     return 2
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the standard output any more; what is still to be written to it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    is_gone = bool(output.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_gone
 
 
 def exit_code(failing: Sequence[str]) -> int:

@@ -32,6 +32,15 @@ def test_every_command_says_how_it_is_used_without_waiting_for_the_libraries(nam
     assert "spin_diffusion" in loaded and not HEAVY & loaded
 
 
+def test_output_that_nobody_reads_any_further_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command, env = [sys.executable, "-m", "spin_diffusion.cli", "--help"], os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, env=env)
+    os.close(writer)
+    assert (answer.returncode, answer.stderr) == (141, b"")
+
+
 def test_presets_and_what_they_name_are_found_from_any_directory(tmp_path, monkeypatch):
     in_repository = parse_config(["--config", "toy_sdxl"]) if Path.cwd() == ROOT else None
     monkeypatch.chdir(tmp_path)
