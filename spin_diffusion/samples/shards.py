@@ -108,13 +108,14 @@ def merge_shards(
     sources: list[Path], target: Path, key: Callable[[Row], Any], metadata: dict[str, str], accelerator: Accelerator
 ) -> None:
     """Shards of the same names in several folders as one folder, each shard's rows in the order of `key`."""
-    built = key_of(**metadata)
 
     def piece_of(path: Path) -> Piece:
-        def make(tell: Callable[[int], None]) -> Made:
-            return Made(sorted((row for source in sources for row in read_rows(source / path.name)), key=key), metadata)
+        parts = [source / path.name for source in sources]
 
-        return Piece(target / path.name, built, 0, make)
+        def make(tell: Callable[[int], None]) -> Made:
+            return Made(sorted((row for part in parts for row in read_rows(part)), key=key), metadata)
+
+        return Piece(target / path.name, key_of(parts=[file_hash(part) for part in parts], **metadata), 0, make)
 
     build_together(shards(sources[0], ".parquet"), piece_of, accelerator, lambda done, text: None)
 

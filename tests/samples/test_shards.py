@@ -12,7 +12,14 @@ from spin_diffusion.samples.scores import KeepsScores, score_shards
 from spin_diffusion.samples.shards import Part, merge_shards, some_pairs
 from spin_diffusion.samples.shards import shards as shards_of
 from spin_diffusion.selfplay.game import Game
-from spin_diffusion.store.files import read_rows, read_tensors, tensors_metadata, write_rows, write_tensors
+from spin_diffusion.store.files import (
+    read_rows,
+    read_tensors,
+    rows_metadata,
+    tensors_metadata,
+    write_rows,
+    write_tensors,
+)
 from spin_diffusion.store.input_error import InputError
 
 NAMES = [f"{number:05d}-of-00003" for number in range(3)]
@@ -36,7 +43,7 @@ def test_a_folder_that_lacks_a_shard_is_refused(data):
         shards_of(data / "nowhere", ".parquet")
 
 
-def test_shards_that_were_merged_for_another_opponent_are_merged_again(tmp_path):
+def test_shards_that_were_merged_of_other_samples_or_for_another_opponent_are_merged_again(tmp_path):
     sources = [tmp_path / name for name in ("a", "b")]
     write_rows(sources[0] / "00000-of-00001.parquet", [{"place": 0, "who": "a"}, {"place": 2, "who": "a"}], {})
     write_rows(sources[1] / "00000-of-00001.parquet", [{"place": 1, "who": "b"}], {})
@@ -45,9 +52,13 @@ def test_shards_that_were_merged_for_another_opponent_are_merged_again(tmp_path)
         merge_shards(sources, tmp_path / "all", lambda row: row["place"], {"opponent": opponent}, Accelerator(cpu=True))
         return [row["who"] for row in read_rows(tmp_path / "all" / "00000-of-00001.parquet")]
 
+    target = tmp_path / "all" / "00000-of-00001.parquet"
     assert merged("x") == ["a", "b", "a"]
+    first = target.stat().st_mtime_ns
+    assert merged("x") == ["a", "b", "a"] and target.stat().st_mtime_ns == first
+    assert merged("y") == ["a", "b", "a"] and rows_metadata(target)["opponent"] == "y"
     write_rows(sources[1] / "00000-of-00001.parquet", [{"place": 3, "who": "c"}], {})
-    assert merged("x") == ["a", "b", "a"] and merged("y") == ["a", "a", "c"]
+    assert merged("y") == ["a", "a", "c"]
 
 
 def test_a_score_that_is_not_finite_is_refused_and_anothers_scores_are_computed_again(data):

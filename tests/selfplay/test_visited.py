@@ -1,5 +1,6 @@
 """A round draws for the pairs that its training visits, and trains as if it had drawn for all."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -46,18 +47,24 @@ def test_only_what_is_visited_is_drawn_and_the_player_is_that_of_a_drawing_for_a
     assert weights(tmp_path / "visited") == weights(tmp_path / "all")
 
 
-def test_a_round_whose_batches_have_become_larger_draws_what_it_lacks(sdxl_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{"rounds": 1}, {"rounds": 2, "opponent": "pool"}])  # of whose round 2 two draw
+def test_a_round_whose_batches_have_become_larger_draws_what_it_lacks(options, sdxl_dir, tmp_path, monkeypatch):
     def dying(*args, **kwargs):
         raise Killed
 
+    last = options["rounds"]
+    if last > 1:
+        play_all(sdxl_dir, tmp_path / "a", TWO_STEPS, **options | {"rounds": last - 1})
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr(health, "check_finite", dying)
         with pytest.raises(Killed):
-            play_all(sdxl_dir, tmp_path / "a", TWO_STEPS, rounds=1)
-    assert len(drawn(tmp_path / "a", 1)) == 4
+            play_all(sdxl_dir, tmp_path / "a", TWO_STEPS, **options)
+    assert len(drawn(tmp_path / "a", last)) == 4
     larger = replace(TWO_STEPS, train_batch_size=4)
-    assert play_all(sdxl_dir, tmp_path / "a", larger, rounds=1)[0]["visits"] == len(drawn(tmp_path / "a", 1)) == 8
-    play_all(sdxl_dir, tmp_path / "b", larger, rounds=1)
+    record = play_all(sdxl_dir, tmp_path / "a", larger, **options)[-1]
+    assert record["visits"] == len(drawn(tmp_path / "a", last)) == 8
+    play_all(sdxl_dir, tmp_path / "b", larger, **options)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
