@@ -21,10 +21,13 @@ def shipped(word: str, named_in: tuple[str, ...] = ()) -> str:
     directory has no such path; any other word as it is.
 
     Args:
-        named_in: folders whose YAML files are also known by their names alone, as `sdxl_lora_24gb` is.
+        named_in: folders whose YAML files are also known by their names alone, as `sdxl_lora_24gb` is; so is one in the
+            working directory, which comes before them.
     """
     if os.path.isfile(word) or (os.path.exists(word) and not named_in):
         return word
+    if named_in and os.path.isfile(f"{word}.yaml"):
+        return f"{word}.yaml"
     places = [ROOT / word] if word.startswith(_FOLDERS) else []
     if "/" not in word:
         places += [ROOT / folder / f"{word.removesuffix('.yaml')}.yaml" for folder in named_in]

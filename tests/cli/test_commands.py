@@ -63,6 +63,10 @@ def test_a_users_own_file_wins_over_a_shipped_one(tmp_path, monkeypatch):
     assert (config["seed"], config["pretrained_model_name_or_path"]) == (7, "assets/toy_world/sloppy")
     Path("sdxl_full_80gb").mkdir()  # a run's folder is no file of settings
     assert parse_config(["--config", "sdxl_full_80gb"]).flat()["resolution"] == 1024
+    Path("sdxl_full_80gb.yaml").write_text(
+        "resolution: 768\npretrained_model_name_or_path: base\ndataset_name: mine\n"
+    )  # a preset that was copied and changed
+    assert parse_config(["--config", "sdxl_full_80gb"]).flat()["resolution"] == 768
     with pytest.raises(InputError, match="no preset of that name, did you mean 'sdxl_full_80gb'"):
         parse_config(["--config", "sdxl_full_80g"])
 
