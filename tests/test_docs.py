@@ -65,9 +65,9 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def commands_of(page: Path) -> Iterator[list[str]]:
-    """The words of each command in a block of shell code."""
-    for block in re.findall(r"^```bash\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE):
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The words of each command in the blocks of shell code of a page, or of a part of one."""
+    for block in re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -104,7 +104,7 @@ def test_every_command_would_be_understood(page, monkeypatch, tmp_path):
         if named := re.match(r'"""(\w+\.py):', block):
             (tmp_path / named[1]).write_text(block)
     monkeypatch.chdir(tmp_path)
-    for words in commands_of(page):
+    for words in commands_of(text_of(page)):
         if words[0] == "make":
             assert all(f"\n{word}:" in text_of(ROOT / "Makefile") for word in words[1:] if "=" not in word), words
         for before, word in zip(words, words[1:], strict=False):
