@@ -135,6 +135,7 @@ def test_a_file_of_conversations_becomes_a_language_model_that_transformers_load
     Path("FILE.jsonl").write_text("\n".join([line, *lines]))
     small = "--rounds 1 --max_train_steps 2 --max_length 48 --max_new_tokens 24 --mixed_precision no"
     assert main([*typed("README.md", "Language models", "train llm"), *small.split()]) == 0
+    assert "read 48 rows: used 48" in capsys.readouterr().out, "README's line among them"
     assert main(typed("README.md", "Language models", "export")) == 0
     served = next(words for words in commands_of(page) if words[0] == "vllm")
     assert Path(served[-1], "model.safetensors").is_file()
