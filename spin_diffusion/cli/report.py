@@ -43,5 +43,5 @@ def report(argv: list[str]) -> int:
         take_marked(arguments.folder, "--output")
     past = [look_back(arguments.folder, older) for older in arguments.against]
     print(f"Report: {write_report(arguments.folder, arguments.output, past)}")
-    verdicts = read_results(arguments.folder / "results.json")["verdicts"]
-    return exit_code(failing([*verdicts, *(one.verdict for one in past)], arguments.fail_on))
+    results = read_results(arguments.folder / "results.json")
+    return exit_code(failing(results, arguments.fail_on, [one.verdict for one in past]))

@@ -237,16 +237,34 @@ def _sentence(places: Sequence[PlaceEntry], winner: str | None, by: str) -> str:
     return f"A tie by {by}: {listed(names)} are not told apart{ahead}."
 
 
-def failing(verdicts: Sequence[VerdictEntry], fail_on: FailOn | None) -> list[str]:
-    """The models, with where and what, whose verdict is `fail_on` or worse; none for None."""
+def failing(results: Results, fail_on: FailOn | None, past: Sequence[VerdictEntry] = ()) -> list[str]:
+    """The models, with where and what, whose verdict is `fail_on` or worse; none for None.
+
+    Args:
+        past: further verdicts, on older evaluations.
+
+    Raises:
+        InputError: there is none, but a scorer that was asked for has said nothing, or no model was compared.
+    """
     if fail_on is None:
         return []
     bad = _FROM_GOOD_TO_BAD[_FROM_GOOD_TO_BAD.index(fail_on) :]
-    return [
+    verdicts = [*results["verdicts"], *past]
+    found = [
         f"{said['model']} at {scale_in_words(said['guidance_scale'])}: {said['verdict']}"
         for said in verdicts
         if said["verdict"] in bad
     ]
+    lacking = _not_run(results)
+    if not found and (lacking or not verdicts):
+        why = f"{lacking} could not be run" if lacking else "no scorer compared two models: give two, and --scorers"
+        raise InputError(f"--fail_on {fail_on} cannot be decided: {why}")
+    return found
+
+
+def _not_run(results: Results) -> str:
+    """The scorers that could not be run, joined by commas."""
+    return ", ".join(scorer["name"] for scorer in results["scorers"] if scorer["state"] != "run")
 
 
 def promotion(results: Results, promote_if: Literal["always", "not_regressed", "improved"]) -> tuple[bool, str]:
@@ -257,9 +275,8 @@ def promotion(results: Results, promote_if: Literal["always", "not_regressed", "
     """
     if promote_if == "always":
         return True, ""
-    lacking = [scorer["name"] for scorer in results["scorers"] if scorer["state"] != "run"]
-    if lacking:
-        raise InputError(f"--promote_if {promote_if} cannot be decided: {', '.join(lacking)} could not be run")
+    if lacking := _not_run(results):
+        raise InputError(f"--promote_if {promote_if} cannot be decided: {lacking} could not be run")
     roles = {scorer["name"]: scorer["role"] for scorer in results["scorers"]}
     at = modality_of(results["protocol"]).at
     fell = [

@@ -110,7 +110,7 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
     _tell(results, output_dir)
     if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
         raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
-    return failing(results["verdicts"], settings.fail_on)
+    return failing(results, settings.fail_on)
 
 
 def _tell(results: Results, output_dir: Path) -> None:

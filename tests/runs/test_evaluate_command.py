@@ -282,6 +282,8 @@ def test_a_scorer_that_cannot_run_is_reported_and_the_others_are_kept(sdxl_dir, 
     assert states["redness"]["state"] == "run" and states["pickscore"]["state"] == "not run"
     assert "nowhere" in states["pickscore"]["reason"] and "pickscore was not run" in capsys.readouterr().out
     assert not [row for row in results["results"] if row["scorer"] == "pickscore"]
+    code = run("report.py", str(tmp_path / "out"), "--fail_on", "regressed")
+    refused(capsys, code, "--fail_on regressed cannot be decided: pickscore could not be run")
 
 
 def test_when_no_scorer_can_run_that_is_an_error_and_the_pictures_stay(sdxl_dir, tiny_prompts, tmp_path, capsys):
@@ -398,7 +400,8 @@ def test_a_verdict_fails_a_job_and_an_older_evaluation_is_looked_back_at(scorer,
     assert "model against old: model at pictures as given: regressed" in capsys.readouterr().err
     assert "Against <bdi>old: model</bdi>" in (tmp_path / "new" / "report.html").read_text()
     assert run("report.py", old, "--against", new, "--fail_on", "regressed") == 0, "and it is better than what is new"
-    capsys.readouterr()
+    alone = ["--models", f"base={dark}", "--scorers", str(scorer), "--output_dir", str(tmp_path / "alone")]
+    refused(capsys, run("evaluate.py", *alone, "--fail_on", "regressed"), "no scorer compared two models")
     assert evaluate("other", dark, light, "--images_per_prompt", "1") == 0
     refused(capsys, run("report.py", new, "--against", str(tmp_path / "other")), "--against", "its protocol is")
 
