@@ -33,10 +33,12 @@ from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
 from spin_diffusion.evaluation.table_files import table_files, write_tables
 from spin_diffusion.evaluation.tables import losses_of, not_swept, sweep_tables
-from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.input_error import InputError, read_bytes
 from spin_diffusion.store.run_dir import write_file
 
 MAX_PAGE_BYTES = 8_000_000
+_GENERATOR = Markup('<meta name="generator" content="spin-diffusion">')
+"""By which a page is known, wherever it lies: no other file is replaced."""
 _RANDOM_PAIRS, _RANKED_PAIRS = 24, 8
 _FIRST_ROWS = 3
 """Rows of the gallery that are seen at once."""
@@ -54,13 +56,15 @@ def write_report(directory: Path, output: Path | None = None, past: Sequence[Pas
         past: older evaluations that it is set against.
 
     Raises:
-        InputError: a file is missing, damaged or of another schema version, or `output` is a folder.
+        InputError: a file is missing, damaged or of another schema version, or `output` is there and is no page.
     """
     in_place, output = output is None, output or directory / "report.html"
     if output.is_dir():
         raise InputError(
             f"{output} is a folder, and the report is to be written there: move it away or name another file"
         )
+    if not in_place and output.exists() and _GENERATOR.encode() not in read_bytes(output, MAX_PAGE_BYTES):
+        raise InputError(f"{output} is there and is no page of this program: name another file")
     evaluation = read_evaluation(directory)
     page = build_page(evaluation, past=past)
     write_file(output, lambda part: part.write_bytes(page))
@@ -106,6 +110,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
         "labels": labels,
         "edition": edition,
         **dress("page.js"),
+        "generator": _GENERATOR,
         "baseline": labels.model(results["baseline"]),
         "candidate": "" if candidate is None else labels.model(candidate),
         "scale": labels.scale(headline["guidance_scale"]),

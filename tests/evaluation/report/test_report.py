@@ -177,10 +177,15 @@ def test_a_missing_column_is_named(small: Path) -> None:
         write_report(small)
 
 
-def test_a_folder_is_never_replaced_by_the_page(small: Path, tmp_path: Path) -> None:
+def test_nothing_but_a_page_is_replaced_by_the_page(small: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     with pytest.raises(InputError, match="is a folder"):
         write_report(small, tmp_path / "precious")
+    (tmp_path / "index.html").write_text("<!doctype html>mine")
+    with pytest.raises(InputError, match="is there and is no page of this program"):
+        write_report(small, tmp_path / "index.html")
+    assert (tmp_path / "index.html").read_text() == "<!doctype html>mine"
+    assert write_report(small, write_report(small, tmp_path / "page.html")).is_file()
 
 
 def test_whole_numbers_are_numbers(small: Path) -> None:
