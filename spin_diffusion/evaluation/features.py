@@ -32,6 +32,7 @@ from spin_diffusion.evaluation.specs import about_part, check_specs, parse_spec,
 from spin_diffusion.evaluation.statistics import Interval
 from spin_diffusion.samples.drawn import folder_of, read_index
 from spin_diffusion.store.files import Made, Piece, Tell, build, build_together, read_tensors, tensors_metadata
+from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, code_hash, key_of
 from spin_diffusion.store.pictures import open_picture, read_picture
 
@@ -84,9 +85,14 @@ class Comparison:
         return self.folder / f"{self.name}.safetensors"
 
     def pictures(self) -> Iterator[Image.Image]:
-        """The real pictures, at most MAX_REAL, in the frame in which models draw."""
-        places = np.linspace(0, len(self.real) - 1, min(len(self.real), MAX_REAL)).round().astype(int)
-        return (self.crop(open_picture(self.real[place])) for place in places)
+        """The real pictures, at most MAX_REAL, in the frame in which models draw; InputError for a damaged one."""
+        for place in np.linspace(0, len(self.real) - 1, min(len(self.real), MAX_REAL)).round().astype(int):
+            try:
+                picture = open_picture(self.real[place])
+            except InputError as error:
+                at = f"{place + 1} of the {len(self.real)} real pictures in their order ({self.said})"
+                raise InputError(f"number {at}: {error}: repair it, or take it out") from error
+            yield self.crop(picture)
 
     def real_features(self, device: str) -> Features:
         """The features of the real pictures, made where they are not kept already."""

@@ -9,6 +9,7 @@ from PIL import Image
 
 from spin_diffusion.data.image_folder import is_image
 from spin_diffusion.data.reading import read_examples
+from spin_diffusion.data.rows import ReadReport
 from spin_diffusion.data.settings import DataSettings
 from spin_diffusion.data.sources import list_files
 from spin_diffusion.diffusion.config import Config
@@ -77,13 +78,14 @@ def of_place(spec: str, place: str, resolution: int | None, output_dir: Path) ->
     """
     path = Path(place).expanduser()
     files = [file for file in list_files(path).files if is_image(file)] if path.is_dir() else []
-    real: Sequence[bytes] = _Pictures(files)
+    real, report = cast(Sequence[bytes], _Pictures(files)), ReadReport()
     if not files:
-        examples = read_examples(DataSettings(dataset_name=str(path), one_image_per_prompt=False))
+        examples = read_examples(DataSettings(dataset_name=str(path), one_image_per_prompt=False), report=report)
         real = [example.image for example in islice(examples, MAX_REAL)]
+    said = printable(path.name) + (f" ({report.bad} damaged left out)" if report.bad else "")
     content = key_of(place=place_hash(path), resolution=resolution)
     to_frame = (lambda image: image) if resolution is None else _to_square(resolution)
-    return Comparison(spec, real, printable(path.name), content, to_frame, output_dir / FOLDER)
+    return Comparison(spec, real, said, content, to_frame, output_dir / FOLDER)
 
 
 def _to_square(resolution: int) -> Callable[[Image.Image], Image.Image]:

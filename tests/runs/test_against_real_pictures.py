@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.evaluation.verdicts import promotion
+from spin_diffusion.runs.real_pictures import of_place
 from tests.runs.test_evaluate_command import refused, run
 
 PROMPTS = 120
@@ -118,6 +121,16 @@ def test_too_few_pictures_are_said_in_a_line_and_not_in_numbers(world: World, ca
     )
     assert compared["distances"] == [] and said in capsys.readouterr().out
     assert said in (world.folder / "out" / "report.html").read_text()
+
+
+def test_damaged_pictures_are_said_or_named(world: World, capsys) -> None:
+    files = [path.read_bytes() for path in sorted(world.real.iterdir())][:19] + [b"broken"]
+    rows = pa.table({"image": files, "text": [f"picture {place}" for place in range(20)]})
+    pq.write_table(rows, world.folder / "real.parquet")
+    given = of_place(str(world.features), str(world.folder / "real.parquet"), 16, world.folder / "out")
+    assert (len(given.real), given.said) == (19, "real.parquet (1 damaged left out)")
+    (world.real / "050.png").write_bytes(b"broken")
+    refused(capsys, world.evaluate(), "number 51 of the 130 real pictures in their order (real): not a PNG")
 
 
 def test_what_is_missing_is_refused_in_one_line(world: World, capsys) -> None:
