@@ -54,7 +54,7 @@ VOLATILE = {"seconds", "ledger", "pairs_per_second", "resumed_from", SEAL}
 # Commands
 
 
-def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
+def _images(**more: Any) -> tuple[str, Callable[[list[str]], object], list[str]]:
     from spin_diffusion.diffusion.config import parse_config
     from spin_diffusion.runs.image_run import run
 
@@ -72,7 +72,7 @@ def _images(**more: Any) -> tuple[str, Callable[[list[str]], None], list[str]]:
     return "out", lambda argv: run(parse_config(argv), family_name="sdxl"), _flags(settings)
 
 
-def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
+def _lora() -> tuple[str, Callable[[list[str]], object], list[str]]:
     Path("redness.py").write_text(SCORER)
     return _images(
         use_lora=True, rank=2, rounds=1, max_train_steps=3, num_held_out=1,
@@ -81,7 +81,7 @@ def _lora() -> tuple[str, Callable[[list[str]], None], list[str]]:
     )  # fmt: skip
 
 
-def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
+def _language() -> tuple[str, Callable[[list[str]], object], list[str]]:
     from spin_diffusion.llm.config import parse_language_config
     from spin_diffusion.runs.language_run import run_language
 
@@ -94,10 +94,10 @@ def _language() -> tuple[str, Callable[[list[str]], None], list[str]]:
         "max_length": 48, "max_new_tokens": 8, "judges": "[length]",
         "report_to": "none", "output_dir": "out",
     }  # fmt: skip
-    return "out", lambda argv: run_language(parse_language_config(argv)) and None, _flags(settings)
+    return "out", lambda argv: run_language(parse_language_config(argv)), _flags(settings)
 
 
-def _evaluation() -> tuple[str, Callable[[list[str]], None], list[str]]:
+def _evaluation() -> tuple[str, Callable[[list[str]], object], list[str]]:
     from spin_diffusion.runs.evaluate_models import evaluate_models
     from spin_diffusion.runs.evaluate_settings import parse_settings
 
@@ -261,8 +261,11 @@ def record(kind: str, folder: Path) -> tuple[dict[str, Any], Any]:
     """Run a command once; its states, and how to run it again."""
     folder.mkdir(parents=True)
     os.chdir(folder)
-    name, command, argv = KINDS[kind]()
+    name, work, argv = KINDS[kind]()
     run_command(_import_all, [])
+
+    def command(argv: list[str]) -> None:
+        work(argv)
 
     def recorded() -> int:
         recorder = Recorder(Path(name), Store(Path("store")))
