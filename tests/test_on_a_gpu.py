@@ -14,7 +14,7 @@ IMAGES = [
     "training/train_spin_sdxl.py", "--config", "training/configs/toy_sdxl.yaml", "--max_train_samples", "8",
     "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_train_steps", "2", "--rounds", "2",
     "--num_inference_steps", "2", "--validation_guidance_scales", "[3.0]",
-    "--compare_with", "[]", "--report_to", "none", "--lr_warmup_steps", "0",
+    "--compare_with", "[]", "--preview_every", "0", "--report_to", "none", "--lr_warmup_steps", "0",
 ]  # fmt: skip
 UNSEEN = ["--validation_prompts", "null", "--scorers", "null"]
 ANSWERS = [

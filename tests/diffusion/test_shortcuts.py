@@ -31,7 +31,7 @@ from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import file_hash
-from tests.playing import ROUNDS, TRAINING, examples, make_game, prepare_data
+from tests.playing import ROUNDS, TRAINING, drawing_for_all, examples, make_game, prepare_data
 
 
 def noise(pairs: int, seed: int, size: int = 16) -> torch.Tensor:
@@ -317,7 +317,8 @@ def play_with(base, output_dir, probe, count: int = 10, **rounds) -> list[dict]:
     prepare_data(game, output_dir / "data", count)
     settings = replace(ROUNDS, **({"rounds": 1} | rounds))
     training = replace(TRAINING, max_train_steps=1)
-    return play(SelfPlay(game, output_dir / "data", output_dir, settings, training, game.accelerator, probe=probe))
+    with drawing_for_all():
+        return play(SelfPlay(game, output_dir / "data", output_dir, settings, training, game.accelerator, probe=probe))
 
 
 def weights_of(output_dir) -> str:

@@ -134,6 +134,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL: no handler may catch it."""
 
 
+@drawing_for_all()
 def test_killed_at_any_rename_of_its_training_a_round_ends_with_the_same_bytes(peaked, sdxl_dir, tmp_path, monkeypatch):
     rename, game, until_death = os.replace, make_game(sdxl_dir), [0]
 
