@@ -17,8 +17,8 @@ from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.store.input_error import InputError
 
 KINDS = ((parse_config, "spin_diffusion.runs.image_run"), (parse_language_config, "spin_diffusion.runs.language_run"))
-"""Of runs: what reads their settings, and the module that plans them. It is imported after the settings were read: a
-misspelt flag is not answered only when all libraries are there."""
+"""What reads the settings of each kind of run, and the module that plans it. That is imported after the settings were
+read: a misspelt flag is not answered only when all libraries are there."""
 
 
 def plan(argv: list[str]) -> None:

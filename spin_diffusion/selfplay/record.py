@@ -153,7 +153,7 @@ class RoundFields(TypedDict, total=False):
     generated: Literal["opponent", "data", "none"]
     """Where the generated sides come from."""
     visits: int
-    """Of how many pairs the opponent drew the generated side: of those at the first places of the round's stream."""
+    """The number of pairs, at the first places of the round's stream, whose generated side the opponent drew."""
     drawn: dict[str, int]
     """Samples to train on that each self drew, by its round."""
     candidates: dict[str, Any]

@@ -70,7 +70,6 @@ def train(
         InputError: fewer pairs than one global batch, a damaged checkpoint, a missing extra.
         FloatingPointError: a loss or gradient that is not finite.
     """
-    # The player with its optimizer, and how far a killed run got
     per_step = check_batch(len(pairs.ids), settings, game.accelerator.num_processes)
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
