@@ -24,8 +24,10 @@ from spin_diffusion.store.parsing import types_of
 from spin_diffusion.store.shipped import LAUNCHERS, PRESETS, shipped, shipped_names
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("docs/*.md"))]
-PAGES = sorted({*PAGES, ROOT / "evaluation/prompts/README.md"})
+FOLDERS = ("assets", "benchmarks", "evaluation", "evaluation/prompts", "training")
+"""Those with a page of their own; others, such as a test's cache and runs, may lie beside them."""
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES += [ROOT / folder / "README.md" for folder in FOLDERS]
 PARSERS: dict[str, Any] = {
     "demo": parse_config,
     "train sdxl": parse_config,
