@@ -1,22 +1,24 @@
-"""What this machine can do, and what will not work on it, each with the remedy: at most 20 lines of 80 columns."""
+"""What this machine can do, and what will not work on it, each with the remedy: in lines of 80 columns."""
 
 import importlib.metadata
 import os
 import shutil
 import sys
+import textwrap
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
+
+import psutil
 
 from spin_diffusion.store.input_error import InputError
 
 EXTRAS = {
     "bitsandbytes": ("bitsandbytes", "8-bit AdamW"),
     "open_clip": ("open_clip_torch", "More scorers"),
-    "vllm": ("vllm psutil", "Faster answers of language models"),
+    "vllm": ("vllm", "Faster answers of language models"),
     "lm_eval": ("lm-eval", "Benchmarks of language models"),
     "wandb": ("wandb", "The tracker wandb"),
     "trackio": ("trackio", "The tracker trackio"),
@@ -40,7 +42,7 @@ def doctor(argv: list[str]) -> None:
         if remedy:
             remedies.append(f"- {remedy}")
     heading = "What will not work, and what to do:" if remedies else "Nothing is missing."
-    print("\n".join(line[:80] for line in (*there, "", heading, *remedies)))
+    print("\n".join(textwrap.fill(line, 80) for line in (*there, "", heading, *remedies)))
 
 
 _Lines = Iterator[tuple[str | None, str | None]]
@@ -50,25 +52,21 @@ _Lines = Iterator[tuple[str | None, str | None]]
 def _libraries() -> _Lines:
     from packaging.requirements import Requirement
 
-    needed = [Requirement(text) for text in importlib.metadata.requires("spin-diffusion") or ()]
     unfit = []
-    for one in needed:
-        if one.marker is None or one.marker.evaluate({"extra": ""}):
-            try:
-                if not one.specifier.contains(importlib.metadata.version(one.name), prereleases=True):
-                    unfit.append(str(one))
-            except importlib.metadata.PackageNotFoundError:
-                unfit.append(str(one))
-    shown = ", ".join(f"{name} {_version(name)}" for name in ("torch", "diffusers", "transformers"))
+    for one in map(Requirement, importlib.metadata.requires("spin-diffusion") or ()):
+        there, is_needed = _version(one.name), one.marker is None or one.marker.evaluate({"extra": ""})
+        if is_needed and (there is None or not one.specifier.contains(there, prereleases=True)):
+            unfit.append(str(one))
+    shown = ", ".join(f"{name} {_version(name) or 'missing'}" for name in ("torch", "diffusers", "transformers"))
     remedy = f"Too old or missing: pip install {' '.join(map(repr, unfit))}" if unfit else None
     yield _row("libraries", f"Python {sys.version.split()[0]}, {shown}"), remedy
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return None
 
 
 def _devices() -> _Lines:
@@ -81,7 +79,7 @@ def _devices() -> _Lines:
         reason = (
             "no driver answers (nvidia-smi)" if torch.version.cuda or torch.version.hip else "this torch is for CPUs"
         )
-        yield _row("GPU", f"none; {os.cpu_count()} CPU cores"), f"Released checkpoints take a GPU: {reason}. demo runs"
+        yield _row("GPU", f"none; {os.cpu_count()} CPU cores"), f"All but the demo takes a GPU: {reason}"
         yield _row("precision", "fp32 (on CPU cores)"), None
         yield _row("attention", "PyTorch's own"), None
         return
@@ -100,11 +98,7 @@ def _devices() -> _Lines:
 
 
 def _memory() -> _Lines:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else ():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    disk = shutil.disk_usage(".").free
+    free, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
     yield (
         _row("free", f"{free / GB:.0f} GB of memory, {disk / GB:.0f} GB of disk in this folder"),
         "Disk: less than 20 GB here; give an --output_dir elsewhere" if disk < 20 * GB else None,
