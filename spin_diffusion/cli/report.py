@@ -32,16 +32,15 @@ def report(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     # After the arguments: --help does not wait for the libraries
-    from spin_diffusion.evaluation.records import read_results
     from spin_diffusion.evaluation.report import write_report
     from spin_diffusion.evaluation.report.history import look_back
+    from spin_diffusion.evaluation.report.reading import read_evaluation
     from spin_diffusion.evaluation.verdicts import failing
     from spin_diffusion.store.folder import take_marked
 
+    now = read_evaluation(arguments.folder)  # before the folder is taken: it may hold something else
     if arguments.output is None:
-        read_results(arguments.folder / "results.json")  # before the folder is taken: it may hold something else
         take_marked(arguments.folder, "--output")
-    past = [look_back(arguments.folder, older) for older in arguments.against]
+    past = [look_back(now, older) for older in arguments.against]
     print(f"Report: {write_report(arguments.folder, arguments.output, past)}")
-    results = read_results(arguments.folder / "results.json")
-    return exit_code(failing(results, arguments.fail_on, [one.verdict for one in past]))
+    return exit_code(failing(now.results, arguments.fail_on, [one.verdict for one in past]))

@@ -28,16 +28,16 @@ class Past:
     """Scorers whose code or weights are not the older ones."""
 
 
-def look_back(directory: Path, older: Path) -> Past:
-    """The headline's model of the evaluation in `directory` against that of the one in `older`.
+def look_back(now: Evaluation, older: Path) -> Past:
+    """The headline's model of an evaluation against that of the one in `older`.
 
     Raises:
-        InputError: one of the two cannot be read, they are of different protocols, or share no scorer or no prompt.
+        InputError: the older one cannot be read, they are of different protocols, or share no scorer or no prompt.
     """
-    now, then = read_evaluation(directory), read_evaluation(older)
+    then = read_evaluation(older)
     if now.results["protocol"]["id"] != then.results["protocol"]["id"]:
         raise InputError(
-            f"--against {older}: its protocol is {then.results['protocol']['id'][:16]} and that of {directory} is "
+            f"--against {older}: its protocol is {then.results['protocol']['id'][:16]} and that of {now.directory} is "
             f"{now.results['protocol']['id'][:16]}: other prompts, seeds or sampling, so a difference says nothing "
             "of the models; evaluate both alike"
         )
