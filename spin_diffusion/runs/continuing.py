@@ -33,13 +33,15 @@ class Origin(TypedDict):
     player: str
 
 
-class _Base(TypedDict):
+class BaseRecord(TypedDict):
+    """The base that a run was started from: its path or hub id, and the hash of its weights."""
+
     name: str
     weights: str
 
 
 class _Begun(TypedDict):
-    base: _Base
+    base: BaseRecord
 
 
 def check_origin(settings: Mapping[str, Any], output_dir: Path, program: str) -> None:

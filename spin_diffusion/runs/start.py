@@ -20,7 +20,7 @@ from torch import nn
 
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.advice import visits_of_round
-from spin_diffusion.runs.continuing import check_origin, origin_of, take_over
+from spin_diffusion.runs.continuing import BaseRecord, check_origin, origin_of, take_over
 from spin_diffusion.samples.real import DataManifest, forget_prepared
 from spin_diffusion.selfplay.round_settings import file_hashes, objectives_of
 from spin_diffusion.selfplay.sharded import check_sharding
@@ -187,13 +187,6 @@ def check_training(config: RunConfig, player: nn.Module, accelerator: Accelerato
     moving_average = config.rounds.opponent == "ema"
     check_fused(config.training, accelerator)
     check_sharding(player, config.training, accelerator, moving_average)
-
-
-class BaseRecord(TypedDict):
-    """The base that a run was started from: its path or hub id, and the hash of its weights."""
-
-    name: str
-    weights: str
 
 
 class RunManifest(TypedDict):
