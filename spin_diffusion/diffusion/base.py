@@ -75,11 +75,6 @@ class Base:
         lora = split_strength(self.lora)[0] if self.lora is not None else None
         return [self.name, self.vae, *(place for place in (self.config, lora) if place is not None)]
 
-    @property
-    def local_places(self) -> list[str]:
-        """Those of them that are on this disk."""
-        return [place for place in self.places if place is not None and is_local(place)]
-
     def placed(self, name: Callable[[str], str]) -> "Base":
         """The same, with another name for each place on this disk."""
 

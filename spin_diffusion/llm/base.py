@@ -4,7 +4,7 @@ A base is a checkpoint in transformers' layout, or a LoRA adapter (PEFT) on one,
 adapters are merged into the weights below them before anything is played.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from spin_diffusion.store.configuration import read_configuration
-from spin_diffusion.store.input_error import InputError, one_line
+from spin_diffusion.store.input_error import InputError, is_local, one_line
 from spin_diffusion.store.run_dir import file_hash
 from spin_diffusion.store.weights import check_stored, load_whole, read_headers
 
@@ -98,21 +98,22 @@ class LanguageBase:
             said["merged_into"] = {"name": root.name, "revision": root.revision}
         return said
 
-    def code(self) -> str:
-        """A Python expression that loads it."""
+    def code(self, name: Callable[[str], str]) -> str:
+        """A Python expression that loads it, and that calls a place on this disk what `name` makes of it."""
         *adapters, root = self.adapters()
-        loaded = f"AutoModelForCausalLM.from_pretrained({root._arguments()})"
+        loaded = f"AutoModelForCausalLM.from_pretrained({root._arguments(name)})"
         for adapter in reversed(adapters):
-            loaded = f"PeftModel.from_pretrained({loaded}, {adapter._arguments()}).merge_and_unload()"
+            loaded = f"PeftModel.from_pretrained({loaded}, {adapter._arguments(name)}).merge_and_unload()"
         return loaded
 
     def where(self) -> str:
         """How messages begin."""
         return f"--model_name_or_path {self.name}"
 
-    def _arguments(self) -> str:
+    def _arguments(self, name: Callable[[str], str]) -> str:
         revision = f", revision={self.revision!r}" if self.revision is not None else ""
-        return repr(self.name) + revision + (", trust_remote_code=True" if self.trust_remote_code else "")
+        place = name(self.name) if is_local(self.name) else self.name
+        return repr(place) + revision + (", trust_remote_code=True" if self.trust_remote_code else "")
 
     def _adapter_config(self) -> Path | None:
         """Where its adapter's configuration lies; None = it is no adapter."""

@@ -1,5 +1,6 @@
 """What an image run says of itself: before its rounds what it plays with, after them how its model is loaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,14 +78,16 @@ def _candidate_lines(config: Config) -> str:
     return line
 
 
-def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
+def loading_code(base: Base, pipeline: str, folder: str, arguments: str, name: Callable[[str], str] = str) -> str:
     """Lines of Python by which a user loads what a run made of its base.
 
     Args:
         pipeline: the pipeline's class.
         folder: which of the two was saved: unet or lora.
         arguments: that name it to `from_pretrained` and `load_lora_weights`.
+        name: from a place of the base on this disk to what the lines call it.
     """
+    file, base = base.file, base.placed(name)
     unet = f"UNet2DConditionModel.from_pretrained({arguments})"
     parts = {"unet": unet} if folder == "unet" and base.lora is None else {}
     if base.vae is not None:
@@ -92,10 +95,10 @@ def loading_code(base: Base, pipeline: str, folder: str, arguments: str) -> str:
     called = [*parts.values(), *([unet] if folder == "unet" else [])]
     classes = sorted({pipeline, *(call.partition(".")[0] for call in called)})
     options = {"config": base.config} if base.config else {"revision": base.revision, "variant": base.variant}
-    of_base, noise = python_arguments(base.name, **options), base.file.noise if base.file else {}
+    of_base, noise = python_arguments(base.name, **options), file.noise if file else {}
     # Text encoders would come in the precision of their files, which need not be the UNet's
     given = ", ".join([of_base, *(f"{name}={name}" for name in parts), "dtype=torch.float32"])
-    loaded = f"{pipeline}.{'from_single_file' if base.file else 'from_pretrained'}({given})"
+    loaded = f"{pipeline}.{'from_single_file' if file else 'from_pretrained'}({given})"
     lines = ["import torch", f"from diffusers import {', '.join(classes)}", ""]
     lines += [f"{name} = {call}" for name, call in parts.items()] + [f"pipeline = {loaded}"]
     if noise:  # which diffusers does not read
@@ -138,10 +141,7 @@ def card(config: Config, pipeline: str, rows: int) -> Card:
     arguments = python_arguments(f"./{folder}")
     if config.run.hub_model_id:
         arguments = python_arguments(config.run.hub_model_id, subfolder=folder)
-    code = loading_code(base, pipeline, folder, arguments)
-    for local in base.local_places:
-        code = code.replace(python_arguments(local), python_arguments(Path(local).name))
-    named, place = base.placed(lambda place: Path(place).name), config.data.dataset_name or config.data.train_data_dir
+    place = config.data.dataset_name or config.data.train_data_dir
     assert place is not None, "one of the two is given"
     curator, lora, sampling = config.data.curation.scorer, config.lora, config.sampling
     chosen_by = f", chosen by {parse_spec(curator)[0]}" if curator else ""
@@ -152,11 +152,11 @@ def card(config: Config, pipeline: str, rows: int) -> Card:
         "pipeline_card.md.j2",
         {"pipeline": pipeline},
         base.name,
-        code,
+        loading_code(base, pipeline, folder, arguments, place_name),
         _FAMILY_TAGS.get(pipeline, ()),
         None if looks_like_a_path(place) else place,
         [
-            *([("base", f"`{named}`")] if base != Base(base.name) else []),
+            *([("base", f"`{base.placed(place_name)}`")] if base != Base(base.name) else []),
             ("images", f"{rows} from `{place_name(place)}`{chosen_by}"),
             *round_facts(config, rows, how),
             ("trained", adapter if lora.use_lora else "all weights of the UNet"),

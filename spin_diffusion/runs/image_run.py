@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -235,8 +236,7 @@ class ImageRun(Run):
         """The UNet's folder or the adapter's, and lines of Python that load it."""
         folder = (self.output_dir / self.game.saved).resolve()
         pipeline, arguments = self.game.family.PIPELINE.__name__, python_arguments(str(folder))
-        base = self.game.base.placed(lambda place: str(Path(place).resolve()))
-        return folder, loading_code(base, pipeline, folder.name, arguments)
+        return folder, loading_code(self.game.base, pipeline, folder.name, arguments, os.path.realpath)
 
     def _cut_prompts(self) -> str | None:
         """A warning where the text encoders do not read validation prompts to their ends."""

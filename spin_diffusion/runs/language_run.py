@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.store.files import weights_hash
-from spin_diffusion.store.input_error import InputError, is_local, printable, read_bytes
+from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.weights import config_of
@@ -168,10 +169,8 @@ class LanguageRun(Run):
 
     def loading_code(self) -> tuple[Path, str]:
         """The model's folder or the adapter's, and lines of Python that load it."""
-        folder, base = (self.output_dir / _saved(self.config)).resolve(), self.game.base
-        if is_local(base.name):
-            base = dataclasses.replace(base, name=str(Path(base.name).resolve()))
-        return folder, loading_code(base, str(folder), self.config.language.use_lora)
+        folder = (self.output_dir / _saved(self.config)).resolve()
+        return folder, loading_code(self.game.base, str(folder), self.config.language.use_lora, os.path.realpath)
 
     def _prepare(
         self, folder: Path, answers: Iterable[TextExample], report: ReadReport, warnings: list[str], progress: Progress
@@ -196,16 +195,17 @@ class LanguageRun(Run):
         )
 
 
-def loading_code(base: LanguageBase, saved: str, uses_adapter: bool) -> str:
+def loading_code(base: LanguageBase, saved: str, uses_adapter: bool, name: Callable[[str], str]) -> str:
     """Lines of Python by which a user loads what a run made of its base.
 
     Args:
         saved: folder or hub id of the model or the adapter, with its tokenizer.
+        name: from a place of the base on this disk to what the lines call it.
     """
     quoted = json.dumps(saved)
     model = f"AutoModelForCausalLM.from_pretrained({quoted})"
     if uses_adapter:
-        model = f"PeftModel.from_pretrained({base.code()}, {quoted})"
+        model = f"PeftModel.from_pretrained({base.code(name)}, {quoted})"
     lines = ["from peft import PeftModel"] if uses_adapter else []
     lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", "", f"model = {model}"]
     return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({quoted})"])
@@ -220,9 +220,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
     language, folder = config.language, output_dir / _saved(config)
     adapter = f"LoRA of rank {language.rank}, alpha {language.alpha:g}"
     base, dataset = base_of(config), str(config.data.dataset_name)
-    code = loading_code(base, config.run.hub_model_id or f"./{folder.name}", language.use_lora)
-    for place in [one.name for one in base.adapters() if is_local(one.name)] if language.use_lora else []:
-        code = code.replace(repr(place), repr(Path(place).name))
+    code = loading_code(base, config.run.hub_model_id or f"./{folder.name}", language.use_lora, place_name)
     return Card(
         "language_card.md.j2",
         {},
