@@ -149,8 +149,7 @@ def card(config: Config, pipeline: str, rows: int) -> Card:
     how = f"{free}, by {sampling.sampler}"
     adapter = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
     return Card(
-        "pipeline_card.md.j2",
-        {"pipeline": pipeline},
+        pipeline,
         base.name,
         loading_code(base, pipeline, folder, arguments, place_name),
         _FAMILY_TAGS.get(pipeline, ()),

@@ -222,8 +222,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
     base, dataset = base_of(config), str(config.data.dataset_name)
     code = loading_code(base, config.run.hub_model_id or f"./{folder.name}", language.use_lora, place_name)
     return Card(
-        "language_card.md.j2",
-        {},
+        "A language model",
         base.name,
         code,
         (),

@@ -27,10 +27,8 @@ UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results
 class Card:
     """What the model card and the upload of one kind of run have beside what every kind has."""
 
-    template: str
-    """File beside this one that fills the blocks `opening` and `use` of `model_card.md.j2`."""
-    blocks: Mapping[str, Any]
-    """What the template's own blocks need."""
+    what: str
+    """What the model is, with which the card begins."""
     base: str
     """Hub id or local folder of what was trained."""
     code: str
@@ -64,7 +62,9 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     # Jinja without autoescape: this is Markdown. What a user or a data set wrote goes in as code or on one line.
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, autoescape=False)
-    text = environment.get_template(card.template).render(
+    text = environment.get_template("model_card.md.j2").render(
+        what=card.what,
+        has_gallery="samples.png" in card.uploaded,
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
         base=_line(card.base if on_hub else Path(card.base).name),
         base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
@@ -83,7 +83,6 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         samples=card.samples,
         licence_note="The licence of the base applies to this model." if on_hub else "",
         version=spin_diffusion.__version__,
-        **card.blocks,
     )
     data = ModelCardData(
         **_licence(card.base, on_hub),
