@@ -24,14 +24,12 @@ def shipped(word: str, named_in: tuple[str, ...] = ()) -> str:
         named_in: folders whose YAML files are also known by their names alone, as `sdxl_lora_24gb` is; so is one in the
             working directory, which comes before them.
     """
-    if os.path.isfile(word) or (os.path.exists(word) and not named_in):
-        return word
-    if named_in and os.path.isfile(f"{word}.yaml"):
-        return f"{word}.yaml"
-    places = [ROOT / word] if word.startswith(_FOLDERS) else []
+    places = [word, f"{word}.yaml"] if named_in else [word]
+    if word.startswith(_FOLDERS):
+        places += [str(ROOT / word)]
     if "/" not in word:
-        places += [ROOT / folder / f"{word.removesuffix('.yaml')}.yaml" for folder in named_in]
-    return next((str(place) for place in places if os.path.exists(place)), word)
+        places += [str(ROOT / folder / f"{word.removesuffix('.yaml')}.yaml") for folder in named_in]
+    return next(filter(os.path.isfile if named_in else os.path.exists, places), word)
 
 
 def shipped_names(named_in: tuple[str, ...]) -> list[str]:
@@ -44,7 +42,7 @@ def with_shipped(value: object) -> object:
     lists and mappings."""
     if isinstance(value, str):
         name, equals, path = value.rpartition("=")
-        return f"{name}{equals}{shipped(path)}" if path.startswith(_FOLDERS) else value
+        return f"{name}{equals}{shipped(path)}"
     if isinstance(value, list):
         return [with_shipped(entry) for entry in value]
     if isinstance(value, dict):
