@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from spin_diffusion.evaluation.records import AggregateEntry, ComparisonEntry, Results, scale_in_words
-from spin_diffusion.evaluation.tables import as_markdown, cells_of, closing_lines, decimals_of_cells, direction
+from spin_diffusion.evaluation.tables import as_markdown, cells_of, closing_lines, score_decimals, score_direction
 from spin_diffusion.store.run_dir import write_file
 
 _IN_LATEX = str.maketrans(
@@ -51,7 +51,7 @@ def _as_latex(results: Results) -> str:
     """One table for the package booktabs: a line per model and guidance scale, a column per scorer with its mean and
     half of its interval's width; bold where the difference to the baseline is beyond chance."""
     by_scorer = cells_of(results)
-    decimals = {scorer: decimals_of_cells(cells) for scorer, cells in by_scorer.items()}
+    decimals = score_decimals(results)
     lines = [
         r"% needs \usepackage{booktabs}; 95 % t-intervals over prompts; bold: beyond chance against the baseline,",
         rf"% which is {' '.join(results['baseline'].split())}, at the same guidance scale",
@@ -74,7 +74,7 @@ def _cell(cell: tuple[AggregateEntry, ComparisonEntry | None] | None, decimals: 
         return "--"
     mean, compared = cell
     number = f"{mean['mean']:.{decimals}f} \\pm {(mean['high'] - mean['low']) / 2:.{decimals}f}"
-    return rf"$\mathbf{{{number}}}$" if direction(compared) else f"${number}$"
+    return rf"$\mathbf{{{number}}}$" if score_direction(compared) else f"${number}$"
 
 
 def _escaped(text: str) -> str:

@@ -73,7 +73,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(_distance_table(results["distribution"]))
 
 
-def direction_of(entry: DistanceEntry) -> int:
+def distance_direction(entry: DistanceEntry) -> int:
     """1 if the interval of the difference to the baseline says better, -1 if it says worse, 0 if it holds 0 or if this
     is the baseline."""
     sign = -1 if entry["better"] == "lower" else 1
@@ -119,7 +119,7 @@ def _distance_table(compared: DistributionEntry) -> Table:
         table.add_column(metric, justify="right", no_wrap=True)
     for (model, scale), entries in rows.items():
         numbers = [
-            Text(f"{entry['value']:.{decimals[entry['metric']]}f}", _STYLES[False][direction_of(entry)])
+            Text(f"{entry['value']:.{decimals[entry['metric']]}f}", _STYLES[False][distance_direction(entry)])
             for entry in entries
         ]
         table.add_row(Text(model), "given" if scale is None else f"{scale:g}", *numbers)
@@ -139,7 +139,7 @@ def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
             cell = f"{entry['value']:.{digits}f}"
             if "difference" in entry:
                 apart = Interval(entry["difference"], entry["difference_low"], entry["difference_high"]).signed(digits)
-                cell += f" (**{apart}**)" if direction_of(entry) else f" ({apart})"
+                cell += f" (**{apart}**)" if distance_direction(entry) else f" ({apart})"
             cells.append(cell)
         at = "given" if scale is None else f"{scale:g}"
         parts.append(f"| {_escaped(model)} | {at} | {' | '.join(cells)} |")
@@ -162,12 +162,12 @@ def _rich_table(results: Results, scorer: str, cells: _Cells, scales: Sequence[S
         table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("to baseline", justify="right", no_wrap=True)
     drifts = any(entry["name"] == scorer and entry["role"] == "drift" for entry in results["scorers"])
-    decimals = decimals_of_cells(cells)
+    decimals = score_decimals(results)[scorer]
     for model in dict.fromkeys(model for model, _ in cells):
         row = [Text(model)]
         for mean, compared in (cells[model, scale] for scale in scales):
             row.append(Text(_mean(mean, decimals, separator)))
-            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][direction(compared)]))
+            row.append(Text(_difference(compared, decimals, separator), _STYLES[drifts][score_direction(compared)]))
         table.add_row(*row)
     return table
 
@@ -177,14 +177,14 @@ def as_markdown(results: Results) -> str:
     parts = []
     columns = modality_of(results["protocol"]).columns
     for scorer, cells in cells_of(results).items():
-        decimals = decimals_of_cells(cells)
+        decimals = score_decimals(results)[scorer]
         head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
         parts += [f"**{_escaped(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
         parts.append(f"|---|{'---:|' * (len(head) - 1)}")
         for (model, scale), (mean, compared) in cells.items():
             difference, counts, p = _difference(compared, decimals, " "), "", ""
             if compared is not None:
-                difference = f"**{difference}**" if direction(compared) else difference
+                difference = f"**{difference}**" if score_direction(compared) else difference
                 counts = f"{compared['wins']} / {compared['ties']} / {compared['losses']}"
                 p = "< 0.001" if compared["p_holm"] < 0.001 else f"{compared['p_holm']:.3f}"
             at = [scale_in_words(scale).removeprefix("guidance ") for _ in columns]
@@ -270,7 +270,7 @@ def _difference(compared: ComparisonEntry | None, decimals: int, separator: str)
     return Interval(compared["difference"], compared["low"], compared["high"]).signed(decimals, separator)
 
 
-def direction(compared: ComparisonEntry | None) -> int:
+def score_direction(compared: ComparisonEntry | None) -> int:
     """1 if the score rose by the rule of `verdict`, -1 if it fell, 0 if neither is sure or there is no difference."""
     if compared is None:
         return 0
@@ -279,11 +279,19 @@ def direction(compared: ComparisonEntry | None) -> int:
     return {"improved": 1, "regressed": -1}.get(said, 0)
 
 
-def decimals_of_cells(cells: _Cells) -> int:
-    """Decimals that show two digits of the narrowest interval, the same for all numbers of a scorer; 6 at most."""
-    intervals = [entry for cell in cells.values() for entry in cell if entry is not None]
-    half_widths = [(entry["high"] - entry["low"]) / 2 for entry in intervals if entry["high"] > entry["low"]]
-    return decimals_of(min(half_widths, default=0.0), 2)
+def score_decimals(results: Results) -> dict[str, int]:
+    """Decimals that show two digits of each scorer's narrowest interval; 6 at most, 3 where no interval has a width."""
+    widths: dict[str, list[float]] = {}
+    for row in [*results["results"], *results["comparisons"]]:
+        if row["high"] > row["low"]:
+            widths.setdefault(row["scorer"], []).append((row["high"] - row["low"]) / 2)
+    found = {}
+    for scorer in results["scorers"]:
+        of_scorer = widths.get(scorer["name"], [])
+        # Far narrower than the others: a difference that is the same for all prompts, but for rounding
+        narrowest = min((width for width in of_scorer if width > 1e-3 * max(of_scorer)), default=None)
+        found[scorer["name"]] = decimals_of(narrowest or 0.0, 2)
+    return found
 
 
 def _escaped(text: str) -> str:

@@ -27,6 +27,7 @@ from spin_diffusion.evaluation.records import (
 )
 from spin_diffusion.evaluation.report import wording
 from spin_diffusion.evaluation.report.editions import SampleRow, edition_of
+from spin_diffusion.evaluation.tables import score_decimals
 from spin_diffusion.store.input_error import InputError, one_line, open_regular
 
 Pair = tuple[str, int]
@@ -108,7 +109,7 @@ class Labels:
 
     def __init__(self, results: Results) -> None:
         self.models = wording.labels(model["name"] for model in results["models"])
-        self.decimals = wording.decimals_by_scorer(results)
+        self.decimals = score_decimals(results)
         self.ran = [scorer for scorer in results["scorers"] if scorer["state"] == "run"]
         """The scorers that gave scores."""
         of_rows = (row["guidance_scale"] for row in results["results"])

@@ -30,7 +30,7 @@ from spin_diffusion.evaluation.report import plots, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.plots import Panel
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, differences
-from spin_diffusion.evaluation.tables import direction_of, distance_decimals, distribution_title, not_told
+from spin_diffusion.evaluation.tables import distance_decimals, distance_direction, distribution_title, not_told
 
 MAX_PARTS = 40
 _HALF_WIDTH_CHARACTERS = 52  # of numbers, in a table of half the page's width
@@ -176,7 +176,7 @@ def distance_tables(results: Results) -> DistanceTables | None:
             difference = wording.number(mean, low, high, decimals, wording.signed)
             reach = 1.1 * max(abs(low), abs(high))
             bar = plots.interval_bar(low, mean, high, (-reach, reach))
-        mark = {1: wording.BETTER, -1: wording.WORSE}.get(direction_of(entry))
+        mark = {1: wording.BETTER, -1: wording.WORSE}.get(distance_direction(entry))
         cell = DistanceCell(entry["metric"], entry["better"], value, difference, mark, bar)
         by_model.setdefault((entry["model"], entry["guidance_scale"]), []).append(cell)
     scale = headline["guidance_scale"]

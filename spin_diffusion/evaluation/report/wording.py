@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spin_diffusion.evaluation.records import ComparisonEntry, Metric, PartEntry, Results
-from spin_diffusion.evaluation.statistics import decimals_of
+from spin_diffusion.evaluation.records import ComparisonEntry, Metric, PartEntry
 
 MAX_LISTED = 400
 """Rows of a table that are shown."""
@@ -157,21 +156,6 @@ def size(num_bytes: int) -> str:
 def p_value(p: float) -> str:
     """A p-value as papers print it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def decimals_by_scorer(results: Results) -> dict[str, int]:
-    """Decimals that show two digits of each scorer's narrowest interval; 6 at most, 3 where no interval has a width."""
-    widths: dict[str, list[float]] = {}
-    for row in [*results["results"], *results["comparisons"]]:
-        if row["high"] > row["low"]:
-            widths.setdefault(row["scorer"], []).append((row["high"] - row["low"]) / 2)
-    found = {}
-    for scorer in results["scorers"]:
-        of_scorer = widths.get(scorer["name"], [])
-        # Far narrower than the others: a difference that is the same for all prompts, but for rounding
-        narrowest = min((width for width in of_scorer if width > 1e-3 * max(of_scorer)), default=None)
-        found[scorer["name"]] = decimals_of(narrowest or 0.0, 2)
-    return found
 
 
 def number(
