@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.diffusion.base import Base, python_arguments
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.curation import curation_line
@@ -153,7 +152,7 @@ def card(config: Config, pipeline: str, rows: int) -> Card:
         base.name,
         loading_code(base, pipeline, folder, arguments, place_name),
         _FAMILY_TAGS.get(pipeline, ()),
-        None if looks_like_a_path(place) else place,
+        place,
         [
             *([("base", f"`{base.placed(place_name)}`")] if base != Base(base.name) else []),
             ("images", f"{rows} from `{place_name(place)}`{chosen_by}"),

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_diffusion.data.rows import Expected, LeftOut, ReadReport, TextExample
-from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.data.text import read_held_out, read_text_examples
 from spin_diffusion.llm.base import LanguageBase, load_language_model
 from spin_diffusion.llm.chat import check_tokenizer, fingerprint, with_arguments
@@ -226,7 +225,7 @@ def card(config: LanguageConfig, output_dir: Path, rows: int) -> Card:
         base.name,
         code,
         (),
-        None if looks_like_a_path(dataset) else dataset,
+        dataset,
         [
             ("answers", f"{rows} from `{place_name(dataset)}`"),
             *round_facts(

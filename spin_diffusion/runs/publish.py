@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import spin_diffusion
+from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.evaluation.records import Results, read_results
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.evaluation.tables import as_markdown
@@ -35,8 +36,8 @@ class Card:
     """Lines of Python that load the model: by its name on the hub, or in the folder of the card."""
     tags: Sequence[str]
     """The hub's words for it, beside those of every run."""
-    dataset: str | None
-    """What was trained on, if it is a data set on the hub."""
+    dataset: str
+    """Hub id or place on this disk of what was trained on."""
     facts: Sequence[tuple[str, Any]]
     samples: str
     """What the page shows, in the plural."""
@@ -56,7 +57,7 @@ class Card:
 def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     """Write README.md: base, data, settings, the table with its intervals. No path of this machine is in it."""
     results = read_results(output_dir / "results.json") if (output_dir / "results.json").is_file() else None
-    on_hub, own = not Path(card.base).exists(), Path(card.base).name
+    on_hub, own = not is_local(card.base), place_name(card.base)
     objectives = objectives_of(config.rounds)
     generated = {source_of(config.rounds, name) for name in objectives}
     # Jinja without autoescape: this is Markdown. What a user or a data set wrote goes in as code or on one line.
@@ -66,7 +67,7 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         what=card.what,
         has_gallery="samples.png" in card.uploaded,
         title=_line(config.run.hub_model_id or output_dir.resolve().name),
-        base=_line(card.base if on_hub else Path(card.base).name),
+        base=_line(own),
         base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
         code=card.code,
         where=" and ".join(
@@ -88,7 +89,7 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
         **_licence(card.base, on_hub),
         base_model=card.base if on_hub else None,
         base_model_relation=("adapter" if card.is_adapter else "finetune") if on_hub else None,
-        datasets=[card.dataset] if card.dataset else None,
+        datasets=None if looks_like_a_path(card.dataset) else [card.dataset],
         library_name=card.library,
         pipeline_tag=card.task,
         tags=[card.task, card.library, *card.tags, *(["lora"] if card.is_adapter else []), "self-play", *objectives],
