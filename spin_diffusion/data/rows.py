@@ -120,20 +120,16 @@ class ReadReport:
         lines = [f"read {self.read} rows: used {self.used}, left out {sum(self.left_out.values())}"]
         for reason, count in self.left_out.items():
             if count and reason in BAD_REASONS:
-                lines += [f"  {reason}: {count}", *(f"    {row}" for row in self._named(reason))]
+                lines += [f"  {reason}: {count}", *(f"    {row}" for row in self.named(reason))]
             elif count:
                 lines.append(f"  {reason}: {count} (first: {self.kept_rows[reason][0]})")
         return lines
 
-    def _named(self, reason: str) -> list[str]:
-        """The first rows of a reason for a person, and how many more there are."""
+    def named(self, reason: str) -> list[str]:
+        """The first MAX_NAMED_ROWS rows of a reason for a person, and how many more there are."""
         more = self.left_out[reason] - MAX_NAMED_ROWS
         named = [str(row) for row in self.kept_rows[reason][:MAX_NAMED_ROWS]]
         return named + ([f"and {more:,} more"] if more > 0 else [])
-
-    def bad_rows(self) -> str:
-        """The bad rows on one line, up to MAX_NAMED_ROWS of each reason."""
-        return "; ".join(named for reason in BAD_REASONS for named in self._named(reason))
 
     def as_dict(self) -> dict[str, object]:
         """The same as plain values that json can write, with the reasons that occurred."""
@@ -308,10 +304,9 @@ def usable(
 
 
 def _bad_rows(source: Source, report: ReadReport) -> str:
-    return (
-        f"{source.name}: {report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad ({report.reasons()}): "
-        f"{report.bad_rows()}"
-    )
+    rows = "; ".join(row for reason in BAD_REASONS for row in report.named(reason))
+    bad = f"{report.bad} of {report.read} rows ({report.bad_share:.1%}) are bad"
+    return f"{source.name}: {bad} ({report.reasons()}): {rows}"
 
 
 def short_hash(*parts: bytes) -> bytes:
