@@ -22,6 +22,7 @@ from spin_diffusion.evaluation.records import FreeSettings
 from spin_diffusion.evaluation.report import plots
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.plots import Line
+from spin_diffusion.evaluation.tables import in_cell
 from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.store.run_dir import write_file
 
@@ -412,17 +413,13 @@ def as_markdown(results: Comparison) -> str:
                 lines += [f"| {' | '.join(map(_markdown, row))} |" for row in table.rows]
                 lines.append("")
     if failed := failures(results):
-        lines += ["## Runs without an end", "", *(f"- {_escaped(line)}" for line in failed), ""]
+        lines += ["## Runs without an end", "", *(f"- {in_cell(line)}" for line in failed), ""]
     return "\n".join(lines)
 
 
 def _markdown(cell: Text) -> str:
     stars = {"": "", "some": "*", "sure": "**"}[cell.weight]
-    return stars + _escaped(cell.text) + stars
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return stars + in_cell(cell.text) + stars
 
 
 @dataclass(frozen=True)

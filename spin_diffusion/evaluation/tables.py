@@ -130,7 +130,7 @@ def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
     """A table with each metric and, in brackets behind it, its difference to the baseline."""
     decimals = distance_decimals(compared["distances"])
     head = ["model", "guidance", *decimals]
-    parts = [f"**{_escaped(distribution_title(compared))}**", "", f"| {' | '.join(head)} |"]
+    parts = [f"**{in_cell(distribution_title(compared))}**", "", f"| {' | '.join(head)} |"]
     parts.append(f"|---|{'---:|' * (len(head) - 1)}")
     for (model, scale), entries in _distance_rows(compared).items():
         cells = []
@@ -142,7 +142,7 @@ def _distances_as_markdown(compared: DistributionEntry) -> list[str]:
                 cell += f" (**{apart}**)" if distance_direction(entry) else f" ({apart})"
             cells.append(cell)
         at = "given" if scale is None else f"{scale:g}"
-        parts.append(f"| {_escaped(model)} | {at} | {' | '.join(cells)} |")
+        parts.append(f"| {in_cell(model)} | {at} | {' | '.join(cells)} |")
     note = (
         "fd, kid: lower is better; the others: higher. In brackets the difference to the baseline with its 95 % "
         "jackknife interval, bold where it excludes 0."
@@ -179,7 +179,7 @@ def as_markdown(results: Results) -> str:
     for scorer, cells in cells_of(results).items():
         decimals = score_decimals(results)[scorer]
         head = ["model", *columns, "mean", "to baseline", "win / tie / loss", "p"]
-        parts += [f"**{_escaped(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
+        parts += [f"**{in_cell(_title(results, scorer, cells))}**", "", f"| {' | '.join(head)} |"]
         parts.append(f"|---|{'---:|' * (len(head) - 1)}")
         for (model, scale), (mean, compared) in cells.items():
             difference, counts, p = _difference(compared, decimals, " "), "", ""
@@ -188,14 +188,14 @@ def as_markdown(results: Results) -> str:
                 counts = f"{compared['wins']} / {compared['ties']} / {compared['losses']}"
                 p = "< 0.001" if compared["p_holm"] < 0.001 else f"{compared['p_holm']:.3f}"
             at = [scale_in_words(scale).removeprefix("guidance ") for _ in columns]
-            row = [_escaped(model), *at, _mean(mean, decimals, " "), difference, counts, p]
+            row = [in_cell(model), *at, _mean(mean, decimals, " "), difference, counts, p]
             parts.append(f"| {' | '.join(row)} |")
         note = f"{_CAPTION} p: the larger of the sign test's and the t-test's over prompts, adjusted by Holm."
         parts += ["", note, ""]
     if "distribution" in results and results["distribution"]["distances"]:
         parts += _distances_as_markdown(results["distribution"])
     for table in sweep_tables(results):
-        parts += [f"**{_escaped(table.title)}**", "", f"| {' | '.join(table.head)} |", "|---|" + "---:|" * 2]
+        parts += [f"**{in_cell(table.title)}**", "", f"| {' | '.join(table.head)} |", "|---|" + "---:|" * 2]
         parts += [f"| {' | '.join(row)} |" for row in table.rows] + [""]
     return "\n".join(parts)
 
@@ -294,7 +294,7 @@ def score_decimals(results: Results) -> dict[str, int]:
     return found
 
 
-def _escaped(text: str) -> str:
+def in_cell(text: str) -> str:
     """Text that stays inside its cell of a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
 

@@ -14,7 +14,7 @@ import spin_diffusion
 from spin_diffusion.data.sources import looks_like_a_path
 from spin_diffusion.evaluation.records import Results, read_results
 from spin_diffusion.evaluation.settings import RunConfig
-from spin_diffusion.evaluation.tables import as_markdown
+from spin_diffusion.evaluation.tables import as_markdown, in_cell
 from spin_diffusion.selfplay.round_settings import objective_of, objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError, is_local, read_bytes
@@ -66,18 +66,18 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     text = environment.get_template("model_card.md.j2").render(
         what=card.what,
         has_gallery="samples.png" in card.uploaded,
-        title=_line(config.run.hub_model_id or output_dir.resolve().name),
-        base=_line(own),
+        title=in_cell(config.run.hub_model_id or output_dir.resolve().name),
+        base=in_cell(own),
         base_link=f"https://huggingface.co/{card.base}" if on_hub else "#use",
         code=card.code,
         where=" and ".join(
             ([] if config.run.hub_model_id else ["in the folder of this card"])
-            + ([f"with the path of the base in place of `{_line(own)}`"] if not on_hub and own in card.code else [])
+            + ([f"with the path of the base in place of `{in_cell(own)}`"] if not on_hub and own in card.code else [])
         ),
         methods=_methods(objectives, card.sources),
         plays="opponent" in generated,
         prefers="data" in generated,
-        facts=[(name, _line(str(value))) for name, value in card.facts],
+        facts=[(name, in_cell(str(value))) for name, value in card.facts],
         table=as_markdown(results) if results else "",
         verdict=_verdict(results),
         protocol=results["protocol"]["id"][:16] if results else "",
@@ -208,11 +208,6 @@ def _verdict(results: Results | None) -> str:
     for verdict in results["verdicts"]:
         if (verdict["model"], verdict["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
             scale = verdict["guidance_scale"]
-            at = _line(verdict["model"]) + (f" at guidance {scale:g}" if scale is not None else "")
+            at = in_cell(verdict["model"]) + (f" at guidance {scale:g}" if scale is not None else "")
             return f"{at}: **{verdict['verdict']}**. {verdict['reason']}"
     return ""
-
-
-def _line(text: str) -> str:
-    """Text that stays within one line and one cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
