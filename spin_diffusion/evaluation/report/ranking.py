@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from spin_diffusion.evaluation.records import (
     AlarmEntry,
+    AlarmState,
     ComparisonEntry,
     ModelVerdict,
     RankingEntry,
@@ -75,15 +76,15 @@ def _title(ranking: RankingEntry, labels: Labels) -> str:
 def _believed(results: Results, model: str, verdict: ModelVerdict | None) -> str:
     if verdict is None:
         return ""
-    if fired := alarms_of(results, model, "alarm"):
+    if fired := _alarms_of(results, model, "alarm"):
         return f"not before you have looked: {listed([alarm['id'] for alarm in fired])}"
     if verdict == "inconclusive":
         return "no: it may be chance"
-    warned = alarms_of(results, model, "warn")
+    warned = _alarms_of(results, model, "warn")
     return "yes" + (f", with a warning: {listed([alarm['id'] for alarm in warned])}" if warned else ": no alarm")
 
 
-def alarms_of(results: Results, model: str | None, state: str) -> list[AlarmEntry]:
+def _alarms_of(results: Results, model: str | None, state: AlarmState) -> list[AlarmEntry]:
     """The alarms of a model in a state, at the headline's guidance scale."""
     scale = results["headline"]["guidance_scale"]
     return [
@@ -100,7 +101,7 @@ def to_do(results: Results, card: Card | None) -> tuple[str | None, list[AlarmEn
     first = [row.model for row in card.rows if row.place == 1] if card is not None else []
     if first and model not in first:
         model = first[0]
-    return model, alarms_of(results, model, "alarm")
+    return model, _alarms_of(results, model, "alarm")
 
 
 def rankings(results: Results) -> list[tuple[RankingEntry, list[ComparisonEntry]]]:
