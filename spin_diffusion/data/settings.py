@@ -27,7 +27,8 @@ class SourceSettings(Settings):
     """Real samples that are never trained on, nor any other sample of their prompts. The opponent draws for them too,
     and every round is asked how well its player tells the two apart: the held-out gap."""
     max_bad_share: float = setting(0.1, minimum=0, maximum=1)
-    """Share (0 to 1) of rows that are damaged; fewer are named and left out, more of them is an error."""
+    """Share (0 to 1) of rows that are damaged, or have no image, no prompt or no answer. Fewer are named and left out,
+    more of them is an error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,9 +91,6 @@ class DataSettings(SourceSettings):
 
     dataset_name: str | None = setting(None, first=True, instead_of="train_data_dir")
     """Hub id, local folder, parquet file or glob, webdataset tar or glob; braces as in shards/{0000..0009}.tar work."""
-    max_bad_share: float = setting(0.1, minimum=0, maximum=1)
-    """Share (0 to 1) of rows with a corrupt image, missing image or empty caption. Fewer are named and left out,
-    more of them is an error."""
     train_data_dir: str | None = setting(None, first=True, instead_of="dataset_name")
     """Folder of images with a metadata.jsonl, .csv or .parquet (file_name and caption), or with a .txt beside each.
     On the command line it stands for the --dataset_name of a file, and the reverse."""
@@ -128,9 +126,6 @@ class TextDataSettings(SourceSettings):
 
     dataset_name: str | None = setting(None, first=True)
     """Hub id, local folder, .jsonl, .json or parquet file, or a glob of one kind; braces as in {0000..0009} work."""
-    max_bad_share: float = setting(0.1, minimum=0, maximum=1)
-    """Share (0 to 1) of rows that are malformed, or have no prompt or no answer. Fewer are named and left out,
-    more of them is an error."""
     prompt_column: str | None = None
     """Column of the prompt, plain text or messages; default: prompt, where the answer's column does not hold it."""
     completion_column: str | None = None
