@@ -237,13 +237,9 @@ class Round:
             return pairs
         return pairs_visited(self.run.training, self.k, pairs, self.accelerator.num_processes)
 
-    def visited(self, samples: RealSamples, visits: int | None) -> Visited:
-        """The samples of a set that the opponent draws for: all held-out ones, of the others those that are visited.
-
-        Args:
-            visits: how many these are; None = all.
-        """
-        if visits is None or samples is not self.sets[0]:
+    def visited(self, samples: RealSamples, visits: int) -> Visited:
+        """The samples of a set that the opponent draws for: all held-out ones, of the others so many as are visited."""
+        if samples is not self.sets[0]:
             visits = samples.part.count(samples.data)
         return find_visited(samples.data, samples.part, visits, self.settings.seed, self.k)
 
@@ -278,7 +274,7 @@ class Round:
             self.settings.num_generated,
             samples.folder / CHOICES if self.candidates is not None else None,
             self.fixed_draws,
-            self.visited(samples, record.get("visits")) if self.source == "opponent" else None,
+            self.visited(samples, record["visits"]) if self.source == "opponent" else None,
         )
 
     def _check_samples(self, record: RoundRecord, folder: Path) -> None:
