@@ -1,7 +1,8 @@
 """How much of r is rounding: a run's scores with its UNets in bf16 autocast beside the same ones in fp32.
 
-    python training/train_spin_sdxl.py --config training/configs/toy_sdxl.yaml --rounds 1 --compare_with null \\
-      --validation_prompts null --scorers null --output_dir runs/rounding
+    python training/train_spin_sdxl.py --config training/configs/toy_sdxl.yaml --rounds 1 --max_train_samples 320 \\
+      --max_train_steps 40 --train_batch_size 32 --compare_with null --validation_prompts null \\
+      --scorers null --output_dir runs/rounding
     python benchmarks/rounding.py runs/rounding
 
 The player of a round and the opponent that it started from score the round's pairs in both precisions, at the same
