@@ -70,7 +70,7 @@ class DiffusionGame:
     level_name = "timesteps"
     remedies = {
         "forgetting": ", or set --winner_preserving_mu 0.9",
-        "forgetting_quarter": ", set --winner_preserving_mu 0.9, or weigh the levels with --score_weighting min_snr",
+        "forgetting_quarter": ", or set --winner_preserving_mu 0.9 or --score_weighting min_snr",
     }
     # Both models run on the same values, but a device may choose another kernel where no gradient is wanted
     start_tolerance = {"no": 1e-5, "bf16": 1e-4, "fp16": 1e-4}

@@ -49,7 +49,9 @@ class LanguageGame:
     """Player and opponent are weights, or adapters, of one base checkpoint and its tokenizer."""
 
     level_name = "answer lengths"
-    remedies: dict[str, str] = {}
+    remedies = dict.fromkeys(
+        ("forgetting", "forgetting_quarter"), ", or give --objective_options '{sft_weight: 0.1}' or take space"
+    )
     # A sum of log-probabilities in another batch: kernels and padding round differently
     start_tolerance = {"no": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
     prompt_columns = ("id", "prompt", "prompt_ids")

@@ -14,6 +14,7 @@ from spin_diffusion.runs.evaluate_settings import EvaluateSettings
 from spin_diffusion.samples.drawn import Draw
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.keys import key_of
+from spin_diffusion.store.progress import tell
 from spin_diffusion.store.weights import config_of
 
 
@@ -69,4 +70,4 @@ class Drawer:
             if source.base not in self._told:
                 self._told.add(source.base)
                 if line := CutPrompts(self.pipeline).add(row.prompt for row in self.prompts.rows).line("prompts"):
-                    self.accelerator.print(line)
+                    tell(line, self.accelerator)

@@ -43,7 +43,7 @@ from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import MAX_PICTURE_BYTES, InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of, known_hash
 from spin_diffusion.store.parsing import saved_settings
-from spin_diffusion.store.progress import Bars, Progress
+from spin_diffusion.store.progress import Bars, Progress, tell
 from spin_diffusion.store.run_dir import settle, shard_name, write_file
 from spin_diffusion.store.settings import harmless
 from spin_diffusion.store.yaml_files import dump_yaml
@@ -166,11 +166,12 @@ def _pictures(
     protocol = _protocol(settings, sources, prompts, drawer)
     wanted = prompts.requests(settings.num_images, settings.seed)
     scales = [f"{scale:g}" for scale in protocol["guidance_scales"] if scale is not None]
-    accelerator.print(
+    tell(
         f"{len(sources)} models, {len(prompts.rows)} prompts of {prompts.name} x {settings.num_images} images"
         + (f", guidance {', '.join(scales)}" if scales else "")
         + prompts.said_left_out()
-        + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one"
+        + f"\nProtocol {protocol['id'][:16]}: compare only with results of the same one",
+        accelerator,
     )
     models = []
     for source in sources:

@@ -36,7 +36,7 @@ from spin_diffusion.selfplay.one_round import Evaluate, Judgement
 from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
 from spin_diffusion.store.files import Tell, read_if_whole, write_json
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 
 PAGE_SHARE = 0.05
 """The most of the time that goes into writing the page anew while rounds are played."""
@@ -164,7 +164,7 @@ class RunEvaluator:
         self.accelerator.wait_for_everyone()  # all have looked before one of them changes something
         for name, directory, role, k in places:
             if directory / EVALUATION not in whole:
-                self.accelerator.print(f"{name}: its samples in {directory / EVALUATION} are made anew where they lack")
+                tell(f"{name}: its samples in {directory / EVALUATION} are made anew where they lack", self.accelerator)
                 source = f"{directory.relative_to(self.output_dir)}/{self.saved}"
                 self.game.restore(directory)
                 self._evaluate(name, directory / EVALUATION, role, k, source, "round")
@@ -205,9 +205,10 @@ class RunEvaluator:
         ]
         self.accelerator.wait_for_everyone()
         for model in stale:
-            self.accelerator.print(
+            tell(
                 f"{model.name}: a scorer has changed since its samples were scored, or scores were lost: they are "
-                "scored anew" + ("; what was decided by the old ones stays" if model.round_ else "")
+                "scored anew" + ("; what was decided by the old ones stays" if model.round_ else ""),
+                self.accelerator,
             )
             self._score(model, None)
             self._note(model)

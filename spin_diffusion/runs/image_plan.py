@@ -35,7 +35,7 @@ from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import check_batch, pairs_per_step, steps_of_round
 from spin_diffusion.selfplay.trainee import trained_parameters
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 
 
 def plan_images(config: Config, game: DiffusionGame, captions: CutPrompts, progress: Progress) -> Plan:
@@ -75,7 +75,7 @@ def settle_draws(config: Config, accelerator: Accelerator, pairs: int) -> Config
     visits = steps * pairs_per_step(config.training, world) / pairs
     fixed_draws = draws_worth_keeping(visits)
     if not fixed_draws:
-        accelerator.print(f"Fixed draws: none, since a round of {steps} steps visits a pair {visits:.2g} times")
+        tell(f"Fixed draws: none, since a round of {steps} steps visits a pair {visits:.2g} times", accelerator)
     return replace(config, denoiser=replace(config.denoiser, fixed_draws=fixed_draws))
 
 

@@ -47,7 +47,7 @@ from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 
 
 def run(config: Config, family_name: str) -> list[RoundRecord]:
@@ -68,7 +68,7 @@ def plateau(config: Config) -> None:
     asked = ImageRun(dataclasses.replace(config, **sections))
     asked.each_from_base = True
     for line in gains(asked.config, play_run(asked)):
-        asked.game.accelerator.print(line)
+        tell(line, asked.game.accelerator)
 
 
 class ImageRun(Run):
@@ -145,7 +145,7 @@ class ImageRun(Run):
             cut = CutPrompts(game.pipeline).add(Column(data, "prompt")).line("captions")
             chosen = curation_lines(curation.summary, config.data.curation) if curation and curation.summary else []
             for line in [*report.lines(), *([cut] if cut else []), *chosen]:
-                self.game.accelerator.print(line)
+                tell(line, self.game.accelerator)
         if curation and self.game.accelerator.is_main_process:
             curation.forget()
         return manifest
@@ -161,10 +161,11 @@ class ImageRun(Run):
     def ready(self, pairs: int, progress: Progress) -> None:
         """Settle how many draws are fixed, and keep the prompts' embeddings."""
         if (line := self._cut_prompts()) is not None:
-            self.game.accelerator.print(line)
+            tell(line, self.game.accelerator)
         if self.prompts is not None and self.prompts.broken:
-            self.game.accelerator.print(
-                f"{len(self.prompts.rows)} prompts of {self.prompts.name}{self.prompts.said_left_out()}"
+            tell(
+                f"{len(self.prompts.rows)} prompts of {self.prompts.name}{self.prompts.said_left_out()}",
+                self.game.accelerator,
             )
         self.config = settle_draws(self.config, self.game.accelerator, pairs)
         config, game = self.config, self.game

@@ -31,7 +31,7 @@ from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 from spin_diffusion.store.weights import config_of
 
 TEMPLATE_BYTES = 2**20
@@ -57,7 +57,7 @@ def plateau(config: LanguageConfig) -> None:
     run = LanguageRun(dataclasses.replace(config, **sections))
     run.each_from_base = True
     for line in gains(run.config, play_run(run)):
-        run.game.accelerator.print(line)
+        tell(line, run.game.accelerator)
 
 
 class LanguageRun(Run):
@@ -83,7 +83,7 @@ class LanguageRun(Run):
         if self.config.generation.engine == "vllm":
             versions["vllm"] = self._check_vllm(accelerator)
         for warning in warnings_of(self.config):
-            accelerator.print(f"Warning: {warning}")
+            tell(f"Warning: {warning}", accelerator)
         return versions
 
     def open(self, accelerator: Accelerator) -> None:
@@ -124,14 +124,14 @@ class LanguageRun(Run):
         manifest = self._prepare(self.output_dir / "data", answers, report, warnings, progress)
         if report.read:
             for line in [*warnings, *report.lines(), *self.game.chat.notes()]:
-                self.game.accelerator.print(line)
+                tell(line, self.game.accelerator)
         if self.held_out is not None:
             aside = ReadReport()
             self.game.chat.count_anew()
             self._prepare(self.held_out, read_held_out(data, report=aside), aside, [], progress)
             if aside.read:
                 for line in [f"{aside.used} answers", *aside.lines()[1:], *self.game.chat.notes()]:
-                    self.game.accelerator.print(f"held out: {line.strip()}")
+                    tell(f"held out: {line.strip()}", self.game.accelerator)
         return manifest
 
     def base(self) -> Mapping[str, object]:

@@ -146,9 +146,9 @@ def play_run(run: Run) -> list[RoundRecord]:
     rows, pairs = data["rows"], data["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, base, data, config, accelerator, versions)
-    accelerator.print(run.header(data) + round_lines(config, rows, accelerator))
+    tell(run.header(data) + round_lines(config, rows, accelerator), accelerator)
     for line in advice(config, rows, run.game, accelerator.num_processes):
-        accelerator.print(line)
+        tell(line, accelerator)
 
     run.ready(pairs, progress)
     _open_trackers(config, output_dir, accelerator)
@@ -181,7 +181,7 @@ def plan_run(run: Run) -> None:
     if accelerator.is_main_process:
         take_folder(output_dir, run.program)
     for line in run.plan(Bars() if accelerator.is_main_process else Progress()):
-        accelerator.print(line)
+        tell(line, accelerator)
 
 
 def _play_with_rivals(
@@ -208,7 +208,7 @@ def _play_with_rivals(
     for rival in (None, *config.rivals):
         rounds, folder = config.rounds, output_dir
         if rival is not None:
-            accelerator.print(f"For comparison: {rival}, with the same base, data and steps")
+            tell(f"For comparison: {rival}, with the same base, data and steps", accelerator)
             options = options_for(rival, rounds.objective_options)
             rounds = dataclasses.replace(rounds, objective=rival, objective_options=options)
             folder = output_dir / f"compare-{rival}"
@@ -248,7 +248,7 @@ def _evaluate_base(evaluator: RunEvaluator, output_dir: Path) -> list[Stage]:
     if begun or not evaluator.evaluates:
         return []
     stage = Stage(output_dir / "base", "EVALUATED", 1, time.perf_counter() - started)
-    evaluator.accelerator.print(status_line("base", stage, None))
+    tell(status_line("base", stage, None), evaluator.accelerator)
     return [stage]
 
 

@@ -32,7 +32,7 @@ from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.selfplay.record import Better
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 
 SELECTION, HELD_OUT = "selection", "held-out"
 
@@ -220,9 +220,10 @@ def sweep_models(
     if settings.sweep.by == "fd" and real is not None:
         judge = ByDistance(real, protocol["images_per_prompt"], accelerator, progress)
     judge.check(min(len(half.rows) for half in parts.values()))
-    accelerator.print(
+    tell(
         f"Sweep: {len(samplings)} settings of {len(models)} models on {len(parts[SELECTION].rows)} prompts, up to "
-        f"{passes / usual:.3g} times the drawing of these prompts by the default ({default.in_words})"
+        f"{passes / usual:.3g} times the drawing of these prompts by the default ({default.in_words})",
+        accelerator,
     )
     sweeper = _Sweeper(settings, models, protocol, drawer, accelerator, progress, judge)
     choosing = sweeper.draw(parts[SELECTION], dict.fromkeys(models, samplings))

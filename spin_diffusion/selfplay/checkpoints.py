@@ -125,7 +125,7 @@ class Checkpoints:
             self.trainee.ema.optimization_step = state["ema_steps"]
         if self.average is not None:
             self.average.weights = load_weights(path / AVERAGE, self.accelerator)
-        self.accelerator.print(f"Resuming from {path.parent.name}/{path.name}")
+        tell(f"Resuming from {path.parent.name}/{path.name}", self.accelerator)
         return state["step"], state["history"], state["selection"]
 
 

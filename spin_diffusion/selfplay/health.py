@@ -155,7 +155,8 @@ History = list[StepEntry]
 """What was logged of each optimizer step of the round so far."""
 
 Check = Callable[[History, float, HealthSettings], str | None]
-"""(history, the objective's beta, settings) -> a sentence with what is wrong and which setting to change, or None."""
+"""(history, the objective's beta, settings) -> what is wrong in a few words with the number, and in a sentence after it
+what to change; or None."""
 
 
 def smoothed(values: list[float]) -> tuple[float, float]:
@@ -175,10 +176,7 @@ def _lost(values: list[float], beta: float) -> float | None:
     return mean if len(values) >= WINDOW_STEPS and mean < -2 * error and beta * mean < -0.05 else None
 
 
-_HOLD_UP = (
-    "Lower --learning_rate or --max_train_steps, or use an objective that holds r_real up, such as space, or give "
-    "--objective_options '{sft_weight: 0.1}'"
-)
+_GENTLER = "Lower --learning_rate or --max_train_steps"
 
 
 def forgetting(history: History, beta: float, settings: HealthSettings) -> str | None:
@@ -186,10 +184,7 @@ def forgetting(history: History, beta: float, settings: HealthSettings) -> str |
     lost = _lost([entry["r_real"] for entry in history], beta)
     if lost is None:
         return None
-    return (
-        f"the player models the real samples worse than the opponent does (r_real {lost:.2e}, beta * r_real "
-        f"{beta * lost:.2f}): the margin grows by forgetting. {_HOLD_UP}"
-    )
+    return f"r_real {lost:.2e} (times beta {beta * lost:.2f}): the real samples are being forgotten. {_GENTLER}"
 
 
 def forgetting_quarter(history: History, beta: float, settings: HealthSettings) -> str | None:
@@ -201,9 +196,8 @@ def forgetting_quarter(history: History, beta: float, settings: HealthSettings) 
         lost = _lost([value for value in found if value is not None], beta)
         if lost is not None:
             return (
-                f"in quarter {quarter + 1} of 4 of the levels the player models the real samples worse than the "
-                f"opponent does (r_real {lost:.2e}, beta * r_real {beta * lost:.2f}), which the mean over all hides. "
-                f"{_HOLD_UP}"
+                f"r_real {lost:.2e} (times beta {beta * lost:.2f}) in quarter {quarter + 1} of 4 of the levels: there "
+                f"the real samples are being forgotten. {_GENTLER}"
             )
     return None
 
@@ -216,8 +210,8 @@ def saturation(history: History, beta: float, settings: HealthSettings) -> str |
     if share < settings.limit("saturation"):
         return None
     return (
-        f"its pairs are told apart ({share:.0%} of them beyond doubt), and further steps would only move the weights "
-        "at random. For more steps in a round lower --beta or raise --health {saturation: SHARE}"
+        f"its pairs are told apart ({share:.0%} of them beyond doubt). For more steps in a round lower --beta or raise "
+        "--health {saturation: SHARE}"
     )
 
 
@@ -231,9 +225,8 @@ def error_growth(history: History, beta: float, settings: HealthSettings) -> str
     if opponent <= 0 or player / opponent - 1 <= settings.limit("error_growth"):
         return None
     return (
-        f"the player's error on the real samples is {player / opponent - 1:.0%} above the opponent's (at most "
-        f"{settings.limit('error_growth'):.0%} by --health error_growth): what it draws is being spoilt. Lower "
-        "--learning_rate, or end the rounds sooner (--max_train_steps)"
+        f"the player's error on the real samples is {player / opponent - 1:.0%} above the opponent's (limit "
+        f"{settings.limit('error_growth'):.0%}): what it draws is being spoilt. {_GENTLER}"
     )
 
 
@@ -243,9 +236,8 @@ def distance(history: History, beta: float, settings: HealthSettings) -> str | N
     if not measured or measured[-1] <= settings.limit("distance"):
         return None
     return (
-        f"the weights are {measured[-1]:.0%} of their length away from the opponent's (at most "
-        f"{settings.limit('distance'):.0%} by --health distance): more than fine-tuning needs. Lower --learning_rate "
-        "or --max_train_steps"
+        f"the weights are {measured[-1]:.0%} of their length away from the opponent's (limit "
+        f"{settings.limit('distance'):.0%}). {_GENTLER}"
     )
 
 
@@ -258,25 +250,28 @@ def gradient_spike(history: History, beta: float, settings: HealthSettings) -> s
     if norm <= settings.limit("gradient_spike") * usual or usual == 0:
         return None
     return (
-        f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the median of the {WINDOW_STEPS} steps before "
-        f"({usual:.3g}): a broken sample, or a rate too high. Look at the samples of this step, lower "
-        "--learning_rate or --max_grad_norm"
+        f"the gradient norm is {norm:.3g}, {norm / usual:.0f} times the median of the {WINDOW_STEPS} steps before. "
+        "Look at the samples of this step, lower --learning_rate or --max_grad_norm"
     )
 
 
 def nothing_learnt(history: History, beta: float, settings: HealthSettings) -> str | None:
     """Accuracy at a half and no margin after three windows."""
-    if len(history) < 3 * WINDOW_STEPS or not any(entry["r_generated"] for entry in history):
-        return None  # of an objective without a generated side there is no margin to speak of
+    if len(history) < 3 * WINDOW_STEPS or not tells_apart(history):
+        return None
     accuracy, error = smoothed([entry["implicit_accuracy"] for entry in history])
     margin, _ = smoothed([entry["margin"] for entry in history])
     if abs(accuracy - 0.5) > max(2 * error, 0.02) or abs(beta * margin) > 0.05:
         return None
     return (
-        f"after {history[-1]['step']} steps the player tells real from generated no better than by chance (accuracy "
-        f"{accuracy:.2f}, beta * margin {beta * margin:+.3f}). Raise --learning_rate or --beta; or there is nothing "
-        "left to learn, and the run is done"
+        f"accuracy {accuracy:.2f}, beta * margin {beta * margin:+.3f}: real is told from generated no better than by "
+        "chance. Raise --learning_rate or --beta; or there is nothing left to learn"
     )
+
+
+def tells_apart(history: History) -> bool:
+    """Whether the objective has a generated side, without which there is no margin to speak of."""
+    return any(entry["r_generated"] for entry in history)
 
 
 RULES: dict[str, Check] = {

@@ -70,7 +70,7 @@ def play(run: SelfPlay) -> list[RoundRecord]:
         if record["state"] == "PROMOTED":
             promoted.append(round_)
         if record.get("learnt"):
-            run.accelerator.print(f"The run ends with round {k}: {record['rejected_because']}")
+            tell(f"The run ends with round {k}: {record['rejected_because']}", run.accelerator)
             break
     if promoted:
         mend_copy(promoted[-1], records[promoted[-1].k - 1])

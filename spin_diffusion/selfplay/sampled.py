@@ -44,6 +44,7 @@ from spin_diffusion.selfplay.record import (
 from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.files import read_rows
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import seed_from
 
 DRAWN_BY = "drawn_by"
@@ -199,9 +200,10 @@ def _judged(round_: Round, candidates: Candidates) -> dict[str, Any]:
     chosen = summary(round_.directory / CHOICES)
     ties = f"{chosen['ties_left_out']:.0%} of {chosen['self_labelled']} left out, all of one score"
     if chosen["self_labelled"]:
-        round_.accelerator.print(
+        tell(
             f"{round_.title}: candidates' best {chosen['mean_best']:+.4f}, worst {chosen['mean_worst']:+.4f} on "
-            f"average ({ties})"
+            f"average ({ties})",
+            round_.accelerator,
         )
     try:
         check_batch(chosen["pairs"], round_.run.training, round_.accelerator.num_processes)

@@ -48,6 +48,8 @@ class RoundPlan:
     loss: Loss
     anchored_at_player: bool
     """Whether the round starts with player = opponent, so that every r must be 0 at step 0."""
+    said: frozenset[str] = frozenset()
+    """Rules of health that have spoken in an earlier round, whose advice is not repeated."""
 
 
 def train(
@@ -167,10 +169,13 @@ def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> healt
     """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
     found = health.findings(history, plan.beta, trainee.settings.health)
     for one in found:
-        sentence = one.sentence + trainee.game.remedies.get(one.rule, "")
+        sentence = one.sentence
+        if health.tells_apart(history):
+            sentence += trainee.game.remedies.get(one.rule, "")
         history[-1].setdefault("findings", {})[one.rule] = sentence
         if trainee.accelerator.is_main_process:
-            tell(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {sentence}")
+            shown = sentence.partition(". ")[0] if one.rule in plan.said else sentence
+            tell(f"Round {plan.round_}, step {history[-1]['step']}, {one.rule}: {shown}")
     return health.gravest(found)
 
 

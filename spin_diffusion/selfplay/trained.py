@@ -33,6 +33,7 @@ from spin_diffusion.selfplay.record import (
     RoundRecord,
     SelectionRecord,
     TrainingRecord,
+    find_record,
     saved_names,
 )
 from spin_diffusion.selfplay.train import RoundPlan, train
@@ -40,6 +41,7 @@ from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
 from spin_diffusion.selfplay.watching import best_of, gain
 from spin_diffusion.store.input_error import InputError
+from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
 
 
@@ -58,7 +60,7 @@ def heed(round_: Round, probe: Probe, record: RoundRecord) -> None:
     """Print what the probe has said; InputError where it warns and is to stop the run."""
     shortcut = record["shortcut"]
     for line in shortcut["lines"]:
-        round_.accelerator.print(f"{round_.title}, before training: {line}")
+        tell(f"{round_.title}, before training: {line}", round_.accelerator)
     if probe.stops and shortcut["state"] == "warn":
         raise InputError(f"{round_.title} is not trained (--probe action: stop): {shortcut['lines'][0]}")
 
@@ -104,7 +106,7 @@ def _numbers(round_: Round, pairs: Pairs) -> dict[str, float]:
         return numbers
     score = mean_score(round_, pairs)
     beta = beta_of_score(score)
-    round_.accelerator.print(f"{round_.title}: beta {beta:g}, the real samples' mean score being {score:.3g}")
+    tell(f"{round_.title}: beta {beta:g}, the real samples' mean score being {score:.3g}", round_.accelerator)
     return numbers | {"beta": beta}
 
 
@@ -123,6 +125,12 @@ def _plan(round_: Round, numbers: dict[str, float], loss: Loss, pairs: int) -> R
         loss=with_anchor(loss, numbers.get("sft_weight", 0.0) * numbers["beta"]),
         anchored_at_player=round_.anchors == {round_.parent: 1.0}
         and (rounds.opponent != "ema" or round_.parent == 0 or rounds.anchor == "base"),
+        said=frozenset(
+            event["rule"]
+            for earlier in range(1, k)
+            if (record := find_record(round_.directory.with_name(f"round-{earlier}"))) is not None
+            for event in record["training"]["health"]
+        ),
     )
 
 
@@ -133,7 +141,7 @@ def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -
     visited = steps * check_batch(pairs, round_.run.training, round_.accelerator.num_processes)
     visits = visited / (pairs * game.fixed_draws)
     note = "" if visits >= 2 else ": fewer than 2 saves memory, not time"
-    round_.accelerator.print(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{note}")
+    tell(f"{round_.title}: {visits:.2g} visits of each of the pairs' fixed draws{note}", round_.accelerator)
 
 
 def _check_opponent(round_: Round, record: RoundRecord, before: str | None) -> None:
@@ -163,12 +171,13 @@ def _tell_training(round_: Round, training: TrainingRecord) -> None:
     if ended is not None:
         kept = f", the player as it was at step {ended['kept_step']}" if ended["action"] == "roll_back" else ""
         how = f", ended by {ended['rule']}{kept}"
-    round_.accelerator.print(
+    tell(
         f"{round_.title}: {training['steps']} steps{how}; over the last ones r_real {training['r_real']:+.2e}, "
-        f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}"
+        f"r_generated {training['r_generated']:+.2e}, accuracy {training['implicit_accuracy']:.2f}",
+        round_.accelerator,
     )
     if (selection := training.get("selection")) is not None:
-        round_.accelerator.print(f"{round_.title}: {_best_in_words(selection)}")
+        tell(f"{round_.title}: {_best_in_words(selection)}", round_.accelerator)
 
 
 def _best_in_words(selection: SelectionRecord) -> str:
@@ -222,9 +231,10 @@ def _told(round_: Round, record: RoundRecord, loss: Loss) -> Told:
 def _gap(round_: Round, told: Told) -> GapRecord:
     """How well the player tells held-out samples apart."""
     gap = gap_of(told)
-    round_.accelerator.print(
+    tell(
         f"{round_.title}: held-out gap {interval_text(gap)} nats over {gap['num_samples']} samples"
-        + ("" if is_above_zero(gap) else "; nothing is learnt that carries over")
+        + ("" if is_above_zero(gap) else "; nothing is learnt that carries over"),
+        round_.accelerator,
     )
     return gap
 
@@ -252,9 +262,10 @@ def evaluate(round_: Round, record: RoundRecord) -> StepResult:
 def decide(round_: Round, record: RoundRecord) -> StepResult:
     """Copy a promoted player to where users load it; a rejected one is set aside."""
     if record["rejected_because"] is not None:
-        round_.accelerator.print(
+        tell(
             f"round {round_.k} is rejected ({record['rejected_because']}): the player of "
-            f"{f'round {round_.parent}' if round_.parent else 'the base'} plays on"
+            f"{f'round {round_.parent}' if round_.parent else 'the base'} plays on",
+            round_.accelerator,
         )
         return StepResult({"decision": "rejected"})
     if round_.accelerator.is_main_process:

@@ -1,9 +1,13 @@
 """How far a phase of a round is, with the time it will still take."""
 
+import re
+import shutil
 import sys
+import textwrap
 import time
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 from tqdm.auto import tqdm
 
@@ -45,9 +49,11 @@ class Bars(Progress):
         def update(done: int, text: str = "") -> None:
             if text and total:  # a bar and a rate beside it would not fit in 80 columns
                 bar.bar_format = "{desc} {n_fmt}/{total_fmt} <{remaining} " + text
-            bar.update(min(done, total or done) - bar.n)
-            if total and done >= total:
-                bar.set_postfix_str(f"{total / max(time.monotonic() - started, 1e-9):.1f}/s")
+            if not total or done < total:
+                bar.update(done - bar.n)
+            elif not bar.disable:
+                bar.n = total  # closing it shows that, once
+                bar.set_postfix_str(f"{total / max(time.monotonic() - started, 1e-9):.1f}/s", refresh=False)
                 bar.close()
 
         # Of work that several processes share, the one with the bar only guesses how much the others have done
@@ -73,9 +79,30 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def tell(text: str) -> None:
-    """Print a line of its own while bars are open, which stay."""
+class _Process(Protocol):
+    @property
+    def is_main_process(self) -> bool: ...
+
+
+def tell(text: str, by: _Process | None = None) -> None:
+    """Print lines of their own while bars are open, which stay; on a terminal no line is wider than it.
+
+    Args:
+        by: whose main process alone prints; None = whoever calls.
+    """
+    if by is not None and not by.is_main_process:
+        return
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(_wrapped(line, width) for line in text.splitlines())
     tqdm.write(text, file=sys.stdout)
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line in several, those after the first indented: to where its text begins behind a name or spaces."""
+    begins = re.match(r"\S+ {2,}| +", line)
+    indent = " " * (begins.end() if begins else 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def end_bars() -> None:

@@ -123,7 +123,7 @@ def test_every_rule_has_its_two_cases_and_its_setting():
 @pytest.mark.parametrize("rule", FIRES)
 def test_a_rule_fires_and_names_a_setting(rule):
     sentence = health.RULES[rule](history(**FIRES[rule]), BETA, WATCHED)
-    assert sentence is not None and "--" in sentence and len(sentence) < 400
+    assert sentence is not None and "--" in sentence and len(sentence) < 200
     assert health.findings(history(**FIRES[rule]), BETA, WATCHED)
 
 

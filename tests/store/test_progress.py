@@ -2,10 +2,11 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from spin_diffusion.store.progress import Bars, in_bar, span
+from spin_diffusion.store.progress import Bars, in_bar, span, tell
 
 
 class Terminal(io.StringIO):
@@ -24,6 +25,20 @@ def test_a_bar_with_a_text_shows_all_of_it_in_80_columns(monkeypatch):
     last = terminal.getvalue().rsplit("\r", 1)[-1].rstrip()
     assert last == "spin round 10: train 500/500 <00:00 r_real +1.2e-4 r_generated -3.4e-4 loss 0.65"
     assert len(last) <= 80
+    assert terminal.getvalue().count("500/500") == 1, "a bar that is over is shown once"
+
+
+def test_lines_on_a_terminal_are_no_wider_than_it_and_are_said_by_the_main_process_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "40")
+    tell("Objective  spin, opponent latest, drawn at guidance 3, 10 steps\nspin round 1: drawn in 3 s, and so on and on")
+    tell("nothing", SimpleNamespace(is_main_process=False))
+    assert terminal.getvalue().splitlines() == [
+        "Objective  spin, opponent latest, drawn",
+        "           at guidance 3, 10 steps",
+        "spin round 1: drawn in 3 s, and so on",
+        "  and on",
+    ]
 
 
 @pytest.mark.parametrize(
