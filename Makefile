@@ -7,8 +7,7 @@ CONSTRAINTS ?= constraints.txt
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
-	$(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_spin_sdxl.py \
-		--config training/configs/toy_sdxl.yaml
+	ACCELERATE_USE_CPU=1 $(BIN)/spin-diffusion demo
 
 ## Install, then SPACE on a small language model, and SPACE, SPIN and fine-tuning side by side; results in runs/toy-llm*
 demo-llm: install

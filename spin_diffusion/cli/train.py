@@ -5,8 +5,11 @@ One device needs no launcher. Several:
     accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli train sdxl --config ...
 """
 
+import os
+
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
+from spin_diffusion.store.progress import tell
 
 DEMO = "toy_sdxl"
 
@@ -24,6 +27,7 @@ def train_sd(argv: list[str]) -> None:
 def train_llm(argv: list[str]) -> None:
     """Fine-tune a language model."""
     config = parse_language_config(argv)
+    _begin(config.run.output_dir, config.model.model_name_or_path)
     from spin_diffusion.runs.language_run import run_language
 
     run_language(config)
@@ -34,8 +38,15 @@ def demo(argv: list[str]) -> None:
     train_sdxl(["--config", DEMO, *argv])
 
 
+def _begin(output_dir: str, base: str | None) -> None:
+    """Say at once what goes on: the libraries take longer to be imported than a user waits in doubt."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"Run        {output_dir}: loading the libraries and {base}")
+
+
 def _train_images(argv: list[str], family_name: str) -> None:
     config = parse_config(argv)
+    _begin(config.run.output_dir, config.model.pretrained_model_name_or_path)
     # After the settings: a misspelt flag is not answered only when all libraries are there
     from spin_diffusion.runs.image_run import run
 

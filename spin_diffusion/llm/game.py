@@ -75,6 +75,7 @@ class LanguageGame:
         self.chat = Chat(tokenizer, max_length=settings.max_length, max_new_tokens=generation.max_new_tokens)
         self.model: PreTrainedModel | PeftModel = model.to(accelerator.device)
         _without_dropout(self.model)
+        self.base_hash = weights_hash(model)  # before it has an adapter, which begins at random
         if settings.use_lora:
             self.model = _with_adapters(model, settings)
             fresh = get_peft_model_state_dict(self.model, adapter_name=PLAYER)

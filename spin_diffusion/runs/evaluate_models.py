@@ -118,9 +118,9 @@ def _tell(results: Results, output_dir: Path) -> None:
     print_table(results)
     for said in results["verdicts"]:
         at = "" if said["guidance_scale"] is None else f" at guidance {said['guidance_scale']:g}"
-        print(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
+        tell(f"{said['model']}{at}: {said['verdict']}. {said['reason']}")
     for line in closing_lines(results):
-        print(line)
+        tell(line)
     if results["failures"]:
         print(f"{len(results['failures'])} pictures are missing, broken or without a score; the report lists them")
     print(f"Report: {write_report(output_dir)}")

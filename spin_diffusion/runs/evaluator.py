@@ -313,9 +313,9 @@ class RunEvaluator:
         headline = results["headline"]
         for verdict in results["verdicts"]:
             if (verdict["model"], verdict["guidance_scale"]) == (headline["model"], headline["guidance_scale"]):
-                print(f"Verdict on {verdict['model']}: {verdict['verdict']}. {verdict['reason']}")
+                tell(f"Verdict on {verdict['model']}: {verdict['verdict']}. {verdict['reason']}")
         for line in closing_lines(results):
-            print(line)
+            tell(line)
         print(f"Report: {self.output_dir / 'report.html'}")
         self.samples.finish(self._models())
 

@@ -28,7 +28,6 @@ from spin_diffusion.runs.run import Run, plan_run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
-from spin_diffusion.store.files import weights_hash
 from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress, tell
@@ -136,8 +135,8 @@ class LanguageRun(Run):
 
     def base(self) -> Mapping[str, object]:
         """The base with the adapters that were merged into it, and the hash of its weights."""
-        model = self.game.model
-        return self.game.base.identity() | {"weights": weights_hash(model), "parts": key_of(config=config_of(model))}
+        parts = key_of(config=config_of(self.game.model))
+        return self.game.base.identity() | {"weights": self.game.base_hash, "parts": parts}
 
     def header(self, data: DataManifest) -> str:
         """What the run plays with."""

@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 import textwrap
-import time
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -44,7 +43,6 @@ class Bars(Progress):
             leave=True,
         )
         _open.add(bar)
-        started = time.monotonic()
 
         def update(done: int, text: str = "") -> None:
             if text and total:  # a bar and a rate beside it would not fit in 80 columns
@@ -52,8 +50,7 @@ class Bars(Progress):
             if not total or done < total:
                 bar.update(done - bar.n)
             elif not bar.disable:
-                bar.n = total  # closing it shows that, once
-                bar.set_postfix_str(f"{total / max(time.monotonic() - started, 1e-9):.1f}/s", refresh=False)
+                bar.n = total  # closing it shows that, once, with the mean rate
                 bar.close()
 
         # Of work that several processes share, the one with the bar only guesses how much the others have done
@@ -96,6 +93,7 @@ def tell(text: str, by: _Process | None = None) -> None:
         width = shutil.get_terminal_size().columns
         text = "\n".join(_wrapped(line, width) for line in text.splitlines())
     tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _wrapped(line: str, width: int) -> str:

@@ -282,7 +282,7 @@ def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeyp
     said = records[0]["training"]["health"][0]
     assert (said["step"], said["rule"], said["action"]) == (4, "distance", "warn")
     assert said["sentence"].startswith("the weights are 50%")
-    assert "--health distance" in capsys.readouterr().out
+    assert "--learning_rate" in capsys.readouterr().out
 
 
 @drawing_for_all()
