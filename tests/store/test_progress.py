@@ -31,13 +31,13 @@ def test_a_bar_with_a_text_shows_all_of_it_in_80_columns(monkeypatch):
 def test_lines_on_a_terminal_are_no_wider_than_it_and_are_said_by_the_main_process_alone(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setenv("COLUMNS", "40")
-    tell("Objective  spin, opponent latest, drawn at guidance 3, 10 steps\nspin round 1: drawn in 3 s, so and so on")
+    tell("Objective  spin, opponent latest, drawn at guidance 3, 10 steps\nspin round 1: drawn in 3 s, so and so long")
     tell("nothing", SimpleNamespace(is_main_process=False))
     assert terminal.getvalue().splitlines() == [
         "Objective  spin, opponent latest, drawn",
         "           at guidance 3, 10 steps",
         "spin round 1: drawn in 3 s, so and so",
-        "  on",
+        "  long",
     ]
 
 
