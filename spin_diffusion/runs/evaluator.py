@@ -21,7 +21,7 @@ from spin_diffusion.evaluation.records import (
     modality_of,
     read_results,
 )
-from spin_diffusion.evaluation.report import write_report
+from spin_diffusion.evaluation.report import write_report, write_run_page
 from spin_diffusion.evaluation.results import conclude, training_entries
 from spin_diffusion.evaluation.scoring import SampleFolder, are_scored, score_samples
 from spin_diffusion.evaluation.settings import RunConfig
@@ -108,9 +108,28 @@ def _place_of(model: EvaluatedModel) -> Path:
     return model.folder.scores.parent
 
 
+def facts_of(header: str) -> list[tuple[str, str]]:
+    """The lines of a header as (name, value); one that is indented belongs to the name before it."""
+    facts: list[tuple[str, str]] = []
+    for line in header.splitlines():
+        name, _, value = line.partition(" ")
+        if name:
+            facts.append((name, value.strip()))
+        else:
+            facts[-1] = (facts[-1][0], f"{facts[-1][1]}; {value.strip()}")
+    return facts
+
+
 class RunEvaluator:
-    """What a run measures, and what it tells of it. Without samples there is nothing to evaluate with, and everything
-    here does nothing."""
+    """What a run measures, and what it tells of it. Without samples there is nothing to evaluate with, and the page
+    tells of training alone.
+
+    Attributes:
+        header: what the run plays with, in lines, each with a name at its start or indented.
+        so_far: how far the run is, in a line.
+    """
+
+    header, so_far = "", "It has just begun."
 
     def __init__(
         self,
@@ -126,6 +145,7 @@ class RunEvaluator:
         self._samples = samples
         self._last: Results | None = None
         self._page_due = 0.0
+        self._title = f"Self-play run {self.output_dir.name}"
 
     @property
     def samples(self) -> EvaluationSamples:
@@ -138,6 +158,7 @@ class RunEvaluator:
     def base(self) -> None:
         """Evaluate the base, and bring the evaluations of finished rounds up to date; what is as it should be stays."""
         if self._samples is None:
+            self.refresh()
             return
         self.game.restore(None)
         self._evaluate("base", self.output_dir / "base", "baseline", 0, *self.base_source)
@@ -279,8 +300,12 @@ class RunEvaluator:
         return self._samples is not None
 
     def refresh(self) -> None:
-        """Write the page anew, where that takes no more than PAGE_SHARE of the time; main process only."""
-        if self._last is not None and time.monotonic() >= self._page_due:
+        """Write the page anew, by the main process, where that takes no more than PAGE_SHARE of the time."""
+        if not self.accelerator.is_main_process or time.monotonic() < self._page_due:
+            return
+        if self._samples is None:
+            self._write_page()
+        elif self._last is not None:
             self._bring_up_to_date(self._last)
 
     def _bring_up_to_date(self, results: Results) -> None:
@@ -291,18 +316,26 @@ class RunEvaluator:
 
     def _write_page(self) -> None:
         started = time.monotonic()
-        write_report(self.output_dir)
+        if self._samples is not None:
+            write_report(self.output_dir)
+        else:
+            of_answers, training = self.base_source[1] == "model", self._of_training([])
+            write_run_page(self.output_dir, self._title, facts_of(self.header), self.so_far, of_answers, training)
         now = time.monotonic()
         self._page_due = now + (now - started) / PAGE_SHARE
 
     def _of_training(self, models: list[EvaluatedModel]) -> OfTraining:
         page = page_of(self.config, self.output_dir)
-        page["measures"] += [dict(measure) for measure in self.samples.measures(models)]
+        if self._samples is not None:
+            page["measures"] += [dict(measure) for measure in self._samples.measures(models)]
         return cast(OfTraining, page)
 
     def tell(self) -> None:
         """Print and write the table, finish the page; main process only."""
         if self._samples is None:
+            self.so_far = "It is over."
+            self._write_page()
+            print(f"Report: {self.output_dir / 'report.html'}")
             return
         if self._last is None:
             self._report()
@@ -399,6 +432,6 @@ class RunEvaluator:
     def _report(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        models, title = self._models(), f"Self-play run {self.output_dir.name}"
-        self._last = self._conclude(self.output_dir, models, title, **self._of_training(models))
+        models = self._models()
+        self._last = self._conclude(self.output_dir, models, self._title, **self._of_training(models))
         self._write_page()

@@ -146,13 +146,15 @@ def play_run(run: Run) -> list[RoundRecord]:
     rows, pairs = data["rows"], data["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, base, data, config, accelerator, versions)
-    tell(run.header(data) + round_lines(config, rows, accelerator), accelerator)
+    header = run.header(data) + round_lines(config, rows, accelerator)
+    tell(header, accelerator)
     for line in advice(config, rows, run.game, accelerator.num_processes):
         tell(line, accelerator)
 
     run.ready(pairs, progress)
     _open_trackers(config, output_dir, accelerator)
     evaluator = run.evaluator(progress)
+    evaluator.header = header
     records = _play_with_rivals(run, evaluator, pairs, accelerator, progress)
     if accelerator.is_main_process:
         card = run.card(rows)
@@ -201,7 +203,8 @@ def _play_with_rivals(
         stages = base + stages_of(config, output_dir, pairs, accelerator.num_processes, evaluates)
         for stage in stages:
             if (stage.where, stage.state) == (round_.directory, state) and stage.amount:
-                tell(status_line(round_.title, stage, seconds_left(stages)))
+                evaluator.so_far = status_line(round_.title, stage, seconds_left(stages))
+                tell(evaluator.so_far)
         evaluator.refresh()
 
     of_rounds = _set_aside if run.each_from_base else evaluator.of_rounds()

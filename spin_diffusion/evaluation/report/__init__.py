@@ -21,16 +21,18 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.records import samples_per_prompt
+from spin_diffusion.evaluation.records import OfTraining, Results, samples_per_prompt
 from spin_diffusion.evaluation.report import gallery, plots, ranking, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.history import Past
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
+from spin_diffusion.evaluation.results import training_entries
 from spin_diffusion.evaluation.table_files import table_files, write_tables
 from spin_diffusion.evaluation.tables import losses_of, not_swept, sweep_tables
 from spin_diffusion.store.input_error import InputError, read_bytes
@@ -73,6 +75,25 @@ def write_report(directory: Path, output: Path | None = None, past: Sequence[Pas
     return output
 
 
+def write_run_page(
+    directory: Path, title: str, facts: Sequence[tuple[str, str]], so_far: str, of_answers: bool, training: OfTraining
+) -> None:
+    """Write the page of a run that evaluates nothing, by the same template: what it plays with, previews, training.
+
+    Args:
+        facts: (name, value) of what the run plays with.
+        so_far: how far it is, in a line.
+        of_answers: whether a language model is trained.
+    """
+    bare: dict[str, object] = {"title": title, "models": [], "scorers": [], "results": [], "comparisons": []}
+    bare["protocol"] = {"sampling": {}} if of_answers else {}
+    evaluation = Evaluation(directory, cast(Results, bare | training_entries(training)), [], {})
+    told = [(name, wording.shortened(value, 600)) for name, value in facts]
+    sections = _training_sections(evaluation) | {"run": told, "so_far": so_far}
+    page = _template().render(page=sections).encode("utf-8")
+    write_file(directory / "report.html", lambda part: part.write_bytes(page))
+
+
 def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES, past: Sequence[Past] = ()) -> bytes:
     """The page, with as many pictures or answers as fit into `max_bytes`."""
     sections, sample_of = _sections(evaluation), gallery.sample_maker(evaluation)
@@ -96,7 +117,7 @@ def build_page(evaluation: Evaluation, max_bytes: int = MAX_PAGE_BYTES, past: Se
 def _sections(evaluation: Evaluation) -> dict[str, object]:
     """What the template sets beside the entries of results.json, but for the gallery and what hangs on it."""
     results = evaluation.results
-    labels, edition, headline = Labels(results), edition_of(results), results["headline"]
+    labels, headline = Labels(results), results["headline"]
     candidate = None if headline["model"] == results["baseline"] else headline["model"]
     of_headline = [
         verdict
@@ -106,11 +127,7 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
     alarms, other_alarms = tables.alarm_rows(results)
     card = ranking.ranking_card(results)
     return {
-        "results": results,
-        "labels": labels,
-        "edition": edition,
-        **dress("page.js"),
-        "generator": _GENERATOR,
+        **_training_sections(evaluation),
         "baseline": labels.model(results["baseline"]),
         "candidate": "" if candidate is None else labels.model(candidate),
         "scale": labels.scale(headline["guidance_scale"]),
@@ -136,20 +153,37 @@ def _sections(evaluation: Evaluation) -> dict[str, object]:
             ("strengths", "Over the strength", tables.strength_panels(results)),
         ],
         "legend": [(plots.legend_key(style), labels.scale(scale)) for style, scale in enumerate(labels.scales)],
-        "training": training.training_panels(results),
-        "training_legend": training.LEGEND,
-        "selection": training.selection_panels(results),
-        "previews": training.preview_sheets(evaluation),
-        "events": results.get("training_events", [])[: wording.MAX_LISTED],
-        "ledger": results.get("ledger", [])[: wording.MAX_LISTED],
-        "disk": training.disk_line(results),
-        "measures": training.measure_table(results),
-        "measure_curves": training.measure_curves(results),
         "sweeps": sweep_tables(results),
         "parts": tables.part_tables(results),
         "distributions": tables.distributions(evaluation),
         "protocol": tables.protocol_facts(results),
         "per_prompt": samples_per_prompt(results["protocol"]),
+    }
+
+
+def _training_sections(evaluation: Evaluation) -> dict[str, object]:
+    """What the template needs of every page, evaluated or not: its dress, and what is told of training."""
+    results = evaluation.results
+    told: dict[str, object] = {
+        "training": training.training_panels(results),
+        "selection": training.selection_panels(results),
+        "events": results.get("training_events", [])[: wording.MAX_LISTED],
+        "ledger": results.get("ledger", [])[: wording.MAX_LISTED],
+        "measures": training.measure_table(results),
+    }
+    return {
+        "results": results,
+        "labels": Labels(results),
+        "edition": edition_of(results),
+        **dress("page.js"),
+        "generator": _GENERATOR,
+        "run": [],
+        **told,
+        "has_training": any(told.values()),
+        "training_legend": training.LEGEND,
+        "previews": training.preview_sheets(evaluation),
+        "disk": training.disk_line(results),
+        "measure_curves": training.measure_curves(results),
     }
 
 
