@@ -64,6 +64,8 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
     sources = _sources(settings)
     settings = dataclasses.replace(settings, images_per_prompt=_images_per_prompt(settings, sources))
     prompts, captions = _checked_input(settings, sources, output_dir)
+    baseline = settings.baseline or sources[0].name  # the prompts and their order do not depend on it
+    sources = sorted(sources, key=lambda source: source.name != baseline)
     quiet_libraries()
     accelerator = make_accelerator(settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
@@ -223,7 +225,7 @@ def _drawing(progress: Progress, name: str, scale: float | None, total: int) -> 
 
 
 def _sources(settings: EvaluateSettings) -> list[ModelSource]:
-    """The models, the baseline first."""
+    """The models, in their order."""
     if not settings.models:
         raise InputError("--models is missing: give NAME=PATH_OR_ID for each model")
     if not settings.scorers:
@@ -235,10 +237,9 @@ def _sources(settings: EvaluateSettings) -> list[ModelSource]:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--models has {name!r} twice: give every model a name of its own")
-    baseline = settings.baseline or names[0]
-    if baseline not in names:
-        raise InputError(f"--baseline {baseline}: there is no such model (there are {', '.join(names)})")
-    return sorted(sources, key=lambda source: source.name != baseline)
+    if settings.baseline not in (None, *names):
+        raise InputError(f"--baseline {settings.baseline}: there is no such model (there are {', '.join(names)})")
+    return sources
 
 
 def _images_per_prompt(settings: EvaluateSettings, sources: list[ModelSource]) -> int:
@@ -295,7 +296,7 @@ def _prompts(settings: EvaluateSettings, sources: list[ModelSource]) -> PromptSe
         raise InputError(few + pictures.note())
     kept = tuple(PromptRow(f"{n:05d}", text, categories[text] or None) for n, text in enumerate(texts))
     return PromptSet(
-        printable(Path(sources[0].path).name), kept, prompts_hash(texts), "not stated", "the pictures of the baseline"
+        printable(Path(sources[0].path).name), kept, prompts_hash(texts), "not stated", "the first model's pictures"
     )
 
 

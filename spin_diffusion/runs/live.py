@@ -1,15 +1,18 @@
 """What a run says while it goes on: how long each stage of a round took, and when the whole run will be over."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from spin_diffusion.evaluation.settings import RunConfig
-from spin_diffusion.runs.page import run_folders
+from spin_diffusion.runs.page import read_for_page, run_folders
+from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import RoundRecord, State, find_record, has_reached
 from spin_diffusion.selfplay.round_settings import source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
+from spin_diffusion.store.files import read_json
 from spin_diffusion.store.progress import span
 
 STAGES: dict[State, tuple[str, tuple[str, ...]]] = {
@@ -36,14 +39,54 @@ class Stage:
     seconds: float | None = None
 
 
-def seconds_left(stages: Sequence[Stage]) -> float | None:
-    """What the stages that are not over will take, at the pace of the last one of their state that is; None where none
-    of a state is over yet."""
+@dataclass(frozen=True)
+class Left:
+    """What the stages that are not over will take, in seconds; `is_rough` where the pace of one is a guess."""
+
+    seconds: float
+    is_rough: bool = False
+
+
+def time_left(stages: Sequence[Stage], guessed: Mapping[State, float]) -> Left | None:
+    """What is left at the pace of the last stage of each state that is over; None where none is, and no guess.
+
+    Args:
+        guessed: seconds for each unit of a stage's amount.
+    """
     pace = {stage.state: stage.seconds / stage.amount for stage in stages if stage.seconds is not None and stage.amount}
     left = [stage for stage in stages if stage.seconds is None and stage.amount]
-    if any(stage.state not in pace for stage in left):
+    if any(stage.state not in pace and stage.state not in guessed for stage in left):
         return None
-    return sum(pace[stage.state] * stage.amount for stage in left)
+    seconds = sum(pace.get(stage.state, guessed.get(stage.state, 0.0)) * stage.amount for stage in left)
+    return Left(seconds, any(stage.state not in pace for stage in left))
+
+
+class _PlannedRounds(TypedDict):
+    rounds: list[dict[str, float]]
+
+
+def guessed_paces(output_dir: Path, steps: int, costs: Costs | None, pairs_per_step: int) -> dict[State, float]:
+    """Seconds for each unit of a stage's amount, before one was timed: as `plan` predicted of round 1, else a step's
+    by its FLOPs, at the rate at which round 1's samples were drawn.
+
+    Args:
+        steps: of round 1.
+        costs: what the phases of a round take; None = not known.
+    """
+    planned = read_for_page(read_json, output_dir / "plan.json", _PlannedRounds)
+    if planned is not None and planned["rounds"]:
+        phases = planned["rounds"][0]
+        return {
+            "CACHED": phases.get("generated", 0.0) + phases.get("cached", 0.0),
+            "TRAINED": (phases.get("trained", 0.0) + phases.get("looked", 0.0)) / max(steps, 1),
+            "EVALUATED": phases.get("evaluated", 0.0),
+        }
+    record = find_record(output_dir / "round-1")
+    drawn = record.get("ledger", {}).get("generated") if record is not None else None
+    flops = costs.flops(1, "trained", pairs_per_step) if costs is not None else None
+    if drawn is None or not drawn["flops"] or flops is None:
+        return {}
+    return {"TRAINED": flops * drawn["seconds"] / drawn["flops"]}
 
 
 def stages_of(config: RunConfig, output_dir: Path, pairs: int, world: int, evaluates: bool) -> list[Stage]:
@@ -81,15 +124,18 @@ def _stage(where: Path, state: State, amount: int, record: RoundRecord | None) -
     return Stage(where, state, amount, sum(record["seconds"].get(phase, 0.0) for phase in STAGES[state][1]))
 
 
-def status_line(title: str, stage: Stage, left: float | None) -> str:
+def status_line(title: str, stage: Stage, left: Left | None) -> str:
     """What is said after a stage of the round of this title, in less than 80 characters.
 
     Args:
-        left: seconds that the run will still take; None = not known yet.
+        left: what the run will still take; None = not known yet.
     """
     line = f"{title}: {STAGES[stage.state][0]} in {span(stage.seconds or 0.0)}"
     if left is None:
         return f"{line}; the time left is not known yet"
-    if left == 0:
+    if left.seconds == 0:
         return line
-    return f"{line}; some {span(left)} left, until {time.strftime('%a %H:%M', time.localtime(time.time() + left))}"
+    if left.is_rough:
+        return f"{line}; roughly {span(left.seconds)} left, a guess"
+    over = time.strftime("%a %H:%M", time.localtime(time.time() + left.seconds))
+    return f"{line}; some {span(left.seconds)} left, until {over}"

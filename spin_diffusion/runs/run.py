@@ -17,7 +17,7 @@ from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
-from spin_diffusion.runs.live import Stage, seconds_left, stages_of, status_line
+from spin_diffusion.runs.live import Stage, guessed_paces, stages_of, status_line, time_left
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
 from spin_diffusion.runs.start import (
     LOGS,
@@ -40,7 +40,7 @@ from spin_diffusion.selfplay.record import RoundRecord, State
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
-from spin_diffusion.selfplay.train_settings import check_batch
+from spin_diffusion.selfplay.train_settings import check_batch, pairs_per_step, steps_of_round
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress, tell
@@ -197,15 +197,23 @@ def _play_with_rivals(
     config, output_dir = run.config, run.output_dir
     records: list[RoundRecord] = []
     evaluates, costs = evaluator.evaluates and not run.each_from_base, run.costs(pairs)
-    base = _evaluate_base(evaluator, output_dir)
+    world, base = accelerator.num_processes, _evaluate_base(evaluator, output_dir)
+    steps, per_step = steps_of_round(config.training, 1, pairs, world)[0], pairs_per_step(config.training, world)
+    costs_of_run = costs(config.rounds) if costs is not None else None
+
+    def tell_left(title: str, where: Path, state: State) -> None:
+        stages = base + stages_of(config, output_dir, pairs, world, evaluates)
+        for stage in stages:
+            if (stage.where, stage.state) == (where, state) and stage.amount:
+                guessed = guessed_paces(output_dir, steps, costs_of_run, per_step)
+                evaluator.so_far = status_line(title, stage, time_left(stages, guessed))
+                tell(evaluator.so_far, accelerator)
 
     def reached(round_: Round, state: State) -> None:
-        stages = base + stages_of(config, output_dir, pairs, accelerator.num_processes, evaluates)
-        for stage in stages:
-            if (stage.where, stage.state) == (round_.directory, state) and stage.amount:
-                evaluator.so_far = status_line(round_.title, stage, seconds_left(stages))
-                tell(evaluator.so_far)
+        tell_left(round_.title, round_.directory, state)
         evaluator.refresh()
+
+    tell_left("base", output_dir / "base", "EVALUATED")
 
     of_rounds = _set_aside if run.each_from_base else evaluator.of_rounds()
     for rival in (None, *config.rivals):
@@ -250,9 +258,7 @@ def _evaluate_base(evaluator: RunEvaluator, output_dir: Path) -> list[Stage]:
     evaluator.base()
     if begun or not evaluator.evaluates:
         return []
-    stage = Stage(output_dir / "base", "EVALUATED", 1, time.perf_counter() - started)
-    tell(status_line("base", stage, None), evaluator.accelerator)
-    return [stage]
+    return [Stage(output_dir / "base", "EVALUATED", 1, time.perf_counter() - started)]
 
 
 def _set_aside(k: int, folder: Path, parent: int) -> Judgement:

@@ -149,7 +149,9 @@ def test_an_adapter_is_saved_as_peft_reads_it(unevaluated, tmp_path):
     from peft import PeftModel
 
     assert play(tmp_path, unevaluated | {"use_lora": True, "rank": 4}) == 0
-    assert "r, nats" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8"), "there is a page of curves"
+    assert "in nats, 0 at the start" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8"), (
+        "there is a page of curves"
+    )
     base = AutoModelForCausalLM.from_pretrained(LANGUAGE / "base")
     PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
     assert not (tmp_path / "out" / "model").exists()

@@ -445,7 +445,9 @@ def test_what_a_rule_of_health_says_is_on_the_page(settings, tmp_path, capsys):
     ]
     page = (out / "report.html").read_text()
     assert (
-        "What the rules of health said" in page and "rolled back to the round" in page and "--health distance" in page
+        "What the rules of health said" in page
+        and "rolled back to the round" in page
+        and "of their length away" in page
     )
 
 
