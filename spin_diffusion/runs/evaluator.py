@@ -319,7 +319,7 @@ class RunEvaluator:
         if self._samples is not None:
             write_report(self.output_dir)
         else:
-            of_answers, training = self.base_source[1] == "model", self._of_training([])
+            of_answers, training = self.base_source[1] == "model", training_entries(self._of_training([]))
             write_run_page(self.output_dir, self._title, facts_of(self.header), self.so_far, of_answers, training)
         now = time.monotonic()
         self._page_due = now + (now - started) / PAGE_SHARE

@@ -26,13 +26,12 @@ from typing import cast
 import jinja2
 from markupsafe import Markup
 
-from spin_diffusion.evaluation.records import OfTraining, Results, samples_per_prompt
+from spin_diffusion.evaluation.records import Results, TrainingEntries, samples_per_prompt
 from spin_diffusion.evaluation.report import gallery, plots, ranking, tables, training, wording
 from spin_diffusion.evaluation.report.editions import edition_of
 from spin_diffusion.evaluation.report.history import Past
 from spin_diffusion.evaluation.report.page import dress, environment
 from spin_diffusion.evaluation.report.reading import Evaluation, Labels, read_evaluation
-from spin_diffusion.evaluation.results import training_entries
 from spin_diffusion.evaluation.table_files import table_files, write_tables
 from spin_diffusion.evaluation.tables import losses_of, not_swept, sweep_tables
 from spin_diffusion.store.input_error import InputError, read_bytes
@@ -76,7 +75,12 @@ def write_report(directory: Path, output: Path | None = None, past: Sequence[Pas
 
 
 def write_run_page(
-    directory: Path, title: str, facts: Sequence[tuple[str, str]], so_far: str, of_answers: bool, training: OfTraining
+    directory: Path,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    so_far: str,
+    of_answers: bool,
+    training: TrainingEntries,
 ) -> None:
     """Write the page of a run that evaluates nothing, by the same template: what it plays with, previews, training.
 
@@ -87,7 +91,7 @@ def write_run_page(
     """
     bare: dict[str, object] = {"title": title, "models": [], "scorers": [], "results": [], "comparisons": []}
     bare["protocol"] = {"sampling": {}} if of_answers else {}
-    evaluation = Evaluation(directory, cast(Results, bare | training_entries(training)), [], {})
+    evaluation = Evaluation(directory, cast(Results, {**bare, **training}), [], {})
     told = [(name, wording.shortened(value, 600)) for name, value in facts]
     sections = _training_sections(evaluation) | {"run": told, "so_far": so_far}
     page = _template().render(page=sections).encode("utf-8")
