@@ -1,32 +1,86 @@
 """YAML as version 1.2 reads it, strictly: what two readers could read differently is refused, not guessed.
 
 `no`, `yes`, `on` and `off` are words, `1e-6` is a number, `1_000`, `12:30` and dates are text. A number with a leading
-zero (8 or 10?), a name that stands twice, aliases and merge keys (a few lines of them unfold to gigabytes), tags (which
-may name code) and several documents in one file are errors that name the line.
+zero (8 or 10?), a name that stands twice, aliases (a few lines of them unfold to gigabytes), tags that name code and
+several documents in one file are errors that name the line.
 """
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
-from spin_diffusion.store.input_error import InputError, printable, read_bytes
+from spin_diffusion.store.input_error import InputError, one_line, printable, read_bytes
 
 LARGEST = 1 << 20
 """Bytes of a settings file, at most."""
-DEEPEST = 32
-"""Lists and mappings in each other, at most."""
-_WORDS = {"": None, "~": None} | {
-    form: value
-    for word, value in {"null": None, "true": True, "false": False}.items()
-    for form in (word, word.capitalize(), word.upper())
+_TAG = "tag:yaml.org,2002:"
+_LEADING_ZERO = "!leading_zero"
+_WORDS = {
+    f"{_TAG}null": r"~|null|Null|NULL|",
+    f"{_TAG}bool": r"true|True|TRUE|false|False|FALSE",
+    _LEADING_ZERO: r"[-+]?0[0-9]+",
+    f"{_TAG}int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    f"{_TAG}float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
-_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
-_INTEGERS = {re.compile(r"[-+]?[0-9]+"): 10, re.compile(r"0o[0-7]+"): 8, re.compile(r"0x[0-9a-fA-F]+"): 16}
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+"""What a word without quotes is that is no text; the first that fits."""
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+    """Instead of PyYAML's, which are those of YAML 1.1."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            problem = f"anchors and aliases ({event.anchor}) are not read: write the value out"
+            raise ConstructorError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            problem = None
+            if not isinstance(name, str):
+                problem = f"a name must be a text, not {name!r}: put it into quotes"
+            elif name in lines:
+                problem = f"{name} stands there twice (first in line {lines[name]}): leave one of them out"
+            if problem is not None:
+                raise ConstructorError(None, None, problem, key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+    def refuse_leading_zero(self, node: yaml.ScalarNode) -> None:
+        problem = (
+            f"{node.value} is read as octal by some programs and as decimal by others: write the number without its "
+            "leading 0, or put a text into quotes"
+        )
+        raise ConstructorError(None, None, problem, node.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    """It quotes what YAML 1.1 or 1.2 takes for something else than a text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """A list that stands in two places is written twice."""
+        return True
+
+
+for _kind in (_Loader, _Dumper):
+    for _tag, _words in _WORDS.items():
+        _kind.add_implicit_resolver(_tag, re.compile(rf"(?:{_words})\Z"), None)
+_Loader.add_constructor(_LEADING_ZERO, _Loader.refuse_leading_zero)
+_Loader.add_constructor(f"{_TAG}int", lambda loader, node: int(node.value, base=0))
+_Loader.add_constructor(
+    f"{_TAG}float", lambda loader, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style=None if text.isprintable() else '"'),
+)
 
 
 def read_yaml(path: Path) -> Any:
@@ -51,102 +105,21 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         InputError: it is not YAML, or holds what is refused.
     """
-
-    def at(mark: yaml.Mark | None) -> str:
-        return where if mark is None or "\n" not in text.strip() else f"{where} line {mark.line + 1}"
-
-    events = yaml.parse(text, Loader=yaml.SafeLoader)
     try:
-        roots = [_value(next(events), events, at, 0) for event in events if isinstance(event, yaml.DocumentStartEvent)]
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        line = at(getattr(error, "problem_mark", None))
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise InputError(f"{line} is not YAML: {' '.join(printable(problem).split())}") from error
-    except UnicodeEncodeError as error:  # half a character
-        raise InputError(f"{where} is not UTF-8") from error
-    if len(roots) > 1:
-        raise InputError(f"{where} holds {len(roots)} documents: give one")
-    return roots[0] if roots else None
+        mark = getattr(error, "problem_mark", None)
+        line = where if mark is None or "\n" not in text.strip() else f"{where} line {mark.line + 1}"
+        said = [getattr(error, part, None) for part in ("context", "problem", "reason")]
+        problem = one_line(" ".join(filter(None, said)) or error)
+        kind = "" if isinstance(error, ConstructorError) else " is not YAML"
+        raise InputError(f"{line}{kind}: {problem}") from error
+    except RecursionError as error:
+        raise InputError(f"{where} has too many lists and mappings in each other") from error
+    except ValueError as error:  # half a character, or a number of thousands of digits
+        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
 
 
 def dump_yaml(content: Any) -> str:
     """`content` (null, numbers, texts, lists, mappings) as YAML that `parse_yaml` reads back equal."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _value(event: yaml.Event, events: Iterator[yaml.Event], at: Callable[[yaml.Mark], str], depth: int) -> Any:
-    line = at(event.start_mark)
-    if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-        _refuse(line, f"anchors and aliases ({event.anchor}) are not read: write the value out")
-    if event.tag is not None:
-        _refuse(line, f"tags ({event.tag}) are not read: leave it out, or put a text into quotes")
-    if isinstance(event, yaml.ScalarEvent):
-        return _plain(event.value, line) if event.implicit[0] else event.value
-    if depth == DEEPEST:
-        _refuse(line, f"more than {DEEPEST} lists and mappings in each other")
-    if isinstance(event, yaml.SequenceStartEvent):
-        entries = []
-        while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            entries.append(_value(event, events, at, depth + 1))
-        return entries
-    mapping: dict[str, object] = {}
-    lines: dict[str, str] = {}
-    while not isinstance(event := next(events), yaml.MappingEndEvent):
-        name, line = _value(event, events, at, depth + 1), at(event.start_mark)
-        if name == "<<" and event.implicit[0]:
-            _refuse(line, "merge keys (<<) are not read: write the settings out")
-        if not isinstance(name, str):
-            _refuse(line, f"a name must be a text, not {name!r}: put it into quotes")
-        if name in lines:
-            _refuse(line, f"{name} stands there twice (first at {lines[name]}): leave one of them out")
-        lines[name] = line
-        mapping[name] = _value(next(events), events, at, depth + 1)
-    return mapping
-
-
-def _plain(word: str, line: str) -> Any:
-    """What a word without quotes means."""
-    if word in _WORDS:
-        return _WORDS[word]
-    if _LEADING_ZERO.fullmatch(word):
-        _refuse(
-            line,
-            f"{word} is read as octal by some programs and as decimal by others: write the number without "
-            "its leading 0, or put a text into quotes",
-        )
-    for form, base in _INTEGERS.items():
-        if form.fullmatch(word):
-            if len(word) > 1000:
-                _refuse(line, f"a number of {len(word)} digits")
-            return int(word, base)
-    if _FLOAT.fullmatch(word) or _NOT_FINITE.fullmatch(word):
-        return float(word.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return word
-
-
-def _refuse(line: str, problem: str) -> NoReturn:
-    raise InputError(f"{line}: {printable(problem)}")
-
-
-def _is_text(word: str) -> bool:
-    """Whether a word without quotes is a text for this reader."""
-    try:
-        return isinstance(_plain(word, ""), str) and word != "<<"
-    except InputError:
-        return False
-
-
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's reads YAML 1.1: it quotes what that takes for something else, and would leave 1e-6 bare."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """A list that stands in two places is written twice."""
-        return True
-
-
-def _quoted_where_needed(dumper: _Dumper, text: str) -> yaml.Node:
-    style = '"' if not text.isprintable() else None if _is_text(text) else "'"
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _quoted_where_needed)

@@ -122,7 +122,7 @@ BAD = [
     ("watch", "null", "expected names with values"),
     ("worlds", "{w: 3}", "w: expected names with values"),
     ("worlds", "&w {a: {}}", "anchors"),
-    ("worlds", "[" * 40, "more than 32"),
+    ("worlds", "[" * 40, "is not YAML"),
     ("draws", "outo", "outo: expected a whole number (int) or one of auto"),
 ]
 
