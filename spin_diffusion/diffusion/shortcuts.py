@@ -10,7 +10,6 @@ may see what it does not.
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from spin_diffusion.diffusion.images import MOST_ENCODED, latents_of, size_of
 from spin_diffusion.diffusion.settings import MIN_PAIRS, ImageSettings, ProbeSettings
-from spin_diffusion.evaluation.statistics import Interval, mean_interval, paired_difference
+from spin_diffusion.evaluation.statistics import Interval, mean_interval
 from spin_diffusion.samples.sample import Row
 
 ALARMING_AUC = 0.6
@@ -116,7 +115,7 @@ def ridge_direction(first: Features, second: Features) -> Float[np.ndarray, " fe
     return np.linalg.solve(x.T @ x / len(x) + RIDGE * np.eye(x.shape[1]), x.T @ y / len(x)) / spread
 
 
-def separability(first: Features, second: Features, judged: Features | None = None, seed: int = 0) -> Interval:
+def separability(first: Features, second: Features, seed: int = 0) -> Interval:
     """AUC of a linear probe that tells `first` from `second`, on pairs that it was not fitted to; 0.5 = not at all.
 
     Row i of all is one pair and is in one fold, so the probe has never seen the content that it is asked about. Only
@@ -124,19 +123,15 @@ def separability(first: Features, second: Features, judged: Features | None = No
     jackknife's pseudo-values of the pairs, made wider because the probes share most of their pairs. In simulation (200
     to 600 sets each of 32, 64 and 256 pairs) it held the true AUC in 97 to 99.5 % of the sets, whether 0.5 or 0.7, and
     0.5 % of the sets of 32 pairs that do not differ would have warned, none of the others.
-
-    Args:
-        judged: told from `first` instead of `second`, by the probe for `second`.
     """
     pairs = len(first)
     fold = np.random.default_rng(seed).permutation(pairs) % NUM_FOLDS
-    judged = second if judged is None else judged
-    of_first, of_judged = np.empty(pairs), np.empty(pairs)
+    of_first, of_second = np.empty(pairs), np.empty(pairs)
     for number in range(NUM_FOLDS):
         held_out = fold == number
         direction = ridge_direction(first[~held_out], second[~held_out])
-        of_first[held_out], of_judged[held_out] = first[held_out] @ direction, judged[held_out] @ direction
-    difference = of_first[:, None] - of_judged[None, :]
+        of_first[held_out], of_second[held_out] = first[held_out] @ direction, second[held_out] @ direction
+    difference = of_first[:, None] - of_second[None, :]
     rounding = 1e-9 * (1 + np.abs(of_first).max())
     wins = np.where(np.abs(difference) <= rounding, 0.5, difference > 0)
     same = (fold[:, None] == fold[None, :]).astype(float)
@@ -151,40 +146,7 @@ def separability(first: Features, second: Features, judged: Features | None = No
     return Interval(auc, max(low, 0.0), min(high, 1.0))
 
 
-def spectrum_difference(
-    first: Float[np.ndarray, "pairs channels bands"], second: Float[np.ndarray, "pairs channels bands"]
-) -> list[list[Interval | None]]:
-    """Mean of first - second over pairs, in dB, by channel and band, with intervals that hold together at 95 %
-    (Bonferroni), since it is the largest that is looked at; None = empty band."""
-    confidence = 1 - 0.05 / (first.shape[1] * first.shape[2])
-    return [
-        [
-            None if np.isnan(first[0, c, b]) else paired_difference(first[:, c, b], second[:, c, b], confidence)
-            for b in range(first.shape[2])
-        ]
-        for c in range(first.shape[1])
-    ]
-
-
 # On a round's samples
-
-
-def encode_stored(
-    vae: AutoencoderKL,
-    rows: list[Row],
-    settings: ImageSettings,
-    batch_size: int = MOST_ENCODED,
-    *,
-    round_trip: bool = False,
-    codec: bool = False,
-) -> Latents:
-    """Latents of stored rows as scores see them (fp16 on the disk), fp32 on the CPU.
-
-    Args:
-        round_trip: pass the VAE and the codec once before.
-        codec: pass the codec once more before anything else.
-    """
-    return torch.stack(latents_of(vae, rows, settings, batch_size, round_trip=round_trip, codec=codec)).float()
 
 
 @dataclass(frozen=True)
@@ -217,13 +179,17 @@ class ShortcutProbe:
         if len(real) < MIN_PAIRS:
             return not_run(len(real))
         latent_px = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        encode = partial(encode_stored, self.vae, settings=self.images, batch_size=self.batch_size)
-        plain, passed = (encode(real, round_trip=trip) for trip in (False, True))
+        plain, passed = (self.encode(real, round_trip=trip) for trip in (False, True))
         codec = None
         if self.images.image_format == "jpeg":  # png gives the same pixels again
-            codec = encode(real, round_trip=self.images.vae_round_trip, codec=True)
-        drawn = encode(generated)
-        return report(plain, passed, codec, drawn, latent_px, self.images.vae_round_trip)
+            codec = self.encode(real, round_trip=self.images.vae_round_trip, codec=True)
+        return report(plain, passed, codec, self.encode(generated), latent_px, self.images.vae_round_trip)
+
+    def encode(self, rows: list[Row], *, round_trip: bool = False, codec: bool = False) -> Latents:
+        """Latents of stored rows as scores see them (fp16 on the disk), fp32 on the CPU; the passes are those of
+        `images.latents_of`."""
+        latents = latents_of(self.vae, rows, self.images, self.batch_size, round_trip=round_trip, codec=codec)
+        return torch.stack(latents).float()
 
 
 def not_run(pairs: int) -> dict[str, object]:
@@ -247,26 +213,13 @@ class Separabilities:
     """Those that are trained on, from the generated ones."""
     content: Interval
     """The real images after a pass of the VAE, from the generated ones."""
-    decoder_on_generated: Interval
-    """The real images as stored, from the generated ones, by the probe for `decoder`."""
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """Differences of spectra in dB, channels by bands."""
-
-    edges: list[float]
-    decoder: list[list[Interval | None]]
-    """The real images as stored minus themselves after a pass of the VAE."""
-    generated: list[list[Interval | None]]
-    """Those that are trained on minus the generated ones."""
 
 
 def report(
     plain: Latents, passed: Latents, codec: Latents | None, drawn: Latents, latent_px: int, round_trip: bool
 ) -> dict[str, object]:
-    """What tells the images apart, as a JSON object: state ("ok" or "warn"), samples, remedies, lines to print, `auc`
-    (`Separabilities`) and `spectrum` (`Spectra`).
+    """What tells the images apart, as a JSON object: state ("ok" or "warn"), samples, remedies, lines to print and
+    `auc` (`Separabilities`).
 
     Args:
         plain, passed: the real images as stored, and after a pass of the VAE.
@@ -274,7 +227,6 @@ def report(
         drawn: the generated images.
         round_trip: whether `passed` are trained on, not `plain`.
     """
-    trained = passed if round_trip else plain
     of_plain, of_passed, of_drawn = (features(latents, latent_px) for latents in (plain, passed, drawn))
     of_trained = of_passed if round_trip else of_plain
     auc = Separabilities(
@@ -282,12 +234,6 @@ def report(
         codec=None if codec is None else separability(of_trained, features(codec, latent_px)),
         generated=separability(of_trained, of_drawn),
         content=separability(of_passed, of_drawn),
-        decoder_on_generated=separability(of_plain, of_passed, of_drawn),
-    )
-    spectra = Spectra(
-        band_edges().tolist(),
-        decoder=spectrum_difference(log_spectrum(plain), log_spectrum(passed)),
-        generated=spectrum_difference(log_spectrum(trained), log_spectrum(drawn)),
     )
     suspects = (
         ("the decoder", "--vae_round_trip true", None if round_trip else auc.decoder),
@@ -314,32 +260,15 @@ def report(
             f"a linear probe finds {'weak' if auc.decoder.low > 0.5 else 'no'} traces of the decoder "
             f"({_shown(auc.decoder)} over {len(plain)} pairs; it warns from {ALARMING_AUC} on)"
         )
+    after = "" if round_trip else f", after the VAE has passed both {_shown(auc.content)}"
     return {
         "state": "warn" if traces else "ok",
         "samples": len(plain),
         "remedies": [*traces.values()],
-        "lines": [verdict, _differences(auc, spectra, round_trip)],
+        "lines": [verdict, f"real from generated: {_shown(auc.generated)}{after}"],
         "auc": asdict(auc),
-        "spectrum": asdict(spectra),
     }
 
 
 def _shown(auc: Interval) -> str:
     return f"AUC {auc.mean:.2f} [{auc.low:.2f}, {auc.high:.2f}]"
-
-
-def _differences(auc: Separabilities, spectra: Spectra, round_trip: bool) -> str:
-    """What else tells real from generated images, in one sentence."""
-    _, channel, band, largest = max(
-        (abs(interval.mean), channel, band, interval)
-        for channel, bands in enumerate(spectra.generated)
-        for band, interval in enumerate(bands)
-        if interval is not None
-    )
-    low, high = spectra.edges[band], min(spectra.edges[band + 1], 0.5)
-    return (
-        f"real from generated: {_shown(auc.generated)}"
-        + ("" if round_trip else f", after the VAE has passed both {_shown(auc.content)}")
-        + f"; spectra differ most in channel {channel} at {low:.2f} to {high:.2f} cycles a latent px "
-        f"({largest.mean:+.1f} dB [{largest.low:+.1f}, {largest.high:+.1f}], real - generated)"
-    )

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from keyword import iskeyword
 from typing import Any, NamedTuple, NoReturn
@@ -64,18 +65,8 @@ class Chat:
     """Tokens that end an answer: what the template writes after one, and the tokenizer's end token if that differs."""
     pad_id: int
     """Pad, else unknown, else end token. Any will do, an end token too: what is filled up is masked by its length."""
-    boundary_merges: int
-    """Answers so far whose first letters would melt into the prompt's last token: they are tokenised by themselves."""
-    special_texts: int
-    """Answers so far with the text of a special token in them or in their prompt."""
-    lossy_answers: int
-    """Answers so far whose tokens do not give back their text."""
-    stripped_answers: int
-    """Answers so far from whose ends the template takes blanks."""
-    blanks_around: int
-    """Answers so far with blanks at an end that are the template's."""
-    cut_answers: int
-    """Answers so far that were cut."""
+    counts: Counter[str]
+    """Answers so far by what is odd about them: the keys of `notes`."""
     longest: int
     """Tokens of the longest answer so far, before it was cut."""
 
@@ -134,14 +125,17 @@ class Chat:
             InputError: as for `prompt_ids`, and if the template does not begin an answered conversation as its prompt.
         """
         written = self._written(prompt, completion)
-        self.boundary_merges += written.is_merged
-        self.special_texts += written.has_special_text
-        self.lossy_answers += not self._gives_back(written)
-        self.stripped_answers += written.is_stripped
-        self.blanks_around += bool(self._lead + self._trail) and not isinstance(prompt, str)
         limit = min(self.max_new_tokens, self.max_length - len(written.prompt_ids))
         ids = [*written.ids, written.end_id]
-        self.cut_answers += len(ids) > limit
+        odd = {
+            "cut": len(ids) > limit,
+            "blanks": bool(self._lead + self._trail) and not isinstance(prompt, str),
+            "stripped": written.is_stripped,
+            "merged": written.is_merged,
+            "special text": written.has_special_text,
+            "lossy": not self._gives_back(written),
+        }
+        self.counts.update(name for name, is_so in odd.items() if is_so)
         self.longest = max(self.longest, len(ids))
         return Tokens(ids[:limit], len(ids) > limit)
 
@@ -151,22 +145,21 @@ class Chat:
 
     def notes(self) -> list[str]:
         """What was counted so far, a line each for people; nothing where nothing occurred."""
-        said = {
-            f"answers cut at --max_new_tokens {self.max_new_tokens} or --max_length {self.max_length}, scored without "
-            f"an end token (the longest has {self.longest} tokens)": self.cut_answers,
-            f"answers with the chat template's own blanks around them ({self._lead!r} before, {self._trail!r} behind), "
-            "scored with those": self.blanks_around,
-            "answers from whose ends the chat template takes blanks, scored without those": self.stripped_answers,
-            "answers that melt into their prompt's last token, tokenised by themselves": self.boundary_merges,
-            "answers with a special token's text in them or in their prompt, taken as text": self.special_texts,
-            "answers that the tokenizer does not give back as they were, scored as it reads them": self.lossy_answers,
+        notes = {
+            "cut": f"answers cut at --max_new_tokens {self.max_new_tokens} or --max_length {self.max_length}, scored "
+            f"without an end token (the longest has {self.longest} tokens)",
+            "blanks": f"answers with the chat template's own blanks around them ({self._lead!r} before, {self._trail!r}"
+            " behind), scored with those",
+            "stripped": "answers from whose ends the chat template takes blanks, scored without those",
+            "merged": "answers that melt into their prompt's last token, tokenised by themselves",
+            "special text": "answers with a special token's text in them or in their prompt, taken as text",
+            "lossy": "answers that the tokenizer does not give back as they were, scored as it reads them",
         }
-        return [f"{what}: {count}" for what, count in said.items() if count]
+        return [f"{note}: {self.counts[name]}" for name, note in notes.items() if self.counts[name]]
 
     def count_anew(self) -> None:
         """Begin the counts again, for other answers."""
-        self.boundary_merges = self.special_texts = self.lossy_answers = 0
-        self.blanks_around = self.stripped_answers = self.cut_answers = self.longest = 0
+        self.counts, self.longest = Counter(), 0
 
     # From text to text: special tokens' texts in the data are stand-ins, those that are left are the template's own
 

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.samples.shards import rows_in, shards
 from spin_diffusion.store.files import Made, Piece, build_together, read_rows
-from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.run_dir import file_hash, seed_from
 
@@ -76,11 +75,7 @@ def choose(rows: list[Row], judge: Judge) -> list[Row]:
     by_place = [list(group) for _, group in groupby(rows, key=lambda row: row["place"])]
     judged = [row for group in by_place if len(group) > 1 for row in group]
     scores = judge(judged) if judged else []
-    if len(scores) != len(judged):
-        raise InputError(f"the judge of candidates gave {len(scores)} scores for {len(judged)} samples")
-    for row, score in zip(judged, scores, strict=True):
-        if not math.isfinite(score):
-            raise InputError(f"the judge of candidates gave {score} for candidate {row['k']} of prompt {row['id']}")
+    assert len(scores) == len(judged)
     remaining = iter(scores)
     chosen = []
     for group in by_place:

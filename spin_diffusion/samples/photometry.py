@@ -1,4 +1,4 @@
-"""What can be said of an image without a model: saturation, clipped luma, sharpness, and whether it is broken."""
+"""What can be said of an image without a model: saturation, clipped luma, sharpness, whether it has one colour."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,26 +14,20 @@ MEASURES = ("saturation", "clipped", "sharpness")
 
 @dataclass(frozen=True)
 class Photometry:
-    """The measures of one image, each None where the image is not finite."""
+    """The measures of one image."""
 
-    saturation: float | None
+    saturation: float
     """Mean over pixels of (max - min) / max of R, G and B, 0 to 1."""
-    clipped: float | None
+    clipped: float
     """Share of pixels whose luma is at most 1 or at least 254 of 255, 0 to 1."""
-    sharpness: float | None
+    sharpness: float
     """`mean_absolute_laplacian`, 0 to 4; the score of the scorer `sharpness`."""
-    state: Literal["ok", "constant", "not finite"]
+    state: Literal["ok", "constant"]
     """"constant" = no channel varies by more than 2 of 255, as in the black image of a safety filter."""
 
 
 def measure_image(image: Image.Image) -> Photometry:
-    """The measures of an image of any mode, as most scorers see it.
-
-    Raises:
-        InputError: an image of finite 32-bit floats, which has no defined white.
-    """
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        return Photometry(None, None, None, "not finite")
+    """The measures of an image of any mode, as most scorers see it. Raises InputError: as `to_rgb`."""
     rgb = to_rgb(image)
     pixels = np.asarray(rgb)  # (height, width, 3) of 0..255
     brightest, darkest = pixels.max(axis=2).astype(np.float64), pixels.min(axis=2).astype(np.float64)

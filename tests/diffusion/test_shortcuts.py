@@ -16,7 +16,6 @@ from spin_diffusion.diffusion.shortcuts import (
     ShortcutProbe,
     band_edges,
     blocking,
-    encode_stored,
     features,
     log_spectrum,
     report,
@@ -177,15 +176,6 @@ def test_equal_distributions_are_not_told_apart_over_many_draws():
     assert sum(auc.low <= 0.5 <= auc.high for auc in found) >= 30
 
 
-def test_a_probe_for_one_thing_can_be_asked_about_another():
-    rng = np.random.default_rng(6)
-    first, second = rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + [3, 0]
-    elsewhere = rng.normal(size=(100, 2)) + [0, 3]
-    assert separability(first, elsewhere).mean > 0.95
-    assert separability(first, second, first + [3, 0]).mean > 0.95
-    assert 0.3 < separability(first, second, elsewhere).mean < 0.7
-
-
 # What it says
 
 
@@ -198,8 +188,6 @@ def test_without_traces_it_is_quiet():
     assert found["state"] == "ok" and found["remedies"] == []
     assert all(auc["low"] <= 0.5 <= auc["high"] for auc in found["auc"].values())
     assert found["lines"][0].startswith("a linear probe finds no traces of the decoder (AUC ")
-    difference = [band for channel in found["spectrum"]["generated"] for band in channel if band is not None]
-    assert sum(band["low"] <= 0 <= band["high"] for band in difference) >= 0.75 * len(difference)
 
 
 @pytest.mark.parametrize("trace", ["blur", "noise"])
@@ -209,11 +197,9 @@ def test_a_trace_of_the_decoder_names_the_round_trip(trace):
 
     found = said(traced(noise(128, 10)), traced(noise(128, 12)))
     assert found["state"] == "warn" and found["remedies"] == ["--vae_round_trip true"]
-    assert found["auc"]["decoder"]["mean"] > 0.9 and found["auc"]["decoder_on_generated"]["mean"] > 0.9
+    assert found["auc"]["decoder"]["mean"] > 0.9
     assert found["auc"]["content"]["low"] <= 0.55 and found["auc"]["codec"] is None
     assert "traces of the decoder (AUC " in found["lines"][0] and "--vae_round_trip true" in found["lines"][0]
-    highest = [channel[-1]["mean"] for channel in found["spectrum"]["decoder"]]
-    assert all(value > 0 if trace == "blur" else value < 0 for value in highest)
 
 
 def test_after_the_round_trip_the_decoder_is_no_reason_to_warn():
@@ -222,8 +208,6 @@ def test_after_the_round_trip_the_decoder_is_no_reason_to_warn():
     assert found["state"] == "ok" and found["auc"]["decoder"]["mean"] > 0.9
     assert found["auc"]["generated"] == found["auc"]["content"]
     assert "passed the VAE as generated ones did" in found["lines"][0]
-    highest = [channel[-1] for channel in found["spectrum"]["generated"]]
-    assert sum(band["low"] <= 0 <= band["high"] for band in highest) >= 3  # both are blurred
 
 
 def test_content_alone_is_no_shortcut():
@@ -254,11 +238,11 @@ def test_it_looks_at_the_latents_that_scores_see(sdxl_dir, round_trip):
     game.images = replace(game.images, vae_round_trip=round_trip)
     game.sampling = replace(game.sampling, generation_batch_size=2)
     real, drawn = real_and_drawn(game, 5)
-    vae = game.pipeline.vae
-    seen = encode_stored(vae, real, game.images, 2, round_trip=round_trip)
+    probe = ShortcutProbe(game.pipeline.vae, game.images, ProbeSettings(), 2)
+    seen = probe.encode(real, round_trip=round_trip)
     assert torch.equal(seen, game.encode(real)["latents"].float())
-    assert torch.equal(encode_stored(vae, drawn, game.images, 2), game.encode(drawn)["latents"].float())
-    assert not torch.equal(seen, encode_stored(vae, real, game.images, 2, round_trip=not round_trip))
+    assert torch.equal(probe.encode(drawn), game.encode(drawn)["latents"].float())
+    assert not torch.equal(seen, probe.encode(real, round_trip=not round_trip))
 
 
 def test_png_is_a_codec_without_a_trace(sdxl_dir):
@@ -266,11 +250,11 @@ def test_png_is_a_codec_without_a_trace(sdxl_dir):
     png = replace(game.images, image_format="png")
     game.images = png
     real, drawn = real_and_drawn(game, 4)
-    vae = game.pipeline.vae
-    assert torch.equal(encode_stored(vae, real, png), encode_stored(vae, real, png, codec=True))
-    assert not torch.equal(encode_stored(vae, real, png), encode_stored(vae, real, ImageSettings(), codec=True))
-    real, drawn = real * 8, drawn * 8
-    assert ShortcutProbe(vae, png, ProbeSettings())(real, drawn)["auc"]["codec"] is None
+    probe = ShortcutProbe(game.pipeline.vae, png, ProbeSettings())
+    assert torch.equal(probe.encode(real), probe.encode(real, codec=True))
+    jpeg = replace(probe, images=ImageSettings())
+    assert not torch.equal(probe.encode(real), jpeg.encode(real, codec=True))
+    assert probe(real * 8, drawn * 8)["auc"]["codec"] is None
 
 
 def test_an_untrained_vae_leaves_a_trace_that_the_round_trip_takes_away(sdxl_dir):

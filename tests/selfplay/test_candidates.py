@@ -96,12 +96,6 @@ def test_a_shard_is_judged_where_there_are_candidates_and_nowhere_else():
     assert [row["scores"] for row in chosen] == [[1.0, 3.0, 2.0], None, [7.0, 7.0]]
 
 
-@pytest.mark.parametrize("bad, said", [(float("nan"), "nan for candidate 0 of prompt p0"), (None, "1 scores for 2")])
-def test_a_judge_that_fails_is_refused(bad, said):
-    with pytest.raises(InputError, match=said):
-        choose(drawn(2), lambda rows: [bad] * 2 if bad is not None else [1.0])
-
-
 def test_the_share_of_the_prompts_is_a_function_of_seed_round_and_id():
     found = candidates(4, 0.25)
     counts = {(seed, k): [found.drawn_for(seed, k, str(i)) for i in range(2000)] for seed in (0, 1) for k in (1, 2)}
