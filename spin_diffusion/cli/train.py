@@ -10,6 +10,7 @@ import os
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.store.progress import tell
+from spin_diffusion.store.shipped import shipped_name
 
 DEMO = "toy_sdxl"
 
@@ -41,7 +42,7 @@ def demo(argv: list[str]) -> None:
 def _begin(output_dir: str, base: str | None) -> None:
     """Say at once what goes on: the libraries take longer to be imported than a user waits in doubt."""
     if os.environ.get("RANK", "0") == "0":
-        tell(f"Run        {output_dir}: loading the libraries and {base}")
+        tell(f"Run        {output_dir}: loading the libraries and {shipped_name(str(base))}")
 
 
 def _train_images(argv: list[str], family_name: str) -> None:

@@ -18,6 +18,7 @@ from spin_diffusion.samples.drawn import GivenRow, read_index
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError, file_name, is_local, printable
 from spin_diffusion.store.run_dir import Damaged
+from spin_diffusion.store.shipped import shipped
 
 _PROMPTS = ("prompt", "caption", "text")
 
@@ -144,7 +145,7 @@ def round_at(name: str, path: str, unet: Path | None = None, lora: Path | None =
                 continue
             base = Base(
                 names["name"], names["revision"], names["variant"], names["vae"], names.get("config"), names.get("lora")
-            )
+            ).placed(shipped)
             for given in base.places:
                 if given is not None and is_local(given) and not Path(given).exists():
                     raise InputError(

@@ -20,6 +20,7 @@ from spin_diffusion.samples.sampling import free_in_words
 from spin_diffusion.samples.shards import Part, shards
 from spin_diffusion.selfplay.trainee import trained_parameters
 from spin_diffusion.store.files import read_rows
+from spin_diffusion.store.shipped import shipped_name
 
 
 def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_dir: Path) -> str:
@@ -30,7 +31,7 @@ def header(config: Config, game: DiffusionGame, manifest: DataManifest, output_d
     """
     curated = manifest["left_out"].get("curation")
     return (
-        f"Base       {game.base} ({game.family.PIPELINE.__name__}, "
+        f"Base       {game.base.placed(shipped_name)} ({game.family.PIPELINE.__name__}, "
         f"{game.resolution} px, {game.noising.prediction_type}{_said_by(game.base)})\n"
         f"{trained_line(game)}"
         f"Data       {manifest['rows']} pairs{', ' + curation_line(curated) if curated else ''}\n"

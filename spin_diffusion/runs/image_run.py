@@ -48,6 +48,7 @@ from spin_diffusion.selfplay.sharded import wants_shards
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress, tell
+from spin_diffusion.store.shipped import shipped_name
 
 
 def run(config: Config, family_name: str) -> list[RoundRecord]:
@@ -152,7 +153,8 @@ class ImageRun(Run):
 
     def base(self) -> Mapping[str, object]:
         """The base with what it is loaded with, and the hash of its weights."""
-        return self.game.base.as_dict() | {"weights": self.game.base_hash, "parts": self.game.parts_hash}
+        base = self.game.base.placed(shipped_name)
+        return base.as_dict() | {"weights": self.game.base_hash, "parts": self.game.parts_hash}
 
     def header(self, data: DataManifest) -> str:
         """What the run plays with."""
@@ -199,7 +201,8 @@ class ImageRun(Run):
         """What measures by pictures of the validation prompts."""
         prompts, config, game = self.prompts, self.config, self.game
         samples = PictureSamples(config, prompts, game, progress, self.held_out) if prompts is not None else None
-        evaluator = RunEvaluator(config, game, (str(game.base), "pipeline"), game.saved, samples)
+        base = str(game.base.placed(shipped_name)), "pipeline"
+        evaluator = RunEvaluator(config, game, base, game.saved, samples)
         self._let_look(evaluator.refresh)
         return evaluator
 

@@ -31,6 +31,7 @@ from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
 from spin_diffusion.store.input_error import InputError, printable, read_bytes
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.progress import Progress, tell
+from spin_diffusion.store.shipped import shipped_name
 from spin_diffusion.store.weights import config_of
 
 TEMPLATE_BYTES = 2**20
@@ -136,7 +137,8 @@ class LanguageRun(Run):
     def base(self) -> Mapping[str, object]:
         """The base with the adapters that were merged into it, and the hash of its weights."""
         parts = key_of(config=config_of(self.game.model))
-        return self.game.base.identity() | {"weights": self.game.base_hash, "parts": parts}
+        named = self.game.base.identity() | {"name": shipped_name(self.game.base.name)}
+        return named | {"weights": self.game.base_hash, "parts": parts}
 
     def header(self, data: DataManifest) -> str:
         """What the run plays with."""
@@ -145,7 +147,7 @@ class LanguageRun(Run):
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         what = "all trained" if trained == total else f"{trained / 1e6:.2f} M trained in an adapter"
         return (
-            f"Base       {self.config.model.model_name_or_path} ({total / 1e6:.2f} M parameters, {what})\n"
+            f"Base       {shipped_name(self.game.base.name)} ({total / 1e6:.2f} M parameters, {what})\n"
             f"Data       {data['rows']} real answers\n"
             f"Objective  {self.config.titles}, opponent {rounds.opponent}, {rounds.num_generated} "
             f"generated answer{'s' if rounds.num_generated > 1 else ''} to each real one, "
@@ -158,7 +160,7 @@ class LanguageRun(Run):
     def evaluator(self, progress: Progress) -> RunEvaluator:
         """What measures by answers to the held-out prompts."""
         samples = answer_samples(self.config, self.game, progress)
-        base = str(self.config.model.model_name_or_path), "model"
+        base = shipped_name(self.game.base.name), "model"
         return RunEvaluator(self.config, self.game, base, _saved(self.config), samples)
 
     def card(self, rows: int) -> Card:

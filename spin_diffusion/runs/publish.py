@@ -19,6 +19,7 @@ from spin_diffusion.selfplay.round_settings import objective_of, objectives_of, 
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError, is_local, read_bytes
 from spin_diffusion.store.run_dir import write_file
+from spin_diffusion.store.shipped import shipped_name
 
 UPLOADED = ("README.md", "config.yaml", "manifest.json", "report.html", "results.json")
 """Files of every run that are uploaded beside its model."""
@@ -129,8 +130,10 @@ def _licence(base: str, on_hub: bool) -> dict[str, Any]:
 
 
 def place_name(place: str) -> str:
-    """What a card calls something: a hub id as it is, and of what lies on this machine the last part of its path."""
-    return Path(place).name if is_local(place) else place
+    """What a card calls something: a hub id as it is, what is shipped by its name, and of what else lies on this
+    machine the last part of its path."""
+    known = shipped_name(place)
+    return Path(place).name if known == place and is_local(place) else known
 
 
 def _seal_of(card: bytes) -> bytes:

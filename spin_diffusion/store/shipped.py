@@ -32,6 +32,13 @@ def shipped(word: str, named_in: tuple[str, ...] = ()) -> str:
     return next(filter(os.path.isfile if named_in else os.path.exists, places), word)
 
 
+def shipped_name(place: str) -> str:
+    """The word by which `shipped` finds this file or folder on any machine; any other place as it is."""
+    path = Path(place).absolute()
+    word = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
+    return word if word.startswith(_FOLDERS) else place
+
+
 def shipped_names(named_in: tuple[str, ...]) -> list[str]:
     """The names that `shipped` knows in these folders, in alphabetical order."""
     return sorted(path.stem for folder in named_in for path in (ROOT / folder).glob("*.yaml"))

@@ -11,8 +11,9 @@ import pytest
 from spin_diffusion.cli import doctor
 from spin_diffusion.cli.__main__ import COMMANDS, main
 from spin_diffusion.diffusion.config import parse_config
+from spin_diffusion.runs.publish import place_name
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.shipped import LAUNCHERS, ROOT, shipped
+from spin_diffusion.store.shipped import LAUNCHERS, ROOT, shipped, shipped_name
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "pyarrow", "datasets", "numpy"}
 
@@ -51,6 +52,15 @@ def test_presets_and_what_they_name_are_found_from_any_directory(tmp_path, monke
         assert config["output_dir"] == "runs/toy"
     assert in_repository is None or in_repository.flat()["dataset_name"] == "assets/toy_world/data/train.parquet"
     assert Path(shipped("one_cpu", LAUNCHERS)).is_file()
+
+
+def test_what_is_shipped_is_called_alike_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = shipped("assets/toy_world/sloppy")
+    assert Path(place).is_absolute() and shipped_name(place) == place_name(place) == "assets/toy_world/sloppy"
+    for other in (str(tmp_path / "assets" / "mine"), "org/model", str(ROOT / "runs" / "toy")):
+        assert shipped_name(other) == other
+    assert place_name(str(tmp_path)) == tmp_path.name
 
 
 def test_a_users_own_file_wins_over_a_shipped_one(tmp_path, monkeypatch):

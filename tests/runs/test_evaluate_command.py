@@ -377,6 +377,20 @@ def test_of_three_models_it_is_said_who_wins(scorer, tmp_path, capsys):
     ]
 
 
+def test_another_baseline_of_the_same_folders_is_no_other_protocol(scorer, tmp_path):
+    prompts, out = [f"picture {n}" for n in range(8)], tmp_path / "out"
+    folders = write_pictures(tmp_path / "a", prompts, 20), write_pictures(tmp_path / "b", prompts[::-1], 120)
+    models = [f"{folder.name}={folder}" for folder in folders]
+    argv = ["evaluate.py", "--models", *models, "--scorers", str(scorer), "--output_dir", str(out)]
+    protocols = []
+    for baseline in ("a", "b"):
+        assert run(*argv, "--baseline", baseline) == 0
+        results = read_results(out / "results.json")
+        assert results["baseline"] == baseline
+        protocols.append(results["protocol"])
+    assert protocols[0] == protocols[1]
+
+
 def test_a_verdict_fails_a_job_and_an_older_evaluation_is_looked_back_at(scorer, tmp_path, capsys):
     prompts = [f"picture {n}" for n in range(20)]
     dark, light, lighter = (
