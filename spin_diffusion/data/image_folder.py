@@ -40,13 +40,13 @@ def open_image_folder(folder: Path, files: Sequence[Path]) -> Source:
         files: every file in the folder and its subfolders, sorted.
     Raises: InputError if there are no images, no captions, or a metadata file that cannot be read.
     """
-    metadata = [read_metadata(path) for path in files if is_metadata(path)]
+    metadata = [_metadata_file(path) for path in files if is_metadata(path)]
     images = [path for path in files if is_image(path)]
     if metadata:
         return _metadata_source(folder, metadata, images)
     if not images:
         raise InputError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
-    captions = text_files(files)
+    captions = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
     if not any(path.with_suffix("") in captions for path in images):
         line = json.dumps({FILE_NAME: images[0].relative_to(folder).as_posix(), "text": "what this image shows"})
         raise InputError(
@@ -94,19 +94,13 @@ def _sidecar_rows(folder: Path, images: list[Path], captions: dict[Path, Path]) 
     for path in images:
         name = path.relative_to(folder).as_posix()
         try:
-            yield Row(name, {"image": name, "text": read_caption(path, captions)}, read_file)
+            yield Row(name, {"image": name, "text": _caption(path, captions)}, read_file)
         except LeftOut as left_out:
             yield Row.read(name, left_out, read_file)
 
 
-def text_files(files: Sequence[Path]) -> dict[Path, Path]:
-    """Path of an image without its suffix -> the text file beside it."""
-    return {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-
-
-def read_caption(image: Path, captions: Mapping[Path, Path]) -> str:
-    """The text beside an image. Raises LeftOut if there is none, or it is no whole UTF-8 text. `captions`: see
-    `text_files`."""
+def _caption(image: Path, captions: Mapping[Path, Path]) -> str:
+    """The text beside an image. Raises LeftOut if there is none, or it is no whole UTF-8 text."""
     sidecar = captions.get(image.with_suffix(""))
     if sidecar is None:
         raise LeftOut(Bad.EMPTY_CAPTION, f"there is no {image.with_suffix('.txt').name} beside it")
@@ -117,7 +111,7 @@ def read_caption(image: Path, captions: Mapping[Path, Path]) -> str:
     return whole_text(data.decode("utf-8-sig", "surrogateescape"), sidecar.name)
 
 
-def read_metadata(path: Path) -> TableFile:
+def _metadata_file(path: Path) -> TableFile:
     """Open a metadata file and find its columns. Raises InputError if it is not what its name says."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":

@@ -213,7 +213,7 @@ def list_files(folder: Path) -> Listing:
         os.scandir(folder).close()
     except OSError as error:
         raise InputError(f"{printable(folder)} cannot be listed ({error.strerror})") from error
-    root, followed = folder.resolve(), set[Path]()
+    root, seen = folder.resolve(), set[Path]()
     files: list[Path] = []
     left_out: list[Row] = []
 
@@ -221,35 +221,24 @@ def list_files(folder: Path) -> Listing:
         where = path.relative_to(folder).as_posix()
         left_out.append(Row(where, {}, no_files(str(folder)), LeftOut(reason, detail)))
 
-    places = [folder]
-    while places:
-        place = places.pop()
-        try:
-            with os.scandir(place) as entries:
-                listed = sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
-        except OSError as error:
-            leave_out(place, Bad.UNREADABLE_FOLDER, error.strerror or "")
-            continue
-        here = place.resolve()
-        is_behind_a_link = here != root and root not in here.parents
-        for entry in listed:
-            path = Path(entry.path)
-            if not os.path.isdir(path):  # a link to one is one
-                if entry.is_symlink() and not os.path.exists(path) and not path.name.lower().endswith(_READ_SUFFIXES):
-                    leave_out(path, Bad.DANGLING_LINK, f"it leads to {os.readlink(path)}, which does not exist")
-                else:
-                    files.append(path)
-                continue
-            if entry.is_symlink() or is_behind_a_link:
-                true = path.resolve()
-                if true == here or true in here.parents:
-                    leave_out(path, Expected.READ_ALREADY, f"it leads back to {true}, which it lies in")
-                    continue
-                if true == root or root in true.parents or true in followed:
-                    leave_out(path, Expected.READ_ALREADY, f"it leads to {true}")
-                    continue
-                followed.add(true)
-            places.append(path)
+    def unreadable(error: OSError) -> None:
+        leave_out(Path(error.filename), Bad.UNREADABLE_FOLDER, error.strerror or "")
+
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        seen.add(Path(place).resolve())
+        inside, folders[:] = sorted(name for name in folders if not name.startswith(".")), []
+        for path in (Path(place, name) for name in inside):
+            true = path.resolve()
+            if true in seen or path.is_symlink() and (true in (root, *root.parents) or root in true.parents):
+                leave_out(path, Expected.READ_ALREADY, f"it leads to {true}")
+            else:
+                seen.add(true)
+                folders.append(path.name)
+        for path in (Path(place, name) for name in sorted(names) if not name.startswith(".")):
+            if path.is_symlink() and not path.exists() and not path.name.lower().endswith(_READ_SUFFIXES):
+                leave_out(path, Bad.DANGLING_LINK, f"it leads to {os.readlink(path)}, which does not exist")
+            else:
+                files.append(path)
     return Listing(tuple(sorted(files)), tuple(left_out))
 
 

@@ -1,14 +1,15 @@
 """What `NAME=PATH` means: a pipeline, a round of a run, or a folder of pictures that somebody drew already."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
-from spin_diffusion.data.files import TableFile, inside
-from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, read_caption, read_metadata, text_files
+from spin_diffusion.data.files import inside, no_files
+from spin_diffusion.data.image_folder import FILE_NAME, is_image, is_metadata, open_image_folder
 from spin_diffusion.data.reading import caption_text
-from spin_diffusion.data.rows import LeftOut
+from spin_diffusion.data.rows import Bad, Expected, LeftOut, Row
 from spin_diffusion.data.sources import list_files
 from spin_diffusion.diffusion.base import Base
 from spin_diffusion.diffusion.given_lora import split_strength
@@ -188,60 +189,33 @@ def read_given_pictures(folder: Path) -> GivenPictures:
     an evaluation, or from a .txt file beside each picture. Whether a picture can be read is not looked at here.
 
     Raises:
-        InputError: a picture without a prompt, a line that cannot be read, or a name that leads out of the folder.
+        InputError: no pictures or no prompts, a file that cannot be read, or a name that leads out of the folder.
     """
     listing = list_files(folder)
-    metadata = [path for path in listing.files if is_metadata(path) and path.parent == folder]
+    files = [path for path in listing.files if path.parent == folder or not is_metadata(path)]
     indices = sorted(folder.glob("*-of-*.jsonl"))
-    left_out = [f"{row.where}: {row.left_out}" for row in listing.left_out]
-    rows: list[GivenPicture] = []
-    if metadata:
-        entries = _entries_of_metadata(read_metadata(metadata[0]), folder)
-    elif indices:
-        given = (row for index in indices for row in read_index(index, GivenRow, "restore it, or remove it"))
-        entries = (
-            (file, folder / file, row["prompt"], row.get("category"))
-            for row in given
-            if (file := row["file"]) is not None
-        )
+    if indices and not any(map(is_metadata, files)):
+        found: Iterable[Row] = chain(listing.left_out, *map(_rows_of_index, indices))
     else:
-        entries = _entries_of_text_files(listing.files, folder)
-    for where, path, prompt, category in entries:
+        found = listing.with_left_out(open_image_folder(folder, files)).rows(())
+    rows: list[GivenPicture] = []
+    left_out = []
+    for row in found:
+        prompt = next((row.values[key] for key in _PROMPTS if row.values.get(key)), None)
+        category, name = printable(row.values.get("category") or ""), row.values.get("image")
         try:
-            if isinstance(prompt, LeftOut):
-                raise prompt
-            rows.append({"path": path, "prompt": caption_text(prompt), "category": printable(category or "")})
+            if row.left_out is not None:
+                raise row.left_out
+            if not isinstance(name, str):
+                raise LeftOut(Bad.MISSING_IMAGE_FILE, f"no {FILE_NAME}")
+            rows.append({"path": inside(folder, name), "prompt": caption_text(prompt), "category": category})
         except LeftOut as reason:
-            left_out.append(f"{printable(where)}: {reason}")
+            if reason.reason != Expected.NOT_IN_METADATA:
+                left_out.append(f"{row.where}: {reason}")
     return GivenPictures(tuple(rows), tuple(left_out))
 
 
-_Entries = Iterator[tuple[str, Path, object, object]]
-"""For each picture: where it was found, its path, its prompt or why that cannot be read, its category."""
-
-
-def _entries_of_metadata(metadata: TableFile, folder: Path) -> _Entries:
-    for place, values in metadata.records(None):
-        where = f"{metadata.path} {place}"
-        if isinstance(values, LeftOut):
-            yield where, folder, values, None
-            continue
-        prompt = next((values[key] for key in _PROMPTS if values.get(key)), None)
-        name = values.get(FILE_NAME)
-        if prompt is None or not isinstance(name, str) or not name:
-            raise InputError(f"{where}: file_name and prompt are needed")
-        yield where, inside(folder, name), prompt, values.get("category")
-
-
-def _entries_of_text_files(files: Sequence[Path], folder: Path) -> _Entries:
-    captions = text_files(files)
-    for path in filter(is_image, files):
-        if path.with_suffix("") not in captions:
-            raise InputError(
-                f"{path} has no prompt: give {folder}/metadata.jsonl with file_name and prompt, or "
-                f"{path.with_suffix('.txt').name} beside it"
-            )
-        try:
-            yield str(path), path, read_caption(path, captions), None
-        except LeftOut as reason:
-            yield str(path), path, reason, None
+def _rows_of_index(index: Path) -> Iterator[Row]:
+    for row in read_index(index, GivenRow, "restore it, or remove it"):
+        if row["file"] is not None:
+            yield Row(str(index), row | {"image": row["file"]}, no_files(str(index)))

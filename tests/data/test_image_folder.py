@@ -248,7 +248,7 @@ def test_a_subfolder_that_cannot_be_read_is_counted(folder: Path, monkeypatch: p
 
     def refusing(path):
         if Path(path).name == "sub":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
