@@ -30,10 +30,6 @@ class SourceSettings(Settings):
     """Share (0 to 1) of rows that are damaged, or have no image, no prompt or no answer. Fewer are named and left out,
     more of them is an error."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_not_blank("dataset_name", self.dataset_name, "give a data set")
-
     @property
     def holds_out(self) -> bool:
         """Whether any samples are held out."""
@@ -112,7 +108,6 @@ class DataSettings(SourceSettings):
                 "give one of them"
             )
         super().__post_init__()
-        _check_not_blank("train_data_dir", self.train_data_dir, "give a folder")
         if self.curation.scorer is not None and not (self.curation.rules or self.one_image_per_prompt):
             raise InputError(
                 f"--curation scorer {self.curation.scorer} has no rule to choose by: give top, threshold or "
@@ -150,11 +145,6 @@ class TextDataSettings(SourceSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for flag in ("prompt_column", "completion_column", "rejected_column"):
-            _check_not_blank(flag, getattr(self, flag), "name a column")
-        _check_not_blank("held_out_dataset_name", self.held_out_dataset_name, "give a data set")
-        _check_not_blank("held_out_split", self.held_out_split, "give a split")
-        _check_not_blank("system_prompt", self.system_prompt, "give a text")
         named: dict[str, str] = {}
         for flag in ("prompt_column", "completion_column", "rejected_column"):
             column = getattr(self, flag)
@@ -177,8 +167,3 @@ class TextDataSettings(SourceSettings):
     def holds_out(self) -> bool:
         """Whether any answers are held out."""
         return self.has_held_out_source or self.num_held_out > 0
-
-
-def _check_not_blank(flag: str, value: str | None, right: str) -> None:
-    if value is not None and not value.strip():
-        raise InputError(f"--{flag} is empty: {right}, or leave the flag away")

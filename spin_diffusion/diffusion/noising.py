@@ -5,7 +5,6 @@ To add a prediction target, add one line to TARGETS.
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -136,22 +135,6 @@ def check_scheduler(config: Configuration, where: str, kind: str | None = None) 
     steps, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
     if not is_whole(offset) or not 0 <= offset < steps:
         raise InputError(f"{where} has steps_offset {offset!r}: it must be a whole number from 0 to below {steps}")
-    if kinds:
-        check_complete(config, getattr(diffusers, kinds[0]), f"{where}: scheduler_config.json")
-
-
-def check_complete(config: Configuration, kind: type, where: str) -> None:
-    """Refuse a configuration that was written by this version of diffusers, or a later one, and lacks keys of its
-    class: diffusers writes all of them, so they were lost. A key that an older file lacks is younger than the file, and
-    its default is what was computed before there was a choice."""
-    if _release(config.get("_diffusers_version")) >= _release(diffusers.__version__):
-        known = set(inspect.signature(kind).parameters) - {"args", "kwargs"}
-        refuse_missing(sorted(known - set(config)), where)
-
-
-def _release(version: object) -> tuple[int, ...]:
-    """The first two numbers of a version, (0, 42) of "0.42.1.dev0"; () of what is none."""
-    return tuple(int(number) for number in re.findall(r"\d+", str(version))[:2]) if isinstance(version, str) else ()
 
 
 def _check_betas(config: Configuration, where: str) -> None:

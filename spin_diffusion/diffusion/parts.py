@@ -14,7 +14,6 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
-from spin_diffusion.diffusion.noising import check_complete
 from spin_diffusion.diffusion.single_file import CheckpointFile
 from spin_diffusion.store.configuration import (
     Choice,
@@ -37,9 +36,7 @@ TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 def _keys(kind: type, needed: str, harmless: str = "", **choices: Choice) -> Keys:
     """The keys of a class of diffusers: those that it is made with, and harmless ones."""
-    parameters = inspect.signature(kind).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    return Keys(tuple(needed.split()), frozenset({*defaults, *harmless.split()}), choices, defaults)
+    return Keys(tuple(needed.split()), frozenset({*inspect.signature(kind).parameters, *harmless.split()}), choices)
 
 
 # All needed keys stand in the first published files
@@ -98,10 +95,9 @@ class Part:
         return config
 
     def checked_config(self, kind: type, keys: Keys) -> Configuration:
-        """The configuration of a class of diffusers, complete and with no unknown key."""
-        config, where = self.config(kind.__name__), f"{self.where}: {CONFIG}"
-        check_complete(config, kind, where)
-        check_keys(config, keys, where)
+        """The configuration of a class of diffusers, with no needed key missing and no unknown one."""
+        config = self.config(kind.__name__)
+        check_keys(config, keys, f"{self.where}: {CONFIG}")
         return config
 
     def load(self, kind: Any, config: Configuration) -> Any:

@@ -63,8 +63,6 @@ class Keys:
     known: frozenset[str]
     """Keys that change nothing, or that whoever reads the configuration knows."""
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    defaults: Mapping[str, object] = field(default_factory=dict)
-    """The defaults of the class that reads it."""
     foreign: str = "the installed version does not know: if it changes nothing remove it, else update diffusers"
     """What a key that is not known means, and what to do about it."""
 
@@ -76,21 +74,12 @@ def check_keys(config: Mapping[str, Any], keys: Keys, where: str) -> None:
         where: what the user gave, and the file; it begins the message.
 
     Raises:
-        InputError: as said; also for a text where the class has a number or a switch by default, or the reverse, which
-            diffusers does not check, and a text is true.
+        InputError: as said.
     """
     refuse_missing([key for key in keys.needed if key not in config], where)
     foreign = sorted(key for key in config if key not in (*keys.known, *QUANTISED) and not key.startswith("_"))
     if foreign:
         raise InputError(f"{where} has {', '.join(map(printable, foreign[:5]))}, which {keys.foreign}")
-    for key, default in keys.defaults.items():
-        value = config.get(key)
-        if isinstance(value, bool | int | float | str) and isinstance(default, bool | int | float | str):
-            if isinstance(value, str) != isinstance(default, str):
-                raise InputError(
-                    f"{where}: {key} is {printable(repr(value))}, where the class has {default!r} by default: get the "
-                    "checkpoint's own file"
-                )
     for key, choice in keys.choices.items():
         if config.get(key, choice.values[0]) not in choice.values:
             supported = ", ".join(map(str, choice.values))

@@ -120,10 +120,13 @@ def check_rules(section: object, before: str = "--") -> None:
             if isinstance(one, int | float) and not isinstance(one, bool):
                 complaint = rule.complaint(one)
             else:
-                complaint = rule.no_choice(one) if isinstance(one, str) else None
+                complaint = None if not isinstance(one, str) else rule.no_choice(one) if one.strip() else _BLANK
             if complaint is not None:
-                shown = printable(one) or repr(one)
-                raise InputError(f"{before}{name} {shown}{complaint}")
+                shown = "" if complaint == _BLANK else f" {printable(one)}"
+                raise InputError(f"{before}{name}{shown}{complaint}")
+
+
+_BLANK = " is empty: give a value, or leave it away"
 
 
 @functools.cache

@@ -615,13 +615,13 @@ def test_if_everything_is_held_out_the_error_says_what_to_do(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dataset_name": " "}, "--dataset_name is empty: give a data set, or leave the flag away"),
+        ({"dataset_name": " "}, "--dataset_name is empty: give a value, or leave it away"),
         ({"max_train_samples": 0}, "--max_train_samples 0 must be at least 1"),
         ({"max_bad_share": -0.1}, "--max_bad_share -0.1 must be between 0 and 1"),
-        ({"prompt_column": ""}, "--prompt_column is empty: name a column"),
-        ({"system_prompt": " "}, "--system_prompt is empty: give a text"),
+        ({"prompt_column": ""}, "--prompt_column is empty"),
+        ({"system_prompt": " "}, "--system_prompt is empty"),
         ({"held_out_dataset_name": ""}, "--held_out_dataset_name is empty"),
-        ({"held_out_split": ""}, "--held_out_split is empty: give a split"),
+        ({"held_out_split": ""}, "--held_out_split is empty"),
         ({"num_held_out": -1}, "--num_held_out -1 must be at least 0"),
         ({"prompt_column": "x", "completion_column": "x"}, "--prompt_column and --completion_column are both 'x'"),
         ({"dataset_name": "a", "held_out_split": "train"},

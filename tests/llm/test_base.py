@@ -281,10 +281,6 @@ SPOILT_BASES = {
         "has the shape (2, 2)",
     ),
     "fewer layers than stored": (lambda f: change(f / "config.json", "num_hidden_layers", 1), "no place"),
-    "more layers than tensors": (
-        lambda f: change(f / "config.json", "num_hidden_layers", 10**7),
-        "num_hidden_layers is 10000000",
-    ),
     "longest prompt in words": (lambda f: change(f / "tokenizer_config.json", "model_max_length", "x"), "'str'"),
     "more layers than stored": (lambda f: change(f / "config.json", "num_hidden_layers", 3), "lack"),
 }  # fmt: skip
