@@ -10,29 +10,29 @@ OUTPUT_DIR-plateau it fine-tunes the base for the steps of a round at each of fo
 run's) and asks whether held-out real samples have gained by any. The plan says what that costs.
 """
 
-import importlib
+from importlib import import_module
 
 from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.llm.config import parse_language_config
 from spin_diffusion.store.input_error import InputError
 
-KINDS = ((parse_config, "spin_diffusion.runs.image_run"), (parse_language_config, "spin_diffusion.runs.language_run"))
-"""What reads the settings of each kind of run, and the module that plans it. That is imported after the settings were
+KINDS = ((parse_config, "image_run", "ImageRun"), (parse_language_config, "language_run", "LanguageRun"))
+"""What reads the settings of each kind of run, its module and its class. They are imported after the settings were
 read: a misspelt flag is not answered only when all libraries are there."""
 
 
 def plan(argv: list[str]) -> None:
     """Probe, or fine-tune, with the first kind of run whose settings these are."""
-    errors, question = [], "plan"
-    if "--plateau" in argv:
-        argv, question = [word for word in argv if word != "--plateau"], "plateau"
-    for parse, module in KINDS:
+    errors, question = [], "plateau_run" if "--plateau" in argv else "plan_run"
+    argv = [word for word in argv if word != "--plateau"]
+    for parse, module, kind in KINDS:
         try:
             config = parse(argv)
         except InputError as error:
             errors.append(error)
             continue
-        getattr(importlib.import_module(module), question)(config)
+        run = getattr(import_module(f"spin_diffusion.runs.{module}"), kind)(config)
+        getattr(import_module("spin_diffusion.runs.run"), question)(run)
         return
     # A setting that one kind of run does not know at all says nothing of the others
     raise next((error for error in errors if "unknown setting" not in str(error)), errors[0])

@@ -31,11 +31,11 @@ from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import fine_tuning, gains
+from spin_diffusion.runs.plateau import fine_tuning
 from spin_diffusion.runs.player_pictures import PlayerPictures
 from spin_diffusion.runs.publish import Card
 from spin_diffusion.runs.real_pictures import of_run
-from spin_diffusion.runs.run import Run, plan_run, play_run
+from spin_diffusion.runs.run import Run, play_run
 from spin_diffusion.samples.pairs import Column, kinds_of
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import ENCODED
@@ -56,22 +56,6 @@ def run(config: Config, family_name: str) -> list[RoundRecord]:
     return play_run(ImageRun(config, family_name))
 
 
-def plan(config: Config) -> None:
-    """Say what a run will take, before it is started. Raises as `plan_run`."""
-    plan_run(ImageRun(config))
-
-
-def plateau(config: Config) -> None:
-    """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
-    rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
-    evaluation = dataclasses.replace(config.evaluation, promote_if="always", validation_prompts=None, preview_every=0)
-    sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    asked = ImageRun(dataclasses.replace(config, **sections))
-    asked.each_from_base = True
-    for line in gains(asked.config, play_run(asked)):
-        tell(line, asked.game.accelerator)
-
-
 class ImageRun(Run):
     """An image run."""
 
@@ -84,6 +68,16 @@ class ImageRun(Run):
         self.config, self.family_name = config, family_name
         self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
         self.prompts: PromptSet | None = None
+
+    def fine_tuning(self) -> "ImageRun":
+        """A run of the same kind that fine-tunes."""
+        config = self.config
+        rounds = dataclasses.replace(config.rounds, candidates=CandidateSettings())
+        evaluation = dataclasses.replace(
+            config.evaluation, promote_if="always", validation_prompts=None, preview_every=0
+        )
+        sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
+        return ImageRun(dataclasses.replace(config, **sections))
 
     def check(self) -> None:
         """Refuse no data, prompts that cannot be read, scorers that do not exist."""

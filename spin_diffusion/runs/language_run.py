@@ -22,9 +22,9 @@ from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
-from spin_diffusion.runs.plateau import fine_tuning, gains
+from spin_diffusion.runs.plateau import fine_tuning
 from spin_diffusion.runs.publish import Card, place_name, round_facts
-from spin_diffusion.runs.run import Run, plan_run, play_run
+from spin_diffusion.runs.run import Run, play_run
 from spin_diffusion.samples.real import DataManifest, prepare
 from spin_diffusion.samples.sample import Row
 from spin_diffusion.selfplay.record import HELD_OUT, RoundRecord
@@ -44,22 +44,6 @@ def run_language(config: LanguageConfig) -> list[RoundRecord]:
     return play_run(LanguageRun(config))
 
 
-def plan(config: LanguageConfig) -> None:
-    """Say what a run will take, before it is started. Raises as `plan_run`."""
-    plan_run(LanguageRun(config))
-
-
-def plateau(config: LanguageConfig) -> None:
-    """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
-    rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
-    evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], 2)
-    sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
-    run = LanguageRun(dataclasses.replace(config, **sections))
-    run.each_from_base = True
-    for line in gains(run.config, play_run(run)):
-        tell(line, run.game.accelerator)
-
-
 class LanguageRun(Run):
     """A language run."""
 
@@ -70,6 +54,14 @@ class LanguageRun(Run):
     def __init__(self, config: LanguageConfig) -> None:
         self.config = config
         self.held_out = self.output_dir / HELD_OUT if config.data.holds_out else None
+
+    def fine_tuning(self) -> "LanguageRun":
+        """A run of the same kind that fine-tunes."""
+        config = self.config
+        rounds = dataclasses.replace(config.rounds, stop_when_learnt=False)
+        evaluation = AnswerEvaluationSettings(config.evaluation.eval_every_round, "always", [], 2)
+        sections = fine_tuning(config, config.data, rounds=rounds, evaluation=evaluation)
+        return LanguageRun(dataclasses.replace(config, **sections))
 
     def check(self) -> None:
         """Refuse benchmarks and judges that there are not."""

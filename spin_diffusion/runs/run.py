@@ -18,6 +18,7 @@ from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.continuing import start_of
 from spin_diffusion.runs.evaluator import RunEvaluator
 from spin_diffusion.runs.live import Stage, guessed_paces, stages_of, status_line, time_left
+from spin_diffusion.runs.plateau import gains
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
 from spin_diffusion.runs.start import (
     LOGS,
@@ -71,6 +72,10 @@ class Run(ABC):
     def output_dir(self) -> Path:
         """Where everything is written."""
         return Path(self.config.run.output_dir)
+
+    @abstractmethod
+    def fine_tuning(self) -> "Run":
+        """A run of the same kind that fine-tunes the base at several rates, by `plateau.fine_tuning`."""
 
     @abstractmethod
     def check(self) -> None:
@@ -146,10 +151,9 @@ def play_run(run: Run) -> list[RoundRecord]:
     rows, pairs = data["rows"], data["rows"] // config.rounds.real_parts
     check_batch(pairs, config.training, accelerator.num_processes)  # now, not after a night of drawing
     write_manifest(output_dir, base, data, config, accelerator, versions)
-    header = run.header(data) + round_lines(config, rows, accelerator)
+    of_rounds = [*round_lines(config, rows, accelerator), *advice(config, rows, run.game, accelerator.num_processes)]
+    header = run.header(data) + "\n".join(of_rounds)
     tell(header, accelerator)
-    for line in advice(config, rows, run.game, accelerator.num_processes):
-        tell(line, accelerator)
 
     run.ready(pairs, progress)
     _open_trackers(config, output_dir, accelerator)
@@ -182,8 +186,15 @@ def plan_run(run: Run) -> None:
     check_training(config, run.game.player, accelerator)
     if accelerator.is_main_process:
         take_folder(output_dir, run.program)
-    for line in run.plan(Bars() if accelerator.is_main_process else Progress()):
-        tell(line, accelerator)
+    tell("\n".join(run.plan(Bars() if accelerator.is_main_process else Progress())), accelerator)
+
+
+def plateau_run(run: Run) -> None:
+    """Say whether fine-tuning still gains on the base. Raises as `play_run`."""
+    asked = run.fine_tuning()
+    asked.each_from_base = True
+    records = play_run(asked)
+    tell("\n".join(gains(asked.config, records)), asked.game.accelerator)
 
 
 def _play_with_rivals(

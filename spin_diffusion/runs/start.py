@@ -260,7 +260,7 @@ def write_manifest(
     accelerator.wait_for_everyone()
 
 
-def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
+def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> list[str]:
     """For the header: the batch, and each round's steps, rate, beta and visits of a sample."""
     training, rounds, world = config.training, config.rounds, accelerator.num_processes
     batch = pairs_per_step(training, world)
@@ -283,4 +283,4 @@ def round_lines(config: RunConfig, rows: int, accelerator: Accelerator) -> str:
             left = len(value) - rounds.rounds
             of = f"of the {len(value)} values of --{key} the last {left}"
             lines.append(f"           {of} have no round: --rounds {rounds.rounds}")
-    return "\n".join(lines)
+    return lines

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from tqdm.auto import tqdm
 
@@ -81,19 +81,21 @@ class _Process(Protocol):
     def is_main_process(self) -> bool: ...
 
 
-def tell(text: str, by: _Process | None = None) -> None:
+def tell(text: str, by: _Process | None = None, to: TextIO | None = None) -> None:
     """Print lines of their own while bars are open, which stay; on a terminal no line is wider than it.
 
     Args:
         by: whose main process alone prints; None = whoever calls.
+        to: None = the standard output.
     """
     if by is not None and not by.is_main_process:
         return
-    if sys.stdout.isatty():
+    to = to or sys.stdout
+    if to.isatty():
         width = shutil.get_terminal_size().columns
         text = "\n".join(_wrapped(line, width) for line in text.splitlines())
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    tqdm.write(text, file=to)
+    to.flush()
 
 
 def _wrapped(line: str, width: int) -> str:

@@ -249,7 +249,7 @@ def test_the_header_says_which_values_of_a_list_have_no_round(settings):
         for word in (f"--{key}", str(settings[key]))
     ]
     config = parse_config([*argv, "--rounds", "2", "--beta", "[1, 2, 3, 4]", "--learning_rate", "[1e-4, 1e-5]"])
-    lines = round_lines(config, 24, Accelerator(cpu=True)).splitlines()
+    lines = round_lines(config, 24, Accelerator(cpu=True))
     assert [line.split()[1] for line in lines[1:3]] == ["1:", "2:"] and "lr 1e-05, beta 2" in lines[2]
     assert lines[3:] == ["           of the 4 values of --beta the last 2 have no round: --rounds 2"]
 
