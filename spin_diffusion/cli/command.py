@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spin_diffusion.store.input_error import InputError, broken_character, printable
-from spin_diffusion.store.progress import end_bars, tell
+from spin_diffusion.store.progress import end_bars, fitted
 from spin_diffusion.store.run_dir import in_words, trouble_of
 
 # Read by transformers when it is imported, which happens after this module: its notes about image processors that are
@@ -67,7 +67,7 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
     end_bars()
     if "--debug" in argv or "--debug=true" in argv:
         traceback.print_exception(raised)
-    tell(f"{_who()}error: {message}", to=sys.stderr)
+    print(fitted(f"{_who()}error: {message}", sys.stderr), file=sys.stderr)
     _tell_torchrun(f"error: {message}")
     return 2
 

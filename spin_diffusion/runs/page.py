@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.selfplay.objective_names import title_of
-from spin_diffusion.selfplay.record import COUNTED, FINAL, PREVIEW_SHEET, find_record
+from spin_diffusion.selfplay.record import COUNTED, FINAL, PREVIEW_SHEET, RoundRecord, find_record
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.store.files import read_json, read_json_lines
 from spin_diffusion.store.progress import tell
@@ -81,62 +81,45 @@ def read_for_page(read: Callable[..., Any], path: Path, kind: Any) -> Any:
 
 def page_of(config: RunConfig, output_dir: Path) -> dict[str, list[dict[str, object]]]:
     """The lists of results.json that come from the folders of the run and its rivals."""
-    rounds = _rounds(config, output_dir)
-    return {
-        "curves": [entry for name, k, folder in rounds for entry in _curve(name, k, folder)],
-        "events": [entry for name, k, folder in rounds for entry in _events(name, k, folder)],
-        "selection": [entry for name, k, folder in rounds for entry in _selection(name, k, folder)],
-        "previews": _preview_sheets(config, output_dir),
-        "ledger": _ledger(config, output_dir),
-        "measures": _measures(config, output_dir),
-    }
+    told: dict[str, list[dict[str, object]]] = {"measures": _measures(config, output_dir)}
+    plan = read_for_page(read_json, output_dir / "plan.json", _Plan)
+    for name, folder in run_folders(config, output_dir).items():
+        for k in range(1, config.rounds.rounds + 1):
+            where = folder / f"round-{k}"
+            record, sheet = find_record(where), where / PREVIEW_SHEET
+            rows: dict[str, list[dict[str, object]]] = {
+                "curves": _curve(where),
+                "events": _events(record) if record is not None else [],
+                "selection": _selection(record) if record is not None else [],
+                "previews": [{"file": sheet.relative_to(output_dir).as_posix()}] if sheet.is_file() else [],
+                "ledger": _ledger(record, plan, k if folder == output_dir else None) if record is not None else [],
+            }
+            for kind, found in rows.items():
+                told.setdefault(kind, []).extend({"model": name, "round": k} | row for row in found)
+    return told
 
 
-def _rounds(config: RunConfig, output_dir: Path) -> list[tuple[str, int, Path]]:
-    """(name of the run or rival, number, folder) of all rounds."""
-    return [
-        (name, k, folder / f"round-{k}")
-        for name, folder in run_folders(config, output_dir).items()
-        for k in range(1, config.rounds.rounds + 1)
-    ]
-
-
-def _preview_sheets(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
-    """The previews of every round that has some so far."""
-    return [
-        {"model": name, "round": k, "file": (folder / PREVIEW_SHEET).relative_to(output_dir).as_posix()}
-        for name, k, folder in _rounds(config, output_dir)
-        if (folder / PREVIEW_SHEET).is_file()
-    ]
-
-
-def _curve(name: str, k: int, folder: Path) -> list[dict[str, object]]:
+def _curve(folder: Path) -> list[dict[str, object]]:
     """Every step of a round, absolute r and scores."""
     steps = read_for_page(read_json_lines, folder / "metrics.jsonl", _Step) or []
-    keys = ("step", *_Curves.__annotations__)
-    return [{"model": name, "round": k} | {key: step[key] for key in keys} for step in steps]
+    return [{key: step[key] for key in ("step", *_Curves.__annotations__)} for step in steps]
 
 
-def _events(name: str, k: int, folder: Path) -> list[dict[str, object]]:
+def _events(record: RoundRecord) -> list[dict[str, object]]:
     """What the rules of health said of a round."""
-    record = find_record(folder)
-    if record is None or "training" not in record:
+    if "training" not in record:
         return []
     ended = record["training"]["ended_by"]
     kept_step = {ended["rule"]: ended["kept_step"]} if ended is not None else {}
-    return [
-        {"model": name, "round": k, **event, "weights_from_step": kept_step.get(event["rule"])}
-        for event in record["training"]["health"]
-    ]
+    return [{**event, "weights_from_step": kept_step.get(event["rule"])} for event in record["training"]["health"]]
 
 
-def _selection(name: str, k: int, folder: Path) -> list[dict[str, object]]:
+def _selection(record: RoundRecord) -> list[dict[str, object]]:
     """How the steps of a round were judged."""
-    record = find_record(folder)
-    selection = record["training"].get("selection") if record is not None and "training" in record else None
+    selection = record["training"].get("selection") if "training" in record else None
     if selection is None:
         return []
-    judge = {"model": name, "round": k, "by": selection["by"], "better": selection.get("better", "higher")}
+    judge: dict[str, object] = {"by": selection["by"], "better": selection.get("better", "higher")}
     return [
         {**judge, "step": entry["step"], "value": entry["mean"]}
         | {"low": entry["low"], "high": entry["high"], "chosen": entry["step"] == selection["step"]}
@@ -144,31 +127,28 @@ def _selection(name: str, k: int, folder: Path) -> list[dict[str, object]]:
     ]
 
 
-def _ledger(config: RunConfig, output_dir: Path) -> list[dict[str, object]]:
-    """What each phase of the rounds and the rivals took, beside what was predicted of the rounds."""
-    plan = read_for_page(read_json, output_dir / "plan.json", _Plan)
-    plan = plan or {"rounds": [], "memory_bytes": {}, "disk_bytes": None}
-    planned = {entry["round"]: entry for entry in plan["rounds"]}
-    memory = {"generated": plan["memory_bytes"].get("drawing"), "trained": plan["memory_bytes"].get("training")}
+def _ledger(record: RoundRecord, plan: _Plan | None, planned_as: int | None) -> list[dict[str, object]]:
+    """What each phase of a round took, beside what was predicted.
+
+    Args:
+        planned_as: number of the round in the plan; None = a rival's, which is not planned.
+    """
+    memory = plan["memory_bytes"] if plan is not None else {}
+    memory = {"generated": memory.get("drawing"), "trained": memory.get("training")}
+    predicted = next((entry for entry in plan["rounds"] if entry["round"] == planned_as), {}) if plan else {}
     entries: list[dict[str, object]] = []
-    for name, folder in run_folders(config, output_dir).items():
-        for k in range(1, config.rounds.rounds + 1):
-            record = find_record(folder / f"round-{k}")
-            if record is None:
-                continue
-            predicted = planned.get(k, {}) if folder == output_dir else {}
-            for phase in COUNTED:
-                measured = record.get("ledger", {}).get(phase)
-                if measured is not None and measured["samples"] != 0:
-                    prediction = {
-                        "predicted_seconds": predicted.get(phase),
-                        "predicted_memory_bytes": memory.get(phase) if predicted else None,
-                        "predicted_disk_bytes": plan["disk_bytes"],
-                    }
-                    entries.append({"model": name, "round": k, "phase": phase} | prediction | measured)
-            if record["state"] in FINAL:
-                overhead = sum(seconds for phase, seconds in record["seconds"].items() if phase not in COUNTED)
-                entries.append({"model": name, "round": k, "phase": "overhead", "seconds": overhead} | _OVERHEAD)
+    for phase in COUNTED:
+        measured = record.get("ledger", {}).get(phase)
+        if measured is not None and measured["samples"] != 0:
+            prediction = {
+                "predicted_seconds": predicted.get(phase),
+                "predicted_memory_bytes": memory.get(phase) if predicted else None,
+                "predicted_disk_bytes": plan["disk_bytes"] if plan else None,
+            }
+            entries.append({"phase": phase} | prediction | measured)
+    if record["state"] in FINAL:
+        overhead = sum(seconds for phase, seconds in record["seconds"].items() if phase not in COUNTED)
+        entries.append({"phase": "overhead", "seconds": overhead} | _OVERHEAD)
     return entries
 
 

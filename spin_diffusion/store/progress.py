@@ -81,21 +81,24 @@ class _Process(Protocol):
     def is_main_process(self) -> bool: ...
 
 
-def tell(text: str, by: _Process | None = None, to: TextIO | None = None) -> None:
+def tell(text: str, by: _Process | None = None) -> None:
     """Print lines of their own while bars are open, which stay; on a terminal no line is wider than it.
 
     Args:
         by: whose main process alone prints; None = whoever calls.
-        to: None = the standard output.
     """
     if by is not None and not by.is_main_process:
         return
-    to = to or sys.stdout
-    if to.isatty():
-        width = shutil.get_terminal_size().columns
-        text = "\n".join(_wrapped(line, width) for line in text.splitlines())
-    tqdm.write(text, file=to)
-    to.flush()
+    tqdm.write(fitted(text, sys.stdout), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def fitted(text: str, to: TextIO) -> str:
+    """The text in lines that are no wider than the terminal, if it goes `to` one."""
+    if not to.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(_wrapped(line, width) for line in text.splitlines())
 
 
 def _wrapped(line: str, width: int) -> str:
