@@ -13,6 +13,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TypedDict
@@ -101,10 +102,12 @@ def candidates_of(settings: CandidateSettings, device: str) -> Candidates | None
 
 def scorer_as_judge(spec: str, device: str) -> Judge:
     """A scorer of images as a judge of stored samples; its weights are read now."""
-    scorer = load_scorer(spec, device)
-    return lambda rows: score_images(
-        scorer, (open_picture(row["image"]) for row in rows), [row["prompt"] for row in rows]
-    )
+    return partial(score_rows, load_scorer(spec, device))
+
+
+def score_rows(scorer: LoadedScorer, rows: list[Row]) -> list[float]:
+    """The score of each stored image for its prompt."""
+    return score_images(scorer, (open_picture(row["image"]) for row in rows), [row["prompt"] for row in rows])
 
 
 def content_settings(settings: CurationSettings) -> dict[str, object]:
@@ -300,42 +303,31 @@ class Curation:
             first = list(islice(examples, 1))
             if not first:
                 return
-            yield self._piece(number, key, scorer, chain(first, islice(examples, self.rows_per_shard - 1)))
+            mine = chain(first, islice(examples, self.rows_per_shard - 1))
+            yield self._piece(number, key, scorer, mine)
+            for _ in mine:  # of a file that is there already
+                pass
 
     def _piece(self, number: int, key: str, scorer: LoadedScorer, examples: Iterator[Example]) -> Piece:
         path = self.directory / f"{number:05d}.parquet"
 
         def make(tell: Callable[[int], None]) -> Made:
             rows: list[Row] = []
-            while scored := self._scored_batch(scorer, list(islice(examples, BATCH))):
-                rows += scored
+            while batch := list(self.stored(islice(examples, BATCH))):
+                scores = score_rows(scorer, batch)
+                rows += [
+                    {"id": row["id"], "prompt": row["prompt"], "score": score}
+                    for row, score in zip(batch, scores, strict=True)
+                ]
                 tell(len(rows))
             return Made(rows)
 
-        def is_of_these() -> bool:
-            if [self.id_of(example) for example in examples] != [row["id"] for row in read_rows(path)]:
-                raise InputError(self._has_changed())
-            return True
-
-        return Piece(path, key, self.rows_per_shard, make, is_of_these)
+        return Piece(path, key, self.rows_per_shard, make)
 
     def _count(self, key: str) -> int:
-        """How many examples have scores of this key; no scores of a data set that was longer may be left."""
-        files = [path for path in self.directory.iterdir() if _is_scores(path.name)]
-        written = {int(path.stem): rows_metadata(path) for path in files}
-        counts = [int(said["rows"]) for _, said in sorted(written.items()) if said.get(KEY) == key]
-        numbers = sorted(number for number, said in written.items() if said.get(KEY) == key)
-        if numbers != list(range(len(counts))) or any(rows < self.rows_per_shard for rows in counts[:-1]):
-            raise InputError(self._has_changed())
-        return sum(counts)
-
-    def _scored_batch(self, scorer: LoadedScorer, examples: list[Example]) -> list[Row]:
-        rows = list(self.stored(examples))
-        pictures = [open_picture(row["image"]) for row in rows]
-        scores = scorer(pictures, [row["prompt"] for row in rows]).tolist()
-        return [
-            {"id": row["id"], "prompt": row["prompt"], "score": score} for row, score in zip(rows, scores, strict=True)
-        ]
+        """How many examples have scores of this key."""
+        written = [rows_metadata(path) for path in self.directory.iterdir() if _is_scores(path.name)]
+        return sum(int(said["rows"]) for said in written if said.get(KEY) == key)
 
     def _scored(
         self,

@@ -22,8 +22,6 @@ from spin_diffusion.store.input_error import InputError, broken_character, one_l
 
 OWN_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "loop", "namespace")
 """Variables of a chat template that no argument may be named like."""
-SWITCHES = ({"enable_thinking": False}, {"thinking": False})
-"""Arguments by which published templates write before the answer to a prompt what they write before a given answer."""
 STAND_INS = 0xF0000
 """First of the private characters that stand for special tokens' texts in the data while a template is filled."""
 SAMPLE = ("Which question?", "This answer.")
@@ -195,7 +193,7 @@ class Chat:
         """An answer that the template does not write as it is: the generated ones are not changed like that."""
         lead, trail = self._lead.strip(), self._trail.strip()
         if lead + trail and written.strip().removeprefix(lead).removesuffix(trail).strip() == hidden:
-            raise _around_every_answer(self.tokenizer, self._lead, self._trail)
+            raise _around_every_answer(self._lead, self._trail)
         given, made = self._shown(hidden), self._shown(written.strip())
         place = max(len(os.path.commonprefix([given, made])) - 8, 0)  # with what is alike before it
         raise LeftOut(
@@ -364,20 +362,13 @@ def _odd_template(chat: Chat) -> list[str]:
     return found
 
 
-def _around_every_answer(tokenizer: PreTrainedTokenizerBase, lead: str, trail: str) -> InputError:
+def _around_every_answer(lead: str, trail: str) -> InputError:
     """What is wrong with a template that writes more than the answer between prompt and end token, and what helps."""
     said = [f"{lead!r} before"] * bool(lead.strip()) + [f"{trail!r} behind"] * bool(trail.strip())
-    helps = "give a template (--chat_template) that does not, or that writes it behind add_generation_prompt too"
-    for switch in SWITCHES:
-        (name,) = switch
-        if re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
-            before, _ = _around_answer(tokenizer, with_arguments(tokenizer.chat_template, switch))
-            if not before.strip() and not trail.strip():
-                helps = f"give --chat_template_kwargs '{{{name}: false}}', with which prompts end in it, for both"
-                break
     return InputError(
         f"the chat template writes {' and '.join(said)} every real answer, and generated ones do not have it, so it "
-        f"alone would tell them apart: {helps}"
+        "alone would tell them apart: give a template (--chat_template) that does not, or that writes it behind "
+        "add_generation_prompt too, as some do with --chat_template_kwargs '{enable_thinking: false}'"
     )
 
 
@@ -409,26 +400,19 @@ def _with_arguments(template: str | None, arguments: Mapping[str, Any]) -> str:
     return template
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> tuple[str, str]:
-    """A prompt as the template writes it, and the same prompt with its answer. Raises LeftOut if it refuses them.
-
-    Args:
-        template: instead of the tokenizer's own.
-    """
+def _sample(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A prompt as the template writes it, and the same prompt with its answer. Raises LeftOut if it refuses them."""
     user, assistant = {"role": "user", "content": SAMPLE[0]}, {"role": "assistant", "content": SAMPLE[1]}
-    asked = _fill(tokenizer, [user], opens_answer=True, template=template)
-    return asked, _fill(tokenizer, [user, assistant], opens_answer=False, template=template)
+    return _fill(tokenizer, [user], True), _fill(tokenizer, [user, assistant], False)
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_answer: bool, template: Any = None) -> str:
+def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_answer: bool) -> str:
     if not tokenizer.chat_template:
         check_template(tokenizer)
     try:
         text = fill_template(
-            str(template or tokenizer.chat_template),
-            lambda: tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_answer, chat_template=template
-            ),
+            str(tokenizer.chat_template),
+            lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer),
         )
     except InputError:
         raise
@@ -440,12 +424,12 @@ def _fill(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opens_ans
     return text
 
 
-def _around_answer(tokenizer: PreTrainedTokenizerBase, template: Any = None) -> tuple[str, str]:
+def _around_answer(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the template writes between the prompt and the last answer, and behind that; "" without a template."""
     if not tokenizer.chat_template:
         return "", ""
     try:
-        asked, whole = _sample(tokenizer, template)
+        asked, whole = _sample(tokenizer)
     except LeftOut:
         return "", ""
     before, answer, after = whole.rpartition(SAMPLE[1])
