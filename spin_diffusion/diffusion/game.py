@@ -162,6 +162,10 @@ class DiffusionGame:
         """Hash of all that makes the base, beside its UNet's weights: the other parts, and every configuration."""
         return key_of(unet=config_of(self.player), parts=parts_hash(self.pipeline))
 
+    def player_key(self, weights: str | None) -> str:
+        """Who draws: the base with all of its parts, and the hash of a player's weights."""
+        return key_of(base=key_of(unet=self.base_hash, parts=self.parts_hash), weights=weights)
+
     @property
     def has_sizes(self) -> bool:
         """Whether images differ in size."""

@@ -10,6 +10,7 @@ import numpy as np
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
+from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.run_dir import write_file
 
 _MIN_CELL_PX = 160  # smaller images are enlarged by a whole factor to at least this
@@ -22,6 +23,11 @@ _MARGIN_PX = 24
 _FONT_PX = 14
 _LINE_PX = 22
 _INK, _FAINT, _PAPER = (34, 34, 38), (120, 120, 128), (255, 255, 255)
+
+
+def picture_or_grey(path: Path, side_px: int) -> Image.Image:
+    """A picture that was drawn; a grey square where it is lost, or was spoilt."""
+    return read_picture(path) if path.is_file() else Image.new("RGB", (side_px, side_px), "grey")
 
 
 def draw_gallery(columns: list[str], rows: list[tuple[str, list[Image.Image]]], path: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from spin_diffusion.diffusion.config import Config
 from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
-from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
+from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures, picture_or_grey
 from spin_diffusion.evaluation.prompt_sets import PromptSet
 from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol
@@ -18,8 +18,6 @@ from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
-from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
 
 GALLERY_PROMPTS = 6
@@ -55,15 +53,13 @@ class PictureSamples(EvaluationSamples):
         super().__init__(config.evaluation.scorers or [], protocol, progress, self._shards)
         self.config, self.prompts, self.game, self.accelerator = config, prompts, game, game.accelerator
         self.wanted = prompts.requests(config.evaluation.num_validation_images, self.protocol["seed"])
-        self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
         curator = config.data.curation.scorer  # it was aimed at
         self.real = of_run(config, held_out)
         self.in_domain = [parse_spec(curator)[0]] if curator else []
 
     def _shards(self, model: EvaluatedModel) -> Shards:
         """The player's images of the run's prompts."""
-        drawn_by = key_of(base=self.drawn_with, weights=model.weights_sha256)
-
+        drawn_by = self.game.player_key(model.weights_sha256)
         draw = partial(self.game.draw, self.game.player)
         return picture_shards(self.wanted, model.folder.samples, self.protocol, drawn_by, draw)
 
@@ -82,9 +78,6 @@ class PictureSamples(EvaluationSamples):
     def _gallery_pictures(self, folder: Path) -> list[tuple[str, Image.Image]]:
         """The first picture of each gallery prompt at the headline's guidance scale; grey where it is lost."""
         images = folder / "images" / folder_of(self.headline_scale)
-        pictures = []
-        for row in self.prompts.requests(1, self.protocol["seed"])[:GALLERY_PROMPTS]:
-            path = images / f"{row['id']}-0.png"
-            grey = Image.new("RGB", (self.game.resolution,) * 2, "grey")
-            pictures.append((row["prompt"], read_picture(path) if path.is_file() else grey))
-        return pictures
+        rows = self.prompts.requests(1, self.protocol["seed"])[:GALLERY_PROMPTS]
+        side = self.game.resolution
+        return [(row["prompt"], picture_or_grey(images / f"{row['id']}-0.png", side)) for row in rows]

@@ -16,7 +16,7 @@ from spin_diffusion.diffusion.game import DiffusionGame
 from spin_diffusion.evaluation.distribution import believable, interval, of_row
 from spin_diffusion.evaluation.evaluated import SampleFolder, read_samples, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed, measured
-from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures
+from spin_diffusion.evaluation.gallery import draw_gallery, log_pictures, picture_or_grey
 from spin_diffusion.evaluation.scorers import load_scorer
 from spin_diffusion.evaluation.scoring import score_samples
 from spin_diffusion.evaluation.specs import parse_spec
@@ -28,7 +28,6 @@ from spin_diffusion.selfplay.record import PREVIEW_SHEET
 from spin_diffusion.store.files import Tell
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
-from spin_diffusion.store.pictures import read_picture
 from spin_diffusion.store.progress import Progress
 
 COLUMNS = 12
@@ -59,11 +58,10 @@ class PlayerPictures:
         self.game, self.accelerator, self.scale = game, game.accelerator, config.sampling.guidance_scale
         sampling = replace(game.opponent_sampling, size_condition=OWN_SIZE)
         self.protocol = sampling.in_protocol() | {"guidance_scales": [self.scale]}
-        self.drawn_with = key_of(unet=game.base_hash, parts=game.parts_hash)
 
     def draw(self, requests: list[Request], folder: Path) -> SampleFolder:
         """Draw what is asked for into a folder; what this very player drew there already stays."""
-        drawn_by = key_of(base=self.drawn_with, weights=self.game.player_hash())
+        drawn_by = self.game.player_key(self.game.player_hash())
         draw = partial(self.game.draw, self.game.player)
         batch = self.game.sampling.generation_batch_size  # few pictures, which all processes are to share
         shards = picture_shards(requests, folder / "images", self.protocol, drawn_by, draw, batch)
@@ -156,6 +154,5 @@ class PlayerPictures:
         draw_gallery(list(columns), rows, folder.with_name(PREVIEW_SHEET))
 
     def _picture(self, request: Request, folder: Path) -> Image.Image:
-        """A picture that was drawn; grey where it is lost, or was spoilt."""
         path = folder / "images" / folder_of(self.scale) / f"{request['id']}-{request['k']}.png"
-        return read_picture(path) if path.is_file() else Image.new("RGB", (self.game.resolution,) * 2, "grey")
+        return picture_or_grey(path, self.game.resolution)
