@@ -18,7 +18,7 @@ from spin_diffusion.runs.evaluator import EvaluationSamples
 from spin_diffusion.runs.real_pictures import of_run
 from spin_diffusion.samples.drawn import Shards, folder_of, picture_shards
 from spin_diffusion.samples.sampling import OWN_SIZE, Sampling
-from spin_diffusion.store.progress import Progress
+from spin_diffusion.store.progress import Progress, tell
 
 GALLERY_PROMPTS = 6
 """Prompts shown in samples.png."""
@@ -73,7 +73,7 @@ class PictureSamples(EvaluationSamples):
         columns = [self._gallery_pictures(model.folder.samples.parent) for model in models]
         rows = [(cells[0][0], [picture for _, picture in cells]) for cells in zip(*columns, strict=True)]
         draw_gallery([model.name for model in models], rows, path)
-        print(f"Pictures, the same prompts and seeds for every model: {path}")
+        tell(f"Pictures, the same prompts and seeds for every model: {path}")
 
     def _gallery_pictures(self, folder: Path) -> list[tuple[str, Image.Image]]:
         """The first picture of each gallery prompt at the headline's guidance scale; grey where it is lost."""

@@ -18,6 +18,7 @@ from spin_diffusion.evaluation.tables import as_markdown, in_cell
 from spin_diffusion.selfplay.round_settings import objective_of, objectives_of, source_of
 from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
 from spin_diffusion.store.input_error import InputError, is_local, read_bytes
+from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import write_file
 from spin_diffusion.store.shipped import shipped_name
 
@@ -99,7 +100,7 @@ def write_card(output_dir: Path, config: RunConfig, card: Card) -> None:
     # A data set's path need not be UTF-8
     path = output_dir / "README.md"
     if path.exists() and not _is_as_written(path):
-        print(
+        tell(
             f"{path} was edited, or is somebody's own, and stays as it is: delete it, then the same command writes it "
             "anew"
         )

@@ -303,8 +303,8 @@ def _print_loading(run: Run, records: list[RoundRecord]) -> None:
     """Print where the last promoted player is, and how a user loads it."""
     promoted = [record["round"] for record in records if record["state"] == "PROMOTED"]
     if not promoted:
-        print("No round was promoted: the base stands, and there is nothing to load")
+        tell("No round was promoted: the base stands, and there is nothing to load")
         return
     folder, code = run.loading_code()
-    print(f"The player of round {promoted[-1]} is in {folder}; load it with")
+    tell(f"The player of round {promoted[-1]} is in {folder}; load it with")
     print("\n".join(f"  {line}" for line in code.splitlines() if line))
