@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
 demo: install
-	ACCELERATE_USE_CPU=1 $(BIN)/spin-diffusion demo
+	ACCELERATE_USE_CPU=1 $(BIN)/python -m spin_diffusion.cli demo
 
 ## Install, then SPACE on a small language model, and SPACE, SPIN and fine-tuning side by side; results in runs/toy-llm*
 demo-llm: install
