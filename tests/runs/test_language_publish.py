@@ -44,13 +44,13 @@ def test_the_hub_gets_model_card_and_report_and_no_more(use_lora, hub, settings,
 @pytest.mark.parametrize(
     "objective, says",
     [
-        ("spin", "by self-play from [base](#use) with [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+        ("spin", "from [assets/toy_language/base](#use) with [SPIN](https://arxiv.org/abs/2401.01335): in each"),
         ("space", "with [SPACE](https://arxiv.org/abs/2512.07175): in each round"),
-        ("dpo", "fine-tuned from [base](#use) with [DPO](https://arxiv.org/abs/2305.18290): the player learns to"),
+        ("dpo", "from [assets/toy_language/base](#use) with [DPO](https://arxiv.org/abs/2305.18290): the player"),
         ("sft", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155) on the data's answers alone."),
         ("kto", "with [KTO](https://arxiv.org/abs/2402.01306): in each round"),
         ("[sft, space, spin]", "with [supervised fine-tuning](https://arxiv.org/abs/2203.02155), "
-         "[SPACE](https://arxiv.org/abs/2512.07175) and [SPIN](https://arxiv.org/abs/2401.01335): in each round"),
+         "[SPACE](https://arxiv.org/abs/2512.07175) and [SPIN](https://arxiv.org/abs/2401.01335): in each"),
     ],
 )  # fmt: skip
 def test_the_card_names_the_papers_of_all_objectives(objective, says, tmp_path):
@@ -74,8 +74,7 @@ def test_the_lines_of_the_card_and_those_of_the_terminal_load_the_player(
     printed = re.search(r"load it with\n((?:  .*\n)+)", capsys.readouterr().out)[1]
     card = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out" / "base").rename(tmp_path / "evaluation")
-    (tmp_path / "out" / "base").symlink_to(LANGUAGE / "base")  # the card has the base's name, not where it lay
+    (tmp_path / "out" / "assets").symlink_to(LANGUAGE.parent)  # the card has the base's name, not where it lay
     for folder, code in (("elsewhere", textwrap.dedent(printed)), ("out", card)):
         monkeypatch.chdir(tmp_path / folder)
         found = {}
