@@ -7,11 +7,10 @@ data, a `Keys`; `check_keys` is the one checker.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from spin_diffusion.store.input_error import InputError, one_line, printable, read_bytes
 
@@ -100,13 +99,3 @@ def refuse_missing(missing: list[str], where: str, example: str = "") -> None:
             f"{where}: {', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing, and the library's "
             f"default may be another: get the checkpoint's own file{example}"
         )
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a configuration is a finite number, which a switch is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value of a configuration is a whole number, which a switch is not."""
-    return isinstance(value, int) and not isinstance(value, bool)
