@@ -47,8 +47,13 @@ def broken_character(text: str) -> int | None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """ ", did you mean ...?", or all that are known."""
+    return did_you_mean(name, known) or f" (known: {', '.join(sorted(known))})"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ ", did you mean ...?", or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 # Names that become files or folders

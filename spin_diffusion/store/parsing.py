@@ -4,7 +4,6 @@ The flags are flat (`--learning_rate`), a YAML file given by `--config` holds th
 A word on the command line is read as the same word in the file, so nothing has two meanings.
 """
 
-import difflib
 import os
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from spin_diffusion.store.input_error import InputError, nearest, printable
+from spin_diffusion.store.input_error import InputError, did_you_mean, nearest, printable
 from spin_diffusion.store.replaced import REPLACED
 from spin_diffusion.store.settings import help_texts, rules_of
 from spin_diffusion.store.shipped import PRESETS, shipped, shipped_names, with_shipped
@@ -245,8 +244,7 @@ def _checked(value: Any, name: str, known: Mapping[str, Any], before: str) -> An
     except Misfit as error:
         given = printable(value) if value and isinstance(value, str) else shown(value)
         if isinstance(value, str) and (choices := _choices(known[name])):
-            close = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
-            hint = f", did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(value, choices)
             raise InputError(f"{before}{name} {given}: give one of {', '.join(choices)}{hint}") from None
         raise InputError(f"{before}{name} {given}: {error}") from None
 

@@ -6,7 +6,6 @@ rules of the field that it replaces.
 """
 
 import ast
-import difflib
 import functools
 import inspect
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from spin_diffusion.store.input_error import InputError, printable
+from spin_diffusion.store.input_error import InputError, did_you_mean, printable
 
 T = TypeVar("T")
 PerRound = Union[T, list[T]]  # noqa: UP007 - `T | list[T]` cannot be subscripted in Python 3.10
@@ -43,8 +42,7 @@ class Rules:
         if not self.choices or word in self.choices or self.or_file and word.endswith(".py"):
             return None
         file = ", or the path of a .py file" if self.or_file else ""
-        close = difflib.get_close_matches(word, self.choices, n=1, cutoff=0.4)
-        return f": give one of {', '.join(self.choices)}{file}" + (f", did you mean {close[0]!r}?" if close else "")
+        return f": give one of {', '.join(self.choices)}{file}{did_you_mean(word, self.choices)}"
 
     def complaint(self, value: int | float) -> str | None:
         """What a number should be instead (" must be at least 1"); None where it is in range."""
@@ -120,9 +118,9 @@ def check_rules(section: object, before: str = "--") -> None:
             if isinstance(one, int | float) and not isinstance(one, bool):
                 complaint = rule.complaint(one)
             else:
-                complaint = None if not isinstance(one, str) else rule.no_choice(one) if one.strip() else _BLANK
-            if complaint is not None:
-                shown = "" if complaint == _BLANK else f" {printable(one)}"
+                complaint = rule.no_choice(one) or _BLANK * (not one.strip()) if isinstance(one, str) else None
+            if complaint:
+                shown = "" if complaint == _BLANK else f" {printable(one) or repr(one)}"
                 raise InputError(f"{before}{name}{shown}{complaint}")
 
 

@@ -65,7 +65,7 @@ def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
         **options,
     )
     check_whole(model, report, where)
-    return _named_outputs(model)
+    return model
 
 
 def fill(model: Any, tensors: Mapping[str, Tensor], report: LoadReport, *, where: str) -> Any:
@@ -80,13 +80,7 @@ def fill(model: Any, tensors: Mapping[str, Tensor], report: LoadReport, *, where
     """
     model.load_state_dict(tensors, strict=False, assign=True)
     check_whole(model, report, where)
-    return _named_outputs(model.eval())
-
-
-def _named_outputs(model: Any) -> Any:
-    if getattr(model.config, "return_dict", True) is False:
-        model.config.return_dict = True  # how transformers hands over what it computed, which is read by name
-    return model
+    return model.eval()
 
 
 def check_whole(model: nn.Module, report: LoadReport, where: str) -> None:

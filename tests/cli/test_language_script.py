@@ -316,7 +316,7 @@ def test_what_a_template_writes_before_answers_is_refused_until_it_belongs_to_th
     settings |= {"chat_template": str(tmp_path / "own.jinja"), "rounds": 1, "judges": []}
     refused(
         capsys, play(tmp_path, settings), "the chat template writes 'think ' before every real answer",
-        "give --chat_template_kwargs '{enable_thinking: false}'",
+        "--chat_template_kwargs '{enable_thinking: false}'",
     )  # fmt: skip
     refused(capsys, play(tmp_path, settings, "--chat_template_kwargs", "{thinking: false}"), "no variable of this name")
     argv = ["--chat_template_kwargs", "{enable_thinking: false}"]

@@ -104,10 +104,10 @@ def test_a_run_from_an_adapter_says_what_it_was_made_of_and_how_to_load_it(
     assert said["adapters"][0]["sha256"] == file_hash(folder / "adapter_model.safetensors")
     printed, card = {}, {}
     exec(textwrap.dedent(re.search(r"load it with\n((?:  .*\n)+)", capsys.readouterr().out)[1]), printed)
-    # The card has the names of what lies on this machine, not the paths
+    # The card has the names of what lies on this machine, not the paths; what is shipped lies in assets/
     saved, here = out / ("adapter" if use_lora else "model"), tmp_path / "here"
     here.mkdir()
-    for place in (folder, BASE, saved):
+    for place in (folder, BASE.parents[1], saved):
         (here / place.name).symlink_to(place)
     monkeypatch.chdir(here)
     exec((out / "README.md").read_text().split("```python\n")[1].split("```")[0], card)
@@ -320,14 +320,6 @@ def test_a_base_that_is_not_whole_is_refused(kind, tmp_path):
         load_language_model(LanguageBase(str(folder)))
     message = str(error.value)
     assert message.startswith(f"--model_name_or_path {folder}") and words in message and "\n" not in message
-
-
-def test_a_base_that_asks_for_tuples_is_read_all_the_same(tmp_path):
-    folder = changed_base(tmp_path)
-    change(folder / "config.json", "return_dict", False)
-    assert scores(make_game(base=folder), AutoModelForCausalLM.from_pretrained(BASE))[0] == pytest.approx(
-        scores(make_game(), AutoModelForCausalLM.from_pretrained(BASE))[0]
-    )
 
 
 def test_vllm_is_not_given_an_adapter(settings, tmp_path, capsys, monkeypatch):  # noqa: F811
