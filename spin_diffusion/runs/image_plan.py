@@ -135,7 +135,6 @@ def _probe(config: Config, game: DiffusionGame, few: list[Example]) -> Rates:
     return Rates(
         prepare=encode / len(rows),
         draw=(finish + steps * denoise) / batch,
-        show=(finish + steps * denoise) / batch,
         encode=encode / len(rows),
         score=score,
         pair=pair,

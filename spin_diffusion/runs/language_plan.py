@@ -113,7 +113,6 @@ def _probe(config: LanguageConfig, game: LanguageGame, few: list[Row]) -> Rates:
     return Rates(
         prepare=0.0,
         draw=answer,
-        show=answer,
         encode=0.0,
         score=score,
         pair=pair,

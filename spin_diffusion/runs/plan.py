@@ -42,7 +42,7 @@ class Rates:
 
     Attributes:
         prepare: seconds of a real sample on its way to what is trained on.
-        draw, show: seconds of a sample by the opponent, and of one for an evaluation.
+        draw: seconds of a sample, by the opponent or for an evaluation.
         encode: seconds of the encoding of a drawn sample.
         score: seconds of the opponent's score of a pair or of a row; 0 where none is kept.
         pair: seconds of a pair in a step, forward and backward, both models.
@@ -55,7 +55,6 @@ class Rates:
 
     prepare: float
     draw: float
-    show: float
     encode: float
     score: float
     pair: float
@@ -221,7 +220,7 @@ def predict(
     """
     predicted: list[dict[str, float | int]] = []
     training = config.training
-    last, evaluation = config.rounds.rounds, sizes.shown * rates.show + sizes.held_out * rates.score
+    last, evaluation = config.rounds.rounds, sizes.shown * rates.draw + sizes.held_out * rates.score
     for k in range(1, last + 1):
         steps, _ = steps_of_round(training, k, sizes.rows // config.rounds.real_parts, world)
         visited, round_ = steps * pairs_per_step(training, 1), work(of_round(config.rounds.objective, k), k)
@@ -247,10 +246,10 @@ def _looked(config: RunConfig, rates: Rates, sizes: Sizes, steps: int) -> float:
         # A gap takes the passes forward of a step alone, about half of a pair
         judged, by = 2 + (steps - 1) // training.select_every, training.select_by
         drawn = sizes.held_out if by == "fd" else min(sizes.held_out, JUDGED_PROMPTS)
-        seconds += judged * (sizes.held_out * rates.pair / 2 if by == "gap" else drawn * rates.show)
+        seconds += judged * (sizes.held_out * rates.pair / 2 if by == "gap" else drawn * rates.draw)
     every = getattr(config.evaluation, "preview_every", 0)  # of runs on pictures
     if every or every is None and (sizes.held_out or sizes.shown):
-        seconds += len(preview_steps(every, steps)) * PREVIEWED_PROMPTS * rates.show
+        seconds += len(preview_steps(every, steps)) * PREVIEWED_PROMPTS * rates.draw
     return seconds
 
 

@@ -13,7 +13,7 @@ from tests.playing import examples, make_game
 
 GB = 10**9
 RATES = Rates(
-    prepare=0.5, draw=2.0, show=2.0, encode=0.5, score=0.25, pair=2.0, update=3.0, real_bytes=117, sample_bytes=10,
+    prepare=0.5, draw=2.0, encode=0.5, score=0.25, pair=2.0, update=3.0, real_bytes=117, sample_bytes=10,
     shown_bytes=20, encoded_bytes=100, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1, training_memory=2,
 )  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_the_time_of_a_step_is_what_two_more_of_them_take(sdxl_dir, monkeypatch)
     monkeypatch.setattr(image_plan, "_probe_training", lambda *given: (0.0, 1.0, 1.0, 1))
     settings = config("--generation_batch_size", "2")
     rates = probe(settings, game, list(examples(2)))
-    assert rates.draw == rates.show == 5.0 / 2 + 10 * 2.0 / 2
+    assert rates.draw == 5.0 / 2 + 10 * 2.0 / 2
 
 
 def test_a_batch_that_does_not_fit_is_one_line(sdxl_dir, monkeypatch):

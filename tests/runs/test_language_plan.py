@@ -14,7 +14,7 @@ from tests.llm.playing import LANGUAGE, examples, make_game
 
 ANSWER = 2.0
 RATES = Rates(
-    prepare=0.1, draw=ANSWER, show=ANSWER, encode=0.0, score=0.25, pair=2.0, update=3.0, real_bytes=110,
+    prepare=0.1, draw=ANSWER, encode=0.0, score=0.25, pair=2.0, update=3.0, real_bytes=110,
     sample_bytes=10, shown_bytes=10, encoded_bytes=100, player_bytes=1000, checkpoint_bytes=3000, drawing_memory=1,
     training_memory=2,
 )  # fmt: skip
