@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from spin_diffusion.diffusion.model_sources import ModelSource, read_given_pictures, read_source
 from spin_diffusion.evaluation.evaluated import EvaluatedModel
-from spin_diffusion.evaluation.features import check_embedding, embed
+from spin_diffusion.evaluation.features import Comparison, check_embedding, embed
 from spin_diffusion.evaluation.prompt_sets import PromptRow, PromptSet, load_prompts, prompts_hash
 from spin_diffusion.evaluation.protocols import protocol_of
 from spin_diffusion.evaluation.records import Protocol, Results, SweepEntry
@@ -64,8 +64,8 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
     sources = _sources(settings)
     settings = dataclasses.replace(settings, images_per_prompt=_images_per_prompt(settings, sources))
     prompts, captions = _checked_input(settings, sources, output_dir)
-    baseline = settings.baseline or sources[0].name  # the prompts and their order do not depend on it
-    sources = sorted(sources, key=lambda source: source.name != baseline)
+    # The prompts and their order do not depend on which one is the baseline
+    sources = sorted(sources, key=lambda source: source.name != (settings.baseline or source.name))
     quiet_libraries()
     accelerator = make_accelerator(settings.mixed_precision)
     progress = Bars() if accelerator.is_main_process else Progress()
@@ -78,19 +78,16 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
 
     drawer = Drawer(settings, prompts, accelerator)
     models, protocol = _pictures(settings, sources, prompts, output_dir, drawer, progress)
-    scales = protocol["guidance_scales"]
+    scales, folders = protocol["guidance_scales"], {model.name: model.folder for model in models}
     score_samples(
-        {model.name: model.folder for model in models},
+        folders,
         scales,
         settings.scorers or [],
         accelerator,
         lambda scorer, total: progress.phase(f"score by {scorer}", total),
     )
-    real = None
-    if settings.distribution_features is not None and settings.reference_images is not None:
-        spec, place = settings.distribution_features, settings.reference_images
-        real = of_place(spec, place, protocol["resolution"], output_dir)
-        folders = {model.name: model.folder for model in models}
+    real = _real_pictures(settings, protocol, output_dir)
+    if real is not None:
         embed(real, folders, scales, accelerator, partial(progress.phase, "features of the pictures"))
     swept: list[SweepEntry] = []
     if settings.sweep.given():
@@ -103,7 +100,7 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
         models,
         protocol,
         settings.scorers or [],
-        title=f"{', '.join(model.name for model in models)}",
+        title=", ".join(model.name for model in models),
         headline_scale=scales[-1],
         training_prompts=captions,
         real=real,
@@ -113,6 +110,12 @@ def evaluate_models(settings: EvaluateSettings) -> list[str]:
     if settings.scorers and all(scorer["state"] == "not run" for scorer in results["scorers"]):
         raise InputError(f"no scorer could be run: {results['scorers'][0]['reason']}")
     return failing(results, settings.fail_on)
+
+
+def _real_pictures(settings: EvaluateSettings, protocol: Protocol, output_dir: Path) -> Comparison | None:
+    """The real pictures that the models' are compared with, if any."""
+    spec, place = settings.distribution_features, settings.reference_images
+    return None if spec is None or place is None else of_place(spec, place, protocol["resolution"], output_dir)
 
 
 def _tell(results: Results, output_dir: Path) -> None:

@@ -11,7 +11,7 @@ from spin_diffusion.runs.page import read_for_page, run_folders
 from spin_diffusion.selfplay.one_round import Costs
 from spin_diffusion.selfplay.record import RoundRecord, State, find_record, has_reached
 from spin_diffusion.selfplay.round_settings import source_of
-from spin_diffusion.selfplay.train_settings import of_round, steps_of_round
+from spin_diffusion.selfplay.train_settings import of_round, pairs_per_step, steps_of_round
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.progress import span
 
@@ -65,17 +65,19 @@ class _PlannedRounds(TypedDict):
     rounds: list[dict[str, float]]
 
 
-def guessed_paces(output_dir: Path, steps: int, costs: Costs | None, pairs_per_step: int) -> dict[State, float]:
+def guessed_paces(config: RunConfig, pairs: int, world: int, costs: Costs | None) -> dict[State, float]:
     """Seconds for each unit of a stage's amount, before one was timed: as `plan` predicted of round 1, else a step's
     by its FLOPs, at the rate at which round 1's samples were drawn.
 
     Args:
-        steps: of round 1.
+        pairs: of real samples, in a round.
+        world: processes.
         costs: what the phases of a round take; None = not known.
     """
+    output_dir, training = Path(config.run.output_dir), config.training
     planned = read_for_page(read_json, output_dir / "plan.json", _PlannedRounds)
     if planned is not None and planned["rounds"]:
-        phases = planned["rounds"][0]
+        phases, steps = planned["rounds"][0], steps_of_round(training, 1, pairs, world)[0]
         return {
             "CACHED": phases.get("generated", 0.0) + phases.get("cached", 0.0),
             "TRAINED": (phases.get("trained", 0.0) + phases.get("looked", 0.0)) / max(steps, 1),
@@ -83,7 +85,7 @@ def guessed_paces(output_dir: Path, steps: int, costs: Costs | None, pairs_per_s
         }
     record = find_record(output_dir / "round-1")
     drawn = record.get("ledger", {}).get("generated") if record is not None else None
-    flops = costs.flops(1, "trained", pairs_per_step) if costs is not None else None
+    flops = costs.flops(1, "trained", pairs_per_step(training, world)) if costs is not None else None
     if drawn is None or not drawn["flops"] or flops is None:
         return {}
     return {"TRAINED": flops * drawn["seconds"] / drawn["flops"]}

@@ -41,7 +41,7 @@ from spin_diffusion.selfplay.record import RoundRecord, State
 from spin_diffusion.selfplay.round_settings import RoundSettings
 from spin_diffusion.selfplay.rounds import SelfPlay, play
 from spin_diffusion.selfplay.tracking import start_trackers
-from spin_diffusion.selfplay.train_settings import check_batch, pairs_per_step, steps_of_round
+from spin_diffusion.selfplay.train_settings import check_batch
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import take_folder
 from spin_diffusion.store.progress import Bars, Progress, tell
@@ -160,7 +160,10 @@ def play_run(run: Run) -> list[RoundRecord]:
     evaluator = run.evaluator(progress)
     evaluator.header = header
     records = _play_with_rivals(run, evaluator, pairs, accelerator, progress)
+    accelerator.end_training()
     if accelerator.is_main_process:
+        path = output_dir / "manifest.json"
+        write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
         card = run.card(rows)
         evaluator.tell()
         write_card(output_dir, config, card)
@@ -208,15 +211,14 @@ def _play_with_rivals(
     config, output_dir = run.config, run.output_dir
     records: list[RoundRecord] = []
     evaluates, costs = evaluator.evaluates and not run.each_from_base, run.costs(pairs)
-    world, base = accelerator.num_processes, _evaluate_base(evaluator, output_dir)
-    steps, per_step = steps_of_round(config.training, 1, pairs, world)[0], pairs_per_step(config.training, world)
+    base = _evaluate_base(evaluator, output_dir)
     costs_of_run = costs(config.rounds) if costs is not None else None
 
     def tell_left(title: str, where: Path, state: State) -> None:
-        stages = base + stages_of(config, output_dir, pairs, world, evaluates)
+        stages = base + stages_of(config, output_dir, pairs, accelerator.num_processes, evaluates)
         for stage in stages:
             if (stage.where, stage.state) == (where, state) and stage.amount:
-                guessed = guessed_paces(output_dir, steps, costs_of_run, per_step)
+                guessed = guessed_paces(config, pairs, accelerator.num_processes, costs_of_run)
                 evaluator.so_far = status_line(title, stage, time_left(stages, guessed))
                 tell(evaluator.so_far, accelerator)
 
@@ -231,9 +233,8 @@ def _play_with_rivals(
         rounds, folder = config.rounds, output_dir
         if rival is not None:
             tell(f"For comparison: {rival}, with the same base, data and steps", accelerator)
-            options = options_for(rival, rounds.objective_options)
+            options, folder = options_for(rival, rounds.objective_options), output_dir / f"compare-{rival}"
             rounds = dataclasses.replace(rounds, objective=rival, objective_options=options)
-            folder = output_dir / f"compare-{rival}"
         played = play(
             SelfPlay(
                 run.game,
@@ -256,10 +257,6 @@ def _play_with_rivals(
             )
         )
         records = records or played
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        path = output_dir / "manifest.json"
-        write_json(path, read_json(path) | {"rounds": lineage(records)}, sealed=True)
     return records
 
 

@@ -41,12 +41,13 @@ def test_before_a_step_was_timed_its_pace_is_guessed_by_the_plan_or_by_its_flops
     ledger = {"generated": {"seconds": 8.0, "flops": 4_000}}
     monkeypatch.setattr(live, "find_record", {tmp_path / "round-1": {"ledger": ledger}}.get)
     costs = Costs(lambda k, phase, samples: 100 * samples if (k, phase) == (1, "trained") else None, 1e9)
-    # 16 pairs are 1,600 FLOPs, and drawing did 500 of them a second
-    assert guessed_paces(tmp_path, 10, costs, 16) == {"TRAINED": 3.2}
-    assert guessed_paces(tmp_path, 10, None, 16) == {}
+    config = parse_config([*RUN, "--output_dir", str(tmp_path), "--train_batch_size", "8"])
+    # 16 pairs on two processes are 1,600 FLOPs, and drawing did 500 of them a second
+    assert guessed_paces(config, 40, 2, costs) == {"TRAINED": 3.2}
+    assert guessed_paces(config, 40, 2, None) == {}
     planned = {"generated": 20.0, "cached": 5.0, "trained": 40.0, "looked": 2.0, "evaluated": 6.0}
     (tmp_path / "plan.json").write_text(json.dumps({"rounds": [{"round": 1} | planned]}))
-    assert guessed_paces(tmp_path, 10, costs, 16) == {"CACHED": 25.0, "TRAINED": 4.2, "EVALUATED": 6.0}
+    assert guessed_paces(config, 40, 2, costs) == {"CACHED": 25.0, "TRAINED": 42.0 / 8, "EVALUATED": 6.0}
 
 
 def test_a_status_line_fits_a_terminal():
