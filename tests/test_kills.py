@@ -14,7 +14,7 @@ import yaml
 from spin_diffusion.store.run_dir import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = 20
+KILLS = 8
 
 
 def start(config: Path, output_dir: Path) -> subprocess.Popen:
@@ -35,7 +35,7 @@ def weights(output_dir: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_twenty_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path):
+def test_kills_at_random_instants_change_no_bit(sdxl_dir, tiny_parquet, tiny_prompts, tmp_path):
     config = tmp_path / "config.yaml"
     settings = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,

@@ -15,7 +15,8 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import Damaged, file_hashes
 from tests.playing import TRAINING, play_all
 
-SHARD = "00001-of-00003"
+SHARDS = [f"{number:05d}-of-00003" for number in range(3)]
+SHARD = SHARDS[1]
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,16 @@ def change_a_digit(path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("state", "damage"), [("GENERATED", "cut"), ("GENERATED", "gone"), ("CACHED", "flipped")])
-def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damage, capsys):
+@pytest.mark.parametrize(("state", "damages"), [("GENERATED", ["cut", "gone"]), ("CACHED", ["flipped"])])
+def test_samples_of_a_round_that_goes_on_are_drawn_anew(copied, unbroken, sdxl_dir, state, damages, capsys):
     taken_back(copied, state)
     shutil.rmtree(copied / "round-2" / "unet")
-    DAMAGES[damage](copied / "round-2" / "samples" / f"{SHARD}.parquet")
+    for damage, shard in zip(damages, SHARDS, strict=False):
+        DAMAGES[damage](copied / "round-2" / "samples" / f"{shard}.parquet")
     play_all(sdxl_dir, copied)
     assert hashes(copied) == hashes(unbroken)
-    assert f"{SHARD}.parquet is " in (said := capsys.readouterr().out) and "made anew" in said
+    said = capsys.readouterr().out
+    assert all(f"{shard}.parquet is " in said for shard in SHARDS[: len(damages)]) and "made anew" in said
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
@@ -84,20 +87,26 @@ def test_a_player_that_was_not_promoted_yet_is_trained_anew(copied, unbroken, sd
     assert hashes(copied) == hashes(unbroken)
 
 
-@pytest.mark.parametrize("damage", list(DAMAGES))
-def test_encodings_of_the_real_samples_are_made_anew(copied, unbroken, sdxl_dir, damage, capsys):
-    DAMAGES[damage](copied / "data" / "encoded" / f"{SHARD}.safetensors")
+@pytest.mark.parametrize("damages", [["flipped", "cut", "empty"], ["gone"]])
+def test_encodings_of_the_real_samples_are_made_anew(copied, unbroken, sdxl_dir, damages, capsys):
+    for damage, shard in zip(damages, SHARDS, strict=False):
+        DAMAGES[damage](copied / "data" / "encoded" / f"{shard}.safetensors")
     play_all(sdxl_dir, copied)
     assert hashes(copied) == hashes(unbroken)
-    assert damage == "gone" or "made anew" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert damages == ["gone"] or all(f"{shard}.safetensors is " in said for shard in SHARDS) and "made anew" in said
 
 
-@pytest.mark.parametrize("gone", ["round-1/samples", "round-2/samples", f"round-1/samples/{SHARD}.parquet"])
-def test_a_finished_round_needs_no_samples(copied, unbroken, sdxl_dir, gone, capsys):
-    shutil.rmtree(copied / gone) if (copied / gone).is_dir() else flip(copied / gone)
+def test_a_finished_round_needs_no_samples(copied, unbroken, sdxl_dir, capsys):
+    flip(copied / (flipped := f"round-1/samples/{SHARD}.parquet"))
+    shutil.rmtree(copied / "round-2/samples")
     play_all(sdxl_dir, copied)
-    kept = {name: digest for name, digest in hashes(unbroken).items() if not name.startswith(gone)}
-    assert kept.items() <= hashes(copied).items() and "needs them no more" in capsys.readouterr().out
+    kept = {
+        name: digest for name, digest in hashes(unbroken).items() if not name.startswith((flipped, "round-2/samples"))
+    }
+    assert kept.items() <= hashes(copied).items()
+    said = capsys.readouterr().out
+    assert said.count("needs them no more") == 2
 
 
 def follow(message: str, output_dir) -> None:
