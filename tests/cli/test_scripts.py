@@ -629,7 +629,7 @@ def test_a_folder_of_odd_names_captions_and_links_is_trained_on_and_what_is_left
         "corrupt image: 1\n    e.png: not a PNG, JPEG, WebP, GIF, BMP or TIFF picture\n",
         "broken characters in the text: 1\n    d.png: character 4 of d.txt is half of one",
         "link to nothing: 1\n    gone: it leads to nowhere, which does not exist\n",
-        f"link to a folder that is read already: 1 (first: back: it leads back to {tmp_path}",
+        f"link to a folder that is read already: 1 (first: back: it leads to {tmp_path}",
     ):
         assert line in said
     manifest = read_json(tmp_path / "out" / "data" / "manifest.json")
