@@ -669,7 +669,8 @@ def test_a_method_none_of_whose_runs_ends_has_a_row_that_says_so(config, tmp_pat
 
     monkeypatch.setattr(compare, "run", diverges)
     why = "seed 0 diverged: loss nan"
-    refused(capsys, run("--config", str(config), "--seeds", "[0]"), "lacks results", "steps, spin: rate 1e-05", why)
+    argv = ["--config", str(config), "--seeds", "[0]", "--learning_rates", "[1e-5]", "--budget", "steps"]
+    refused(capsys, run(*argv), "lacks results", "steps, spin: rate 1e-05", why)
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     assert "| spin | - | failed: rate 1e-05, seed 0 diverged: loss nan |" in markdown
     assert "Not all was run. Without a result: spin." in markdown and "no method is ahead" not in markdown
