@@ -28,6 +28,7 @@ from spin_diffusion.store.input_error import (
     open_regular,
     printable,
     read_bytes,
+    read_lines,
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".jfif", ".gif", ".bmp", ".tif", ".tiff")
@@ -39,9 +40,13 @@ BUFFER_BYTES = 1 << 20
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 PEEK_LINES = 100
 """Lines of a file that are looked at for one that can be read."""
+MAX_LIST_BYTES = 4 << 30
+"""A list of objects is read whole, so a longer one is refused."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 TEXT_EXTENSIONS = ("txt", "text", "caption")
+MAX_MEMBER_BYTES = 256 << 20
+"""A larger member is no image and no caption, and would not fit in memory."""
 PEEK_SAMPLES = 5
 """Samples of the first tar that are looked at for the columns."""
 EXAMPLE = '{"prompt": "...", "completion": "..."}'
@@ -202,11 +207,11 @@ def json_records(path: Path, example: str = EXAMPLE) -> Records:
     try:
         with open_regular(path) as raw:
             file = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(read_lines(file, path), start=1):
                 if not line.strip():
                     continue
                 if is_first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    yield from _entries(path, line + file.read(), example)
+                    yield from _entries(path, line + file.read(MAX_LIST_BYTES), example)
                     return
                 is_first = False
                 yield f"line {number}", _parsed(line, example)
@@ -241,6 +246,8 @@ def _object(value: object, example: str) -> Values | LeftOut:
 
 
 def _entries(path: Path, data: bytes, example: str) -> Records:
+    if len(data) > MAX_LIST_BYTES:
+        raise InputError(f"{path} is a list of more than {MAX_LIST_BYTES:,} bytes: write one object a line instead")
     try:
         entries = json.loads(data.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
@@ -331,6 +338,10 @@ def _read_member(
     if not member.isfile():
         reason = Bad.MISSING_IMAGE_FILE if is_an_image else Bad.EMPTY_CAPTION
         sample.left_out = LeftOut(reason, f"{member.name} is a link or a device, not a file")
+        return
+    if member.size > MAX_MEMBER_BYTES:
+        reason = Bad.CORRUPT_IMAGE if is_an_image else Bad.EMPTY_CAPTION
+        sample.left_out = LeftOut(reason, f"{member.name} has {member.size} bytes, more than {MAX_MEMBER_BYTES}")
         return
     file = tar.extractfile(member)
     assert file is not None, "it is a file"

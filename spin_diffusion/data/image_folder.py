@@ -16,6 +16,8 @@ from spin_diffusion.store.input_error import InputError, broken_character, one_l
 FILE_NAME = "file_name"
 MAX_CAPTION_BYTES = 1 << 20
 """A larger text file beside an image is no caption."""
+MAX_CSV_BYTES = 4 << 30
+"""A larger metadata file is refused if it is csv; parquet has no limit."""
 METADATA_SUFFIXES = (".csv", ".jsonl", ".parquet")
 SEEN_SUFFIXES = (*IMAGE_SUFFIXES, ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jpe", ".ppm", ".psd", ".svg", ".tga")
 """Files that somebody meant as an image: those of a format that cannot be read are counted, not passed over."""
@@ -130,7 +132,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Values]]:
 
 
 def _csv_columns(path: Path) -> tuple[str, ...]:
-    with open_text(path) as file:
+    with open_text(path, MAX_CSV_BYTES) as file:
         try:
             columns = tuple(next(csv.reader(file), ()))
         except csv.Error as error:
@@ -143,7 +145,7 @@ def _csv_columns(path: Path) -> tuple[str, ...]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, Values]]:
-    with open_text(path) as file:
+    with open_text(path, MAX_CSV_BYTES) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for values in reader:

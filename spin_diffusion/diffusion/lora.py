@@ -232,7 +232,7 @@ def load_adapter(pipeline: Any, folder: Path, fused_at: float | None = None) -> 
     Raises:
         InputError: as `read_adapter`.
     """
-    base_hash = weights_hash(pipeline.unet)
+    base_hash, layers = weights_hash(pipeline.unet), _layers_of(folder, pipeline.unet)
     try:
         pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS)
     except Exception as error:  # peft and diffusers raise dozens of kinds
@@ -240,7 +240,20 @@ def load_adapter(pipeline: Any, folder: Path, fused_at: float | None = None) -> 
     # peft fills what the file lacks with random numbers, and leaves out what it has no place for
     (name,) = pipeline.get_active_adapters()
     weights = read_adapter(folder, get_peft_model_state_dict(pipeline.unet, adapter_name=name), base_hash)
+    lacking = sorted(layers - {key.rpartition(".lora_")[0] for key in weights})
+    if lacking:
+        raise InputError(
+            f"{folder / WEIGHTS} lacks what it learned of {len(lacking)} layers, such as {lacking[0]}: restore it"
+        )
     if fused_at is not None:
         pipeline.fuse_lora(lora_scale=fused_at)
         pipeline.unload_lora_weights()
     return weights
+
+
+def _layers_of(folder: Path, unet: UNet2DConditionModel) -> set[str]:
+    """The layers of a UNet that a saved adapter is on by its settings."""
+    if not (folder / CONFIG).is_file():
+        return set()
+    targets = read_json(folder / CONFIG).get("lora_target_modules") or ATTENTION
+    return {name for name, _ in unet.named_modules() if any(f".{name}".endswith(f".{target}") for target in targets)}

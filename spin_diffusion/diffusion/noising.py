@@ -5,6 +5,7 @@ To add a prediction target, add one line to TARGETS.
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from spin_diffusion.selfplay.device import sent
-from spin_diffusion.store.configuration import Choice, Configuration, Keys, check_keys, refuse_missing
+from spin_diffusion.store.configuration import (
+    Choice,
+    Configuration,
+    Keys,
+    check_keys,
+    is_number,
+    is_whole,
+    refuse_missing,
+)
 from spin_diffusion.store.input_error import InputError
 
 Latents = Float[Tensor, "batch channels height width"]
@@ -107,24 +116,66 @@ def check_scheduler(config: Configuration, where: str, kind: str | None = None) 
         kind: class that the pipeline names for it.
 
     Raises:
-        InputError: another process, such as EDM's or flow matching; a key that is missing or unknown.
+        InputError: another process, such as EDM's or flow matching; a key that is missing, unknown or out of range.
     """
-    for name in (kind, config.get("_class_name")):
-        if name is not None and name not in _SCHEDULERS:
+    own = config.get("_class_name")
+    kinds = [str(name) for name in (kind, own) if name is not None]
+    for name in kinds:
+        if name not in _SCHEDULERS:
             raise InputError(
                 f"{where}, {name}, is not one of DDPM's noise, which training would add: models of EDM, flow matching "
                 "and consistency distillation are not supported; give a base with DDIMScheduler, PNDMScheduler, "
                 "EulerDiscreteScheduler or another of DDPM's"
             )
-    needed = ["num_train_timesteps"]
-    if config.get("trained_betas") is None:
-        needed += ["beta_start", "beta_end", "beta_schedule"]
+    if kind is not None and own != kind:
+        raise InputError(
+            f"{where} is {kind} by model_index.json and {own} by scheduler_config.json: name one class in both"
+        )
+    _check_betas(config, where)
+    check_keys(config, _scheduler_keys(), where)
+    steps, offset = config["num_train_timesteps"], config.get("steps_offset", 0)
+    if not is_whole(offset) or not 0 <= offset < steps:
+        raise InputError(f"{where} has steps_offset {offset!r}: it must be a whole number from 0 to below {steps}")
+    if kinds:
+        check_complete(config, getattr(diffusers, kinds[0]), f"{where}: scheduler_config.json")
+
+
+def check_complete(config: Configuration, kind: type, where: str) -> None:
+    """Refuse a configuration that was written by this version of diffusers, or a later one, and lacks keys of its
+    class: diffusers writes all of them, so they were lost. A key that an older file lacks is younger than the file, and
+    its default is what was computed before there was a choice."""
+    if _release(config.get("_diffusers_version")) >= _release(diffusers.__version__):
+        known = set(inspect.signature(kind).parameters) - {"args", "kwargs"}
+        refuse_missing(sorted(known - set(config)), where)
+
+
+def _release(version: object) -> tuple[int, ...]:
+    """The first two numbers of a version, (0, 42) of "0.42.1.dev0"; () of what is none."""
+    return tuple(int(number) for number in re.findall(r"\d+", str(version))[:2]) if isinstance(version, str) else ()
+
+
+def _check_betas(config: Configuration, where: str) -> None:
+    betas = config.get("trained_betas")
+    needed = ["num_train_timesteps", *(["beta_start", "beta_end", "beta_schedule"] if betas is None else [])]
     example = (
         " (Stable Diffusion has beta_start 0.00085, beta_end 0.012, beta_schedule scaled_linear, num_train_timesteps "
         "1000)"
     )
     refuse_missing([key for key in needed if config.get(key) is None], where, example)
-    check_keys(config, _scheduler_keys(), where)
+    steps = config["num_train_timesteps"]
+    if not is_whole(steps) or steps < 1:
+        raise InputError(f"{where} has num_train_timesteps {steps!r}: it must be a whole number of at least 1")
+    if betas is not None:
+        if not isinstance(betas, list | tuple) or len(betas) != steps or not all(map(_is_beta, betas)):
+            raise InputError(f"{where} has trained_betas that are not {steps} numbers between 0 and 1")
+        return
+    start, end = config["beta_start"], config["beta_end"]
+    if not _is_beta(start) or not _is_beta(end) or start > end:
+        raise InputError(f"{where} has beta_start {start!r} and beta_end {end!r}: they must rise between 0 and 1")
+
+
+def _is_beta(value: object) -> bool:
+    return is_number(value) and 0 < value < 1
 
 
 def read_noising(scheduler_config: Configuration, where: str) -> Noising:

@@ -14,12 +14,14 @@ from typing import Any
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
+from spin_diffusion.diffusion.noising import check_complete
 from spin_diffusion.diffusion.single_file import CheckpointFile
 from spin_diffusion.store.configuration import (
     Choice,
     Configuration,
     Keys,
     check_keys,
+    is_number,
     read_configuration,
     refuse_missing,
 )
@@ -35,7 +37,9 @@ TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 def _keys(kind: type, needed: str, harmless: str = "", **choices: Choice) -> Keys:
     """The keys of a class of diffusers: those that it is made with, and harmless ones."""
-    return Keys(tuple(needed.split()), frozenset({*inspect.signature(kind).parameters, *harmless.split()}), choices)
+    parameters = inspect.signature(kind).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return Keys(tuple(needed.split()), frozenset({*defaults, *harmless.split()}), choices, defaults)
 
 
 # All needed keys stand in the first published files
@@ -94,9 +98,10 @@ class Part:
         return config
 
     def checked_config(self, kind: type, keys: Keys) -> Configuration:
-        """The configuration of a class of diffusers, with no needed key missing and no unknown one."""
-        config = self.config(kind.__name__)
-        check_keys(config, keys, f"{self.where}: {CONFIG}")
+        """The configuration of a class of diffusers, complete and with no unknown key."""
+        config, where = self.config(kind.__name__), f"{self.where}: {CONFIG}"
+        check_complete(config, kind, where)
+        check_keys(config, keys, where)
         return config
 
     def load(self, kind: Any, config: Configuration) -> Any:
@@ -134,18 +139,27 @@ def load_vae(family: ModuleType, part: Part) -> AutoencoderKL:
     """The VAE in a folder, in fp32; InputError: its configuration does not say how its latents are scaled."""
     config, where = part.checked_config(AutoencoderKL, _VAE), part.where
     scale = config.get("scaling_factor", family.SCALING_FACTOR)
-    if scale is None:
+    if not is_number(scale) or not scale > 0:
         raise InputError(
-            f"{where}: scaling_factor is missing: {CONFIG} must name the number that latents are multiplied with, "
-            "0.13025 for SDXL's own VAE"
+            f"{where}: scaling_factor is {'missing' if scale is None else repr(scale)}: {CONFIG} must name the number "
+            "that latents are multiplied with, 0.13025 for SDXL's own VAE"
         )
-    statistics = () if family.STANDARDISED_LATENTS else ("latents_mean", "latents_std")
-    unused = [key for key in ("shift_factor", *statistics) if config.get(key)]
+    statistics = {key: config[key] for key in ("latents_mean", "latents_std") if config.get(key) is not None}
+    unused = ["shift_factor"] if config.get("shift_factor") else []
+    unused += [] if family.STANDARDISED_LATENTS else list(statistics)
     if unused:
         raise InputError(
             f"{where}: it has {' and '.join(unused)}, which {family.PIPELINE.__name__} does not apply: give a VAE "
             "without"
         )
+    for key, numbers in statistics.items():
+        channels = config["latent_channels"]
+        if not isinstance(numbers, list) or len(numbers) != channels or not all(map(is_number, numbers)):
+            raise InputError(f"{where}: {key} must have one number for each of {channels} channels, got {numbers!r}")
+        if len(statistics) == 1:
+            raise InputError(f"{where}: it has {key} alone: latents_mean and latents_std belong together")
+        if key == "latents_std" and min(numbers) <= 0:
+            raise InputError(f"{where}: latents_std {numbers!r} must be above 0")
     return part.load(AutoencoderKL, config)
 
 

@@ -7,10 +7,11 @@ data, a `Keys`; `check_keys` is the one checker.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spin_diffusion.store.input_error import InputError, one_line, printable, read_bytes
 
@@ -62,6 +63,8 @@ class Keys:
     known: frozenset[str]
     """Keys that change nothing, or that whoever reads the configuration knows."""
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """The defaults of the class that reads it."""
     foreign: str = "the installed version does not know: if it changes nothing remove it, else update diffusers"
     """What a key that is not known means, and what to do about it."""
 
@@ -73,12 +76,21 @@ def check_keys(config: Mapping[str, Any], keys: Keys, where: str) -> None:
         where: what the user gave, and the file; it begins the message.
 
     Raises:
-        InputError: as said.
+        InputError: as said; also for a text where the class has a number or a switch by default, or the reverse, which
+            diffusers does not check, and a text is true.
     """
     refuse_missing([key for key in keys.needed if key not in config], where)
     foreign = sorted(key for key in config if key not in (*keys.known, *QUANTISED) and not key.startswith("_"))
     if foreign:
         raise InputError(f"{where} has {', '.join(map(printable, foreign[:5]))}, which {keys.foreign}")
+    for key, default in keys.defaults.items():
+        value = config.get(key)
+        if isinstance(value, bool | int | float | str) and isinstance(default, bool | int | float | str):
+            if isinstance(value, str) != isinstance(default, str):
+                raise InputError(
+                    f"{where}: {key} is {printable(repr(value))}, where the class has {default!r} by default: get the "
+                    "checkpoint's own file"
+                )
     for key, choice in keys.choices.items():
         if config.get(key, choice.values[0]) not in choice.values:
             supported = ", ".join(map(str, choice.values))
@@ -99,3 +111,13 @@ def refuse_missing(missing: list[str], where: str, example: str = "") -> None:
             f"{where}: {', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} missing, and the library's "
             f"default may be another: get the checkpoint's own file{example}"
         )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a configuration is a finite number, which a switch is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value of a configuration is a whole number, which a switch is not."""
+    return isinstance(value, int) and not isinstance(value, bool)

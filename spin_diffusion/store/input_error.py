@@ -11,7 +11,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 
 
@@ -105,6 +105,8 @@ _KINDS = {
     stat.S_ISBLK: "a device",
     stat.S_ISSOCK: "a socket",
 }
+MAX_LINE_BYTES = 256 << 20
+"""A longer line is not one of a text file."""
 MAX_PICTURE_BYTES = 256 << 20
 """A larger file is no picture to learn from, or would not fit into memory beside others."""
 
@@ -141,9 +143,17 @@ def read_bytes(path: Path | str, at_most: int | None = None) -> bytes:
         return file.read(-1 if at_most is None else at_most)
 
 
-def open_text(path: Path | str) -> io.TextIOWrapper:
+def open_text(path: Path | str, at_most: int | None = None) -> io.TextIOWrapper:
     """Open a regular file of UTF-8 text, with its ends of lines as they are; InputError as `open_regular`.
 
     A byte that is not UTF-8 comes back as half a character, of which `broken_character` tells.
     """
-    return io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(open_regular(path, at_most), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_lines(file: io.BufferedIOBase, path: Path | str) -> Iterator[bytes]:
+    """The lines of an open file, each with its end; InputError for one of more than MAX_LINE_BYTES."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise InputError(f"{printable(path)} has a line of more than {MAX_LINE_BYTES:,} bytes: is it a text file?")
+        yield line

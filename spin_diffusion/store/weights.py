@@ -6,7 +6,7 @@ one that they have no place for; either way the model that is run is not the one
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -65,7 +65,7 @@ def load_whole(kind: Any, source: Any, *, where: str, **options: Any) -> Any:
         **options,
     )
     check_whole(model, report, where)
-    return model
+    return _named_outputs(model)
 
 
 def fill(model: Any, tensors: Mapping[str, Tensor], report: LoadReport, *, where: str) -> Any:
@@ -80,7 +80,13 @@ def fill(model: Any, tensors: Mapping[str, Tensor], report: LoadReport, *, where
     """
     model.load_state_dict(tensors, strict=False, assign=True)
     check_whole(model, report, where)
-    return model.eval()
+    return _named_outputs(model.eval())
+
+
+def _named_outputs(model: Any) -> Any:
+    if getattr(model.config, "return_dict", True) is False:
+        model.config.return_dict = True  # how transformers hands over what it computed, which is read by name
+    return model
 
 
 def check_whole(model: nn.Module, report: LoadReport, where: str) -> None:
@@ -175,8 +181,9 @@ def check_stored(
         remedy: what to do about quantised weights.
 
     Raises:
-        InputError: the configuration says that weights are quantised, or a tensor is stored in whole numbers or 8 bits,
-            which are codes of weights that the libraries would take for the weights themselves.
+        InputError: the configuration says that weights are quantised; a tensor is stored in whole numbers or 8 bits,
+            which are codes of weights that the libraries would take for the weights themselves; the configuration has
+            more layers than there are tensors, which could take for ever to make.
     """
     if key := next((key for key in QUANTISED if config.get(key)), None):
         method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
@@ -189,6 +196,24 @@ def check_stored(
                 f"{where}: {printable(name)} is stored as {tensor.get('dtype')}: quantised weights cannot be "
                 f"trained from; {remedy}"
             )
+    for key, value in _layers(config) if tensors else ():
+        if value > len(tensors):
+            raise InputError(
+                f"{where}: {printable(key)} is {value} by its config.json, and its weights are {len(tensors)} tensors: "
+                "weights and configuration are not of one model, get both again"
+            )
+
+
+def _layers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Whole numbers of a configuration whose keys name layers, also of its parts and by block."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _layers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _layers(part, key)
+    elif "layer" in key and isinstance(value, int):
+        yield key, value
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

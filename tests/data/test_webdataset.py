@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from spin_diffusion.data import files
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.store.input_error import InputError
@@ -101,6 +102,13 @@ def test_a_key_that_comes_twice_is_two_samples(tmp_path: Path) -> None:
     members = sample("0", RED, "first") + sample("0", RED, "second")
     examples, _ = read(settings(write_tar(tmp_path / "0.tar", members)))
     assert [example.prompt for example in examples] == ["first", "second"]
+
+
+def test_a_member_that_would_not_fit_in_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_MEMBER_BYTES", 1000)
+    members = sample("0") + sample("1", RED + bytes(1000))
+    _, report = read(settings(write_tar(tmp_path / "0.tar", members), max_bad_share=0.5))
+    assert "more than 1000" in report.kept_rows["corrupt image"][0].detail
 
 
 @pytest.mark.parametrize("keep_bytes", [512, 1024 + 100, 1024 + 512, 3 * 512, 4 * 512, 5 * 512])

@@ -55,10 +55,17 @@ def damage(folder, change) -> None:
     save_file(tensors, file, metadata=said)
 
 
+def lose_both(tensors) -> None:
+    """Of one layer both matrices: nothing would be left of what it learned."""
+    name = next(name for name in tensors if ".lora_A." in name)
+    del tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda tensors: tensors.pop(next(iter(tensors))), "lacks some of them"),
+        (lose_both, "lacks"),
         (lambda tensors: tensors.update({"unet.elsewhere.lora_A.weight": torch.zeros(4, 4)}), "other layers"),
         (lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(float("nan")), "not finite"),
         (lambda tensors: tensors.update({name: t[:2] for name, t in tensors.items() if "_A" in name}), "another rank"),

@@ -281,6 +281,10 @@ SPOILT_BASES = {
         "has the shape (2, 2)",
     ),
     "fewer layers than stored": (lambda f: change(f / "config.json", "num_hidden_layers", 1), "no place"),
+    "more layers than tensors": (
+        lambda f: change(f / "config.json", "num_hidden_layers", 10**7),
+        "num_hidden_layers is 10000000",
+    ),
     "longest prompt in words": (lambda f: change(f / "tokenizer_config.json", "model_max_length", "x"), "'str'"),
     "more layers than stored": (lambda f: change(f / "config.json", "num_hidden_layers", 3), "lack"),
 }  # fmt: skip
@@ -320,6 +324,14 @@ def test_a_base_that_is_not_whole_is_refused(kind, tmp_path):
         load_language_model(LanguageBase(str(folder)))
     message = str(error.value)
     assert message.startswith(f"--model_name_or_path {folder}") and words in message and "\n" not in message
+
+
+def test_a_base_that_asks_for_tuples_is_read_all_the_same(tmp_path):
+    folder = changed_base(tmp_path)
+    change(folder / "config.json", "return_dict", False)
+    assert scores(make_game(base=folder), AutoModelForCausalLM.from_pretrained(BASE))[0] == pytest.approx(
+        scores(make_game(), AutoModelForCausalLM.from_pretrained(BASE))[0]
+    )
 
 
 def test_vllm_is_not_given_an_adapter(settings, tmp_path, capsys, monkeypatch):  # noqa: F811

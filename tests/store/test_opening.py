@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from spin_diffusion.store import input_error
 from spin_diffusion.store.input_error import (
     InputError,
     broken_character,
@@ -12,6 +13,7 @@ from spin_diffusion.store.input_error import (
     open_text,
     printable,
     read_bytes,
+    read_lines,
 )
 
 
@@ -71,4 +73,11 @@ def test_text_that_is_not_utf_8_comes_back_with_broken_characters(tmp_path):
     with open_text(tmp_path / "a.txt") as file:
         assert list(file) == ["one\r\n", "caf\udce9\n"]
     with pytest.raises(InputError, match="at most 5 are read"):
-        open_regular(tmp_path / "a.txt", 5)
+        open_text(tmp_path / "a.txt", 5)
+
+
+def test_a_line_without_an_end_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(input_error, "MAX_LINE_BYTES", 5)
+    (tmp_path / "a.txt").write_bytes(b"one\nsix56\n")
+    with open_regular(tmp_path / "a.txt") as file, pytest.raises(InputError, match="a line of more than 5 bytes"):
+        list(read_lines(file, tmp_path / "a.txt"))
