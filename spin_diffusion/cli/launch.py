@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+from spin_diffusion.store.progress import fitted
 from spin_diffusion.store.shipped import LAUNCHERS, shipped
 
 
@@ -34,6 +35,10 @@ def launch(argv: list[str]) -> int:
         code = error.returncode
     except ChildFailedError as error:
         code = max(failure.exitcode for failure in error.failures.values())  # the others were sent SIGTERM for it
+        told = error.get_first_failure()[1].message
+        if isinstance(told, dict) and told["message"].startswith("error: "):
+            # Again: one of the others may have said after it that it was told to stop
+            print(fitted(told["message"], sys.stderr), file=sys.stderr)
     except SignalException as error:
         code = -error.sigval
     else:
