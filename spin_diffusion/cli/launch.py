@@ -15,6 +15,9 @@ import sys
 from spin_diffusion.store.progress import fitted
 from spin_diffusion.store.shipped import LAUNCHERS, shipped
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a process of ours that was told to stop."""
+
 
 def launch(argv: list[str]) -> int:
     """Start a program as `accelerate launch` with these arguments does, and return the exit code of the process that
@@ -34,10 +37,10 @@ def launch(argv: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         code = error.returncode
     except ChildFailedError as error:
-        code = max(failure.exitcode for failure in error.failures.values())  # the others were sent SIGTERM for it
-        told = error.get_first_failure()[1].message
+        # The others were sent SIGTERM for the one that failed, and may have said so after its line
+        by_cause = sorted(error.failures.values(), key=lambda failure: failure.exitcode in (STOPPED, -signal.SIGTERM))
+        code, told = by_cause[0].exitcode, by_cause[0].message
         if isinstance(told, dict) and told["message"].startswith("error: "):
-            # Again: one of the others may have said after it that it was told to stop
             print(fitted(told["message"], sys.stderr), file=sys.stderr)
     except SignalException as error:
         code = -error.sigval

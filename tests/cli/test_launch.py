@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from spin_diffusion.cli.command import run_command
+from spin_diffusion.cli.launch import launch
 from spin_diffusion.store.input_error import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +76,25 @@ def test_torchruns_own_report_ends_with_the_line(tmp_path, monkeypatch):
     assert run_command(command, []) == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     assert failure.message["extraInfo"]["py_callstack"] == "error: there is no such file"
+
+
+def test_the_process_that_failed_decides_over_those_that_were_stopped_for_it(monkeypatch, tmp_path, capsys):
+    """Whichever torchrun saw first: the exit code and the last line are those of the cause."""
+    reply = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(reply))
+
+    def command(argv):
+        raise InputError("there is no such file")
+
+    assert run_command(command, []) == 2
+    stopped = ProcessFailure(local_rank=1, pid=2, exitcode=143, error_file="<N/A>")
+    failed = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(reply))
+
+    def launch_command(given):
+        raise ChildFailedError("program", {1: stopped, 0: failed})
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays with the tests
+    capsys.readouterr()
+    assert launch([*ONE, "script.py"]) == 2
+    assert capsys.readouterr().err == "error: there is no such file\n"
