@@ -27,7 +27,7 @@ compare-toy: install
 rounds-toy: install
 	OMP_NUM_THREADS=1 $(BIN)/python evaluation/compare_methods.py --config evaluation/configs/rounds_toy.yaml --jobs 2
 
-## Install, then lint and the tests (a quarter of an hour on two cores)
+## Install, then lint and the tests (eight minutes on two cores)
 test: install lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
