@@ -1,8 +1,8 @@
 """YAML as version 1.2 reads it, strictly: what two readers could read differently is refused, not guessed.
 
 `no`, `yes`, `on` and `off` are words, `1e-6` is a number, `1_000`, `12:30` and dates are text. A number with a leading
-zero (8 or 10?), a name that stands twice, aliases (a few lines of them unfold to gigabytes), tags that name code and
-several documents in one file are errors that name the line.
+zero (8 or 10?), a name that stands twice, aliases (a few lines of them unfold to gigabytes), tags (which may name code)
+and several documents in one file are errors that name the line.
 """
 
 import re
@@ -33,9 +33,12 @@ class _Loader(yaml.SafeLoader):
     """Instead of PyYAML's, which are those of YAML 1.1."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+        event, problem = self.peek_event(), None
+        if event.anchor is not None:
             problem = f"anchors and aliases ({event.anchor}) are not read: write the value out"
+        elif event.tag is not None:
+            problem = f"tags ({event.tag}) are not read: leave it out, or put a text into quotes"
+        if problem is not None:
             raise ConstructorError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
