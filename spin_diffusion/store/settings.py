@@ -115,16 +115,15 @@ def check_rules(section: object, before: str = "--") -> None:
         if value == [] and name in per_round(kind):
             raise InputError(f"{before}{name} is an empty list: give one value, or one per round")
         for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, int | float) and not isinstance(one, bool):
+            complaint = None
+            if isinstance(one, str):
+                complaint = rule.no_choice(one)
+                if complaint is None and not one.strip():
+                    raise InputError(f"{before}{name} is empty: give a value, or leave it away")
+            elif isinstance(one, int | float) and not isinstance(one, bool):
                 complaint = rule.complaint(one)
-            else:
-                complaint = rule.no_choice(one) or _BLANK * (not one.strip()) if isinstance(one, str) else None
-            if complaint:
-                shown = "" if complaint == _BLANK else f" {printable(one) or repr(one)}"
-                raise InputError(f"{before}{name}{shown}{complaint}")
-
-
-_BLANK = " is empty: give a value, or leave it away"
+            if complaint is not None:
+                raise InputError(f"{before}{name} {printable(one) or repr(one)}{complaint}")
 
 
 @functools.cache

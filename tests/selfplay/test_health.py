@@ -285,6 +285,15 @@ def test_a_warning_is_recorded_and_the_round_goes_on(sdxl_dir, tmp_path, monkeyp
     assert "--learning_rate" in capsys.readouterr().out
 
 
+def test_what_to_do_is_said_at_a_rules_first_sight_and_noted_every_time(sdxl_dir, tmp_path, monkeypatch, quick, capsys):
+    spoil(monkeypatch, 4)
+    records = play_all(sdxl_dir, tmp_path, quick, rounds=2)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if ", distance: " in line)
+    assert "the weights are 50%" in first and "--learning_rate" in first
+    assert "the weights are 50%" in second and "--learning_rate" not in second
+    assert all("--learning_rate" in record["training"]["health"][0]["sentence"] for record in records)
+
+
 @drawing_for_all()
 def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, monkeypatch, quick):
     spoil(monkeypatch, 6)
