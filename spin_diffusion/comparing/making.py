@@ -36,8 +36,9 @@ from spin_diffusion.evaluation.specs import parse_spec, part_key
 from spin_diffusion.selfplay.record import replay
 from spin_diffusion.store.files import Made, build, write_json
 from spin_diffusion.store.folder import release, take_folder
+from spin_diffusion.store.hashes import find_damage
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import Damaged, find_damage, settle, trouble_of
+from spin_diffusion.store.run_dir import Damaged, settle, trouble_of
 
 Train = Callable[[Config, str], object]
 """(settings of a run, name of its family): plays the run, as `runs.image_run.run` does. A function that a process can

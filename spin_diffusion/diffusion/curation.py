@@ -43,13 +43,13 @@ from spin_diffusion.store.files import (
     read_json,
     read_rows,
     rows_metadata,
-    shared_out,
 )
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import KEY, key_of
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.progress import Progress
 from spin_diffusion.store.run_dir import remove_files, write_file
+from spin_diffusion.store.sharing import shared_out
 
 IdOf = Callable[[Example], str]
 """The id of an example's stored row, 16 hexadecimal digits, without storing it."""

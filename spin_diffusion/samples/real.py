@@ -10,19 +10,10 @@ from accelerate import Accelerator
 from spin_diffusion.samples.sample import ENCODED, Row
 from spin_diffusion.samples.shards import Encoder, encode_shards, rows_in, shards
 from spin_diffusion.store.files import read_json, write_json, write_rows
+from spin_diffusion.store.hashes import file_hashes, verify_hashes
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import (
-    commit,
-    file_hashes,
-    is_shard,
-    make_folder,
-    part_of,
-    remove_files,
-    seed_from,
-    shard_name,
-    verify_hashes,
-)
+from spin_diffusion.store.run_dir import commit, is_shard, make_folder, part_of, remove_files, seed_from, shard_name
 
 
 class DataManifest(TypedDict):
@@ -55,19 +46,20 @@ def prepare(
     progress = progress or Progress()
     settings = settings | {"encoder": game.encoder_hash()}
     begun = data_manifest(directory) if (directory / "manifest.json").is_file() else None
-    if begun is not None and begun["settings"] != settings:
-        raise InputError(_differs(directory, begun["settings"], settings))
-    if accelerator.is_main_process:
-        if begun is not None:
-            samples = {name: digest for name, digest in begun["files"].items() if _is_sample(name)}
-            verify_hashes(samples, directory, _prepare_anew(directory))
-        elif not ((directory / "left_out.json").is_file() and (directory / "samples").is_dir()):
-            part = part_of(directory / "samples")
-            shutil.rmtree(part, ignore_errors=True)
-            remove_files(directory, is_shard)  # of a command with other settings
-            left_out = _write_real(part, rows(), rows_per_shard, report, progress)
-            write_json(directory / "left_out.json", left_out)
-            commit(directory / "samples")
+    if begun is not None:
+        if begun["settings"] != settings:
+            raise InputError(_differs(directory, begun["settings"], settings))
+        samples = {name: digest for name, digest in begun["files"].items() if _is_sample(name)}
+        verify_hashes(samples, directory, _prepare_anew(directory), accelerator)
+    elif accelerator.is_main_process and not (
+        (directory / "left_out.json").is_file() and (directory / "samples").is_dir()
+    ):
+        part = part_of(directory / "samples")
+        shutil.rmtree(part, ignore_errors=True)
+        remove_files(directory, is_shard)  # of a command with other settings
+        left_out = _write_real(part, rows(), rows_per_shard, report, progress)
+        write_json(directory / "left_out.json", left_out)
+        commit(directory / "samples")
     accelerator.wait_for_everyone()
     names = shards(directory / "samples", ".parquet")
     total = sum(rows_in(path) for path in names)
@@ -75,8 +67,8 @@ def prepare(
         directory / "samples", directory / ENCODED, game, accelerator, progress.phase("encode the real samples", total)
     )
     accelerator.wait_for_everyone()
+    found = file_hashes([directory / "samples", directory / ENCODED], directory, accelerator)
     if accelerator.is_main_process:
-        found = file_hashes([directory / "samples", directory / ENCODED], directory)
         files = {name: digest for name, digest in found.items() if is_shard(name)}
         if begun is None or files != begun["files"]:  # encodings that were damaged are made anew
             drawn = sorted(digest for name, digest in files.items() if _is_sample(name))

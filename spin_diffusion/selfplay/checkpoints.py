@@ -16,18 +16,10 @@ from spin_diffusion.selfplay import health
 from spin_diffusion.selfplay.record import BEST, SelectionState, replay
 from spin_diffusion.selfplay.trainee import Average, Trainee, load_weights, save_weights
 from spin_diffusion.store.files import read_json
+from spin_diffusion.store.hashes import file_hashes, verify_hashes
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import (
-    Damaged,
-    commit,
-    file_hashes,
-    make_folder,
-    part_of,
-    remove_files,
-    verify_hashes,
-    writing,
-)
+from spin_diffusion.store.run_dir import Damaged, commit, make_folder, part_of, remove_files, writing
 
 CHECKPOINT, HEALTHY = "checkpoint-", "healthy"
 AVERAGE = "average.safetensors"

@@ -34,9 +34,9 @@ from spin_diffusion.selfplay.record import (
 from spin_diffusion.selfplay.round_settings import RoundSettings, source_of
 from spin_diffusion.selfplay.train_settings import TrainSettings, of_round, pairs_visited
 from spin_diffusion.store.files import read_rows
+from spin_diffusion.store.hashes import file_hashes
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress
-from spin_diffusion.store.run_dir import file_hashes
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,8 @@ class Round:
         """The hashes of all files in the folders of this name, called on all processes once they are written."""
         self.accelerator.wait_for_everyone()
         folders = [samples.folder / name for samples in self.sets]
-        return file_hashes([folder for folder in folders if folder.is_dir()], self.run.output_dir)
+        there = [folder for folder in folders if folder.is_dir()]
+        return file_hashes(there, self.run.output_dir, self.accelerator)
 
     def pairs(self, record: RoundRecord, samples: RealSamples, scored: bool = True) -> Pairs:
         """The pairs of a round's samples.

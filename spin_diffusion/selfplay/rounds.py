@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.checkpoints import remove_checkpoints
@@ -40,9 +39,10 @@ from spin_diffusion.selfplay.record import (
 from spin_diffusion.selfplay.sampled import DRAWN_BY, SCORED_BY, cache, choose_opponent, generate
 from spin_diffusion.selfplay.tracking import log_phase
 from spin_diffusion.selfplay.trained import decide, evaluate, heed, look, mend_copy, train_player
+from spin_diffusion.store.hashes import find_damage
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import Damaged, find_damage, is_shard, remove_files, settle, tell_remade, trouble_of
+from spin_diffusion.store.run_dir import Damaged, is_shard, remove_files, settle, tell_remade, trouble_of
 
 Step = Callable[[Round, RoundRecord], StepResult]
 """A state's function."""
@@ -173,21 +173,17 @@ class Journal:
     def _damage(self) -> dict[str, str]:
         """What is wrong with the files that are still needed. A trained player needs no samples any more; that they are
         not there, or not as they were, is said."""
-        needed: dict[str, str] = {}
-        if self.round.accelerator.is_main_process:
-            is_trained = has_reached(self.record, "TRAINED")
-            damage = find_damage(self._unremoved_files(), self.round.run.output_dir)
-            needed = {
-                name: what
-                for name, what in damage.items()
-                if not is_trained or made_in(name) not in ("GENERATED", "CACHED")
-            }
-            if rest := damage.keys() - needed:
-                tell(
-                    f"{self.round.title}: {len(rest)} files such as {min(rest)} are missing or damaged; it is trained "
-                    "and needs them no more"
-                )
-        return broadcast_object_list([needed])[0]
+        accelerator, of_samples = self.round.accelerator, ("GENERATED", "CACHED")
+        damage = find_damage(self._unremoved_files(), self.round.run.output_dir, accelerator)
+        is_trained = has_reached(self.record, "TRAINED")
+        needed = {name: what for name, what in damage.items() if not (is_trained and made_in(name) in of_samples)}
+        if rest := damage.keys() - needed:
+            tell(
+                f"{self.round.title}: {len(rest)} files such as {min(rest)} are missing or damaged; it is trained and "
+                "needs them no more",
+                accelerator,
+            )
+        return needed
 
     def _unremoved_files(self) -> dict[str, str]:
         """The files that a round still has as they were: a finished one has removed what its samples give again, and

@@ -40,9 +40,10 @@ from spin_diffusion.selfplay.train import RoundPlan, train
 from spin_diffusion.selfplay.train_settings import check_batch, of_round, steps_of_round
 from spin_diffusion.selfplay.trainee import Average, trained_parameters
 from spin_diffusion.selfplay.watching import best_of, gain
+from spin_diffusion.store.hashes import file_hashes, verify_hashes
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
-from spin_diffusion.store.run_dir import commit, file_hashes, is_whole, part_of, verify_hashes, write_file
+from spin_diffusion.store.run_dir import commit, is_whole, part_of, write_file
 
 
 def look(round_: Round, probe: Probe) -> StepResult:
@@ -96,7 +97,7 @@ def train_player(round_: Round, record: RoundRecord) -> StepResult:
         saved = [*saved, *_save_average(round_, average)]
     steps_here = training["steps"] - training["resumed_from"]
     pairs_here = steps_here * settings.train_batch_size * settings.gradient_accumulation_steps
-    return StepResult(fields, file_hashes(saved, run.output_dir), pairs_here, watch.took)
+    return StepResult(fields, file_hashes(saved, run.output_dir, round_.accelerator), pairs_here, watch.took)
 
 
 def _numbers(round_: Round, pairs: Pairs) -> dict[str, float]:
@@ -147,7 +148,8 @@ def _release_opponent(round_: Round, game: FixedDraws, steps: int, pairs: int) -
 def _check_opponent(round_: Round, record: RoundRecord, before: str | None) -> None:
     """It is what it was, whose hash was `before` (None = its scores were kept)."""
     if before is None:
-        verify_hashes(record["files"], round_.run.output_dir)  # the kept scores are among them
+        # The kept scores are among them
+        verify_hashes(record["files"], round_.run.output_dir, accelerator=round_.accelerator)
         return
     now = round_.game.opponent_hash()
     assert now == before, f"round {round_.k}: the opponent changed while the player was trained"

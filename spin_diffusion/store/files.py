@@ -9,7 +9,6 @@ depend on how many there are or which of them were restarted.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +35,7 @@ from spin_diffusion.store.run_dir import (
     tell_remade,
     write_file,
 )
+from spin_diffusion.store.sharing import shared_out
 from spin_diffusion.store.typed import fit
 
 T = TypeVar("T")
@@ -325,24 +325,6 @@ def build_together(
     made = build_pieces(pieces, progress, accelerator.num_processes)
     accelerator.wait_for_everyone()
     return made
-
-
-_calls = itertools.count()
-
-
-def shared_out(things: Sequence[T], accelerator: Accelerator) -> Iterator[T]:
-    """The things that fall to this process: whoever is free takes the next one, so that none waits for a slow one.
-
-    All processes must call it with the same things, and in the same order as other calls of it.
-    """
-    name = f"spin_diffusion/shared_out/{next(_calls)}"
-    if accelerator.num_processes == 1:
-        yield from things
-        return
-    # torch has no public name for the store through which its processes found each other
-    store = torch.distributed.distributed_c10d._get_default_store()
-    while (place := store.add(name, 1) - 1) < len(things):
-        yield things[place]
 
 
 def _write(path: Path, key: str, made: Made) -> None:

@@ -15,7 +15,7 @@ import re
 import resource
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -211,29 +211,6 @@ def file_hash(path: Path) -> str:
 def is_whole(path: Path, digest: str) -> bool:
     """Whether a file is there with this SHA-256."""
     return path.is_file() and file_hash(path) == digest
-
-
-def file_hashes(paths: Iterable[Path], below: Path) -> dict[str, str]:
-    """SHA-256 of every file, and of every file in every folder, by its path relative to `below`."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {file.relative_to(below).as_posix(): file_hash(file) for file in files if file.is_file()}
-
-
-def find_damage(hashes: Mapping[str, str], below: Path) -> dict[str, str]:
-    """The files that are missing, or whose SHA-256 is not the recorded one: name -> what is wrong with it."""
-    found = {}
-    for name, expected in hashes.items():
-        if not (below / name).is_file():
-            found[name] = "it is missing"
-        elif file_hash(below / name) != expected:
-            found[name] = f"its SHA-256 is not the recorded {expected[:12]}..."
-    return found
-
-
-def verify_hashes(hashes: Mapping[str, str], below: Path, remedy: str = ELSEWHERE) -> None:
-    """Check every file against its recorded hash; Damaged names the first that is missing or another."""
-    for name, problem in find_damage(hashes, below).items():
-        raise Damaged(below / name, problem, remedy)
 
 
 # What the machine has against it

@@ -30,9 +30,10 @@ from spin_diffusion.diffusion.game import example_id
 from spin_diffusion.diffusion.settings import CandidateSettings
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.store.files import read_json, read_rows
+from spin_diffusion.store.hashes import file_hashes
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
-from spin_diffusion.store.run_dir import file_hash, file_hashes
+from spin_diffusion.store.run_dir import file_hash
 from tests.test_processes import play as play_in_processes
 
 ROOT = Path(__file__).resolve().parents[2]

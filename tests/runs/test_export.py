@@ -15,7 +15,8 @@ from spin_diffusion.diffusion.base import Base, load_checkpoint
 from spin_diffusion.diffusion.lora import PLAYER, WEIGHTS
 from spin_diffusion.store.files import read_json, write_json
 from spin_diffusion.store.folder import release
-from spin_diffusion.store.run_dir import MARKER, file_hash, file_hashes, part_of, settle
+from spin_diffusion.store.hashes import file_hashes
+from spin_diffusion.store.run_dir import MARKER, file_hash, part_of, settle
 from tests.diffusion.test_lora import LORA, move, prediction
 from tests.playing import make_game
 

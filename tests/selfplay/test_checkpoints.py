@@ -20,8 +20,8 @@ from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.train_settings import TrainSettings
 from spin_diffusion.selfplay.trainee import Average, Trainee
 from spin_diffusion.store.files import write_json
+from spin_diffusion.store.hashes import file_hashes
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import file_hashes
 
 
 @pytest.fixture

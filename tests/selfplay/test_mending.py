@@ -11,8 +11,9 @@ import pytest
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.record import read_record
 from spin_diffusion.store.files import read_json, read_json_lines, read_rows, write_rows
+from spin_diffusion.store.hashes import file_hashes
 from spin_diffusion.store.input_error import InputError
-from spin_diffusion.store.run_dir import Damaged, file_hashes
+from spin_diffusion.store.run_dir import Damaged
 from tests.playing import TRAINING, play_all
 
 SHARDS = [f"{number:05d}-of-00003" for number in range(3)]

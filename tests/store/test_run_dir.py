@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spin_diffusion.store import files, run_dir
+from spin_diffusion.store import files, hashes, run_dir
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.run_dir import MARKER
 
@@ -260,14 +260,14 @@ def test_rows_are_built_only_with_their_key_and_whole(tmp_path, capsys):
 
 def test_a_hash_that_differs_names_the_file(tmp_path):
     (tmp_path / "a").write_text("content")
-    hashes = run_dir.file_hashes([tmp_path / "a"], tmp_path)
-    run_dir.verify_hashes(hashes, tmp_path)
+    found = hashes.file_hashes([tmp_path / "a"], tmp_path)
+    hashes.verify_hashes(found, tmp_path)
     (tmp_path / "a").write_text("content.")
     with pytest.raises(InputError, match="a is damaged"):
-        run_dir.verify_hashes(hashes, tmp_path)
+        hashes.verify_hashes(found, tmp_path)
     (tmp_path / "a").unlink()
     with pytest.raises(InputError, match="a is missing"):
-        run_dir.verify_hashes(hashes, tmp_path)
+        hashes.verify_hashes(found, tmp_path)
 
 
 def test_the_weights_hash_sees_one_bit_of_one_weight_and_no_memory_layout():

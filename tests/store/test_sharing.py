@@ -35,3 +35,52 @@ def test_everything_is_taken_once_and_the_quick_one_takes_more(tmp_path):
     slow, quick = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert sorted(slow[0] + quick[0]) == list(range(20)) and sorted(slow[1] + quick[1]) == ["a", "b"]
     assert len(quick[0]) > len(slow[0])
+
+
+HASHING = """
+import hashlib, json, sys
+from pathlib import Path
+from accelerate import Accelerator
+from spin_diffusion.store.hashes import file_hashes, find_damage
+
+plain, read = hashlib.file_digest, []
+
+def counting(file, name):
+    read.append(Path(file.name).stat().st_size)
+    return plain(file, name)
+
+hashlib.file_digest = counting
+accelerator, folder = Accelerator(cpu=True), Path(sys.argv[1])
+hashes = file_hashes([folder / "files"], folder, accelerator)
+accelerator.wait_for_everyone()
+if accelerator.is_main_process:
+    (folder / "files" / "3").write_text("another")
+    (folder / "files" / "5").unlink()
+accelerator.wait_for_everyone()
+damage = find_damage(hashes, folder, accelerator)
+said = json.dumps({"hashes": hashes, "damage": damage, "read": read})
+(folder / f"said-{accelerator.num_processes}-{accelerator.process_index}.json").write_text(said)
+"""
+
+
+def test_eight_processes_hash_each_byte_once_and_all_know_every_hash(tmp_path):
+    said = {}
+    for processes in (1, 8):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        for number in range(20):
+            (tmp_path / "files" / str(number)).write_bytes(bytes([number]) * 1000 * number)
+        (tmp_path / "program.py").write_text(HASHING)
+        run_ranks(tmp_path / "program.py", [str(tmp_path)], processes, timeout_s=120)
+        ranks = range(processes)
+        said[processes] = [json.loads((tmp_path / f"said-{processes}-{rank}.json").read_text()) for rank in ranks]
+    (alone,) = said[1]
+    recorded = alone["hashes"]["files/3"][:12]
+    assert alone["damage"] == {
+        "files/3": f"its SHA-256 is not the recorded {recorded}...",
+        "files/5": "it is missing",
+    }
+    for rank in said[8]:
+        assert rank["hashes"] == alone["hashes"] and rank["damage"] == alone["damage"]
+        assert list(rank["hashes"]) == list(alone["hashes"])
+    # All that there is; then all but the file that is gone, and another in the place of one
+    assert sum(sum(rank["read"]) for rank in said[8]) == sum(alone["read"]) == 2 * 190_000 - 5000 - 3000 + 7
