@@ -8,7 +8,6 @@ which columns to read, and how a row becomes a Candidate; it raises InputError f
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from spin_diffusion.data.rows import (
     Bad,
@@ -30,6 +29,7 @@ from spin_diffusion.data.settings import DataSettings, FilterSettings
 from spin_diffusion.data.sources import open_source
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.pictures import open_picture
+from spin_diffusion.store.sharing import done_ahead
 
 MIN_SIDE_PX = 8
 """An image with a smaller side is a placeholder, or too small for one cell of the latents."""
@@ -63,7 +63,7 @@ class Plan:
 def read_examples(
     settings: DataSettings, *, with_losers: bool = False, report: ReadReport | None = None
 ) -> Iterator[Example]:
-    """The usable examples of a data set, in its own order, one in memory at a time.
+    """The usable examples of a data set, in its own order. Images are checked on all cores, a few rows ahead.
 
     Args:
         with_losers: keep the worse image of each pair too; only for data with Pick-a-Pic's columns.
@@ -77,9 +77,9 @@ def read_examples(
     columns = [*plan.columns]
     if settings.filter.column is not None:
         columns.append(require_column(source, settings.filter.column, "--filter column"))
-    wanted, seen = tuple(dict.fromkeys(columns)), Seen()
-    example_of = partial(_example, plan=plan, settings=settings, with_losers=with_losers, seen=seen)
-    return usable(source, wanted, example_of, fresh(report), settings.max_train_samples, settings.max_bad_share)
+    wanted, reader = tuple(dict.fromkeys(columns)), _Reader(plan, settings, with_losers)
+    rows = done_ahead(lambda row: (row, reader.find(row)), source.rows(wanted))
+    return usable(source, rows, reader.example, fresh(report), settings.max_train_samples, settings.max_bad_share)
 
 
 def with_held_out(settings: DataSettings) -> DataSettings:
@@ -88,28 +88,77 @@ def with_held_out(settings: DataSettings) -> DataSettings:
     return replace(settings, max_train_samples=limit and limit + settings.num_held_out)
 
 
-def _example(row: Row, plan: Plan, settings: DataSettings, with_losers: bool, seen: Seen) -> Example:
-    # The cheap checks first
-    if settings.filter.column is not None:
-        _check_filter(row.values.get(settings.filter.column), settings.filter)
-    candidate = plan.candidate(row)
-    prompt = caption_text(candidate.caption)
-    prompt_hash = short_hash(b"prompt", prompt.encode())
-    if settings.one_image_per_prompt and prompt_hash in seen:
-        raise LeftOut(Expected.REPEATED_PROMPT, f"an image of {prompt[:80]!r} was used already")
-    image = image_bytes(row, candidate.image)
-    loser = image_bytes(row, candidate.loser) if with_losers else None
-    example_hash = short_hash(prompt_hash, image, loser or b"")  # one winner against two losers makes two pairs
-    if example_hash in seen:
-        raise LeftOut(Expected.REPEATED_EXAMPLE, f"the same image with the caption {prompt[:80]!r} was used already")
-    _check_image(image)
-    if loser is not None:
-        _check_image(loser)
-    # Only what is used counts as seen: the next row of this prompt may take the place of a corrupt one.
-    seen.add(example_hash)
-    if settings.one_image_per_prompt:
-        seen.add(prompt_hash)
-    return Example(prompt, image, loser, row.where)
+@dataclass(frozen=True)
+class _Found:
+    """What a row says by itself, whichever rows came before it.
+
+    Attributes:
+        prompt: "" where a problem was met before it.
+        image, loser: as of Example; image is b"" where a problem was met before it.
+        problem: what was met.
+    """
+
+    where: str
+    prompt: str = ""
+    image: bytes = b""
+    loser: bytes | None = None
+    problem: LeftOut | InputError | None = None
+
+
+class _Reader:
+    """Examples of rows: `find` may be asked by several threads at once, `example` by one, in the order of the rows."""
+
+    def __init__(self, plan: Plan, settings: DataSettings, with_losers: bool) -> None:
+        self.plan, self.settings, self.with_losers = plan, settings, with_losers
+        self.seen = Seen()
+
+    def find(self, row: Row) -> _Found:
+        """What the row says, its images wholly decoded; nothing of one that is left out already."""
+        found = _Found(row.where)
+        if row.left_out is not None:
+            return found
+        try:
+            # The cheap checks first
+            if self.settings.filter.column is not None:
+                _check_filter(row.values.get(self.settings.filter.column), self.settings.filter)
+            candidate = self.plan.candidate(row)
+            found = replace(found, prompt=caption_text(candidate.caption))
+            if self._is_repeated(found.prompt):
+                return found
+            image = image_bytes(row, candidate.image)
+            loser = image_bytes(row, candidate.loser) if self.with_losers else None
+            found = replace(found, image=image, loser=loser)
+            for encoded in (image, *([loser] if loser is not None else [])):
+                _check_image(encoded)
+        except (LeftOut, InputError) as problem:
+            return replace(found, problem=problem)
+        return found
+
+    def example(self, found: _Found) -> Example:
+        """The example of the next row; LeftOut or InputError says why there is none."""
+        if found.prompt and self._is_repeated(found.prompt):
+            raise LeftOut(Expected.REPEATED_PROMPT, f"an image of {found.prompt[:80]!r} was used already")
+        prompt_hash = _prompt_hash(found.prompt)
+        # One winner against two losers makes two pairs
+        example_hash = short_hash(prompt_hash, found.image, found.loser or b"")
+        if found.image and example_hash in self.seen:
+            raise LeftOut(
+                Expected.REPEATED_EXAMPLE, f"the same image with the caption {found.prompt[:80]!r} was used already"
+            )
+        if found.problem is not None:
+            raise found.problem
+        # Only what is used counts as seen: the next row of this prompt may take the place of a corrupt one.
+        self.seen.add(example_hash)
+        if self.settings.one_image_per_prompt:
+            self.seen.add(prompt_hash)
+        return Example(found.prompt, found.image, found.loser, found.where)
+
+    def _is_repeated(self, prompt: str) -> bool:
+        return self.settings.one_image_per_prompt and _prompt_hash(prompt) in self.seen
+
+
+def _prompt_hash(prompt: str) -> bytes:
+    return short_hash(b"prompt", prompt.encode())
 
 
 def _check_image(encoded: bytes) -> None:

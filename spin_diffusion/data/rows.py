@@ -5,7 +5,7 @@ The loop is the same for images and text: a row becomes an example, or is left o
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
@@ -150,6 +150,7 @@ Values = dict[str, object]
 Message = dict[str, str]
 """One turn: {"role": "system", "user", "assistant" or "tool", "content": its text}."""
 T = TypeVar("T")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -264,13 +265,13 @@ def fresh(report: ReadReport | None) -> ReadReport:
 
 def usable(
     source: Source,
-    columns: Sequence[str],
-    example_of: Callable[[Row], T],
+    rows: Iterable[tuple[Row, Found]],
+    example_of: Callable[[Found], T],
     report: ReadReport,
     max_samples: int | None,
     max_bad_share: float,
 ) -> Iterator[T]:
-    """What `example_of` makes of the rows of a source, those left out that it raises LeftOut for.
+    """What `example_of` makes of what was found in the rows of a source, those left out that it raises LeftOut for.
 
     Args:
         report: filled while the examples are taken. Who takes one may still leave it out there.
@@ -278,12 +279,12 @@ def usable(
         InputError: over 100 rows and more than half are bad; at the end if more than `max_bad_share` are bad or no row
             was usable.
     """
-    for row in source.rows(columns):
+    for row, found in rows:
         report.read += 1
         try:
             if row.left_out is not None:
                 raise row.left_out
-            example = example_of(row)
+            example = example_of(found)
         except LeftOut as left_out:
             report.leave_out(row.where, left_out.reason, left_out.detail)
         else:

@@ -156,6 +156,11 @@ def last_question(prompt: str | list[Message]) -> str:
 # Reading
 
 
+def _each(source: Source, columns: Columns) -> Iterator[tuple[Row, Row]]:
+    """Every row, in which all is found that an example is made of."""
+    return ((row, row) for row in source.rows(columns.names()))
+
+
 def _examples(
     source: Source, columns: Columns, settings: TextDataSettings, report: ReadReport
 ) -> Iterator[TextExample]:
@@ -169,7 +174,7 @@ def _examples(
 
     limits = settings.max_train_samples, settings.max_bad_share
     try:
-        yield from usable(source, columns.names(), trained_on, report, *limits)
+        yield from usable(source, _each(source, columns), trained_on, report, *limits)
     except InputError as error:
         if report.used or not report.left_out[Expected.HELD_OUT]:
             raise
@@ -184,7 +189,7 @@ def _all_examples(settings: TextDataSettings, limit: int | None, report: ReadRep
     source = open_text_source(settings)
     columns = find_columns(source, settings, with_rejected=False)
     example_of = _example_reader(columns, settings)
-    return usable(source, columns.names(), example_of, report, limit, settings.max_bad_share)
+    return usable(source, _each(source, columns), example_of, report, limit, settings.max_bad_share)
 
 
 def _example_reader(columns: Columns, settings: TextDataSettings) -> Callable[[Row], TextExample]:

@@ -54,6 +54,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.keys import key_of
 from spin_diffusion.store.pictures import open_picture
 from spin_diffusion.store.run_dir import write_folder
+from spin_diffusion.store.sharing import done_ahead
 from spin_diffusion.store.weights import config_of
 
 
@@ -175,16 +176,18 @@ class DiffusionGame:
 
     def real_rows(self, examples: Iterable[Example]) -> Iterator[Row]:
         """Examples as stored rows: cropped, in the codec of the opponent's samples, with their frames."""
-        for example in examples:
-            row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
-            image = open_picture(example.image)
-            size = nearest(self.sizes, image.height, image.width)
-            cropped, row["frame"] = images.crop(image, size)
-            row["image"] = images.to_bytes(cropped, self.images)
-            if example.loser is not None:
-                loser, _ = images.crop(open_picture(example.loser), size)
-                row["loser_image"] = images.to_bytes(loser, self.images)
-            yield row
+        return done_ahead(self._real_row, examples)
+
+    def _real_row(self, example: Example) -> Row:
+        row: Row = {"id": example_id(example), "prompt": example.prompt, "drawn": False}
+        image = open_picture(example.image)
+        size = nearest(self.sizes, image.height, image.width)
+        cropped, row["frame"] = images.crop(image, size)
+        row["image"] = images.to_bytes(cropped, self.images)
+        if example.loser is not None:
+            loser, _ = images.crop(open_picture(example.loser), size)
+            row["loser_image"] = images.to_bytes(loser, self.images)
+        return row
 
     def frame_of(self, row: Row) -> list[int]:
         """What is told of size and crop in the pair of a stored real row: while its generated image is drawn, and while

@@ -11,8 +11,10 @@ ever opened (Pillow would start Ghostscript for a PostScript file). A picture co
 
 import io
 import struct
+import threading
 import warnings
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,34 @@ _TURNS = {
 }
 
 
+class _OurRules:
+    """Within it, what another library of the process set does not decide what is read: patience with files that are cut
+    short, another number of pixels, warnings that are errors. The first of several threads sets it aside, and the last
+    one puts it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.set_aside = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.threads == 0:
+                for of, name, value in ((ImageFile, "LOAD_TRUNCATED_IMAGES", False), (Image, "MAX_IMAGE_PIXELS", None)):
+                    self.set_aside.callback(setattr, of, name, getattr(of, name))
+                    setattr(of, name, value)
+                self.set_aside.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self.threads += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads == 0:
+                self.set_aside.close()
+
+
+_OUR_RULES = _OurRules()
+
+
 def read_picture(path: Path | str) -> Image.Image:
     """`open_picture` of a file. Raises InputError, also for what `open_regular` refuses."""
     return open_picture(read_bytes(path, MAX_PICTURE_BYTES))
@@ -55,31 +85,23 @@ def open_picture(data: bytes) -> Image.Image:
     if len(data) > MAX_PICTURE_BYTES:
         raise InputError(f"{len(data):,} bytes, at most {MAX_PICTURE_BYTES:,} are read: make it smaller")
     data, exif = _without_metadata(data)
-    # What another library of the process set must not decide what is read: patience with files that are cut short, or
-    # another number of pixels
-    patience, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    most_pixels, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(*image.size)
-                if isinstance(image, TiffImageFile):
-                    _prepare_tiff(image)
-                    _check_size(image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))  # of a tile, which is decoded whole
-                image.load()
-                if image.format == "PNG":
-                    _scale_transparent_colour(image, bit_depth=data[24])
-                rgb = _on_white(image)
-                orientation = _orientation(exif or image.info.get("exif", b""))
+        with _OUR_RULES, Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size)
+            if isinstance(image, TiffImageFile):
+                _prepare_tiff(image)
+                _check_size(image.tag_v2.get(322, 1), image.tag_v2.get(323, 1))  # of a tile, which is decoded whole
+            image.load()
+            if image.format == "PNG":
+                _scale_transparent_colour(image, bit_depth=data[24])
+            rgb = _on_white(image)
+            orientation = _orientation(exif or image.info.get("exif", b""))
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise InputError("not a PNG, JPEG, WebP, GIF, BMP or TIFF picture") from error
     except Exception as error:  # decoders of damaged bytes raise almost anything: struct.error, SyntaxError, zlib.error
         raise InputError(printable(" ".join(str(error).split()) or type(error).__name__)) from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = patience, most_pixels
     if orientation in _TURNS:
         rgb = rgb.transpose(_TURNS[orientation])
     rgb.info = {}

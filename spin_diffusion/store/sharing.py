@@ -1,11 +1,14 @@
-"""Work shared out among the processes of a run: each piece is done once, by whoever is free.
+"""Work shared out among the processes of a run, or the threads of one: each piece is done once, by whoever is free.
 
 What comes of it must not depend on who does what: a piece is done whole by one process, and results are in the order of
 the pieces.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -49,3 +52,37 @@ def done_together(
     done: list[Any] = [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
     assert len(done) == len(things), f"{len(done)} of {len(things)}: the processes were given different things"
     return done
+
+
+MOST_THREADS = 32
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def done_ahead(do: Callable[[T], Result], things: Iterable[T]) -> Iterator[Result]:
+    """`do` of each thing, in their order, while threads on all cores that this process may use work on the next ones.
+
+    Args:
+        do: of which most is done outside of Python, as what reads, resizes and writes pictures.
+        things: taken by the calling thread, twice as many ahead as there are threads. What taking or doing one raises
+            is raised in its turn.
+    """
+    threads = min(_cores(), MOST_THREADS)
+    pool, waiting, failed = ThreadPoolExecutor(threads), deque[Future[Result]](), None
+    taking = iter(things)
+    try:
+        while failed is None or waiting:
+            while failed is None and len(waiting) < 2 * threads:
+                try:
+                    waiting.append(pool.submit(do, next(taking)))
+                except Exception as error:  # StopIteration among them
+                    failed = error
+            if waiting:
+                yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not isinstance(failed, StopIteration):
+        raise failed

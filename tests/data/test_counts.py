@@ -6,6 +6,7 @@ import pytest
 from spin_diffusion.data.reading import read_examples
 from spin_diffusion.data.rows import MAX_KEPT_ROWS, ReadReport
 from spin_diffusion.data.settings import DataSettings, FilterSettings
+from spin_diffusion.store import sharing
 from spin_diffusion.store.input_error import InputError
 from tests.data.pictures import counts, picture, read, write_table
 
@@ -48,6 +49,24 @@ def test_one_image_per_prompt_keeps_the_first_that_is_usable(tmp_path: Path) -> 
     examples, report = read(table(tmp_path, rows, one_image_per_prompt=True, max_bad_share=0.25))
     assert [(example.image, example.prompt) for example in examples] == [(RED, "a"), (GREEN, "b")]
     assert counts(report) == {"corrupt image": 1, "repeated prompt": 1}
+
+
+@pytest.mark.parametrize("cores", [1, 7])
+def test_which_rows_are_used_does_not_depend_on_how_many_are_looked_at_at_once(tmp_path, cores, monkeypatch) -> None:
+    monkeypatch.setattr(sharing, "_cores", lambda: cores)
+    rows = [
+        (b"no image", "a"),
+        (b"", "a"),
+        (RED, "a"),
+        (b"", "a"),
+        (BLUE, "a"),
+        (GREEN, ""),
+        (b"", "b"),
+        (RED, "b"),
+    ] * 9
+    examples, report = read(table(tmp_path, rows, one_image_per_prompt=True, max_bad_share=0.9))
+    assert [(example.image, example.prompt) for example in examples] == [(RED, "a"), (RED, "b")]
+    assert counts(report) == {"corrupt image": 3, "empty caption": 9, "repeated prompt": 58}
 
 
 def test_max_train_samples_counts_usable_examples_and_fewer_are_fine(tmp_path: Path) -> None:

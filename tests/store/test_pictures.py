@@ -3,7 +3,10 @@
 import ast
 import io
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -326,3 +329,23 @@ def test_damage_is_told_in_one_line_that_can_be_printed(format, monkeypatch):
         except InputError as error:
             assert str(error).isprintable()
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_threads_read_by_our_rules_and_the_last_puts_back_another_librarys(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    filters, seen = list(warnings.filters), []
+    whole = encoded(Image.fromarray(coloured(64, 80)), "JPEG")
+    inside, on_white = threading.Barrier(2, timeout=30), pictures._on_white
+
+    def at_once(image):
+        inside.wait()  # both are at it
+        seen.append((ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS))
+        return on_white(image)
+
+    monkeypatch.setattr(pictures, "_on_white", at_once)
+    with ThreadPoolExecutor(2) as threads:
+        read = list(threads.map(open_picture, [whole] * 4))
+    assert {picture.size for picture in read} == {(80, 64)} and seen == [(False, None)] * 4
+    assert (ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS) == (True, 5)
+    assert list(warnings.filters) == filters

@@ -1,16 +1,19 @@
-"""Work shared out among processes: everything once, and nobody waits for a slow one."""
+"""Work shared out among processes and threads: everything once, and nobody waits for a slow one."""
 
 import json
+import threading
 
+import pytest
 from accelerate import Accelerator
 
-from spin_diffusion.store.files import shared_out
+from spin_diffusion.store import sharing
+from spin_diffusion.store.sharing import done_ahead, shared_out
 from tests.ranks import run_ranks
 
 PROGRAM = """
 import json, sys, time
 from accelerate import Accelerator
-from spin_diffusion.store.files import shared_out
+from spin_diffusion.store.sharing import shared_out
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -84,3 +87,42 @@ def test_eight_processes_hash_each_byte_once_and_all_know_every_hash(tmp_path):
         assert list(rank["hashes"]) == list(alone["hashes"])
     # All that there is; then all but the file that is gone, and another in the place of one
     assert sum(sum(rank["read"]) for rank in said[8]) == sum(alone["read"]) == 2 * 190_000 - 5000 - 3000 + 7
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+    monkeypatch.setattr(sharing, "_cores", lambda: 4)
+
+
+def test_threads_work_at_once_and_results_come_in_order(four_cores):
+    together = threading.Barrier(4, timeout=30)  # nobody gets past it alone
+
+    def do(number: int) -> int:
+        together.wait()
+        return 10 * number
+
+    assert list(done_ahead(do, range(12))) == list(range(0, 120, 10))
+
+
+def test_no_more_is_taken_ahead_than_twice_the_threads(four_cores):
+    taken: list[int] = []
+    results = done_ahead(str, (taken.append(number) or number for number in range(100)))
+    for number in range(5):
+        assert next(results) == str(number) and len(taken) == number + 8
+    results.close()
+    assert len(taken) == 12
+
+
+@pytest.mark.parametrize("where", ["taking", "doing"])
+def test_what_one_raises_comes_in_its_turn(where, four_cores):
+    def things():
+        yield from (1, 2, 3)
+        if where == "taking":
+            raise ValueError("3")
+        yield 0
+        yield from (4, 5)
+
+    results = done_ahead(lambda number: 6 // number, things())
+    assert [next(results) for _ in range(3)] == [6, 3, 2]
+    with pytest.raises(ValueError if where == "taking" else ZeroDivisionError):
+        next(results)
