@@ -76,24 +76,21 @@ def play(contest: Contest) -> bool:
     # The steps of equal compute are known only when the reference has been trained at equal steps
     bases = [contest.task(cell, contest.validation(cell, plan.guided(cell.world))) for cell in contest.bases()]
     contest.entries = [
-        Entry(world, "steps", method, plan.steps_per_round(world, method))
+        contest.entry(world, "steps", method, plan.steps_per_round(world, method))
         for world in plan.worlds()
         for method in settings.methods_of(world)
         if "steps" in settings.budgets or method == settings.compute_reference
     ]
-    if not _run(contest, "choose rates", bases + _tuning_tasks(contest, contest.entries)):
+    if not _run(contest, "bases", bases) or not _choose_rates(contest, "choose rates", contest.entries):
         return False
     if "compute" in settings.budgets:
         of_compute = _compute_entries(contest)
         if "steps" not in settings.budgets:
             contest.entries = []
         contest.entries += of_compute
-        if not _run(contest, "choose rates at equal compute", _tuning_tasks(contest, of_compute)):
+        if not _choose_rates(contest, "choose rates at equal compute", of_compute):
             return False
     for entry in contest.entries:
-        guided = plan.guided(entry.world)
-        by_rate = {cell.training["learning_rate"]: contest.means(cell, guided) for cell in contest.tuning(entry)}
-        entry.choice = choose(by_rate)
         if entry.choice is not None:
             rate, steps = entry.choice.learning_rate, entry.steps_per_round
             entry.cells = [plan.cell(entry.world, entry.method, rate, seed, steps) for seed in settings.all_seeds]
@@ -112,9 +109,23 @@ def play(contest: Contest) -> bool:
     return _run(contest, "best rounds", tests)
 
 
-def _tuning_tasks(contest: Contest, entries: list[Entry]) -> list[Task]:
-    cells_ = [cell for entry in entries for cell in contest.tuning(entry)]
-    return [contest.task(cell, contest.validation(cell, contest.plan.guided(cell.world))) for cell in cells_]
+def _choose_rates(contest: Contest, name: str, entries: list[Entry]) -> bool:
+    """Give every method its best rate; False = --max_hours came first.
+
+    A best rate at the edge of its grid may have a better one outside, so the grid is widened there.
+    """
+    for widened in range(contest.settings.widen_rates + 1):
+        cells_ = [cell for entry in entries for cell in contest.tuning(entry)]
+        views = [contest.validation(cell, contest.plan.guided(cell.world)) for cell in cells_]
+        if not _run(contest, name, list(map(contest.task, cells_, views))):
+            return False
+        for entry in entries:
+            guided = contest.plan.guided(entry.world)
+            tuned = {cell.training["learning_rate"]: contest.means(cell, guided) for cell in contest.tuning(entry)}
+            entry.choice = choose(tuned)
+        if widened == contest.settings.widen_rates or not any([entry.widen() for entry in entries]):
+            break
+    return True
 
 
 def _free_tasks(contest: Contest) -> list[Task]:
@@ -126,9 +137,9 @@ def _free_tasks(contest: Contest) -> list[Task]:
 
 
 def _shown(contest: Contest, world: str, best: Sampling | None) -> list[Sampling]:
-    """How the pictures are drawn that are reported."""
-    guided = contest.plan.guided(world)
-    return guided if best is None else list(dict.fromkeys([*guided, best]))
+    """How the pictures are drawn that are reported: without guidance, as usual, and at the best settings."""
+    drawn = (contest.plan.unguided(world), contest.plan.usual(world), best)
+    return sorted({how for how in drawn if how is not None})
 
 
 def _base_tasks(contest: Contest) -> list[Task]:
@@ -160,7 +171,7 @@ def _best_round(contest: Contest, entry: Entry) -> int:
 def _best_round_tasks(contest: Contest, entry: Entry) -> list[Task]:
     if entry.best is None or entry.best_round in (0, entry.rounds):
         return []
-    shown = sorted({contest.plan.unguided(entry.world), contest.plan.usual(entry.world), entry.best})
+    shown = _shown(contest, entry.world, entry.best)
     return [contest.task(cell, [View("test", entry.best_round, how) for how in shown]) for cell in entry.cells]
 
 
@@ -181,7 +192,7 @@ def _compute_entries(contest: Contest) -> list[Entry]:
                 steps = plan.steps_per_round(world, method)
                 if run_flops(config, unit, rows, [steps] * config.rounds.rounds, zeros) != budget:
                     steps = steps_for(config, unit, rows, budget, zeros)
-            entries.append(Entry(world, "compute", method, steps))
+            entries.append(contest.entry(world, "compute", method, steps))
     return entries
 
 

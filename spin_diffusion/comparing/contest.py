@@ -83,11 +83,22 @@ class Entry:
     """The settings of the sampler that are best for its first seed on validation prompts."""
     best_round: int = 0
     """By validation prompts, over the seeds; 0 = not looked for."""
+    rates: list[float] = field(default_factory=list)
+    """Its grid of learning rates, from low to high, as far as it has been widened."""
 
     @property
     def rounds(self) -> int:
         """Rounds of its runs; 0 = it has none."""
         return self.cells[0].rounds if self.cells else 0
+
+    def widen(self) -> bool:
+        """Add the rate beyond the edge at which the best one lies, as far from it as its neighbour; whether it did."""
+        if self.choice is None or not self.choice.at_edge:
+            return False
+        edge = self.rates.index(self.choice.learning_rate)
+        beyond = self.rates[edge] ** 2 / self.rates[1 if edge == 0 else -2]
+        self.rates = sorted([*self.rates, float(f"{beyond:.3g}")])
+        return True
 
 
 class Contest:
@@ -164,10 +175,14 @@ class Contest:
         return self.best(self.plan.base(world, self.settings.all_seeds[0]))
 
     def tuning(self, entry: Entry) -> list[Cell]:
-        """One cell per rate of the grid, with the first seed; none where the budget leaves no step."""
-        rates = self.plan.rates(entry.world, entry.method) if entry.steps_per_round else []
-        seed = self.settings.all_seeds[0]
-        return [self.plan.cell(entry.world, entry.method, rate, seed, entry.steps_per_round) for rate in rates]
+        """One cell per rate of its grid, with the first seed; none where the budget leaves no step."""
+        seed, steps = self.settings.all_seeds[0], entry.steps_per_round
+        rates = entry.rates if steps else []
+        return [self.plan.cell(entry.world, entry.method, rate, seed, steps) for rate in rates]
+
+    def entry(self, world: str, budget: Budget, method: str, steps_per_round: int) -> Entry:
+        """A method that has not begun, with its own grid of rates."""
+        return Entry(world, budget, method, steps_per_round, rates=self.plan.rates(world, method))
 
     def curve(self, entry: Entry) -> dict[int, list[float]]:
         """Round -> mean on validation prompts at the usual guidance, of each seed that has an end."""

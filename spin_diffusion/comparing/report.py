@@ -334,6 +334,8 @@ def how(results: Comparison) -> str:
     settings, prompts, seeds = results["settings"], results["prompts"], results["seeds"]
     title = results["scorers"][results["scorer"]]
     grid = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+    if settings["widen_rates"]:
+        grid += f" and, where the best is at an edge, up to {settings['widen_rates']} beyond,"
     free = max((world["num_free"] for world in results["worlds"]), default=0)
     family = max((budget["differences"] for world in results["worlds"] for budget in world["budgets"]), default=0)
     by = ", by the distance of their pictures to real ones" if settings["sweep"]["by"] == "fd" else ""
@@ -350,9 +352,9 @@ def how(results: Comparison) -> str:
         f"Each method's learning rate (of {grid} unless it has a grid of its own), its best settings of the sampler "
         f"(of {free}, the base's too{by}) and its best round were chosen on {prompts['validation']['num']} other "
         f"prompts, rate and settings with seed {seeds[0]}; "
-        "(edge) = the best rate is the lowest or the highest tried. Differences are paired by prompt and seed; their "
-        f"{intervals}. Italic = it excludes 0; bold = so does one that holds together with all other differences of "
-        f"that world and budget: every method, round and way of drawing, to the base and to {settings['reference']} "
+        "(edge) = the best rate is still the lowest or the highest tried. Differences are paired by prompt and seed; "
+        f"their {intervals}. Italic = it excludes 0; bold = so does one that holds together with all other differences "
+        f"of that world and budget: every method, round and way of drawing, to the base and to {settings['reference']} "
         f"(Bonferroni, {family} at most). Look at the seeds one by one. Equal compute counts the FLOPs of training, of "
         "drawing and of encoding images, not the choice of the rate and not the evaluation. Seconds are of one run "
         "while others ran beside it."

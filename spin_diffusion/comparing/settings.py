@@ -58,6 +58,8 @@ class CompareSettings(Settings):
     """Method whose FLOPs at total_steps are the budget of equal compute."""
     learning_rates: list[float] | None = setting(None, above=0)
     """Grid from which each method gets the rate that is best on validation prompts, with the first seed."""
+    widen_rates: int = setting(2, minimum=0)
+    """Where a method's best rate is the lowest or the highest of its grid, try the next one beyond, this many times."""
     seeds: list[int] | None = setting(None, minimum=0, below=2**32)
     """Seeds of training and pictures; the first one also chooses rates and settings of the sampler. Default: 0, 1,
     2."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import runpy
 import shutil
 import threading
@@ -66,6 +67,7 @@ def config(tmp_path: Path, sdxl_dir, tiny_parquet, tiny_prompts) -> Path:
         "methods": {"sft": {"objective": "sft", "rounds": 1}, "spin": {"objective": "spin"}},
         "total_steps": 4,
         "learning_rates": [1e-4, 1e-5],
+        "widen_rates": 0,
         "seeds": [0, 1],
         "prompts": str(tiny_prompts),
         "num_validation_prompts": 2,
@@ -121,6 +123,27 @@ def test_rates_settings_and_rounds_are_chosen_on_validation_prompts_alone(config
     assert contest.best(cell) == at(1.0)
     compare._best_round(contest, Entry("tiny", "steps", "spin", 2, cells=[cell]))
     assert {(view.prompts, view.round) for view in asked} == {("validation", 1), ("validation", 2)}
+
+
+@pytest.mark.parametrize(
+    ("peak", "widen", "grid", "chosen", "at_edge"),
+    [
+        (1e-4, 2, [5e-5, 1e-4, 2e-4], 1e-4, False),
+        (4e-4, 2, [5e-5, 1e-4, 2e-4, 4e-4, 8e-4], 4e-4, False),
+        (1e-2, 2, [5e-5, 1e-4, 2e-4, 4e-4, 8e-4], 8e-4, True),
+        (1e-6, 1, [2.5e-5, 5e-5, 1e-4, 2e-4], 2.5e-5, True),
+        (1e-2, 0, [5e-5, 1e-4, 2e-4], 2e-4, True),
+    ],
+)
+def test_a_grid_is_widened_where_its_best_rate_lies_at_an_edge(config, monkeypatch, peak, widen, grid, chosen, at_edge):
+    given = settings_of(config, "--learning_rates", "[5e-5, 1e-4, 2e-4]", "--widen_rates", str(widen))
+    contest = Contest(given)
+    monkeypatch.setattr(contest, "mean", lambda cell, view: -abs(math.log(cell.training["learning_rate"] / peak)))
+    monkeypatch.setattr(compare, "_run", lambda contest, name, tasks: True)
+    entry = contest.entry("tiny", "steps", "spin", 2)
+    assert compare._choose_rates(contest, "choose rates", [entry])
+    assert entry.rates == pytest.approx(grid)
+    assert (entry.choice.learning_rate, entry.choice.at_edge) == (pytest.approx(chosen), at_edge)
 
 
 # Intervals
