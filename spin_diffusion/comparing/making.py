@@ -33,7 +33,7 @@ from spin_diffusion.evaluation.scorers import LoadedScorer, load_scorer
 from spin_diffusion.evaluation.scorers import __name__ as SCORERS
 from spin_diffusion.evaluation.scoring import BATCH, score_images
 from spin_diffusion.evaluation.specs import parse_spec, part_key
-from spin_diffusion.selfplay.record import replay
+from spin_diffusion.selfplay.record import check_weights, replay
 from spin_diffusion.store.files import Made, build, write_json
 from spin_diffusion.store.folder import release, take_folder
 from spin_diffusion.store.hashes import find_damage
@@ -118,6 +118,7 @@ def _scored(task: Task, view: View) -> Made:
     lora: Path | None = None
     if view.round:
         run_ = task.folder / "run"
+        check_weights(run_ / f"round-{view.round}")
         for name, problem in find_damage(cells.saved_player(run_, view.round), run_).items():
             raise Damaged(run_ / name, problem, replay(run_ / f"round-{view.round}"))
         folder = run_ / f"round-{view.round}"

@@ -16,6 +16,7 @@ from spin_diffusion.diffusion.given_lora import split_strength
 from spin_diffusion.diffusion.lora import WEIGHTS as LORA_WEIGHTS
 from spin_diffusion.diffusion.single_file import open_checkpoint
 from spin_diffusion.samples.drawn import GivenRow, read_index
+from spin_diffusion.selfplay.record import check_weights
 from spin_diffusion.store.files import read_json
 from spin_diffusion.store.input_error import InputError, file_name, is_local, printable
 from spin_diffusion.store.run_dir import Damaged
@@ -86,6 +87,7 @@ def source_at(name: str, path: str, where: str, pipeline: Base) -> ModelSource:
         InputError: as `read_source`.
     """
     folder, whole = Path(path), ModelSource(name, path, "pipeline", pipeline)
+    check_weights(folder)
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             return whole

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from spin_diffusion.selfplay.record import check_weights
 from spin_diffusion.store.configuration import read_configuration
 from spin_diffusion.store.input_error import InputError, is_local, one_line
 from spin_diffusion.store.run_dir import file_hash
@@ -153,6 +154,7 @@ def load_language_model(base: LanguageBase) -> tuple[PreTrainedModel, PreTrained
 
 def load_model(base: LanguageBase) -> PreTrainedModel:
     """The model alone. Raises as `load_language_model`."""
+    check_weights(Path(base.name))
     if base.revision is not None and Path(base.name).is_dir():
         raise InputError(f"{base.where()}: a folder has no revisions: leave --revision {base.revision} out")
     with _in_one_line(base):

@@ -33,7 +33,7 @@ from spin_diffusion.samples.drawn import Shards, are_drawn, claim, draw_samples
 from spin_diffusion.samples.pairs import Column
 from spin_diffusion.selfplay.game import Game
 from spin_diffusion.selfplay.one_round import Evaluate, Judgement
-from spin_diffusion.selfplay.record import EVALUATION, find_record, has_reached, read_record
+from spin_diffusion.selfplay.record import EVALUATION, check_weights, find_record, has_reached, read_record
 from spin_diffusion.store.files import Tell, read_if_whole, write_json
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import Progress, tell
@@ -187,6 +187,7 @@ class RunEvaluator:
             if directory / EVALUATION not in whole:
                 tell(f"{name}: its samples in {directory / EVALUATION} are made anew where they lack", self.accelerator)
                 source = f"{directory.relative_to(self.output_dir)}/{self.saved}"
+                check_weights(directory)
                 self.game.restore(directory)
                 self._evaluate(name, directory / EVALUATION, role, k, source, "round")
         self._score_again()

@@ -18,6 +18,7 @@ from spin_diffusion.diffusion.single_file import write_single_file, write_unet_f
 from spin_diffusion.llm.base import ADAPTER_CONFIG, LanguageBase, load_language_model
 from spin_diffusion.runs.continuing import player_of
 from spin_diffusion.runs.start import quiet_libraries
+from spin_diffusion.selfplay.record import check_weights
 from spin_diffusion.store.files import read_if_whole, read_json, tensors_hash, weights_hash, write_json
 from spin_diffusion.store.folder import check_folder, take_folder
 from spin_diffusion.store.input_error import InputError, one_line, open_regular, printable
@@ -158,6 +159,8 @@ def _player_of(run: Path, round_: int | None, kinds: Sequence[str]) -> Path:
         raise InputError(
             f"{printable(run)} is no run (it has no {MANIFEST}): give the --output_dir of one, and a round by --round"
         )
+    if round_ is not None:
+        check_weights(run / f"round-{round_}")
     player = player_of(run if round_ is None else run / f"round-{round_}")
     if player is None:
         rounds = sorted(path.name for path in run.glob("round-*") if player_of(path) is not None)

@@ -256,11 +256,14 @@ def _looked(config: RunConfig, rates: Rates, sizes: Sizes, steps: int) -> float:
 def disk(config: RunConfig, rates: Rates, sizes: Sizes, work: Callable[[str, int], Work]) -> int:
     """The most bytes that the output folder holds at a time, rivals included."""
     rounds, training = config.rounds.rounds, config.training
+    # One is saved before an older one goes; of last_two the next round needs two
+    kept_rounds = max(config.rounds.keep_rounds or rounds, 2 if config.rounds.opponent == "last_two" else 1)
+    players = min(kept_rounds + 1, rounds)
     works = [work(name, 1) for name in (objectives_of(config.rounds)[0], *config.rivals)]
     total = (sizes.rows + sizes.held_out) * rates.real_bytes + max(one.kept for one in works) * rates.encoded_bytes
     for one in works:
         samples = one.drawn * rates.sample_bytes + sizes.shown * rates.shown_bytes
-        total += rounds * (samples + rates.player_bytes) + rates.player_bytes  # the top folder's
+        total += rounds * samples + (players + 1) * rates.player_bytes  # with the top folder's
     pairs = sizes.rows // config.rounds.real_parts
     steps = max(steps_of_round(training, k, pairs, 1)[0] for k in range(1, rounds + 1))
     made = max(0, (steps - 1) // training.checkpointing_steps)

@@ -5,6 +5,7 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 from spin_diffusion.samples.sample import CHOICES, ENCODED
 from spin_diffusion.store.files import read_json, write_json
+from spin_diffusion.store.input_error import InputError, printable
 from spin_diffusion.store.run_dir import Damaged
 
 State = Literal["PLANNED", "OPPONENT", "GENERATED", "CACHED", "TRAINED", "EVALUATED", "PROMOTED", "REJECTED"]
@@ -165,6 +166,9 @@ class RoundFields(TypedDict, total=False):
     rejected_because: str | None
     learnt: bool
     decision: Literal["promoted", "rejected"]
+    weights_removed_after: int
+    """The round after which the player's weights were removed, as --keep_rounds asks for; absent while they are kept.
+    It stands here before the first file goes."""
 
 
 class RoundRecord(RoundFields):
@@ -225,6 +229,29 @@ def made_in(name: str) -> State:
     if folder in (SAMPLES, CHOICES):
         return "GENERATED"
     return "CACHED" if folder in (ENCODED, SCORES) else "TRAINED"
+
+
+def check_weights(folder: Path) -> None:
+    """InputError when a folder, or the one that it lies in, is that of a round whose weights were removed."""
+    for directory in (folder, folder.parent):
+        try:
+            after = read_json(directory / "round.json", _Removed).get("weights_removed_after")
+        except Damaged:  # or there is none
+            continue
+        if after is not None:
+            raise InputError(
+                f"{printable(directory)}: its weights were removed when round {after} was finished, as --keep_rounds "
+                "asked for: take a later round, or play the run again in another --output_dir with more --keep_rounds"
+            )
+
+
+class _Removed(TypedDict):
+    weights_removed_after: NotRequired[int]
+
+
+def weights_of(record: RoundRecord) -> set[str]:
+    """The files of a trained player, and of what was trained beside it, by their paths in the run's folder."""
+    return {name for name in record["files"] if made_in(name) == "TRAINED"}
 
 
 def saved_names(directory: Path, record: RoundRecord) -> list[str]:

@@ -25,6 +25,9 @@ class RoundSettings(Settings):
 
     rounds: int = setting(3, minimum=1, maximum=10_000, harmless=True, first=True)
     """Rounds of self-play, counted from 1."""
+    keep_rounds: int | None = setting(None, minimum=1, harmless=True)
+    """Keep the weights of so many rounds, the last ones, and of those that the next round plays with. Samples, records
+    and evaluations of the others stay. None = keep all weights."""
     objective: PerRound[str] = setting("spin", choices=OBJECTIVES, or_file=True, first=True)
     """The loss of a pair, or a file with a `loss` of your own. dpo takes the generated side from the data set's own
     worse samples, sft needs none, all others play the opponent."""
@@ -62,6 +65,11 @@ class RoundSettings(Settings):
                 loss_of(name)
                 objective_of(name)
             check_options(list(dict.fromkeys(objectives)), self.objective_options or {})
+        if self.keep_rounds is not None and self.opponent == "pool":
+            raise InputError(
+                f"--keep_rounds {self.keep_rounds} removes weights, and --opponent pool draws from all earlier selves: "
+                "leave --keep_rounds out, or give another --opponent"
+            )
         if self.real_parts > self.samples_per_shard:
             raise InputError(
                 f"--real_parts {self.real_parts} must be at most --samples_per_shard {self.samples_per_shard}: each "

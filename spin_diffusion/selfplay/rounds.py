@@ -19,6 +19,7 @@ from spin_diffusion.selfplay.checkpoints import remove_checkpoints
 from spin_diffusion.selfplay.device import forget_peak_memory, peak_memory
 from spin_diffusion.selfplay.objective_names import title_of
 from spin_diffusion.selfplay.one_round import Round, SelfPlay, StepResult
+from spin_diffusion.selfplay.opponents import OPPONENTS
 from spin_diffusion.selfplay.record import (
     CHOICES,
     ENCODED,
@@ -34,6 +35,7 @@ from spin_diffusion.selfplay.record import (
     has_reached,
     made_in,
     replay,
+    weights_of,
     write_record,
 )
 from spin_diffusion.selfplay.sampled import DRAWN_BY, SCORED_BY, cache, choose_opponent, generate
@@ -69,6 +71,7 @@ def play(run: SelfPlay) -> list[RoundRecord]:
         records.append(record)
         if record["state"] == "PROMOTED":
             promoted.append(round_)
+        _remove_weights(run, records, [earlier.k for earlier in promoted])
         if record.get("learnt"):
             tell(f"The run ends with round {k}: {record['rejected_because']}", run.accelerator)
             break
@@ -189,8 +192,11 @@ class Journal:
         """The files that a round still has as they were: a finished one has removed what its samples give again, and
         its evaluation may have been made anew by other scorers."""
         removed = {ENCODED, EVALUATION} if self.is_finished else {EVALUATION}
+        weights = weights_of(self.record) if "weights_removed_after" in self.record else set()
         files = self.record["files"].items()
-        return {name: digest for name, digest in files if not removed & set(Path(name).parent.parts)}
+        return {
+            name: digest for name, digest in files if name not in weights and not removed & set(Path(name).parent.parts)
+        }
 
     def _go_back(self, damage: dict[str, str]) -> None:
         """Go back to the state before the one that made the first of the damaged files, which makes them anew.
@@ -276,6 +282,25 @@ def _ask_probe(round_: Round, journal: Journal) -> None:
     if "shortcut" not in journal.record:
         journal.reach("CACHED", lambda round_, record: look(round_, probe), "probed")
     heed(round_, probe, journal.record)
+
+
+def _remove_weights(run: SelfPlay, records: list[RoundRecord], promoted: list[int]) -> None:
+    """Remove the players of all rounds so far but those of the last --keep_rounds and those that the next one plays
+    with; the record of each says so before its files go."""
+    if run.rounds.keep_rounds is None:
+        return
+    needed = {*promoted[-1:], *OPPONENTS[run.rounds.opponent](promoted)}
+    for record in records[: -run.rounds.keep_rounds]:
+        if record["round"] in needed:
+            continue
+        directory, is_new = run.output_dir / f"round-{record['round']}", "weights_removed_after" not in record
+        record.setdefault("weights_removed_after", len(records))
+        if run.accelerator.is_main_process:
+            if is_new:
+                write_record(directory, record)
+            inside = {name.removeprefix(f"{directory.name}/") for name in weights_of(record)}
+            remove_files(directory, inside.__contains__)
+    run.accelerator.wait_for_everyone()
 
 
 def _clean(round_: Round) -> None:

@@ -77,8 +77,6 @@ class TrainSettings(Settings):
     """Optimizer steps of warm-up in each round; below 1 the share of the round's steps, 0.1 say."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw"
     """adamw_8bit needs the extra `8bit`; rmsprop and sgd have no momentum."""
-    adam_betas: list[float] | None = setting(None, minimum=0, below=1)
-    """Decays of the first and second moment of adamw; default: [0.9, 0.999]."""
     adam_weight_decay: float = setting(1e-2, minimum=0)
     """Decoupled weight decay."""
     max_grad_norm: float = setting(1.0, minimum=0)
@@ -122,16 +120,8 @@ class TrainSettings(Settings):
         for steps in warmups:
             if steps >= 1 and steps != int(steps):
                 raise InputError(f"--lr_warmup_steps {steps} must be a whole number of steps, or a share below 1")
-        if self.adam_betas is not None and len(self.adam_betas) != 2:
-            raise InputError(f"--adam_betas {self.adam_betas} must be two numbers, as in [0.9, 0.999]")
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise InputError("give the length of a round: --max_train_steps, or --num_train_epochs")
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        """adam_betas, or their default."""
-        first, second = self.adam_betas or (0.9, 0.999)
-        return first, second
 
 
 @dataclass(frozen=True)

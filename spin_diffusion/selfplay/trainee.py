@@ -26,13 +26,14 @@ from spin_diffusion.store.input_error import InputError
 
 EPSILON = 1e-8
 """Added to the root of the second moment."""
+BETAS = (0.9, 0.999)
+"""Decays of the first and second moment of adamw."""
 
 
 def make_optimizer(
     parameters: list[nn.Parameter], learning_rate: float, settings: TrainSettings
 ) -> torch.optim.Optimizer:
     """The settings' optimizer; InputError names a missing extra."""
-    betas = settings.betas
     if settings.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -58,14 +59,14 @@ def make_optimizer(
         return bitsandbytes.optim.AdamW8bit(
             parameters,
             lr=learning_rate,
-            betas=betas,
+            betas=BETAS,
             weight_decay=settings.adam_weight_decay,
             eps=EPSILON,
         )
     return torch.optim.AdamW(
         parameters,
         lr=learning_rate,
-        betas=betas,
+        betas=BETAS,
         weight_decay=settings.adam_weight_decay,
         eps=EPSILON,
         fused=parameters[0].device.type in ("cuda", "cpu"),  # one kernel for all weights

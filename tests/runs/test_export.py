@@ -117,6 +117,7 @@ def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_pat
     (tmp_path / "text.safetensors").write_text("mine")
     before = {path: path.read_bytes() for path in (mine, tmp_path / "folder/mine.txt", tmp_path / "text.safetensors")}
     of_round = ("--round", 2, "--format")
+    write_json(tmp_path / "run" / "round-1" / "round.json", {"weights_removed_after": 2})
     for words, said in [
         ((*of_round, "unet_file", "-o", mine), "is there and is no export"),
         ((*of_round, "unet_file", "-o", tmp_path / "text.safetensors"), "is there and is no export"),
@@ -127,6 +128,7 @@ def test_what_is_no_export_stays_and_what_cannot_be_is_one_line(sd1_dir, tmp_pat
         (("--format", "unet_file"), "no round was promoted yet"),
         (("--round", 2, "--merge"), "export it with --format"),
         ((*of_round, "unet_file", "--strength", "nan"), "--strength nan must be a number"),
+        (("--round", 1, "--format", "unet_file"), "round-1: its weights were removed when round 2 was finished"),
     ]:
         assert export(tmp_path / "run", *words) == 2
         error = capsys.readouterr().err.strip()

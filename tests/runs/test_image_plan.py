@@ -87,6 +87,8 @@ def test_the_disk_holds_every_round_and_the_checkpoints_of_one():
     data, rounds = 12 * (10 + 100 + 7), 2 * (8 * 10 + 6 * 20 + 1000) + 1000
     assert size(settings) == data + rounds + 8 * 100 + (2 + 1) * 3000
     assert size(settings) - size(config("--checkpointing_steps", "2")) == 3000
+    few = [size(config("--rounds", "9", "--keep_rounds", str(kept))) for kept in (9, 3, 2)]
+    assert few[0] - few[1] == 5 * 1000 and few[1] - few[2] == 1000  # one is saved before an older one goes
     candidates = config(
         "--checkpointing_steps", "1", "--candidates", "{number: 4, scorer: pickscore, share: 0.5}",
     )  # fmt: skip

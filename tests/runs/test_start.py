@@ -35,7 +35,7 @@ def test_no_setting_of_the_game_itself_is_harmless():
         "checkpointing_steps", "resume_from_checkpoint", "train_batch_size", "gradient_accumulation_steps",
     }  # fmt: skip
     assert names == {
-        "rounds": {"rounds", "probe"},
+        "rounds": {"rounds", "keep_rounds", "probe"},
         "evaluation": {"preview_every"},
     }
 
