@@ -63,7 +63,8 @@ def run_command(command: Callable[[list[str]], int | None], argv: list[str] | No
         if number is not None:
             message = in_words(number, error)
         else:
-            message = f"another process of this job ended (seen as: {str(error).splitlines()[0][:120]}). {_KEPT}"
+            seen = str(error).splitlines()[0][:120]
+            message = f"another process of this job ended, or does not answer (seen as: {seen}). {_KEPT}"
     end_bars()
     if "--debug" in argv or "--debug=true" in argv:
         traceback.print_exception(raised)
@@ -93,11 +94,12 @@ _KEPT = "What is finished is kept; the same command goes on from there."
 
 
 def _lost_another(error: Exception) -> bool:
-    """Whether the error is what torch's exchange between processes says when one of them is gone."""
+    """Whether the error is what torch's exchange between processes says when one of them is gone or hangs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    return of_torch or any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe"))
+    said = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting")
+    return of_torch or any(words in str(error) for words in said)
 
 
 def _tell_torchrun(line: str) -> None:

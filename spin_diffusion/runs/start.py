@@ -4,8 +4,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Collection, Mapping
-from datetime import timedelta
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -15,7 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import KwargsHandler, LoggerType, set_seed
 from torch import nn
 
 from spin_diffusion.evaluation.settings import RunConfig
@@ -32,6 +31,7 @@ from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.parsing import saved_settings
 from spin_diffusion.store.run_dir import settle, write_file
 from spin_diffusion.store.settings import harmless, per_round
+from spin_diffusion.store.sharing import TIME_OUT
 from spin_diffusion.store.yaml_files import dump_yaml
 
 LOGS = "logs"
@@ -151,20 +151,20 @@ def _accelerator(config: RunConfig, output_dir: Path) -> Accelerator:
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         log_with=report_to,
         project_dir=str(output_dir / LOGS),
-        # One process may read the data while the others wait
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
-            # Gradients lie in the buckets that are exchanged, rather than in both: 4 bytes a weight less
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
+        # Gradients lie in the buckets that are exchanged, rather than in both: 4 bytes a weight less
+        handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 
-def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator:
-    """Accelerate's, in a precision that the device has; InputError when it has not.
+def make_accelerator(
+    mixed_precision: str | None, handlers: Sequence[KwargsHandler] = (), **options: Any
+) -> Accelerator:
+    """Accelerate's, in a precision that the device has, whose processes wait for each other for `TIME_OUT`; InputError
+    when it has not.
 
     Args:
         mixed_precision: None = what the launcher says.
+        handlers: further settings, as Accelerate takes them.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(
@@ -172,7 +172,8 @@ def make_accelerator(mixed_precision: str | None, **options: Any) -> Accelerator
             "training/accelerate/fsdp2.yaml for ZeRO-3, or with training/accelerate/fsdp2_keep_weights.yaml for ZeRO-2"
         )
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, **options)
+        waits = InitProcessGroupKwargs(timeout=TIME_OUT)
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[waits, *handlers], **options)
     except (ValueError, ImportError) as error:
         raise InputError(str(error).splitlines()[0]) from error
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":

@@ -35,7 +35,7 @@ from spin_diffusion.store.run_dir import (
     tell_remade,
     write_file,
 )
-from spin_diffusion.store.sharing import shared_out
+from spin_diffusion.store.sharing import shared_out, waiting, works_on
 from spin_diffusion.store.typed import fit
 
 T = TypeVar("T")
@@ -321,9 +321,16 @@ def build_together(
     Args:
         things: the same on all processes; each is asked for its piece by the process that it falls to.
     """
-    pieces = (piece_of(thing) for thing in shared_out(things, accelerator))
-    made = build_pieces(pieces, progress, accelerator.num_processes)
-    accelerator.wait_for_everyone()
+
+    def pieces() -> Iterator[Piece]:
+        for thing in shared_out(things, accelerator):
+            piece = piece_of(thing)
+            works_on(str(piece.path), accelerator)
+            yield piece
+
+    made = build_pieces(pieces(), progress, accelerator.num_processes)
+    with waiting(accelerator):
+        accelerator.wait_for_everyone()
     return made
 
 

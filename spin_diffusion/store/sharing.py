@@ -5,18 +5,31 @@ the pieces.
 """
 
 import itertools
+import json
 import os
+import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from spin_diffusion.store.progress import span, tell
+
 T = TypeVar("T")
 Result = TypeVar("Result")
+TIME_OUT = timedelta(hours=24)
+"""How long a process waits for another one: the main one may read a large data set while the others wait. Of one that
+died the launcher knows at once, and ends the others."""
+QUIET_S = 600.0
+"""How long it waits without a word."""
 
 _calls = itertools.count()
 
@@ -30,10 +43,13 @@ def shared_out(things: Sequence[T], accelerator: Accelerator) -> Iterator[T]:
     if accelerator.num_processes == 1:
         yield from things
         return
-    # torch has no public name for the store through which its processes found each other
-    store = torch.distributed.distributed_c10d._get_default_store()
-    while (place := store.add(name, 1) - 1) < len(things):
+    while (place := _store().add(name, 1) - 1) < len(things):
         yield things[place]
+
+
+def _store() -> Any:
+    # torch has no public name for the store through which its processes found each other
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def done_together(
@@ -48,10 +64,64 @@ def done_together(
     """
     if accelerator is None or accelerator.num_processes == 1:
         return [do(thing) for thing in things]
-    mine = [(place, do(things[place])) for place in shared_out(range(len(things)), accelerator)]
-    done: list[Any] = [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
+    mine = []
+    for place in shared_out(range(len(things)), accelerator):
+        works_on(str(things[place]), accelerator)
+        mine.append((place, do(things[place])))
+    with waiting(accelerator):
+        gathered = gather_object(mine)
+    done: list[Any] = [result for _, result in sorted(gathered, key=lambda pair: pair[0])]
     assert len(done) == len(things), f"{len(done)} of {len(things)}: the processes were given different things"
     return done
+
+
+# Whom the others wait for
+
+
+def works_on(what: str, accelerator: Accelerator) -> None:
+    """Let the other processes know what this one works on, should they have to wait for it."""
+    if accelerator.num_processes > 1:
+        at = {"host": socket.gethostname(), "what": what, "since": time.time()}
+        _store().set(_at(accelerator.process_index), json.dumps(at))
+
+
+def _at(process: int) -> str:
+    return f"spin_diffusion/at/{process}"
+
+
+@contextmanager
+def waiting(accelerator: Accelerator) -> Iterator[None]:
+    """Around a wait for the other processes. Where it takes long, one of those that wait says who is late, and at what:
+    that one may be slow, or hang."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    works_on("", accelerator)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(QUIET_S):
+            _tell_who_is_late(accelerator)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _tell_who_is_late(accelerator: Accelerator) -> None:
+    store, number = _store(), accelerator.num_processes
+    known = [process for process in range(number) if store.check([_at(process)])]
+    at = {process: json.loads(store.get(_at(process))) for process in known}
+    late = {process: said for process, said in at.items() if said["what"]}
+    if accelerator.process_index == min(set(range(number)) - set(late), default=None):
+        for process, said in late.items():
+            took = span(time.time() - said["since"])
+            tell(f"Waiting for process {process} of {number} on {said['host']}: for {took} at {said['what']}")
+
+
+# Threads
 
 
 MOST_THREADS = 32

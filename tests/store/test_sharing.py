@@ -1,6 +1,8 @@
 """Work shared out among processes and threads: everything once, and nobody waits for a slow one."""
 
 import json
+import re
+import socket
 import threading
 
 import pytest
@@ -87,6 +89,39 @@ def test_eight_processes_hash_each_byte_once_and_all_know_every_hash(tmp_path):
         assert list(rank["hashes"]) == list(alone["hashes"])
     # All that there is; then all but the file that is gone, and another in the place of one
     assert sum(sum(rank["read"]) for rank in said[8]) == sum(alone["read"]) == 2 * 190_000 - 5000 - 3000 + 7
+
+
+WAITING = """
+import time
+import torch
+from spin_diffusion.runs.start import make_accelerator
+from spin_diffusion.store import sharing
+
+sharing.QUIET_S = 0.4
+accelerator = make_accelerator("no")
+group = torch.distributed.distributed_c10d._get_default_group()
+assert group._get_backend(torch.device("cpu")).options._timeout == sharing.TIME_OUT
+
+def work(thing):
+    time.sleep(3 if accelerator.process_index == late else 1)  # long enough for each to have taken one
+    return thing
+
+for late in (1, 0):
+    accelerator.wait_for_everyone()
+    things = [f"{name} for {late}" for name in ("one", "two")]
+    assert sharing.done_together(work, things, accelerator) == things
+"""
+
+
+def test_one_of_those_that_wait_says_which_process_is_late_and_at_what(tmp_path):
+    (tmp_path / "program.py").write_text(WAITING)
+    said = run_ranks(tmp_path / "program.py", [], 2, timeout_s=120)
+    for late in (1, 0):
+        line = (
+            rf"Waiting for process {late} of 2 on {re.escape(socket.gethostname())}: for \d s at (one|two) for {late}"
+        )
+        assert len(found := re.findall(line, said)) >= 2 and len(set(found)) == 1, said
+    assert said.count("Waiting for") <= 12  # one of two says it, and not before it has waited
 
 
 @pytest.fixture
