@@ -3,6 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 
+# Containers often set it; every process that the tests start would then compile torch and diffusers anew, which takes
+# twice as long as the rest of their imports
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo demo-llm plateau install lint test test-slow compare-toy rounds-toy
 
 ## Install, then three rounds of self-play on the embedded toy world; results in runs/toy
@@ -29,7 +33,7 @@ rounds-toy: install
 
 ## Install, then lint and the tests (eight minutes on two cores)
 test: install lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 ## The tests that take minutes: kills at random instants, and at every point of a run (some twenty minutes on two cores)
 test-slow: install
