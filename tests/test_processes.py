@@ -88,7 +88,9 @@ def test_the_process_count_is_what_was_asked_for(both):
 
 def test_samples_are_the_same_bytes(both):
     *_, one, two = both
-    for path in sorted((one / "round-1" / "samples").glob("*.parquet")):
+    shards = sorted((one / "round-1" / "samples").glob("*.parquet"))
+    assert shards
+    for path in shards:
         assert path.read_bytes() == (two / "round-1" / "samples" / path.name).read_bytes()
 
 
@@ -124,7 +126,9 @@ def test_pictures_and_scores_of_the_base_are_the_same_bytes_and_every_round_is_j
     assert len(indices) == 2
     for path in indices:  # with the pictures' hashes
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
-    for path in (one / "base" / "scores").rglob("*.parquet"):
+    scores = list((one / "base" / "scores").rglob("*.parquet"))
+    assert scores
+    for path in scores:
         assert pq.read_table(path).equals(pq.read_table(two / path.relative_to(one)))
     results = [read_results(out / "results.json") for out in (one, two)]
     assert results[0]["protocol"] == results[1]["protocol"]

@@ -12,7 +12,7 @@ from spin_diffusion.evaluation.scorers.sharpness import sharpness
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.named import load_named
 
-SCORERS = "spin_diffusion.evaluation.scorers"
+SCORERS, JUDGES = "spin_diffusion.evaluation.scorers", "spin_diffusion.evaluation.judges"
 
 
 def write_scorer(folder: Path, returned: str, name: str = "mine") -> str:
@@ -196,8 +196,9 @@ def test_a_file_that_fails_says_why_and_can_be_mended(tmp_path: Path) -> None:
     assert load_scorer(str(path), "cpu").name == "broken"
 
 
-def test_naming_scorers_imports_no_heavy_package() -> None:
-    code = f"import {SCORERS}, sys; assert not {{'transformers', 'diffusers', 'open_clip'}} & set(sys.modules)"
+def test_naming_scorers_and_judges_imports_no_heavy_package() -> None:
+    heavy = {"transformers", "diffusers", "open_clip"}
+    code = f"import sys, {SCORERS}, {JUDGES}; assert not {heavy} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -102,13 +102,14 @@ def test_several_generated_answers_make_as_many_pairs():
 def test_generated_answers_are_stored_as_the_tokens_that_are_scored(tmp_path):
     game = make_game()
     play_all(tmp_path, game=game, rounds=1)
-    for path in (tmp_path / "round-1" / "samples").glob("*.parquet"):
-        for row in read_rows(path):
-            encoded = game.encode([row])
-            begin, end = int(encoded["begin"][0]), int(encoded["end"][0])
-            assert encoded["tokens"][0, begin:end].tolist() == row["tokens"]
-            assert (row["tokens"][-1] == game.tokenizer.eos_token_id) == (row["finish"] == "stop")
-            assert json.loads(row["sampler"])["temperature"] == 1.0
+    rows = [row for path in (tmp_path / "round-1" / "samples").glob("*.parquet") for row in read_rows(path)]
+    assert rows
+    for row in rows:
+        encoded = game.encode([row])
+        begin, end = int(encoded["begin"][0]), int(encoded["end"][0])
+        assert encoded["tokens"][0, begin:end].tolist() == row["tokens"]
+        assert (row["tokens"][-1] == game.tokenizer.eos_token_id) == (row["finish"] == "stop")
+        assert json.loads(row["sampler"])["temperature"] == 1.0
 
 
 def test_the_opponent_is_needed_only_until_the_player_is_trained():
