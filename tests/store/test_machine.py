@@ -4,8 +4,7 @@ import errno
 import os
 import resource
 import subprocess
-import sys
-import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,17 +76,6 @@ def test_a_defect_stays_what_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def limited(code: str, limit: int, folder: Path, what: str = "RLIMIT_FSIZE") -> str:
-    """The error output of Python code in a process with a limit."""
-    script = f"import sys; from pathlib import Path; folder = Path(sys.argv[1])\n{textwrap.dedent(code)}"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(getattr(resource, what), (limit, limit)),
-    )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    return done.stderr.strip().splitlines()[-1]
-
-
 WRITERS = {
     "torch": "torch.save({'a': torch.zeros(10**6)}, folder / 'a.spin-part')",
     "safetensors": "save_file({'a': torch.zeros(10**6)}, folder / 'a.spin-part')",
@@ -96,19 +84,32 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("library", WRITERS)
-def test_a_file_that_is_too_large_is_one_line_whoever_writes_it(library, tmp_path):
-    code = f"""
-    import pyarrow as pa, pyarrow.parquet as pq, torch
+def write_by(library: str, folder: Path) -> int:
+    """The exit code of a command that writes four megabytes and more."""
+    import pyarrow.parquet as pq
+    import torch
     from safetensors.torch import save_file
-    from spin_diffusion.cli.command import run_command
-    from spin_diffusion.store.run_dir import writing
+
     def command(argv):
         with writing(folder / "a"):
-            {WRITERS[library]}
-    sys.exit(run_command(command, []))
-    """
-    said = limited(code, 200 * 1024, tmp_path)
+            exec(WRITERS[library], {"torch": torch, "pq": pq, "pa": pa, "save_file": save_file, "folder": folder})
+
+    return run_command(command, [])
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may hold more than 200 KiB; Python ignores the signal, and a write fails."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 1024, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_a_file_that_is_too_large_is_one_line_whoever_writes_it(library, small_files, tmp_path, capsys):
+    assert write_by(library, tmp_path) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
     assert said.startswith("error: File too large (") and "ulimit -f" in said and str(tmp_path / "a") in said
     assert list(tmp_path.iterdir()) == []
 
@@ -125,15 +126,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("library", WRITERS)
 def test_a_full_disk_is_one_line_whoever_writes_and_leaves_its_room(library, small_disk, capsys):
-    import pyarrow.parquet as pq
-    import torch
-    from safetensors.torch import save_file
-
-    def command(argv):
-        with writing(small_disk / "a"):
-            exec(WRITERS[library], {"torch": torch, "pq": pq, "pa": pa, "save_file": save_file, "folder": small_disk})
-
-    assert run_command(command, []) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("error: No space left on device (") and "make room" in said[0]
+    assert write_by(library, small_disk) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("error: No space left on device (") and "make room" in said
     assert list(small_disk.iterdir()) == []
