@@ -63,8 +63,8 @@ def play_by_torchrun(config: dict, folder: Path, processes: int) -> str:
 def both(sdxl_dir, tiny_parquet, tmp_path_factory):
     """The same run on one process and on two, with the same global batch."""
     folder = tmp_path_factory.mktemp("processes")
-    prompts = folder / "prompts.txt"  # two shards of pictures, one for each process
-    prompts.write_text("".join(f"a fox number {number}\n" for number in range(33)))
+    prompts = folder / "prompts.txt"  # two batches of pictures, one for each process
+    prompts.write_text("".join(f"a fox number {number}\n" for number in range(6)))
     # An untrained network's scores are near -0.5, where fp32 rounds by 3e-8: a beta of 2000 would make 3e-5 of that
     config = {
         "pretrained_model_name_or_path": str(sdxl_dir), "dataset_name": str(tiny_parquet), "resolution": 32,

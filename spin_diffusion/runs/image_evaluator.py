@@ -61,7 +61,9 @@ class PictureSamples(EvaluationSamples):
         """The player's images of the run's prompts."""
         drawn_by = self.game.player_key(model.weights_sha256)
         draw = partial(self.game.draw, self.game.player)
-        return picture_shards(self.wanted, model.folder.samples, self.protocol, drawn_by, draw)
+        # As few at a time as there are in a batch, which is the same in the whole run: no process is to stand idle
+        batch = self.game.sampling.generation_batch_size
+        return picture_shards(self.wanted, model.folder.samples, self.protocol, drawn_by, draw, batch)
 
     def show(self, title: str, folder: Path) -> None:
         """The gallery's images to TensorBoard, wandb or trackio."""

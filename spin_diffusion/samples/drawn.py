@@ -178,7 +178,7 @@ def picture_shards(
 
     Args:
         drawn_by: hash of the model, with all of its parts.
-        per_shard: pictures that one process draws before it takes more.
+        per_shard: pictures that one process draws before it takes more; in batches that do not go beyond them.
     """
 
     def piece_of(sampling: Sampling, folder: Path, name: str, rows: list[Request]) -> Piece:

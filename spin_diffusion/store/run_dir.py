@@ -47,7 +47,7 @@ def shard_name(index: int, count: int) -> str:
 
 def is_shard(name: str) -> bool:
     """Whether a path ends in the name of a shard's rows or tensors."""
-    return re.fullmatch(r"(.*/)?\d{5}-of-\d{5}\.(parquet|safetensors)", name) is not None
+    return re.fullmatch(r"(.*/)?\d{5}-of-\d{5}\.(parquet|safetensors|jsonl)", name) is not None
 
 
 def part_of(path: Path) -> Path:
