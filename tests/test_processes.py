@@ -137,6 +137,17 @@ def test_pictures_and_scores_of_the_base_are_the_same_bytes_and_every_round_is_j
     assert (two / "report.html").is_file()
 
 
+def test_the_record_says_what_each_process_did(both):
+    _, one, two = both
+    alone, shared = (json.loads((out / "round-1" / "round.json").read_text()) for out in (one, two))
+    assert "shares" not in alone
+    for phase in ("generated", "cached", "trained"):
+        shares, entry = shared["shares"][phase], shared["ledger"][phase]
+        assert len(shares) == 2 and sum(share["samples"] for share in shares) == entry["samples"]
+        assert entry["samples"] == alone["ledger"][phase]["samples"]
+        assert all(0 < share["seconds"] <= entry["seconds"] + 1 for share in shares)
+
+
 UNUSUAL = {
     "timestep_sampling": "sections", "score_weighting": "v",
     "dropped_captions": "real", "proportion_empty_prompts": 0.5,

@@ -145,11 +145,22 @@ class LedgerEntry(TypedDict):
     """That the run's folder held afterwards."""
 
 
+class Share(TypedDict):
+    """What one process did of a phase."""
+
+    seconds: float
+    """That it worked, and did not wait for the others at the end of shared work. In a step of training nobody knows who
+    waits for whom."""
+    samples: int | None
+
+
 class RoundFields(TypedDict, total=False):
     """What the states after PLANNED leave in the record."""
 
     ledger: dict[str, LedgerEntry]
     """By the phase."""
+    shares: dict[str, list[Share]]
+    """By the phase, what each of several processes did, in their order."""
     opponent: OpponentRecord
     generated: Literal["opponent", "data", "none"]
     """Where the generated sides come from."""

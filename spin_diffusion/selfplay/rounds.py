@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
-import torch
+from accelerate.utils import gather_object
 
 from spin_diffusion.samples.real import data_manifest
 from spin_diffusion.selfplay.checkpoints import remove_checkpoints
@@ -30,6 +31,7 @@ from spin_diffusion.selfplay.record import (
     STATES,
     LedgerEntry,
     RoundRecord,
+    Share,
     State,
     find_record,
     has_reached,
@@ -45,6 +47,7 @@ from spin_diffusion.store.hashes import find_damage
 from spin_diffusion.store.input_error import InputError
 from spin_diffusion.store.progress import tell
 from spin_diffusion.store.run_dir import Damaged, is_shard, remove_files, settle, tell_remade, trouble_of
+from spin_diffusion.store.sharing import waited_s
 
 Step = Callable[[Round, RoundRecord], StepResult]
 """A state's function."""
@@ -147,15 +150,22 @@ class Journal:
         if phase is None and has_reached(self.record, state):
             return
         round_, run = self.round, self.round.run
-        started, phase = time.perf_counter(), phase or state.lower()
+        started, waited, phase = time.perf_counter(), waited_s(), phase or state.lower()
         forget_peak_memory(round_.accelerator.device)
         between = self.record["seconds"].get(BETWEEN, 0.0) + started - self.marked
         result = step(round_, self.record)
         self.marked = time.perf_counter()
         aside = sum(took.seconds for took in result.within.values())
-        entries = {phase: ledger_entry(run, round_.k, phase, self.marked - started - aside, result.worked_on)}
-        for other, took in result.within.items():
-            entries[other] = ledger_entry(run, round_.k, other, took.seconds, took.samples)
+        took = self.marked - started - aside
+        shares = _shares(took - (waited_s() - waited), result.worked_on)
+        entries = {phase: ledger_entry(run, round_.k, phase, took, shares)}
+        for other, looked in result.within.items():
+            of_looks = _shares(looked.seconds, looked.samples)
+            entries[other] = ledger_entry(run, round_.k, other, looked.seconds, of_looks)
+        if len(shares) > 1:
+            self.record["shares"] = self.record.get("shares", {}) | {phase: shares}
+            for line in stragglers(shares):
+                tell(f"{round_.title}, {phase}: {line}", round_.accelerator)
         self.record["seconds"] |= {name: entry["seconds"] for name, entry in entries.items()}
         self.record["seconds"][BETWEEN] = round(between, 3)
         self.record["ledger"] = self.record.get("ledger", {}) | entries
@@ -240,17 +250,42 @@ def _resting_on(path: Path, below: Path) -> list[Path]:
     return [made for name in names for made in (folder / name).glob(f"{path.stem}.*")]
 
 
-def ledger_entry(run: SelfPlay, k: int, phase: str, seconds: float, worked_on: int | None) -> LedgerEntry:
-    """The ledger's entry of a phase that took so many seconds.
+def _shares(seconds: float, samples: int | None) -> list[Share]:
+    """What every process did of a phase.
 
     Args:
-        worked_on: samples of this process; what a killed run had done before is not among them. None = nobody counted
-            them.
+        seconds: that this one worked.
+        samples: that it worked on; what a killed run had done before is not among them. None = nobody counted them.
     """
+    share: Share = {"seconds": round(seconds, 3), "samples": samples}
+    return gather_object([share])
+
+
+LONG_ENOUGH_S = 60.0
+"""Of work, to show a process's pace."""
+
+
+def stragglers(shares: list[Share]) -> list[str]:
+    """A line for each process that worked at less than two thirds of the pace of half of them."""
+    paces = {
+        process: share["samples"] / share["seconds"]
+        for process, share in enumerate(shares)
+        if share["samples"] and share["seconds"] > 0
+    }
+    usual = median(paces.values()) if paces else 0.0
+    return [
+        f"process {process} of {len(shares)} is slow, at {pace:.2g} samples a second where half of them do {usual:.2g} "
+        "or more"
+        for process, pace in paces.items()
+        if shares[process]["seconds"] >= LONG_ENOUGH_S and pace < 2 / 3 * usual
+    ]
+
+
+def ledger_entry(run: SelfPlay, k: int, phase: str, seconds: float, shares: list[Share]) -> LedgerEntry:
+    """The ledger's entry of a phase that took so many seconds."""
     accelerator, costs = run.accelerator, run.costs
-    samples = None
-    if worked_on is not None:
-        samples = int(accelerator.reduce(torch.tensor(worked_on, device=accelerator.device)).item())
+    counted = [share["samples"] for share in shares if share["samples"] is not None]
+    samples = sum(counted) if counted else None
     flops = costs.flops(k, phase, samples) if costs is not None and samples else None
     rate = None if costs is None or flops is None or not costs.matrix_rate else flops / seconds / costs.matrix_rate
     return {

@@ -97,7 +97,7 @@ def waiting(accelerator: Accelerator) -> Iterator[None]:
         yield
         return
     works_on("", accelerator)
-    over = threading.Event()
+    began, over = time.perf_counter(), threading.Event()
 
     def watch() -> None:
         while not over.wait(QUIET_S):
@@ -108,6 +108,15 @@ def waiting(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         over.set()
+        _waited.append(time.perf_counter() - began)
+
+
+_waited: list[float] = []
+
+
+def waited_s() -> float:
+    """Seconds that this process has waited for others so far."""
+    return sum(_waited)
 
 
 def _tell_who_is_late(accelerator: Accelerator) -> None:

@@ -4,7 +4,10 @@ import threading
 
 import pytest
 from accelerate import Accelerator
+from PIL import Image
 
+from spin_diffusion.samples.drawn import draw_samples, picture_shards, read_index, requests_of, sample_files
+from spin_diffusion.samples.sampling import Sampling
 from spin_diffusion.samples.shards import draw_shards
 from spin_diffusion.store import files
 from spin_diffusion.store.files import read_rows, write_rows
@@ -59,3 +62,20 @@ def test_a_shard_that_cannot_be_written_ends_the_drawing(data, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         drawn_with(data, lambda rows, done: drew.append(rows[0]["id"]) or rows)
     assert drew == ["0", "1"] and not (data / "drawn" / NAMES[0]).exists()
+
+
+def test_pictures_in_other_shards_take_the_place_of_those_that_were_there(tmp_path):
+    wanted = requests_of([{"prompt": f"fox {number}"} for number in range(10)], 1, 0)
+    protocol = Sampling("ddim", 1, 3.0, 8).in_protocol() | {"guidance_scales": [3.0]}
+
+    def draw(prompts, seeds, sampling, told):
+        return [Image.new("RGB", (8, 8), (seed % 256, 0, 0)) for seed in seeds]
+
+    drawn = []
+    for per_shard in (64, 4):
+        shards = picture_shards(wanted, tmp_path, protocol, "a model", draw, per_shard)
+        draw_samples(shards, Accelerator(cpu=True), lambda scale, total: lambda done, text: None)
+        files = sample_files(tmp_path / "guidance-3")
+        assert len(files) == -(-10 // per_shard)
+        drawn.append([(row["id"], row["sha256"]) for file in files for row in read_index(file)])
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 10

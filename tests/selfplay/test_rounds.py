@@ -9,7 +9,8 @@ import torch
 
 from spin_diffusion.diffusion.images import vae_hash
 from spin_diffusion.selfplay import trained
-from spin_diffusion.selfplay.rounds import STEPS_FROM_TRAINING_ON
+from spin_diffusion.selfplay.record import Share
+from spin_diffusion.selfplay.rounds import STEPS_FROM_TRAINING_ON, stragglers
 from spin_diffusion.selfplay.train_settings import of_round
 from spin_diffusion.selfplay.trainee import Trainee
 from spin_diffusion.store.files import read_json, read_rows, rows_metadata, write_rows
@@ -356,3 +357,14 @@ def test_a_list_of_objectives_is_one_for_each_round(sdxl_dir, tmp_path):
     ]
     assert losses[1] == pytest.approx(2 * 0.693147, abs=1e-4) and losses[0] != losses[1]
     assert [(tmp_path / f"round-{k}" / "samples").exists() for k in (1, 2)] == [False, True]
+
+
+def test_a_process_that_is_slow_is_named():
+    def shares(*of_each: tuple[float, int | None]) -> list[Share]:
+        return [{"seconds": seconds, "samples": samples} for seconds, samples in of_each]
+
+    (line,) = stragglers(shares((100, 200), (100, 210), (90, 60), (100, 200)))
+    assert line == ("process 2 of 4 is slow, at 0.67 samples a second where half of them do 2 or more")
+    # Nobody worked for long, or nobody counted; who had nothing to do is not slow
+    assert stragglers(shares((10, 20), (9, 3))) == stragglers(shares((100, None), (100, None))) == stragglers([]) == []
+    assert stragglers(shares((100, 200), (0.1, 0), (100, 150))) == []
