@@ -180,7 +180,7 @@ def run_all(
     """Run the tasks, in their order as processes become free.
 
     Args:
-        jobs: processes; 0 = in this one.
+        jobs: processes, shared out over the GPUs; 0 = in this one.
         done: told after every task.
         go_on: asked before a task is begun; False leaves the rest.
     """
@@ -193,10 +193,15 @@ def run_all(
     waiting, failure = deque(tasks), None
     free: list[tuple[Connection, BaseProcess]] = []
     busy: dict[Connection, tuple[BaseProcess, Task]] = {}
+    places, place_of = list(range(jobs))[::-1], {}  # one that has died leaves its place, and GPU, to the next
     try:
         while True:
             while waiting and len(busy) < jobs and failure is None and go_on():
-                pipe, process = free.pop() if free else _start(train)
+                if free:
+                    pipe, process = free.pop()
+                else:
+                    pipe, process = _start(train, places[-1])
+                    place_of[pipe] = places.pop()
                 busy[pipe] = process, waiting.popleft()
                 with contextlib.suppress(OSError):  # a process that has died is known by its pipe's end
                     pipe.send(busy[pipe][1])
@@ -210,6 +215,7 @@ def run_all(
                     free.append((pipe, process))
                 except (EOFError, OSError):
                     process.join()
+                    places.append(place_of.pop(pipe))
                     write_failure(task.folder, "killed", f"its process ended with code {process.exitcode}")
                 if failure is None:
                     done(task)
@@ -223,13 +229,27 @@ def run_all(
         raise failure
 
 
-def _start(train: Train) -> tuple[Connection, BaseProcess]:
+def _start(train: Train, place: int) -> tuple[Connection, BaseProcess]:
+    """A process that sees one GPU alone, where there are any: that of its place among the processes."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, train), daemon=True)
-    process.start()
+    seen = os.environ.get(_SEEN)
+    gpus = seen.split(",") if seen is not None else [str(number) for number in range(torch.cuda.device_count())]
+    try:
+        if gpus:
+            os.environ[_SEEN] = gpus[place % len(gpus)]  # a library may look for GPUs when it is imported
+        process.start()
+    finally:
+        if seen is not None:
+            os.environ[_SEEN] = seen
+        else:
+            os.environ.pop(_SEEN, None)
     theirs.close()
     return pipe, process
+
+
+_SEEN = "CUDA_VISIBLE_DEVICES"
 
 
 def _serve(pipe: Connection, train: Train) -> None:

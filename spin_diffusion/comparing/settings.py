@@ -91,7 +91,7 @@ class CompareSettings(Settings):
     """NAME[=PATH] of an embedding (dinov2, clip_l14), or path of a .py file: compare the distribution of each method's
     test pictures with that of the real ones of its world. It takes 100 pictures of each seed."""
     jobs: int = setting(1, minimum=0)
-    """Processes, each with one thread on a CPU. 0 = in this process."""
+    """Processes, each on one GPU, which they take in turns, or with one thread on a CPU. 0 = in this process."""
     retry_failed: bool = False
     """Run again what diverged or was refused; what was killed is always run again."""
     max_hours: float | None = setting(None, above=0)

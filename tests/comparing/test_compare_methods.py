@@ -3,11 +3,16 @@
 import io
 import json
 import math
+import multiprocessing
+import os
 import runpy
 import shutil
 import threading
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -779,6 +784,45 @@ def test_a_process_that_dies_costs_its_own_cell_alone(config, tmp_path, monkeypa
     make(here, train)
     name = f"scores/{task.views[0].name}.parquet"
     assert (here.folder / name).read_bytes() == (task.folder / name).read_bytes()
+
+
+class InAThread(threading.Thread):
+    """Stands for a process, and says which GPUs it would see; the first one dies at once."""
+
+    started: ClassVar[list[str | None]] = []
+    exitcode = 7
+
+    def __init__(self, target, args, daemon) -> None:
+        pipe, train = args
+        own = Connection(os.dup(pipe.fileno()))  # as a process has its own
+        dies = not self.started
+        target = (lambda pipe, train: pipe.close()) if dies else target
+        super().__init__(target=target, args=(own, train), daemon=daemon)
+
+    def start(self) -> None:
+        self.started.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        super().start()
+
+
+@pytest.mark.parametrize(("seen", "there", "taken"), [("4,7", 8, "4747"), (None, 3, "0120"), (None, 0, None)])
+def test_processes_take_the_gpus_in_turns_and_one_that_dies_leaves_its_own(seen, there, taken, tmp_path, monkeypatch):
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr(making.torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(InAThread, "started", [])
+    pipes = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=InAThread)
+    monkeypatch.setattr(making.multiprocessing, "get_context", lambda kind: pipes)
+    together = threading.Barrier(3, timeout=30)  # as many tasks as processes, until one is left
+    monkeypatch.setattr(making, "make", lambda task, train: together.wait())
+    tasks, done = [SimpleNamespace(folder=tmp_path / str(number)) for number in range(4)], []
+    making.run_all(tasks, train, 3, done.append, lambda: True)
+    assert sorted(task.folder.name for task in done) == ["0", "1", "2", "3"]
+    first, *others = InAThread.started
+    expected = list(taken[:3]) + [taken[0]] if taken else [None] * 4
+    assert [first, *others] == expected
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_a_round_that_saved_an_adapter_draws_with_it(sdxl_dir, tmp_path):
