@@ -7,13 +7,15 @@ r_real is watched, and a round can end early once its pairs are told apart.
 A rule is a pure function of what was logged of the round so far, so that a resumed run sees what an unbroken one saw.
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Literal, TypedDict, get_args
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -161,12 +163,18 @@ what to change; or None."""
 
 def smoothed(values: list[float]) -> tuple[float, float]:
     """Exponential mean of a series at its end, and the standard error of that mean."""
-    mean = square = 0.0
-    for number, value in enumerate(values, start=1):
-        weight = max(1 / WINDOW_STEPS, 1 / number)
-        mean += weight * (value - mean)
-        square += weight * (value**2 - square)
+    weights, series = _weights(len(values), WINDOW_STEPS), np.array(values)
+    mean, square = float(weights @ series), float(weights @ series**2)
     return mean, (max(square - mean**2, 0.0) / WINDOW_STEPS) ** 0.5
+
+
+@functools.cache
+def _weights(number: int, window: int) -> Float[np.ndarray, " number"]:
+    """What each of so many values counts in their mean: the newest a window's share, or as much as any other where they
+    are fewer, and what came before it shares the rest. Asked for several times a step, while the device waits."""
+    newest = np.maximum(1 / window, 1 / np.arange(1, number + 1))
+    left = np.append(np.cumprod((1 - newest)[:0:-1])[::-1], 1.0)  # by all that came after it
+    return newest * left[:number]
 
 
 def _lost(values: list[float], beta: float) -> float | None:
@@ -295,9 +303,13 @@ class Finding:
     sentence: str
 
 
-def findings(history: History, beta: float, settings: HealthSettings) -> list[Finding]:
-    """What the rules say at the end of `history` that they have not said before in it (entries' `findings`)."""
-    said = {name for entry in history for name in entry.get("findings", {})}
+def said_in(history: History) -> set[str]:
+    """The rules that have said something in a round so far (entries' `findings`)."""
+    return {name for entry in history for name in entry.get("findings", {})}
+
+
+def findings(history: History, beta: float, settings: HealthSettings, said: Collection[str]) -> list[Finding]:
+    """What the rules say at the end of `history`, but for those that have `said` something before."""
     recent = history[-LOOK_BACK:]
     found = []
     for name, check in RULES.items():

@@ -76,6 +76,7 @@ def train(
     trainee, schedule = _prepared(game, plan, settings)
     checkpoints = Checkpoints(directory, trainee, average, per_step)
     first_step, history, judged = checkpoints.load(settings.resume_from_checkpoint)
+    said = health.said_in(history)
     selection = Selection(directory, trainee, average, watch.judge, judged) if watch.judge is not None else None
     looks = Looks(watch, directory, trainee, plan.name, plan.steps, settings.select_every or 1, selection)
     schedule.last_epoch = first_step  # the optimizer already has this step's rate
@@ -90,14 +91,13 @@ def train(
     for step in range(first_step, plan.steps):
         if snapshots is not None and step % health.WINDOW_STEPS == 0:
             snapshots.take(step)
-        started = time.perf_counter()
-        lr = trainee.optimizer.param_groups[0]["lr"]
+        started, lr = time.perf_counter(), trainee.optimizer.param_groups[0]["lr"]
         metrics, norm = _take_step(step, trainee, ahead, plan)
         schedule.step()
         trainee.update_averages(average)
         rates: StepEntry = {"grad_norm": norm, "lr": lr, "pairs_per_second": per_step / (time.perf_counter() - started)}
         history.append(_entry(step, summary(metrics) | rates, plan, trainee, progress))
-        ended = _heeded(history, plan, trainee)
+        ended = _heeded(history, said, plan, trainee)
         is_last = ended is not None or step + 1 == plan.steps
         if ended is None or ended.action != "roll_back":
             looks.after(step + 1, is_last)
@@ -165,9 +165,14 @@ def _entry(
     return first | said
 
 
-def _heeded(history: health.History, plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
-    """Print what the rules of health say of the last step and note it beside its numbers; what ends the round."""
-    found = health.findings(history, plan.beta, trainee.settings.health)
+def _heeded(history: health.History, said: set[str], plan: RoundPlan, trainee: Trainee) -> health.Finding | None:
+    """Print what the rules of health say of the last step and note it beside its numbers; what ends the round.
+
+    Args:
+        said: the rules that have spoken in the round, to which those that speak now are added.
+    """
+    found = health.findings(history, plan.beta, trainee.settings.health, said)
+    said.update(one.rule for one in found)
     for one in found:
         sentence = one.sentence
         if health.tells_apart(history):

@@ -69,6 +69,11 @@ def test_finite_values_pass():
 BETA = 2000.0
 
 
+def findings(history: health.History, beta: float, settings: HealthSettings) -> list[health.Finding]:
+    """What the rules say that they have not said before in the history."""
+    return health.findings(history, beta, settings, health.said_in(history))
+
+
 def history(steps: int = 40, **changed) -> list[dict]:
     """A healthy round, step by step; `changed`: name -> a value for every step, or a function of the step."""
     entries = []
@@ -124,7 +129,7 @@ def test_every_rule_has_its_two_cases_and_its_setting():
 def test_a_rule_fires_and_names_a_setting(rule):
     sentence = health.RULES[rule](history(**FIRES[rule]), BETA, WATCHED)
     assert sentence is not None and "--" in sentence and len(sentence) < 200
-    assert health.findings(history(**FIRES[rule]), BETA, WATCHED)
+    assert findings(history(**FIRES[rule]), BETA, WATCHED)
 
 
 @pytest.mark.parametrize("rule", NEARLY)
@@ -133,7 +138,7 @@ def test_a_rule_does_not_fire_just_below(rule):
 
 
 def test_a_healthy_round_is_left_alone():
-    assert health.findings(history(200), BETA, WATCHED) == []
+    assert findings(history(200), BETA, WATCHED) == []
 
 
 @pytest.mark.parametrize("rule", ["forgetting", "forgetting_quarter", "saturation", "error_growth"])
@@ -148,7 +153,7 @@ def test_a_rule_speaks_once_its_window_is_full(rule):
 
 def test_a_mean_that_forgets_is_not_said_again_of_a_quarter():
     both = FIRES["forgetting"] | FIRES["forgetting_quarter"]
-    assert [one.rule for one in health.findings(history(**both), BETA, WATCHED)] == ["forgetting"]
+    assert [one.rule for one in findings(history(**both), BETA, WATCHED)] == ["forgetting"]
 
 
 def test_noise_around_zero_is_no_forgetting():
@@ -193,8 +198,8 @@ def test_pairs_told_apart_the_wrong_way_round_are_not_nothing():
 
 def test_saturation_is_only_watched_for_when_asked():
     full = history(saturation=1.0)
-    assert health.findings(full, BETA, HealthSettings()) == []
-    assert [one.action for one in health.findings(full, BETA, HealthSettings(saturation=0.9))] == ["stop"]
+    assert findings(full, BETA, HealthSettings()) == []
+    assert [one.action for one in findings(full, BETA, HealthSettings(saturation=0.9))] == ["stop"]
 
 
 def test_an_objective_without_a_generated_side_is_not_asked_what_it_tells_apart():
@@ -203,19 +208,19 @@ def test_an_objective_without_a_generated_side_is_not_asked_what_it_tells_apart(
 
 def test_what_was_said_is_not_said_again_and_what_is_ignored_is_silent():
     spoken = history(**FIRES["distance"])
-    found = health.findings(spoken, BETA, WATCHED)
+    found = findings(spoken, BETA, WATCHED)
     assert [(one.rule, one.action) for one in found] == [("distance", "warn")]
     spoken[-1]["findings"] = {"distance": found[0].sentence}
-    assert health.findings(spoken + history(1, distance=0.4), BETA, WATCHED) == []
-    assert health.findings(history(**FIRES["distance"]), BETA, replace(WATCHED, distance="ignore")) == []
+    assert findings(spoken + history(1, distance=0.4), BETA, WATCHED) == []
+    assert findings(history(**FIRES["distance"]), BETA, replace(WATCHED, distance="ignore")) == []
 
 
 def test_a_roll_back_goes_before_a_stop_and_a_warning_ends_nothing():
     bad = history(**FIRES["distance"] | FIRES["saturation"])
-    assert health.gravest(health.findings(bad, BETA, WATCHED)).rule == "saturation"
-    found = health.findings(bad, BETA, replace(WATCHED, distance="roll_back"))
+    assert health.gravest(findings(bad, BETA, WATCHED)).rule == "saturation"
+    found = findings(bad, BETA, replace(WATCHED, distance="roll_back"))
     assert health.gravest(found).rule == "distance"
-    assert health.gravest(health.findings(history(**FIRES["distance"]), BETA, WATCHED)) is None
+    assert health.gravest(findings(history(**FIRES["distance"]), BETA, WATCHED)) is None
 
 
 def test_the_smoothed_mean_is_the_plain_recurrence():
@@ -223,6 +228,14 @@ def test_the_smoothed_mean_is_the_plain_recurrence():
     assert mean == pytest.approx(2.0) and error == pytest.approx(((1 + 9 + 4) / 3 - 4) ** 0.5 / 20**0.5)
     late, _ = health.smoothed([0.0] * 100 + [1.0])
     assert late == pytest.approx(1 / 20)
+    values = [math.sin(7 * step) for step in range(60)]
+    by_hand = square = 0.0
+    for number, value in enumerate(values, start=1):
+        weight = max(1 / 20, 1 / number)
+        by_hand, square = by_hand + weight * (value - by_hand), square + weight * (value**2 - square)
+        mean, error = health.smoothed(values[:number])
+        assert mean == pytest.approx(by_hand, abs=1e-12)
+        assert error == pytest.approx((max(square - by_hand**2, 0) / 20) ** 0.5, abs=1e-8)
 
 
 # In real rounds
@@ -259,7 +272,7 @@ def test_what_a_rule_is_not_shown_of_a_long_round_would_change_nothing():
     values = [math.sin(step) + (5.0 if step < 100 else 0.0) for step in range(3000)]
     assert health.smoothed(values[-health.LOOK_BACK :]) == pytest.approx(health.smoothed(values), rel=1e-12)
     late = history(3000) + history(100, **FIRES["forgetting"])
-    (found,) = health.findings(late, BETA, WATCHED)
+    (found,) = findings(late, BETA, WATCHED)
     assert found.sentence == health.forgetting(late, BETA, WATCHED)
 
 
@@ -309,7 +322,7 @@ def test_a_round_is_rolled_back_to_before_the_rules_window(sdxl_dir, tmp_path, m
 
 @drawing_for_all()
 def test_a_rule_in_the_middle_of_a_window_has_looked_back_a_whole_one(sdxl_dir, tmp_path, monkeypatch, quick):
-    def at_step_five(history, beta, settings):
+    def at_step_five(history, beta, settings, said):
         return [Finding("distance", "roll_back", "moved")] if len(history) == 5 else []
 
     monkeypatch.setattr(health, "findings", at_step_five)
