@@ -87,7 +87,10 @@ def generation_flops(unit: UnitCosts, work: RoundWork) -> int:
 
 def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pairs_per_step: int) -> int | None:
     """FLOPs of a phase of a round in which so many samples were worked on: images `generated`, images encoded
-    (`cached`), pairs `trained`, held-out pairs `judged` by the gap; None for another phase."""
+    (`cached`), pairs `trained`, held-out pairs `judged` by the gap; None for another phase.
+
+    Activations that gradient checkpointing computes again are not counted: the share of the matrix rate that follows is
+    the model FLOPs utilisation, MFU (arXiv 2204.02311, appendix B)."""
     if phase == "generated":
         return samples * (work.denoisings * unit.unet + work.prompts_per_image * unit.text + unit.vae_decode)
     if phase == "cached":
@@ -95,7 +98,7 @@ def phase_flops(unit: UnitCosts, work: RoundWork, phase: str, samples: int, pair
         return samples * work.views * unit.vae_encode + scored
     if phase == "judged":
         return (work.scored + work.compared) * unit.unet * samples // pairs_per_step
-    return step_flops(unit, work) * samples // pairs_per_step if phase == "trained" else None
+    return step_flops(unit, replace(work, forwards=1)) * samples // pairs_per_step if phase == "trained" else None
 
 
 def draws_worth_keeping(visits: float) -> int:

@@ -138,7 +138,8 @@ class LedgerEntry(TypedDict):
     samples_per_second: float | None
     flops: int | None
     matrix_share: float | None
-    """Share of the rate of all devices' large matrix products, in [0, 1]."""
+    """Share of the measured rate of all devices' large matrix products, in [0, 1]: MFU, without what gradient
+    checkpointing computes again."""
     peak_memory_bytes: int
     """This process's: torch's peak of the phase on a GPU, the resident memory's peak so far on a CPU."""
     disk_bytes: int | None

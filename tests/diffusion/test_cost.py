@@ -11,6 +11,7 @@ from spin_diffusion.diffusion.cost import (
     UnitCosts,
     count_units,
     generation_flops,
+    phase_flops,
     step_flops,
     work_of,
 )
@@ -79,6 +80,8 @@ def test_the_arithmetic_of_a_round():
     assert generation_flops(unit, flipped) - generation_flops(unit, work_of(config(), "opponent", 10, 7)) == 10 * 3
     again = work_of(config(gradient_checkpointing=True), "opponent", 10, 1)
     assert step_flops(unit, again) == 6 * (2 * 10 + 20) + 6 * 10
+    # The ledger's share of the matrix rate leaves out what is computed again
+    assert phase_flops(unit, again, "trained", 6, 3) == 2 * (6 * (10 + 20) + 6 * 10)
     # A pipeline whose empty prompt is zeros encodes one prompt an image
     assert [work_of(config(), "opponent", 10, 1, zeros).prompts_per_image for zeros in (False, True)] == [2, 1]
     assert unit.of_area(2.0) == UnitCosts(20, 40, 22, 1, 6, 10)
