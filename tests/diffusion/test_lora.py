@@ -156,6 +156,18 @@ def test_the_opponent_is_not_the_base_after_a_round(sdxl_dir):
     assert game.opponent_hash() == game.opponent_hash() != game.player_hash() and game.distance() > 0
 
 
+def test_the_change_of_adapter_predicts_to_the_bit_what_peft_s_own_does(sdxl_dir):
+    game = make_game(sdxl_dir, lora=LORA)
+    move(game)
+    player = prediction(game.player, game)
+    with game.models.as_opponent():
+        opponent = prediction(game.player, game)
+    assert torch.equal(prediction(game.player, game), player) and not torch.equal(player, opponent)
+    for name, ours in ((OPPONENT, opponent), (PLAYER, player)):
+        game.player.set_adapter(name)
+        assert torch.equal(prediction(game.player, game), ours)
+
+
 def test_adapters_are_fp32_on_a_bf16_base(sdxl_dir):
     game = make_game(sdxl_dir, "bf16", lora=LORA)
     for name in (PLAYER, OPPONENT):
