@@ -75,9 +75,9 @@ PARTS = {
 
 def contend(script: str, argv: list[str], log: Path) -> None:
     """Run a script of this folder; all that it prints, and why it failed, goes to `log`."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = output = log.open("w", buffering=1)
+    for number in (1, 2):  # of libraries that are not Python's too
+        os.dup2(output.fileno(), number)
     try:
         SCRIPTS[script](argv)
     except Exception:
