@@ -6,6 +6,7 @@ work small are added behind a command, and nothing else of it is changed.
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def desk(sdxl_dir, sd1_dir, tiny_prompts, tmp_path, monkeypatch) -> None:
         "stabilityai/stable-diffusion-xl-base-1.0": sdxl_dir,
         "stable-diffusion-v1-5/stable-diffusion-v1-5": sd1_dir,
         "Qwen/Qwen2.5-1.5B-Instruct": LANGUAGE / "base",
+        "alignment-handbook/zephyr-7b-sft-full": LANGUAGE / "base",
     }
     for name, folder in bases.items():
         (tmp_path / name).parent.mkdir()
@@ -156,3 +158,51 @@ def test_two_folders_of_pictures_are_compared(capsys):
     fail_on = code(read("README.md", "Compare models or pictures"), r"--fail_on \w+").split()
     assert evaluate([*command, *fail_on]) == 0
     assert evaluate([*command, *fail_on, "--baseline", "new", "--output_dir", "runs/turned"]) == 3
+
+
+IN_ORDER = ("README.md", *(f"docs/{name}.md" for name in ("images", "evaluation", "extending", "hardware")))
+IN_ORDER += ("docs/language-models.md",)
+"""The pages whose commands are typed one after the other: what one makes, another shows or goes on with."""
+SMALL = {
+    "demo": "--max_train_samples 24 --max_train_steps 2 --num_inference_steps 1 --max_validation_prompts 4",
+    "train sdxl": f"{DRAWN} --max_train_steps 1 --gradient_accumulation_steps 1 --mixed_precision no",
+    "train llm": "--max_train_steps 1 --gradient_accumulation_steps 1 --max_length 48 --max_new_tokens 8 "
+    "--num_held_out 4 --mixed_precision no --dataset_name FILE.jsonl --held_out_dataset_name OTHER.jsonl",
+    "plan": f"{DRAWN} --max_train_steps 1 --mixed_precision no --num_held_out 20 --output_dir runs/planned",
+    "compare": "--only_worlds [confused] --only_methods [sft] --seeds [0] --learning_rates [1e-4] --budget steps "
+    "--total_steps 3 --num_validation_prompts 2 --num_test_prompts 100 --images_per_prompt 1 --num_inference_steps 1 "
+    "--training {max_train_samples:24,real_parts:1,rounds:1,num_inference_steps:1,train_batch_size:4}",
+}
+SMALL |= {"train sd": SMALL["train sdxl"]}
+"""What makes a command's work small."""
+
+
+@pytest.mark.slow
+def test_every_command_of_ours_on_the_pages_runs_as_it_stands(tiny_parquet):
+    """Those of make, SLURM and vLLM are not ours, and those with `...` are only begun on the page."""
+    paint("FOLDER", red=60, number=100)
+    paint("OTHER_FOLDER", red=68, number=100)
+    Path("assets").symlink_to(ROOT / "assets")
+    Path("data/pickapic_v2").mkdir(parents=True)
+    Path("data/pickapic_v2/train-00000.parquet").symlink_to(tiny_parquet)
+    lines = (LANGUAGE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    Path("FILE.jsonl").write_text("".join(lines[:48]))
+    Path("OTHER.jsonl").write_text("".join(lines[48:60]))
+    assert main(["demo", *SMALL["demo"].split()]) == 0
+    typed, failed = 0, []
+    for page in IN_ORDER:
+        for block in re.findall(r"^```python\n(.*?)^```$", text_of(ROOT / page), re.DOTALL | re.MULTILINE):
+            if named := re.match(r'"""(\w+\.py):', block):
+                Path(named[1]).write_text(block)
+        for words in commands_of(text_of(ROOT / page)):
+            name, given = called(words)
+            if not name or "..." in words:
+                continue
+            print(page, name, *given, flush=True)
+            command = [*name.split(), *given]
+            if "runs/old" in given:
+                shutil.copytree("runs/new", "runs/old")
+            code = evaluate(command) if name == "evaluate" else main([*command, *SMALL.get(name, "").split()])
+            failed += [f"{page}: {' '.join(command)}"] if code != 0 else []
+            typed += 1
+    assert typed > 20 and not failed
