@@ -1,4 +1,5 @@
-"""The evaluations of a run of any kind: base, rounds and rivals by the same code; table, page, curves, promotion."""
+"""What a run of any kind tells of itself, and its evaluations: base, rounds and rivals by the same code; table, page,
+curves, promotion."""
 
 import dataclasses
 import time
@@ -6,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
+
+from accelerate import Accelerator
 
 from spin_diffusion.evaluation.evaluated import EvaluatedModel, scorer_record
 from spin_diffusion.evaluation.features import Comparison, embed
@@ -108,7 +111,67 @@ def _place_of(model: EvaluatedModel) -> Path:
     return model.folder.scores.parent
 
 
-def facts_of(header: str) -> list[tuple[str, str]]:
+class RunReporter:
+    """Tells of a run that evaluates nothing: of its training alone.
+
+    Attributes:
+        header: what the run plays with, in lines, each with a name at its start or indented.
+        so_far: how far the run is, in a line.
+    """
+
+    evaluates = False
+    """Whether the models are evaluated."""
+    header, so_far = "", "It has just begun."
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, of_answers: bool) -> None:
+        """Args: of_answers: whether a language model is trained."""
+        self.config, self.accelerator, self.of_answers = config, accelerator, of_answers
+        self.output_dir = Path(config.run.output_dir)
+        self.title = f"Self-play run {self.output_dir.name}"
+        self._page_due = 0.0
+
+    def base(self) -> None:
+        """What there is to tell before the first round."""
+        self.refresh()
+
+    def of_rounds(self) -> Evaluate | None:
+        """The evaluation of the run's own rounds; None = they are not evaluated."""
+        return None
+
+    def of_rival(self, objective: str) -> Evaluate | None:
+        """The evaluation of a rival's rounds; None = they are not evaluated."""
+        return None
+
+    def refresh(self) -> None:
+        """Write the page anew, by the main process, where that takes no more than PAGE_SHARE of the time."""
+        if self.accelerator.is_main_process and time.monotonic() >= self._page_due:
+            self._renew_page()
+
+    def tell(self) -> None:
+        """Finish the page and print what there is to say in the end; main process only."""
+        self.so_far = "It is over."
+        self._renew_page()
+        print(f"Report: {self.output_dir / 'report.html'}")
+
+    def _renew_page(self) -> None:
+        """The page with all that is known by now."""
+        self._timed_page()
+
+    def _timed_page(self) -> None:
+        started = time.monotonic()
+        self._write_page()
+        now = time.monotonic()
+        self._page_due = now + (now - started) / PAGE_SHARE
+
+    def _write_page(self) -> None:
+        training = training_entries(self._of_training())
+        write_run_page(self.output_dir, self.title, _facts(self.header), self.so_far, self.of_answers, training)
+
+    def _of_training(self) -> OfTraining:
+        return cast(OfTraining, page_of(self.config, self.output_dir))
+
+
+def _facts(header: str) -> list[tuple[str, str]]:
     """The lines of a header as (name, value); one that is indented belongs to the name before it."""
     facts: list[tuple[str, str]] = []
     for line in header.splitlines():
@@ -120,16 +183,14 @@ def facts_of(header: str) -> list[tuple[str, str]]:
     return facts
 
 
-class RunEvaluator:
-    """What a run measures, and what it tells of it. Without samples there is nothing to evaluate with, and the page
-    tells of training alone.
+class RunEvaluator(RunReporter):
+    """Measures the base, the rounds and the rivals of a run, and tells of that beside the training.
 
     Attributes:
-        header: what the run plays with, in lines, each with a name at its start or indented.
-        so_far: how far the run is, in a line.
+        samples: what every model is asked for.
     """
 
-    header, so_far = "", "It has just begun."
+    evaluates = True
 
     def __init__(
         self,
@@ -137,29 +198,17 @@ class RunEvaluator:
         game: Game,
         base: tuple[str, str],
         saved: str,
-        samples: EvaluationSamples | None,
+        samples: EvaluationSamples,
     ) -> None:
         """Args: base: its name and the kind of its source; saved: name of the folder in which a round's player lies."""
-        self.config, self.game, self.base_source, self.saved = config, game, base, saved
-        self.output_dir, self.accelerator = Path(config.run.output_dir), game.accelerator
-        self._samples = samples
+        super().__init__(config, game.accelerator, modality_of(samples.protocol) is ANSWERS)
+        self.game, self.base_source, self.saved, self.samples = game, base, saved, samples
         self._last: Results | None = None
-        self._page_due = 0.0
-        self._title = f"Self-play run {self.output_dir.name}"
-
-    @property
-    def samples(self) -> EvaluationSamples:
-        """What every model is asked for."""
-        assert self._samples is not None, "nothing is evaluated without them"
-        return self._samples
 
     # The models of a run
 
     def base(self) -> None:
         """Evaluate the base, and bring the evaluations of finished rounds up to date; what is as it should be stays."""
-        if self._samples is None:
-            self.refresh()
-            return
         self.game.restore(None)
         self._evaluate("base", self.output_dir / "base", "baseline", 0, *self.base_source)
         self._renew()
@@ -238,10 +287,8 @@ class RunEvaluator:
             if model.role == "round" and model.round_:
                 self._conclude_round(self.output_dir / f"round-{model.round_}")
 
-    def of_rounds(self) -> Evaluate | None:
+    def of_rounds(self) -> Evaluate:
         """The evaluation of the run's own rounds."""
-        if self._samples is None:
-            return None
 
         def evaluate(k: int, folder: Path, parent: int) -> Judgement:
             if k < self.config.rounds.rounds and not self.config.evaluation.eval_every_round:
@@ -280,10 +327,8 @@ class RunEvaluator:
         title = f"{player.name} against {opponent.name}"
         self._conclude(directory / EVALUATION, models, title)
 
-    def of_rival(self, objective: str) -> Evaluate | None:
+    def of_rival(self, objective: str) -> Evaluate:
         """The evaluation of a rival: its last round, since it has as many steps as the run's last round."""
-        if self._samples is None:
-            return None
 
         def evaluate(k: int, folder: Path, parent: int) -> Judgement:
             if k == self.config.rounds.rounds:
@@ -295,54 +340,13 @@ class RunEvaluator:
 
         return evaluate
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether there is anything to evaluate with."""
-        return self._samples is not None
-
-    def refresh(self) -> None:
-        """Write the page anew, by the main process, where that takes no more than PAGE_SHARE of the time."""
-        if not self.accelerator.is_main_process or time.monotonic() < self._page_due:
-            return
-        if self._samples is None:
-            self._write_page()
-        elif self._last is not None:
-            self._bring_up_to_date(self._last)
-
-    def _bring_up_to_date(self, results: Results) -> None:
-        """Results and page with all that is known of training by now, and these scores."""
-        self._last = cast(Results, {**results, **training_entries(self._of_training(self._models()))})
-        write_json(self.output_dir / "results.json", self._last)
-        self._write_page()
-
-    def _write_page(self) -> None:
-        started = time.monotonic()
-        if self._samples is not None:
-            write_report(self.output_dir)
-        else:
-            of_answers, training = self.base_source[1] == "model", training_entries(self._of_training([]))
-            write_run_page(self.output_dir, self._title, facts_of(self.header), self.so_far, of_answers, training)
-        now = time.monotonic()
-        self._page_due = now + (now - started) / PAGE_SHARE
-
-    def _of_training(self, models: list[EvaluatedModel]) -> OfTraining:
-        page = page_of(self.config, self.output_dir)
-        if self._samples is not None:
-            page["measures"] += [dict(measure) for measure in self._samples.measures(models)]
-        return cast(OfTraining, page)
-
     def tell(self) -> None:
         """Print and write the table, finish the page; main process only."""
-        if self._samples is None:
-            self.so_far = "It is over."
-            self._write_page()
-            print(f"Report: {self.output_dir / 'report.html'}")
-            return
         if self._last is None:
             self._report()
-        assert self._last is not None, "the main process reports"
-        self._bring_up_to_date(self._last)  # the last round's ledger is whole only now
+        self._renew_page()  # the last round's ledger is whole only now
         results = self._last
+        assert results is not None, "the main process reports"
         print_table(results)
         headline = results["headline"]
         for verdict in results["verdicts"]:
@@ -352,6 +356,20 @@ class RunEvaluator:
             tell(line)
         print(f"Report: {self.output_dir / 'report.html'}")
         self.samples.finish(self._models())
+
+    def _renew_page(self) -> None:
+        """With all that is known of training by now, and the scores that there were at the last report."""
+        if self._last is not None:
+            self._last = cast(Results, {**self._last, **training_entries(self._of_training())})
+            write_json(self.output_dir / "results.json", self._last)
+            self._timed_page()
+
+    def _write_page(self) -> None:
+        write_report(self.output_dir)
+
+    def _of_training(self) -> OfTraining:
+        of_training, measures = super()._of_training(), self.samples.measures(self._models())
+        return {**of_training, "measures": [*(of_training.get("measures") or []), *map(dict, measures)]}
 
     # Parts
 
@@ -433,6 +451,5 @@ class RunEvaluator:
     def _report(self) -> None:
         if not self.accelerator.is_main_process:
             return
-        models = self._models()
-        self._last = self._conclude(self.output_dir, models, self._title, **self._of_training(models))
-        self._write_page()
+        self._last = self._conclude(self.output_dir, self._models(), self.title, **self._of_training())
+        self._timed_page()

@@ -26,7 +26,7 @@ from spin_diffusion.evaluation.features import check_embedding
 from spin_diffusion.evaluation.prompt_sets import PromptSet, load_prompts
 from spin_diffusion.evaluation.scoring import check_specs
 from spin_diffusion.runs.advice import advice
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.evaluator import RunEvaluator, RunReporter
 from spin_diffusion.runs.image_evaluator import PictureSamples
 from spin_diffusion.runs.image_lines import card, header, loading_code
 from spin_diffusion.runs.image_plan import plan_images, settle_draws
@@ -191,12 +191,14 @@ class ImageRun(Run):
         if (every := config.evaluation.preview_every) != 0 and (prompts or every):
             self.preview = pictures.preview(every, prompts or self._captions(), seed, to_page)
 
-    def evaluator(self, progress: Progress) -> RunEvaluator:
-        """What measures by pictures of the validation prompts."""
+    def evaluator(self, progress: Progress) -> RunReporter:
+        """What measures by pictures of the validation prompts, where there are any."""
         prompts, config, game = self.prompts, self.config, self.game
-        samples = PictureSamples(config, prompts, game, progress, self.held_out) if prompts is not None else None
-        base = str(game.base.placed(shipped_name)), "pipeline"
-        evaluator = RunEvaluator(config, game, base, game.saved, samples)
+        evaluator = RunReporter(config, game.accelerator, of_answers=False)
+        if prompts is not None:
+            samples = PictureSamples(config, prompts, game, progress, self.held_out)
+            base = str(game.base.placed(shipped_name)), "pipeline"
+            evaluator = RunEvaluator(config, game, base, game.saved, samples)
         self._let_look(evaluator.refresh)
         return evaluator
 

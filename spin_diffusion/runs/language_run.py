@@ -19,7 +19,7 @@ from spin_diffusion.llm.generation import check_vllm
 from spin_diffusion.llm.lm_eval_tasks import check_tasks
 from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.answer_evaluator import answer_samples, check_judges
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.evaluator import RunEvaluator, RunReporter
 from spin_diffusion.runs.language_plan import FIRST_ROWS, plan_answers
 from spin_diffusion.runs.plan import lines
 from spin_diffusion.runs.plateau import fine_tuning
@@ -149,9 +149,11 @@ class LanguageRun(Run):
     def ready(self, pairs: int, progress: Progress) -> None:
         """Nothing: the game is ready as it was opened."""
 
-    def evaluator(self, progress: Progress) -> RunEvaluator:
-        """What measures by answers to the held-out prompts."""
+    def evaluator(self, progress: Progress) -> RunReporter:
+        """What measures by answers to the held-out prompts, where there are any."""
         samples = answer_samples(self.config, self.game, progress)
+        if samples is None:
+            return RunReporter(self.config, self.game.accelerator, of_answers=True)
         base = shipped_name(self.game.base.name), "model"
         return RunEvaluator(self.config, self.game, base, _saved(self.config), samples)
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from spin_diffusion.evaluation.settings import RunConfig
 from spin_diffusion.runs.advice import advice
 from spin_diffusion.runs.continuing import start_of
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.evaluator import RunReporter
 from spin_diffusion.runs.live import Stage, guessed_paces, stages_of, status_line, time_left
 from spin_diffusion.runs.plateau import gains
 from spin_diffusion.runs.publish import Card, push_to_hub, write_card
@@ -114,8 +114,8 @@ class Run(ABC):
         """Make ready for rounds of so many pairs."""
 
     @abstractmethod
-    def evaluator(self, progress: Progress) -> RunEvaluator:
-        """What evaluates the base, the rounds and the rivals."""
+    def evaluator(self, progress: Progress) -> RunReporter:
+        """What tells of the run, and evaluates the base, the rounds and the rivals where that is asked for."""
 
     def costs(self, pairs: int) -> Callable[[RoundSettings], Costs] | None:
         """For the ledgers: rounds of so many pairs -> what their phases take. None = that is not counted."""
@@ -202,7 +202,7 @@ def plateau_run(run: Run) -> None:
 
 def _play_with_rivals(
     run: Run,
-    evaluator: RunEvaluator,
+    evaluator: RunReporter,
     pairs: int,
     accelerator: Accelerator,
     progress: Progress,
@@ -260,7 +260,7 @@ def _play_with_rivals(
     return records
 
 
-def _evaluate_base(evaluator: RunEvaluator, output_dir: Path) -> list[Stage]:
+def _evaluate_base(evaluator: RunReporter, output_dir: Path) -> list[Stage]:
     """Evaluate the base; how long that took, where no round can tell how long an evaluation takes."""
     begun, started = (output_dir / "round-1").exists(), time.perf_counter()
     evaluator.base()

@@ -178,6 +178,7 @@ SMALL |= {"train sd": SMALL["train sdxl"]}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_command_of_ours_on_the_pages_runs_as_it_stands(tiny_parquet):
     """Those of make, SLURM and vLLM are not ours, and those with `...` are only begun on the page."""
     paint("FOLDER", red=60, number=100)

@@ -12,7 +12,7 @@ from spin_diffusion.diffusion.config import parse_config
 from spin_diffusion.evaluation import distribution
 from spin_diffusion.evaluation.records import read_results
 from spin_diffusion.runs import evaluator, player_pictures, real_pictures
-from spin_diffusion.runs.evaluator import RunEvaluator
+from spin_diffusion.runs.evaluator import RunReporter
 from spin_diffusion.runs.image_run import run
 from spin_diffusion.store.files import read_json, read_rows
 from spin_diffusion.store.input_error import InputError
@@ -50,13 +50,13 @@ def prompts(folder: Path) -> list[str]:
 @pytest.fixture
 def pages(monkeypatch) -> list[str]:
     """The page, each time that it was to be brought up to date."""
-    pages, refresh = [], RunEvaluator.refresh
+    pages, refresh = [], RunReporter.refresh
 
-    def shown(self: RunEvaluator) -> None:
+    def shown(self: RunReporter) -> None:
         refresh(self)
         pages.append((self.output_dir / "report.html").read_text())
 
-    monkeypatch.setattr(RunEvaluator, "refresh", shown)
+    monkeypatch.setattr(RunReporter, "refresh", shown)
     monkeypatch.setattr(evaluator, "PAGE_SHARE", float("inf"))
     return pages
 
