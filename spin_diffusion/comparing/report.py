@@ -129,6 +129,12 @@ def _scores_table(results: Comparison, world: WorldResult, rows: Sequence[Method
     return head, table + [_method_row(row, world, modes, reference) for row in rows]
 
 
+def rate_text(rate: float) -> str:
+    """A learning rate with up to three digits, as in 1.25e-5."""
+    digits, exponent = f"{rate:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def _method_row(row: MethodResult, world: WorldResult, modes: dict[Mode, str], reference: str) -> list[Text]:
     choice = row["choice"]
     if row["state"] == "failed" or choice is None:
@@ -136,7 +142,7 @@ def _method_row(row: MethodResult, world: WorldResult, modes: dict[Mode, str], r
         blanks = [Text()] * (2 * len(modes) + 4)
         return [Text(row["method"], is_number=False), Text("-"), Text(f"failed: {why}", is_number=False), *blanks]
     seeds = f" ({len(row['seeds'])} seeds)" if row["state"] == "partly" else ""
-    rate = f"{choice['learning_rate']:.0e}".replace("e-0", "e-") + (" (edge)" if choice["at_edge"] else "")
+    rate = rate_text(choice["learning_rate"]) + (" (edge)" if choice["at_edge"] else "")
     cells = [
         Text(row["method"] + seeds, is_number=False),
         Text(rate),

@@ -29,7 +29,7 @@ from spin_diffusion.comparing.cells import Task, View
 from spin_diffusion.comparing.contest import Contest, Entry, choose, highest, run_flops, steps_for
 from spin_diffusion.comparing.making import make
 from spin_diffusion.comparing.plan import Cell, make_plan, parsed
-from spin_diffusion.comparing.report import findings, weight
+from spin_diffusion.comparing.report import findings, rate_text, weight
 from spin_diffusion.comparing.settings import MODES, parse_settings
 from spin_diffusion.diffusion.base import load_checkpoint
 from spin_diffusion.diffusion.config import Config
@@ -149,6 +149,13 @@ def test_a_grid_is_widened_where_its_best_rate_lies_at_an_edge(config, monkeypat
     assert compare._choose_rates(contest, "choose rates", [entry])
     assert entry.rates == pytest.approx(grid)
     assert (entry.choice.learning_rate, entry.choice.at_edge) == (pytest.approx(chosen), at_edge)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(1e-4, "1e-4"), (1.25e-5, "1.25e-5"), (3.333e-11, "3.33e-11"), (0.02, "2e-2")]
+)
+def test_a_rate_is_shown_with_the_digits_that_tell_it_from_its_neighbours(rate, text):
+    assert rate_text(rate) == text
 
 
 # Intervals
