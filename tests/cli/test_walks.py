@@ -6,6 +6,7 @@ work small are added behind a command, and nothing else of it is changed.
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -171,7 +172,7 @@ SMALL = {
     "plan": f"{DRAWN} --max_train_steps 1 --mixed_precision no --num_held_out 20 --output_dir runs/planned",
     "compare": "--only_worlds [confused] --only_methods [sft] --seeds [0] --learning_rates [1e-4] --budget steps "
     "--total_steps 3 --num_validation_prompts 2 --num_test_prompts 100 --images_per_prompt 1 --num_inference_steps 1 "
-    "--training {max_train_samples:24,real_parts:1,rounds:1,num_inference_steps:1,train_batch_size:4}",
+    "--training '{max_train_samples: 24, real_parts: 1, rounds: 1, num_inference_steps: 1, train_batch_size: 4}'",
 }
 SMALL |= {"train sd": SMALL["train sdxl"]}
 """What makes a command's work small."""
@@ -203,7 +204,7 @@ def test_every_command_of_ours_on_the_pages_runs_as_it_stands(tiny_parquet):
             command = [*name.split(), *given]
             if "runs/old" in given:
                 shutil.copytree("runs/new", "runs/old")
-            code = evaluate(command) if name == "evaluate" else main([*command, *SMALL.get(name, "").split()])
+            code = evaluate(command) if name == "evaluate" else main([*command, *shlex.split(SMALL.get(name, ""))])
             failed += [f"{page}: {' '.join(command)}"] if code != 0 else []
             typed += 1
     assert typed > 20 and not failed
