@@ -37,7 +37,7 @@ test: install lint
 
 ## The tests that take minutes: kills at random instants, and at every point of a run (some twenty minutes on two cores)
 test-slow: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow $(SELECT)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --dist loadfile -m slow $(SELECT)
 
 lint: install
 	$(BIN)/ruff check .
