@@ -15,7 +15,7 @@ demo: install
 
 ## Install, then SPACE on a small language model, and SPACE, SPIN and fine-tuning side by side; results in runs/toy-llm*
 demo-llm: install
-	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch -q --config_file training/accelerate/one_cpu.yaml training/train_space_llm.py \
 		--config training/configs/toy_llm.yaml
 	$(BIN)/python assets/toy_language/compare.py --output_dir runs/toy-llm-compared
 

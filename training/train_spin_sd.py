@@ -1,8 +1,8 @@
 """Fine-tune Stable Diffusion 1.x or 2.x by self-play, all rounds in one command: `spin-diffusion train sd`.
 
-    accelerate launch training/train_spin_sd.py --config sd15_lora_8gb --train_data_dir MY_PICTURES
+    accelerate launch -q training/train_spin_sd.py --config sd15_lora_8gb --train_data_dir MY_PICTURES
 
-Several GPUs: accelerate launch --multi_gpu --num_processes 8 training/train_spin_sd.py ...
+Several GPUs: python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 training/train_spin_sd.py ...
 Two processes on CPU: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 training/train_spin_sd.py ...
 Running the same command again goes on where it stopped.
 """

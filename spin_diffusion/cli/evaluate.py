@@ -3,7 +3,7 @@
     spin-diffusion evaluate --config toy \
         --models base=assets/toy_world/sloppy round3=runs/toy/round-3 --output_dir runs/evaluation
 
-Several GPUs: accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli evaluate ...
+Several GPUs: python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 -m spin_diffusion.cli evaluate ...
 The same command again goes on where it stopped.
 """
 

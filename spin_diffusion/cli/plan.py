@@ -2,7 +2,7 @@
 
     spin-diffusion plan --config sdxl_full_80gb --train_data_dir MY_PICTURES
     spin-diffusion plan --plateau --config sdxl_full_80gb --train_data_dir MY_PICTURES
-    accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli plan --config ...
+    python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 -m spin_diffusion.cli plan --config ...
 
 Takes the settings of `spin-diffusion train` as they are, those of images and those of language. The run's report shows
 the plan beside what it really took. With --plateau it says whether the base is one that self-play can improve: in

@@ -2,7 +2,7 @@
 
 One device needs no launcher. Several:
 
-    accelerate launch --multi_gpu --num_processes 8 -m spin_diffusion.cli train sdxl --config ...
+    python -m spin_diffusion.cli.launch --multi_gpu --num_processes 8 -m spin_diffusion.cli train sdxl --config ...
 """
 
 import os
