@@ -3,7 +3,8 @@
     python evaluation/evaluate.py --config evaluation/configs/toy.yaml \\
         --models base=assets/toy_world/sloppy round3=runs/toy/round-3 --output_dir runs/evaluation
 
-With several GPUs: python -m spin_diffusion.cli.launch --multi_gpu evaluation/evaluate.py ... The same command again resumes.
+Several GPUs: python -m spin_diffusion.cli.launch --multi_gpu evaluation/evaluate.py ...
+The same command again resumes.
 """
 
 import sys
