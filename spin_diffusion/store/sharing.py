@@ -80,7 +80,7 @@ def done_together(
 
 def works_on(what: str, accelerator: Accelerator) -> None:
     """Let the other processes know what this one works on, should they have to wait for it."""
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and torch.distributed.is_initialized():
         at = {"host": socket.gethostname(), "what": what, "since": time.time()}
         _store().set(_at(accelerator.process_index), json.dumps(at))
 
@@ -93,7 +93,7 @@ def _at(process: int) -> str:
 def waiting(accelerator: Accelerator) -> Iterator[None]:
     """Around a wait for the other processes. Where it takes long, one of those that wait says who is late, and at what:
     that one may be slow, or hang."""
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not torch.distributed.is_initialized():
         yield
         return
     works_on("", accelerator)

@@ -44,7 +44,7 @@ def test_the_frechet_distance_is_the_closed_form_of_two_gaussians() -> None:
 
 def test_features_of_fewer_pictures_than_their_width_have_a_distance_too() -> None:
     x = gaussian(1, 30, 50)
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
     assert frechet_distance(x + 2, x) == pytest.approx(4 * 50)
 
 

@@ -93,8 +93,9 @@ def test_logits_of_half_precision_are_summed_up_in_fp32():
     model.lm_head.weight.data *= 8
     ids, mask = rows()
     found = answer_logprobs(model, ids, places_of(mask))
-    # A log-probability near -10 rounded to bf16 is off by up to 0.03
-    assert found.dtype == torch.float32 and torch.allclose(found.double(), plain(model, ids, mask), atol=1e-4)
+    # A log-probability near -50 rounded to bf16 is off by up to 0.1, and one of few logits that a CPU sums in another
+    # order by less
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), plain(model, ids, mask), atol=1e-2)
 
 
 def test_a_model_that_changes_its_logits_is_found_out():

@@ -91,7 +91,7 @@ def test_rewards_do_not_depend_on_the_batch_or_the_order(folder: Path, monkeypat
     alone = torch.cat([scorer([image], [prompt]) for image, prompt in zip(images, PROMPTS, strict=True)])
     monkeypatch.setattr("spin_diffusion.evaluation.scorers.imagereward.BATCH_SIZE", 2)
     backwards = scorer(images[::-1], PROMPTS[::-1]).flip(0)
-    assert (together - alone).abs().max() < 1e-6 and (together - backwards).abs().max() < 1e-6
+    assert (together - alone).abs().max() < 1e-5 and (together - backwards).abs().max() < 1e-5
 
 
 def test_the_published_sizes_are_accepted_exactly() -> None:

@@ -51,11 +51,12 @@ def test_shards_give_the_scores_of_one_file(name: str, tmp_path: Path) -> None:
     del one
     index = shard(tmp_path, name=file)
     scorer = load_scorer(f"{name}={tmp_path}", "cpu")
-    assert torch.equal(scorer(images, prompts), expected)
+    torch.testing.assert_close(scorer(images, prompts), expected, rtol=0, atol=1e-5)
     shards = {path.name for path in tmp_path.glob("model-0000*")}
     assert len(shards) == 3 and set(scorer.checkpoint) == loaded - {file} | shards | {index.name}
     if name != "aesthetics":  # whose path is the head's
-        assert torch.equal(load_scorer(f"{name}={index}", "cpu")(images, prompts), expected)
+        again = load_scorer(f"{name}={index}", "cpu")(images, prompts)
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
 
 
 def test_shards_of_torchs_format_are_read(tmp_path: Path) -> None:
