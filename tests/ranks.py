@@ -5,6 +5,7 @@ imports torch for itself as well. What else a launcher does (one hash seed for e
 has died) the tests need that start a real one: `tests/test_processes.py` has `start` for it.
 """
 
+import hashlib
 import multiprocessing
 import os
 import runpy
@@ -84,3 +85,15 @@ def _rank(script: str, argv: list[str], environment: dict[str, str], written: st
     os.environ.update(environment)
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
+
+
+def count_bytes_hashed() -> list[int]:
+    """Asked for by a script: the sizes of the files that its process hashes from now on."""
+    plain, read = hashlib.file_digest, []
+
+    def counting(file, name):
+        read.append(Path(file.name).stat().st_size)
+        return plain(file, name)
+
+    hashlib.file_digest = counting
+    return read

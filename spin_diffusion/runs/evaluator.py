@@ -154,10 +154,7 @@ class RunReporter:
         print(f"Report: {self.output_dir / 'report.html'}")
 
     def _renew_page(self) -> None:
-        """The page with all that is known by now."""
-        self._timed_page()
-
-    def _timed_page(self) -> None:
+        """Write the page with all that is known by now."""
         started = time.monotonic()
         self._write_page()
         now = time.monotonic()
@@ -362,7 +359,7 @@ class RunEvaluator(RunReporter):
         if self._last is not None:
             self._last = cast(Results, {**self._last, **training_entries(self._of_training())})
             write_json(self.output_dir / "results.json", self._last)
-            self._timed_page()
+            super()._renew_page()
 
     def _write_page(self) -> None:
         write_report(self.output_dir)
@@ -452,4 +449,4 @@ class RunEvaluator(RunReporter):
         if not self.accelerator.is_main_process:
             return
         self._last = self._conclude(self.output_dir, self._models(), self.title, **self._of_training())
-        self._timed_page()
+        super()._renew_page()  # nothing is newer than these results

@@ -262,7 +262,7 @@ def _shares(seconds: float, samples: int | None) -> list[Share]:
 
 
 LONG_ENOUGH_S = 60.0
-"""Of work, to show a process's pace."""
+"""Work of so long shows a process's pace."""
 
 
 def stragglers(shares: list[Share]) -> list[str]:

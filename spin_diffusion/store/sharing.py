@@ -108,15 +108,16 @@ def waiting(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         over.set()
-        _waited.append(time.perf_counter() - began)
+        _Waited.seconds += time.perf_counter() - began
 
 
-_waited: list[float] = []
+class _Waited:
+    seconds = 0.0
 
 
 def waited_s() -> float:
     """Seconds that this process has waited for others so far."""
-    return sum(_waited)
+    return _Waited.seconds
 
 
 def _tell_who_is_late(accelerator: Accelerator) -> None:
